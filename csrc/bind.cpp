@@ -1,0 +1,292 @@
+// The ops of the cpu backend and the module's build information: the one file that sees torch.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "row_statistics.h"
+
+namespace fused_losses {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return Type::kFloat32;
+    case at::kDouble: return Type::kFloat64;
+    case at::kBFloat16: return Type::kBFloat16;
+    case at::kHalf: return Type::kFloat16;
+    default: TORCH_CHECK_TYPE(false, "row_statistics: unsupported dtype ", t.scalar_type());
+  }
+}
+
+Precision precision_of(c10::string_view name) {
+  const bool known = name == "fp32" || name == "mixed" || name == "bf16";
+  TORCH_CHECK_VALUE(known, "precision: expected fp32, mixed or bf16 on a CPU, got ", name);
+  if (name == "fp32") return Precision::kFull;
+  TORCH_CHECK(best_kernels().bf16, "precision: this CPU has no AVX512_BF16 products");
+  return name == "mixed" ? Precision::kMixed : Precision::kBFloat16;
+}
+
+void run_on_threads(int count, void (*body)(void*, int), void* context) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
+  });
+}
+
+Parallel parallel_for_classes(int64_t k) {
+  const int64_t most = std::max<int64_t>(1, k / 24);
+  return {static_cast<int>(std::min<int64_t>(at::get_num_threads(), most)), run_on_threads};
+}
+
+// Large pages for large outputs: a fresh gradient is gigabytes of page faults otherwise.
+void advise_huge([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const auto begin = round_up(reinterpret_cast<uintptr_t>(t.data_ptr()), kHuge);
+  const auto end = reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes();
+  if (end > begin + 4 * kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor dense_rows(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
+
+OptionalTensor accumulated(const OptionalTensor& t, at::ScalarType type) {
+  return t ? OptionalTensor(t->to(type).contiguous()) : std::nullopt;
+}
+
+// Where each row's target stands among the classes that take part, by position.
+std::vector<Target> find_targets(const Tensor& labels, const OptionalTensor& classes, int64_t c) {
+  const int64_t n = labels.numel();
+  const int64_t* y = labels.const_data_ptr<int64_t>();
+  int64_t low = 0, high = 0, wrong = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (y[i] >= -1 && y[i] < c) continue;
+    low = wrong ? std::min(low, y[i]) : y[i];
+    high = wrong ? std::max(high, y[i]) : y[i];
+    ++wrong;
+  }
+  TORCH_CHECK_INDEX(wrong == 0, "labels: expected class ids in [0, ", c, "), got values from ", low,
+                    " to ", high, " in ", wrong, " of ", n, " rows");
+  const int64_t* ids = classes ? classes->const_data_ptr<int64_t>() : nullptr;
+  const int64_t k = classes ? classes->numel() : c;
+  for (int64_t j = 0; ids && j < k; ++j) {
+    TORCH_CHECK_INDEX(ids[j] >= 0 && ids[j] < c, "classes: expected class ids in [0, ", c,
+                      "), got ", ids[j]);
+    TORCH_CHECK_VALUE(j == 0 || ids[j] > ids[j - 1],
+                      "classes: expected distinct class ids in increasing order, got ", ids[j],
+                      " after ", j ? ids[j - 1] : 0);
+  }
+  std::vector<Target> targets;
+  targets.reserve(n);
+  for (int64_t i = 0; i < n; ++i) {
+    if (y[i] < 0) continue;
+    const int64_t at = ids ? std::lower_bound(ids, ids + k, y[i]) - ids : y[i];
+    TORCH_CHECK_VALUE(!ids || (at < k && ids[at] == y[i]),
+                      "classes: expected every label among the classes that take part, but class ",
+                      y[i], " is not");
+    targets.push_back({at, i});
+  }
+  const auto before = [](const Target& a, const Target& b) {
+    return a.position != b.position ? a.position < b.position : a.row < b.row;
+  };
+  std::sort(targets.begin(), targets.end(), before);
+  return targets;
+}
+
+// A Problem and what it points to.
+struct Call {
+  Tensor x, weight, labels;
+  OptionalTensor classes, bias, column_weight;
+  std::vector<Target> targets;
+  at::ScalarType accumulate;
+  Problem problem;
+
+  Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& labels_in,
+       const OptionalTensor& classes_in, const OptionalTensor& bias_in,
+       const OptionalTensor& column_weight_in, bool normalize, bool weighted,
+       c10::string_view precision, const Tensor* kept)
+      : x(dense_rows(x_in)), weight(dense_rows(weight_in)), labels(labels_in.contiguous()) {
+    TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
+                      "row_statistics: expected x [N, D] and weight [C, D], got ", x.sizes(),
+                      " and ", weight.sizes());
+    TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == x.size(0) &&
+                          labels.scalar_type() == at::kLong,
+                      "labels: expected int64 [", x.size(0), "], got ", labels.scalar_type(), " ",
+                      labels.sizes());
+    accumulate = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    TORCH_CHECK_TYPE((x.scalar_type() == at::kDouble) == (accumulate == at::kDouble),
+                     "row_statistics: expected x and weight both in float64 or neither");
+    if (classes_in) classes = classes_in->contiguous();
+    bias = accumulated(bias_in, accumulate);
+    column_weight = accumulated(column_weight_in, accumulate);
+    for (const OptionalTensor* v : {&bias, &column_weight}) {
+      TORCH_CHECK_VALUE(!*v || (*v)->numel() == weight.size(0),
+                        "row_statistics: expected bias and column_weight [", weight.size(0), "]");
+    }
+    targets = find_targets(labels, classes, weight.size(0));
+    problem = {
+        {x.const_data_ptr(), type_of(x), x.stride(0)},
+        {weight.const_data_ptr(), type_of(weight), weight.stride(0)},
+        x.size(0),
+        x.size(1),
+        classes ? classes->numel() : weight.size(0),
+        classes ? classes->const_data_ptr<int64_t>() : nullptr,
+        bias ? bias->const_data_ptr() : nullptr,
+        column_weight ? column_weight->const_data_ptr() : nullptr,
+        targets.data(),
+        static_cast<int64_t>(targets.size()),
+        normalize,
+        weighted,
+        precision_of(precision),
+        kept && kept->numel() ? kept->data_ptr() : nullptr,
+        kept && kept->numel() ? kept->size(0) : 0,
+    };
+  }
+
+  Tensor buffer(size_t bytes) const {
+    return at::empty({static_cast<int64_t>(bytes) + 64}, x.options().dtype(at::kByte));
+  }
+};
+
+void* aligned(const Tensor& buffer) {
+  return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.data_ptr()), 64));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& weight, const Tensor& labels, const OptionalTensor& classes,
+    const OptionalTensor& bias, const OptionalTensor& column_weight, bool normalize, bool weighted,
+    c10::string_view precision, int64_t kept_classes) {
+  const int64_t n = x.size(0);
+  const auto options =
+      x.options().dtype(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const Tensor kept = at::empty({kept_classes, round_up(n, kKeptPadding)}, options);
+  advise_huge(kept);
+  const Call call(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision,
+                  &kept);
+  const Tensor lse = at::empty({n}, options), target = at::empty({n}, options);
+  const Tensor weighted_sum = at::empty({weighted ? n : 0}, options);
+  const Tensor hardest = at::empty({n}, labels.options().dtype(at::kLong));
+  const Tensor hardest_score = at::empty({n}, options);
+  if (n > 0) {
+    const Kernels& kernels = best_kernels();
+    const Parallel parallel = parallel_for_classes(call.problem.k);
+    const Tensor buffer = call.buffer(kernels.forward_bytes(call.problem, parallel.threads));
+    const ForwardOut out = {lse.data_ptr(), target.data_ptr(),
+                            weighted ? weighted_sum.data_ptr() : nullptr,
+                            hardest.data_ptr<int64_t>(), hardest_score.data_ptr()};
+    kernels.forward(call.problem, out, aligned(buffer), parallel);
+  }
+  return {lse, target, weighted_sum, hardest, hardest_score, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_lse, const Tensor& grad_target, const OptionalTensor& grad_weighted,
+    const Tensor& x, const Tensor& weight, const Tensor& labels, const OptionalTensor& classes,
+    const OptionalTensor& bias, const OptionalTensor& column_weight, const Tensor& lse,
+    const Tensor& kept, bool normalize, bool weighted, c10::string_view precision, bool need_x,
+    bool need_weight, bool need_bias) {
+  const Call call(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision,
+                  &kept);
+  const Tensor nothing = at::empty({0}, weight.options());
+  const bool whole = !classes && x.size(0) > 0;
+  const Tensor dx = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  Tensor dw = nothing;
+  if (need_weight) {
+    dw = whole ? at::empty(weight.sizes(), weight.options())
+               : at::zeros(weight.sizes(), weight.options());
+    advise_huge(dw);
+  }
+  Tensor db = at::empty({0}, weight.options());
+  if (need_bias && bias) {
+    db = at::zeros(bias->sizes(), weight.options().dtype(call.accumulate));
+  }
+  if (x.size(0) > 0) {
+    const Kernels& kernels = best_kernels();
+    const Parallel parallel = parallel_for_classes(call.problem.k);
+    const size_t bytes =
+        kernels.backward_bytes(call.problem, parallel.threads, need_x, need_weight);
+    const Tensor buffer = call.buffer(bytes);
+    const auto vector = [&](const Tensor& t) { return t.to(call.accumulate).contiguous(); };
+    const Tensor g_lse = vector(grad_lse), g_target = vector(grad_target), kept_lse = vector(lse);
+    const Tensor g_weighted = grad_weighted ? vector(*grad_weighted) : nothing;
+    const BackwardIn in = {g_lse.const_data_ptr(), g_target.const_data_ptr(),
+                           weighted ? g_weighted.const_data_ptr() : nullptr,
+                           kept_lse.const_data_ptr()};
+    const BackwardOut out = {need_x ? dx.data_ptr() : nullptr,
+                             need_weight ? dw.data_ptr() : nullptr,
+                             need_bias && bias ? db.data_ptr() : nullptr};
+    kernels.backward(call.problem, in, out, aligned(buffer), parallel);
+  }
+  if (need_bias && bias) db = db.to(bias->scalar_type());
+  return {dx, dw, db};
+}
+
+// Bytes of scratch that forward or backward takes, whichever is more, with many classes.
+size_t workspace_bytes(int64_t n, int64_t d, bool is_double, bool bf16) {
+  Problem p = {};
+  p.x.type = p.w.type = is_double ? Type::kFloat64 : Type::kFloat32;
+  p.n = n;
+  p.d = d;
+  p.k = int64_t(1) << 30;
+  p.normalize = true;
+  p.precision = bf16 ? Precision::kBFloat16 : Precision::kFull;
+  const Kernels& kernels = best_kernels();
+  const int threads = at::get_num_threads();
+  return std::max(kernels.forward_bytes(p, threads), kernels.backward_bytes(p, threads, true, true));
+}
+
+TORCH_LIBRARY(fused_losses, m) {
+  m.def(
+      "row_statistics_cpu(Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
+      "Tensor? column_weight, bool normalize, bool weighted, str precision, SymInt kept_classes) "
+      "-> (Tensor lse, Tensor target, Tensor weighted_sum, Tensor hardest, Tensor hardest_score, "
+      "Tensor kept)");
+  m.def(
+      "row_statistics_cpu_backward(Tensor grad_lse, Tensor grad_target, Tensor? grad_weighted, "
+      "Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
+      "Tensor? column_weight, Tensor lse, Tensor kept, bool normalize, bool weighted, "
+      "str precision, bool need_x, bool need_weight, bool need_bias) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+}
+
+TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
+  m.impl("row_statistics_cpu", &forward);
+  m.impl("row_statistics_cpu_backward", &backward);
+}
+
+}  // namespace
+}  // namespace fused_losses
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fused_losses;
+  m.doc() = "Build information of the compiled kernels, and what tests need to steer them.";
+  m.def("capability", [] { return std::string(best_kernels().capability); },
+        "The instruction set that runs: default, avx2, avx512 or avx512_bf16.");
+  m.def("has_bf16", [] { return best_kernels().bf16; }, "Whether bf16 products can run.");
+  m.def("force_capability",
+        [](std::optional<std::string> name) {
+          TORCH_CHECK_VALUE(force_kernels(name ? name->c_str() : nullptr),
+                            "capability: cannot run ", *name, " on this CPU");
+        },
+        "Run another instruction set of this CPU (for tests); None: the best again.");
+  m.def("workspace_bytes", &workspace_bytes, "Scratch bytes of a call, forward or backward.");
+  m.def("build", [] {
+    return std::vector<std::pair<std::string, std::string>>{
+        {"compiler", __VERSION__}, {"c++", std::to_string(__cplusplus)}, {"cuda", "not built"}};
+  });
+}

@@ -1,0 +1,13 @@
+// The kernels for one instruction set; the build gives this file its compiler flags.
+#define FL_ISA generic
+#define FL_VECTOR_BYTES 16
+#include "table.h"
+
+namespace fused_losses {
+
+const Kernels& generic_kernels() {
+  static const Kernels kernels = generic::table("default", false);
+  return kernels;
+}
+
+}  // namespace fused_losses

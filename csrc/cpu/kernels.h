@@ -1,0 +1,297 @@
+// The tile loop of the row statistics, forward and backward, for one instruction set.
+//
+// Classes go by in tiles; a tile's scores S [class, row] stay in cache, transposed so that sums over
+// classes are vertical and the tile is at once the left operand of both gradient products. Each
+// thread owns a run of tiles and its own sums; they are merged in a fixed order.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "../row_statistics.h"
+#include "product.h"
+
+namespace fused_losses::FL_ISA {
+
+constexpr int64_t kTileBytes = 384 << 10;  // of weights in a tile: 192 classes at d = 512
+constexpr int64_t kBlockRows = 256;        // rows whose scores a tile holds at once
+constexpr double kZeroNorm = 1e-12;
+
+inline int64_t tile_classes(const Problem& p) {
+  const int64_t fit = kTileBytes / (p.d * 4) / 12 * 12;
+  return std::clamp<int64_t>(fit, 24, 384);
+}
+
+// Hands out 64-byte aligned pieces of one buffer; from null it only measures.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* at = base_ + used_;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(at);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+template <class T>
+inline void read_row(const Matrix& m, int64_t row, int64_t d, T* out) {
+  const int64_t at = row * m.stride;
+  if (m.type == Type::kFloat64) {
+    const double* from = static_cast<const double*>(m.data) + at;
+    for (int64_t i = 0; i < d; ++i) out[i] = static_cast<T>(from[i]);
+  } else if (m.type == Type::kFloat32) {
+    const float* from = static_cast<const float*>(m.data) + at;
+    for (int64_t i = 0; i < d; ++i) out[i] = from[i];
+  } else if (m.type == Type::kBFloat16) {
+    const uint16_t* from = static_cast<const uint16_t*>(m.data) + at;
+    for (int64_t i = 0; i < d; ++i) out[i] = from_bf16(from[i]);
+  } else {
+    const _Float16* from = static_cast<const _Float16*>(m.data) + at;
+    for (int64_t i = 0; i < d; ++i) out[i] = static_cast<float>(from[i]);
+  }
+}
+
+template <class T>
+inline void write_row(void* data, Type type, int64_t at, int64_t d, const T* from) {
+  if (type == Type::kFloat64) {
+    std::copy(from, from + d, static_cast<double*>(data) + at);
+  } else if (type == Type::kFloat32) {
+    std::copy(from, from + d, static_cast<float*>(data) + at);
+  } else if (type == Type::kBFloat16) {
+    uint16_t* to = static_cast<uint16_t*>(data) + at;
+    for (int64_t i = 0; i < d; ++i) to[i] = to_bf16(static_cast<float>(from[i]));
+  } else {
+    _Float16* to = static_cast<_Float16*>(data) + at;
+    for (int64_t i = 0; i < d; ++i) to[i] = static_cast<_Float16>(from[i]);
+  }
+}
+
+template <class T>
+constexpr Type kNative = sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32;
+
+// ---- packing ------------------------------------------------------------------------------------
+
+// Words for a float pair: the two elements, or the only one.
+template <class P, class T>
+inline typename P::Word word(T first, [[maybe_unused]] T second) {
+  if constexpr (P::kPair == 1) {
+    return first;
+  } else {
+    return to_bf16(first) | static_cast<uint32_t>(to_bf16(second)) << 16;
+  }
+}
+
+template <class P>
+constexpr int64_t words(int64_t elements) {
+  return (elements + P::kPair - 1) / P::kPair;
+}
+
+// x as the right operand of W x^T: panels of rows, [panel][d words][kPanel rows].
+template <class P, class T>
+inline void pack_columns(const T* x, int64_t n, int64_t d, int64_t ld, int64_t padded,
+                         typename P::Word* out) {
+  constexpr int64_t kWide = kPanel<P>;
+  const int64_t depth = words<P>(d);
+  for (int64_t p = 0; p < padded; p += kWide, out += depth * kWide) {
+    for (int64_t i = 0; i < kWide; ++i) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const int64_t e = k * P::kPair;
+        const bool real = p + i < n;
+        const T a = real ? x[(p + i) * ld + e] : T(0);
+        const T b = real && e + 1 < d ? x[(p + i) * ld + std::min(e + 1, d - 1)] : T(0);
+        out[k * kWide + i] = word<P>(a, b);
+      }
+    }
+  }
+}
+
+// A matrix as the right operand of G m: panels of columns, [panel][row words][kPanel columns].
+// `skip` words separate two panels (a whole matrix's depth, of which this may be a part).
+template <class P, class T, class Row>
+inline void pack_rows(Row&& row, int64_t rows, int64_t d, int64_t panel_words,
+                      typename P::Word* out) {
+  constexpr int64_t kWide = kPanel<P>;
+  for (int64_t k = 0; k < words<P>(rows); ++k) {
+    const T* first = row(k * P::kPair);
+    const T* second = P::kPair == 2 && k * 2 + 1 < rows ? row(k * 2 + 1) : nullptr;
+    typename P::Word* to = out + k * kWide;
+    for (int64_t c = 0; c < d; c += kWide, to += panel_words) {
+      const int64_t wide = std::min(kWide, d - c);
+      if constexpr (P::kPair == 1) {
+        if (wide == kWide) {
+          for (int v = 0; v < kVectors; ++v) {
+            store(to + v * kLanes<T>, load(first + c + v * kLanes<T>));
+          }
+          continue;
+        }
+      }
+#if defined(__AVX512BF16__)
+      if constexpr (P::kPair == 2) {
+        if (wide == kWide) {
+          for (int v = 0; v < kVectors; ++v) {
+            const Floats a = load(first + c + v * 16);
+            const Floats b = second ? load(second + c + v * 16) : Floats{};
+            store(to + v * 16, interleave(a, b));
+          }
+          continue;
+        }
+      }
+#endif
+      for (int64_t i = 0; i < wide; ++i) {
+        to[i] = word<P>(first[c + i], second ? second[c + i] : T(0));
+      }
+      for (int64_t i = wide; i < kWide; ++i) to[i] = 0;
+    }
+  }
+}
+
+// ---- a tile of classes --------------------------------------------------------------------------
+
+template <class PS, class T>
+struct TileScratch {
+  T* rows;                    // [tile, d] converted weights, when they are not in type T
+  typename PS::Word* narrow;  // [tile, d words], when products are of pairs
+  T* scores;                  // [tile, ld]
+  T* inverse;                 // [tile] what a product is multiplied by to be a score
+  T* keep;                    // [block] 1, or 0 at the target of the class at hand
+  int64_t tile, ld;
+
+  TileScratch(Arena& arena, const Problem& p) {
+    tile = tile_classes(p);
+    ld = std::min(round_up(p.n, kPanel<PS>), round_up(kBlockRows, kPanel<PS>)) + 16;
+    rows = arena.take<T>(p.w.type == kNative<T> ? 0 : tile * p.d);
+    narrow = arena.take<typename PS::Word>(PS::kPair == 2 ? tile * words<PS>(p.d) : 0);
+    scores = arena.take<T>(tile * ld);
+    inverse = arena.take<T>(tile);
+    keep = arena.take<T>(ld);
+  }
+};
+
+// The classes [first, first + count) with their weights at hand, and the targets among them.
+template <class PS, class T>
+class Tile {
+ public:
+  using Scores = PS;
+  Tile(const Problem& p, const TileScratch<PS, T>& s, int64_t index) : p_(p), s_(s) {
+    first = index * s.tile;
+    count = std::min(s.tile, p.k - first);
+    const Target* end = p.targets + p.target_count;
+    const auto before = [](const Target& t, int64_t at) { return t.position < at; };
+    targets = std::lower_bound(p.targets, end, first, before);
+    targets_end = std::lower_bound(targets, end, first + count, before);
+    for (int64_t c = 0; c < count; ++c) read(c);
+  }
+
+  int64_t id(int64_t c) const { return p_.ids ? p_.ids[first + c] : first + c; }
+
+  const T* row(int64_t c) const {
+    if (p_.w.type != kNative<T>) return s_.rows + c * p_.d;
+    return static_cast<const T*>(p_.w.data) + id(c) * p_.w.stride;
+  }
+
+  const typename PS::Word* left(int64_t c) const {
+    if constexpr (PS::kPair == 2) return s_.narrow + c * words<PS>(p_.d);
+    else return row(c);
+  }
+
+  // scores[c][i] = <w_c, x_i> for the rows [row0, row0 + rows) of packed x.
+  void multiply_rows(const typename PS::Word* columns, int64_t row0, int64_t rows, T* scores,
+                     int64_t ld) const {
+    const int64_t depth = words<PS>(p_.d);
+    constexpr int64_t kWide = kPanel<PS>;
+    for (int64_t i = 0; i < rows; i += kWide) {
+      const typename PS::Word* panel = columns + (row0 + i) * depth;
+      for (int64_t c = 0; c < count; c += kRows) {
+        const typename PS::Word* a[kRows];
+        for (int r = 0; r < kRows; ++r) a[r] = left(std::min(c + r, count - 1));
+        T* out = scores + c * ld + i;
+        const int64_t last = count - c;
+        multiply<PS, true>(a, 1, panel, depth, [&](int r, int v, Vector<T> sum) {
+          if (r < last) store(out + r * ld + v * kLanes<T>, sum);
+        });
+      }
+    }
+  }
+
+  int64_t first, count;
+  const Target* targets;
+  const Target* targets_end;
+
+ private:
+  void read(int64_t c) {
+    if (p_.w.type != kNative<T>) read_row(p_.w, id(c), p_.d, s_.rows + c * p_.d);
+    const T* w = row(c);
+    constexpr int64_t kStep = kLanes<T>;
+    Vector<T> squares[4] = {};
+    int64_t e = 0;
+    T rest = 0;
+    if (p_.normalize) {
+      for (; e + 4 * kStep <= p_.d; e += 4 * kStep) {
+        for (int u = 0; u < 4; ++u) {
+          const Vector<T> v = load(w + e + u * kStep);
+          squares[u] += v * v;
+        }
+      }
+      for (; e < p_.d; ++e) rest += w[e] * w[e];
+      const T norm =
+          std::sqrt(sum<T>((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest);
+      s_.inverse[c] = norm <= T(kZeroNorm) ? T(0) : T(1) / norm;
+    } else {
+      s_.inverse[c] = 1;
+    }
+    if constexpr (PS::kPair == 2) {
+      typename PS::Word* to = s_.narrow + c * words<PS>(p_.d);
+      int64_t k = 0;
+#if defined(__AVX512BF16__)
+      for (; k + 16 <= p_.d / 2; k += 16) {
+        const Floats low = load(w + 2 * k), high = load(w + 2 * k + 16);
+        store(to + k, (Vector<uint32_t>)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+      }
+#endif
+      for (; k < words<PS>(p_.d); ++k) {
+        to[k] = word<PS>(w[2 * k], 2 * k + 1 < p_.d ? w[2 * k + 1] : T(0));
+      }
+    }
+  }
+
+  const Problem& p_;
+  const TileScratch<PS, T>& s_;
+};
+
+// Packed x, shared by the threads: as columns for the scores, as rows for the weight gradient.
+template <class T>
+inline const T* dense_rows(const Problem& p, T* buffer) {
+  for (int64_t i = 0; i < p.n; ++i) read_row(p.x, i, p.d, buffer + i * p.d);
+  return buffer;
+}
+
+inline int64_t padded_rows(int64_t n, int64_t panel) { return round_up(std::max<int64_t>(n, 1), panel); }
+
+inline void tiles_of(int thread, int threads, int64_t tiles, int64_t* begin, int64_t* end) {
+  *begin = tiles * thread / threads;
+  *end = tiles * (thread + 1) / threads;
+}
+
+// Products kept by the forward for class c of a tile, or null.
+template <class T>
+inline T* kept_scores(const Problem& p, int64_t first, int64_t count) {
+  if (first + count > p.kept_classes) return nullptr;
+  return static_cast<T*>(p.kept) + first * round_up(p.n, kKeptPadding);
+}
+
+template <class F>
+inline void on_threads(const Parallel& parallel, F&& body) {
+  parallel.run(
+      parallel.threads,
+      [](void* context, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); },
+      &body);
+}
+
+}  // namespace fused_losses::FL_ISA

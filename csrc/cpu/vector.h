@@ -1,0 +1,109 @@
+// Vectors of one instruction set, in the compiler's vector extension; included by one .cpp a set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fused_losses::FL_ISA {
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(FL_VECTOR_BYTES)));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+using Floats = Vector<float>;
+using Ints = Vector<int32_t>;
+
+template <class T>
+constexpr int64_t kLanes = FL_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+inline Vector<T> load(const T* p) {
+  Vector<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* p, Vector<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+inline Vector<T> broadcast(T x) {
+  Vector<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = x;
+  return v;
+}
+
+// Past the caches; the address is aligned to the vector.
+template <class T>
+inline void stream(T* p, Vector<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_stream_ps(p, (__m256)v);
+#endif
+  store(p, v);
+}
+
+template <class T>
+inline T sum(Vector<T> v) {
+  T total = 0;
+  for (int i = 0; i < kLanes<T>; ++i) total += v[i];
+  return total;
+}
+
+// exp to 2 units in the last place for x <= 80 (more is cut to 80); 0 below -87.3; NaN stays NaN.
+inline Floats exp(Floats x) {
+  const Floats zero = {};
+  const Floats cut = x > 80.0f ? zero + 80.0f : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats n = (cut * 1.44269504088896341f + magic) - magic;
+  Floats r = cut - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Floats y = zero + 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  y = y * (Floats)power;
+  return x < -87.33654f ? zero : y;
+}
+
+inline Vector<double> exp(Vector<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+inline float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, 4);
+  return value;
+}
+
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__AVX512BF16__)
+// bfloat16 of a in the low halves and of b in the high halves, lane by lane.
+inline Vector<uint32_t> interleave(Floats a, Floats b) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+  return (Vector<uint32_t>)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+#endif
+
+}  // namespace fused_losses::FL_ISA

@@ -1,0 +1,100 @@
+// The streamed primitive behind margin softmax, without torch: what a caller fills in.
+//
+//   z_ij = <x_i, w_j> + b_j        (w_j / |w_j| with normalize)
+//   forward:  lse_i = log sum_{j != y_i} exp z_ij, target_i, weighted_sum_i, hardest_i
+//   backward: G_ij = dlse_i exp(z_ij - lse_i) + dweighted_i v_j,  G_{i,y_i} = dtarget_i
+//             dx = G w,  dw = (G^T x - w_hat <w_hat, G^T x>) / |w|,  db_j = sum_{i: y_i != j} G_ij
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fused_losses {
+
+enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class Precision { kFull, kMixed, kBFloat16 };
+
+// A row whose target stands at `position` among the classes that take part.
+struct Target {
+  int64_t position;
+  int64_t row;
+};
+
+// A row-major matrix whose rows are dense; stride in elements.
+struct Matrix {
+  const void* data;
+  Type type;
+  int64_t stride;
+};
+
+struct Problem {
+  Matrix x;                   // [n, d]
+  Matrix w;                   // [*, d]
+  int64_t n, d;
+  int64_t k;                  // classes that take part
+  const int64_t* ids;         // [k] their rows in w, or null for 0 .. k-1
+  const void* bias;           // [*] in the accumulation type, or null
+  const void* column_weight;  // [*] in the accumulation type, or null for 1
+  const Target* targets;      // [target_count] by increasing position
+  int64_t target_count;
+  bool normalize;
+  bool weighted;
+  Precision precision;
+  void* kept;                 // [kept_classes, padded n] products kept for the backward
+  int64_t kept_classes;
+};
+
+// Outputs of the forward, [n] each; A is float, or double for float64 problems.
+struct ForwardOut {
+  void* lse;
+  void* target;
+  void* weighted_sum;  // null unless weighted
+  int64_t* hardest;    // an id, or -1
+  void* hardest_score;
+};
+
+struct BackwardIn {
+  const void* grad_lse;       // [n]
+  const void* grad_target;    // [n]
+  const void* grad_weighted;  // [n] or null
+  const void* lse;            // [n]
+};
+
+struct BackwardOut {
+  void* dx;   // [n, d] dense in x's type, or null
+  void* dw;   // [*, d] dense in w's type (rows outside ids are left alone), or null
+  void* db;   // [*] in the accumulation type, or null
+};
+
+// Runs body(i) for i in [0, count), on threads or not.
+struct Parallel {
+  int threads;
+  void (*run)(int count, void (*body)(void*, int), void* context);
+};
+
+// One instruction set's kernels. Buffers are the caller's, 64-byte aligned.
+struct Kernels {
+  const char* capability;
+  bool bf16;
+  size_t (*forward_bytes)(const Problem&, int threads);
+  size_t (*backward_bytes)(const Problem&, int threads, bool dx, bool dw);
+  void (*forward)(const Problem&, const ForwardOut&, void* buffer, const Parallel&);
+  void (*backward)(const Problem&, const BackwardIn&, const BackwardOut&, void* buffer,
+                   const Parallel&);
+};
+
+const Kernels& generic_kernels();
+const Kernels* avx2_kernels();    // null where the build has none
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+// The best that this CPU runs, no better than ATEN_CPU_CAPABILITY allows.
+const Kernels& best_kernels();
+
+// Tests walk through the instruction sets; null goes back to the best. False: not on this CPU.
+bool force_kernels(const char* capability);
+
+constexpr int64_t kKeptPadding = 64;
+constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+}  // namespace fused_losses

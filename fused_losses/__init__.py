@@ -1,0 +1,21 @@
+"""Fused losses for representation learning: no N x M matrix, any class count, with or without a GPU."""
+
+from fused_losses import backends, functional, margins
+from fused_losses.backends import use_backend
+from fused_losses.functional import linear_cross_entropy, margin_softmax
+from fused_losses.row_statistics import RowStatistics, RowStatisticsFunction, row_statistics
+from fused_losses.version import __version__
+
+
+__all__ = [
+    "RowStatistics",
+    "RowStatisticsFunction",
+    "__version__",
+    "backends",
+    "functional",
+    "linear_cross_entropy",
+    "margin_softmax",
+    "margins",
+    "row_statistics",
+    "use_backend",
+]

@@ -1,0 +1,103 @@
+"""Which backend runs: `auto` takes the best that can; a forced one that cannot says why.
+
+A backend is a module of this folder with `unavailable()` (why it cannot run here at all, or None)
+and `reasons_against(device, dtype, precision)` (why it cannot take this call; empty: it can).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+NAMES = ("reference", "cpu", "triton", "cuda", "bounded")
+# What `auto` tries, best first; `bounded` is the pure-PyTorch path that needs no compiler.
+ORDER = {"cpu": ("cpu", "bounded"), "cuda": ("triton", "bounded")}
+
+_forced: list[str] = []
+_warned: set[str] = set()
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@lru_cache
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot run on this machine at all, or None. Asked once per process."""
+    if name == "cuda":
+        return "the CUDA C++ kernels are not part of this version; use backend='triton' on a GPU"
+    return module(name).unavailable()
+
+
+def available() -> dict[str, str]:
+    """Each backend's name -> "ok", or the reason why it cannot run here."""
+    return {name: unavailable(name) or "ok" for name in NAMES}
+
+
+def check_name(name: str) -> str:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend: expected auto, {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every function without `backend=` runs on this backend."""
+    _forced.append(check_name(name))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def requested(backend: str | None) -> str:
+    """The caller's `backend=`, else `use_backend`, else FUSED_LOSSES_BACKEND, else auto."""
+    if backend is None:
+        backend = _forced[-1] if _forced else os.environ.get("FUSED_LOSSES_BACKEND", "auto")
+    return check_name(backend)
+
+
+def reasons_against(
+    name: str, device: torch.device, dtype: torch.dtype, precision: str
+) -> list[str]:
+    """Every reason why this backend cannot take such a call; empty when it can."""
+    why = unavailable(name)
+    return [why] if why else module(name).reasons_against(device, dtype, precision)
+
+
+def choose(
+    backend: str | None, device: torch.device, dtype: torch.dtype, precision: str
+) -> tuple[str, dict[str, list[str]]]:
+    """The backend that runs, and the reasons against those that were passed over."""
+    name = requested(backend)
+    candidates = ORDER.get(device.type, ("bounded",)) if name == "auto" else (name,)
+    refused: dict[str, list[str]] = {}
+    for candidate in candidates:
+        reasons = reasons_against(candidate, device, dtype, precision)
+        if not reasons:
+            if name == "auto" and refused:
+                _warn_once(candidate, refused)
+            return candidate, refused
+        refused[candidate] = reasons
+    told = "; ".join(f"{who}: {', '.join(why)}" for who, why in refused.items())
+    raise RuntimeError(
+        f"backend={name!r} cannot run this call (device {device}, {dtype}, "
+        f"precision={precision!r}): {told}. fused_losses.backends.available() lists what can "
+        f"run here."
+    )
+
+
+def _warn_once(chosen: str, refused: dict[str, list[str]]) -> None:
+    key = f"{chosen}:{sorted(refused)}"
+    if torch.compiler.is_compiling() or key in _warned:
+        return
+    _warned.add(key)
+    told = "; ".join(f"{who}: {', '.join(why)}" for who, why in refused.items())
+    warnings.warn(f"fused_losses runs on its {chosen} path ({told})", stacklevel=4)

@@ -1,0 +1,184 @@
+"""The memory-bounded path in pure PyTorch: what runs where no compiled backend can.
+
+The classes go by in tiles; forward keeps row statistics, backward recomputes each tile.
+Extra memory O(N D + tile), whatever the number of classes; any device; float64 too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_losses import validation
+from fused_losses.rows import ZERO_NORM, unit_rows
+
+TILE_BYTES = 4 << 20  # of scores and of weights in a tile, together; three such live at a time
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
+    if precision != "fp32":
+        return [f"precision={precision!r}: the pure-PyTorch path has float32 accuracy only"]
+    return []
+
+
+def tile_classes(n: int, d: int, element_size: int) -> int:
+    return max(16, TILE_BYTES // (max(n + d, 1) * element_size))
+
+
+def extra_bytes(n: int, d: int, dtype: torch.dtype) -> int:
+    """Peak memory of forward and backward beyond inputs and gradients."""
+    size = 8 if dtype == torch.float64 else 4
+    return 3 * tile_classes(n, d, size) * (n + d) * size + 3 * n * d * size
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Tile:
+    """A run of classes with their scores against every row."""
+
+    ids: Tensor  # [T] class ids
+    weight: Tensor  # [T, D] as multiplied (normalised if asked)
+    norm: Tensor | None  # [T, 1]
+    raw: Tensor  # [N, T] products
+    scores: Tensor  # [N, T] products plus bias
+    is_target: Tensor  # [N, T]
+
+
+def tiles(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    classes: Tensor | None,
+    bias: Tensor | None,
+    normalize: bool,
+) -> Iterator[Tile]:
+    total = weight.shape[0] if classes is None else classes.shape[0]
+    step = tile_classes(x.shape[0], x.shape[1], x.element_size())
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        if classes is None:
+            ids = torch.arange(start, stop, device=x.device)
+            part = weight[start:stop].to(x.dtype)
+        else:
+            ids = classes[start:stop]
+            part = weight[ids].to(x.dtype)
+        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True) if normalize else None
+        if normalize:
+            part = unit_rows(part)
+        raw = x @ part.T
+        scores = raw if bias is None else raw + bias[ids].to(x.dtype)
+        yield Tile(ids, part, norm, raw, scores, labels[:, None] == ids[None, :])
+
+
+def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
+    validation.check_labels(labels, weight.shape[0])
+    if classes is not None and not labels.is_cuda:
+        validation.check_classes(classes, weight.shape[0])
+        validation.check_labels_in_classes(labels, classes)
+
+
+def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tensor:
+    """<x_i, w_y> a row, 0 without a target. [N]
+
+    Summed in float64: lse - target is what the gradient is the exponential of, and a long float32
+    sum puts 6e-6 into a score of 48 (D = 512), six times what rounding the result does.
+    """
+    # float64 where the device has it
+    wide = torch.float64 if x.device.type in ("cpu", "cuda") else x.dtype
+    out = torch.zeros_like(labels, dtype=x.dtype)
+    step = max(1, TILE_BYTES // (32 * max(x.shape[1], 1)))
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        w = weight[labels[rows].clamp_min(0)].to(wide)
+        w = unit_rows(w) if normalize else w
+        out[rows] = (x[rows].to(wide) * w).sum(dim=1).to(x.dtype)
+    return torch.where(labels < 0, 0, out)
+
+
+def forward(
+    x: Tensor,  # [N, D]
+    weight: Tensor,  # [C, D]
+    labels: Tensor,  # [N], -1: no target
+    classes: Tensor | None,  # [K]
+    bias: Tensor | None,  # [C]
+    column_weight: Tensor | None,  # [C]
+    normalize: bool,
+    weighted: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.row_statistics`."""
+    check(labels, weight, classes)
+    x = x.to(accumulate_dtype(x.dtype))
+    n = x.shape[0]
+    lse = x.new_full((n,), -torch.inf)
+    target = targets(x, weight, labels, normalize)
+    weighted_sum = x.new_zeros(n if weighted else 0)
+    hardest = torch.full((n,), -1, device=x.device)
+    hardest_score = x.new_full((n,), -torch.inf)
+    for tile in tiles(x, weight, labels, classes, bias, normalize) if n else ():
+        if weighted:
+            v = 1 if column_weight is None else column_weight[tile.ids].to(x.dtype)
+            weighted_sum += (v * tile.scores).masked_fill_(tile.is_target, 0).sum(dim=1)
+        others = tile.scores.masked_fill(tile.is_target, -torch.inf)
+        best = others.max(dim=1)
+        better = best.values > hardest_score
+        hardest = torch.where(better, tile.ids[best.indices], hardest)
+        hardest_score = torch.where(better, best.values, hardest_score)
+        lse = torch.logaddexp(lse, torch.logsumexp(others, dim=1))
+    return lse, target, weighted_sum, hardest, hardest_score
+
+
+def backward(
+    grad_lse: Tensor,  # [N]
+    grad_target: Tensor,  # [N]
+    grad_weighted: Tensor | None,  # [N]
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    classes: Tensor | None,
+    bias: Tensor | None,
+    column_weight: Tensor | None,
+    lse: Tensor,  # [N]
+    normalize: bool,
+    weighted: bool,
+    precision: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, each None where it is not needed."""
+    rows = x.to(accumulate_dtype(x.dtype))
+    dx = torch.zeros_like(rows) if need_x else None
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    dweight = dweight if need_weight else None
+    dbias = torch.zeros_like(bias) if need_bias and bias is not None else None
+    # a row without other classes has lse = -inf and no gradient to share out
+    safe_lse = torch.where(lse == -torch.inf, 0, lse)[:, None]
+    for tile in tiles(rows, weight, labels, classes, bias, normalize) if len(rows) else ():
+        g = (tile.scores - safe_lse).exp_().mul_(grad_lse[:, None])
+        if weighted and grad_weighted is not None:
+            v = 1 if column_weight is None else column_weight[tile.ids].to(g.dtype)
+            g += grad_weighted[:, None] * v
+        if dbias is not None:
+            dbias[tile.ids] = g.masked_fill(tile.is_target, 0).sum(dim=0).to(dbias.dtype)
+        g = torch.where(tile.is_target, grad_target[:, None], g)
+        if dx is not None:
+            dx.addmm_(g, tile.weight)
+        if dweight is not None:
+            dw = g.T @ rows
+            if tile.norm is not None:
+                along = (g * tile.raw).sum(dim=0)[:, None]
+                dw = (dw - along * tile.weight) / tile.norm
+                dw = dw.masked_fill(tile.norm <= ZERO_NORM, 0)
+            dweight[tile.ids] = dw.to(dweight.dtype)
+    return None if dx is None else dx.to(x.dtype), dweight, dbias

@@ -1,0 +1,282 @@
+"""Margins: what a head does to the cosine of the target class, as small functions of that cosine.
+
+Every margin maps the target cosine t = cos(theta) to the cosine that enters the softmax:
+    z_y = scale * margin(t),    z_j = scale * cos(theta_j) for the other classes.
+Any callable on an [N] tensor is a margin; those of this file are the field's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Margin = Callable[..., Tensor]
+BEYOND_PI = ("linear", "none", "clip", "clamp", "easy", "monotone")
+
+
+def angle(cosine: Tensor) -> Tensor:
+    """acos with gradient 0 at |t| >= 1: there d cos / d x vanishes too, so the product is exact."""
+    inside = cosine.abs() < 1
+    safe = torch.where(inside, cosine, torch.zeros_like(cosine))
+    return torch.where(inside, torch.acos(safe), (cosine < 0).to(cosine.dtype) * math.pi)
+
+
+def combined_margin(
+    cosine: Tensor,
+    m1: float = 1.0,
+    m2: float | Tensor = 0.0,
+    m3: float | Tensor = 0.0,
+    beyond_pi: str = "monotone",
+    eps: float = 1e-3,
+) -> Tensor:
+    """cos(m1 theta + m2) - m3, with a stated convention where m1 theta + m2 passes pi.
+
+    cosine [N] · m2, m3 scalar or [N] · returns [N], differentiable in cosine, m2 and m3.
+    `beyond_pi`:
+      none      no correction: the loss stops being monotone (insightface, ElasticFace);
+      linear    t - m2 sin(m2) past the bound, m1 = 1 only (ArcFace's first code, CurricularFace);
+      clip      t to +-(1 - eps), the angle to [eps, pi - eps], gradient 0 where clipped (AdaFace);
+      clamp     the angle to at most 3.14159 (opensphere);
+      easy      the margin only where t > 0 (MagFace);
+      monotone  (-1)^k cos(phi) - 2k, k = floor(phi / pi) (SphereFace): continuous and decreasing.
+    """
+    if isinstance(m2, (int, float)) and m1 == 1 and m2 == 0 and beyond_pi != "clip":
+        return cosine - m3  # no angle: CosFace keeps its gradient at |t| = 1
+    if beyond_pi == "clip":
+        cosine = cosine.clamp(-1 + eps, 1 - eps)
+    phi = m1 * angle(cosine) + m2
+    if beyond_pi == "clip":
+        phi = phi.clamp(eps, math.pi - eps)
+    elif beyond_pi == "clamp":
+        phi = phi.clamp(max=3.14159)
+    value = torch.cos(phi)
+    if beyond_pi == "linear":
+        step = m2 * (torch.sin(m2) if isinstance(m2, Tensor) else math.sin(m2))
+        value = torch.where(phi < math.pi, value, cosine - step)
+    elif beyond_pi == "easy":
+        value = torch.where(cosine > 0, value, cosine)
+    elif beyond_pi == "monotone":
+        k = torch.floor(phi.detach() / math.pi)
+        value = torch.where(k % 2 == 0, value, -value) - 2 * k
+    return value - m3
+
+
+def _check_convention(beyond_pi: str, m1: float) -> None:
+    if beyond_pi not in BEYOND_PI:
+        raise ValueError(f"beyond_pi: expected one of {', '.join(BEYOND_PI)}, got {beyond_pi!r}")
+    if beyond_pi == "linear" and m1 != 1:
+        raise ValueError(f"beyond_pi='linear' is defined for m1=1, got m1={m1}; use 'monotone'")
+
+
+@dataclass(frozen=True)
+class CombinedMargin:
+    """cos(m1 theta + m2) - m3, all three at once (Deng et al., ArcFace, 2019, section 2.3).
+
+    m1 >= 1 multiplies the angle, m2 >= 0 is added to it (radians), m3 is taken from the cosine.
+    """
+
+    m1: float = 1.0
+    m2: float = 0.3
+    m3: float = 0.2
+    beyond_pi: str = "monotone"
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_convention(self.beyond_pi, self.m1)
+
+    def __call__(self, cosine: Tensor) -> Tensor:
+        return combined_margin(cosine, self.m1, self.m2, self.m3, self.beyond_pi, self.eps)
+
+
+@dataclass(frozen=True)
+class ArcFace:
+    """cos(theta + margin), margin in radians (Deng et al., 2019)."""
+
+    margin: float = 0.5
+    beyond_pi: str = "linear"
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_convention(self.beyond_pi, 1.0)
+
+    def __call__(self, cosine: Tensor) -> Tensor:
+        return combined_margin(cosine, 1.0, self.margin, 0.0, self.beyond_pi, self.eps)
+
+
+@dataclass(frozen=True)
+class CosFace:
+    """cos(theta) - margin (Wang et al., 2018; AM-softmax)."""
+
+    margin: float = 0.35
+
+    def __call__(self, cosine: Tensor) -> Tensor:
+        return cosine - self.margin
+
+
+@dataclass(frozen=True)
+class SphereFace:
+    """(-1)^k cos(m theta) - 2k, k = floor(m theta / pi) (Liu et al., 2017).
+
+    The paper's scale is the norm of the embedding: give it as `scale=embeddings.norm(dim=1)`.
+    """
+
+    margin: float = 4.0
+    beyond_pi: str = "monotone"
+
+    def __post_init__(self) -> None:
+        _check_convention(self.beyond_pi, self.margin)
+
+    def __call__(self, cosine: Tensor) -> Tensor:
+        return combined_margin(cosine, self.margin, 0.0, 0.0, self.beyond_pi)
+
+
+def assign_margins(draws: Tensor, cosine: Tensor, plus: str | None) -> Tensor:
+    """Give each row its margin: as drawn, or by how close the row is to its centre.
+
+    `rank`: the closer to the centre the smaller the margin (the paper's text). `reference`: the
+    authors' code, which gathers with the permutation where its inverse was meant. draws [N].
+    """
+    if plus is None:
+        return draws
+    order = torch.argsort(cosine.detach(), descending=True, stable=True)
+    ascending = torch.sort(draws).values
+    if plus == "reference":
+        return ascending[order]
+    return torch.empty_like(ascending).scatter(0, order, ascending)
+
+
+@dataclass(frozen=True)
+class _Elastic:
+    """Margins drawn per row from N(margin, std^2), once a call (Boutros et al., 2022)."""
+
+    margin: float
+    std: float
+    plus: str | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.plus not in (None, "rank", "reference"):
+            raise ValueError(f"plus: expected None, 'rank' or 'reference', got {self.plus!r}")
+        if self.std < 0:
+            raise ValueError(f"std: expected a value >= 0, got {self.std}")
+
+    def draw(self, cosine: Tensor) -> Tensor:
+        """One margin a row, before `plus` reassigns them. [N]"""
+        noise = torch.randn(
+            cosine.shape, generator=self.generator, dtype=cosine.dtype, device=cosine.device
+        )
+        return self.margin + self.std * noise
+
+    def margins(self, cosine: Tensor) -> Tensor:
+        return assign_margins(self.draw(cosine), cosine, self.plus)
+
+
+@dataclass(frozen=True)
+class ElasticArcFace(_Elastic):
+    """ArcFace with a margin drawn per row; `plus` as in `assign_margins`."""
+
+    margin: float = 0.5
+    std: float = 0.0125
+    beyond_pi: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_convention(self.beyond_pi, 1.0)
+
+    def __call__(self, cosine: Tensor) -> Tensor:
+        return combined_margin(cosine, 1.0, self.margins(cosine), 0.0, self.beyond_pi)
+
+
+@dataclass(frozen=True)
+class ElasticCosFace(_Elastic):
+    """CosFace with a margin drawn per row; `plus` as in `assign_margins`."""
+
+    margin: float = 0.35
+    std: float = 0.0125
+
+    def __call__(self, cosine: Tensor) -> Tensor:
+        return cosine - self.margins(cosine)
+
+
+class AdaFace(nn.Module):
+    """Margin by image quality, read off the embedding's norm (Kim et al., 2022).
+
+    zhat = clip(h (|x| - mean) / (std + 1e-3), -1, 1), detached; the target becomes
+    cos(clip(theta - margin zhat, eps, pi - eps)) - margin (1 + zhat).
+    Batch mean and (unbiased) std of the norm are moving averages with weight `momentum`, updated
+    before use while training; a batch of one row leaves the std as it was. They are buffers.
+    """
+
+    uses_norm = True
+
+    def __init__(
+        self, margin: float = 0.4, h: float = 0.333, momentum: float = 0.01, eps: float = 1e-3
+    ) -> None:
+        super().__init__()
+        self.margin, self.h, self.momentum, self.eps = margin, h, momentum, eps
+        self.register_buffer("mean", torch.tensor(20.0))
+        self.register_buffer("std", torch.tensor(100.0))
+
+    def forward(self, cosine: Tensor, norm: Tensor) -> Tensor:  # [N], [N] -> [N]
+        norm = norm.detach().clamp(0.001, 100)
+        if self.training and norm.numel() > 0:
+            with torch.no_grad():
+                self.mean.lerp_(norm.mean().to(self.mean), self.momentum)
+                if norm.numel() > 1:
+                    self.std.lerp_(norm.std().to(self.std), self.momentum)
+        mean, std = self.mean.to(norm), self.std.to(norm)
+        zhat = (self.h * (norm - mean) / (std + self.eps)).clamp(-1, 1)
+        shifted = combined_margin(cosine, 1.0, -self.margin * zhat, 0.0, "clip", self.eps)
+        return shifted - self.margin * (1 + zhat)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, h={self.h}, momentum={self.momentum}"
+
+
+@dataclass(frozen=True)
+class MagFace:
+    """ArcFace with a margin that grows with |x|, and a penalty that rewards long embeddings.
+
+    m(a) rises linearly from l_margin at a = l_a to u_margin at a = u_a, a = clamp(|x|, l_a, u_a);
+    penalty(a) = penalty_weight (a / u_a^2 + 1 / a), added to each row's loss. Both send their
+    gradient to |x| inside the clamp (Meng et al., 2021).
+    """
+
+    l_a: float = 10.0
+    u_a: float = 110.0
+    l_margin: float = 0.45
+    u_margin: float = 0.8
+    penalty_weight: float = 35.0
+    beyond_pi: str = "easy"
+
+    uses_norm = True
+
+    def __post_init__(self) -> None:
+        _check_convention(self.beyond_pi, 1.0)
+
+    def __call__(self, cosine: Tensor, norm: Tensor) -> Tensor:  # [N], [N] -> [N]
+        slope = (self.u_margin - self.l_margin) / (self.u_a - self.l_a)
+        margin = slope * (norm.clamp(self.l_a, self.u_a) - self.l_a) + self.l_margin
+        return combined_margin(cosine, 1.0, margin, 0.0, self.beyond_pi)
+
+    def penalty(self, norm: Tensor) -> Tensor:  # [N] -> [N]
+        norm = norm.clamp(self.l_a, self.u_a)
+        return self.penalty_weight * (norm / self.u_a**2 + 1 / norm)
+
+
+def apply_margin(
+    margin: Margin | None, cosine: Tensor, norm: Tensor | None, gradient: str
+) -> Tensor:
+    """The target cosine after the margin; `straight_through` takes the margin's slope for 1."""
+    if margin is None:
+        return cosine
+    moved = margin(cosine, norm) if getattr(margin, "uses_norm", False) else margin(cosine)
+    if moved.shape != cosine.shape:
+        raise ValueError(
+            f"margin: expected it to return shape {tuple(cosine.shape)}, got {tuple(moved.shape)}"
+        )
+    return cosine + (moved - cosine).detach() if gradient == "straight_through" else moved

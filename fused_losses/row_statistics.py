@@ -1,0 +1,258 @@
+"""The streamed primitive: statistics of each row's scores over all classes, the target apart.
+
+    z_ij = <x_i, w_j> + b_j        (w_j / |w_j| with normalize=True)
+    lse_i = log sum_{j != y_i} exp z_ij      target_i = <x_i, w_{y_i}>
+    weighted_sum_i = sum_{j != y_i} v_j z_ij      hardest_i = argmax_{j != y_i} z_ij
+
+A margin touches the target only, so every margin softmax is ordinary autograd on these [N]
+vectors; and since the target is never in the sum, 1 - p = sigmoid(lse - z_y) keeps its digits
+when p rounds to 1. Backward recomputes the scores tile by tile: G_ij = dlse_i exp(z_ij - lse_i).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses import backends
+
+FORWARD = (
+    "(Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
+    "Tensor? column_weight, bool normalize, bool weighted, str precision, SymInt kept_classes) "
+    "-> (Tensor lse, Tensor target, Tensor weighted_sum, Tensor hardest, Tensor hardest_score, "
+    "Tensor kept)"
+)
+BACKWARD = (
+    "(Tensor grad_lse, Tensor grad_target, Tensor? grad_weighted, Tensor x, Tensor weight, "
+    "Tensor labels, Tensor? classes, Tensor? bias, Tensor? column_weight, Tensor lse, "
+    "Tensor kept, bool normalize, bool weighted, str precision, bool need_x, bool need_weight, "
+    "bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+KEPT_PADDING = 64  # scores are kept in rows of whole vectors
+PYTHON_BACKENDS = ("bounded", "triton")
+
+_library = torch.library.Library("fused_losses", "FRAGMENT")
+
+
+class RowStatistics(NamedTuple):
+    """What one sweep over the classes knows of each row; [N] each, float32 (float64 in float64)."""
+
+    lse: Tensor
+    target: Tensor
+    weighted_sum: Tensor
+    hardest: Tensor
+    hardest_score: Tensor
+
+
+def op(backend: str, direction: str = "") -> Any:
+    """The registered op of a backend: forward, or with direction="_backward" its gradient."""
+    return getattr(torch.ops.fused_losses, f"row_statistics_{backend}{direction}").default
+
+
+def row_statistics(
+    x: Tensor,  # [N, D]
+    weight: Tensor,  # [C, D]
+    labels: Tensor,  # [N], -1: no target
+    *,
+    classes: Tensor | None = None,  # [K], increasing
+    bias: Tensor | None = None,  # [C]
+    column_weight: Tensor | None = None,  # [C]
+    normalize: bool = False,
+    weighted: bool = False,
+    precision: str = "fp32",
+    kept_classes: int = 0,
+    backend: str | None = None,
+) -> RowStatistics:
+    """Statistics over the classes, differentiable in x, weight and bias (module docstring).
+
+    `kept_classes`: how many classes' scores the forward may keep for the backward (cpu only).
+    Time O(N K D); memory O(N D) plus kept_classes * N. Second derivatives raise.
+    """
+    name, _ = backends.choose(backend, x.device, weight.dtype, precision)
+    if name == "triton" and x.dtype != weight.dtype:
+        x = x.to(weight.dtype)  # tensor cores take both operands in one dtype
+    out = op(name)(
+        x,
+        weight,
+        labels,
+        classes,
+        bias,
+        column_weight,
+        normalize,
+        weighted,
+        precision,
+        kept_classes if name == "cpu" else 0,
+    )
+    return RowStatistics(*out[:5])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, labels, classes, bias, column_weight, normalize, weighted, precision, _ = inputs
+    lse, _, _, hardest, hardest_score, kept = output
+    ctx.mark_non_differentiable(hardest, hardest_score, kept)
+    ctx.save_for_backward(x, weight, labels, classes, bias, column_weight, lse, kept)
+    ctx.settings = (normalize, weighted, precision)
+
+
+def _gradients(backward_op: Any, ctx: Any, grads: tuple) -> tuple:
+    x, weight, labels, classes, bias, column_weight, lse, kept = ctx.saved_tensors
+    normalize, weighted, precision = ctx.settings
+    grad_lse, grad_target, grad_weighted = grads[:3]
+    need_x, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
+    dx, dweight, dbias = backward_op(
+        grad_lse.contiguous(),
+        grad_target.contiguous(),
+        grad_weighted.contiguous() if weighted else None,
+        x,
+        weight,
+        labels,
+        classes,
+        bias,
+        column_weight,
+        lse,
+        kept,
+        normalize,
+        weighted,
+        precision,
+        need_x,
+        need_weight,
+        need_bias,
+    )
+    some = (dx if need_x else None, dweight if need_weight else None)
+    return (*some, None, None, dbias if need_bias else None, None, None, None, None, None)
+
+
+class RowStatisticsFunction(torch.autograd.Function):
+    """The primitive as an autograd Function: `apply(backend, x, weight, labels, ...)`.
+
+    The same gradient as the registered op's, for code that composes Functions by hand.
+    """
+
+    @staticmethod
+    def forward(backend: str, *inputs: Any) -> tuple[Tensor, ...]:
+        return op(backend)(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.backend = inputs[0]
+        _setup_context(ctx, inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        needs = ctx.needs_input_grad
+        shifted = _Shifted(ctx.saved_tensors, ctx.settings, needs[1:])
+        return (None, *_gradients(op(ctx.backend, "_backward"), shifted, grads))
+
+
+class _Shifted(NamedTuple):
+    saved_tensors: tuple
+    settings: tuple
+    needs_input_grad: tuple
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    classes: Tensor | None,
+    bias: Tensor | None,
+    column_weight: Tensor | None,
+    normalize: bool,
+    weighted: bool,
+    precision: str,
+    kept_classes: int,
+) -> tuple[Tensor, ...]:
+    n = x.shape[0]
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    padded = (n + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
+    row = x.new_empty(n, dtype=dtype)
+    return (
+        row,
+        torch.empty_like(row),
+        x.new_empty(n if weighted else 0, dtype=dtype),
+        torch.empty_like(labels, dtype=torch.int64),
+        torch.empty_like(row),
+        x.new_empty((kept_classes, padded), dtype=dtype),
+    )
+
+
+def _fake_backward(
+    grad_lse: Tensor,
+    grad_target: Tensor,
+    grad_weighted: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    classes: Tensor | None,
+    bias: Tensor | None,
+    column_weight: Tensor | None,
+    lse: Tensor,
+    kept: Tensor,
+    normalize: bool,
+    weighted: bool,
+    precision: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    empty = weight.new_empty(0)
+    return (
+        x.new_empty(x.shape) if need_x else x.new_empty(0),
+        weight.new_empty(weight.shape) if need_weight else empty,
+        bias.new_empty(bias.shape) if need_bias else empty.clone(),
+    )
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "row_statistics: a second derivative through the streamed kernels is not supported; "
+        "use backend='reference', whose autograd goes to any order"
+    )
+
+
+def _python_forward(kernels: str, *inputs: Any) -> tuple[Tensor, ...]:
+    module: ModuleType = backends.module(kernels)
+    out = module.forward(*inputs[:-1])
+    return (*out, out[0].new_empty((0, 0)))
+
+
+def _python_backward(kernels: str, *inputs: Any) -> tuple[Tensor, ...]:
+    module: ModuleType = backends.module(kernels)
+    without_kept = inputs[:10] + inputs[11:]
+    dx, dweight, dbias = module.backward(*without_kept)
+    weight = inputs[4]
+    return tuple(weight.new_empty(0) if g is None else g for g in (dx, dweight, dbias))
+
+
+def _register(backend: str) -> None:
+    """Fake kernels and autograd of one backend's ops: the same for all of them."""
+    name = f"fused_losses::row_statistics_{backend}"
+    torch.library.register_fake(name, _fake_forward)
+    torch.library.register_fake(f"{name}_backward", _fake_backward)
+    backward_op = op(backend, "_backward")
+    torch.library.register_autograd(
+        name,
+        lambda ctx, *grads: _gradients(backward_op, ctx, grads),
+        setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, output),
+    )
+    torch.library.register_autograd(f"{name}_backward", _refuse_second_derivative)
+
+
+def _define(backend: str) -> None:
+    """Ops whose kernels are Python: the bounded path and Triton."""
+    name = f"row_statistics_{backend}"
+    _library.define(name + FORWARD)
+    _library.define(f"{name}_backward" + BACKWARD)
+    key = "CompositeExplicitAutograd"
+    _library.impl(name, lambda *a: _python_forward(backend, *a), key)
+    _library.impl(f"{name}_backward", lambda *a: _python_backward(backend, *a), key)
+    _register(backend)
+
+
+for _backend in PYTHON_BACKENDS:
+    _define(_backend)
+if backends.unavailable("cpu") is None:
+    _register("cpu")

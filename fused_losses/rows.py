@@ -1,0 +1,16 @@
+"""Row-wise pieces, O(N D), that the losses share around the streamed primitives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ZERO_NORM = 1e-12
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x / |x| a row; a row with |x| <= 1e-12 becomes zero and gets gradient zero. [N, D]"""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    # `not <=` and not `>`: a NaN norm must stay NaN
+    alive = ~(norm <= ZERO_NORM)
+    return torch.where(alive, x / torch.where(alive, norm, 1), 0)
