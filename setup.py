@@ -50,7 +50,8 @@ setup(
             "fused_losses._C",
             ["csrc/bind.cpp"],
             include_dirs=[str(Path(__file__).parent / "csrc")],
-            extra_compile_args=["-std=c++20", "-O2"],
+            # torch brings the OpenMP runtime; ATen/Parallel.h is serial without this flag
+            extra_compile_args=["-std=c++20", "-O2", "-fopenmp"],
             depends=[str(p) for p in sorted(Path("csrc").rglob("*.[hc]*"))],
         )
     ],

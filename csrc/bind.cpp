@@ -26,11 +26,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return Type::kFloat32;
-    case at::kDouble: return Type::kFloat64;
-    case at::kBFloat16: return Type::kBFloat16;
-    case at::kHalf: return Type::kFloat16;
-    default: TORCH_CHECK_TYPE(false, "row_statistics: unsupported dtype ", t.scalar_type());
+    case at::kFloat:
+      return Type::kFloat32;
+    case at::kDouble:
+      return Type::kFloat64;
+    case at::kBFloat16:
+      return Type::kBFloat16;
+    case at::kHalf:
+      return Type::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "row_statistics: unsupported dtype ", t.scalar_type());
   }
 }
 
@@ -63,7 +68,9 @@ void advise_huge([[maybe_unused]] const Tensor& t) {
 #endif
 }
 
-Tensor dense_rows(const Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
+Tensor dense_rows(const Tensor& t) {
+  return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous();
+}
 
 OptionalTensor accumulated(const OptionalTensor& t, at::ScalarType type) {
   return t ? OptionalTensor(t->to(type).contiguous()) : std::nullopt;
@@ -124,10 +131,10 @@ struct Call {
     TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
                       "row_statistics: expected x [N, D] and weight [C, D], got ", x.sizes(),
                       " and ", weight.sizes());
-    TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == x.size(0) &&
-                          labels.scalar_type() == at::kLong,
-                      "labels: expected int64 [", x.size(0), "], got ", labels.scalar_type(), " ",
-                      labels.sizes());
+    TORCH_CHECK_VALUE(
+        labels.dim() == 1 && labels.size(0) == x.size(0) && labels.scalar_type() == at::kLong,
+        "labels: expected int64 [", x.size(0), "], got ", labels.scalar_type(), " ",
+        labels.sizes());
     accumulate = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     TORCH_CHECK_TYPE((x.scalar_type() == at::kDouble) == (accumulate == at::kDouble),
                      "row_statistics: expected x and weight both in float64 or neither");
@@ -247,7 +254,8 @@ size_t workspace_bytes(int64_t n, int64_t d, bool is_double, bool bf16) {
   p.precision = bf16 ? Precision::kBFloat16 : Precision::kFull;
   const Kernels& kernels = best_kernels();
   const int threads = at::get_num_threads();
-  return std::max(kernels.forward_bytes(p, threads), kernels.backward_bytes(p, threads, true, true));
+  return std::max(kernels.forward_bytes(p, threads),
+                  kernels.backward_bytes(p, threads, true, true));
 }
 
 TORCH_LIBRARY(fused_losses, m) {
@@ -275,15 +283,17 @@ TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   using namespace fused_losses;
   m.doc() = "Build information of the compiled kernels, and what tests need to steer them.";
-  m.def("capability", [] { return std::string(best_kernels().capability); },
-        "The instruction set that runs: default, avx2, avx512 or avx512_bf16.");
+  m.def(
+      "capability", [] { return std::string(best_kernels().capability); },
+      "The instruction set that runs: default, avx2, avx512 or avx512_bf16.");
   m.def("has_bf16", [] { return best_kernels().bf16; }, "Whether bf16 products can run.");
-  m.def("force_capability",
-        [](std::optional<std::string> name) {
-          TORCH_CHECK_VALUE(force_kernels(name ? name->c_str() : nullptr),
-                            "capability: cannot run ", *name, " on this CPU");
-        },
-        "Run another instruction set of this CPU (for tests); None: the best again.");
+  m.def(
+      "force_capability",
+      [](std::optional<std::string> name) {
+        TORCH_CHECK_VALUE(force_kernels(name ? name->c_str() : nullptr), "capability: cannot run ",
+                          *name, " on this CPU");
+      },
+      "Run another instruction set of this CPU (for tests); None: the best again.");
   m.def("workspace_bytes", &workspace_bytes, "Scratch bytes of a call, forward or backward.");
   m.def("build", [] {
     return std::vector<std::pair<std::string, std::string>>{

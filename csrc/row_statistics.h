@@ -28,8 +28,8 @@ struct Matrix {
 };
 
 struct Problem {
-  Matrix x;                   // [n, d]
-  Matrix w;                   // [*, d]
+  Matrix x;  // [n, d]
+  Matrix w;  // [*, d]
   int64_t n, d;
   int64_t k;                  // classes that take part
   const int64_t* ids;         // [k] their rows in w, or null for 0 .. k-1
@@ -40,7 +40,7 @@ struct Problem {
   bool normalize;
   bool weighted;
   Precision precision;
-  void* kept;                 // [kept_classes, padded n] products kept for the backward
+  void* kept;  // [kept_classes, padded n] products kept for the backward
   int64_t kept_classes;
 };
 
@@ -61,9 +61,9 @@ struct BackwardIn {
 };
 
 struct BackwardOut {
-  void* dx;   // [n, d] dense in x's type, or null
-  void* dw;   // [*, d] dense in w's type (rows outside ids are left alone), or null
-  void* db;   // [*] in the accumulation type, or null
+  void* dx;  // [n, d] dense in x's type, or null
+  void* dw;  // [*, d] dense in w's type (rows outside ids are left alone), or null
+  void* db;  // [*] in the accumulation type, or null
 };
 
 // Runs body(i) for i in [0, count), on threads or not.
@@ -84,7 +84,7 @@ struct Kernels {
 };
 
 const Kernels& generic_kernels();
-const Kernels* avx2_kernels();    // null where the build has none
+const Kernels* avx2_kernels();  // null where the build has none
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
 

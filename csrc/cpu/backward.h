@@ -50,7 +50,8 @@ struct BackwardPlan {
 
   std::pair<Thread, size_t> thread(const Problem& p, int index) const {
     using Word = typename PG::Word;
-    Arena arena(buffer ? static_cast<char*>(buffer) + shared_bytes + index * thread_bytes : nullptr);
+    Arena arena(buffer ? static_cast<char*>(buffer) + shared_bytes + index * thread_bytes
+                       : nullptr);
     TileScratch<PS, T> tile(arena, p);
     const int64_t n_by_row = tile.tile * tile.ld / PG::kPair;
     const int64_t n_by_class = words<PG>(tile.tile) * tile.ld;
@@ -254,8 +255,7 @@ void backward(const Problem& p, const BackwardIn& in, const BackwardOut& out, vo
     const bool live = i < p.n && lse != -std::numeric_limits<T>::infinity();
     plan.lse[i] = live ? lse : T(0);
     plan.grad_lse[i] = live ? static_cast<const T*>(in.grad_lse)[i] : T(0);
-    plan.grad_weighted[i] =
-        live && p.weighted ? static_cast<const T*>(in.grad_weighted)[i] : T(0);
+    plan.grad_weighted[i] = live && p.weighted ? static_cast<const T*>(in.grad_weighted)[i] : T(0);
   }
   on_threads(parallel, [&](int index) {
     auto th = plan.thread(p, index).first;

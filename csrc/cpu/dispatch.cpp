@@ -51,7 +51,8 @@ const Kernels& best_kernels() {
 bool force_kernels(const char* capability) {
   forced = nullptr;
   if (!capability) return true;
-  for (const Kernels* k : {&generic_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels()}) {
+  for (const Kernels* k :
+       {&generic_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels()}) {
     if (k && std::strcmp(k->capability, capability) == 0 && runs_here(capability)) forced = k;
   }
   return forced != nullptr;

@@ -5,7 +5,8 @@
 
 namespace fused_losses::FL_ISA {
 
-// Calls body(c, keep) for each class of the tile; keep is null, or 0 at the rows whose target it is.
+// Calls body(c, keep) for each class of the tile; keep is null, or 0 at the rows whose target it
+// is.
 template <class Tile, class T, class Body>
 inline void each_class(const Tile& tile, int64_t row0, int64_t rows, T* keep, Body&& body) {
   const Target* next = tile.targets;
@@ -68,7 +69,8 @@ struct ForwardPlan {
   }
 
   std::pair<Thread, size_t> thread(const Problem& p, int index) const {
-    Arena arena(buffer ? static_cast<char*>(buffer) + shared_bytes + index * thread_bytes : nullptr);
+    Arena arena(buffer ? static_cast<char*>(buffer) + shared_bytes + index * thread_bytes
+                       : nullptr);
     TileScratch<PS, T> tile(arena, p);
     RowSums<T> sums(arena, padded);
     T* best = arena.take<T>(kBlockRows);
@@ -90,8 +92,9 @@ inline T column_weight_of(const Problem& p, int64_t id) {
 
 // The first class of the tile whose score is highest for row i, target left out.
 template <class Tile, class T>
-inline int64_t find_hardest(const Problem& p, const Tile& tile, const TileScratch<typename Tile::Scores, T>& s,
-                            const T* scores, int64_t ld, int64_t row0, int64_t i) {
+inline int64_t find_hardest(const Problem& p, const Tile& tile,
+                            const TileScratch<typename Tile::Scores, T>& s, const T* scores,
+                            int64_t ld, int64_t row0, int64_t i) {
   int64_t target = -1;
   for (const Target* t = tile.targets; t != tile.targets_end; ++t) {
     if (t->row == row0 + i) target = t->position - tile.first;

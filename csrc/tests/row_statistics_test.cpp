@@ -1,0 +1,205 @@
+// The kernels of one instruction set against the formulas in double, on threads, awkward shapes.
+//
+// usage: row_statistics_test [default|avx2|avx512|avx512_bf16]; exit code 77 where it cannot run.
+#include "row_statistics.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+using namespace fused_losses;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (ok) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+void on_threads(int count, void (*body)(void*, int), void* context) {
+  std::vector<std::thread> threads;
+  for (int i = 1; i < count; ++i) threads.emplace_back([=] { body(context, i); });
+  body(context, 0);
+  for (auto& t : threads) t.join();
+}
+
+struct Shape {
+  int64_t n, c, d;
+  bool normalize, bias, weighted, subset, keep;
+  Precision precision;
+};
+
+std::vector<float> random(int64_t count, float scale, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> law(0, scale);
+  std::vector<float> out(count);
+  for (float& v : out) v = law(engine);
+  return out;
+}
+
+double worst(const std::vector<float>& got, const std::vector<double>& want) {
+  double error = 0, size = 1e-30;
+  for (size_t i = 0; i < want.size(); ++i) {
+    error += (got[i] - want[i]) * (got[i] - want[i]);
+    size += want[i] * want[i];
+  }
+  return std::sqrt(error / size);
+}
+
+void check(const Kernels& kernels, const Shape& s) {
+  const int64_t n = s.n, c = s.c, d = s.d;
+  const auto x = random(n * d, s.normalize ? 6 / std::sqrt(float(d)) : 0.3f, 1);
+  const auto w = random(c * d, 1, 2), bias = random(c, 1, 3), column = random(c, 1, 4);
+  const auto g_lse = random(n, 1, 5), g_target = random(n, 1, 6), g_weighted = random(n, 0.1f, 7);
+  std::vector<int64_t> ids;
+  for (int64_t j = 0; j < c; ++j) {
+    if (!s.subset || j % 3 != 1) ids.push_back(j);
+  }
+  const auto k = static_cast<int64_t>(ids.size());
+  std::vector<int64_t> target(n, -1);  // position among ids
+  std::vector<Target> targets;
+  for (int64_t i = 0; i < n; ++i) {
+    if (i % 5 == 3) continue;
+    target[i] = (i * 7) % k;
+    targets.push_back({target[i], i});
+  }
+  std::sort(targets.begin(), targets.end(), [](const Target& a, const Target& b) {
+    return a.position != b.position ? a.position < b.position : a.row < b.row;
+  });
+
+  const int64_t kept_classes = s.keep ? k * 2 / 3 : 0;
+  std::vector<float> kept(kept_classes * round_up(n, kKeptPadding) + 1);
+  const Problem p = {{x.data(), Type::kFloat32, d},
+                     {w.data(), Type::kFloat32, d},
+                     n,
+                     d,
+                     k,
+                     s.subset ? ids.data() : nullptr,
+                     s.bias ? bias.data() : nullptr,
+                     s.weighted ? column.data() : nullptr,
+                     targets.data(),
+                     static_cast<int64_t>(targets.size()),
+                     s.normalize,
+                     s.weighted,
+                     s.precision,
+                     kept.data(),
+                     kept_classes};
+  std::vector<float> lse(n), got_target(n), weighted(n), score(n), dx(n * d), dw(c * d), db(c);
+  std::vector<int64_t> hardest(n);
+  const Parallel parallel = {3, on_threads};
+  const size_t bytes =
+      std::max(kernels.forward_bytes(p, 3), kernels.backward_bytes(p, 3, true, true));
+  void* buffer = std::aligned_alloc(64, round_up(bytes, 64));
+  const ForwardOut out = {lse.data(), got_target.data(), s.weighted ? weighted.data() : nullptr,
+                          hardest.data(), score.data()};
+  kernels.forward(p, out, buffer, parallel);
+  const BackwardIn in = {g_lse.data(), g_target.data(), s.weighted ? g_weighted.data() : nullptr,
+                         lse.data()};
+  kernels.backward(p, in, {dx.data(), dw.data(), db.data()}, buffer, parallel);
+  std::free(buffer);
+
+  std::vector<double> want_lse(n), want_target(n), want_weighted(n), want_dx(n * d), want_dw(c * d),
+      want_db(c), norm(c, 1);
+  if (s.normalize) {
+    for (int64_t j = 0; j < c; ++j) {
+      norm[j] = 0;
+      for (int64_t e = 0; e < d; ++e) norm[j] += double(w[j * d + e]) * w[j * d + e];
+      norm[j] = std::sqrt(norm[j]);
+    }
+  }
+  std::vector<double> raw(n * k);
+  int64_t wrong_hardest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0, best = -INFINITY;
+    int64_t best_id = -1;
+    for (int64_t j = 0; j < k; ++j) {
+      double product = 0;
+      for (int64_t e = 0; e < d; ++e) product += double(x[i * d + e]) * w[ids[j] * d + e];
+      raw[i * k + j] = product / norm[ids[j]];
+      const double z = raw[i * k + j] + (s.bias ? bias[ids[j]] : 0);
+      if (j == target[i]) {
+        want_target[i] = raw[i * k + j];
+        continue;
+      }
+      sum += std::exp(z);
+      want_weighted[i] += (s.weighted ? column[ids[j]] : 0) * z;
+      if (z > best) {
+        best = z;
+        best_id = ids[j];
+      }
+    }
+    want_lse[i] = std::log(sum);
+    wrong_hardest += hardest[i] != best_id;
+  }
+  for (int64_t j = 0; j < k; ++j) {
+    const int64_t id = ids[j];
+    std::vector<double> dwhat(d);
+    double along = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double z = raw[i * k + j] + (s.bias ? bias[id] : 0);
+      double g = g_lse[i] * std::exp(z - want_lse[i]);
+      if (s.weighted) g += double(g_weighted[i]) * column[id];
+      if (j == target[i])
+        g = g_target[i];
+      else
+        want_db[id] += g;
+      along += g * raw[i * k + j];
+      for (int64_t e = 0; e < d; ++e) {
+        want_dx[i * d + e] += g * w[id * d + e] / norm[id];
+        dwhat[e] += g * x[i * d + e];
+      }
+    }
+    for (int64_t e = 0; e < d; ++e) {
+      const double projected = s.normalize ? along * w[id * d + e] / norm[id] : 0;
+      want_dw[id * d + e] = (dwhat[e] - projected) / norm[id];
+    }
+  }
+  const bool exact = s.precision == Precision::kFull;
+  const double loss_bound = s.precision == Precision::kBFloat16 ? 2e-2 : 2e-6;
+  const double gradient_bound = exact ? 5e-6 : 1e-2;
+  char name[200];
+  std::snprintf(name, sizeof name, "%s n=%ld c=%ld d=%ld%s%s%s%s%s precision=%d",
+                kernels.capability, long(n), long(c), long(d), s.normalize ? " normalize" : "",
+                s.bias ? " bias" : "", s.weighted ? " weighted" : "", s.subset ? " subset" : "",
+                s.keep ? " keep" : "", int(s.precision));
+  const std::string at = name;
+  expect(k == 1 || worst(lse, want_lse) < loss_bound, at + ": lse");
+  expect(worst(got_target, want_target) < loss_bound, at + ": target");
+  if (s.weighted) expect(worst(weighted, want_weighted) < 10 * loss_bound, at + ": weighted_sum");
+  expect(s.precision == Precision::kBFloat16 || wrong_hardest == 0, at + ": hardest");
+  if (k > 1) {
+    expect(worst(dx, want_dx) < gradient_bound, at + ": dx");
+    expect(worst(dw, want_dw) < gradient_bound, at + ": dw");
+    expect(worst(db, want_db) < gradient_bound, at + ": db");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (!force_kernels(argc > 1 ? argv[1] : nullptr)) return 77;
+  const Kernels& kernels = best_kernels();
+  std::vector<Precision> precisions = {Precision::kFull};
+  if (kernels.bf16) {
+    precisions.push_back(Precision::kMixed);
+    precisions.push_back(Precision::kBFloat16);
+  }
+  for (const Precision precision : precisions) {
+    check(kernels, {1, 7, 3, true, false, false, false, false, precision});
+    check(kernels, {37, 53, 24, true, false, false, false, true, precision});
+    check(kernels, {64, 500, 65, true, true, true, false, false, precision});
+    check(kernels, {300, 411, 128, true, true, false, true, true, precision});
+    check(kernels, {5, 1000, 513, false, true, true, true, true, precision});
+    check(kernels, {259, 97, 33, false, false, false, false, false, precision});
+  }
+  std::printf("%s: %d failures\n", kernels.capability, failures);
+  return failures ? 1 : 0;
+}
