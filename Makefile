@@ -35,6 +35,8 @@ ctest: $(VENV)/.installed
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 bench: venv
+	@mkdir -p runs/bench
+	$(BIN)/python -m pytest benchmarks --benchmark-json=runs/bench/pytest.json
 	$(BIN)/fused-losses bench
 
 lint: $(VENV)/.installed

@@ -104,6 +104,8 @@ def margin_softmax(
     labels = labels.long()
     if classes is not None:
         validation.check_index_vector("classes", classes, None, embeddings)
+        if classes.shape[0] == 0:
+            raise ValueError("classes: expected at least one class id, got an empty tensor")
         classes = torch.sort(classes.long()).values
     if not torch.compiler.is_compiling():
         validation.check_labels(labels, c, ignore_index=ignore_index)

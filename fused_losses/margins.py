@@ -166,9 +166,12 @@ class _Elastic:
 
     def draw(self, cosine: Tensor) -> Tensor:
         """One margin a row, before `plus` reassigns them. [N]"""
-        noise = torch.randn(
-            cosine.shape, generator=self.generator, dtype=cosine.dtype, device=cosine.device
-        )
+        if self.generator is None:
+            noise = torch.randn_like(cosine)  # torch.compile traces it for any N
+        else:
+            noise = torch.randn(
+                cosine.shape, generator=self.generator, dtype=cosine.dtype, device=cosine.device
+            )
         return self.margin + self.std * noise
 
     def margins(self, cosine: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def row_statistics(
     name, _ = backends.choose(backend, x.device, weight.dtype, precision)
     if name == "triton" and x.dtype != weight.dtype:
         x = x.to(weight.dtype)  # tensor cores take both operands in one dtype
-    out = op(name)(
+    arguments = (
         x,
         weight,
         labels,
@@ -86,6 +86,12 @@ def row_statistics(
         precision,
         kept_classes if name == "cpu" else 0,
     )
+    # torch.library.register_autograd makes a Function without setup_context, which torch.func
+    # refuses (torch 2.13); ours has one
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        out = RowStatisticsFunction.apply(name, *arguments)
+    else:
+        out = op(name)(*arguments)
     return RowStatistics(*out[:5])
 
 
@@ -95,12 +101,16 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(hardest, hardest_score, kept)
     ctx.save_for_backward(x, weight, labels, classes, bias, column_weight, lse, kept)
     ctx.settings = (normalize, weighted, precision)
+    # or backward would be handed zeros of the size of `kept`, as large as the whole budget
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(backward_op: Any, ctx: Any, grads: tuple) -> tuple:
     x, weight, labels, classes, bias, column_weight, lse, kept = ctx.saved_tensors
     normalize, weighted, precision = ctx.settings
-    grad_lse, grad_target, grad_weighted = grads[:3]
+    grad_lse, grad_target, grad_weighted = (
+        torch.zeros_like(lse) if grad is None else grad for grad in grads[:3]
+    )
     need_x, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
     dx, dweight, dbias = backward_op(
         grad_lse.contiguous(),
@@ -144,7 +154,27 @@ class RowStatisticsFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         needs = ctx.needs_input_grad
         shifted = _Shifted(ctx.saved_tensors, ctx.settings, needs[1:])
-        return (None, *_gradients(op(ctx.backend, "_backward"), shifted, grads))
+
+        def backward_op(*inputs: Any) -> tuple[Tensor, ...]:
+            return _BackwardFunction.apply(ctx.backend, *inputs)
+
+        return (None, *_gradients(backward_op, shifted, grads))
+
+
+class _BackwardFunction(torch.autograd.Function):
+    """The backward op where torch.func differentiates through it: it has no derivative."""
+
+    @staticmethod
+    def forward(backend: str, *inputs: Any) -> tuple[Tensor, ...]:
+        return op(backend, "_backward")(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        _refuse_second_derivative(ctx, *grads)
 
 
 class _Shifted(NamedTuple):
@@ -167,7 +197,6 @@ def _fake_forward(
 ) -> tuple[Tensor, ...]:
     n = x.shape[0]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    padded = (n + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
     row = x.new_empty(n, dtype=dtype)
     return (
         row,
@@ -175,7 +204,7 @@ def _fake_forward(
         x.new_empty(n if weighted else 0, dtype=dtype),
         torch.empty_like(labels, dtype=torch.int64),
         torch.empty_like(row),
-        x.new_empty((kept_classes, padded), dtype=dtype),
+        x.new_empty((kept_classes, _padded(n)), dtype=dtype),
     )
 
 
@@ -215,16 +244,24 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 def _python_forward(kernels: str, *inputs: Any) -> tuple[Tensor, ...]:
     module: ModuleType = backends.module(kernels)
-    out = module.forward(*inputs[:-1])
-    return (*out, out[0].new_empty((0, 0)))
+    x = inputs[0]
+    # a product inside a kernel is ours to round, also where autocast surrounds the backward
+    with torch.autocast(x.device.type, enabled=False):
+        out = module.forward(*inputs[:-1])
+    return (*out, out[0].new_empty((0, _padded(x.shape[0]))))
 
 
 def _python_backward(kernels: str, *inputs: Any) -> tuple[Tensor, ...]:
     module: ModuleType = backends.module(kernels)
     without_kept = inputs[:10] + inputs[11:]
-    dx, dweight, dbias = module.backward(*without_kept)
     weight = inputs[4]
+    with torch.autocast(weight.device.type, enabled=False):
+        dx, dweight, dbias = module.backward(*without_kept)
     return tuple(weight.new_empty(0) if g is None else g for g in (dx, dweight, dbias))
+
+
+def _padded(n: int) -> int:
+    return (n + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
 
 
 def _register(backend: str) -> None:

@@ -72,6 +72,11 @@ def reasons_against(
     return [why] if why else module(name).reasons_against(device, dtype, precision)
 
 
+# what torch.compiler.assume_constant_result sets, without its import of torch._dynamo (seconds):
+# Dynamo then asks once while it traces, and does not trace into importlib
+reasons_against._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def choose(
     backend: str | None, device: torch.device, dtype: torch.dtype, precision: str
 ) -> tuple[str, dict[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""Paired timing: every provider once a round, in turn, so that a drifting machine drifts for all."""
+"""Paired timing: every provider once a round, in turn: a machine that drifts drifts for all."""
 
 from __future__ import annotations
 

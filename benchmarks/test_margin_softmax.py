@@ -1,0 +1,29 @@
+"""pytest-benchmark rows of the same cases as `fused-losses bench`, one group a case.
+
+The paired ratios are `fused-losses bench`'s; these rows give the spread of each provider.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from fused_losses.bench import cases, measure
+
+SHAPES = [(256, 20_000, 512), (64, 50_000, 128)]
+CASES = {f"B{n}-C{c}-D{d}": cases.margin_softmax(n, c, d) for n, c, d in SHAPES}
+
+
+@pytest.mark.parametrize(
+    ("shape", "provider"), [(s, p) for s, case in CASES.items() for p in case.providers]
+)
+def test_margin_softmax(benchmark, shape: str, provider: str) -> None:
+    case = CASES[shape]
+    step = case.providers[provider]
+    case.clear()
+    step()
+    case.clear()
+    benchmark.group = case.title
+    benchmark.extra_info["extra_mib"] = max(0.0, measure.peak_mib(step) - case.gradients_mib)
+    benchmark.extra_info["flops_floor"] = case.flops
+    benchmark.extra_info["bytes_floor"] = case.bytes
+    benchmark.pedantic(step, setup=case.clear, rounds=5, warmup_rounds=1)

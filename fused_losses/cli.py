@@ -1,0 +1,45 @@
+"""The command `fused-losses`: train, bench, verify, info. Each part is imported when asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fused-losses", description="Fused losses for representation learning."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, backends, and why a backend cannot run here")
+    commands.add_parser("verify", help="check every op and backend against the float64 reference")
+    bench = commands.add_parser("bench", help="measure against eager, torch.compile and peers")
+    train = commands.add_parser("train", help="train a face embedding and evaluate it")
+    given = sys.argv[1:] if argv is None else argv
+    # the options of a part live in that part, which is imported only when it is the one asked for
+    if given[:1] == ["train"]:
+        from fused_losses.train import cli as train_cli
+
+        train_cli.add_arguments(train)
+    if given[:1] == ["bench"]:
+        from fused_losses.bench import report
+
+        report.add_arguments(bench)
+    args = parser.parse_args(given)
+    if args.command == "train":
+        return train_cli.run(args)
+    if args.command == "bench":
+        return report.run(args)
+    if args.command == "verify":
+        from fused_losses import verify
+
+        return verify.run()
+    from fused_losses import info
+
+    print("\n".join(info.lines()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

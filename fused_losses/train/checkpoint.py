@@ -1,0 +1,128 @@
+"""Checkpoints that a crash can't spoil: written beside the former one, then put in its place."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+SMALL_STATE = 64 * 2**20  # bytes up to which every step is written
+LARGE_STATE_SECONDS = 60.0
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """After this the file holds all that `write` wrote; if anything fails, what it held before."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save(path: Path, state: Any) -> None:
+    """Write a tree of dicts, lists, tensors and plain values.
+
+    Small tensors travel as one: torch.save spends its time per tensor, and this runs every step.
+    """
+    buffers: dict[torch.dtype, list[Tensor]] = {}
+    tree = _pack(state, buffers)
+    flat = {
+        dtype: {"lengths": [len(part) for part in parts], "values": torch.cat(parts)}
+        for dtype, parts in buffers.items()
+    }
+    write_atomically(path, lambda file: torch.save({"tree": tree, "flat": flat}, file))
+
+
+def load(path: Path) -> Any:
+    """What `save` wrote, on the CPU; runs no code from the file."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    flat = {
+        dtype: parts["values"].split(parts["lengths"]) for dtype, parts in saved["flat"].items()
+    }
+    return _unpack(saved["tree"], flat)
+
+
+_PACKED = "packed tensor"
+_MOST_PACKED = 2**18  # elements; larger tensors are not copied twice
+
+
+def _pack(node: Any, buffers: dict[torch.dtype, list[Tensor]]) -> Any:
+    if isinstance(node, Tensor):
+        node = node.detach()
+        if node.numel() > _MOST_PACKED:
+            return node
+        parts = buffers.setdefault(node.dtype, [])
+        parts.append(node.cpu().reshape(-1))
+        return {_PACKED: [node.dtype, len(parts) - 1, list(node.shape)]}
+    if isinstance(node, dict):
+        return {key: _pack(value, buffers) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(_pack(value, buffers) for value in node)
+    return node
+
+
+def _unpack(node: Any, flat: dict[torch.dtype, tuple[Tensor, ...]]) -> Any:
+    if isinstance(node, dict):
+        if _PACKED in node:
+            dtype, which, shape = node[_PACKED]
+            return flat[dtype][which].view(shape).clone()
+        return {key: _unpack(value, flat) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(_unpack(value, flat) for value in node)
+    return node
+
+
+def state_bytes(node: Any) -> int:
+    """Bytes of the tensors of a tree."""
+    if isinstance(node, Tensor):
+        return node.numel() * node.element_size()
+    if isinstance(node, dict):
+        return sum(state_bytes(value) for value in node.values())
+    if isinstance(node, (list, tuple)):
+        return sum(state_bytes(value) for value in node)
+    return 0
+
+
+def random_state() -> dict[str, Any]:
+    """The generators that a backbone or a margin may draw from."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [str(kind), [int(key) for key in keys], *rest]
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(tuple(state["numpy"]))
+
+
+class Schedule:
+    """When to write: every `every` steps, or for 0 every step while small, else by the clock."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.last = time.monotonic()
+
+    def due(self, step: int, size: int) -> bool:
+        """Whether to write after `step` steps are done, the state being `size` bytes."""
+        if self.every:
+            return step % self.every == 0
+        return size <= SMALL_STATE or time.monotonic() - self.last >= LARGE_STATE_SECONDS
+
+    def written(self) -> None:
+        self.last = time.monotonic()

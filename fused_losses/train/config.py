@@ -1,0 +1,148 @@
+"""What a training run is: every value that its numbers depend on, in one frozen record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+# People are always split into this many folds; `folds` says how many of them are run.
+SPLITS = 4
+MARGINS = (
+    "arcface",
+    "cosface",
+    "sphereface",
+    "adaface",
+    "magface",
+    "elastic-arcface",
+    "elastic-cosface",
+    "none",
+)
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "bounded")
+PRECISIONS = ("fp32", "tf32", "mixed", "bf16")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "linear", "constant")
+AUGMENTATIONS = ("none", "light", "full")
+AMPS = ("off", "bf16")
+
+# How often state is written, and how a run is judged against others, changes no loss.
+MAY_DIFFER = frozenset({"checkpoint_every", "compare"})
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field that carries its own --help text."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. Field `a_b` is option `--a-b` of the command line, with the same default."""
+
+    data: str = _option("orl", "orl, or a folder that holds one folder of pictures per person")
+    image_size: str = _option("auto", "HEIGHTxWIDTH; auto: 56x46 for orl, 64x64 for a folder")
+    folds: int = _option(SPLITS, f"folds of people to run, 1 to {SPLITS}")
+    backbone: str = _option("small", "small, or package.module:factory (torchvision, timm style)")
+    backbone_args: str = _option("{}", "JSON object of keyword arguments for the factory")
+    channels: int = _option(0, "1 grey, 3 colour; 0: 1 for small, 3 for a factory")
+    embedding: int = _option(128, "embedding size D")
+    classes: int = _option(0, "pad the class table to this many rows with distractor identities")
+    margin: str = _option("arcface", "margin on the target class", MARGINS)
+    margin_value: float | None = _option(None, "the margin's size; default: its paper's")
+    scale: float = _option(30.0, "scale s of the cosines")
+    backend: str = _option("auto", "backend of the trained head", BACKENDS)
+    precision: str = _option("fp32", "precision of the head's products", PRECISIONS)
+    memory_budget: int = _option(0, "bytes of logits that the head may keep for its backward")
+    compare: bool = _option(True, "train a second time with the reference backend")
+    steps: int = _option(150, "steps per fold")
+    batch_size: int = _option(120, "pictures per step")
+    optimizer: str = _option("adamw", "optimiser of the backbone", OPTIMIZERS)
+    lr: float = _option(1e-3, "peak learning rate of the backbone")
+    head_lr: float = _option(0.1, "peak learning rate of the class table (SGD)")
+    head_momentum: float = _option(0.9, "momentum of the class table; 0 with --classes padding")
+    weight_decay: float = _option(0.05, "decoupled for adamw; the class table has none")
+    momentum: float = _option(0.9, "momentum of sgd")
+    schedule: str = _option("cosine", "learning rate after the warm-up", SCHEDULES)
+    warmup: float = _option(0.1, "share of the steps with a linearly rising learning rate")
+    augment: str = _option("full", "none, light (flip, shift), full", AUGMENTATIONS)
+    amp: str = _option("off", "autocast of the backbone", AMPS)
+    device: str = _option("cpu", "torch device")
+    threads: int = _option(0, "CPU threads; 0: torch's own choice, then kept by --resume")
+    seed: int = _option(0, "seeds weights, folds, data order and augmentation")
+    checkpoint_every: int = _option(
+        0,
+        "steps between checkpoints; 0: every step while the state is under 64 MiB (a kill loses "
+        "at most the step under way), else once in 60 s and when interrupted",
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            choices, value = f.metadata["choices"], getattr(self, f.name)
+            if choices and value not in choices:
+                raise ValueError(f"{f.name}: expected one of {', '.join(choices)}, got {value!r}")
+        for name, least in (
+            ("steps", 1),
+            ("batch_size", 2),
+            ("embedding", 1),
+            ("classes", 0),
+            ("memory_budget", 0),
+            ("threads", 0),
+            ("checkpoint_every", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not 1 <= self.folds <= SPLITS:
+            raise ValueError(f"folds: expected 1 to {SPLITS}, got {self.folds}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup: expected a share from 0 to 1, got {self.warmup}")
+        if self.channels not in (0, 1, 3):
+            raise ValueError(f"channels: expected 0, 1 or 3, got {self.channels}")
+        if self.margin == "none" and self.margin_value is not None:
+            raise ValueError("margin_value: margin 'none' takes no value")
+        self.size()
+        self.factory_args()
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the pictures that the backbone sees."""
+        if self.image_size == "auto":
+            return (56, 46) if self.data == "orl" else (64, 64)
+        parts = self.image_size.lower().split("x")
+        if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
+            raise ValueError(f"image_size: expected HEIGHTxWIDTH or auto, got {self.image_size!r}")
+        return int(parts[0]), int(parts[1])
+
+    def picture_channels(self) -> int:
+        return self.channels or (1 if self.backbone == "small" else 3)
+
+    def factory_args(self) -> dict[str, Any]:
+        """`backbone_args` as a dictionary."""
+        try:
+            args = json.loads(self.backbone_args)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"backbone_args: expected a JSON object ({error})") from None
+        if not isinstance(args, dict):
+            raise ValueError(f"backbone_args: expected a JSON object, got {self.backbone_args!r}")
+        return args
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        return cls(**json.loads(text))
+
+    @classmethod
+    def load(cls, path: Path) -> TrainConfig:
+        return cls.from_json(path.read_text())
+
+    def with_changes(self, **changes: Any) -> TrainConfig:
+        return replace(self, **changes)
+
+
+def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
+    """What keeps `asked` from continuing `saved`, one sentence a field."""
+    return [
+        f"{f.name}: the run has {getattr(saved, f.name)!r}, asked for {getattr(asked, f.name)!r}"
+        for f in fields(TrainConfig)
+        if f.name not in MAY_DIFFER and getattr(saved, f.name) != getattr(asked, f.name)
+    ]

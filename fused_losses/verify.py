@@ -1,0 +1,123 @@
+"""`fused-losses verify`: every op on every backend that can run here, against float64 truth.
+
+A person with a new machine runs this first. The bound of a row is the eager float error in the
+same dtype (times two, plus a floor): a kernel may not be worse than plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_losses import backends, functional
+from fused_losses.margins import ArcFace, CosFace
+
+FLOOR = {
+    torch.float64: 1e-12,
+    torch.float32: 5e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+LOWERED = 2e-2  # products in bf16 or tf32, relative L2 of the gradients
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    op: str
+    backend: str
+    dtype: str
+    error: float
+    bound: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
+
+def _margin_softmax(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
+    return functional.margin_softmax(x, w, y, margin=ArcFace(0.5), **options)
+
+
+def _sampled(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
+    ids = torch.unique(torch.cat([y, torch.arange(0, w.shape[0], 3, device=y.device)]))
+    return functional.margin_softmax(x, w, y, margin=CosFace(0.35), classes=ids, **options)
+
+
+def _smoothed(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
+    return functional.margin_softmax(x, w, y, label_smoothing=0.1, **options)
+
+
+def _linear(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
+    return functional.linear_cross_entropy(x, w, y, **options).float()
+
+
+OPS: dict[str, Callable[..., Tensor]] = {
+    "margin_softmax": _margin_softmax,
+    "margin_softmax, classes": _sampled,
+    "margin_softmax, smoothing": _smoothed,
+    "linear_cross_entropy": _linear,
+}
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def _gradients(op: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor, **options: object):
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    loss = op(x, w, y, **options)
+    loss.backward()
+    return loss.detach(), x.grad, w.grad
+
+
+def rows(seed: int = 0) -> Iterator[Row]:
+    """The table, a row at a time: the worst of loss, dx and dw in relative L2."""
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for name, op in OPS.items():
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(37, 72, generator=generator, dtype=torch.float64)
+            w = torch.randn(301, 72, generator=generator, dtype=torch.float64)
+            y = torch.randint(0, 301, (37,), generator=generator)
+            yield from _of_op(name, op, x.to(device), w.to(device), y.to(device))
+
+
+def _of_op(name: str, op: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor) -> Iterator[Row]:
+    for dtype, floor in FLOOR.items():
+        cast = (x.to(dtype), w.to(dtype), y)
+        # truth for the rounded inputs: the inputs' own rounding is nobody's error
+        truth = _gradients(op, cast[0].double(), cast[1].double(), y, backend="reference")
+        eager = _gradients(op, *cast, backend="reference")
+        eager_error = max(_relative(a, b) for a, b in zip(eager, truth, strict=True))
+        for backend in ("cpu", "triton", "bounded"):
+            for precision in ("fp32", "tf32", "mixed", "bf16"):
+                if backends.reasons_against(backend, x.device, dtype, precision):
+                    continue
+                bound = 2 * eager_error + floor if precision == "fp32" else LOWERED
+                got = _gradients(op, *cast, backend=backend, precision=precision)
+                error = max(_relative(a, b) for a, b in zip(got, truth, strict=True))
+                where = backend if x.device.type == "cpu" else f"{backend} ({x.device})"
+                kind = str(dtype).removeprefix("torch.")
+                yield Row(name, where, f"{kind}/{precision}", error, bound)
+
+
+def run(say: Callable[[str], None] = print) -> int:
+    """Print the table; 0 if every row passes."""
+    say(f"{'op':28s} {'backend':16s} {'dtype/precision':18s} {'max error':>10s} {'bound':>10s}")
+    failed = 0
+    for row in rows():
+        failed += not row.passed
+        verdict = "pass" if row.passed else "FAIL"
+        say(
+            f"{row.op:28s} {row.backend:16s} {row.dtype:18s} {row.error:10.1e} "
+            f"{row.bound:10.1e} {verdict}"
+        )
+    for name, state in backends.available().items():
+        if state != "ok":
+            say(f"not checked: {name}: {state}")
+    return 1 if failed else 0
