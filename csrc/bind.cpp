@@ -1,8 +1,11 @@
 // The ops of the cpu backend and the module's build information: the one file that sees torch.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -51,6 +54,21 @@ void run_on_threads(int count, void (*body)(void*, int), void* context) {
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
   });
+}
+
+// Torch's own product on views; c is column-major, so the row-major view of it is transposed.
+template <class T>
+void host_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda,
+               const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {
+  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+  const auto view = [&](const T* data, int64_t rows, int64_t columns, int64_t ld, bool turned) {
+    const std::vector<int64_t> strides =
+        turned ? std::vector<int64_t>{1, ld} : std::vector<int64_t>{ld, 1};
+    return at::from_blob(const_cast<T*>(data), {rows, columns}, strides, options);
+  };
+  const c10::InferenceMode quiet;
+  Tensor out = view(c, n, m, ldc, false);
+  at::addmm_out(out, out, view(b, n, k, ldb, tb), view(a, k, m, lda, ta), beta, 1);
 }
 
 Parallel parallel_for_classes(int64_t k) {
@@ -162,6 +180,7 @@ struct Call {
         precision_of(precision),
         kept && kept->numel() ? kept->data_ptr() : nullptr,
         kept && kept->numel() ? kept->size(0) : 0,
+        {host_gemm<float>, host_gemm<double>},
     };
   }
 
@@ -251,6 +270,7 @@ size_t workspace_bytes(int64_t n, int64_t d, bool is_double, bool bf16) {
   p.d = d;
   p.k = int64_t(1) << 30;
   p.normalize = true;
+  p.gemm = {host_gemm<float>, host_gemm<double>};
   p.precision = bf16 ? Precision::kBFloat16 : Precision::kFull;
   const Kernels& kernels = best_kernels();
   const int threads = at::get_num_threads();

@@ -27,6 +27,14 @@ struct Matrix {
   int64_t stride;
 };
 
+// c[m, n] = (beta) c + op(a) op(b), column-major, as BLAS has it; float or double by the caller.
+struct Gemm {
+  void (*float32)(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+                  const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
+  void (*float64)(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const double* a, int64_t lda,
+                  const double* b, int64_t ldb, double beta, double* c, int64_t ldc);
+};
+
 struct Problem {
   Matrix x;  // [n, d]
   Matrix w;  // [*, d]
@@ -42,6 +50,7 @@ struct Problem {
   Precision precision;
   void* kept;  // [kept_classes, padded n] products kept for the backward
   int64_t kept_classes;
+  Gemm gemm;  // the host's BLAS, for kernels without wide vectors; may be null
 };
 
 // Outputs of the forward, [n] each; A is float, or double for float64 problems.

@@ -35,7 +35,7 @@ struct BackwardPlan {
     padded = padded_rows(p.n, kPanel<PS>);
     tiles = (p.k + tile_classes(p) - 1) / tile_classes(p);
     wide = round_up(p.d, kPanel<PG>);
-    direct = p.n <= kBlockRows && p.w.type == kNative<T>;
+    direct = p.n <= kBlockRows && p.w.type == kNative<T> && !uses_blas(p);
     Arena arena(base);
     columns = arena.take<typename PS::Word>(padded * words<PS>(p.d));
     rows = arena.take<typename PG::Word>(dw ? words<PG>(padded) * wide : 0);
@@ -132,12 +132,18 @@ inline void gradient_of_scores(const Problem& p, const BackwardIn& in,
 
 // dx[rows of the block] += G^T w
 template <class PS, class PG, class T>
-inline void add_dx(const BackwardPlan<PS, PG, T>& plan,
+inline void add_dx([[maybe_unused]] const Problem& p, const BackwardPlan<PS, PG, T>& plan,
                    typename BackwardPlan<PS, PG, T>::Thread& th, const Tile<PS, T>& tile,
                    int64_t row0, int64_t real_rows) {
   using Word = typename PG::Word;
   constexpr int64_t kWide = kPanel<PG>;
   const int64_t depth = words<PG>(tile.count), ld = th.tile.ld;
+  if constexpr (kPreferBlas) {
+    if (uses_blas(p)) {
+      return blas(p, false, true, p.d, real_rows, tile.count, tile.row(0), tile.stride(),
+                  th.by_class, ld, T(1), th.dx + row0 * plan.wide, plan.wide);
+    }
+  }
   for (int64_t q = 0; q < plan.wide; q += kWide) {
     const Word* panel = th.weights + q * words<PG>(th.tile.tile);
     for (int64_t i = 0; i < real_rows; i += kRows) {
@@ -160,6 +166,12 @@ inline void add_dw(const Problem& p, const BackwardOut& out, const BackwardPlan<
   using Word = typename PG::Word;
   constexpr int64_t kWide = kPanel<PG>;
   const int64_t depth = words<PG>(real_rows), left = th.tile.ld / PG::kPair;
+  if constexpr (kPreferBlas) {
+    if (uses_blas(p)) {
+      return blas(p, false, false, p.d, tile.count, real_rows, plan.dense + row0 * p.d, p.d,
+                  th.by_row, th.tile.ld, T(row0 ? 1 : 0), th.dw, plan.wide);
+    }
+  }
   T* dw = static_cast<T*>(out.dw);
   const bool aligned = (reinterpret_cast<uintptr_t>(dw) | p.d * sizeof(T)) % FL_VECTOR_BYTES == 0;
   for (int64_t q = 0; q < plan.wide; q += kWide) {
@@ -198,7 +210,7 @@ inline void backward_tile(const Problem& p, const BackwardIn& in, const Backward
                           typename BackwardPlan<PS, PG, T>::Thread& th, int64_t index) {
   const TileScratch<PS, T>& s = th.tile;
   const Tile<PS, T> tile(p, s, index);
-  if (plan.dx) {
+  if (plan.dx && !uses_blas(p)) {
     pack_rows<PG, T>([&](int64_t c) { return tile.row(c); }, tile.count, p.d,
                      words<PG>(s.tile) * kPanel<PG>, th.weights);
   }
@@ -211,9 +223,9 @@ inline void backward_tile(const Problem& p, const BackwardIn& in, const Backward
     const T* kept = kept_scores<T>(p, tile.first, tile.count);
     const T* scores = kept ? kept + row0 : s.scores;
     const int64_t ld = kept ? round_up(p.n, kKeptPadding) : s.ld;
-    if (!kept) tile.multiply_rows(plan.columns, row0, rows, s.scores, s.ld);
+    if (!kept) tile.multiply_rows(plan.columns, plan.dense, row0, rows, s.scores, s.ld);
     gradient_of_scores(p, in, plan, th, tile, scores, ld, row0, rows);
-    if (plan.dx) add_dx(plan, th, tile, row0, real_rows);
+    if (plan.dx) add_dx(p, plan, th, tile, row0, real_rows);
     if (row0 + block >= plan.padded) {
       // <w_hat, dw_hat> w_hat / |w|, as a factor of w
       for (int64_t c = 0; c < tile.count; ++c) {

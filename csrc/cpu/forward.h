@@ -124,7 +124,7 @@ inline void forward_tile(const Problem& p, const ForwardOut& out, const ForwardP
     T* kept = kept_scores<T>(p, tile.first, tile.count);
     T* scores = kept ? kept + row0 : s.scores;
     const int64_t ld = kept ? round_up(p.n, kKeptPadding) : s.ld;
-    tile.multiply_rows(plan.columns, row0, rows, scores, ld);
+    tile.multiply_rows(plan.columns, plan.dense, row0, rows, scores, ld);
 
     for (int64_t i = 0; i < rows; ++i) th.tile_best[i] = kNone;
     for (int64_t i = 0; i < rows; ++i) th.tile_sum[i] = 0;

@@ -23,6 +23,27 @@ inline int64_t tile_classes(const Problem& p) {
   return std::clamp<int64_t>(fit, 24, 384);
 }
 
+// Without wide vectors the host's BLAS, which has its own, multiplies tiles faster than we do.
+#if defined(FL_PREFER_BLAS)
+constexpr bool kPreferBlas = true;
+#else
+constexpr bool kPreferBlas = false;
+#endif
+
+inline bool uses_blas(const Problem& p) { return kPreferBlas && p.gemm.float32; }
+
+inline void blas(const Problem& p, bool ta, bool tb, int64_t m, int64_t n, int64_t k,
+                 const float* a, int64_t lda, const float* b, int64_t ldb, float beta, float* c,
+                 int64_t ldc) {
+  p.gemm.float32(ta, tb, m, n, k, a, lda, b, ldb, beta, c, ldc);
+}
+
+inline void blas(const Problem& p, bool ta, bool tb, int64_t m, int64_t n, int64_t k,
+                 const double* a, int64_t lda, const double* b, int64_t ldb, double beta, double* c,
+                 int64_t ldc) {
+  p.gemm.float64(ta, tb, m, n, k, a, lda, b, ldb, beta, c, ldc);
+}
+
 // Hands out 64-byte aligned pieces of one buffer; from null it only measures.
 class Arena {
  public:
@@ -162,11 +183,13 @@ struct TileScratch {
   T* inverse;                 // [tile] what a product is multiplied by to be a score
   T* keep;                    // [block] 1, or 0 at the target of the class at hand
   int64_t tile, ld;
+  bool gathered;  // whether weights are read from `rows`
 
   TileScratch(Arena& arena, const Problem& p) {
     tile = tile_classes(p);
     ld = std::min(round_up(p.n, kPanel<PS>), round_up(kBlockRows, kPanel<PS>)) + 16;
-    rows = arena.take<T>(p.w.type == kNative<T> ? 0 : tile * p.d);
+    gathered = p.w.type != kNative<T> || (uses_blas(p) && p.ids);
+    rows = arena.take<T>(gathered ? tile * p.d : 0);
     narrow = arena.take<typename PS::Word>(PS::kPair == 2 ? tile * words<PS>(p.d) : 0);
     scores = arena.take<T>(tile * ld);
     inverse = arena.take<T>(tile);
@@ -192,9 +215,11 @@ class Tile {
   int64_t id(int64_t c) const { return p_.ids ? p_.ids[first + c] : first + c; }
 
   const T* row(int64_t c) const {
-    if (p_.w.type != kNative<T>) return s_.rows + c * p_.d;
+    if (s_.gathered) return s_.rows + c * p_.d;
     return static_cast<const T*>(p_.w.data) + id(c) * p_.w.stride;
   }
+
+  int64_t stride() const { return s_.gathered ? p_.d : p_.w.stride; }
 
   const typename PS::Word* left(int64_t c) const {
     if constexpr (PS::kPair == 2)
@@ -204,8 +229,17 @@ class Tile {
   }
 
   // scores[c][i] = <w_c, x_i> for the rows [row0, row0 + rows) of packed x.
-  void multiply_rows(const typename PS::Word* columns, int64_t row0, int64_t rows, T* scores,
-                     int64_t ld) const {
+  void multiply_rows(const typename PS::Word* columns, const T* dense, int64_t row0, int64_t rows,
+                     T* scores, int64_t ld) const {
+    if constexpr (kPreferBlas) {
+      if (uses_blas(p_)) {
+        const int64_t real = std::min(rows, p_.n - row0);
+        for (int64_t c = 0; c < count; ++c)
+          std::fill(scores + c * ld + real, scores + c * ld + rows, T(0));
+        return blas(p_, true, false, real, count, p_.d, dense + row0 * p_.d, p_.d, row(0), stride(),
+                    T(0), scores, ld);
+      }
+    }
     const int64_t depth = words<PS>(p_.d);
     constexpr int64_t kWide = kPanel<PS>;
     for (int64_t i = 0; i < rows; i += kWide) {
@@ -228,7 +262,7 @@ class Tile {
 
  private:
   void read(int64_t c) {
-    if (p_.w.type != kNative<T>) read_row(p_.w, id(c), p_.d, s_.rows + c * p_.d);
+    if (s_.gathered) read_row(p_.w, id(c), p_.d, s_.rows + c * p_.d);
     const T* w = row(c);
     constexpr int64_t kStep = kLanes<T>;
     Vector<T> squares[4] = {};

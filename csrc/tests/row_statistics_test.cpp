@@ -91,7 +91,8 @@ void check(const Kernels& kernels, const Shape& s) {
                      s.weighted,
                      s.precision,
                      kept.data(),
-                     kept_classes};
+                     kept_classes,
+                     {nullptr, nullptr}};
   std::vector<float> lse(n), got_target(n), weighted(n), score(n), dx(n * d), dw(c * d), db(c);
   std::vector<int64_t> hardest(n);
   const Parallel parallel = {3, on_threads};

@@ -1,0 +1,406 @@
+"""`row_statistics` on Triton: NVIDIA from sm_80, AMD gfx942, and CPU tensors in its interpreter.
+
+Memory beyond the outputs: partial statistics (at most PARTIAL_BYTES), N x D accumulators in
+float32, and in the backward one chunk of G and of dW. Never N x C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from fused_losses import validation
+from fused_losses.backends import triton_launch as base
+from fused_losses.backends.triton_launch import Problem, ceil_div, from_column, kernels, norms
+from fused_losses.backends.triton_tiles import Tile
+
+PARTIAL_BYTES = 64 << 20
+ROW_BLOCK = 4096  # rows of G stored at a time: 4096 x 512 is 128 tiles of 128 x 128, a full H100
+MAX_CHUNK = 16384  # classes; bounds the chunk of dW where N is small
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str | None:
+    """Why no call can run here, or None."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if base.interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA GPU (TRITON_INTERPRET=1 runs the kernels on CPU tensors)"
+    return None
+
+
+def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
+    """Why this call cannot run, one sentence a reason."""
+    reasons = []
+    if dtype not in DTYPES:
+        reasons.append(f"dtype {dtype}: the kernels take float32, bfloat16 and float16")
+    if base.interpreted():
+        if device.type != "cpu":
+            reasons.append(f"device {device}: TRITON_INTERPRET=1 runs on CPU tensors only")
+    elif device.type != "cuda":
+        reasons.append(f"device {device}: the kernels run on a GPU (or TRITON_INTERPRET=1)")
+    elif not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        reasons.append("the kernels need tensor cores of compute capability 8.0 or newer")
+    elif precision == "tf32" and torch.version.hip:
+        reasons.append("precision='tf32': not on this GPU; use fp32, mixed or bf16")
+    return reasons
+
+
+def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
+    """Peak memory of forward and backward beyond inputs and gradients, at most."""
+    chunk = MAX_CHUNK * (d + min(n, ROW_BLOCK)) * 4  # of dW and of G, float32 at the most
+    return max(PARTIAL_BYTES, chunk) + 3 * n * d * 4
+
+
+def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
+    validation.check_labels(labels, weight.shape[0])
+    if classes is not None and not labels.is_cuda:
+        validation.check_classes(classes, weight.shape[0])
+        validation.check_labels_in_classes(labels, classes)
+
+
+def forward(
+    x: Tensor,  # [N, D]
+    weight: Tensor,  # [C, D]
+    labels: Tensor,  # [N], -1: no target
+    classes: Tensor | None,  # [K]
+    bias: Tensor | None,  # [C]
+    column_weight: Tensor | None,  # [C]
+    normalize: bool,
+    weighted: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.row_statistics`."""
+    check(labels, weight, classes)
+    p = base.problem(x, weight, labels, classes, bias, column_weight, normalize, precision, False)
+    forward_kernels = kernels()[0]
+    n, count, new = p.n, p.count, dict(dtype=torch.float32, device=x.device)
+    lse = torch.full((n,), -torch.inf, **new)
+    target = torch.zeros(n, **new)
+    weighted_sum = torch.zeros(n if weighted else 0, **new)
+    hardest = torch.full((n,), -1, dtype=torch.int64, device=x.device)
+    hardest_score = lse.clone()
+    if n == 0 or count == 0:
+        return lse, target, weighted_sum, hardest, hardest_score
+    tile = p.tile("forward", bias is not None or weighted)
+    parts = 3 if weighted else 2
+    # tiles whose partials are alive at once; several such segments are merged into one row each
+    segment = max(1, PARTIAL_BYTES // (4 * (parts + 1) * n))
+    tiles = ceil_div(count, tile.columns)
+    segments = ceil_div(tiles, segment)
+    segment = ceil_div(tiles, segments)
+    part, best = _partials(segment, n, parts, x.device)
+    top, top_best = _partials(segments, n, parts, x.device)
+    chunk = segment * tile.columns
+    if normalize:
+        # rows that the norms have just read should still be in L2
+        in_l2 = p.table.chunk_bytes // (p.d * x.element_size() * tile.columns)
+        chunk = min(chunk, max(1, in_l2) * tile.columns)
+    inverse = torch.empty(chunk, **new) if normalize else None
+    row_tiles = ceil_div(n, tile.rows)
+    merge_tile = Tile(16, 64, 64, 4, 2)
+    merging = dict(BM=merge_tile.rows, BT=merge_tile.columns)
+    for s in range(segments):
+        start, stop = s * segment, min((s + 1) * segment, tiles)
+        for first in range(start * tile.columns, min(stop * tile.columns, count), chunk):
+            end = min(first + chunk, stop * tile.columns, count)
+            if inverse is not None:
+                norms(p, inverse, first, end)
+            at = first // tile.columns - start
+            rows = [part[k, at:] for k in range(parts)]
+            base.launch(
+                forward_kernels.forward_tiles,
+                row_tiles * ceil_div(end - first, tile.columns),
+                (p.x, p.weight, inverse, p.positions, p.classes, p.bias, p.column_weight)
+                + (rows[0], rows[1], best[at:], rows[2] if weighted else None)
+                + (p.x.stride(0), p.weight.stride(0), n, first, end, p.d, row_tiles),
+                dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth))
+                | dict(BF16=p.bf16, DOT=p.dot),
+                tile,
+            )
+        if segments > 1:
+            base.launch(
+                forward_kernels.merge_tiles,
+                ceil_div(n, merge_tile.rows),
+                (part[0], part[1], best, part[2] if weighted else None)
+                + (top[0, s], top[1, s], top_best[s], top[2, s] if weighted else None)
+                + (n, stop - start),
+                merging,
+                merge_tile,
+            )
+    if segments == 1:
+        top, top_best = part, best
+    base.launch(
+        forward_kernels.forward_rows,
+        ceil_div(n, merge_tile.rows),
+        (p.x, p.weight, p.positions, p.classes)
+        + (top[0], top[1], top_best, top[2] if weighted else None)
+        + (lse, target, weighted_sum if weighted else None, hardest, hardest_score)
+        + (p.x.stride(0), p.weight.stride(0), n, tiles if segments == 1 else segments, p.d),
+        merging
+        | dict(BK=merge_tile.depth, EVEN=p.even(merge_tile.depth))
+        | dict(NORMALIZE=normalize, BF16=p.bf16),
+        merge_tile,
+    )
+    return lse, target, weighted_sum, hardest, hardest_score
+
+
+def _partials(rows: int, n: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    values = torch.empty((parts, rows, n), dtype=torch.float32, device=device)
+    return values, torch.empty((rows, n), dtype=torch.int32, device=device)
+
+
+def backward(
+    grad_lse: Tensor,  # [N]
+    grad_target: Tensor,  # [N]
+    grad_weighted: Tensor | None,  # [N]
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    classes: Tensor | None,
+    bias: Tensor | None,
+    column_weight: Tensor | None,
+    lse: Tensor,  # [N]
+    normalize: bool,
+    weighted: bool,
+    precision: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, each None where it is not needed."""
+    p = base.problem(x, weight, labels, classes, bias, column_weight, normalize, precision, True)
+    need_bias = need_bias and bias is not None
+    whole = classes is None and p.n > 0
+    make = torch.empty if whole else torch.zeros
+    dweight = make(weight.shape, dtype=weight.dtype, device=x.device) if need_weight else None
+    dbias = make(bias.shape, dtype=bias.dtype, device=x.device) if need_bias else None
+    if p.n == 0 or p.count == 0:
+        return torch.zeros_like(x) if need_x else None, dweight, dbias
+    grads = [grad_lse, grad_target, grad_weighted if weighted else None]
+    grads = [None if g is None else g.to(torch.float32).contiguous() for g in grads]
+    unscale = None
+    if x.dtype == torch.float16:
+        scale = _float16_scale(grads, p.column_weight)
+        grads, unscale = [None if g is None else g * scale for g in grads], (1 / scale).reshape(1)
+    rows = [lse.contiguous(), *grads]
+    owner = _owner_tiles(p)
+    # a class tile a processor at least, else the library products fill the GPU better
+    if owner is not None and p.count >= owner[1].columns * base.processors(x.device):
+        dx = _owners(p, owner, rows, unscale, need_x, dweight, dbias)
+    else:
+        with _library_tf32(precision == "tf32" and x.is_cuda):
+            dx = _chunks(p, rows, unscale, need_x, dweight, dbias)
+    if dx is not None:
+        dx = (dx if unscale is None else dx * unscale).to(x.dtype)
+    return dx, dweight, dbias
+
+
+def _float16_scale(grads: list[Tensor | None], column_weight: Tensor | None) -> Tensor:
+    """A power of two that brings the largest gradient to 16: float16 starts at 6e-8."""
+    largest = [g.abs().max() for g in grads if g is not None]
+    if column_weight is not None and grads[2] is not None:
+        largest.append(largest[2] * column_weight.abs().max())
+    exponent = torch.stack(largest).max().log2().floor()
+    return torch.exp2(torch.where(exponent.isfinite(), (4 - exponent).clamp(-100, 100), 0))
+
+
+@contextmanager
+def _library_tf32(wanted: bool) -> Iterator[None]:
+    """float32 library products in the precision that the caller asked for, whatever the global."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, now = matmul.fp32_precision, "tf32" if wanted else "ieee"
+    matmul.fp32_precision = now
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _owner_tiles(p: Problem) -> tuple[Tile, Tile] | None:
+    """Tiles of `owner_rows` and `owner_classes` where a whole row fits in one, else None."""
+    row_bytes = p.d * p.x.element_size()
+    wide = "" if row_bytes <= (512 if p.products == "rounded" else 256) else "_wide"
+    names = f"owner_rows{wide}", f"owner_classes{wide}"
+    if row_bytes > 512 or (names[0], p.products) not in p.table.tiles:
+        return None
+    return tuple(p.table.tiles[name, p.products] for name in names)
+
+
+def _owners(
+    p: Problem,
+    owner: tuple[Tile, Tile],
+    rows: list[Tensor | None],
+    unscale: Tensor | None,
+    need_x: bool,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> Tensor | None:
+    """The form without stored G: owners of class tiles for dw, then owners of row tiles for dx."""
+    gradients = kernels()[1]
+    width = max(16, 1 << (p.d - 1).bit_length())
+    shared = (p.positions, p.classes, p.bias, p.column_weight, *rows)
+    strides = (p.x.stride(0), p.weight.stride(0))
+    flags = dict(BD=width, EVEN=width == p.d, BF16=p.bf16, DOT=p.dot)
+    # the one buffer of C values, 1/D of W: the owners of classes leave their norms to those of rows
+    inverse = None
+    if p.normalize and need_x:
+        inverse = torch.empty(p.count, dtype=torch.float32, device=p.x.device)
+    if dweight is not None or dbias is not None:
+        tile = owner[1]
+        stride = 0 if dweight is None else dweight.stride(0)
+        base.launch(
+            gradients.owner_classes,
+            ceil_div(p.count, tile.columns),
+            (p.x, p.weight, *shared, inverse, unscale, dweight, dbias)
+            + (*strides, stride, p.n, p.count, p.d),
+            dict(BM=tile.rows, BN=tile.columns, NORMALIZE=p.normalize) | flags,
+            tile,
+        )
+    elif inverse is not None:
+        norms(p, inverse, 0, p.count)
+    if not need_x:
+        return None
+    tile = owner[0]
+    row_tiles, tiles = ceil_div(p.n, tile.rows), ceil_div(p.count, tile.columns)
+    # four programs a processor; each adds its classes into its own dx
+    steps = ceil_div(tiles, max(1, ceil_div(4 * base.processors(p.x.device), row_tiles)))
+    splits = ceil_div(tiles, steps)
+    parts = torch.empty((splits, p.n, p.d), dtype=torch.float32, device=p.x.device)
+    base.launch(
+        gradients.owner_rows,
+        row_tiles * splits,
+        (p.x, p.weight, inverse, *shared, parts) + (*strides, p.n, p.count, p.d, row_tiles, steps),
+        dict(BM=tile.rows, BN=tile.columns) | flags,
+        tile,
+    )
+    return parts.sum(0)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
+    """total = beta total + a b over a batch, float32 sums whatever the operands."""
+    if a.dtype == torch.float32:
+        total.baddbmm_(a, b, beta=beta)
+    elif a.is_cuda:
+        torch.baddbmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
+    else:
+        total.baddbmm_(a.float(), b.float(), beta=beta)
+
+
+def _chunks(
+    p: Problem,
+    rows: list[Tensor | None],
+    unscale: Tensor | None,
+    need_x: bool,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> Tensor | None:
+    """The form with a chunk of G stored: dx += G W and dW = G^T x are library products."""
+    gradients = kernels()[1]
+    x, n, d, low, device = p.x, p.n, p.d, p.low, p.x.device
+    extra = p.bias is not None or rows[3] is not None
+    tile = p.tile("gradient", extra)
+    block = min(n, ROW_BLOCK)
+    # dx has few tiles: its classes are split over as many products as fill the GPU, added at last
+    splits = max(1, min(16, ROW_BLOCK // block)) if n == block else 1
+    piece = (
+        max(1, p.table.ds_bytes // (block * low.itemsize * splits * tile.columns)) * tile.columns
+    )
+    piece = min(piece, max(1, MAX_CHUNK // (splits * tile.columns)) * tile.columns)
+    piece = min(piece, ceil_div(p.count, splits * tile.columns) * tile.columns)
+    chunk = piece * splits
+    new = dict(dtype=torch.float32, device=device)
+    row_tiles = ceil_div(n, tile.rows)
+    ds = torch.empty((block, chunk), dtype=low, device=device)
+    bias_sum = torch.empty((row_tiles, chunk), **new) if dbias is not None else None
+    inverse = torch.empty(chunk, **new) if p.normalize else None
+    # the product writes straight into dweight where nothing has to be done to it afterwards
+    direct = not p.normalize and p.classes is None and unscale is None and n == block
+    direct = direct and dweight is not None and dweight.dtype == low
+    gradient = None if direct or dweight is None else torch.empty((chunk, d), **new)
+    x_low = x.to(low)
+    dx = torch.zeros((splits, n, d), **new) if need_x else None
+    for first in range(0, p.count, chunk):
+        end = min(first + chunk, p.count)
+        length = end - first
+        if inverse is not None:
+            norms(p, inverse, first, end)
+        w = p.weight[first:end] if p.classes is None else p.weight[p.classes[first:end]]
+        w = w.to(low) if need_x else None
+        for top in range(0, n, block):
+            part = slice(top, min(top + block, n))
+            height = part.stop - top
+            base.launch(
+                gradients.gradient_tiles,
+                ceil_div(height, tile.rows) * ceil_div(length, tile.columns),
+                (x[part], p.weight, inverse, p.positions[part])
+                + (p.classes, p.bias, p.column_weight)
+                + tuple(None if r is None else r[part] for r in rows)
+                + (
+                    ds,
+                    from_column(bias_sum, top // tile.rows),
+                    x.stride(0),
+                    p.weight.stride(0),
+                    chunk,
+                )
+                + (height, first, end, d, ceil_div(height, tile.rows)),
+                dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth))
+                | dict(BF16=p.bf16, DOT=p.dot),
+                tile,
+            )
+            g = ds[:height, :length]
+            if dx is not None:
+                _add_rows(dx[:, part], g, w, piece)
+            if direct:
+                torch.mm(g.T, x_low, out=dweight[first:end])
+            elif gradient is not None:
+                beta = float(top > 0)
+                _accumulate(gradient[None, :length], g.T[None], x_low[None, part], beta)
+        if gradient is not None or dbias is not None:
+            _finish(p, gradient, inverse, bias_sum, unscale, dweight, dbias, first, end)
+    return None if dx is None else dx.sum(0)
+
+
+def _add_rows(dx: Tensor, g: Tensor, w: Tensor, piece: int) -> None:
+    """dx[s] += G W over the s-th piece of the classes; the rest of a ragged chunk to the first."""
+    height, length = g.shape
+    full = length // piece
+    if full:
+        split = g[:, : full * piece].unflatten(1, (full, piece)).transpose(0, 1)
+        _accumulate(dx[:full], split, w[: full * piece].unflatten(0, (full, piece)))
+    if length > full * piece:
+        _accumulate(dx[:1], g[None, :, full * piece :], w[None, full * piece :])
+
+
+def _finish(
+    p: Problem,
+    gradient: Tensor | None,
+    inverse: Tensor | None,
+    bias_sum: Tensor | None,
+    unscale: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    first: int,
+    end: int,
+) -> None:
+    tile = Tile(0, 32, 128, 4, 1)
+    height, width = (0, 0) if bias_sum is None else bias_sum.shape
+    out = None if gradient is None else dweight
+    base.launch(
+        kernels()[1].finish_weight,
+        ceil_div(end - first, tile.columns),
+        (gradient, p.weight, inverse, p.classes, bias_sum, unscale, out, dbias)
+        + (p.weight.stride(0), p.d, width)
+        + (first, end, p.d, height),
+        dict(BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth)),
+        tile,
+    )

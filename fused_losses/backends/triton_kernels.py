@@ -1,0 +1,314 @@
+"""Triton kernels of `row_statistics`, forward: products of x [N, D] and W [C, D], tile by tile.
+
+z_ij = <x_i, w_j> [/ |w_j|] + bias_j. Every program owns what it writes: no atomics, no locks, a
+fixed order of sums. Loads are clamped to the last row instead of masked, which takes fewer
+registers; what a clamped row gives is dropped at the end. Offsets of rows are 64-bit.
+"""
+
+import triton
+import triton.language as tl
+
+NOWHERE = tl.constexpr(2147483647)
+# a row of W at or below norm 1e-12 counts as zero, as the reference says
+TINY_SQUARE = tl.constexpr(1e-24)
+
+
+@triton.jit
+def row_offsets(index, count, ids, stride):
+    """64-bit offsets of rows `index` (clamped below `count`), through `ids` where given."""
+    index = tl.minimum(index, count - 1)
+    if ids is not None:
+        index = tl.load(ids + index)
+    return index.to(tl.int64) * stride
+
+
+@triton.jit
+def inverse_norm(square):
+    """1 / sqrt(square), or 0 for a row that counts as zero."""
+    root = tl.sqrt_rn(tl.maximum(square, TINY_SQUARE))
+    # a NaN must stay one: the comparison is written so that NaN takes the division
+    return tl.where(square <= TINY_SQUARE, 0.0, tl.div_rn(1.0, root + (square - square)))
+
+
+@triton.jit
+def load(pointers, depth, d, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=depth < d, other=0.0)
+
+
+@triton.jit
+def operand(a, BF16: tl.constexpr, DOT: tl.constexpr):
+    """A factor of a product: float32 rounded to bfloat16 where asked."""
+    if BF16:
+        a = a.to(tl.bfloat16)
+    if DOT == "interpret":
+        # the interpreter multiplies the bit patterns of bfloat16; the product in float32 is exact
+        a = a.to(tl.float32)
+    return a
+
+
+@triton.jit
+def rounded(a, BF16: tl.constexpr):
+    return operand(a, BF16, "ieee").to(tl.float32)
+
+
+@triton.jit
+def multiply(a, b, total, DOT: tl.constexpr):
+    """total + a b, summed in float32."""
+    if DOT == "interpret":
+        return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=DOT)
+
+
+@triton.jit
+def products(
+    x,  # [N, D]
+    w,  # [C, D]
+    x_rows,  # [BM] offsets
+    w_rows,  # [BN] offsets
+    d,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    BF16: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """<x_i, w_j> [BM, BN], accumulated in float32."""
+    depth = tl.arange(0, BK)
+    x_tile = x + x_rows[:, None] + depth[None, :]
+    w_tile = w + w_rows[:, None] + depth[None, :]
+    product = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, d, BK):
+        a = load(x_tile, depth[None, :], d - start, EVEN)
+        b = load(w_tile, depth[None, :], d - start, EVEN)
+        b = tl.trans(operand(b, BF16, DOT))
+        product = multiply(operand(a, BF16, DOT), b, product, DOT)
+        x_tile += BK
+        w_tile += BK
+    return product
+
+
+@triton.jit
+def column_values(inverse, classes, bias, column_weight, local, columns, count):
+    """1/|w_j|, bias_j, v_j of the columns (1, 0, 1 where not given); 0 past the end."""
+    real = columns < count
+    ids = columns
+    if classes is not None:
+        ids = tl.load(classes + columns, mask=real, other=0)
+    scale = tl.where(real, 1.0, 0.0)
+    v = scale
+    shift = tl.zeros_like(scale)
+    if inverse is not None:
+        scale = tl.load(inverse + local, mask=real, other=0.0)
+    if bias is not None:
+        shift = tl.load(bias + ids, mask=real, other=0.0).to(tl.float32)
+    if column_weight is not None:
+        v = tl.load(column_weight + ids, mask=real, other=0.0)
+    return scale, shift, v
+
+
+@triton.jit(do_not_specialize=["n", "first", "count", "row_tiles"])
+def forward_tiles(
+    x,  # [N, D]
+    w,  # [C, D]
+    inverse,  # [chunk] 1/|w_j| from the first column of the chunk, or None
+    positions,  # [N] int32: column of the target among the columns, -1 = none
+    classes,  # [count] int64 or None
+    bias,  # [C] or None
+    column_weight,  # [C] or None
+    peak,  # [T, N] maximum of a class tile
+    total,  # [T, N] sum exp(z - peak)
+    best,  # [T, N] int32 column of the maximum
+    moment,  # [T, N] sum v z, or None
+    stride_x,
+    stride_w,
+    n,
+    first,
+    count,
+    d,
+    row_tiles,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    BF16: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Partial maximum, sum of exponentials, arg-maximum of one class tile for one row tile."""
+    # the row tile runs fastest, so that all row tiles of a class tile find it in L2
+    row_tile = tl.program_id(0) % row_tiles
+    tile = tl.program_id(0) // row_tiles
+    rows = row_tile * BM + tl.arange(0, BM)
+    local = tile * BN + tl.arange(0, BN)
+    columns = first + local
+    x_rows = row_offsets(rows, n, None, stride_x)
+    w_rows = row_offsets(columns, count, classes, stride_w)
+    z = products(x, w, x_rows, w_rows, d, BM, BN, BK, EVEN, BF16, DOT)
+    real = columns < count
+    scale, shift, v = column_values(inverse, classes, bias, column_weight, local, columns, count)
+    if inverse is not None:
+        z *= scale[None, :]
+    if bias is not None:
+        z += shift[None, :]
+    # loaded after the products: before them it costs registers across the whole loop
+    position = tl.load(positions + rows, mask=rows < n, other=-1)
+    other = real[None, :] & (columns[None, :] != position[:, None])
+    out = tile.to(tl.int64) * n + rows
+    if moment is not None:
+        tl.store(moment + out, tl.sum(tl.where(other, z * v[None, :], 0.0), 1), mask=rows < n)
+    z = tl.where(other, z, float("-inf"))
+    # ties go to the lowest column; comparing z to its maximum afterwards instead spills on sm_100
+    high, where = tl.max(z, 1, return_indices=True)
+    # a row without any score in the tile has maximum -inf: subtract 0 from its scores instead
+    base = tl.where(high == float("-inf"), 0.0, high)
+    tl.store(peak + out, high, mask=rows < n)
+    tl.store(total + out, tl.sum(tl.exp(z - base[:, None]), 1), mask=rows < n)
+    tl.store(best + out, first + tile * BN + where, mask=rows < n)
+
+
+@triton.jit
+def merge(peak, total, best, moment, rows, n, groups, BM: tl.constexpr, BT: tl.constexpr):
+    """Maximum, sum exp, arg-maximum, sum v z over [groups, N] partials, in ascending order."""
+    real = rows < n
+    high = tl.full([BM], float("-inf"), tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    where = tl.full([BM], NOWHERE, tl.int32)
+    mean = tl.zeros([BM], tl.float32)
+    for start in range(0, groups, BT):
+        group = start + tl.arange(0, BT)
+        at = group.to(tl.int64)[:, None] * n + rows[None, :]
+        there = (group < groups)[:, None] & real[None, :]
+        part_high = tl.load(peak + at, mask=there, other=float("-inf"))
+        part_mass = tl.load(total + at, mask=there, other=0.0)
+        part_where = tl.load(best + at, mask=there, other=NOWHERE)
+        block_high = tl.max(part_high, 0)
+        tied = part_high == block_high[None, :]
+        block_where = tl.min(tl.where(tied, part_where, NOWHERE), 0)
+        where = tl.where(block_high > high, block_where, where)
+        new_high = tl.maximum(high, block_high)
+        shift = tl.where(new_high == float("-inf"), 0.0, new_high)
+        mass = mass * tl.exp(high - shift)
+        mass += tl.sum(part_mass * tl.exp(part_high - shift[None, :]), 0)
+        high = new_high
+        if moment is not None:
+            mean += tl.sum(tl.load(moment + at, mask=there, other=0.0), 0)
+    return high, mass, where, mean
+
+
+@triton.jit(do_not_specialize=["n", "groups"])
+def merge_tiles(
+    peak,  # [T, N]
+    total,  # [T, N]
+    best,  # [T, N]
+    moment,  # [T, N] or None
+    to_peak,  # [N]
+    to_total,  # [N]
+    to_best,  # [N]
+    to_moment,  # [N] or None
+    n,
+    groups,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """The partials of a segment of classes as one partial, so that few are alive at a time."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    high, mass, where, mean = merge(peak, total, best, moment, rows, n, groups, BM, BT)
+    tl.store(to_peak + rows, high, mask=rows < n)
+    tl.store(to_total + rows, mass, mask=rows < n)
+    tl.store(to_best + rows, where, mask=rows < n)
+    if moment is not None:
+        tl.store(to_moment + rows, mean, mask=rows < n)
+
+
+@triton.jit(do_not_specialize=["n", "groups"])
+def forward_rows(
+    x,  # [N, D]
+    w,  # [C, D]
+    positions,  # [N] int32
+    classes,  # [count] int64 or None
+    peak,  # [T, N]
+    total,  # [T, N]
+    best,  # [T, N]
+    moment,  # [T, N] or None
+    lse,  # [N]
+    target,  # [N]
+    weighted,  # [N] or None
+    hardest,  # [N] int64
+    hardest_score,  # [N]
+    stride_x,
+    stride_w,
+    n,
+    groups,
+    d,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BF16: tl.constexpr,
+):
+    """Merges the partials of BM rows in ascending order; <x_i, w_label> from the row itself."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    real = rows < n
+    high, mass, where, mean = merge(peak, total, best, moment, rows, n, groups, BM, BT)
+    position = tl.load(positions + rows, mask=real, other=-1)
+    labelled = position >= 0
+    w_index = tl.maximum(position, 0).to(tl.int64)
+    if classes is not None:
+        w_index = tl.load(classes + w_index)
+    w_rows = w_index * stride_w
+    x_rows = row_offsets(rows, n, None, stride_x)
+    depth = tl.arange(0, BK)
+    dot = tl.zeros([BM, BK], tl.float32)
+    square = tl.zeros([BM, BK], tl.float32)
+    for start in range(0, d, BK):
+        a = load(x + x_rows[:, None] + (start + depth)[None, :], depth[None, :], d - start, EVEN)
+        b = load(w + w_rows[:, None] + (start + depth)[None, :], depth[None, :], d - start, EVEN)
+        dot += rounded(a, BF16) * rounded(b, BF16)
+        if NORMALIZE:
+            square += b.to(tl.float32) * b.to(tl.float32)
+    score = tl.sum(dot, 1)
+    if NORMALIZE:
+        score *= inverse_norm(tl.sum(square, 1))
+    tl.store(target + rows, tl.where(labelled, score, 0.0), mask=real)
+    found = where != NOWHERE
+    empty = mass == 0.0
+    # no score at all: log 0 = -inf; a NaN among the scores is in `mass` and so in both outputs
+    tl.store(
+        lse + rows,
+        tl.where(empty, float("-inf"), high + tl.log(tl.where(empty, 1.0, mass))),
+        mask=real,
+    )
+    tl.store(hardest_score + rows, tl.where(mass == mass, high, mass), mask=real)
+    best_class = tl.where(found, where, 0).to(tl.int64)
+    if classes is not None:
+        best_class = tl.load(classes + best_class)
+    tl.store(hardest + rows, tl.where(found, best_class, -1), mask=real)
+    if moment is not None:
+        tl.store(weighted + rows, mean, mask=real)
+
+
+@triton.jit(do_not_specialize=["count"])
+def inverse_norms(
+    w,  # [C, D]
+    classes,  # [*] int64 or None, from the first class of the chunk
+    inverse,  # [count]
+    stride_w,
+    count,
+    d,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """1/|w_j| of a chunk of classes."""
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    w_rows = row_offsets(columns, count, classes, stride_w)
+    depth = tl.arange(0, BK)
+    square = tl.zeros([BN, BK], tl.float32)
+    for start in range(0, d, BK):
+        at = w + w_rows[:, None] + (start + depth)[None, :]
+        b = load(at, depth[None, :], d - start, EVEN).to(tl.float32)
+        square += b * b
+    tl.store(inverse + columns, inverse_norm(tl.sum(square, 1)), mask=columns < count)

@@ -1,0 +1,110 @@
+"""Executes the very PTX that a GPU would get, for sm_80 and sm_90, on the CPU, against float64.
+
+The emulator lies beside the project (../shared/ptxsim) and is not part of it. Out-of-bounds and
+misaligned accesses, shared and global races, and waits that are too weak are faults.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton_oracle as oracle
+import triton_record as record
+from triton_oracle import DTYPE_STEP, Case, call
+
+from fused_losses.backends import triton as backend
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+pytest.importorskip("triton")
+if not (SHARED / "ptxsim").is_dir():
+    pytest.skip("ptxsim is absent: the PTX is not executed here", allow_module_level=True)
+if backend.base.interpreted():
+    pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
+
+EVERYTHING = dict(weighted=True, bias=True, column_weight=True, no_target=0.1)
+# more than one tile each way, both ragged; D even and uneven for the tile, aligned and not
+CASES = [
+    Case(n=137, c=300, d=64, dtype=torch.bfloat16, name="plain", scale=16.0),
+    Case(n=70, c=150, d=40, dtype=torch.float16, classes=90, **EVERYTHING, name="everything"),
+    Case(n=40, c=130, d=27, dtype=torch.float16, normalize=False, name="unaligned"),
+    Case(n=40, c=90, d=40, scale=64.0, name="float32"),
+    Case(n=33, c=70, d=32, precision="tf32", name="tf32"),
+    Case(n=33, c=70, d=32, precision="bf16", bias=True, name="rounded"),
+]
+
+
+def simulate(cc: int, reports: list) -> Any:
+    sys.path.insert(0, str(SHARED))
+    from ptxsim.triton_run import triton_run
+
+    def launch(kernel: Any, programs: int, args: tuple, constants: dict, tile: Any) -> None:
+        options = dict(cc=cc, num_warps=tile.warps, num_stages=tile.stages)
+        report = triton_run(kernel, (programs,), *args, **options, **constants)
+        assert not report.warnings, report.warnings
+        reports.append((kernel.fn.__name__, report))
+
+    return launch
+
+
+@pytest.fixture(autouse=True)
+def _on_the_path() -> Any:
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_ptx(case: Case, arch: str) -> None:
+    data, reports = call(case), []
+    args, grads = data["args"], data["grads"]
+    launch = simulate(int(arch[3:]), reports)
+    with record.on(arch, launch):
+        out = backend.forward(**args)
+    step = {"tf32": 2**-10, "bf16": 2**-8}.get(case.precision, 2**-22)
+    names = ("lse", "target", "weighted_sum", "hardest", "hardest_score")
+    want = oracle.truth(args)
+    for name, g, w in zip(names, out, want, strict=True):
+        if name == "hardest":
+            assert case.precision != "fp32" or torch.equal(g, w)
+        elif name != "weighted_sum" or case.weighted:
+            assert (g - w).abs().max() <= 4 * step * w.abs().max(), name
+    names = ("x", "weight", "labels", "classes", "bias", "column_weight")
+    rest = args["normalize"], args["weighted"], args["precision"]
+    want = oracle.gradients(args, grads, torch.float64)
+    eager = oracle.gradients(args, grads, args["x"].dtype)
+    step = max(step, DTYPE_STEP[args["x"].dtype])
+    for processors in (10**6, 0):
+        with record.on(arch, launch, processors):
+            values = (args[k] for k in names)
+            got = backend.backward(*grads, *values, out[0], *rest, True, True, case.bias)
+        for g, w, e in zip(got, want, eager, strict=True):
+            if w is not None:
+                allowed = 6 * step * w.abs().max() + (e.double() - w).abs().max()
+                assert (g.double() - w).abs().max() <= allowed
+    ran = {name for name, _ in reports}
+    assert {"forward_tiles", "forward_rows", "gradient_tiles"} <= ran
+    if args["x"].dtype != torch.float32:
+        assert {"owner_rows", "owner_classes"} <= ran
+    products = ("wgmma", "mma.sync") if arch == "sm_90" else ("mma.sync",)
+    for name, report in reports:
+        if name in ("forward_tiles", "gradient_tiles", "owner_rows", "owner_classes"):
+            assert any(op.startswith(products) for op in report.opcodes()), name
+            assert report.coverage() > 0.8, (name, report.coverage())
+
+
+def test_merged_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(CASES[1], n=20, c=600, classes=0)
+    monkeypatch.setattr(backend, "PARTIAL_BYTES", 4 * 4 * 20 * 2)
+    args, reports = call(case)["args"], []
+    with record.on("sm_80", simulate(80, reports)):
+        out = backend.forward(**args)
+    assert "merge_tiles" in {name for name, _ in reports}
+    for g, w in zip(out, oracle.truth(args), strict=True):
+        assert (g - w).abs().max() <= 2**-20 * w.abs().max().clamp_min(1)

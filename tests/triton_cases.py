@@ -1,0 +1,211 @@
+"""The Triton kernels against float64, in Triton's interpreter; `test_triton.py` runs this file.
+
+Bound: the error of eager torch in the same dtype, plus a few steps of that dtype.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import pytest
+import torch
+import triton_oracle as oracle
+from torch import Tensor
+from triton_oracle import CASES, DTYPE_STEP, LOW, PRECISIONS, Case, call
+
+import fused_losses.backends
+from fused_losses.backends import triton, triton_launch
+from fused_losses.row_statistics import row_statistics
+
+STEPS = 6  # a few: sums of a few dozen rounded terms
+
+
+def yardstick(case: Case) -> tuple[torch.dtype, float]:
+    """The dtype of the eager run that is compared, and its step."""
+    low = case.precision in ("mixed", "bf16") and case.dtype == torch.float32
+    dtype = torch.bfloat16 if low else case.dtype
+    return dtype, 2**-11 if case.precision == "tf32" else DTYPE_STEP[dtype]
+
+
+def backward(args: dict[str, Any], grads: list, lse: Tensor, need: tuple = (True,) * 3) -> tuple:
+    names = ("x", "weight", "labels", "classes", "bias", "column_weight")
+    rest = args["normalize"], args["weighted"], args["precision"]
+    return triton.backward(*grads, *(args[k] for k in names), lse, *rest, *need)
+
+
+def close(got: Tensor, want: Tensor, eager: Tensor | None, step: float, what: str) -> None:
+    finite = want.isfinite()
+    got, want = got.double(), want.double()
+    assert torch.equal(got.isfinite(), finite), what
+    assert torch.equal(got[~finite].nan_to_num(7), want[~finite].nan_to_num(7)), what
+    if not finite.any():
+        return
+    largest = want[finite].abs().max().clamp_min(1e-3)
+    error = (got - want)[finite].abs().max() / largest
+    allowed = STEPS * step
+    if eager is not None:
+        allowed += float((eager.double() - want)[finite].abs().max() / largest)
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_forward(case: Case, args: dict[str, Any]) -> tuple:
+    got, want = triton.forward(**args), oracle.truth(args)
+    # float32 sums of exact products, unless the caller asked for less
+    step = {"fp32": 2**-24, "mixed": 2**-24, "tf32": 2**-11, "bf16": 2**-8}[case.precision]
+    names = ("lse", "target", "weighted_sum", "hardest", "hardest_score")
+    for name, g, w in zip(names, got, want, strict=True):
+        if name == "hardest":
+            exact = case.precision in ("fp32", "mixed")
+            assert not exact or torch.equal(g, w), name
+            assert g.dtype == torch.int64
+        elif name != "weighted_sum" or args["weighted"]:
+            assert g.dtype == torch.float32
+            close(g, w, None, step, name)
+    return got
+
+
+def check_backward(case: Case, data: dict[str, Any], lse: Tensor, form: str) -> None:
+    dtype, step = yardstick(case)
+    args, grads = data["args"], data["grads"]
+    got = backward(args, grads, lse)
+    want = oracle.gradients(args, grads, torch.float64)
+    eager = oracle.gradients(args, grads, dtype)
+    names = ("x", "weight", "bias")
+    for name, g, w, e in zip(names, got, want, eager, strict=True):
+        if w is None:
+            assert g is None
+            continue
+        assert g.dtype == args[name].dtype and g.shape == args[name].shape
+        close(g, w, e, step, f"gradient of {name} ({form})")
+
+
+@pytest.mark.parametrize("case", CASES + LOW + PRECISIONS, ids=lambda c: c.name)
+def test_row_statistics(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = call(case)
+    lse = check_forward(case, data["args"])[0]
+    for form, processors in (("stored G", 10**6), ("owners", 0)):
+        monkeypatch.setattr(triton_launch, "processors", lambda device, p=processors: p)
+        check_backward(case, data, lse, form)
+
+
+MANY = dict(n=75, c=203, d=40, weighted=True, bias=True, column_weight=True)
+
+
+@pytest.mark.parametrize("classes", (0, 131))
+def test_segments_chunks_and_row_blocks(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that is one piece at these sizes, cut into several ragged ones."""
+    monkeypatch.setattr(triton, "PARTIAL_BYTES", 4 * 4 * 75 * 5)
+    monkeypatch.setattr(triton, "ROW_BLOCK", 32)
+    monkeypatch.setattr(triton, "MAX_CHUNK", 64)
+    case = Case(**MANY, classes=classes, no_target=0.1)
+    data = call(case)
+    lse = check_forward(case, data["args"])[0]
+    check_backward(case, data, lse, "stored G")
+
+
+def test_split_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dx summed over several pieces of a chunk, the last chunk ragged; no bias, no norm."""
+    monkeypatch.setattr(triton, "ROW_BLOCK", 64)
+    monkeypatch.setattr(triton, "MAX_CHUNK", 64)
+    case = Case(n=20, c=203, d=40, normalize=False)
+    data = call(case)
+    lse = check_forward(case, data["args"])[0]
+    check_backward(case, data, lse, "stored G")
+
+
+def test_nan_in_a_row_stays_in_that_row() -> None:
+    case = Case(edit="nan row", weighted=True, bias=True)
+    args = call(case)["args"]
+    clean = call(Case(weighted=True, bias=True))["args"]
+    bad = torch.arange(case.n) == case.n // 3
+    for index, (got, want) in enumerate(
+        zip(triton.forward(**args), triton.forward(**clean), strict=True)
+    ):
+        assert torch.equal(got[~bad], want[~bad])
+        if index == 3:
+            assert -1 <= int(got[bad]) < case.c
+        else:
+            assert got[bad].isnan().all()
+
+
+def test_only_what_is_needed_is_computed() -> None:
+    data = call(Case(bias=True))
+    args, grads = data["args"], data["grads"]
+    lse = triton.forward(**args)[0]
+    whole = backward(args, grads, lse)
+    for i in range(3):
+        need = tuple(k == i for k in range(3))
+        part = backward(args, grads, lse, need)
+        assert [p is not None for p in part] == list(need)
+        assert torch.equal(part[i], whole[i])
+
+
+def test_classes_that_take_no_part_get_zero_gradient() -> None:
+    data = call(Case(c=90, classes=17, bias=True))
+    args = data["args"]
+    _, dweight, dbias = backward(args, data["grads"], triton.forward(**args)[0])
+    out = torch.ones(90, dtype=torch.bool)
+    out[args["classes"]] = False
+    assert not dweight[out].any() and not dbias[out].any()
+
+
+def test_empty_batch() -> None:
+    args = call(Case(n=4, bias=True))["args"]
+    args["x"], args["labels"] = args["x"][:0], args["labels"][:0]
+    out = triton.forward(**args)
+    assert [t.numel() for t in out] == [0] * 5
+    dx, dweight, dbias = backward(args, [out[0], out[0], None], out[0])
+    assert dx.shape == (0, 24) and not dweight.any() and not dbias.any()
+
+
+def test_label_out_of_range() -> None:
+    args = call(Case())["args"]
+    args["labels"][3] = 53
+    with pytest.raises(IndexError, match=r"labels: expected class ids in \[0, 53\)"):
+        triton.forward(**args)
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    """Row 2 starts 2^31 + 16 elements behind row 0; the pages between are never touched."""
+    stride, d = 2**30 + 8, 16
+    noreserve = 0x4000  # MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve
+    memory = mmap.mmap(-1, 2 * (2 * stride + d), flags=flags)
+    far = torch.frombuffer(memory, dtype=torch.float16).as_strided((3, d), (stride, 1))
+    near = torch.randn(3, d).half()
+    far.copy_(near)
+    shared = dict(classes=None, bias=None, column_weight=None, normalize=True, weighted=False)
+    shared |= dict(labels=torch.tensor([0, 2, 1]), precision="fp32")
+    want = triton.forward(x=near, weight=near, **shared)
+    got = triton.forward(x=far, weight=far, **shared)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    grads = [torch.randn(3), torch.randn(3), None]
+    for processors in (10**6, 0):
+        triton_launch.processors, saved = lambda device, p=processors: p, triton_launch.processors
+        try:
+            results = [backward(dict(x=t, weight=t, **shared), grads, got[0]) for t in (near, far)]
+        finally:
+            triton_launch.processors = saved
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True) if a is not None)
+
+
+def test_wired_as_a_backend() -> None:
+    assert fused_losses.backends.unavailable("triton") is None
+    data = call(Case(classes=20, bias=True, weighted=True))
+    args = data["args"]
+    leaves = [args[k].requires_grad_() for k in ("x", "weight", "bias")]
+    out = row_statistics(**args, backend="triton")
+    total = (out.lse * data["grads"][0]).sum() + (out.target * data["grads"][1]).sum()
+    total = total + (out.weighted_sum * data["grads"][2]).sum()
+    got = torch.autograd.grad(total, leaves)
+    want = oracle.gradients(args, data["grads"], torch.float64)
+    for g, w in zip(got, want, strict=True):
+        close(g, w, None, 2**-20, "gradient")
+
+
+def test_reasons_are_sentences() -> None:
+    cpu = torch.device("cpu")
+    assert triton.reasons_against(cpu, torch.float32, "fp32") == []
+    assert "float64" in triton.reasons_against(cpu, torch.float64, "fp32")[0]
+    assert "CPU" in triton.reasons_against(torch.device("cuda"), torch.float32, "fp32")[0]

@@ -1,0 +1,176 @@
+"""The primitive in float64 from its formula, gradients by autograd: the Triton tests' truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """One call of the primitive, forward and backward."""
+
+    n: int = 37
+    c: int = 53
+    d: int = 24
+    dtype: torch.dtype = torch.float32
+    precision: str = "fp32"
+    normalize: bool = True
+    weighted: bool = False
+    bias: bool = False
+    column_weight: bool = False
+    classes: int = 0  # how many take part; 0 = all
+    no_target: float = 0.0  # share of the labels that are -1
+    scale: float = 4.0
+    strided: bool = False
+    edit: str = ""
+    seed: int = 0
+    name: str = field(default="", compare=False)
+
+
+def call(case: Case) -> dict[str, Any]:
+    """The arguments of `forward`, by name, and the gradients that come back."""
+    g = torch.Generator().manual_seed(case.seed)
+    n, c, d = case.n, case.c, case.d
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    x = randn(n, d)
+    x = case.scale * x / x.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    weight = randn(c, d) * (0.3 if case.normalize else d**-0.5)
+    ids = None
+    if case.classes:
+        ids = torch.randperm(c, generator=g)[: case.classes].sort().values
+    pool = torch.arange(c) if ids is None else ids
+    labels = pool[torch.randint(len(pool), (n,), generator=g)]
+    labels = torch.where(torch.rand(n, generator=g) < case.no_target, -1, labels)
+    if case.edit == "zero row":
+        weight[c // 2] = 0
+    if case.edit == "duplicates":
+        weight[1::2] = weight[0]
+    if case.edit == "peaked":  # the target's score stands out by the whole scale
+        known = labels >= 0
+        x[known] = case.scale * weight[labels[known]] / weight[labels[known]].norm(dim=1)[:, None]
+    if case.edit == "nan row":
+        x[n // 3, d // 2] = torch.nan
+    x, weight = x.to(case.dtype), weight.to(case.dtype)
+    if case.strided:
+        wide = torch.zeros(n, d + 5, dtype=case.dtype)
+        wide[:, 3 : d + 3] = x
+        x, weight = wide[:, 3 : d + 3], weight.T.contiguous().T
+    bias = randn(c).to(case.dtype) if case.bias else None
+    args = dict(x=x, weight=weight, labels=labels, classes=ids, bias=bias)
+    args["column_weight"] = torch.rand(c, generator=g) if case.column_weight else None
+    args |= dict(normalize=case.normalize, weighted=case.weighted, precision=case.precision)
+    grads = [randn(n), randn(n), randn(n) if case.weighted else None]
+    return dict(args=args, grads=grads)
+
+
+def statistics(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    classes: Tensor | None,
+    bias: Tensor | None,
+    column_weight: Tensor | None,
+    normalize: bool,
+) -> list[Tensor]:
+    """lse, target, weighted_sum, hardest, hardest_score on the score matrix; any dtype."""
+    norm = weight.norm(dim=1, keepdim=True)
+    if normalize:
+        weight = torch.where(norm > 1e-12, weight / norm.clamp_min(1e-12), 0)
+    product = x @ weight.T
+    scores = product if bias is None else product + bias
+    columns = torch.arange(len(weight))
+    taking_part = torch.ones(len(weight), dtype=torch.bool)
+    if classes is not None:
+        taking_part = torch.isin(columns, classes)
+    others = taking_part[None, :] & (columns[None, :] != labels[:, None])
+    masked = scores.masked_fill(~others, -torch.inf)
+    lse = torch.full_like(masked[:, 0], -torch.inf)
+    some = others.any(1)
+    lse[some] = masked[some].logsumexp(1)
+    target = product.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    v = torch.ones_like(scores[0]) if column_weight is None else column_weight.to(scores)
+    best = masked.max(1)
+    return [
+        lse,
+        torch.where(labels >= 0, target, 0),
+        torch.where(others, v * scores, 0).sum(1),
+        torch.where(best.values > -torch.inf, best.indices, -1),
+        best.values,
+    ]
+
+
+def gradients(args: dict[str, Any], grads: list[Tensor | None], dtype: torch.dtype) -> list:
+    """dx, dweight, dbias by autograd through `statistics` in `dtype` (float64: the truth)."""
+    leaves = [args[k] for k in ("x", "weight", "bias")]
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in leaves]
+    x, weight, bias = leaves
+    out = statistics(
+        x, weight, args["labels"], args["classes"], bias, args["column_weight"], args["normalize"]
+    )
+    finite = out[0] > -torch.inf
+    total = (out[0][finite] * grads[0].to(dtype)[finite]).sum() + (
+        out[1] * grads[1].to(dtype)
+    ).sum()
+    if grads[2] is not None:
+        total = total + (out[2] * grads[2].to(dtype)).sum()
+    wanted = [t for t in leaves if t is not None]
+    found = torch.autograd.grad(total, wanted, allow_unused=True)
+    found = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+    return found if bias is not None else [*found, None]
+
+
+def truth(args: dict[str, Any]) -> list[Tensor]:
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.double()
+
+    with torch.no_grad():
+        return statistics(
+            wide(args["x"]),
+            wide(args["weight"]),
+            args["labels"],
+            args["classes"],
+            wide(args["bias"]),
+            wide(args["column_weight"]),
+            args["normalize"],
+        )
+
+
+CASES = [
+    Case(name="ragged"),
+    Case(name="one-row-one-class", n=1, c=1, d=8),
+    Case(name="one-class", n=9, c=1, normalize=False, bias=True),
+    Case(name="more-rows-than-classes", n=70, c=5, d=40),
+    Case(name="classes-subset", c=300, n=33, classes=71, bias=True, no_target=0.3),
+    Case(name="classes-of-one", c=40, n=5, classes=1),
+    Case(name="no-target", no_target=1.0, weighted=True),
+    Case(name="everything", weighted=True, bias=True, column_weight=True, no_target=0.2),
+    Case(name="linear-everything", normalize=False, weighted=True, bias=True, column_weight=True),
+    Case(name="scale-64-peaked", scale=64.0, edit="peaked"),
+    Case(name="scale-100", scale=100.0, no_target=0.1),
+    Case(name="duplicates", edit="duplicates"),
+    Case(name="zero-row", edit="zero row", weighted=True),
+    Case(name="strided", strided=True, bias=True),
+    Case(name="wide-few-classes", d=512, c=7, n=19),
+]
+LOW = [
+    replace(case, name=f"{case.name}-{str(dtype).split('.')[1]}", dtype=dtype)
+    for dtype in (torch.bfloat16, torch.float16)
+    for case in CASES
+    if case.name in ("ragged", "everything", "classes-subset", "scale-64-peaked", "strided")
+]
+PRECISIONS = [
+    replace(case, name=f"{case.name}-{precision}", precision=precision)
+    for precision in ("tf32", "mixed", "bf16")
+    for case in CASES
+    if case.name in ("everything", "scale-100")
+]
+# what rounding the operands costs, relative to the largest value: 2^-24, 2^-11, 2^-8, 2^-11
+STEP = {"fp32": 2**-24, "tf32": 2**-11, "mixed": 2**-8, "bf16": 2**-8}
+DTYPE_STEP = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
