@@ -204,7 +204,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   advise_huge(kept);
   const Call call(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision,
                   &kept);
-  const Tensor lse = at::empty({n}, options), target = at::empty({n}, options);
+  const auto doubles = options.dtype(at::kDouble);
+  const Tensor lse = at::empty({n}, doubles), target = at::empty({n}, doubles);
   const Tensor weighted_sum = at::empty({weighted ? n : 0}, options);
   const Tensor hardest = at::empty({n}, labels.options().dtype(at::kLong));
   const Tensor hardest_score = at::empty({n}, options);
@@ -212,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Kernels& kernels = best_kernels();
     const Parallel parallel = parallel_for_classes(call.problem.k);
     const Tensor buffer = call.buffer(kernels.forward_bytes(call.problem, parallel.threads));
-    const ForwardOut out = {lse.data_ptr(), target.data_ptr(),
+    const ForwardOut out = {lse.data_ptr<double>(), target.data_ptr<double>(),
                             weighted ? weighted_sum.data_ptr() : nullptr,
                             hardest.data_ptr<int64_t>(), hardest_score.data_ptr()};
     kernels.forward(call.problem, out, aligned(buffer), parallel);

@@ -53,10 +53,11 @@ struct Problem {
   Gemm gemm;  // the host's BLAS, for kernels without wide vectors; may be null
 };
 
-// Outputs of the forward, [n] each; A is float, or double for float64 problems.
+// Outputs of the forward, [n] each. What decides 1 - p comes in double: a score near 48 has steps
+// of 4e-6 in float. The rest is in the accumulation type: float, or double for float64 problems.
 struct ForwardOut {
-  void* lse;
-  void* target;
+  double* lse;
+  double* target;
   void* weighted_sum;  // null unless weighted
   int64_t* hardest;    // an id, or -1
   void* hardest_score;

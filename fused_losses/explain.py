@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     if fn not in EXPLAINED:
         known = ", ".join(f.__name__ for f in EXPLAINED)
         raise ValueError(f"fn: expected one of {known}, got {getattr(fn, '__name__', fn)!r}")
-    rows, weight = args[0], args[1]
+    # by place or by name, as the call itself takes them
+    asked = inspect.signature(fn).bind(*args, **kwargs).arguments
+    rows, weight = list(asked.values())[:2]
     n, c = (1 if rows.dim() == 1 else rows.shape[0]), weight.shape[0]
     classes = kwargs.get("classes")
     taking_part = c if classes is None else classes.shape[0]
@@ -52,7 +55,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
 def _extra_bytes(name: str, n: int, c: int, weight: Tensor, precision: str) -> int:
     d, dtype = weight.shape[1], weight.dtype
     size = 8 if dtype == torch.float64 else 4
-    around = 6 * n * d * size  # normalised and scaled rows, and their gradients
+    # rows made float, normalised, scaled, and their gradients; and slack for the [N] vectors
+    around = 8 * n * d * size + (1 << 18) + 200 * n
     if name == "reference":
         return around + 8 * n * c * size + 2 * c * d * size
     return around + backends.module(name).extra_bytes(n, d, dtype, precision)

@@ -202,6 +202,7 @@ def _streamed(
         kept_classes=_kept_classes(memory_budget, x, weight, taking_part),
         backend=backend,
     )
+    norm = norm.to(stats.target.dtype)
     target_cosine = stats.target / scale
     picked = torch.where(valid, labels, 0)
     target_bias = 0.0 if bias is None else bias.to(accumulate)[picked]
@@ -230,7 +231,8 @@ def _streamed(
             (stats.hardest_score - hardest_bias) / scale,
             stats.target + target_bias > stats.hardest_score,
         )
-    return torch.where(valid, loss, 0), told
+        told = MarginSoftmaxStats(*(c.to(accumulate) if c.is_floating_point() else c for c in told))
+    return torch.where(valid, loss, 0).to(accumulate), told
 
 
 def _told(valid: Tensor, *columns: Tensor) -> MarginSoftmaxStats:

@@ -38,7 +38,11 @@ _library = torch.library.Library("fused_losses", "FRAGMENT")
 
 
 class RowStatistics(NamedTuple):
-    """What one sweep over the classes knows of each row; [N] each, float32 (float64 in float64)."""
+    """What one sweep over the classes knows of each row, [N] each.
+
+    lse and target are float64 on CPU and CUDA whatever the inputs: their difference decides 1 - p,
+    and a float32 score near 48 has steps of 4e-6. The rest is float32 (float64 for float64).
+    """
 
     lse: Tensor
     target: Tensor
@@ -183,6 +187,11 @@ class _Shifted(NamedTuple):
     needs_input_grad: tuple
 
 
+def row_dtype(weight: Tensor) -> torch.dtype:
+    """What lse and target come in: float64 where the device has it."""
+    return torch.float64 if weight.device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
 def _fake_forward(
     x: Tensor,
     weight: Tensor,
@@ -197,13 +206,13 @@ def _fake_forward(
 ) -> tuple[Tensor, ...]:
     n = x.shape[0]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    row = x.new_empty(n, dtype=dtype)
+    row = x.new_empty(n, dtype=row_dtype(weight))
     return (
         row,
         torch.empty_like(row),
         x.new_empty(n if weighted else 0, dtype=dtype),
         torch.empty_like(labels, dtype=torch.int64),
-        torch.empty_like(row),
+        x.new_empty(n, dtype=dtype),
         x.new_empty((kept_classes, _padded(n)), dtype=dtype),
     )
 
@@ -247,14 +256,18 @@ def _python_forward(kernels: str, *inputs: Any) -> tuple[Tensor, ...]:
     x = inputs[0]
     # a product inside a kernel is ours to round, also where autocast surrounds the backward
     with torch.autocast(x.device.type, enabled=False):
-        out = module.forward(*inputs[:-1])
-    return (*out, out[0].new_empty((0, _padded(x.shape[0]))))
+        lse, target, *rest = module.forward(*inputs[:-1])
+    wide = row_dtype(inputs[1])
+    kept = rest[-1].new_empty((0, _padded(x.shape[0])))
+    return (lse.to(wide), target.to(wide), *rest, kept)
 
 
 def _python_backward(kernels: str, *inputs: Any) -> tuple[Tensor, ...]:
     module: ModuleType = backends.module(kernels)
-    without_kept = inputs[:10] + inputs[11:]
     weight = inputs[4]
+    narrow = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    grad_lse, grad_target, lse = (inputs[i].to(narrow) for i in (0, 1, 9))
+    without_kept = (grad_lse, grad_target, *inputs[2:9], lse, *inputs[11:])
     with torch.autocast(weight.device.type, enabled=False):
         dx, dweight, dbias = module.backward(*without_kept)
     return tuple(weight.new_empty(0) if g is None else g for g in (dx, dweight, dbias))

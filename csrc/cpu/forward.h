@@ -48,6 +48,7 @@ struct ForwardPlan {
   int64_t padded, tiles;
   typename PS::Word* columns;
   T* dense;
+  T* row;  // [d]
   struct Thread {
     TileScratch<PS, T> tile;
     RowSums<T> sums;
@@ -63,6 +64,7 @@ struct ForwardPlan {
     Arena arena(base);
     columns = arena.take<typename PS::Word>(padded * words<PS>(p.d));
     dense = arena.take<T>(p.n * p.d);
+    row = arena.take<T>(p.d);
     shared_bytes = arena.used();
     thread_bytes = 0;
     thread_bytes = thread(p, 0).second;
@@ -112,7 +114,7 @@ inline int64_t find_hardest(const Problem& p, const Tile& tile,
 }
 
 template <class PS, class T>
-inline void forward_tile(const Problem& p, const ForwardOut& out, const ForwardPlan<PS, T>& plan,
+inline void forward_tile(const Problem& p, const ForwardPlan<PS, T>& plan,
                          typename ForwardPlan<PS, T>::Thread& th, int64_t index) {
   constexpr int64_t kStep = kLanes<T>;
   constexpr T kNone = -std::numeric_limits<T>::infinity();
@@ -166,12 +168,26 @@ inline void forward_tile(const Problem& p, const ForwardOut& out, const ForwardP
       }
     });
     for (int64_t i = 0; i < rows; ++i) th.sums.total[row0 + i] += th.tile_sum[i];
+  }
+}
 
-    for (const Target* t = tile.targets; t != tile.targets_end; ++t) {
-      const int64_t c = t->position - tile.first, i = t->row - row0;
-      if (i < 0 || i >= rows) continue;
-      static_cast<T*>(out.target)[t->row] = scores[c * ld + i] * s.inverse[c];
+// <x_i, w_y> (over |w_y|) in double, from the rows themselves: O(n d), and free of the tile's
+// rounding, which a confident row would multiply.
+template <class T>
+inline void write_targets(const Problem& p, const T* x, T* row, double* target) {
+  std::fill_n(target, p.n, 0.0);
+  for (int64_t t = 0; t < p.target_count; ++t) {
+    const Target& at = p.targets[t];
+    const int64_t id = p.ids ? p.ids[at.position] : at.position;
+    if (t == 0 || p.targets[t - 1].position != at.position) read_row(p.w, id, p.d, row);
+    double product = 0, square = 0;
+    for (int64_t e = 0; e < p.d; ++e) {
+      product += static_cast<double>(x[at.row * p.d + e]) * row[e];
+      square += static_cast<double>(row[e]) * row[e];
     }
+    const double norm = std::sqrt(square);
+    if (p.normalize) product = norm <= kZeroNorm ? 0 : product / norm;
+    target[at.row] = product;
   }
 }
 
@@ -186,7 +202,7 @@ void forward(const Problem& p, const ForwardOut& out, void* buffer, const Parall
   constexpr T kNone = -std::numeric_limits<T>::infinity();
   const ForwardPlan<PS, T> plan(p, buffer);
   pack_columns<PS>(dense_rows(p, plan.dense), p.n, p.d, p.d, plan.padded, plan.columns);
-  std::fill_n(static_cast<T*>(out.target), p.n, T(0));
+  write_targets(p, plan.dense, plan.row, out.target);
   on_threads(parallel, [&](int index) {
     auto th = plan.thread(p, index).first;
     std::fill_n(th.tile.keep, th.tile.ld, T(1));
@@ -196,7 +212,7 @@ void forward(const Problem& p, const ForwardOut& out, void* buffer, const Parall
     std::fill_n(th.sums.weighted, plan.padded, 0.0);
     int64_t begin, end;
     tiles_of(index, parallel.threads, plan.tiles, &begin, &end);
-    for (int64_t t = begin; t < end; ++t) forward_tile<PS, T>(p, out, plan, th, t);
+    for (int64_t t = begin; t < end; ++t) forward_tile<PS, T>(p, plan, th, t);
   });
   for (int64_t i = 0; i < p.n; ++i) {
     T best = kNone;
@@ -216,7 +232,7 @@ void forward(const Problem& p, const ForwardOut& out, void* buffer, const Parall
       if (sums.total[i] != 0) total += sums.total[i] * std::exp(shift - (best > kNone ? best : 0));
       weighted += sums.weighted[i];
     }
-    static_cast<T*>(out.lse)[i] = static_cast<T>((best > kNone ? best : 0) + std::log(total));
+    out.lse[i] = (best > kNone ? best : 0) + std::log(total);
     if (out.weighted_sum) static_cast<T*>(out.weighted_sum)[i] = static_cast<T>(weighted);
     out.hardest[i] = hardest;
     static_cast<T*>(out.hardest_score)[i] = best;

@@ -19,7 +19,7 @@ constexpr int64_t kBlockRows = 256;        // rows whose scores a tile holds at 
 constexpr double kZeroNorm = 1e-12;
 
 inline int64_t tile_classes(const Problem& p) {
-  const int64_t fit = kTileBytes / (p.d * 4) / 12 * 12;
+  const int64_t fit = kTileBytes / (std::max<int64_t>(p.d, 1) * 4) / 12 * 12;
   return std::clamp<int64_t>(fit, 24, 384);
 }
 

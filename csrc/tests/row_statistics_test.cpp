@@ -45,7 +45,8 @@ std::vector<float> random(int64_t count, float scale, unsigned seed) {
   return out;
 }
 
-double worst(const std::vector<float>& got, const std::vector<double>& want) {
+template <class T>
+double worst(const std::vector<T>& got, const std::vector<double>& want) {
   double error = 0, size = 1e-30;
   for (size_t i = 0; i < want.size(); ++i) {
     error += (got[i] - want[i]) * (got[i] - want[i]);
@@ -93,7 +94,8 @@ void check(const Kernels& kernels, const Shape& s) {
                      kept.data(),
                      kept_classes,
                      {nullptr, nullptr}};
-  std::vector<float> lse(n), got_target(n), weighted(n), score(n), dx(n * d), dw(c * d), db(c);
+  std::vector<double> lse(n), got_target(n);
+  std::vector<float> lse_float(n), weighted(n), score(n), dx(n * d), dw(c * d), db(c);
   std::vector<int64_t> hardest(n);
   const Parallel parallel = {3, on_threads};
   const size_t bytes =
@@ -102,8 +104,9 @@ void check(const Kernels& kernels, const Shape& s) {
   const ForwardOut out = {lse.data(), got_target.data(), s.weighted ? weighted.data() : nullptr,
                           hardest.data(), score.data()};
   kernels.forward(p, out, buffer, parallel);
+  std::copy(lse.begin(), lse.end(), lse_float.begin());
   const BackwardIn in = {g_lse.data(), g_target.data(), s.weighted ? g_weighted.data() : nullptr,
-                         lse.data()};
+                         lse_float.data()};
   kernels.backward(p, in, {dx.data(), dw.data(), db.data()}, buffer, parallel);
   std::free(buffer);
 

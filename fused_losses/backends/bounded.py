@@ -96,13 +96,13 @@ def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tenso
     """
     # float64 where the device has it
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else x.dtype
-    out = torch.zeros_like(labels, dtype=x.dtype)
+    out = torch.zeros_like(labels, dtype=wide)
     step = max(1, TILE_BYTES // (32 * max(x.shape[1], 1)))
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
         w = weight[labels[rows].clamp_min(0)].to(wide)
         w = unit_rows(w) if normalize else w
-        out[rows] = (x[rows].to(wide) * w).sum(dim=1).to(x.dtype)
+        out[rows] = (x[rows].to(wide) * w).sum(dim=1)
     return torch.where(labels < 0, 0, out)
 
 

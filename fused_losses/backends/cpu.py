@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -9,23 +11,24 @@ import torch
 _BUILD_HINT = "the C++ extension is not built: run `pip install .` with a C++20 compiler"
 
 
-def extension() -> ModuleType | None:
-    """The compiled module, or None where it was not built. Importing it registers its ops."""
+@lru_cache
+def _load() -> ModuleType | ImportError:
+    """The compiled module, or why it cannot be imported. Importing it registers its ops."""
     try:
-        from fused_losses import _C
-    except ImportError:
-        return None
-    return _C
+        return importlib.import_module("fused_losses._C")
+    except ImportError as error:
+        return error
+
+
+def extension() -> ModuleType | None:
+    """The compiled module, or None where it was not built."""
+    loaded = _load()
+    return None if isinstance(loaded, ImportError) else loaded
 
 
 def unavailable() -> str | None:
-    if extension() is not None:
-        return None
-    try:
-        from fused_losses import _C  # noqa: F401
-    except ImportError as error:
-        return f"{_BUILD_HINT} ({error})"
-    return None
+    loaded = _load()
+    return f"{_BUILD_HINT} ({loaded})" if isinstance(loaded, ImportError) else None
 
 
 def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:

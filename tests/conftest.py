@@ -1,0 +1,65 @@
+"""What every test shares: the backends by name, a fixed seed, and poisoned uninitialised memory."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import hypothesis
+import pytest
+import torch
+
+from fused_losses import backends
+
+BACKENDS = ("reference", "bounded", "cpu")
+STREAMED = ("bounded", "cpu")  # those that must never hold the N x C scores
+
+# the same examples in every run: a failure here is a failure everywhere
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
+hypothesis.settings.load_profile("fixed")
+
+
+def require(name: str) -> str:
+    """The backend's name; skips with its own reason where it cannot run.
+
+    `make test` sets FUSED_LOSSES_REQUIRE_CPU=1: there a missing extension is a failure, so that a
+    broken build cannot pass as a skipped one.
+    """
+    why = backends.unavailable(name)
+    if why is not None:
+        if name == "cpu" and os.environ.get("FUSED_LOSSES_REQUIRE_CPU") == "1":
+            pytest.fail(why)
+        pytest.skip(why)
+    return name
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return require(request.param)
+
+
+@pytest.fixture(params=STREAMED)
+def streamed(request: pytest.FixtureRequest) -> str:
+    return require(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    # crc32 and not hash(): the seed must be the same in every process
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> object:
+    """torch.empty, also from C++, comes back full of NaN (integers: of their largest value).
+
+    Torch does that itself in deterministic mode, so reading what was never written fails a test,
+    and every test also runs as `torch.use_deterministic_algorithms` asks.
+    """
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,478 @@
+"""What is wrong is named; what is merely degenerate has a stated answer; NaN stays where it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from conftest import require
+from oracles import relative_error
+from torch import Tensor
+
+import fused_losses
+from fused_losses import margins
+
+N, D, C = 6, 5, 9
+
+
+def good() -> dict[str, Any]:
+    return {
+        "embeddings": torch.randn(N, D),
+        "weight": torch.randn(C, D),
+        "labels": torch.tensor([0, 3, 8, 3, 1, 5]),
+    }
+
+
+def call(backend: str | None, **changes: Any) -> Tensor:
+    arguments = {**good(), **changes}
+    tensors = [arguments.pop(name) for name in ("embeddings", "weight", "labels")]
+    return fused_losses.margin_softmax(*tensors, backend=backend, **arguments)
+
+
+# name of the row: (what is changed, the error, its words)
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "label-too-high": (
+        {"labels": torch.tensor([0, 1, 9, 2, 12, 3])},
+        IndexError,
+        "labels: expected class ids in [0, 9) or ignore_index=-100, got values from 9 to 12 in 2 "
+        "of 6 rows",
+    ),
+    "label-too-low": (
+        {"labels": torch.tensor([0, 1, -7, 2, 1, 3])},
+        IndexError,
+        "labels: expected class ids in [0, 9) or ignore_index=-100, got values from -7 to -7",
+    ),
+    "stray-minus-one": (
+        {"labels": torch.tensor([0, 1, -1, 2, 1, 3])},
+        IndexError,
+        "got values from -1 to -1 in 1 of 6 rows",
+    ),
+    "minus-one-hundred-is-not-ignored-when-another-is": (
+        {"labels": torch.tensor([0, 1, -100, 2, 1, 3]), "ignore_index": -1},
+        IndexError,
+        "got values from -100 to -100",
+    ),
+    "label-is-float": (
+        {"labels": torch.zeros(N)},
+        TypeError,
+        "labels: expected int64 class ids, got shape (6,), torch.float32, cpu",
+    ),
+    "label-is-bool": (
+        {"labels": torch.zeros(N, dtype=torch.bool)},
+        TypeError,
+        "labels: expected int64 class ids, got shape (6,), torch.bool, cpu",
+    ),
+    "labels-are-a-list": ({"labels": [0] * N}, TypeError, "labels: expected an int64 tensor"),
+    "labels-too-few": (
+        {"labels": torch.zeros(N - 1, dtype=torch.int64)},
+        ValueError,
+        "labels: expected shape (6,), got shape (5,)",
+    ),
+    "labels-two-dimensional": (
+        {"labels": torch.zeros(N, 1, dtype=torch.int64)},
+        ValueError,
+        "labels: expected shape (6,), got shape (6, 1)",
+    ),
+    "labels-elsewhere": (
+        {"labels": torch.zeros(N, dtype=torch.int64, device="meta")},
+        ValueError,
+        "labels: expected device cpu, got shape (6,), torch.int64, meta",
+    ),
+    "weight-elsewhere": (
+        {"weight": torch.zeros(C, D, device="meta")},
+        ValueError,
+        "weight: expected the device of embeddings (cpu), got shape (9, 5), torch.float32, meta",
+    ),
+    "bias-elsewhere": (
+        {"bias": torch.zeros(C, device="meta")},
+        ValueError,
+        "bias: expected device cpu, got",
+    ),
+    "classes-elsewhere": (
+        {"classes": torch.arange(C, device="meta")},
+        ValueError,
+        "classes: expected device cpu, got",
+    ),
+    "scale-elsewhere": (
+        {"scale": torch.ones(N, device="meta")},
+        ValueError,
+        "scale: expected the device of embeddings (cpu), got",
+    ),
+    "dtypes-differ": (
+        {"embeddings": torch.randn(N, D).bfloat16()},
+        TypeError,
+        "weight: expected the dtype of embeddings (torch.bfloat16), got shape (9, 5), "
+        "torch.float32",
+    ),
+    "embeddings-are-integers": (
+        {"embeddings": torch.ones(N, D, dtype=torch.int64)},
+        TypeError,
+        "embeddings: expected a floating point tensor [N, D]",
+    ),
+    "weight-is-complex": (
+        {"weight": torch.ones(C, D, dtype=torch.complex64)},
+        TypeError,
+        "weight: expected a floating point tensor [C, D]",
+    ),
+    "embeddings-are-an-array": (
+        {"embeddings": np.zeros((N, D))},
+        TypeError,
+        "embeddings: expected a tensor [N, D], got ndarray",
+    ),
+    "embeddings-one-dimensional": (
+        {"embeddings": torch.randn(D)},
+        ValueError,
+        "embeddings: expected two dimensions [N, D], got shape (5,)",
+    ),
+    "weight-three-dimensional": (
+        {"weight": torch.randn(C, 3, D)},
+        ValueError,
+        "weight: expected two dimensions [C, D], got shape (9, 3, 5)",
+    ),
+    "weight-has-other-width": (
+        {"weight": torch.randn(C, D + 1)},
+        ValueError,
+        "weight: expected [C, 5] to match embeddings [N, 5], got shape (9, 6)",
+    ),
+    "no-classes-at-all": (
+        {"weight": torch.randn(0, D)},
+        ValueError,
+        "weight: expected at least one class, got shape (0, 5)",
+    ),
+    "bias-of-wrong-shape": (
+        {"bias": torch.zeros(C + 1)},
+        ValueError,
+        "bias: expected shape (9,) one value a class [C], got shape (10,)",
+    ),
+    "bias-of-integers": (
+        {"bias": torch.zeros(C, dtype=torch.int64)},
+        TypeError,
+        "bias: expected a floating point tensor one value a class [C], got shape (9,)",
+    ),
+    "class-weight-of-wrong-shape": (
+        {"class_weight": torch.ones(C, 1)},
+        ValueError,
+        "class_weight: expected shape (9,) one value a class [C], got shape (9, 1)",
+    ),
+    "class-weight-is-a-list": (
+        {"class_weight": [1.0] * C},
+        TypeError,
+        "class_weight: expected a floating point tensor one value a class [C], got list",
+    ),
+    "scale-zero": ({"scale": 0.0}, ValueError, "scale: expected a value > 0, got 0.0"),
+    "scale-negative": ({"scale": -3}, ValueError, "scale: expected a value > 0, got -3"),
+    "scale-nan": ({"scale": float("nan")}, ValueError, "scale: expected a value > 0, got nan"),
+    "scale-of-wrong-shape": (
+        {"scale": torch.ones(C)},
+        ValueError,
+        "scale: expected a number, a scalar tensor or shape (6,), got shape (9,)",
+    ),
+    "scale-two-dimensional": (
+        {"scale": torch.ones(N, 1)},
+        ValueError,
+        "scale: expected a number, a scalar tensor or shape (6,), got shape (6, 1)",
+    ),
+    "smoothing-above-one": (
+        {"label_smoothing": 1.1},
+        ValueError,
+        "label_smoothing: expected a value in [0, 1], got 1.1",
+    ),
+    "smoothing-negative": (
+        {"label_smoothing": -0.1},
+        ValueError,
+        "label_smoothing: expected a value in [0, 1], got -0.1",
+    ),
+    "budget-negative": (
+        {"memory_budget": -1},
+        ValueError,
+        "memory_budget: expected bytes >= 0, got -1",
+    ),
+    "precision-unknown": (
+        {"precision": "fp8"},
+        ValueError,
+        "precision: expected one of fp32, tf32, mixed, bf16, got 'fp8'",
+    ),
+    "reduction-unknown": (
+        {"reduction": "average"},
+        ValueError,
+        "reduction: expected one of mean, sum, none, got 'average'",
+    ),
+    "gradient-unknown": (
+        {"gradient": "detached"},
+        ValueError,
+        "gradient: expected one of exact, straight_through, got 'detached'",
+    ),
+    "classes-without-a-label": (
+        {"classes": torch.tensor([0, 3, 8, 1])},
+        ValueError,
+        "classes: expected every label among the classes that take part, but ",
+    ),
+    "classes-twice": (
+        {"classes": torch.tensor([0, 3, 8, 1, 5, 3])},
+        ValueError,
+        "classes: expected distinct class ids",
+    ),
+    "classes-too-high": (
+        {"classes": torch.tensor([0, 3, 8, 1, 5, 9])},
+        IndexError,
+        "classes: expected class ids in [0, 9), got ",
+    ),
+    "classes-too-low": (
+        {"classes": torch.tensor([0, 3, 8, 1, 5, -1])},
+        IndexError,
+        "classes: expected class ids in [0, 9), got ",
+    ),
+    "classes-empty": (
+        {"classes": torch.zeros(0, dtype=torch.int64)},
+        ValueError,
+        "classes: expected at least one class id, got an empty tensor",
+    ),
+    "classes-are-a-mask": (
+        {"classes": torch.ones(C, dtype=torch.bool)},
+        TypeError,
+        "classes: expected int64 class ids, got shape (9,), torch.bool",
+    ),
+    "classes-two-dimensional": (
+        {"classes": torch.arange(C)[None]},
+        ValueError,
+        "classes: expected one dimension, got shape (1, 9)",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", REFUSED)
+def test_is_refused_by_name(row: str, backend: str) -> None:
+    changes, error, words = REFUSED[row]
+    with pytest.raises(error, match=re.escape(words)):
+        call(backend, **changes)
+
+
+@pytest.mark.parametrize("backend_name", ["bounded", "cpu"])
+def test_primitive_reads_no_row_out_of_range(backend_name: str) -> None:
+    # below margin_softmax's checks: the kernels' own door
+    require(backend_name)
+    x, w = torch.randn(N, D), torch.randn(C, D)
+    for labels in ([0, 1, 9, 2, 1, 3], [0, 1, -2, 2, 1, 3]):
+        with pytest.raises(IndexError, match=r"labels: expected class ids in \[0, 9\)"):
+            fused_losses.row_statistics(x, w, torch.tensor(labels), backend=backend_name)
+    labels = torch.tensor([0, 1, 1, 2, 1, 3])
+    with pytest.raises(IndexError, match=r"classes: expected class ids in \[0, 9\)"):
+        fused_losses.row_statistics(
+            x, w, labels, classes=torch.tensor([0, 1, 2, 3, 9]), backend=backend_name
+        )
+    with pytest.raises(ValueError, match="classes: expected distinct class ids"):
+        fused_losses.row_statistics(
+            x, w, labels, classes=torch.tensor([0, 1, 2, 3, 3]), backend=backend_name
+        )
+    with pytest.raises(ValueError, match="classes: expected every label among"):
+        fused_losses.row_statistics(
+            x, w, labels, classes=torch.tensor([0, 1, 2]), backend=backend_name
+        )
+
+
+def test_a_forced_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"backend='cuda' cannot run this call .* cuda: the CUDA"
+    ):
+        call("cuda")
+    with pytest.raises(ValueError, match="backend: expected auto, .* got 'gpu'"):
+        call("gpu")
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "mixed"])
+@pytest.mark.parametrize("name", ["reference", "bounded"])
+def test_precision_is_refused_and_not_replaced(name: str, precision: str) -> None:
+    with pytest.raises(RuntimeError, match=f"backend='{name}' cannot run this call.*{precision}"):
+        call(name, precision=precision)
+
+
+def test_tf32_is_refused_on_a_cpu() -> None:
+    with pytest.raises(RuntimeError, match="backend='auto' cannot run this call.*tf32"):
+        call(None, precision="tf32")
+    require("cpu")
+    with pytest.raises(RuntimeError, match="precision='tf32': a CPU has no tf32 products"):
+        call("cpu", precision="tf32")
+
+
+def test_bf16_products_of_float64_are_refused() -> None:
+    require("cpu")
+    inputs = {k: good()[k].double() for k in ("embeddings", "weight")}
+    with pytest.raises(RuntimeError, match="float64 inputs are multiplied in float64"):
+        call("cpu", precision="bf16", **inputs)
+
+
+# --- degenerate, with a stated answer -------------------------------------------------------------
+
+
+def gradients(
+    backend: str, inputs: dict[str, Any], **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = inputs["embeddings"].clone().requires_grad_()
+    w = inputs["weight"].clone().requires_grad_()
+    loss = fused_losses.margin_softmax(x, w, inputs["labels"], backend=backend, **options)
+    return (loss, *torch.autograd.grad(loss.sum(), (x, w)))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_empty_batch(reduction: str, smoothing: float, backend: str) -> None:
+    inputs = {**good(), "embeddings": torch.zeros(0, D), "labels": torch.zeros(0).long()}
+    loss, dx, dw = gradients(backend, inputs, reduction=reduction, label_smoothing=smoothing)
+    assert loss.shape == ((0,) if reduction == "none" else ())
+    assert (loss == 0).all()
+    assert dx.shape == (0, D) and dw.shape == (C, D) and (dw == 0).all()
+
+
+def test_empty_batch_of_every_margin(backend: str) -> None:
+    for margin in (
+        margins.AdaFace(),
+        margins.MagFace(),
+        margins.ElasticArcFace(plus="rank"),
+        margins.SphereFace(),
+    ):
+        inputs = {**good(), "embeddings": torch.zeros(0, D), "labels": torch.zeros(0).long()}
+        loss, _, dw = gradients(backend, inputs, margin=margin)
+        assert loss.item() == 0 and (dw == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_all_ignored(reduction: str, weighted: bool, backend: str) -> None:
+    inputs = {**good(), "labels": torch.full((N,), -100)}
+    options = {"class_weight": torch.rand(C)} if weighted else {}
+    loss, dx, dw = gradients(backend, inputs, reduction=reduction, **options)
+    assert (loss == 0).all() and (dx == 0).all() and (dw == 0).all()
+
+
+def test_classes_of_weight_zero_count_for_nothing(backend: str) -> None:
+    inputs = {**good(), "labels": torch.zeros(N).long()}
+    shares = torch.ones(C)
+    shares[0] = 0
+    loss, dx, dw = gradients(backend, inputs, class_weight=shares)
+    assert loss.item() == 0 and (dx == 0).all() and (dw == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_zero_rows_have_cosine_and_gradient_zero(dtype: torch.dtype, backend: str) -> None:
+    inputs = good()
+    x, w = inputs["embeddings"].to(dtype), inputs["weight"].to(dtype)
+    x[1] = 0
+    w[4] = 0  # nobody's class
+    w[3] = 0  # the class of rows 1 and 3
+    inputs |= {"embeddings": x, "weight": w}
+    loss, dx, dw = gradients(backend, inputs, reduction="none", margin=margins.CosFace(0.2))
+    assert torch.isfinite(loss).all() and torch.isfinite(dx).all() and torch.isfinite(dw).all()
+    assert (dx[1] == 0).all() and (dw[3] == 0).all() and (dw[4] == 0).all()
+    # every cosine of row 1 is 0: the target's score is -64 * 0.2, all others 0
+    wanted = np.log(C - 1 + np.exp(-12.8)) + 12.8
+    assert loss[1].item() == pytest.approx(wanted, rel=1e-2 if dtype == torch.float16 else 1e-5)
+
+
+def test_nan_row_stays_in_its_own_loss(backend: str) -> None:
+    inputs = good()
+    clean = call(backend, **inputs, reduction="none")
+    inputs["embeddings"][2] = float("nan")
+    loss = call(backend, **inputs, reduction="none")
+    others = [0, 1, 3, 4, 5]
+    assert torch.isnan(loss[2])
+    torch.testing.assert_close(loss[others], clean[others])
+    assert torch.isnan(call(backend, **inputs))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_row_that_is_ignored_reaches_nothing(value: float, backend: str) -> None:
+    inputs = good()
+    inputs["labels"][2] = -100
+    _, clean_x, clean_w = gradients(backend, inputs)
+    inputs["embeddings"][2] = value
+    loss, dx, dw = gradients(backend, inputs)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(dx).all() and (dx[2] == 0).all()
+    torch.testing.assert_close(dx, clean_x)
+    torch.testing.assert_close(dw, clean_w)
+
+
+def test_nan_and_inf_do_not_hang_or_pass_unnoticed(backend: str) -> None:
+    for name in ("embeddings", "weight"):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            for normalize in (True, False):
+                inputs = good()
+                inputs[name][3, 1] = value  # row 3, or the class of rows 1 and 3
+                loss, dx, dw = gradients(
+                    backend, inputs, reduction="none", normalize=normalize, scale=2.0,
+                    margin=margins.CosFace(0.1),
+                )  # fmt: skip
+                assert loss.shape == (N,) and dx.shape == (N, D) and dw.shape == (C, D)
+                assert not torch.isfinite(loss[3])
+
+
+def test_nan_bias_reaches_every_loss(backend: str) -> None:
+    bias = torch.zeros(C)
+    bias[7] = float("nan")  # nobody's class, in everybody's denominator
+    assert torch.isnan(call(backend, bias=bias, reduction="none")).all()
+
+
+def test_class_without_a_sample_is_pushed_away_only(backend: str) -> None:
+    inputs = good()
+    answer = oracles.margin_softmax(
+        inputs["embeddings"].numpy(),
+        inputs["weight"].numpy(),
+        inputs["labels"].numpy(),
+        margin=oracles.cosface(0.35),
+        scale=4.0,
+    )
+    _, dx, dw = gradients(backend, inputs, margin=margins.CosFace(0.35), scale=4.0)
+    assert relative_error(dw[2], answer.dw[2]) < 1e-5
+    assert relative_error(dx, answer.dx) < 1e-5
+    assert dw[2].abs().max() > 0
+
+
+def test_one_class_one_row(backend: str) -> None:
+    # alone in the denominator, whatever the margin: loss 0, no gradient, nothing to compare with
+    inputs = {
+        "embeddings": torch.randn(1, D),
+        "weight": torch.randn(1, D),
+        "labels": torch.tensor([0]),
+    }
+    loss, dx, dw = gradients(backend, inputs)
+    assert loss.item() == 0 and (dx == 0).all() and (dw == 0).all()
+    _, stats = call(backend, **inputs, return_stats=True)
+    assert stats.hardest_class.tolist() == [-1]
+    assert stats.hardest_cosine.tolist() == [-float("inf")]
+    assert stats.hit.tolist() == [True]
+
+
+def test_no_dimensions(backend: str) -> None:
+    # D = 0: all cosines are the empty sum
+    inputs = {**good(), "embeddings": torch.zeros(N, 0), "weight": torch.zeros(C, 0)}
+    loss, dx, dw = gradients(backend, inputs, margin=None)
+    assert loss.item() == pytest.approx(np.log(C), rel=1e-6)
+    assert dx.shape == (N, 0) and dw.shape == (C, 0)
+
+
+def test_tensor_scale_of_zero_is_uniform(backend: str) -> None:
+    # a learnt scale may pass 0; it is not read back to be refused
+    scale = torch.zeros(N, requires_grad=True)
+    loss = call(backend, scale=scale, margin=None, reduction="none")
+    torch.testing.assert_close(loss, torch.full((N,), float(np.log(C))))
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        lambda: {"embeddings": torch.randn(N, D) * 1e-18},
+        lambda: {"embeddings": torch.randn(N, D) * 1e18},
+        lambda: {"weight": torch.randn(C, D) * 1e-11},
+        lambda: {"weight": torch.randn(C, D) * 1e18},
+    ],
+    ids=["tiny-rows-count-as-zero", "huge-rows", "small-centres", "huge-centres"],
+)
+def test_lengths_far_from_one(inputs: Callable[[], dict], backend: str) -> None:
+    # float32 squares of 1e18 still fit; a norm below 1e-12 counts as zero
+    loss, dx, dw = gradients(backend, {**good(), **inputs()})
+    assert torch.isfinite(loss) and torch.isfinite(dx).all() and torch.isfinite(dw).all()
