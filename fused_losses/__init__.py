@@ -4,7 +4,7 @@ from fused_losses import backends, functional, margins
 from fused_losses.backends import use_backend
 from fused_losses.explain import Plan, explain
 from fused_losses.functional import linear_cross_entropy, margin_softmax
-from fused_losses.row_statistics import RowStatistics, RowStatisticsFunction, row_statistics
+from fused_losses.sweep import RowStatistics, RowStatisticsFunction, row_statistics
 from fused_losses.version import __version__
 
 __all__ = [

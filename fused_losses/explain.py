@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends, functional
-from fused_losses.row_statistics import row_statistics
+from fused_losses.sweep import row_statistics
 
 EXPLAINED = (functional.margin_softmax, functional.linear_cross_entropy, row_statistics)
 

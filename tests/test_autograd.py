@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import margins, row_statistics
-from fused_losses.row_statistics import RowStatisticsFunction, op
+from fused_losses.sweep import RowStatisticsFunction, op
 
 N, D, C = 7, 5, 13
 

@@ -12,7 +12,7 @@ import torch
 import fused_losses
 from fused_losses import backends
 from fused_losses.backends import cpu
-from fused_losses.row_statistics import BACKWARD, FORWARD, op
+from fused_losses.sweep import BACKWARD, FORWARD, op
 
 CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
 

@@ -16,7 +16,7 @@ from triton_oracle import CASES, DTYPE_STEP, LOW, PRECISIONS, Case, call
 
 import fused_losses.backends
 from fused_losses.backends import triton, triton_launch
-from fused_losses.row_statistics import row_statistics
+from fused_losses.sweep import row_statistics
 
 STEPS = 6  # a few: sums of a few dozen rounded terms
 

@@ -117,7 +117,7 @@ def forward(
     weighted: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.row_statistics`."""
+    """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
     check(labels, weight, classes)
     x = x.to(accumulate_dtype(x.dtype))
     n = x.shape[0]

@@ -86,7 +86,7 @@ def row_statistics(
     column_weight: Tensor | None,
     normalize: bool,
 ) -> dict[str, Tensor]:
-    """The primitive of `fused_losses.row_statistics`, spelled out on the score matrix."""
+    """The primitive of `fused_losses.sweep`, spelled out on the score matrix."""
     ids = torch.arange(weight.shape[0], device=x.device) if classes is None else classes
     w = unit_rows(weight) if normalize else weight
     raw = x @ w.T

@@ -76,7 +76,7 @@ def forward(
     weighted: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.row_statistics`."""
+    """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
     check(labels, weight, classes)
     p = base.problem(x, weight, labels, classes, bias, column_weight, normalize, precision, False)
     forward_kernels = kernels()[0]

@@ -1,0 +1,362 @@
+"""Margin softmax: checks at the door, one streamed primitive, ordinary autograd after it."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_losses import backends, validation
+from fused_losses.backends import reference
+from fused_losses.margins import ArcFace, Margin, apply_margin
+from fused_losses.rows import unit_rows
+from fused_losses.sweep import KEPT_PADDING, RowStatistics, row_statistics
+
+GRADIENTS = ("exact", "straight_through")
+
+
+class MarginSoftmaxStats(NamedTuple):
+    """What a margin softmax knows of each row, detached; [N] each; ignored rows 0, -1, False."""
+
+    logsumexp: Tensor  # log of the softmax denominator, margin included
+    target_cosine: Tensor  # before the margin
+    hardest_class: Tensor  # int64 id of the highest other class; -1 if there is none
+    hardest_cosine: Tensor  # its cosine
+    hit: Tensor  # bool: the target scores above every other class, margin left out
+
+
+def margin_softmax(
+    embeddings: Tensor,  # [N, D]
+    weight: Tensor,  # [C, D]
+    labels: Tensor,  # [N]
+    *,
+    margin: Margin | None = ArcFace(0.5),  # noqa: B008 (a frozen value)
+    scale: float | Tensor = 64.0,
+    normalize: bool = True,
+    bias: Tensor | None = None,  # [C]
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,  # [C]
+    classes: Tensor | None = None,  # [K]
+    precision: str = "fp32",
+    memory_budget: int = 0,
+    gradient: str = "exact",
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
+    """Cross entropy over C classes with a margin on the target, without the N x C logits.
+
+        z_j = scale cos(x, w_j) + b_j  (j != y),   z_y = scale margin(cos(x, w_y)) + b_y
+        loss = -log softmax(z)_y
+
+    Args:
+        embeddings: [N, D] float32, bfloat16, float16 or float64.
+        weight: [C, D] class centres, of the same dtype (under torch.autocast the embeddings take
+            the weight's dtype; `precision` alone says how products are computed).
+        labels: [N] int64 in [0, C), or `ignore_index`.
+        margin: None, an object of `fused_losses.margins`, or any callable on the target cosine.
+        scale: > 0; a float, a scalar tensor or one value a row [N]; may need a gradient.
+        normalize: divide rows of both sides by their norm; a row with norm <= 1e-12 counts as
+            zero and gets gradient zero. False: the products are taken for cosines as they are.
+        bias: [C], added to the logits after the scale.
+        label_smoothing: in [0, 1]; torch's meaning, the uniform part over the classes that take
+            part.
+        class_weight: [C] >= 0; torch's meaning.
+        classes: [K] distinct ids of the classes that take part (PartialFC); every label must be
+            among them. Rows of `weight` are read in place, nothing is gathered.
+        precision: "fp32", "tf32", "mixed" or "bf16"; see `fused_losses.functional`.
+        memory_budget: bytes of scores that the forward may keep to spare the backward their
+            recomputation (cpu backend; others keep none).
+        gradient: "exact", or "straight_through": the margin's slope taken for 1 (insightface).
+        reduction: "mean" over the rows that are not ignored (weighted by class_weight; 0 if there
+            are none), "sum", "none" [N].
+        return_stats: also return `MarginSoftmaxStats`.
+
+    Returns the loss in float32 (float64 for float64 inputs).
+    Raises ValueError, TypeError, IndexError for bad arguments; RuntimeError when the backend
+    cannot run the call. A NaN row has a NaN loss and leaves the other rows' losses alone.
+    Time O(N C D). Memory beyond inputs and gradients: O(N D) plus a tile, plus memory_budget.
+    Papers: see `fused_losses.margins`; PartialFC: An et al., 2022.
+    """
+    validation.check_pair("embeddings", embeddings, "weight", weight)
+    n, c = embeddings.shape[0], weight.shape[0]
+    validation.check_index_vector("labels", labels, n, embeddings)
+    validation.check_choice("precision", precision, validation.PRECISIONS)
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    validation.check_choice("gradient", gradient, GRADIENTS)
+    _check_scale(scale, embeddings)
+    check_smoothing(label_smoothing)
+    if memory_budget < 0:
+        raise ValueError(f"memory_budget: expected bytes >= 0, got {memory_budget}")
+    for name, vector in (("bias", bias), ("class_weight", class_weight)):
+        if vector is not None:
+            validation.check_vector(name, vector, c, "one value a class [C]", weight)
+    embeddings = meet(embeddings, weight)
+    labels = labels.long()
+    if classes is not None:
+        validation.check_index_vector("classes", classes, None, embeddings)
+        if classes.shape[0] == 0:
+            raise ValueError("classes: expected at least one class id, got an empty tensor")
+        classes = torch.sort(classes.long()).values
+    if not torch.compiler.is_compiling():
+        validation.check_labels(labels, c, ignore_index=ignore_index)
+    name, _ = backends.choose(backend, embeddings.device, weight.dtype, precision)
+
+    with no_autocast(embeddings.device):
+        if name == "reference":
+            if classes is not None:
+                validation.check_classes(classes, c)
+                no_target = torch.where(labels == ignore_index, validation.NO_TARGET, labels)
+                validation.check_labels_in_classes(no_target, classes)
+            row_loss, cosine, logits = reference.margin_softmax(
+                embeddings,
+                weight,
+                labels,
+                margin=margin,
+                scale=scale,
+                normalize=normalize,
+                bias=bias,
+                label_smoothing=label_smoothing,
+                ignore_index=ignore_index,
+                class_weight=class_weight,
+                classes=classes,
+                gradient=gradient,
+            )
+            stats = (
+                _reference_stats(cosine, logits, labels, classes, scale, bias, ignore_index)
+                if return_stats
+                else None
+            )
+        else:
+            row_loss, stats = _streamed(
+                embeddings,
+                weight,
+                _no_target(labels, ignore_index),
+                margin=margin,
+                scale=scale,
+                normalize=normalize,
+                bias=bias,
+                label_smoothing=label_smoothing,
+                class_weight=class_weight,
+                classes=classes,
+                precision=precision,
+                memory_budget=memory_budget,
+                gradient=gradient,
+                backend=name,
+            )
+        loss = _reduce(row_loss, labels, ignore_index, class_weight, reduction)
+    return (loss, stats) if return_stats else loss
+
+
+def _streamed(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    margin: Margin | None,
+    scale: float | Tensor,
+    normalize: bool,
+    bias: Tensor | None,
+    label_smoothing: float,
+    class_weight: Tensor | None,
+    classes: Tensor | None,
+    precision: str,
+    memory_budget: int,
+    gradient: str,
+    backend: str,
+) -> tuple[Tensor, MarginSoftmaxStats]:
+    """Per-row losses from one sweep over the classes; the margin is autograd on [N] vectors."""
+    taking_part = weight.shape[0] if classes is None else classes.shape[0]
+    accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    valid = labels != validation.NO_TARGET
+    # an ignored row must not reach the gradients, not even with NaN
+    x = torch.where(valid[:, None], embeddings.to(accumulate), 0)
+    norm = torch.linalg.vector_norm(x, dim=1)
+    if normalize:
+        x = unit_rows(x)
+    if isinstance(scale, Tensor):
+        scale = scale.to(accumulate)
+        x = x * (scale[:, None] if scale.dim() else scale)
+        scale = torch.where(scale == 0, 1, scale)
+    else:
+        x = x * scale
+    stats = row_statistics(
+        x,
+        weight,
+        labels,
+        classes=classes,
+        bias=None if bias is None else bias.to(accumulate),
+        column_weight=None if class_weight is None else class_weight.to(accumulate),
+        normalize=normalize,
+        weighted=label_smoothing > 0,
+        precision=precision,
+        kept_classes=kept_classes(memory_budget, x, weight, taking_part),
+        backend=backend,
+    )
+    norm = norm.to(stats.target.dtype)
+    target_cosine = stats.target / scale
+    picked = torch.where(valid, labels, 0)
+    target_bias = 0.0 if bias is None else bias.to(accumulate)[picked]
+    target = scale * apply_margin(margin, target_cosine, norm, gradient) + target_bias
+    loss = -F.logsigmoid(target - stats.lse)  # softplus(lse - target), exact at both ends
+    # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
+    loss = torch.where(target == torch.inf, torch.nan, loss)
+    logsumexp = target + loss
+    row_weight = 1.0 if class_weight is None else class_weight.to(accumulate)[picked]
+    if label_smoothing > 0:
+        loss = _smoothed(
+            loss, logsumexp, target, row_weight, stats, class_weight, classes, label_smoothing,
+            taking_part,
+        )  # fmt: skip
+    else:
+        loss = loss * row_weight
+    if hasattr(margin, "penalty"):
+        loss = loss + margin.penalty(norm)
+    with torch.no_grad():
+        hardest_bias = 0.0 if bias is None else bias.to(accumulate)[stats.hardest.clamp_min(0)]
+        told = _told(
+            valid,
+            logsumexp,
+            target_cosine,
+            stats.hardest,
+            (stats.hardest_score - hardest_bias) / scale,
+            stats.target + target_bias > stats.hardest_score,
+        )
+        told = MarginSoftmaxStats(*(c.to(accumulate) if c.is_floating_point() else c for c in told))
+    return torch.where(valid, loss, 0).to(accumulate), told
+
+
+def _told(valid: Tensor, *columns: Tensor) -> MarginSoftmaxStats:
+    """The stats, detached, with ignored rows blank: 0, no class, no hit."""
+    blank = (0.0, 0.0, -1, 0.0, False)
+    return MarginSoftmaxStats(
+        *(torch.where(valid, c.detach(), b) for c, b in zip(columns, blank, strict=True))
+    )
+
+
+def _smoothed(
+    loss: Tensor,
+    logsumexp: Tensor,
+    target: Tensor,
+    row_weight: float | Tensor,
+    stats: RowStatistics,
+    class_weight: Tensor | None,
+    classes: Tensor | None,
+    label_smoothing: float,
+    taking_part: int,
+) -> Tensor:
+    """(1 - eps) v_y loss + eps / K sum_j v_j (lse - z_j), as torch defines label smoothing."""
+    if class_weight is None:
+        total: float | Tensor = float(taking_part)
+    else:
+        total = (class_weight if classes is None else class_weight[classes]).sum()
+    uniform = total * logsumexp - stats.weighted_sum - row_weight * target
+    return (1 - label_smoothing) * row_weight * loss + label_smoothing / taking_part * uniform
+
+
+def meet(
+    rows: Tensor,
+    weight: Tensor,
+    rows_name: str = "embeddings",
+    weight_name: str = "weight",
+) -> Tensor:
+    """One dtype for both sides: the caller's, or under autocast the weight's."""
+    if rows.dtype != weight.dtype and torch.is_autocast_enabled(rows.device.type):
+        return rows.to(weight.dtype)
+    validation.check_same_dtype(rows_name, rows, weight_name, weight)
+    return rows
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Our own casts decide; autocast must not lower the [N, D] work around the kernels."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _no_target(labels: Tensor, ignore_index: int) -> Tensor:
+    """ignore_index -> NO_TARGET, while a stray -1 stays an error (it becomes -2)."""
+    if ignore_index == validation.NO_TARGET:
+        return labels
+    stray = torch.where(labels == validation.NO_TARGET, validation.NO_TARGET - 1, labels)
+    return torch.where(labels == ignore_index, validation.NO_TARGET, stray)
+
+
+def kept_classes(memory_budget: int, x: Tensor, weight: Tensor, taking_part: int) -> int:
+    """How many classes' scores fit in the budget, whole vectors a class."""
+    needs = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if memory_budget == 0 or not needs:
+        return 0
+    padded = (x.shape[0] + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
+    fits = memory_budget // (max(padded, 1) * x.element_size())
+    return torch.sym_min(fits, taking_part)
+
+
+def row_weights(
+    labels: Tensor, ignore_index: int, class_weight: Tensor | None, like: Tensor
+) -> Tensor:
+    """What each row counts for in a mean: 0 if ignored, else its class's weight."""
+    valid = labels != ignore_index
+    if class_weight is None:
+        return valid.to(like.dtype)
+    return torch.where(valid, class_weight[torch.where(valid, labels, 0)].to(like.dtype), 0)
+
+
+def _reduce(
+    loss: Tensor, labels: Tensor, ignore_index: int, class_weight: Tensor | None, reduction: str
+) -> Tensor:
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    total = row_weights(labels, ignore_index, class_weight, loss).sum()
+    return loss.sum() / torch.where(total == 0, 1, total)
+
+
+def _reference_stats(
+    cosine: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    classes: Tensor | None,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+) -> MarginSoftmaxStats:
+    with torch.no_grad():
+        ids = torch.arange(cosine.shape[1], device=cosine.device) if classes is None else classes
+        valid = labels != ignore_index
+        is_target = (labels[:, None] == ids) & valid[:, None]
+        factor = scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale
+        plain = cosine * factor + (0 if bias is None else bias[ids])
+        best = plain.masked_fill(is_target, -torch.inf).max(dim=1)
+        alone = best.values == -torch.inf
+        target = torch.where(is_target, cosine, 0).sum(1)
+        hardest = cosine.gather(1, best.indices[:, None])[:, 0]
+        return _told(
+            valid,
+            torch.logsumexp(logits, dim=1),
+            target,
+            torch.where(alone, -1, ids[best.indices]),
+            torch.where(alone, -torch.inf, hardest),
+            torch.where(is_target, plain, 0).sum(1) > best.values,
+        )
+
+
+def _check_scale(scale: float | Tensor, embeddings: Tensor) -> None:
+    if isinstance(scale, Tensor):
+        n = embeddings.shape[0]
+        if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != n):
+            raise ValueError(
+                f"scale: expected a number, a scalar tensor or shape ({n},), got "
+                f"{validation.describe(scale)}"
+            )
+        validation.check_device("embeddings", embeddings, "scale", scale)
+    elif not scale > 0:
+        raise ValueError(f"scale: expected a value > 0, got {scale}")
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
