@@ -106,16 +106,17 @@ def library() -> str:
 
 
 @functools.cache
-def measured(backend: str) -> dict[str, tuple[int, int]]:
+def measured(backend: str, capability: str | None = None) -> dict[str, tuple[int, int]]:
     """By case: bytes beyond inputs and gradients at the peak, and what `explain` had said of it.
 
     One child for all the cases.
     """
-    cases = CASES if backend != "reference" else CASES[:1]
+    cases = CASES[:1] if backend == "reference" or capability else CASES
+    capped = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
     paths = os.pathsep.join(p for p in (str(HERE.parent), os.environ.get("PYTHONPATH")) if p)
     told = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps([backend, [asdict(c) for c in cases]])],
-        env={**os.environ, "PYTHONPATH": paths, "LD_PRELOAD": library()},
+        env={**os.environ, "PYTHONPATH": paths, "LD_PRELOAD": library(), **capped},
         capture_output=True,
         text=True,
         timeout=300,
@@ -140,6 +141,12 @@ def test_peak_is_within_what_explain_says(name: str, case: Case) -> None:
     # Python's own objects, and the labels and class ids that are made int64 and sorted
     assert extra <= told + MIB // 4 + 24 * (case.n + case.sampled)
     assert told <= 16 * extra  # a plan that says anything would hold too
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_peak_is_bounded_without_wide_vectors(capability: str) -> None:
+    require("cpu")
+    assert measured("cpu", capability)[CASES[0].id][0] <= BOUND
 
 
 def test_a_budget_is_used() -> None:
