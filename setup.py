@@ -2,7 +2,9 @@
 
 import os
 import platform
+import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,17 +27,29 @@ FLAGS = {
 }
 
 
+COMPILER = os.environ.get("CXX", "c++")
+
+
+def wanted() -> bool:
+    """Whether to compile; without a compiler the package runs on its pure-PyTorch path."""
+    if os.environ.get("FUSED_LOSSES_NO_EXTENSION") == "1":
+        return False
+    if shutil.which(COMPILER) is None:
+        print(f"fused_losses: no compiler {COMPILER!r}: building without kernels", file=sys.stderr)
+        return False
+    return True
+
+
 class Build(BuildExtension):
     def build_extensions(self) -> None:
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
-        compiler = os.environ.get("CXX", "c++")
         debug = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else []
 
         def compile_one(name: str) -> str:
             out = folder / f"{name}.o"
             source = str(CPU / f"{name}.cpp")
-            command = [compiler, *COMMON, *FLAGS[name], *debug, "-c", source, "-o", str(out)]
+            command = [COMPILER, *COMMON, *FLAGS[name], *debug, "-c", source, "-o", str(out)]
             subprocess.run(command, check=True)
             return str(out)
 
@@ -44,16 +58,12 @@ class Build(BuildExtension):
         super().build_extensions()
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "fused_losses._C",
-            ["csrc/bind.cpp"],
-            include_dirs=[str(Path(__file__).parent / "csrc")],
-            # torch brings the OpenMP runtime; ATen/Parallel.h is serial without this flag
-            extra_compile_args=["-std=c++20", "-O2", "-fopenmp"],
-            depends=[str(p) for p in sorted(Path("csrc").rglob("*.[hc]*"))],
-        )
-    ],
-    cmdclass={"build_ext": Build},
+extension = CppExtension(
+    "fused_losses._C",
+    ["csrc/bind.cpp"],
+    include_dirs=[str(Path(__file__).parent / "csrc")],
+    # torch brings the OpenMP runtime; ATen/Parallel.h is serial without this flag
+    extra_compile_args=["-std=c++20", "-O2", "-fopenmp"],
+    depends=[str(p) for p in sorted(Path("csrc").rglob("*.[hc]*"))],
 )
+setup(ext_modules=[extension] if wanted() else [], cmdclass={"build_ext": Build})
