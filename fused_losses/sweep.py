@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
+from fused_losses.inputs import Inputs, Needs, RowGradients
 
 FORWARD = (
     "(Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
@@ -192,55 +193,36 @@ def row_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.device.type in ("cpu", "cuda", "meta") else torch.float32
 
 
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    classes: Tensor | None,
-    bias: Tensor | None,
-    column_weight: Tensor | None,
-    normalize: bool,
-    weighted: bool,
-    precision: str,
-    kept_classes: int,
-) -> tuple[Tensor, ...]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    p, kept_classes = Inputs(*arguments[:-1]), arguments[-1]
+    x, weight = p.x, p.weight
     n = x.shape[0]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     row = x.new_empty(n, dtype=row_dtype(weight))
     return (
         row,
         torch.empty_like(row),
-        x.new_empty(n if weighted else 0, dtype=dtype),
-        torch.empty_like(labels, dtype=torch.int64),
+        x.new_empty(n if p.weighted else 0, dtype=dtype),
+        torch.empty_like(p.labels, dtype=torch.int64),
         x.new_empty(n, dtype=dtype),
         x.new_empty((kept_classes, _padded(n)), dtype=dtype),
     )
 
 
-def _fake_backward(
-    grad_lse: Tensor,
-    grad_target: Tensor,
-    grad_weighted: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    classes: Tensor | None,
-    bias: Tensor | None,
-    column_weight: Tensor | None,
-    lse: Tensor,
-    kept: Tensor,
-    normalize: bool,
-    weighted: bool,
-    precision: str,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, ...]:
-    empty = weight.new_empty(0)
+def _backward_arguments(
+    arguments: tuple,
+) -> tuple[Inputs, Tensor, Tensor, RowGradients, Needs]:
+    """The backward op's arguments, in its schema's order, sorted out: inputs, lse, kept, ..."""
+    p = Inputs(*arguments[3:9], *arguments[11:14])
+    return p, arguments[9], arguments[10], RowGradients(*arguments[:3]), Needs(*arguments[14:])
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    p, _, _, _, needs = _backward_arguments(arguments)
     return (
-        x.new_empty(x.shape) if need_x else x.new_empty(0),
-        weight.new_empty(weight.shape) if need_weight else empty,
-        bias.new_empty(bias.shape) if need_bias else empty.clone(),
+        p.x.new_empty(p.x.shape if needs.x else 0),
+        p.weight.new_empty(p.weight.shape if needs.weight else 0),
+        p.bias.new_empty(p.bias.shape) if needs.bias else p.weight.new_empty(0),
     )
 
 
@@ -251,26 +233,25 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-def _python_forward(kernels: str, *inputs: Any) -> tuple[Tensor, ...]:
-    module: ModuleType = backends.module(kernels)
-    x = inputs[0]
+def _python_forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    module: ModuleType = backends.module(backend)
+    p = Inputs(*arguments[:-1])
     # a product inside a kernel is ours to round, also where autocast surrounds the backward
-    with torch.autocast(x.device.type, enabled=False):
-        lse, target, *rest = module.forward(*inputs[:-1])
-    wide = row_dtype(inputs[1])
-    kept = rest[-1].new_empty((0, _padded(x.shape[0])))
+    with torch.autocast(p.x.device.type, enabled=False):
+        lse, target, *rest = module.forward(p)
+    wide = row_dtype(p.weight)
+    kept = rest[-1].new_empty((0, _padded(p.x.shape[0])))
     return (lse.to(wide), target.to(wide), *rest, kept)
 
 
-def _python_backward(kernels: str, *inputs: Any) -> tuple[Tensor, ...]:
-    module: ModuleType = backends.module(kernels)
-    weight = inputs[4]
-    narrow = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    grad_lse, grad_target, lse = (inputs[i].to(narrow) for i in (0, 1, 9))
-    without_kept = (grad_lse, grad_target, *inputs[2:9], lse, *inputs[11:])
-    with torch.autocast(weight.device.type, enabled=False):
-        dx, dweight, dbias = module.backward(*without_kept)
-    return tuple(weight.new_empty(0) if g is None else g for g in (dx, dweight, dbias))
+def _python_backward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    module: ModuleType = backends.module(backend)
+    p, lse, _, grads, needs = _backward_arguments(arguments)
+    narrow = torch.float64 if p.weight.dtype == torch.float64 else torch.float32
+    grads = grads._replace(lse=grads.lse.to(narrow), target=grads.target.to(narrow))
+    with torch.autocast(p.weight.device.type, enabled=False):
+        out = module.backward(p, lse.to(narrow), grads, needs)
+    return tuple(p.weight.new_empty(0) if g is None else g for g in out)
 
 
 def _padded(n: int) -> int:

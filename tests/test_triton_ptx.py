@@ -18,6 +18,7 @@ import triton_record as record
 from triton_oracle import DTYPE_STEP, Case, call
 
 from fused_losses.backends import triton as backend
+from fused_losses.inputs import Inputs, Needs, RowGradients
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -66,7 +67,7 @@ def test_ptx(case: Case, arch: str) -> None:
     args, grads = data["args"], data["grads"]
     launch = simulate(int(arch[3:]), reports)
     with record.on(arch, launch):
-        out = backend.forward(**args)
+        out = backend.forward(Inputs(**args))
     step = {"tf32": 2**-10, "bf16": 2**-8}.get(case.precision, 2**-22)
     names = ("lse", "target", "weighted_sum", "hardest", "hardest_score")
     want = oracle.truth(args)
@@ -75,15 +76,13 @@ def test_ptx(case: Case, arch: str) -> None:
             assert case.precision != "fp32" or torch.equal(g, w)
         elif name != "weighted_sum" or case.weighted:
             assert (g - w).abs().max() <= 4 * step * w.abs().max(), name
-    names = ("x", "weight", "labels", "classes", "bias", "column_weight")
-    rest = args["normalize"], args["weighted"], args["precision"]
     want = oracle.gradients(args, grads, torch.float64)
     eager = oracle.gradients(args, grads, args["x"].dtype)
     step = max(step, DTYPE_STEP[args["x"].dtype])
     for processors in (10**6, 0):
         with record.on(arch, launch, processors):
-            values = (args[k] for k in names)
-            got = backend.backward(*grads, *values, out[0], *rest, True, True, case.bias)
+            needs = Needs(True, True, case.bias)
+            got = backend.backward(Inputs(**args), out[0], RowGradients(*grads), needs)
         for g, w, e in zip(got, want, eager, strict=True):
             if w is not None:
                 allowed = 6 * step * w.abs().max() + (e.double() - w).abs().max()
@@ -104,7 +103,7 @@ def test_merged_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "PARTIAL_BYTES", 4 * 4 * 20 * 2)
     args, reports = call(case)["args"], []
     with record.on("sm_80", simulate(80, reports)):
-        out = backend.forward(**args)
+        out = backend.forward(Inputs(**args))
     assert "merge_tiles" in {name for name, _ in reports}
     for g, w in zip(out, oracle.truth(args), strict=True):
         assert (g - w).abs().max() <= 2**-20 * w.abs().max().clamp_min(1)

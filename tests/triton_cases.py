@@ -16,6 +16,7 @@ from triton_oracle import CASES, DTYPE_STEP, LOW, PRECISIONS, Case, call
 
 import fused_losses.backends
 from fused_losses.backends import triton, triton_launch
+from fused_losses.inputs import Inputs, Needs, RowGradients
 from fused_losses.sweep import row_statistics
 
 STEPS = 6  # a few: sums of a few dozen rounded terms
@@ -29,9 +30,7 @@ def yardstick(case: Case) -> tuple[torch.dtype, float]:
 
 
 def backward(args: dict[str, Any], grads: list, lse: Tensor, need: tuple = (True,) * 3) -> tuple:
-    names = ("x", "weight", "labels", "classes", "bias", "column_weight")
-    rest = args["normalize"], args["weighted"], args["precision"]
-    return triton.backward(*grads, *(args[k] for k in names), lse, *rest, *need)
+    return triton.backward(Inputs(**args), lse, RowGradients(*grads), Needs(*need))
 
 
 def close(got: Tensor, want: Tensor, eager: Tensor | None, step: float, what: str) -> None:
@@ -50,7 +49,7 @@ def close(got: Tensor, want: Tensor, eager: Tensor | None, step: float, what: st
 
 
 def check_forward(case: Case, args: dict[str, Any]) -> tuple:
-    got, want = triton.forward(**args), oracle.truth(args)
+    got, want = triton.forward(Inputs(**args)), oracle.truth(args)
     # float32 sums of exact products, unless the caller asked for less
     step = {"fp32": 2**-24, "mixed": 2**-24, "tf32": 2**-11, "bf16": 2**-8}[case.precision]
     names = ("lse", "target", "weighted_sum", "hardest", "hardest_score")
@@ -120,7 +119,7 @@ def test_nan_in_a_row_stays_in_that_row() -> None:
     clean = call(Case(weighted=True, bias=True))["args"]
     bad = torch.arange(case.n) == case.n // 3
     for index, (got, want) in enumerate(
-        zip(triton.forward(**args), triton.forward(**clean), strict=True)
+        zip(triton.forward(Inputs(**args)), triton.forward(Inputs(**clean)), strict=True)
     ):
         assert torch.equal(got[~bad], want[~bad])
         if index == 3:
@@ -132,7 +131,7 @@ def test_nan_in_a_row_stays_in_that_row() -> None:
 def test_only_what_is_needed_is_computed() -> None:
     data = call(Case(bias=True))
     args, grads = data["args"], data["grads"]
-    lse = triton.forward(**args)[0]
+    lse = triton.forward(Inputs(**args))[0]
     whole = backward(args, grads, lse)
     for i in range(3):
         need = tuple(k == i for k in range(3))
@@ -144,7 +143,7 @@ def test_only_what_is_needed_is_computed() -> None:
 def test_classes_that_take_no_part_get_zero_gradient() -> None:
     data = call(Case(c=90, classes=17, bias=True))
     args = data["args"]
-    _, dweight, dbias = backward(args, data["grads"], triton.forward(**args)[0])
+    _, dweight, dbias = backward(args, data["grads"], triton.forward(Inputs(**args))[0])
     out = torch.ones(90, dtype=torch.bool)
     out[args["classes"]] = False
     assert not dweight[out].any() and not dbias[out].any()
@@ -153,7 +152,7 @@ def test_classes_that_take_no_part_get_zero_gradient() -> None:
 def test_empty_batch() -> None:
     args = call(Case(n=4, bias=True))["args"]
     args["x"], args["labels"] = args["x"][:0], args["labels"][:0]
-    out = triton.forward(**args)
+    out = triton.forward(Inputs(**args))
     assert [t.numel() for t in out] == [0] * 5
     dx, dweight, dbias = backward(args, [out[0], out[0], None], out[0])
     assert dx.shape == (0, 24) and not dweight.any() and not dbias.any()
@@ -163,7 +162,7 @@ def test_label_out_of_range() -> None:
     args = call(Case())["args"]
     args["labels"][3] = 53
     with pytest.raises(IndexError, match=r"labels: expected class ids in \[0, 53\)"):
-        triton.forward(**args)
+        triton.forward(Inputs(**args))
 
 
 def test_offsets_past_two_to_the_31() -> None:
@@ -177,8 +176,8 @@ def test_offsets_past_two_to_the_31() -> None:
     far.copy_(near)
     shared = dict(classes=None, bias=None, column_weight=None, normalize=True, weighted=False)
     shared |= dict(labels=torch.tensor([0, 2, 1]), precision="fp32")
-    want = triton.forward(x=near, weight=near, **shared)
-    got = triton.forward(x=far, weight=far, **shared)
+    want = triton.forward(Inputs(x=near, weight=near, **shared))
+    got = triton.forward(Inputs(x=far, weight=far, **shared))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     grads = [torch.randn(3), torch.randn(3), None]
     for processors in (10**6, 0):

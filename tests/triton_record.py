@@ -21,6 +21,7 @@ import torch
 from fused_losses import validation
 from fused_losses.backends import triton as backend
 from fused_losses.backends import triton_launch
+from fused_losses.inputs import Inputs, Needs, RowGradients
 
 TYPES = {
     torch.float32: "*fp32",
@@ -141,10 +142,11 @@ def steps(
         bias = empty(c, dtype=dtype) if extra else None
         v = empty(c) if extra else None
         shared = (x, weight, labels, ids, bias, v)
-        backend.forward(*shared, normalize, extra, precision)
+        inputs = Inputs(*shared, normalize, extra, precision)
+        backend.forward(inputs)
         grads = empty(n), empty(n), empty(n) if extra else None
-        needs = True, True, extra
-        backend.backward(*grads, *shared, empty(n), normalize, extra, precision, *needs)
+        needs = Needs(True, True, extra)
+        backend.backward(inputs, empty(n), RowGradients(*grads), needs)
 
     return run
 

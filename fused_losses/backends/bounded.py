@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import validation
+from fused_losses.inputs import Inputs, Needs, RowGradients
 from fused_losses.rows import ZERO_NORM, unit_rows
 
 TILE_BYTES = 3 << 20  # of scores and of weights in a tile, together
@@ -55,14 +56,9 @@ class Tile:
     is_target: Tensor  # [N, T]
 
 
-def tiles(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    classes: Tensor | None,
-    bias: Tensor | None,
-    normalize: bool,
-) -> Iterator[Tile]:
+def tiles(p: Inputs, x: Tensor) -> Iterator[Tile]:
+    """The classes that take part, a tile at a time, against the rows x (p.x as accumulated)."""
+    weight, classes, bias = p.weight, p.classes, p.bias
     total = weight.shape[0] if classes is None else classes.shape[0]
     step = tile_classes(x.shape[0], x.shape[1], x.element_size())
     for start in range(0, total, step):
@@ -73,12 +69,12 @@ def tiles(
         else:
             ids = classes[start:stop]
             part = weight[ids].to(x.dtype)
-        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True) if normalize else None
-        if normalize:
+        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True) if p.normalize else None
+        if p.normalize:
             part = unit_rows(part)
         raw = x @ part.T
         scores = raw if bias is None else raw + bias[ids].to(x.dtype)
-        yield Tile(ids, part, norm, raw, scores, labels[:, None] == ids[None, :])
+        yield Tile(ids, part, norm, raw, scores, p.labels[:, None] == ids[None, :])
 
 
 def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
@@ -106,29 +102,19 @@ def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tenso
     return torch.where(labels < 0, 0, out)
 
 
-def forward(
-    x: Tensor,  # [N, D]
-    weight: Tensor,  # [C, D]
-    labels: Tensor,  # [N], -1: no target
-    classes: Tensor | None,  # [K]
-    bias: Tensor | None,  # [C]
-    column_weight: Tensor | None,  # [C]
-    normalize: bool,
-    weighted: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(p: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
-    check(labels, weight, classes)
-    x = x.to(accumulate_dtype(x.dtype))
+    check(p.labels, p.weight, p.classes)
+    x = p.x.to(accumulate_dtype(p.x.dtype))
     n = x.shape[0]
     lse = x.new_full((n,), -torch.inf)
-    target = targets(x, weight, labels, normalize)
-    weighted_sum = x.new_zeros(n if weighted else 0)
+    target = targets(x, p.weight, p.labels, p.normalize)
+    weighted_sum = x.new_zeros(n if p.weighted else 0)
     hardest = torch.full((n,), -1, device=x.device)
     hardest_score = x.new_full((n,), -torch.inf)
-    for tile in tiles(x, weight, labels, classes, bias, normalize) if n else ():
-        if weighted:
-            v = 1 if column_weight is None else column_weight[tile.ids].to(x.dtype)
+    for tile in tiles(p, x) if n else ():
+        if p.weighted:
+            v = 1 if p.column_weight is None else p.column_weight[tile.ids].to(x.dtype)
             weighted_sum += (v * tile.scores).masked_fill_(tile.is_target, 0).sum(dim=1)
         others = tile.scores.masked_fill(tile.is_target, -torch.inf)
         best = others.max(dim=1)
@@ -140,39 +126,27 @@ def forward(
 
 
 def backward(
-    grad_lse: Tensor,  # [N]
-    grad_target: Tensor,  # [N]
-    grad_weighted: Tensor | None,  # [N]
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    classes: Tensor | None,
-    bias: Tensor | None,
-    column_weight: Tensor | None,
+    p: Inputs,
     lse: Tensor,  # [N]
-    normalize: bool,
-    weighted: bool,
-    precision: str,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    grads: RowGradients,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each None where it is not needed."""
-    rows = x.to(accumulate_dtype(x.dtype))
-    dx = torch.zeros_like(rows) if need_x else None
-    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    dweight = dweight if need_weight else None
-    dbias = torch.zeros_like(bias) if need_bias and bias is not None else None
+    rows = p.x.to(accumulate_dtype(p.x.dtype))
+    dx = torch.zeros_like(rows) if needs.x else None
+    dweight = torch.zeros_like(p.weight, memory_format=torch.contiguous_format)
+    dweight = dweight if needs.weight else None
+    dbias = torch.zeros_like(p.bias) if needs.bias and p.bias is not None else None
     # a row without other classes has lse = -inf and no gradient to share out
     safe_lse = torch.where(lse == -torch.inf, 0, lse)[:, None]
-    for tile in tiles(rows, weight, labels, classes, bias, normalize) if len(rows) else ():
-        g = (tile.scores - safe_lse).exp_().mul_(grad_lse[:, None])
-        if weighted and grad_weighted is not None:
-            v = 1 if column_weight is None else column_weight[tile.ids].to(g.dtype)
-            g += grad_weighted[:, None] * v
+    for tile in tiles(p, rows) if len(rows) else ():
+        g = (tile.scores - safe_lse).exp_().mul_(grads.lse[:, None])
+        if p.weighted and grads.weighted is not None:
+            v = 1 if p.column_weight is None else p.column_weight[tile.ids].to(g.dtype)
+            g += grads.weighted[:, None] * v
         if dbias is not None:
             dbias[tile.ids] = g.masked_fill(tile.is_target, 0).sum(dim=0).to(dbias.dtype)
-        g = torch.where(tile.is_target, grad_target[:, None], g)
+        g = torch.where(tile.is_target, grads.target[:, None], g)
         if dx is not None:
             dx.addmm_(g, tile.weight)
         if dweight is not None:
@@ -182,4 +156,4 @@ def backward(
                 dw = (dw - along * tile.weight) / tile.norm
                 dw = dw.masked_fill(tile.norm <= ZERO_NORM, 0)
             dweight[tile.ids] = dw.to(dweight.dtype)
-    return None if dx is None else dx.to(x.dtype), dweight, dbias
+    return None if dx is None else dx.to(p.x.dtype), dweight, dbias

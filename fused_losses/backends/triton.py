@@ -17,6 +17,7 @@ from fused_losses import validation
 from fused_losses.backends import triton_launch as base
 from fused_losses.backends.triton_launch import Problem, ceil_div, from_column, kernels, norms
 from fused_losses.backends.triton_tiles import Tile
+from fused_losses.inputs import Inputs, Needs, RowGradients
 
 PARTIAL_BYTES = 64 << 20
 ROW_BLOCK = 4096  # rows of G stored at a time: 4096 x 512 is 128 tiles of 128 x 128, a full H100
@@ -65,20 +66,11 @@ def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
         validation.check_labels_in_classes(labels, classes)
 
 
-def forward(
-    x: Tensor,  # [N, D]
-    weight: Tensor,  # [C, D]
-    labels: Tensor,  # [N], -1: no target
-    classes: Tensor | None,  # [K]
-    bias: Tensor | None,  # [C]
-    column_weight: Tensor | None,  # [C]
-    normalize: bool,
-    weighted: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
-    check(labels, weight, classes)
-    p = base.problem(x, weight, labels, classes, bias, column_weight, normalize, precision, False)
+    x, _, labels, _, bias, _, normalize, weighted, _ = inputs
+    check(labels, inputs.weight, inputs.classes)
+    p = base.problem(inputs, gradient=False)
     forward_kernels = kernels()[0]
     n, count, new = p.n, p.count, dict(dtype=torch.float32, device=x.device)
     lse = torch.full((n,), -torch.inf, **new)
@@ -157,25 +149,15 @@ def _partials(rows: int, n: int, parts: int, device: torch.device) -> tuple[Tens
 
 
 def backward(
-    grad_lse: Tensor,  # [N]
-    grad_target: Tensor,  # [N]
-    grad_weighted: Tensor | None,  # [N]
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    classes: Tensor | None,
-    bias: Tensor | None,
-    column_weight: Tensor | None,
+    inputs: Inputs,
     lse: Tensor,  # [N]
-    normalize: bool,
-    weighted: bool,
-    precision: str,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    row_gradients: RowGradients,
+    needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each None where it is not needed."""
-    p = base.problem(x, weight, labels, classes, bias, column_weight, normalize, precision, True)
+    x, weight, _, classes, bias, _, _, weighted, precision = inputs
+    need_x, need_weight, need_bias = needs
+    p = base.problem(inputs, gradient=True)
     need_bias = need_bias and bias is not None
     whole = classes is None and p.n > 0
     make = torch.empty if whole else torch.zeros
@@ -183,7 +165,8 @@ def backward(
     dbias = make(bias.shape, dtype=bias.dtype, device=x.device) if need_bias else None
     if p.n == 0 or p.count == 0:
         return torch.zeros_like(x) if need_x else None, dweight, dbias
-    grads = [grad_lse, grad_target, grad_weighted if weighted else None]
+    grads = [row_gradients.lse, row_gradients.target]
+    grads.append(row_gradients.weighted if weighted else None)
     grads = [None if g is None else g.to(torch.float32).contiguous() for g in grads]
     unscale = None
     if x.dtype == torch.float16:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends.triton_tiles import TABLES, Table, Tile
+from fused_losses.inputs import Inputs
 
 
 def interpreted() -> bool:
@@ -93,17 +94,9 @@ class Problem:
         return depth > 0 and self.d % depth == 0
 
 
-def problem(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    classes: Tensor | None,
-    bias: Tensor | None,
-    column_weight: Tensor | None,
-    normalize: bool,
-    precision: str,
-    gradient: bool,
-) -> Problem:
+def problem(inputs: Inputs, gradient: bool) -> Problem:
+    """The inputs as the kernels read them, with the tiles and products of this device."""
+    x, weight, labels, classes, bias, column_weight, normalize, _, precision = inputs
     arch = architecture(x.device)
     wide = x.dtype == torch.float32
     bf16 = wide and precision == "bf16"
