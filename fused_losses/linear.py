@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends, validation
+from fused_losses.rows import accumulate_dtype
 from fused_losses.softmax import (
     check_smoothing,
     kept_classes,
@@ -113,7 +114,7 @@ def _soft_targets(
     backend: str,
 ) -> Tensor:
     """sum_j p_j v_j (lse - z_j), with sum_j p_j v_j z_j = <x, sum_j p_j v_j w_j>: no logits."""
-    accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    accumulate = accumulate_dtype(weight.dtype)
     c = weight.shape[0]
     mix = probabilities * (1 - label_smoothing) + label_smoothing / c
     mix = mix if class_weight is None else mix * class_weight

@@ -8,6 +8,11 @@ from torch import Tensor
 ZERO_NORM = 1e-12
 
 
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are held in: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """x / |x| a row; a row with |x| <= 1e-12 becomes zero and gets gradient zero. [N, D]"""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

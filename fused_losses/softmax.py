@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_losses import backends, validation
 from fused_losses.backends import reference
 from fused_losses.margins import ArcFace, Margin, apply_margin
-from fused_losses.rows import unit_rows
+from fused_losses.rows import accumulate_dtype, unit_rows
 from fused_losses.sweep import KEPT_PADDING, RowStatistics, row_statistics
 
 GRADIENTS = ("exact", "straight_through")
@@ -171,7 +171,7 @@ def _streamed(
 ) -> tuple[Tensor, MarginSoftmaxStats]:
     """Per-row losses from one sweep over the classes; the margin is autograd on [N] vectors."""
     taking_part = weight.shape[0] if classes is None else classes.shape[0]
-    accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    accumulate = accumulate_dtype(weight.dtype)
     valid = labels != validation.NO_TARGET
     # an ignored row must not reach the gradients, not even with NaN
     x = torch.where(valid[:, None], embeddings.to(accumulate), 0)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.rows import accumulate_dtype
 
 FORWARD = (
     "(Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
@@ -197,7 +198,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     p, kept_classes = Inputs(*arguments[:-1]), arguments[-1]
     x, weight = p.x, p.weight
     n = x.shape[0]
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(weight.dtype)
     row = x.new_empty(n, dtype=row_dtype(weight))
     return (
         row,
@@ -247,7 +248,7 @@ def _python_forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
 def _python_backward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
     module: ModuleType = backends.module(backend)
     p, lse, _, grads, needs = _backward_arguments(arguments)
-    narrow = torch.float64 if p.weight.dtype == torch.float64 else torch.float32
+    narrow = accumulate_dtype(p.weight.dtype)
     grads = grads._replace(lse=grads.lse.to(narrow), target=grads.target.to(narrow))
     with torch.autocast(p.weight.device.type, enabled=False):
         out = module.backward(p, lse.to(narrow), grads, needs)

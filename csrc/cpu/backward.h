@@ -78,8 +78,7 @@ inline void gradient_of_scores(const Problem& p, const BackwardIn& in,
   const TileScratch<PS, T>& s = th.tile;
   // with pairs, a class's G waits here for its partner's
   alignas(64) T pending[kBlockRows + 64];
-  const Target* next = tile.targets;
-  each_class(tile, row0, rows, s.keep, [&](int64_t c, const T* keep) {
+  const auto fill = [&](int64_t c, const T* keep, const Target* begin, const Target* end) {
     const int64_t id = tile.id(c);
     const T inverse = s.inverse[c], bias = bias_of<T>(p, id);
     const T weight = p.weighted ? column_weight_of<T>(p, id) : T(0);
@@ -98,9 +97,7 @@ inline void gradient_of_scores(const Problem& p, const BackwardIn& in,
       store(g_out + i, g * inverse);
     }
     T along_sum = sum<T>(along);
-    while (next != tile.targets_end && next->position < tile.first + c) ++next;
-    for (const Target* t = next; keep && t != tile.targets_end && t->position == tile.first + c;
-         ++t) {
+    for (const Target* t = begin; keep && t != end; ++t) {
       const int64_t i = t->row - row0;
       if (i < 0 || i >= rows) continue;
       const T g = static_cast<const T*>(in.grad_target)[t->row];
@@ -127,7 +124,8 @@ inline void gradient_of_scores(const Problem& p, const BackwardIn& in,
       }
     }
 #endif
-  });
+  };
+  each_class(tile, row0, rows, s.keep, fill);
 }
 
 // dx[rows of the block] += G^T w

@@ -5,8 +5,8 @@
 
 namespace fused_losses::FL_ISA {
 
-// Calls body(c, keep) for each class of the tile; keep is null, or 0 at the rows whose target it
-// is.
+// Calls body(c, keep, begin, end) for each class of the tile and its targets [begin, end); keep is
+// null, or 0 at those of their rows that lie in the block.
 template <class Tile, class T, class Body>
 inline void each_class(const Tile& tile, int64_t row0, int64_t rows, T* keep, Body&& body) {
   const Target* next = tile.targets;
@@ -20,7 +20,7 @@ inline void each_class(const Tile& tile, int64_t row0, int64_t rows, T* keep, Bo
         marked = true;
       }
     }
-    body(c, marked ? keep : nullptr);
+    body(c, marked ? keep : nullptr, begin, next);
     for (const Target* t = begin; marked && t != next; ++t) {
       const int64_t i = t->row - row0;
       if (i >= 0 && i < rows) keep[i] = 1;
@@ -130,23 +130,24 @@ inline void forward_tile(const Problem& p, const ForwardPlan<PS, T>& plan,
 
     for (int64_t i = 0; i < rows; ++i) th.tile_best[i] = kNone;
     for (int64_t i = 0; i < rows; ++i) th.tile_sum[i] = 0;
-    each_class(tile, row0, rows, s.keep, [&](int64_t c, const T* keep) {
-      const T inverse = s.inverse[c], bias = bias_of<T>(p, tile.id(c));
-      const T* z = scores + c * ld;
-      for (int64_t i = 0; i < rows; i += kStep) {
-        Vector<T> v = load(z + i) * inverse + bias;
-        if (keep) v = load(keep + i) > T(0) ? v : broadcast(kNone);
-        const Vector<T> best = load(th.tile_best + i);
-        store(th.tile_best + i, v > best ? v : best);
-      }
-      if (p.weighted) {
-        const T weight = column_weight_of<T>(p, tile.id(c));
-        for (int64_t i = 0; i < rows; ++i) {
-          const T v = (z[i] * inverse + bias) * weight;
-          if (!keep || keep[i] > 0) th.sums.weighted[row0 + i] += v;
-        }
-      }
-    });
+    each_class(tile, row0, rows, s.keep,
+               [&](int64_t c, const T* keep, const Target*, const Target*) {
+                 const T inverse = s.inverse[c], bias = bias_of<T>(p, tile.id(c));
+                 const T* z = scores + c * ld;
+                 for (int64_t i = 0; i < rows; i += kStep) {
+                   Vector<T> v = load(z + i) * inverse + bias;
+                   if (keep) v = load(keep + i) > T(0) ? v : broadcast(kNone);
+                   const Vector<T> best = load(th.tile_best + i);
+                   store(th.tile_best + i, v > best ? v : best);
+                 }
+                 if (p.weighted) {
+                   const T weight = column_weight_of<T>(p, tile.id(c));
+                   for (int64_t i = 0; i < rows; ++i) {
+                     const T v = (z[i] * inverse + bias) * weight;
+                     if (!keep || keep[i] > 0) th.sums.weighted[row0 + i] += v;
+                   }
+                 }
+               });
 
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = row0 + i;
@@ -158,15 +159,16 @@ inline void forward_tile(const Problem& p, const ForwardPlan<PS, T>& plan,
       // what a score is shifted by: nothing, as long as no other class has been seen
       th.tile_best[i] = th.sums.best[row] > kNone ? th.sums.best[row] : T(0);
     }
-    each_class(tile, row0, rows, s.keep, [&](int64_t c, const T* keep) {
-      const T inverse = s.inverse[c], bias = bias_of<T>(p, tile.id(c));
-      const T* z = scores + c * ld;
-      for (int64_t i = 0; i < rows; i += kStep) {
-        Vector<T> e = exp(load(z + i) * inverse + bias - load(th.tile_best + i));
-        if (keep) e = load(keep + i) > T(0) ? e : Vector<T>{};
-        store(th.tile_sum + i, load(th.tile_sum + i) + e);
-      }
-    });
+    each_class(tile, row0, rows, s.keep,
+               [&](int64_t c, const T* keep, const Target*, const Target*) {
+                 const T inverse = s.inverse[c], bias = bias_of<T>(p, tile.id(c));
+                 const T* z = scores + c * ld;
+                 for (int64_t i = 0; i < rows; i += kStep) {
+                   Vector<T> e = exp(load(z + i) * inverse + bias - load(th.tile_best + i));
+                   if (keep) e = load(keep + i) > T(0) ? e : Vector<T>{};
+                   store(th.tile_sum + i, load(th.tile_sum + i) + e);
+                 }
+               });
     for (int64_t i = 0; i < rows; ++i) th.sums.total[row0 + i] += th.tile_sum[i];
   }
 }

@@ -134,7 +134,7 @@ inline void pack_columns(const T* x, int64_t n, int64_t d, int64_t ld, int64_t p
 }
 
 // A matrix as the right operand of G m: panels of columns, [panel][row words][kPanel columns].
-// `skip` words separate two panels (a whole matrix's depth, of which this may be a part).
+// `panel_words` words separate two panels (a whole matrix's depth, of which this may be a part).
 template <class P, class T, class Row>
 inline void pack_rows(Row&& row, int64_t rows, int64_t d, int64_t panel_words,
                       typename P::Word* out) {
@@ -301,7 +301,7 @@ class Tile {
   const TileScratch<PS, T>& s_;
 };
 
-// Packed x, shared by the threads: as columns for the scores, as rows for the weight gradient.
+// x in type T, row after row, shared by the threads.
 template <class T>
 inline const T* dense_rows(const Problem& p, T* buffer) {
   for (int64_t i = 0; i < p.n; ++i) read_row(p.x, i, p.d, buffer + i * p.d);

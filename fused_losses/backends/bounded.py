@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_losses import validation
 from fused_losses.inputs import Inputs, Needs, RowGradients
-from fused_losses.rows import ZERO_NORM, unit_rows
+from fused_losses.rows import ZERO_NORM, accumulate_dtype, unit_rows
 
 TILE_BYTES = 3 << 20  # of scores and of weights in a tile, together
 LIVE_TILES = 3.7  # how many such are alive at the peak, in backward (tests/test_memory.py)
@@ -38,10 +38,6 @@ def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> 
     """Peak memory of forward and backward beyond inputs and gradients."""
     size = 8 if dtype == torch.float64 else 4
     return int(LIVE_TILES * tile_classes(n, d, size) * (n + d) * size) + 3 * n * d * size
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass

@@ -128,11 +128,6 @@ def _rivals(x: Tensor, w: Tensor, y: Tensor) -> dict[str, Step]:
     return steps
 
 
-def growth(n: int, d: int, counts: tuple[int, ...]) -> dict[int, Case]:
-    """The same loss at growing class counts, ours alone: is the cost linear?"""
-    return {c: margin_softmax(n, c, d, rivals=False) for c in counts}
-
-
 def capability() -> str:
     built = cpu.extension()
     return built.capability() if built else "not built"
