@@ -1,0 +1,384 @@
+"""The sweep over pairs in pure PyTorch: any device, float64 too, and every second derivative.
+
+The score matrix goes by in blocks; memory O((N + M) D) plus a few blocks. All arithmetic is out of
+place, so that `differentiable_backward` is the same code under autograd, a checkpoint a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fused_losses.pair_inputs import (
+    BEST,
+    COUNT,
+    NEGATIVE,
+    POSITIVE,
+    VALUE,
+    PairInputs,
+    PairNeeds,
+    Rule,
+)
+from fused_losses.rows import accumulate_dtype
+
+BLOCK_BYTES = 2 << 20  # of scores in a block
+LIVE_BLOCKS = 12  # how many such are alive at the peak (tests/test_pair_memory.py)
+BLOCK_ROWS = 512
+
+
+def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
+    """Peak memory of forward and backward beyond inputs and gradients."""
+    size = 8 if dtype == torch.float64 else 4
+    return LIVE_BLOCKS * BLOCK_BYTES + 3 * (n + m) * d * size + 200 * (n + m)
+
+
+class Block:
+    """Scores of a run of rows against a run of columns, with their classes."""
+
+    def __init__(self, p: PairInputs, rows: slice, cols: slice) -> None:
+        dtype = accumulate_dtype(p.x.dtype)
+        self.p, self.rows, self.cols = p, rows, cols
+        self.x, self.y = p.x[rows].to(dtype), p.y[cols].to(dtype)
+        self.product = self.x @ self.y.T
+        u = self.product * p.scale.to(dtype)
+        if p.x_bias is not None:
+            u = u + p.x_bias[rows, None]
+        if p.y_bias is not None:
+            u = u + p.y_bias[cols]
+        if p.score == "root":
+            apart = u < 0
+            root = torch.where(apart, -u, 1).sqrt()
+            # a NaN must stay NaN
+            self.score = torch.where(apart, -root, torch.where(u.isnan(), u, 0))
+            self.slope = torch.where(apart, 0.5 / root, 0)
+        else:
+            self.score, self.slope = u, None
+        self.taking_part = self._taking_part()
+
+    def _taking_part(self) -> Tensor | None:
+        """Which pairs are not left out, windows apart; None: all of them."""
+        p, rows, cols = self.p, self.rows, self.cols
+        i = torch.arange(rows.start, rows.stop, device=p.x.device)[:, None]
+        j = torch.arange(cols.start, cols.stop, device=p.x.device)
+        left_out = []
+        if p.triangle and cols.start < rows.stop:
+            left_out.append(j <= i)
+        if p.skip_self:
+            left_out.append(i == j)
+        if p.x_ids is not None:
+            left_out.append(p.x_ids[rows, None] == p.y_ids[cols])
+        if p.x_groups is not None:
+            left_out.append(p.x_groups[rows, None] != p.y_groups[cols])
+        for column in () if p.exclude is None else p.exclude[rows].T:
+            left_out.append(column[:, None] == j)
+        if not left_out:
+            return None
+        out = left_out[0]
+        for more in left_out[1:]:
+            out = out | more
+        return ~out
+
+    def members(self, kind: int, window: Tensor | None) -> Tensor:
+        """[rows, cols] which pairs are of this class; window: [4, rows, 1] or [4, 1, cols]."""
+        p = self.p
+        if p.x_labels is None:
+            mask = torch.full_like(self.score, kind == NEGATIVE, dtype=torch.bool)
+        else:
+            same = p.x_labels[self.rows, None] == p.y_labels[self.cols]
+            mask = same if kind == POSITIVE else ~same
+        if self.taking_part is not None:
+            mask = mask & self.taking_part
+        if window is not None:
+            low, high = window[2 * kind], window[2 * kind + 1]
+            # written so that a NaN score takes part
+            mask = mask & ~((self.score <= low) | (self.score >= high))
+        return mask
+
+    def term(self, kind: int) -> tuple[Tensor, Tensor | float]:
+        """z of a class and dz/ds."""
+        rule: Rule = self.p.positive if kind == POSITIVE else self.p.negative
+        z, slope = rule.factor * (self.score - rule.center), rule.factor
+        if rule.reach != float("inf"):
+            sign = 1.0 if rule.factor >= 0 else -1.0
+            weight = (rule.reach + sign * self.score.detach()).clamp_min(0)
+            z, slope = z * weight, slope * weight
+        return z, slope
+
+    def sides(self, cols: bool) -> Iterator[tuple[int, slice, Tensor | None]]:
+        """The dimension that a side sums over, its vectors' slice and its window."""
+        p = self.p
+        yield 1, self.rows, None if p.x_window is None else p.x_window[:, self.rows, None]
+        if cols:
+            yield 0, self.cols, None if p.y_window is None else p.y_window[:, None, self.cols]
+
+
+def both_sides(p: PairInputs) -> PairInputs:
+    """With triangle, the columns' tensors are the rows'."""
+    if not p.triangle:
+        return p
+    return p._replace(
+        y=p.x,
+        y_bias=p.x_bias,
+        y_labels=p.x_labels,
+        y_ids=p.x_ids,
+        y_groups=p.x_groups,
+        y_window=p.x_window,
+    )
+
+
+def cuts(p: PairInputs) -> Iterator[tuple[slice, slice]]:
+    n, m = p.x.shape[0], p.y.shape[0]
+    size = 8 if p.x.dtype == torch.float64 else 4
+    wide = max(16, BLOCK_BYTES // (min(max(n, 1), BLOCK_ROWS) * size))
+    for i in range(0, n, BLOCK_ROWS):
+        for j in range(0, m, wide):
+            rows, cols = slice(i, min(i + BLOCK_ROWS, n)), slice(j, min(j + wide, m))
+            if not p.triangle or cols.stop - 1 > rows.start:
+                yield rows, cols
+
+
+# ---- statistics ---------------------------------------------------------------------------------
+
+
+def _reduce(z: Tensor, mask: Tensor, dim: int, reduction: str, wide: torch.dtype) -> Tensor:
+    """value, total, count, best of one side of a block. [4, side]"""
+    none = z.masked_fill(~mask, -torch.inf)
+    if reduction == "lse":
+        value = torch.logsumexp(none, dim).to(wide)
+    else:
+        f = torch.nn.functional.softplus(z) if reduction == "softplus" else z.clamp_min(0)
+        value = f.masked_fill(~mask, 0).sum(dim, dtype=wide)
+    total = z.masked_fill(~mask, 0).sum(dim, dtype=wide)
+    return torch.stack([value, total, mask.sum(dim).to(wide), none.amax(dim).to(wide)])
+
+
+def _merge(old: Tensor, new: Tensor, reduction: str) -> Tensor:
+    add = torch.logaddexp if reduction == "lse" else torch.add
+    return torch.stack(
+        [add(old[VALUE], new[VALUE]), *(old[1:3] + new[1:3]), torch.maximum(old[BEST], new[BEST])]
+    )
+
+
+def _nothing(p: PairInputs, size: int, reduction: str) -> Tensor:
+    from fused_losses.pairs import row_dtype
+
+    out = torch.zeros(4, 2, size, dtype=row_dtype(p.x.device), device=p.x.device)
+    out[BEST] = -torch.inf
+    if reduction == "lse":
+        out[VALUE] = -torch.inf
+    return out
+
+
+def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tensor]:
+    """rows and columns of `fused_losses.pairs`, [4, 2, N] and [4, 2, M or 0]."""
+    p = both_sides(p)
+    both = cols or p.triangle
+    sides = [_nothing(p, p.x.shape[0], reduction)]
+    sides.append(_nothing(p, p.y.shape[0] if both else 0, reduction))
+    for rows, columns in cuts(p):
+        block = Block(p, rows, columns)
+        for dim, at, window in block.sides(both):
+            out = sides[1 - dim]
+            for kind in (POSITIVE, NEGATIVE) if p.x_labels is not None else (NEGATIVE,):
+                mask = block.members(kind, window)
+                new = _reduce(block.term(kind)[0], mask, dim, reduction, out.dtype)
+                out[:, kind, at] = _merge(out[:, kind, at], new, reduction)
+    if p.triangle:
+        return _merge(*sides, reduction), sides[1][..., :0].contiguous()
+    return sides[0], sides[1]
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def _to_score(block: Block, grad: Tensor, stats: Tensor, dim: int, at: slice, reduction: str, kind):
+    """dL/dz through one side's value and total, before the mask."""
+    z, _ = block.term(kind)
+    spread = (lambda v: v[:, None]) if dim == 1 else (lambda v: v[None, :])
+    narrow = z.dtype
+    g_value, g_total = grad[0, kind, at], grad[1, kind, at]
+    if reduction != "lse":
+        slope = torch.sigmoid(z) if reduction == "softplus" else (z > 0).to(narrow)
+        return spread(g_value.to(narrow)) * slope + spread(g_total.to(narrow))
+    lse, count = stats[VALUE, kind, at], stats[COUNT, kind, at].detach()
+    lse = torch.where(lse == -torch.inf, 0, lse)
+    q = (z - spread(lse.to(narrow))).exp()
+    # g q + t, in a form whose large parts cancel in float64: near zero loss g -> -t count
+    share = (-g_total * count).to(narrow)
+    rest = (g_value + g_total * count).to(narrow)
+    return spread(rest) * q + spread(share) * (q - spread(1 / count.clamp_min(1).to(narrow)))
+
+
+def _block_gradient(
+    p: PairInputs, rows: slice, cols: slice, grads: tuple, stats: tuple, reduction: str, both: bool
+) -> tuple[Tensor, ...]:
+    """G y, G^T x (before the scale), sum G product, row sums and column sums of G = dL/du."""
+    block = Block(p, rows, cols)
+    g = torch.zeros_like(block.score)
+    for dim, at, window in block.sides(both):
+        for kind in (POSITIVE, NEGATIVE) if p.x_labels is not None else (NEGATIVE,):
+            part = _to_score(block, grads[1 - dim], stats[1 - dim], dim, at, reduction, kind)
+            part = part * block.term(kind)[1]
+            g = g + torch.where(block.members(kind, window), part, 0)
+    return _products(block, g)
+
+
+def _products(block: Block, g: Tensor) -> tuple[Tensor, ...]:
+    if block.slope is not None:
+        g = g * block.slope
+    wide = block.p.scale.dtype
+    dscale = (g * block.product).sum(dtype=wide)
+    return g @ block.y, g.T @ block.x, dscale, g.sum(1), g.sum(0)
+
+
+def _collect(
+    p: PairInputs, needs: PairNeeds, parts: Iterator[tuple[slice, slice, tuple[Tensor, ...]]]
+) -> tuple[Tensor | None, ...]:
+    """Sums of the blocks' products, as gradients of x, y, scale and the biases."""
+    dtype = accumulate_dtype(p.x.dtype)
+    (n, d), m = p.x.shape, p.y.shape[0]
+    dx, dy = p.x.new_zeros((n, d), dtype=dtype), p.y.new_zeros((m, d), dtype=dtype)
+    dx_bias, dy_bias = dx.new_zeros(n), dx.new_zeros(m)
+    dscale = torch.zeros_like(p.scale)
+    for rows, cols, (gx, gy, gs, gr, gc) in parts:
+        dx[rows] += gx
+        dy[cols] += gy
+        dx_bias[rows] += gr
+        dy_bias[cols] += gc
+        dscale = dscale + gs
+    if p.triangle:
+        dx, dx_bias = dx + dy, dx_bias + dy_bias
+    scale = p.scale.to(dtype)
+    return (
+        (dx * scale).to(p.x.dtype) if needs.x else None,
+        (dy * scale).to(p.y.dtype) if needs.y else None,
+        dscale if needs.scale else None,
+        dx_bias.to(p.x_bias.dtype) if needs.x_bias and p.x_bias is not None else None,
+        dy_bias.to(p.y_bias.dtype) if needs.y_bias and p.y_bias is not None else None,
+    )
+
+
+def _run(keep: bool, f: Any, *arguments: Any) -> Any:
+    """f(*arguments); under autograd nothing of it is kept but its arguments."""
+    return checkpoint(f, *arguments, use_reentrant=False) if keep else f(*arguments)
+
+
+def statistics_backward(
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    p: PairInputs,
+    reduction: str,
+    cols: bool,
+    needs: PairNeeds,
+    differentiable: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, y, scale, x_bias and y_bias, each None where it is not needed."""
+    p = both_sides(p)
+    grads = (grad_rows, grad_rows if p.triangle else grad_columns)
+    stats = (rows, rows if p.triangle else columns)
+    both = cols or p.triangle
+    parts = (
+        (i, j, _run(differentiable, _block_gradient, p, i, j, grads, stats, reduction, both))
+        for i, j in cuts(p)
+    )
+    return _collect(p, needs, parts)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, Tensor]:
+    """out [N, Dv] and lse [N] of `fused_losses.pairs.pair_attention`."""
+    dtype = accumulate_dtype(p.x.dtype)
+    n, kind = p.x.shape[0], POSITIVE if positives else NEGATIVE
+    out = values.new_zeros((n, values.shape[1]), dtype=dtype)
+    best, mass = out.new_full((n,), -torch.inf), out.new_zeros(n)
+    for rows, cols in cuts(p):
+        block = Block(p, rows, cols)
+        _, _, window = next(block.sides(False))
+        z = block.term(kind)[0].masked_fill(~block.members(kind, window), -torch.inf)
+        top = torch.maximum(best[rows], z.amax(1))
+        safe = torch.where(top == -torch.inf, 0, top)
+        weights = (z - safe[:, None]).exp()
+        shrink = (best[rows] - safe).exp()
+        out[rows] = out[rows] * shrink[:, None] + weights @ values[cols].to(dtype)
+        mass[rows] = mass[rows] * shrink + weights.sum(1)
+        best[rows] = top
+    wide = _nothing(p, 0, "lse").dtype
+    lse = torch.where(best == -torch.inf, 0, best).to(wide) + mass.to(wide).log()
+    return out / torch.where(mass == 0, 1, mass)[:, None], lse
+
+
+def _block_attention(
+    p: PairInputs,
+    rows: slice,
+    cols: slice,
+    grad_out: Tensor,
+    shift: Tensor,
+    lse: Tensor,
+    values: Tensor,
+    kind: int,
+) -> tuple[Tensor, ...]:
+    block = Block(p, rows, cols)
+    _, _, window = next(block.sides(False))
+    z, slope = block.term(kind)
+    v = values[cols].to(z.dtype)
+    weights = (z - lse[rows, None].to(z.dtype)).exp()
+    weights = torch.where(block.members(kind, window), weights, 0)
+    g = weights * (grad_out[rows] @ v.T - shift[rows, None]) * slope
+    return weights.T @ grad_out[rows], *_products(block, g)
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    values: Tensor,
+    p: PairInputs,
+    positives: bool,
+    need_values: bool,
+    needs: PairNeeds,
+    differentiable: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of values, x, y, scale, x_bias and y_bias, each None where not needed."""
+    kind = POSITIVE if positives else NEGATIVE
+    shift = (grad_out * out).sum(1) - grad_lse.to(out.dtype)
+    lse = torch.where(lse == -torch.inf, 0, lse)
+    dvalues = out.new_zeros(values.shape)
+
+    def parts() -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
+        for i, j in cuts(p):
+            found = _run(
+                differentiable, _block_attention, p, i, j, grad_out, shift, lse, values, kind
+            )
+            dvalues[j] += found[0]
+            yield i, j, found[1:]
+
+    rest = _collect(p, needs, parts())
+    return (dvalues.to(values.dtype) if need_values else None, *rest)
+
+
+# ---- second derivatives -------------------------------------------------------------------------
+
+
+def differentiable_backward(kind: str, arguments: list[Any]) -> tuple[Tensor, ...]:
+    """A backward op's outputs from its flat arguments, themselves differentiable."""
+    from fused_losses.pairs import FIELDS, sorted_out
+
+    at = 4 if kind == "pair_statistics" else 5
+    before, after = arguments[:at], arguments[at + FIELDS :]
+    p = sorted_out(tuple(arguments[at : at + FIELDS]))
+    if kind == "pair_statistics":
+        reduction, cols, *needs = after
+        found = statistics_backward(*before, p, reduction, cols, PairNeeds(*needs), True)
+    else:
+        positives, need_values, *needs = after
+        found = attention_backward(*before, p, positives, need_values, PairNeeds(*needs), True)
+    return tuple(p.x.new_empty(0) if g is None else g for g in found)

@@ -1,0 +1,367 @@
+"""The streamed primitive over pairs: statistics of a score matrix's rows and columns, never stored.
+
+    u_ij = scale <x_i, y_j> + a_i + b_j          s_ij = psi(u_ij)             (the score)
+    each pair is positive, negative or left out                               (the pairs)
+    z_ij = factor_c (s_ij - center_c) w_ij       for its class c              (`Rule`)
+    value_ci = log sum_j exp z_ij, or sum_j f(z_ij)   over row i's pairs of class c (the reduction)
+    total_ci = sum_j z_ij    count_ci    best_ci = max_j z_ij
+
+and the same for columns, from the same sweep. Positives have sums of their own, so a loss near
+zero keeps its digits: 1 - p = sigmoid(lse_negative - lse_positive).
+
+psi: "linear" s = u; "root" s = -sqrt(max(-u, 0)): with u = -|x - y|^2 minus the distance.
+Labels equal: positive, else negative (no labels: all negative). Left out: equal ids, different
+groups, listed in `exclude`, i == j with skip_self, or outside the window: a pair counts in row i's
+statistics only if low < s_ij < high, with (positive low, positive high, negative low, negative
+high) = x_window[:, i]; y_window says the same for the columns' statistics.
+
+triangle: y is x, only i < j is computed and each pair counts in the rows of both its ends (x_bias
+and x_window stand for both sides); half the work where the scores are symmetric.
+
+Backward recomputes the scores: G_ij = dz_ij/du_ij (gradient of z_ij through row i and column j).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses import backends
+from fused_losses.backends import reference_pairs
+from fused_losses.pair_inputs import BEST, COUNT, TOTAL, VALUE, PairInputs, PairNeeds, Rule
+from fused_losses.rows import accumulate_dtype
+
+INPUTS = (
+    "Tensor x, Tensor y, Tensor scale, Tensor? x_bias, Tensor? y_bias, Tensor? x_labels, "
+    "Tensor? y_labels, Tensor? x_ids, Tensor? y_ids, Tensor? x_groups, Tensor? y_groups, "
+    "Tensor? exclude, Tensor? x_window, Tensor? y_window, str score, float[] positive, "
+    "float[] negative, bool skip_self, bool triangle, str precision"
+)
+NEEDS = "bool need_x, bool need_y, bool need_scale, bool need_x_bias, bool need_y_bias"
+SOME = "Tensor dx, Tensor dy, Tensor dscale, Tensor dx_bias, Tensor dy_bias"
+SCHEMAS = {
+    "pair_statistics": f"({INPUTS}, str reduction, bool cols) -> (Tensor rows, Tensor columns)",
+    "pair_statistics_backward": (
+        f"(Tensor grad_rows, Tensor grad_columns, Tensor rows, Tensor columns, {INPUTS}, "
+        f"str reduction, bool cols, {NEEDS}) -> ({SOME})"
+    ),
+    "pair_attention": f"(Tensor values, {INPUTS}, bool positives) -> (Tensor out, Tensor lse)",
+    "pair_attention_backward": (
+        f"(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor values, {INPUTS}, "
+        f"bool positives, bool need_values, {NEEDS}) -> (Tensor dvalues, {SOME})"
+    ),
+}
+FIELDS = len(PairInputs._fields)
+PYTHON_BACKENDS = ("bounded", "triton")
+# where among PairInputs the tensors stand that may need a gradient, as in PairNeeds
+DIFFERENTIABLE = (0, 1, 2, 3, 4)
+
+_library = torch.library.Library("fused_losses", "FRAGMENT")
+
+
+class PairStatistics(NamedTuple):
+    """Statistics of each row (or column), [2, N] each: positives first, then negatives.
+
+    value and total are differentiable. All in float64 where the device has it.
+    """
+
+    value: Tensor  # log sum exp z (-inf over no pairs), or sum f(z)
+    total: Tensor  # sum of z
+    count: Tensor  # pairs
+    best: Tensor  # the largest z, -inf over no pairs
+
+
+def op(kind: str, backend: str, direction: str = "") -> Any:
+    """A registered op: kind pair_statistics or pair_attention, direction "" or "_backward"."""
+    return getattr(torch.ops.fused_losses, f"{kind}_{backend}{direction}").default
+
+
+def row_dtype(device: torch.device) -> torch.dtype:
+    """What statistics come in: float64 where the device has it."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
+def pair_statistics(
+    inputs: PairInputs, *, reduction: str = "lse", cols: bool = False, backend: str | None = None
+) -> tuple[PairStatistics, PairStatistics | None]:
+    """One sweep: statistics of the rows, and with cols=True of the columns (module docstring).
+
+    Differentiable in x, y, scale and the biases. reduction: "lse", "softplus" or "relu".
+    Time O(N M D), half with triangle; memory O((N + M) D) plus a block. Second derivatives run on
+    the pure-PyTorch path, whichever backend ran the first.
+    """
+    name, _ = backends.choose(backend, inputs.x.device, inputs.x.dtype, inputs.precision)
+    if name == "reference":
+        rows, columns = reference_pairs.statistics(inputs, reduction, cols)
+    else:
+        rows, columns = _call("pair_statistics", name, *_flat(inputs), reduction, cols)
+    return _named(rows), _named(columns) if cols else None
+
+
+def pair_attention(
+    values: Tensor, inputs: PairInputs, *, positives: bool = False, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """sum_j softmax_j(z_ij) values_j over row i's negatives (or positives), and its logsumexp.
+
+    values [M, Dv] of x's dtype -> out [N, Dv] in the accumulation dtype (a row without pairs: 0),
+    lse [N] (without pairs: -inf). Both differentiable in values, x, y, scale and the biases.
+    Time O(N M (D + Dv)); memory O((N + M)(D + Dv)) plus a block.
+    """
+    name, _ = backends.choose(backend, inputs.x.device, inputs.x.dtype, inputs.precision)
+    if name == "reference":
+        return reference_pairs.attention(values, inputs, positives)
+    return _call("pair_attention", name, values, *_flat(inputs), positives)
+
+
+def _flat(p: PairInputs) -> PairInputs:
+    return p._replace(positive=list(p.positive), negative=list(p.negative))
+
+
+def _named(statistics: Tensor) -> PairStatistics:
+    return PairStatistics(
+        statistics[VALUE],
+        statistics[TOTAL],
+        statistics[COUNT].detach(),
+        statistics[BEST].detach(),
+    )
+
+
+def _call(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    # torch.library.register_autograd makes a Function without setup_context, which torch.func
+    # refuses (torch 2.13); ours has one
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _Function.apply(kind, backend, *arguments)
+    return op(kind, backend)(*arguments)
+
+
+def sorted_out(arguments: tuple) -> PairInputs:
+    """PairInputs from the ops' flat arguments, with their rules."""
+    p = PairInputs(*arguments)
+    return p._replace(positive=Rule(*p.positive), negative=Rule(*p.negative))
+
+
+# ---- autograd: each kind has a first tensor block, the inputs, and what follows them ------------
+
+
+def _first(kind: str) -> int:
+    """Where PairInputs start among the forward op's arguments."""
+    return 1 if kind == "pair_attention" else 0
+
+
+def _setup_context(kind: str, ctx: Any, arguments: tuple, output: tuple) -> None:
+    tensors = [a if isinstance(a, Tensor) else None for a in arguments]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.rest = [None if isinstance(a, Tensor) else a for a in arguments]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(kind: str, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+    """Gradients of the forward op's arguments, in their order."""
+    count = len(ctx.rest)
+    arguments = [
+        rest if tensor is None else tensor
+        for tensor, rest in zip(ctx.saved_tensors[:count], ctx.rest, strict=True)
+    ]
+    output = ctx.saved_tensors[count:]
+    at = _first(kind)
+    if kind == "pair_statistics":
+        # value and total only: the others are counts
+        grads = [
+            torch.zeros_like(o[:2]) if g is None else g[:2].contiguous()
+            for g, o in zip(grads, output, strict=True)
+        ]
+    else:
+        grads = [
+            torch.zeros_like(o) if g is None else g.contiguous()
+            for g, o in zip(grads, output, strict=True)
+        ]
+    needs = [needed[i] for i in range(at)] + [needed[at + i] for i in DIFFERENTIABLE]
+    triangle = arguments[at + PairInputs._fields.index("triangle")]
+    if triangle:
+        needs[at + 1] = needs[at + 4] = False
+    out = backward_op(*grads, *output, *arguments, *needs)
+    out = [g if need else None for g, need in zip(out, needs, strict=True)]
+    return (*out, *[None] * (count - len(out)))
+
+
+class _Function(torch.autograd.Function):
+    """A primitive under torch.func: the same gradient as the registered op's."""
+
+    @staticmethod
+    def forward(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return op(kind, backend)(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.kind, ctx.backend = inputs[:2]
+        _setup_context(ctx.kind, ctx, inputs[2:], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        def backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+            return _BackwardFunction.apply(ctx.kind, ctx.backend, *arguments)
+
+        needed = ctx.needs_input_grad[2:]
+        return (None, None, *_gradients(ctx.kind, backward_op, ctx, needed, grads))
+
+
+class _BackwardFunction(torch.autograd.Function):
+    """The backward op where torch.func differentiates through it."""
+
+    @staticmethod
+    def forward(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return op(kind, backend, "_backward")(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.kind = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        raise NotImplementedError(
+            f"{ctx.kind}: a second derivative under torch.func is not supported; use "
+            "torch.autograd.grad(..., create_graph=True) or backend='reference'"
+        )
+
+
+def _setup_second(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in inputs])
+    ctx.rest = [None if isinstance(a, Tensor) else a for a in inputs]
+
+
+def _second(kind: str, ctx: Any, *grads: Tensor | None) -> tuple:
+    """The backward op's own derivative, through the pure-PyTorch path, tile by tile."""
+    from fused_losses.backends import bounded_pairs
+
+    arguments = [
+        rest if tensor is None else tensor
+        for tensor, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)
+    ]
+    wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {i: arguments[i].view_as(arguments[i]) for i in wanted}
+        replaced = [leaves.get(i, a) for i, a in enumerate(arguments)]
+        outputs = bounded_pairs.differentiable_backward(kind, replaced)
+        pairs = [
+            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            list(leaves.values()),
+            [g for _, g in pairs],
+            allow_unused=True,
+            create_graph=further,
+        )
+    out: list[Tensor | None] = [None] * len(arguments)
+    for i, g in zip(leaves, found, strict=True):
+        out[i] = g
+    return tuple(out)
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def _fake_statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
+    p, cols = PairInputs(*arguments[:FIELDS]), arguments[-1]
+    new = dict(dtype=row_dtype(p.x.device))
+    rows = p.x.new_empty((4, 2, p.x.shape[0]), **new)
+    return rows, p.x.new_empty((4, 2, p.y.shape[0] if cols else 0), **new)
+
+
+def _fake_attention(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    p = PairInputs(*arguments[:FIELDS])
+    n = p.x.shape[0]
+    out = p.x.new_empty((n, values.shape[1]), dtype=accumulate_dtype(p.x.dtype))
+    return out, p.x.new_empty(n, dtype=row_dtype(p.x.device))
+
+
+def _empty_gradients(p: PairInputs, needs: PairNeeds) -> tuple[Tensor, ...]:
+    like = (p.x, p.y, p.scale, p.x_bias, p.y_bias)
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else p.x.new_empty(0)
+        for t, need in zip(like, needs, strict=True)
+    )
+
+
+def _fake_statistics_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    p = PairInputs(*arguments[4 : 4 + FIELDS])
+    return _empty_gradients(p, PairNeeds(*arguments[-5:]))
+
+
+def _fake_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    values, p = arguments[4], PairInputs(*arguments[5 : 5 + FIELDS])
+    dvalues = values.new_empty(values.shape if arguments[-6] else 0)
+    return dvalues, *_empty_gradients(p, PairNeeds(*arguments[-5:]))
+
+
+_FAKES = {
+    "pair_statistics": _fake_statistics,
+    "pair_statistics_backward": _fake_statistics_backward,
+    "pair_attention": _fake_attention,
+    "pair_attention_backward": _fake_attention_backward,
+}
+
+
+def _padded(found: tuple, p: PairInputs) -> tuple[Tensor, ...]:
+    """Python backends say None for what was not asked; an op must return tensors."""
+    return tuple(p.x.new_empty(0) if g is None else g for g in found)
+
+
+def python_op(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    """Runs an op of a backend written in Python, its arguments sorted out."""
+    module = backends.module(f"{backend}_pairs")
+    at = {"pair_statistics": 0, "pair_statistics_backward": 4, "pair_attention": 1}.get(kind, 5)
+    before, after = arguments[:at], arguments[at + FIELDS :]
+    p = sorted_out(arguments[at : at + FIELDS])
+    # a product inside a kernel is ours to round, also where autocast surrounds the backward
+    with torch.autocast(p.x.device.type, enabled=False):
+        if kind == "pair_statistics":
+            return module.statistics(p, *after)
+        if kind == "pair_attention":
+            return module.attention(*before, p, *after)
+        if kind == "pair_statistics_backward":
+            reduction, cols, *needs = after
+            found = module.statistics_backward(*before, p, reduction, cols, PairNeeds(*needs))
+            return _padded(found, p)
+        positives, need_values, *needs = after
+        found = module.attention_backward(*before, p, positives, need_values, PairNeeds(*needs))
+        return _padded(found, p)
+
+
+def _register(kind: str, backend: str) -> None:
+    """Fake kernels and autograd of one backend's ops: the same for all of them."""
+    name = f"fused_losses::{kind}_{backend}"
+    torch.library.register_fake(name, _FAKES[kind])
+    torch.library.register_fake(f"{name}_backward", _FAKES[f"{kind}_backward"])
+    backward_op = op(kind, backend, "_backward")
+    torch.library.register_autograd(
+        name,
+        lambda ctx, *grads: _gradients(kind, backward_op, ctx, ctx.needs_input_grad, grads),
+        setup_context=lambda ctx, inputs, output: _setup_context(kind, ctx, inputs, output),
+    )
+    torch.library.register_autograd(
+        f"{name}_backward",
+        lambda ctx, *grads: _second(kind, ctx, *grads),
+        setup_context=_setup_second,
+    )
+
+
+def _define(kind: str, backend: str) -> None:
+    """A backend's two ops. The schemas stand here alone: C++ adds kernels to what this defines."""
+    for direction in ("", "_backward"):
+        name = f"{kind}_{backend}{direction}"
+        _library.define(name + SCHEMAS[kind + direction])
+        if backend in PYTHON_BACKENDS:
+            run = lambda *a, which=kind + direction: python_op(which, backend, *a)
+            _library.impl(name, run, "CompositeExplicitAutograd")
+    _register(kind, backend)
+
+
+for _kind in ("pair_statistics", "pair_attention"):
+    for _backend in PYTHON_BACKENDS:
+        _define(_kind, _backend)
+    if backends.unavailable("cpu") is None:
+        _define(_kind, "cpu")
