@@ -19,7 +19,7 @@
 #include <tuple>
 #include <vector>
 
-#include "row_statistics.h"
+#include "bind.h"
 
 namespace fused_losses {
 namespace {
@@ -40,14 +40,6 @@ Type type_of(const Tensor& t) {
     default:
       TORCH_CHECK_TYPE(false, "row_statistics: unsupported dtype ", t.scalar_type());
   }
-}
-
-Precision precision_of(c10::string_view name) {
-  const bool known = name == "fp32" || name == "mixed" || name == "bf16";
-  TORCH_CHECK_VALUE(known, "precision: expected fp32, mixed or bf16 on a CPU, got ", name);
-  if (name == "fp32") return Precision::kFull;
-  TORCH_CHECK(best_kernels().bf16, "precision: this CPU has no AVX512_BF16 products");
-  return name == "mixed" ? Precision::kMixed : Precision::kBFloat16;
 }
 
 void run_on_threads(int count, void (*body)(void*, int), void* context) {
@@ -74,16 +66,6 @@ void host_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, in
 Parallel parallel_for_classes(int64_t k) {
   const int64_t most = std::max<int64_t>(1, k / 24);
   return {static_cast<int>(std::min<int64_t>(at::get_num_threads(), most)), run_on_threads};
-}
-
-// Large pages for large outputs: a fresh gradient is gigabytes of page faults otherwise.
-void advise_huge([[maybe_unused]] const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const auto begin = round_up(reinterpret_cast<uintptr_t>(t.data_ptr()), kHuge);
-  const auto end = reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes();
-  if (end > begin + 4 * kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 Tensor dense_rows(const Tensor& t) {
@@ -184,14 +166,7 @@ struct Call {
     };
   }
 
-  Tensor buffer(size_t bytes) const {
-    return at::empty({static_cast<int64_t>(bytes) + 64}, x.options().dtype(at::kByte));
-  }
 };
-
-void* aligned(const Tensor& buffer) {
-  return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.data_ptr()), 64));
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Tensor& labels, const OptionalTensor& classes,
@@ -212,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   if (n > 0) {
     const Kernels& kernels = best_kernels();
     const Parallel parallel = parallel_for_classes(call.problem.k);
-    const Tensor buffer = call.buffer(kernels.forward_bytes(call.problem, parallel.threads));
+    const Tensor buffer = scratch(kernels.forward_bytes(call.problem, parallel.threads));
     const ForwardOut out = {lse.data_ptr<double>(), target.data_ptr<double>(),
                             weighted ? weighted_sum.data_ptr() : nullptr,
                             hardest.data_ptr<int64_t>(), hardest_score.data_ptr()};
@@ -247,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Parallel parallel = parallel_for_classes(call.problem.k);
     const size_t bytes =
         kernels.backward_bytes(call.problem, parallel.threads, need_x, need_weight);
-    const Tensor buffer = call.buffer(bytes);
+    const Tensor buffer = scratch(bytes);
     const auto vector = [&](const Tensor& t) { return t.to(call.accumulate).contiguous(); };
     const Tensor g_lse = vector(grad_lse), g_target = vector(grad_target), kept_lse = vector(lse);
     const Tensor g_weighted = grad_weighted ? vector(*grad_weighted) : nothing;
@@ -279,6 +254,35 @@ size_t workspace_bytes(int64_t n, int64_t d, bool is_double, bool bf16) {
                   kernels.backward_bytes(p, threads, true, true));
 }
 
+}  // namespace
+
+Precision precision_of(c10::string_view name) {
+  const bool known = name == "fp32" || name == "mixed" || name == "bf16";
+  TORCH_CHECK_VALUE(known, "precision: expected fp32, mixed or bf16 on a CPU, got ", name);
+  if (name == "fp32") return Precision::kFull;
+  TORCH_CHECK(best_kernels().bf16, "precision: this CPU has no AVX512_BF16 products");
+  return name == "mixed" ? Precision::kMixed : Precision::kBFloat16;
+}
+
+Parallel torch_threads() { return {at::get_num_threads(), run_on_threads}; }
+
+void advise_huge([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const auto begin = round_up(reinterpret_cast<uintptr_t>(t.data_ptr()), kHuge);
+  const auto end = reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes();
+  if (end > begin + 4 * kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor scratch(size_t bytes) {
+  return at::empty({static_cast<int64_t>(bytes) + 64}, at::TensorOptions().dtype(at::kByte));
+}
+
+void* aligned(const Tensor& buffer) {
+  return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.data_ptr()), 64));
+}
+
 TORCH_LIBRARY(fused_losses, m) {
   m.def(
       "row_statistics_cpu(Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
@@ -296,9 +300,9 @@ TORCH_LIBRARY(fused_losses, m) {
 TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("row_statistics_cpu", &forward);
   m.impl("row_statistics_cpu_backward", &backward);
+  register_pairs(m);
 }
 
-}  // namespace
 }  // namespace fused_losses
 
 PYBIND11_MODULE(_C, m) {

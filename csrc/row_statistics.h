@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "pairs.h"
+
 namespace fused_losses {
 
 enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -91,6 +93,7 @@ struct Kernels {
   void (*forward)(const Problem&, const ForwardOut&, void* buffer, const Parallel&);
   void (*backward)(const Problem&, const BackwardIn&, const BackwardOut&, void* buffer,
                    const Parallel&);
+  PairKernels pairs;
 };
 
 const Kernels& generic_kernels();

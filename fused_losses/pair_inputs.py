@@ -1,4 +1,4 @@
-"""What a sweep over pairs is given, passed whole between the layers (grammar: `fused_losses.pairs`).
+"""What a sweep over pairs is given, passed whole between layers (grammar: `fused_losses.pairs`).
 
 Fields stand in the order of the ops' schema.
 """

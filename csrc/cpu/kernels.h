@@ -55,6 +55,7 @@ class Arena {
     return reinterpret_cast<T*>(at);
   }
   size_t used() const { return used_; }
+  void* base() const { return base_; }
 
  private:
   char* base_;

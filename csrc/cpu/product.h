@@ -73,4 +73,36 @@ template <class P, bool kUnitStride, class Finish>
   }
 }
 
+// As `multiply`, for left operands that lie in `runs` pieces of `run` words, `jump` words apart.
+template <class P, class Finish>
+[[gnu::always_inline]] inline void multiply_runs(const typename P::Word* const* a, int64_t run,
+                                                 int64_t jump, int64_t runs,
+                                                 const typename P::Word* b, Finish&& finish) {
+  using Word = typename P::Word;
+  using Sum = Vector<typename P::Sum>;
+  Sum sums[kRows][kVectors] = {};
+  const Word *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
+  for (int64_t piece = 0; piece < runs; ++piece) {
+    for (int64_t at = 0; at < run; ++at, b += kPanel<P>) {
+      typename P::Packed columns[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * kLanes<Word>);
+      const Word words[kRows] = {a0[at], a1[at], a2[at], a3[at], a4[at], a5[at]};
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          sums[r][v] = P::multiply_add(sums[r][v], words[r], columns[v]);
+        }
+      }
+    }
+    a0 += jump, a1 += jump, a2 += jump, a3 += jump, a4 += jump, a5 += jump;
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) finish(r, v, sums[r][v]);
+  }
+}
+
 }  // namespace fused_losses::FL_ISA

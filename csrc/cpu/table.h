@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.h"
+#include "pair_attention.h"
 
 namespace fused_losses::FL_ISA {
 
@@ -53,9 +54,69 @@ inline void table_backward(const Problem& p, const BackwardIn& in, const Backwar
   backward<F32, F32, float>(p, in, out, buffer, parallel);
 }
 
+// Calls f.template operator()<PS, PG, T>() with the products that a problem asks for.
+template <class F>
+inline auto with_products(const PairProblem& p, F&& f) {
+  if (p.is_double) return f.template operator()<F64, F64, double>();
+#if defined(__AVX512BF16__)
+  if (p.precision == Precision::kMixed) return f.template operator()<F32, Pairs, float>();
+  if (p.precision == Precision::kBFloat16) return f.template operator()<Pairs, Pairs, float>();
+#endif
+  return f.template operator()<F32, F32, float>();
+}
+
+inline PairKernels pair_table() {
+  PairKernels k;
+  k.forward_bytes = [](const PairProblem& p, int threads) {
+    return with_products(
+        p, [&]<class PS, class, class T>() { return pair_forward_bytes<PS, T>(p, threads); });
+  };
+  k.forward = [](const PairProblem& p, const PairForwardOut& out, void* buffer,
+                 const Parallel& parallel) {
+    with_products(
+        p, [&]<class PS, class, class T>() { pair_forward<PS, T>(p, out, buffer, parallel); });
+  };
+  k.backward_bytes = [](const PairProblem& p, const PairBackwardOut& out, int threads) {
+    return with_products(p, [&]<class PS, class PG, class T>() {
+      return pair_backward_bytes<PS, PG, T>(p, out, threads);
+    });
+  };
+  k.backward = [](const PairProblem& p, const PairBackwardIn& in, const PairBackwardOut& out,
+                  void* buffer, const Parallel& parallel) {
+    with_products(p, [&]<class PS, class PG, class T>() {
+      pair_backward<PS, PG, T>(p, in, out, buffer, parallel);
+    });
+  };
+  k.attention_bytes = [](const PairProblem& p, const AttentionIn& a, int threads) {
+    return with_products(p, [&]<class PS, class PG, class T>() {
+      return attention_bytes<PS, PG, T>(p, a, threads);
+    });
+  };
+  k.attention = [](const PairProblem& p, const AttentionIn& a, const AttentionForwardOut& out,
+                   void* buffer, const Parallel& parallel) {
+    with_products(p, [&]<class PS, class PG, class T>() {
+      attention<PS, PG, T>(p, a, out, buffer, parallel);
+    });
+  };
+  k.attention_backward_bytes = [](const PairProblem& p, const AttentionIn& a,
+                                  const PairBackwardOut& out, bool dvalues, int threads) {
+    return with_products(p, [&]<class PS, class PG, class T>() {
+      return attention_backward_bytes<PS, PG, T>(p, a, out, dvalues, threads);
+    });
+  };
+  k.attention_backward = [](const PairProblem& p, const AttentionIn& a,
+                            const AttentionBackwardIn& in, const PairBackwardOut& out,
+                            void* dvalues, void* buffer, const Parallel& parallel) {
+    with_products(p, [&]<class PS, class PG, class T>() {
+      attention_backward<PS, PG, T>(p, a, in, out, dvalues, buffer, parallel);
+    });
+  };
+  return k;
+}
+
 inline Kernels table(const char* capability, bool bf16) {
-  return {capability,           bf16,          table_forward_bytes,
-          table_backward_bytes, table_forward, table_backward};
+  return {capability,    bf16,           table_forward_bytes, table_backward_bytes,
+          table_forward, table_backward, pair_table()};
 }
 
 }  // namespace fused_losses::FL_ISA

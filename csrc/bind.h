@@ -1,0 +1,25 @@
+// What the files that see torch share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+#include "row_statistics.h"
+
+namespace fused_losses {
+
+Precision precision_of(c10::string_view name);
+Parallel torch_threads();
+
+// Large pages for large outputs: a fresh gradient is gigabytes of page faults otherwise.
+void advise_huge(const at::Tensor& t);
+
+// Scratch of so many bytes, and its first address that is aligned to 64.
+at::Tensor scratch(size_t bytes);
+void* aligned(const at::Tensor& buffer);
+
+// The ops of the sweep over pairs (schemas: fused_losses/pairs.py), bind_pairs.cpp.
+void register_pairs(torch::Library& m);
+
+}  // namespace fused_losses

@@ -1,0 +1,292 @@
+// The cpu ops of the sweep over pairs; bind.cpp registers them.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vecdot.h>
+#include <ATen/ops/sub.h>
+#include <torch/library.h>
+
+#include <array>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bind.h"
+
+namespace fused_losses {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Rule rule_of(c10::ArrayRef<double> r, const char* name) {
+  TORCH_CHECK_VALUE(r.size() == 3, name, ": expected factor, center and reach, got ", r.size());
+  return {r[0], r[1], r[2]};
+}
+
+// A PairProblem and what it points to.
+struct PairCall {
+  Tensor x, y;
+  std::vector<Tensor> held;
+  at::ScalarType accumulate;
+  PairProblem problem;
+
+  const void* vector(const OptionalTensor& t, at::ScalarType type, at::IntArrayRef shape,
+                     const char* name) {
+    if (!t) return nullptr;
+    TORCH_CHECK_VALUE(t->sizes() == shape, name, ": expected ", shape, ", got ", t->sizes());
+    held.push_back(t->to(type).contiguous());
+    return held.back().const_data_ptr();
+  }
+
+  const int32_t* indices(const OptionalTensor& t, at::IntArrayRef shape, const char* name) {
+    TORCH_CHECK_TYPE(!t || t->scalar_type() == at::kInt, name, ": expected int32");
+    return static_cast<const int32_t*>(vector(t, at::kInt, shape, name));
+  }
+
+  PairCall(const Tensor& x_in, const Tensor& y_in, const Tensor& scale,
+           const OptionalTensor& x_bias, const OptionalTensor& y_bias,
+           const OptionalTensor& x_labels, const OptionalTensor& y_labels,
+           const OptionalTensor& x_ids, const OptionalTensor& y_ids,
+           const OptionalTensor& x_groups, const OptionalTensor& y_groups,
+           const OptionalTensor& exclude, const OptionalTensor& x_window,
+           const OptionalTensor& y_window, c10::string_view score, c10::ArrayRef<double> positive,
+           c10::ArrayRef<double> negative, bool skip_self, bool triangle,
+           c10::string_view precision, c10::string_view reduction = "lse", bool cols = false) {
+    TORCH_CHECK_VALUE(x_in.dim() == 2 && y_in.dim() == 2 && x_in.size(1) == y_in.size(1),
+                      "pairs: expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ",
+                      y_in.sizes());
+    TORCH_CHECK_TYPE(x_in.scalar_type() == y_in.scalar_type(),
+                     "pairs: expected x and y of one dtype, got ", x_in.scalar_type(), " and ",
+                     y_in.scalar_type());
+    accumulate = x_in.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    x = x_in.to(accumulate).contiguous();
+    y = triangle ? x : y_in.to(accumulate).contiguous();
+    const int64_t n = x.size(0), m = y.size(0);
+    TORCH_CHECK_VALUE(x_labels.has_value() == (triangle || y_labels.has_value()) || !x_labels,
+                      "y_labels: expected with x_labels");
+    const auto side = [&](const Tensor& t, const OptionalTensor& bias, const OptionalTensor& labels,
+                          const OptionalTensor& ids, const OptionalTensor& groups,
+                          const OptionalTensor& window, const std::array<const char*, 5>& names) {
+      const int64_t count = t.size(0);
+      return PairSide{t.const_data_ptr(),
+                      count,
+                      vector(bias, accumulate, {count}, names[0]),
+                      indices(labels, {count}, names[1]),
+                      indices(ids, {count}, names[2]),
+                      indices(groups, {count}, names[3]),
+                      vector(window, accumulate, {4, count}, names[4])};
+    };
+    problem = {};
+    problem.rows = side(x, x_bias, x_labels, x_ids, x_groups, x_window,
+                        {"x_bias", "x_labels", "x_ids", "x_groups", "x_window"});
+    problem.columns = triangle
+                          ? problem.rows
+                          : side(y, y_bias, y_labels, y_ids, y_groups, y_window,
+                                 {"y_bias", "y_labels", "y_ids", "y_groups", "y_window"});
+    const PairSide &r = problem.rows, &c = problem.columns;
+    TORCH_CHECK_VALUE(!r.labels == !c.labels && !r.ids == !c.ids && !r.groups == !c.groups,
+                      "pairs: expected labels, ids and groups of both sides or of neither");
+    TORCH_CHECK_VALUE(!exclude || !triangle, "exclude: not with triangle");
+    problem.d = x.size(1);
+    problem.scale = scale.item<double>();
+    problem.excluded = exclude ? exclude->size(1) : 0;
+    problem.exclude = indices(exclude, {n, problem.excluded}, "exclude");
+    TORCH_CHECK_VALUE(score == "linear" || score == "root", "score: expected linear or root, got ",
+                      score);
+    problem.score = score == "root" ? Score::kRoot : Score::kLinear;
+    problem.rule[kPositive] = rule_of(positive, "positive");
+    problem.rule[kNegative] = rule_of(negative, "negative");
+    TORCH_CHECK_VALUE(reduction == "lse" || reduction == "softplus" || reduction == "relu",
+                      "reduction: expected lse, softplus or relu, got ", reduction);
+    problem.reduction = reduction == "lse"    ? Reduction::kLse
+                        : reduction == "relu" ? Reduction::kRelu
+                                              : Reduction::kSoftplus;
+    problem.skip_self = skip_self;
+    problem.triangle = triangle;
+    problem.both = cols || triangle;
+    problem.is_double = accumulate == at::kDouble;
+    problem.precision = precision_of(precision);
+    TORCH_CHECK(n < std::numeric_limits<int32_t>::max() && m < std::numeric_limits<int32_t>::max(),
+                "pairs: expected fewer than 2^31 rows");
+  }
+
+  Tensor empty(at::IntArrayRef shape) const {
+    const Tensor t = at::empty(shape, x.options());
+    advise_huge(t);
+    return t;
+  }
+};
+
+Tensor doubles(at::IntArrayRef shape) {
+  return at::empty(shape, at::TensorOptions().dtype(at::kDouble));
+}
+
+Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
+
+std::tuple<Tensor, Tensor> statistics(
+    const Tensor& x, const Tensor& y, const Tensor& scale, const OptionalTensor& x_bias,
+    const OptionalTensor& y_bias, const OptionalTensor& x_labels, const OptionalTensor& y_labels,
+    const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& x_groups,
+    const OptionalTensor& y_groups, const OptionalTensor& exclude, const OptionalTensor& x_window,
+    const OptionalTensor& y_window, c10::string_view score, c10::ArrayRef<double> positive,
+    c10::ArrayRef<double> negative, bool skip_self, bool triangle, c10::string_view precision,
+    c10::string_view reduction, bool cols) {
+  const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
+                      y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
+                      triangle, precision, reduction, cols);
+  const PairProblem& p = call.problem;
+  const Tensor rows = doubles({kStatistics, kClasses, p.rows.count});
+  const Tensor columns = doubles({kStatistics, kClasses, cols && !triangle ? p.columns.count : 0});
+  const PairKernels& kernels = best_kernels().pairs;
+  const Parallel parallel = torch_threads();
+  const Tensor buffer = scratch(kernels.forward_bytes(p, parallel.threads));
+  kernels.forward(p, {rows.data_ptr<double>(), columns.data_ptr<double>()}, aligned(buffer),
+                  parallel);
+  return {rows, columns};
+}
+
+// The gradients' tensors, and the pointers that a kernel writes through.
+struct Gradients {
+  Tensor dx, dy, dscale, dx_bias, dy_bias;
+  PairBackwardOut out = {};
+
+  Gradients(const PairCall& call, const Tensor& scale, const OptionalTensor& x_bias,
+            const OptionalTensor& y_bias, bool need_x, bool need_y, bool need_scale,
+            bool need_x_bias, bool need_y_bias)
+      : dx(nothing(call.x)),
+        dy(nothing(call.x)),
+        dscale(nothing(scale)),
+        dx_bias(nothing(call.x)),
+        dy_bias(nothing(call.x)) {
+    const PairProblem& p = call.problem;
+    if (need_x) {
+      dx = call.empty(call.x.sizes());
+      out.dx = dx.data_ptr();
+    }
+    if (need_y) {
+      dy = call.empty(call.y.sizes());
+      out.dy = dy.data_ptr();
+    }
+    if (need_scale) {
+      dscale = doubles({});
+      out.dscale = dscale.data_ptr<double>();
+    }
+    if (need_x_bias && x_bias) {
+      dx_bias = call.empty({p.rows.count});
+      out.dx_bias = dx_bias.data_ptr();
+    }
+    if (need_y_bias && y_bias) {
+      dy_bias = call.empty({p.columns.count});
+      out.dy_bias = dy_bias.data_ptr();
+    }
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as(const Tensor& x, const Tensor& y,
+                                                        const Tensor& scale) const {
+    return {dx.to(x.scalar_type()), dy.to(y.scalar_type()), dscale.to(scale.scalar_type()),
+            dx_bias, dy_bias};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics_backward(
+    const Tensor& grad_rows, const Tensor& grad_columns, const Tensor& rows, const Tensor& columns,
+    const Tensor& x, const Tensor& y, const Tensor& scale, const OptionalTensor& x_bias,
+    const OptionalTensor& y_bias, const OptionalTensor& x_labels, const OptionalTensor& y_labels,
+    const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& x_groups,
+    const OptionalTensor& y_groups, const OptionalTensor& exclude, const OptionalTensor& x_window,
+    const OptionalTensor& y_window, c10::string_view score, c10::ArrayRef<double> positive,
+    c10::ArrayRef<double> negative, bool skip_self, bool triangle, c10::string_view precision,
+    c10::string_view reduction, bool cols, bool need_x, bool need_y, bool need_scale,
+    bool need_x_bias, bool need_y_bias) {
+  const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
+                      y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
+                      triangle, precision, reduction, cols);
+  const PairProblem& p = call.problem;
+  const Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias,
+                    need_y_bias);
+  std::vector<Tensor> held;
+  for (const Tensor* t : {&grad_rows, &grad_columns, &rows, &columns}) {
+    held.push_back(t->to(at::kDouble).contiguous());
+  }
+  const PairBackwardIn in = {held[0].const_data_ptr<double>(), held[1].const_data_ptr<double>(),
+                             held[2].const_data_ptr<double>(), held[3].const_data_ptr<double>()};
+  const PairKernels& kernels = best_kernels().pairs;
+  const Parallel parallel = torch_threads();
+  const Tensor buffer = scratch(kernels.backward_bytes(p, g.out, parallel.threads));
+  kernels.backward(p, in, g.out, aligned(buffer), parallel);
+  return g.as(x, y, scale);
+}
+
+AttentionIn attention_in(const Tensor& values, const PairCall& call, bool positives) {
+  TORCH_CHECK_VALUE(values.dim() == 2 && values.size(0) == call.y.size(0),
+                    "values: expected [", call.y.size(0), ", Dv], got ", values.sizes());
+  return {values.const_data_ptr(), values.size(1), positives};
+}
+
+std::tuple<Tensor, Tensor> attention(
+    const Tensor& values_in, const Tensor& x, const Tensor& y, const Tensor& scale,
+    const OptionalTensor& x_bias, const OptionalTensor& y_bias, const OptionalTensor& x_labels,
+    const OptionalTensor& y_labels, const OptionalTensor& x_ids, const OptionalTensor& y_ids,
+    const OptionalTensor& x_groups, const OptionalTensor& y_groups, const OptionalTensor& exclude,
+    const OptionalTensor& x_window, const OptionalTensor& y_window, c10::string_view score,
+    c10::ArrayRef<double> positive, c10::ArrayRef<double> negative, bool skip_self, bool triangle,
+    c10::string_view precision, bool positives) {
+  TORCH_CHECK_VALUE(!triangle, "pair_attention: not with triangle");
+  const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
+                      y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
+                      triangle, precision);
+  const PairProblem& p = call.problem;
+  const Tensor values = values_in.to(call.accumulate).contiguous();
+  const AttentionIn in = attention_in(values, call, positives);
+  const Tensor out = call.empty({p.rows.count, in.width}), lse = doubles({p.rows.count});
+  const PairKernels& kernels = best_kernels().pairs;
+  const Parallel parallel = torch_threads();
+  const Tensor buffer = scratch(kernels.attention_bytes(p, in, parallel.threads));
+  kernels.attention(p, in, {out.data_ptr(), lse.data_ptr<double>()}, aligned(buffer), parallel);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out, const Tensor& lse,
+    const Tensor& values_in, const Tensor& x, const Tensor& y, const Tensor& scale,
+    const OptionalTensor& x_bias, const OptionalTensor& y_bias, const OptionalTensor& x_labels,
+    const OptionalTensor& y_labels, const OptionalTensor& x_ids, const OptionalTensor& y_ids,
+    const OptionalTensor& x_groups, const OptionalTensor& y_groups, const OptionalTensor& exclude,
+    const OptionalTensor& x_window, const OptionalTensor& y_window, c10::string_view score,
+    c10::ArrayRef<double> positive, c10::ArrayRef<double> negative, bool skip_self, bool triangle,
+    c10::string_view precision, bool positives, bool need_values, bool need_x, bool need_y,
+    bool need_scale, bool need_x_bias, bool need_y_bias) {
+  const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
+                      y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
+                      triangle, precision);
+  const PairProblem& p = call.problem;
+  const Tensor values = values_in.to(call.accumulate).contiguous();
+  const AttentionIn in = attention_in(values, call, positives);
+  const Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias,
+                    need_y_bias);
+  const Tensor dvalues = need_values ? call.empty(values.sizes()) : nothing(values);
+  const Tensor grad = grad_out.to(call.accumulate).contiguous();
+  const Tensor shift = at::sub(at::linalg_vecdot(grad, out, 1).to(at::kDouble), grad_lse).contiguous();
+  const Tensor lse_in = lse.to(at::kDouble).contiguous();
+  const AttentionBackwardIn given = {grad.const_data_ptr(), shift.const_data_ptr<double>(),
+                                     lse_in.const_data_ptr<double>()};
+  const PairKernels& kernels = best_kernels().pairs;
+  const Parallel parallel = torch_threads();
+  const Tensor buffer =
+      scratch(kernels.attention_backward_bytes(p, in, g.out, need_values, parallel.threads));
+  kernels.attention_backward(p, in, given, g.out, need_values ? dvalues.data_ptr() : nullptr,
+                             aligned(buffer), parallel);
+  return std::tuple_cat(std::tuple(dvalues.to(values_in.scalar_type())), g.as(x, y, scale));
+}
+
+}  // namespace
+
+void register_pairs(torch::Library& m) {
+  m.impl("pair_statistics_cpu", &statistics);
+  m.impl("pair_statistics_cpu_backward", &statistics_backward);
+  m.impl("pair_attention_cpu", &attention);
+  m.impl("pair_attention_cpu_backward", &attention_backward);
+}
+
+}  // namespace fused_losses

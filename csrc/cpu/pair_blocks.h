@@ -1,0 +1,260 @@
+// Blocks and tiles of the sweep over pairs: how the work is cut, packed and multiplied.
+//
+// A tile of scores stays in L2, a block of tiles of G in L3. Columns' blocks are the outer loop:
+// their operands are packed once. Products lie as
+//   S  = X Y^T     left: rows of X               right: panels of Y's rows (transposed)
+//   dX = G Y       left: G by rows, in panels    right: panels of Y's columns
+//   dY = (X^T G)^T left: rows of X^T             right: G in panels, as it lies
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "../pairs.h"
+#include "kernels.h"
+
+namespace fused_losses::FL_ISA {
+
+constexpr int64_t kTileColumns = 192;
+constexpr int64_t kBlockColumns = 1152;
+constexpr int64_t kBackwardRows = 1920;    // of G in a block: 8.4 MiB of float
+constexpr int64_t kForwardTiles = 64;      // row tiles of a forward block
+constexpr int64_t kDepthChunk = 512;       // inner elements of dY's product at a time
+constexpr int64_t kPairTileBytes = 384 << 10;  // of X in a tile
+
+inline int64_t pair_tile_rows(int64_t d) {
+  const int64_t fit = kPairTileBytes / (std::max<int64_t>(d, 1) * 4) / 12 * 12;
+  return std::clamp<int64_t>(fit, 24, 192);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs body(thread, task) for each task, whoever is free taking the next.
+template <class F>
+inline void on_tasks(const Parallel& parallel, int64_t tasks, F&& body) {
+  std::atomic<int64_t> next{0};
+  on_threads(parallel, [&](int thread) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      body(thread, task);
+    }
+  });
+}
+
+// out[c][r] = word of (in[r], in[r + 1]) at column c: rows of the transpose, in words along r.
+template <class P, class T>
+inline void transpose_words(const T* in, int64_t rows, int64_t columns, int64_t ld,
+                            typename P::Word* out, int64_t ld_out) {
+  constexpr int64_t kSide = 16;
+  for (int64_t w = 0; w < words<P>(rows); w += kSide) {
+    const int64_t wide = std::min(kSide, words<P>(rows) - w);
+    for (int64_t c = 0; c < columns; c += kSide) {
+      const int64_t tall = std::min(kSide, columns - c);
+      for (int64_t k = 0; k < tall; ++k) {
+        for (int64_t i = 0; i < wide; ++i) {
+          const int64_t r = (w + i) * P::kPair;
+          const T second = P::kPair == 2 && r + 1 < rows ? in[(r + 1) * ld + c + k] : T(0);
+          out[(c + k) * ld_out + w + i] = word<P>(in[r * ld + c + k], second);
+        }
+      }
+    }
+  }
+}
+
+// Rows in words along the inner dimension: the left operand of S, when words are not elements.
+template <class P, class T>
+inline void narrow_rows(const T* in, int64_t rows, int64_t d, typename P::Word* out) {
+  const int64_t depth = words<P>(d);
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = in + i * d;
+    for (int64_t k = 0; k < depth; ++k) {
+      const int64_t e = k * P::kPair;
+      out[i * depth + k] = word<P>(from[e], e + 1 < d ? from[e + 1] : T(0));
+    }
+  }
+}
+
+// One panel of pack_columns: rows [first, first + kPanel) of x, transposed.
+template <class P, class T>
+inline void pack_panel(const T* x, int64_t n, int64_t d, typename P::Word* out) {
+  constexpr int64_t kWide = kPanel<P>, kSide = 16;
+  const int64_t depth = words<P>(d);
+  for (int64_t k0 = 0; k0 < depth; k0 += kSide) {
+    const int64_t end = std::min(k0 + kSide, depth);
+    for (int64_t i = 0; i < kWide; ++i) {
+      const T* from = x + i * d;
+      for (int64_t k = k0; k < end; ++k) {
+        const int64_t e = k * P::kPair;
+        const T a = i < n ? from[e] : T(0);
+        const T b = P::kPair == 2 && i < n && e + 1 < d ? from[e + 1] : T(0);
+        out[k * kWide + i] = word<P>(a, b);
+      }
+    }
+  }
+}
+
+// scores[i][j] = <left row i, column j> for a tile; `panels` are packed columns, ld a multiple.
+template <class P, class T>
+inline void multiply_tile(const typename P::Word* left, int64_t rows, int64_t depth,
+                          const typename P::Word* panels, int64_t columns, T* scores, int64_t ld) {
+  constexpr int64_t kWide = kPanel<P>;
+  for (int64_t j = 0; j < columns; j += kWide, panels += depth * kWide) {
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const typename P::Word* a[kRows];
+      for (int r = 0; r < kRows; ++r) a[r] = left + std::min(i + r, rows - 1) * depth;
+      T* out = scores + i * ld + j;
+      const int64_t last = rows - i;
+      multiply<P, true>(a, 1, panels, depth, [&](int r, int v, Vector<T> sum) {
+        if (r < last) store(out + r * ld + v * kLanes<T>, sum);
+      });
+    }
+  }
+}
+
+// c[...] += sum for a vector of which only the first `real` lanes exist.
+template <class T>
+[[gnu::always_inline]] inline void add_lanes(T* c, int64_t real, Vector<T> sum) {
+  if (real >= kLanes<T>) {
+    store(c, load(c) + sum);
+  } else {
+    for (int64_t l = 0; l < real; ++l) c[l] += sum[l];
+  }
+}
+
+// A block of G, as both products want it. By rows: [panel][rows][words of a panel]; by columns:
+// [panel][words of rows][panel]. Float words serve both from one buffer.
+template <class P>
+struct GradientBlock {
+  using Word = typename P::Word;
+  static constexpr int64_t kWide = kPanel<P>;
+  static constexpr int64_t kRun = kWide / P::kPair;
+  Word *by_row, *by_column;
+  int64_t rows, columns;  // as allocated: multiples of a pair and of a panel
+
+  GradientBlock(Arena& arena, int64_t most_rows, int64_t most_columns) {
+    rows = round_up(most_rows, P::kPair);
+    columns = round_up(most_columns, kWide);
+    by_row = arena.take<Word>(rows * columns / P::kPair);
+    by_column = P::kPair == 1 ? by_row : arena.take<Word>(rows / P::kPair * columns);
+  }
+
+  // Stores a tile at (row0, column0); rows and columns past the real ones become zero.
+  template <class T>
+  void put(const T* g, int64_t ld, int64_t row0, int64_t column0, int64_t real_rows,
+           int64_t real_columns) {
+    const int64_t wide = round_up(real_columns, kWide);
+    for (int64_t i = 0; i < real_rows; i += P::kPair) {
+      const bool paired = i + 1 < real_rows;
+      const T* first = g + i * ld;
+      const T* second = P::kPair == 2 && paired ? first + ld : nullptr;
+      for (int64_t j = 0; j < wide; j += kWide) {
+        const int64_t panel = (column0 + j) / kWide;
+        const int64_t real = std::min(kWide, real_columns - j);
+        if constexpr (P::kPair == 1) {
+          Word* to = by_row + (panel * rows + row0 + i) * kWide;
+          std::copy(first + j, first + j + real, to);
+          std::fill(to + real, to + kWide, Word(0));
+        } else {
+          Word* to = by_column + (panel * (rows / 2) + (row0 + i) / 2) * kWide;
+          Word* left = by_row + (panel * rows + row0 + i) * kRun;
+          put_pairs(first + j, second ? second + j : nullptr, real, to, left, left + kRun);
+        }
+      }
+    }
+  }
+
+  void put_zero(int64_t row0, int64_t column0, int64_t real_rows, int64_t real_columns) {
+    for (int64_t j = 0; j < real_columns; j += kWide) {
+      const int64_t panel = (column0 + j) / kWide;
+      Word* left = by_row + (panel * rows + row0) * kRun;
+      std::fill(left, left + real_rows * kRun, Word(0));
+      if constexpr (P::kPair == 2) {
+        Word* to = by_column + (panel * (rows / 2) + row0 / 2) * kWide;
+        std::fill(to, to + (real_rows + 1) / 2 * kWide, Word(0));
+      }
+    }
+  }
+
+ private:
+  template <class T>
+  static void put_pairs(const T* first, const T* second, int64_t real, Word* to, Word* left_first,
+                        Word* left_second) {
+    int64_t j = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (P::kPair == 2) {
+      if (real == kWide && second) {
+        for (; j < kWide; j += 32) {
+          const Floats a0 = load(first + j), a1 = load(first + j + 16);
+          const Floats b0 = load(second + j), b1 = load(second + j + 16);
+          store(to + j, interleave(a0, b0));
+          store(to + j + 16, interleave(a1, b1));
+          store(left_first + j / 2,
+                (Vector<uint32_t>)(__m512i)_mm512_cvtne2ps_pbh((__m512)a1, (__m512)a0));
+          store(left_second + j / 2,
+                (Vector<uint32_t>)(__m512i)_mm512_cvtne2ps_pbh((__m512)b1, (__m512)b0));
+        }
+        return;
+      }
+    }
+#endif
+    const auto at = [&](const T* row, int64_t k) { return row && k < real ? row[k] : T(0); };
+    for (; j < kWide; ++j) to[j] = word<P>(at(first, j), at(second, j));
+    for (j = 0; j < kRun; ++j) {
+      left_first[j] = word<P>(at(first, 2 * j), at(first, 2 * j + 1));
+      if (second) left_second[j] = word<P>(at(second, 2 * j), at(second, 2 * j + 1));
+    }
+  }
+};
+
+// dx[rows of a strip] += G y over the panels [first, last); y packed by columns of d.
+template <class P, class T>
+inline void add_rows(const GradientBlock<P>& g, int64_t row0, int64_t rows, int64_t first,
+                     int64_t last, const typename P::Word* y_panels, int64_t y_words, int64_t d,
+                     T* dx) {
+  constexpr int64_t kWide = kPanel<P>, kRun = GradientBlock<P>::kRun;
+  const int64_t step = std::max<int64_t>(1, kDepthChunk / kWide);
+  for (int64_t panel = first; panel < last; panel += step) {
+    const int64_t panels = std::min(step, last - panel);
+    for (int64_t c = 0; c < d; c += kWide) {
+      const typename P::Word* b = y_panels + c / kWide * y_words * kWide + panel * kRun * kWide;
+      for (int64_t i = 0; i < rows; i += kRows) {
+        const typename P::Word* a[kRows];
+        for (int r = 0; r < kRows; ++r) {
+          a[r] = g.by_row + (panel * g.rows + row0 + std::min(i + r, rows - 1)) * kRun;
+        }
+        T* out = dx + i * d + c;
+        const int64_t left = rows - i, real = d - c;
+        multiply_runs<P>(a, kRun, g.rows * kRun, panels, b, [&](int r, int v, Vector<T> sum) {
+          if (r < left) add_lanes(out + r * d + v * kLanes<T>, real - v * kLanes<T>, sum);
+        });
+      }
+    }
+  }
+}
+
+// dyt[d0 .. d0 + count)[columns of the panels] += X^T G over rows [0, rows) of the block.
+template <class P, class T>
+inline void add_columns(const GradientBlock<P>& g, int64_t rows, int64_t first, int64_t last,
+                        const typename P::Word* xt, int64_t ld_xt, int64_t d0, int64_t count,
+                        T* dyt, int64_t ld) {
+  constexpr int64_t kWide = kPanel<P>;
+  const int64_t depth = words<P>(rows), chunk = kDepthChunk;
+  for (int64_t k = 0; k < depth; k += chunk) {
+    const int64_t run = std::min(chunk, depth - k);
+    for (int64_t panel = first; panel < last; ++panel) {
+      const typename P::Word* b = g.by_column + (panel * (g.rows / P::kPair) + k) * kWide;
+      for (int64_t e = 0; e < count; e += kRows) {
+        const typename P::Word* a[kRows];
+        for (int r = 0; r < kRows; ++r) a[r] = xt + (d0 + std::min(e + r, count - 1)) * ld_xt + k;
+        T* out = dyt + (d0 + e) * ld + panel * kWide;
+        const int64_t left = count - e;
+        multiply<P, true>(a, 1, b, run, [&](int r, int v, Vector<T> sum) {
+          T* to = out + r * ld + v * kLanes<T>;
+          if (r < left) store(to, load(to) + sum);
+        });
+      }
+    }
+  }
+}
+
+}  // namespace fused_losses::FL_ISA
