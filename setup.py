@@ -13,7 +13,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 CPU = Path("csrc/cpu")
 COMMON = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-math-errno"]
-COMMON += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+COMMON += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 AVX512 += ["-mprefer-vector-width=512"]
 ON_X86 = platform.machine() in ("x86_64", "AMD64")

@@ -276,7 +276,10 @@ void advise_huge([[maybe_unused]] const Tensor& t) {
 }
 
 Tensor scratch(size_t bytes) {
-  return at::empty({static_cast<int64_t>(bytes) + 64}, at::TensorOptions().dtype(at::kByte));
+  const auto options = at::TensorOptions().dtype(at::kByte);
+  const Tensor buffer = at::empty({static_cast<int64_t>(bytes) + 64}, options);
+  advise_huge(buffer);
+  return buffer;
 }
 
 void* aligned(const Tensor& buffer) {

@@ -115,6 +115,24 @@ constexpr int64_t words(int64_t elements) {
   return (elements + P::kPair - 1) / P::kPair;
 }
 
+// A row in words along it.
+template <class P, class T>
+inline void narrow_row(const T* from, int64_t d, typename P::Word* to) {
+  int64_t k = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (P::kPair == 2) {
+    for (; k + 16 <= d / 2; k += 16) {
+      const Floats low = load(from + 2 * k), high = load(from + 2 * k + 16);
+      store(to + k, (Vector<uint32_t>)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+    }
+  }
+#endif
+  for (; k < words<P>(d); ++k) {
+    const int64_t e = k * P::kPair;
+    to[k] = word<P>(from[e], e + 1 < d ? from[e + 1] : T(0));
+  }
+}
+
 // x as the right operand of W x^T: panels of rows, [panel][d words][kPanel rows].
 template <class P, class T>
 inline void pack_columns(const T* x, int64_t n, int64_t d, int64_t ld, int64_t padded,
@@ -134,6 +152,25 @@ inline void pack_columns(const T* x, int64_t n, int64_t d, int64_t ld, int64_t p
   }
 }
 
+// Words of two rows, an element of each in a word; or, of one row, the row.
+template <class P, class T>
+inline void interleave_row(const T* first, [[maybe_unused]] const T* second, int64_t count,
+                           typename P::Word* to) {
+  int64_t i = 0;
+  if constexpr (P::kPair == 1) {
+    std::copy(first, first + count, to);
+    return;
+  }
+#if defined(__AVX512BF16__)
+  if constexpr (P::kPair == 2) {
+    for (; i + 16 <= count; i += 16) {
+      store(to + i, interleave(load(first + i), second ? load(second + i) : Floats{}));
+    }
+  }
+#endif
+  for (; i < count; ++i) to[i] = word<P>(first[i], second ? second[i] : T(0));
+}
+
 // A matrix as the right operand of G m: panels of columns, [panel][row words][kPanel columns].
 // `panel_words` words separate two panels (a whole matrix's depth, of which this may be a part).
 template <class P, class T, class Row>
@@ -146,29 +183,7 @@ inline void pack_rows(Row&& row, int64_t rows, int64_t d, int64_t panel_words,
     typename P::Word* to = out + k * kWide;
     for (int64_t c = 0; c < d; c += kWide, to += panel_words) {
       const int64_t wide = std::min(kWide, d - c);
-      if constexpr (P::kPair == 1) {
-        if (wide == kWide) {
-          for (int v = 0; v < kVectors; ++v) {
-            store(to + v * kLanes<T>, load(first + c + v * kLanes<T>));
-          }
-          continue;
-        }
-      }
-#if defined(__AVX512BF16__)
-      if constexpr (P::kPair == 2) {
-        if (wide == kWide) {
-          for (int v = 0; v < kVectors; ++v) {
-            const Floats a = load(first + c + v * 16);
-            const Floats b = second ? load(second + c + v * 16) : Floats{};
-            store(to + v * 16, interleave(a, b));
-          }
-          continue;
-        }
-      }
-#endif
-      for (int64_t i = 0; i < wide; ++i) {
-        to[i] = word<P>(first[c + i], second ? second[c + i] : T(0));
-      }
+      interleave_row<P>(first + c, second ? second + c : nullptr, wide, to);
       for (int64_t i = wide; i < kWide; ++i) to[i] = 0;
     }
   }
@@ -283,19 +298,7 @@ class Tile {
     } else {
       s_.inverse[c] = 1;
     }
-    if constexpr (PS::kPair == 2) {
-      typename PS::Word* to = s_.narrow + c * words<PS>(p_.d);
-      int64_t k = 0;
-#if defined(__AVX512BF16__)
-      for (; k + 16 <= p_.d / 2; k += 16) {
-        const Floats low = load(w + 2 * k), high = load(w + 2 * k + 16);
-        store(to + k, (Vector<uint32_t>)(__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-      }
-#endif
-      for (; k < words<PS>(p_.d); ++k) {
-        to[k] = word<PS>(w[2 * k], 2 * k + 1 < p_.d ? w[2 * k + 1] : T(0));
-      }
-    }
+    if constexpr (PS::kPair == 2) narrow_row<PS>(w, p_.d, s_.narrow + c * words<PS>(p_.d));
   }
 
   const Problem& p_;

@@ -217,7 +217,7 @@ void attention_backward(const PairProblem& p, const AttentionIn& a, const Attent
       narrow_rows<PS>(grad + i * width, rows, width, all.grad_left + i * all.depth);
     }
     if (dvalues) {
-      transpose_words<PG>(grad + i * width, rows, width, width, all.grad_turned + i / PG::kPair,
+      turn_rows<PG>(grad + i * width, rows, width, all.grad_turned + i / PG::kPair,
                           plan.x_words);
     }
   });

@@ -41,54 +41,68 @@ inline void on_tasks(const Parallel& parallel, int64_t tasks, F&& body) {
   });
 }
 
-// out[c][r] = word of (in[r], in[r + 1]) at column c: rows of the transpose, in words along r.
-template <class P, class T>
-inline void transpose_words(const T* in, int64_t rows, int64_t columns, int64_t ld,
-                            typename P::Word* out, int64_t ld_out) {
-  constexpr int64_t kSide = 16;
-  for (int64_t w = 0; w < words<P>(rows); w += kSide) {
-    const int64_t wide = std::min(kSide, words<P>(rows) - w);
-    for (int64_t c = 0; c < columns; c += kSide) {
-      const int64_t tall = std::min(kSide, columns - c);
-      for (int64_t k = 0; k < tall; ++k) {
-        for (int64_t i = 0; i < wide; ++i) {
-          const int64_t r = (w + i) * P::kPair;
-          const T second = P::kPair == 2 && r + 1 < rows ? in[(r + 1) * ld + c + k] : T(0);
-          out[(c + k) * ld_out + w + i] = word<P>(in[r * ld + c + k], second);
+// out[c][r] = in[r][c]; of the rows only `real` exist, the others are zero.
+template <class Word>
+inline void transpose(const Word* in, int64_t real, int64_t rows, int64_t columns, int64_t ld,
+                      Word* out, int64_t ld_out) {
+  for (int64_t r = 0; r < rows; r += 16) {
+    for (int64_t c = 0; c < columns; c += 16) {
+      if (r + 16 <= real && c + 16 <= columns) {
+        transpose16(in + r * ld + c, ld, out + c * ld_out + r, ld_out);
+        continue;
+      }
+      for (int64_t k = c; k < std::min(c + 16, columns); ++k) {
+        for (int64_t i = r; i < std::min(r + 16, rows); ++i) {
+          out[k * ld_out + i] = i < real ? in[i * ld + k] : Word(0);
         }
       }
     }
   }
 }
 
-// Rows in words along the inner dimension: the left operand of S, when words are not elements.
+constexpr int64_t kTurnedRows = 64;
+
+// Rows of X as columns of X^T, in words along the rows; at most kTurnedRows of them.
 template <class P, class T>
-inline void narrow_rows(const T* in, int64_t rows, int64_t d, typename P::Word* out) {
-  const int64_t depth = words<P>(d);
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* from = in + i * d;
-    for (int64_t k = 0; k < depth; ++k) {
-      const int64_t e = k * P::kPair;
-      out[i * depth + k] = word<P>(from[e], e + 1 < d ? from[e + 1] : T(0));
+inline void turn_rows(const T* in, int64_t rows, int64_t d, typename P::Word* out, int64_t ld_out) {
+  using Word = typename P::Word;
+  if constexpr (P::kPair == 1) {
+    transpose(in, rows, rows, d, d, out, ld_out);
+  } else {
+    constexpr int64_t kColumns = 128;
+    Word piece[kTurnedRows / 2 * kColumns];
+    for (int64_t c = 0; c < d; c += kColumns) {
+      const int64_t wide = std::min(kColumns, d - c);
+      for (int64_t r = 0; r < rows; r += 2) {
+        const T* first = in + r * d + c;
+        const T* second = r + 1 < rows ? first + d : nullptr;
+        interleave_row<P>(first, second, wide, piece + r / 2 * kColumns);
+      }
+      transpose(piece, words<P>(rows), words<P>(rows), wide, kColumns, out + c * ld_out, ld_out);
     }
   }
 }
 
-// One panel of pack_columns: rows [first, first + kPanel) of x, transposed.
+// Rows in words along them: the left operand of S, when words are not elements.
+template <class P, class T>
+inline void narrow_rows(const T* in, int64_t rows, int64_t d, typename P::Word* out) {
+  for (int64_t i = 0; i < rows; ++i) narrow_row<P>(in + i * d, d, out + i * words<P>(d));
+}
+
+// One panel of pack_columns: rows [0, kPanel) of x, transposed; past n they are zero.
 template <class P, class T>
 inline void pack_panel(const T* x, int64_t n, int64_t d, typename P::Word* out) {
-  constexpr int64_t kWide = kPanel<P>, kSide = 16;
-  const int64_t depth = words<P>(d);
-  for (int64_t k0 = 0; k0 < depth; k0 += kSide) {
-    const int64_t end = std::min(k0 + kSide, depth);
-    for (int64_t i = 0; i < kWide; ++i) {
-      const T* from = x + i * d;
-      for (int64_t k = k0; k < end; ++k) {
-        const int64_t e = k * P::kPair;
-        const T a = i < n ? from[e] : T(0);
-        const T b = P::kPair == 2 && i < n && e + 1 < d ? from[e + 1] : T(0);
-        out[k * kWide + i] = word<P>(a, b);
-      }
+  using Word = typename P::Word;
+  constexpr int64_t kWide = kPanel<P>, kPiece = 64;
+  const int64_t real = std::min(kWide, n);
+  if constexpr (P::kPair == 1) {
+    transpose(x, real, kWide, d, d, out, kWide);
+  } else {
+    Word piece[kWide * kPiece];
+    for (int64_t k = 0; k < words<P>(d); k += kPiece) {
+      const int64_t e = k * P::kPair, wide = std::min(kPiece * P::kPair, d - e);
+      for (int64_t i = 0; i < real; ++i) narrow_row<P>(x + i * d + e, wide, piece + i * kPiece);
+      transpose(piece, real, kWide, words<P>(wide), kPiece, out + k * kWide, kWide);
     }
   }
 }
@@ -109,6 +123,21 @@ inline void multiply_tile(const typename P::Word* left, int64_t rows, int64_t de
       });
     }
   }
+}
+
+// The sums that a product will be added to, on their way into the caches while it runs.
+template <class P, class T>
+[[gnu::always_inline]] inline void prefetch_sums(const T* c, int64_t ld, int64_t rows) {
+  for (int64_t r = 0; r < std::min<int64_t>(kRows, rows); ++r) {
+    for (int64_t e = 0; e < kPanel<P>; e += 64 / sizeof(T)) __builtin_prefetch(c + r * ld + e, 1);
+  }
+}
+
+// Words between two rows of X^T: chunks of kDepthChunk words then fall into different sets of L2.
+inline int64_t turned_stride(int64_t words) {
+  if (words <= kDepthChunk) return round_up(words, 16);
+  const int64_t chunks = ceil_div(words, kDepthChunk);
+  return (chunks | 1) * kDepthChunk;
 }
 
 // c[...] += sum for a vector of which only the first `real` lanes exist.
@@ -224,6 +253,7 @@ inline void add_rows(const GradientBlock<P>& g, int64_t row0, int64_t rows, int6
         }
         T* out = dx + i * d + c;
         const int64_t left = rows - i, real = d - c;
+        prefetch_sums<P>(out, d, left);
         multiply_runs<P>(a, kRun, g.rows * kRun, panels, b, [&](int r, int v, Vector<T> sum) {
           if (r < left) add_lanes(out + r * d + v * kLanes<T>, real - v * kLanes<T>, sum);
         });
@@ -248,6 +278,7 @@ inline void add_columns(const GradientBlock<P>& g, int64_t rows, int64_t first, 
         for (int r = 0; r < kRows; ++r) a[r] = xt + (d0 + std::min(e + r, count - 1)) * ld_xt + k;
         T* out = dyt + (d0 + e) * ld + panel * kWide;
         const int64_t left = count - e;
+        prefetch_sums<P>(out, ld, left);
         multiply<P, true>(a, 1, b, run, [&](int r, int v, Vector<T> sum) {
           T* to = out + r * ld + v * kLanes<T>;
           if (r < left) store(to, load(to) + sum);

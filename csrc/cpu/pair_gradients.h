@@ -45,7 +45,7 @@ struct PairBackwardPlan {
     wide = round_up(p.d, kPanel<PG>);
     y_words = words<PG>(block_columns);
     y_rows = arena.take<WordG>(y_words * wide);
-    x_words = round_up(words<PG>(n), 16);
+    x_words = turned_stride(words<PG>(n));
     const bool turn = out.dy || p.triangle;
     x_turned = arena.take<WordG>(turn ? p.d * x_words : 0);
     dy_turned = arena.take<T>(turn ? p.d * block_columns : 0);
@@ -128,7 +128,7 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
     const int64_t i = task * 64, rows = std::min<int64_t>(64, n - i);
     std::fill(dx + i * d, dx + (i + rows) * d, T(0));
     if constexpr (PS::kPair == 2) narrow_rows<PS>(x + i * d, rows, d, plan.left + i * plan.depth);
-    if (turn) transpose_words<PG>(x + i * d, rows, d, d, plan.x_turned + i / PG::kPair, plan.x_words);
+    if (turn) turn_rows<PG>(x + i * d, rows, d, plan.x_turned + i / PG::kPair, plan.x_words);
   });
   const int64_t strip = std::max<int64_t>(kRows, std::min<int64_t>(192, d));
   for (int64_t j0 = 0; j0 < m; j0 += plan.block_columns) {

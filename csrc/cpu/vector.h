@@ -106,4 +106,40 @@ inline Vector<uint32_t> interleave(Floats a, Floats b) {
 }
 #endif
 
+// out[c][r] = in[r][c] for 16 x 16 words.
+template <class Word>
+inline void transpose16(const Word* in, int64_t ld, Word* out, int64_t ld_out) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Word) == 4) {
+    __m512i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + i * ld);
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      for (int h = 0; h < 2; ++h) {
+        a[i + 2 * h] = _mm512_unpacklo_epi64(b[i + h], b[i + h + 2]);
+        a[i + 2 * h + 1] = _mm512_unpackhi_epi64(b[i + h], b[i + h + 2]);
+      }
+    }
+    // a[4 g + q]: column q of each lane of four, rows of group g
+    for (int q = 0; q < 4; ++q) {
+      const __m512i even_low = _mm512_shuffle_i32x4(a[q], a[4 + q], 0x88);
+      const __m512i odd_low = _mm512_shuffle_i32x4(a[q], a[4 + q], 0xdd);
+      const __m512i even_high = _mm512_shuffle_i32x4(a[8 + q], a[12 + q], 0x88);
+      const __m512i odd_high = _mm512_shuffle_i32x4(a[8 + q], a[12 + q], 0xdd);
+      _mm512_storeu_si512(out + q * ld_out, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
+      _mm512_storeu_si512(out + (8 + q) * ld_out, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
+      _mm512_storeu_si512(out + (4 + q) * ld_out, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+      _mm512_storeu_si512(out + (12 + q) * ld_out, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+    }
+    return;
+  }
+#endif
+  for (int c = 0; c < 16; ++c) {
+    for (int r = 0; r < 16; ++r) out[c * ld_out + r] = in[r * ld + c];
+  }
+}
+
 }  // namespace fused_losses::FL_ISA
