@@ -286,20 +286,7 @@ void* aligned(const Tensor& buffer) {
   return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.data_ptr()), 64));
 }
 
-TORCH_LIBRARY(fused_losses, m) {
-  m.def(
-      "row_statistics_cpu(Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
-      "Tensor? column_weight, bool normalize, bool weighted, str precision, SymInt kept_classes) "
-      "-> (Tensor lse, Tensor target, Tensor weighted_sum, Tensor hardest, Tensor hardest_score, "
-      "Tensor kept)");
-  m.def(
-      "row_statistics_cpu_backward(Tensor grad_lse, Tensor grad_target, Tensor? grad_weighted, "
-      "Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
-      "Tensor? column_weight, Tensor lse, Tensor kept, bool normalize, bool weighted, "
-      "str precision, bool need_x, bool need_weight, bool need_bias) "
-      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
-}
-
+// The schemas are the Python side's (fused_losses/streamed_op.py).
 TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("row_statistics_cpu", &forward);
   m.impl("row_statistics_cpu_backward", &backward);

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "maxsim.h"
 #include "pairs.h"
 
 namespace fused_losses {
@@ -94,6 +95,7 @@ struct Kernels {
   void (*backward)(const Problem&, const BackwardIn&, const BackwardOut&, void* buffer,
                    const Parallel&);
   PairKernels pairs;
+  MaxSimKernels maxsim;
 };
 
 const Kernels& generic_kernels();

@@ -32,6 +32,7 @@ from fused_losses import backends
 from fused_losses.backends import reference_pairs
 from fused_losses.pair_inputs import BEST, COUNT, TOTAL, VALUE, PairInputs, PairNeeds, Rule
 from fused_losses.rows import accumulate_dtype
+from fused_losses.streamed_op import StreamedOp
 
 INPUTS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? x_bias, Tensor? y_bias, Tensor? x_labels, "
@@ -54,11 +55,8 @@ SCHEMAS = {
     ),
 }
 FIELDS = len(PairInputs._fields)
-PYTHON_BACKENDS = ("bounded", "triton")
 # where among PairInputs the tensors stand that may need a gradient, as in PairNeeds
 DIFFERENTIABLE = (0, 1, 2, 3, 4)
-
-_library = torch.library.Library("fused_losses", "FRAGMENT")
 
 
 class PairStatistics(NamedTuple):
@@ -71,11 +69,6 @@ class PairStatistics(NamedTuple):
     total: Tensor  # sum of z
     count: Tensor  # pairs
     best: Tensor  # the largest z, -inf over no pairs
-
-
-def op(kind: str, backend: str, direction: str = "") -> Any:
-    """A registered op: kind pair_statistics or pair_attention, direction "" or "_backward"."""
-    return getattr(torch.ops.fused_losses, f"{kind}_{backend}{direction}").default
 
 
 def row_dtype(device: torch.device) -> torch.dtype:
@@ -96,7 +89,7 @@ def pair_statistics(
     if name == "reference":
         rows, columns = reference_pairs.statistics(inputs, reduction, cols)
     else:
-        rows, columns = _call("pair_statistics", name, *_flat(inputs), reduction, cols)
+        rows, columns = PAIR_STATISTICS(name, *_flat(inputs), reduction, cols)
     return _named(rows), _named(columns) if cols else None
 
 
@@ -112,7 +105,7 @@ def pair_attention(
     name, _ = backends.choose(backend, inputs.x.device, inputs.x.dtype, inputs.precision)
     if name == "reference":
         return reference_pairs.attention(values, inputs, positives)
-    return _call("pair_attention", name, values, *_flat(inputs), positives)
+    return PAIR_ATTENTION(name, values, *_flat(inputs), positives)
 
 
 def _flat(p: PairInputs) -> PairInputs:
@@ -126,14 +119,6 @@ def _named(statistics: Tensor) -> PairStatistics:
         statistics[COUNT].detach(),
         statistics[BEST].detach(),
     )
-
-
-def _call(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    # torch.library.register_autograd makes a Function without setup_context, which torch.func
-    # refuses (torch 2.13); ours has one
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return _Function.apply(kind, backend, *arguments)
-    return op(kind, backend)(*arguments)
 
 
 def sorted_out(arguments: tuple) -> PairInputs:
@@ -150,7 +135,7 @@ def _first(kind: str) -> int:
     return 1 if kind == "pair_attention" else 0
 
 
-def _setup_context(kind: str, ctx: Any, arguments: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, arguments: tuple, output: tuple) -> None:
     tensors = [a if isinstance(a, Tensor) else None for a in arguments]
     ctx.save_for_backward(*tensors, *output)
     ctx.rest = [None if isinstance(a, Tensor) else a for a in arguments]
@@ -184,46 +169,6 @@ def _gradients(kind: str, backward_op: Any, ctx: Any, needed: tuple, grads: tupl
     out = backward_op(*grads, *output, *arguments, *needs)
     out = [g if need else None for g, need in zip(out, needs, strict=True)]
     return (*out, *[None] * (count - len(out)))
-
-
-class _Function(torch.autograd.Function):
-    """A primitive under torch.func: the same gradient as the registered op's."""
-
-    @staticmethod
-    def forward(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return op(kind, backend)(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.kind, ctx.backend = inputs[:2]
-        _setup_context(ctx.kind, ctx, inputs[2:], output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        def backward_op(*arguments: Any) -> tuple[Tensor, ...]:
-            return _BackwardFunction.apply(ctx.kind, ctx.backend, *arguments)
-
-        needed = ctx.needs_input_grad[2:]
-        return (None, None, *_gradients(ctx.kind, backward_op, ctx, needed, grads))
-
-
-class _BackwardFunction(torch.autograd.Function):
-    """The backward op where torch.func differentiates through it."""
-
-    @staticmethod
-    def forward(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return op(kind, backend, "_backward")(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.kind = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        raise NotImplementedError(
-            f"{ctx.kind}: a second derivative under torch.func is not supported; use "
-            "torch.autograd.grad(..., create_graph=True) or backend='reference'"
-        )
 
 
 def _setup_second(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -331,37 +276,23 @@ def python_op(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         return _padded(found, p)
 
 
-def _register(kind: str, backend: str) -> None:
-    """Fake kernels and autograd of one backend's ops: the same for all of them."""
-    name = f"fused_losses::{kind}_{backend}"
-    torch.library.register_fake(name, _FAKES[kind])
-    torch.library.register_fake(f"{name}_backward", _FAKES[f"{kind}_backward"])
-    backward_op = op(kind, backend, "_backward")
-    torch.library.register_autograd(
-        name,
-        lambda ctx, *grads: _gradients(kind, backward_op, ctx, ctx.needs_input_grad, grads),
-        setup_context=lambda ctx, inputs, output: _setup_context(kind, ctx, inputs, output),
-    )
-    torch.library.register_autograd(
-        f"{name}_backward",
-        lambda ctx, *grads: _second(kind, ctx, *grads),
-        setup_context=_setup_second,
+def _streamed(kind: str) -> StreamedOp:
+    """Both ops differ only in what comes before and after PairInputs."""
+    return StreamedOp(
+        name=kind,
+        forward=SCHEMAS[kind],
+        backward=SCHEMAS[f"{kind}_backward"],
+        setup_context=_setup_context,
+        gradients=lambda *a: _gradients(kind, *a),
+        fake_forward=_FAKES[kind],
+        fake_backward=_FAKES[f"{kind}_backward"],
+        python=lambda direction, backend, *a: python_op(kind + direction, backend, *a),
+        second=lambda ctx, *grads: _second(kind, ctx, *grads),
+        second_setup=_setup_second,
     )
 
 
-def _define(kind: str, backend: str) -> None:
-    """A backend's two ops. The schemas stand here alone: C++ adds kernels to what this defines."""
-    for direction in ("", "_backward"):
-        name = f"{kind}_{backend}{direction}"
-        _library.define(name + SCHEMAS[kind + direction])
-        if backend in PYTHON_BACKENDS:
-            run = lambda *a, which=kind + direction: python_op(which, backend, *a)
-            _library.impl(name, run, "CompositeExplicitAutograd")
-    _register(kind, backend)
-
-
-for _kind in ("pair_statistics", "pair_attention"):
-    for _backend in PYTHON_BACKENDS:
-        _define(_kind, _backend)
-    if backends.unavailable("cpu") is None:
-        _define(_kind, "cpu")
+PAIR_STATISTICS = _streamed("pair_statistics")
+PAIR_ATTENTION = _streamed("pair_attention")
+PAIR_STATISTICS.define()
+PAIR_ATTENTION.define()

@@ -20,6 +20,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.inputs import Inputs, Needs, RowGradients
 from fused_losses.rows import accumulate_dtype
+from fused_losses.streamed_op import StreamedFunction, StreamedOp
 
 FORWARD = (
     "(Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
@@ -34,9 +35,6 @@ BACKWARD = (
     "bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
 KEPT_PADDING = 64  # scores are kept in rows of whole vectors
-PYTHON_BACKENDS = ("bounded", "triton")
-
-_library = torch.library.Library("fused_losses", "FRAGMENT")
 
 
 class RowStatistics(NamedTuple):
@@ -51,11 +49,6 @@ class RowStatistics(NamedTuple):
     weighted_sum: Tensor
     hardest: Tensor
     hardest_score: Tensor
-
-
-def op(backend: str, direction: str = "") -> Any:
-    """The registered op of a backend: forward, or with direction="_backward" its gradient."""
-    return getattr(torch.ops.fused_losses, f"row_statistics_{backend}{direction}").default
 
 
 def row_statistics(
@@ -92,12 +85,7 @@ def row_statistics(
         precision,
         kept_classes if name == "cpu" else 0,
     )
-    # torch.library.register_autograd makes a Function without setup_context, which torch.func
-    # refuses (torch 2.13); ours has one
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        out = RowStatisticsFunction.apply(name, *arguments)
-    else:
-        out = op(name)(*arguments)
+    out = ROW_STATISTICS(name, *arguments)
     return RowStatistics(*out[:5])
 
 
@@ -111,13 +99,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(backward_op: Any, ctx: Any, grads: tuple) -> tuple:
+def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
     x, weight, labels, classes, bias, column_weight, lse, kept = ctx.saved_tensors
     normalize, weighted, precision = ctx.settings
     grad_lse, grad_target, grad_weighted = (
         torch.zeros_like(lse) if grad is None else grad for grad in grads[:3]
     )
-    need_x, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
+    need_x, need_weight, _, _, need_bias = needed[:5]
     dx, dweight, dbias = backward_op(
         grad_lse.contiguous(),
         grad_target.contiguous(),
@@ -141,52 +129,13 @@ def _gradients(backward_op: Any, ctx: Any, grads: tuple) -> tuple:
     return (*some, None, None, dbias if need_bias else None, None, None, None, None, None)
 
 
-class RowStatisticsFunction(torch.autograd.Function):
-    """The primitive as an autograd Function: `apply(backend, x, weight, labels, ...)`.
-
-    The same gradient as the registered op's, for code that composes Functions by hand.
-    """
+class RowStatisticsFunction:
+    """The primitive as an autograd Function, for code that composes Functions by hand."""
 
     @staticmethod
-    def forward(backend: str, *inputs: Any) -> tuple[Tensor, ...]:
-        return op(backend)(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.backend = inputs[0]
-        _setup_context(ctx, inputs[1:], output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        needs = ctx.needs_input_grad
-        shifted = _Shifted(ctx.saved_tensors, ctx.settings, needs[1:])
-
-        def backward_op(*inputs: Any) -> tuple[Tensor, ...]:
-            return _BackwardFunction.apply(ctx.backend, *inputs)
-
-        return (None, *_gradients(backward_op, shifted, grads))
-
-
-class _BackwardFunction(torch.autograd.Function):
-    """The backward op where torch.func differentiates through it: it has no derivative."""
-
-    @staticmethod
-    def forward(backend: str, *inputs: Any) -> tuple[Tensor, ...]:
-        return op(backend, "_backward")(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        _refuse_second_derivative(ctx, *grads)
-
-
-class _Shifted(NamedTuple):
-    saved_tensors: tuple
-    settings: tuple
-    needs_input_grad: tuple
+    def apply(backend: str, *inputs: Any) -> tuple[Tensor, ...]:
+        """The registered op's outputs and gradient: apply(backend, x, weight, labels, ...)."""
+        return StreamedFunction.apply(ROW_STATISTICS, backend, *inputs)
 
 
 def row_dtype(weight: Tensor) -> torch.dtype:
@@ -227,13 +176,6 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "row_statistics: a second derivative through the streamed kernels is not supported; "
-        "use backend='reference', whose autograd goes to any order"
-    )
-
-
 def _python_forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
     module: ModuleType = backends.module(backend)
     p = Inputs(*arguments[:-1])
@@ -259,32 +201,20 @@ def _padded(n: int) -> int:
     return (n + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
 
 
-def _register(backend: str) -> None:
-    """Fake kernels and autograd of one backend's ops: the same for all of them."""
-    name = f"fused_losses::row_statistics_{backend}"
-    torch.library.register_fake(name, _fake_forward)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-    backward_op = op(backend, "_backward")
-    torch.library.register_autograd(
-        name,
-        lambda ctx, *grads: _gradients(backward_op, ctx, grads),
-        setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, output),
-    )
-    torch.library.register_autograd(f"{name}_backward", _refuse_second_derivative)
+def _python(direction: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    run = _python_backward if direction else _python_forward
+    return run(backend, *arguments)
 
 
-def _define(backend: str) -> None:
-    """Ops whose kernels are Python: the bounded path and Triton."""
-    name = f"row_statistics_{backend}"
-    _library.define(name + FORWARD)
-    _library.define(f"{name}_backward" + BACKWARD)
-    key = "CompositeExplicitAutograd"
-    _library.impl(name, lambda *a: _python_forward(backend, *a), key)
-    _library.impl(f"{name}_backward", lambda *a: _python_backward(backend, *a), key)
-    _register(backend)
-
-
-for _backend in PYTHON_BACKENDS:
-    _define(_backend)
-if backends.unavailable("cpu") is None:
-    _register("cpu")
+ROW_STATISTICS = StreamedOp(
+    name="row_statistics",
+    forward=FORWARD,
+    backward=BACKWARD,
+    setup_context=_setup_context,
+    gradients=_gradients,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    python=_python,
+)
+ROW_STATISTICS.define()
+op = ROW_STATISTICS.op

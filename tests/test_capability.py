@@ -12,7 +12,6 @@ import torch
 import fused_losses
 from fused_losses import backends
 from fused_losses.backends import cpu
-from fused_losses.sweep import BACKWARD, FORWARD, op
 
 CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
 
@@ -73,11 +72,3 @@ def test_aten_cpu_capability_caps_the_choice(wanted, allowed):
     name, bf16 = out.stdout.split()
     assert name in (allowed or ("default",)), out.stderr
     assert bf16 == "False"
-
-
-def test_the_two_spellings_of_the_schema_are_one():
-    for direction, text in (("", FORWARD), ("_backward", BACKWARD)):
-        schema = str(op("cpu", direction)._schema)
-        python = str(op("bounded", direction)._schema)
-        assert schema.replace("_cpu", "_bounded") == python
-        assert text.count("Tensor") == schema.count("Tensor")

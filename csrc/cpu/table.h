@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.h"
+#include "maxsim.h"
 #include "pair_attention.h"
 
 namespace fused_losses::FL_ISA {
@@ -114,9 +115,41 @@ inline PairKernels pair_table() {
   return k;
 }
 
+// As with_products; MaxSim's backward multiplies no matrices, so "mixed" is exact.
+template <class F>
+inline auto with_tokens(const MaxSimProblem& p, F&& f) {
+  if (p.is_double) return f.template operator()<F64, double>();
+#if defined(__AVX512BF16__)
+  if (p.precision == Precision::kBFloat16) return f.template operator()<Pairs, float>();
+#endif
+  return f.template operator()<F32, float>();
+}
+
+inline MaxSimKernels maxsim_table() {
+  MaxSimKernels k;
+  k.forward_bytes = [](const MaxSimProblem& p, int threads) {
+    return with_tokens(p, [&]<class P, class T>() { return maxsim_bytes<P, T>(p, threads); });
+  };
+  k.forward = [](const MaxSimProblem& p, void* scores, int32_t* index, void* buffer,
+                 const Parallel& parallel) {
+    with_tokens(p, [&]<class P, class T>() {
+      maxsim_forward<P, T>(p, scores, index, buffer, parallel);
+    });
+  };
+  k.backward = [](const MaxSimProblem& p, const void* grad, const int32_t* index, void* dqueries,
+                  void* ddocuments, const Parallel& parallel) {
+    if (p.is_double) {
+      maxsim_backward<double>(p, grad, index, dqueries, ddocuments, parallel);
+    } else {
+      maxsim_backward<float>(p, grad, index, dqueries, ddocuments, parallel);
+    }
+  };
+  return k;
+}
+
 inline Kernels table(const char* capability, bool bf16) {
   return {capability,    bf16,           table_forward_bytes, table_backward_bytes,
-          table_forward, table_backward, pair_table()};
+          table_forward, table_backward, pair_table(),        maxsim_table()};
 }
 
 }  // namespace fused_losses::FL_ISA

@@ -67,9 +67,13 @@ def _side(p: PairInputs, s: Tensor, masks: tuple, window: Tensor | None, reducti
         wide = torch.float64 if s.device.type in ("cpu", "cuda") else s.dtype
         none = z.masked_fill(~mask, -torch.inf)
         if reduction == "lse":
-            value = none.logsumexp(dim=1)
+            # a row without pairs: a sum of zeros, dropped, so that no second derivative is NaN
+            alive = mask.any(dim=1, keepdim=True)
+            value = torch.where(alive, none, 0).logsumexp(dim=1, keepdim=True)
+            value = torch.where(alive, value, -torch.inf)[:, 0]
         else:
-            f = F.softplus(z) if reduction == "softplus" else F.relu(z)
+            # F.softplus is linear past 20, wrong by 2e-9
+            f = torch.logaddexp(z, torch.zeros_like(z)) if reduction == "softplus" else F.relu(z)
             value = f.masked_fill(~mask, 0).sum(dim=1)
         total = z.masked_fill(~mask, 0).sum(dim=1)
         best = none.amax(dim=1) if s.shape[1] else s.new_full(s.shape[:1], -torch.inf)

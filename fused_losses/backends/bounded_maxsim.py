@@ -1,0 +1,103 @@
+"""MaxSim in pure PyTorch, a run of documents at a time: any device, float64 too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_losses.rows import accumulate_dtype
+
+BLOCK_BYTES = 4 << 20  # of products alive at once
+
+
+def _documents(offsets: Tensor, tokens: int, size: int) -> Iterator[tuple[int, int]]:
+    """Runs of documents [first, last) whose products fit in a block, one document at least."""
+    ends = offsets.tolist()
+    most = max(1, BLOCK_BYTES // (max(tokens, 1) * size))
+    first = 0
+    while first < len(ends) - 1:
+        last = first + 1
+        longest = ends[last] - ends[first]
+        # padded to the longest of the run
+        while last < len(ends) - 1:
+            longest = max(longest, ends[last + 1] - ends[last])
+            if longest * (last + 1 - first) > most:
+                break
+            last += 1
+        yield first, last
+        first = last
+
+
+def _owners(offsets: Tensor) -> Tensor:
+    """Which text each token belongs to."""
+    return torch.repeat_interleave(
+        torch.arange(offsets.shape[0] - 1, device=offsets.device), offsets.diff()
+    )
+
+
+def forward(
+    queries: Tensor,
+    documents: Tensor,
+    query_offsets: Tensor,
+    document_offsets: Tensor,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """scores [Q, B] and index [query tokens, B] of `fused_losses.late_interaction`."""
+    dtype = accumulate_dtype(queries.dtype)
+    x, count = queries.to(dtype), document_offsets.shape[0] - 1
+    index = torch.full((len(x), count), -1, dtype=torch.int32, device=x.device)
+    scores = x.new_zeros(query_offsets.shape[0] - 1, count)
+    owners = _owners(query_offsets)
+    # rows at a time as well: one long document against many tokens is a matrix too
+    rows = max(1, BLOCK_BYTES // (x.element_size() * 256))
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows]
+        for first, last in _documents(document_offsets, len(part), x.element_size()):
+            a, b = document_offsets[first], document_offsets[first + 1 : last + 1]
+            lengths = document_offsets[first : last + 1].diff()
+            longest = int(lengths.max())
+            if longest == 0 or len(part) == 0:
+                continue
+            places = torch.arange(longest, device=x.device)
+            real = places < lengths[:, None]
+            tokens = documents[a : b[-1]].to(dtype)
+            products = part @ tokens.T
+            at = (document_offsets[first:last, None] - a + places).clamp_max(len(tokens) - 1)
+            padded = products[:, at].masked_fill(~real, -torch.inf)
+            best = padded.max(dim=2)
+            some = lengths > 0
+            index[start : start + rows, first:last] = torch.where(some, best.indices, -1).int()
+            found = torch.where(some, best.values, 0)
+            scores[:, first:last].index_add_(0, owners[start : start + rows], found)
+    return scores, index
+
+
+def backward(
+    grad: Tensor,
+    index: Tensor,
+    queries: Tensor,
+    documents: Tensor,
+    query_offsets: Tensor,
+    document_offsets: Tensor,
+    need_queries: bool,
+    need_documents: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the tokens, a document at a time."""
+    dtype = accumulate_dtype(queries.dtype)
+    x, y = queries.to(dtype), documents.to(dtype)
+    dx = torch.zeros_like(x) if need_queries else x.new_empty(0)
+    dy = torch.zeros_like(y) if need_documents else y.new_empty(0)
+    owners = _owners(query_offsets)
+    for b, start in enumerate(document_offsets[:-1].tolist()):
+        some = index[:, b] >= 0
+        at = (index[:, b].long() + start).clamp_min(0)
+        if len(y) == 0:
+            continue
+        g = torch.where(some, grad[owners, b].to(dtype), 0)[:, None]
+        if need_queries:
+            dx += g * y[at]
+        if need_documents:
+            dy.index_add_(0, at, g * x)
+    return dx.to(queries.dtype), dy.to(documents.dtype)

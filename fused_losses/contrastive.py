@@ -1,0 +1,270 @@
+"""Contrastive losses: a few lines of ordinary autograd each, on statistics of one sweep over pairs.
+
+A row's loss is softplus(lse_negative - lse_positive) = -log of the positives' share of the softmax;
+with the positives summed apart its gradient keeps its digits where the loss is near zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_losses import validation
+from fused_losses.pair_front import (
+    by_label,
+    check_batch,
+    check_both,
+    check_diagonal,
+    check_integer_pair,
+    check_rows,
+    count_up,
+    dense,
+    dense_pair,
+    number,
+    reduced,
+    scored,
+    softplus,
+    triangle,
+)
+from fused_losses.pair_inputs import NEGATIVE, POSITIVE, Rule
+from fused_losses.pairs import PairStatistics, pair_statistics
+from fused_losses.rows import accumulate_dtype
+from fused_losses.softmax import no_autocast
+
+CONTRAST_FORMS = ("out", "in")
+DENOMINATORS = ("simclr", "pairs")
+LONELY = ("zero", "skip")
+
+
+def supervised_contrastive(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    temperature: float | Tensor = 0.07,
+    base_temperature: float | None = None,
+    form: str = "out",
+    anchor_count: int | None = None,
+    without_positive: str = "zero",
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """SupCon over one batch: equal labels attract, against every other row.
+
+        out: loss_i = log sum_{k != i} e^z_ik - mean_P z_ip
+        in:  loss_i = log sum_{k != i} e^z_ik - log sum_P e^z_ip   (the paper's less log |P_i|)
+
+    Args:
+        embeddings: [N, D]; several views of a picture are rows with one label. labels: integers.
+        temperature: > 0; a float or a scalar tensor, which may need a gradient.
+        base_temperature: multiplies the loss by temperature / base_temperature, as the authors'
+            code does (0.07) and their paper does not (None).
+        anchor_count: only the first so many rows are anchors (the authors' contrast_mode "one",
+            first views first); the others only stand in the sums.
+        without_positive: an anchor without a positive has loss 0, and is "zero": counted in the
+            mean (the authors), or "skip": not counted.
+        normalize, precision: see `info_nce`. reduction: "mean", "sum" or "none" [anchors].
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D / 2) (the upper triangle; anchor_count A: A N D); memory O(N D).
+    Paper: Khosla et al., 2020.
+    """
+    check_batch(embeddings, labels, reduction, precision)
+    validation.check_choice("form", form, CONTRAST_FORMS)
+    validation.check_choice("without_positive", without_positive, LONELY)
+    t = number("temperature", temperature, embeddings)
+    n = embeddings.shape[0]
+    if anchor_count is not None and not 0 <= anchor_count <= n:
+        raise ValueError(
+            f"anchor_count: expected a value in [0, {n}] for embeddings of "
+            f"{validation.describe(embeddings)}, got {anchor_count}"
+        )
+    with no_autocast(embeddings.device):
+        if anchor_count is None:
+            rows = by_label(embeddings, labels, normalize)
+            inputs = scored(rows.x, None, 1 / t, precision=precision)
+            inputs = triangle(inputs._replace(x_labels=rows.labels))
+        else:
+            inputs = scored(embeddings, None, 1 / t, normalize=normalize, precision=precision)
+            numbers = dense(labels)
+            inputs = inputs._replace(
+                x=inputs.x[:anchor_count], x_labels=numbers[:anchor_count], y_labels=numbers
+            )._replace(skip_self=True)
+        stats, _ = pair_statistics(inputs, backend=backend)
+        loss, counted = _share(stats, mean=form == "out")
+        if base_temperature is not None:
+            loss = loss * (t / number("base_temperature", base_temperature, embeddings))
+        if anchor_count is None:
+            loss, counted = rows.restored(loss), rows.restored(counted)
+        loss = torch.where(counted, loss, 0)
+        counted = counted | (without_positive == "zero")
+        return reduced(loss, counted, reduction, accumulate_dtype(embeddings.dtype))
+
+
+def _share(stats: PairStatistics, mean: bool) -> tuple[Tensor, Tensor]:
+    """lse over all - lse over the positives, or - their mean; and which rows have a positive."""
+    positive, negative = stats.value
+    counted = stats.count[POSITIVE] > 0
+    both = counted & (stats.count[NEGATIVE] > 0)
+    loss = torch.where(both, softplus(torch.where(both, negative - positive, 0)), 0)
+    if mean:
+        spread = positive - stats.total[POSITIVE] / stats.count[POSITIVE].clamp_min(1)
+        loss = loss + torch.where(counted, spread, 0)
+    return loss, counted
+
+
+def nt_xent(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor | None = None,  # [N]
+    *,
+    temperature: float | Tensor = 0.5,
+    form: str = "simclr",
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """NT-Xent, the mean over the positive pairs (i, p), in both meanings in use.
+
+        simclr: log sum_{k != i} e^z_ik - z_ip
+        pairs:  log(e^z_ip + sum_N e^z_in) - z_ip    (pytorch-metric-learning: no other positives)
+
+    Args:
+        embeddings: [N, D]; labels: integers, or None: rows i and i + N/2 are two views of one
+            picture (the forms are then the same).
+        temperature: > 0; a float or a scalar tensor, which may need a gradient.
+        normalize, precision: see `info_nce`. reduction: "mean" over the positive pairs, "sum" over
+            them, "none" [N]: each row's mean over its positives, 0 where it has none.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D / 2), "pairs" with labels O(3 N^2 D / 2); memory O(N D).
+    Papers: Sohn, 2016; Chen et al., 2020.
+    """
+    views = labels is None
+    n = embeddings.shape[0]
+    if views:
+        check_rows("embeddings", embeddings, precision)
+        if n % 2:
+            raise ValueError(
+                "embeddings: expected an even number of rows without labels (row i + N/2 is the "
+                f"other view of row i), got {validation.describe(embeddings)}"
+            )
+        labels = count_up(n // 2, embeddings).repeat(2)
+    check_batch(embeddings, labels, reduction, precision)
+    validation.check_choice("form", form, DENOMINATORS)
+    scale = 1 / number("temperature", temperature, embeddings)
+    with no_autocast(embeddings.device):
+        rows = by_label(embeddings, labels, normalize)
+        inputs = scored(rows.x, None, scale, precision=precision)
+        inputs = inputs._replace(x_labels=rows.labels, y_labels=rows.labels)
+        stats, _ = pair_statistics(triangle(inputs), backend=backend)
+        count = stats.count[POSITIVE]
+        if form == "simclr" or views:
+            loss = _share(stats, mean=True)[0]
+        else:
+            # softplus(ln_i - z_ip), summed: -ln_i as the rows' bias, and the sign by the rule;
+            # a row without negatives has loss 0, as softplus(-large) is
+            alone = stats.count[NEGATIVE] == 0
+            shift = torch.where(alone, torch.finfo(torch.float32).max / 4, -stats.value[NEGATIVE])
+            against = inputs._replace(
+                x_bias=shift.to(accumulate_dtype(embeddings.dtype)),
+                positive=Rule(-1.0),
+                negative=Rule(0.0),
+                skip_self=True,
+            )
+            pairs, _ = pair_statistics(against, reduction="softplus", backend=backend)
+            loss = pairs.value[POSITIVE] / count.clamp_min(1)
+        loss, count = rows.restored(loss), rows.restored(count)
+        dtype = accumulate_dtype(embeddings.dtype)
+        if reduction == "none":
+            return loss.to(dtype)
+        total = (loss * count).sum()
+        return (total if reduction == "sum" else total / count.sum().clamp_min(1)).to(dtype)
+
+
+def sigmoid_contrastive(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [M, D]
+    *,
+    scale: float | Tensor = 10.0,
+    bias: float | Tensor = -10.0,
+    labels: Tensor | None = None,  # [N]
+    y_labels: Tensor | None = None,  # [M]
+    offset: int = 0,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """SigLIP: each pair a two-class problem of its own.
+
+        loss_i = sum_j softplus(-l_ij (scale <x_i, y_j> + bias)),   l = 1 on positives, else -1
+
+    Args:
+        x, y: [N, D] and [M, D].
+        scale, bias: numbers or scalar tensors, which may need gradients.
+        labels, y_labels: integers; equal labels are positives, any number of them. Without
+            y_labels y has the labels of x. None: y_(offset + i) is the positive of x_i.
+        offset: where this rank's rows stand among gathered ones (no labels).
+        normalize, precision: see `info_nce`. reduction: "mean" over the rows, "sum", "none" [N].
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N M D); memory O((N + M) D). Paper: Zhai et al., 2023.
+    """
+    x = check_both("x", x, "y", y, precision)
+    n, m = x.shape[0], y.shape[0]
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    factor = number("scale", scale, x, positive=False)
+    shift = number("bias", bias, x, positive=False)
+    if labels is not None and y_labels is None:
+        y_labels = labels
+    check_integer_pair("labels", labels, "y_labels", y_labels, (n, m), x)
+    if labels is None:
+        check_diagonal("y", y, n, offset)
+    with no_autocast(x.device):
+        if labels is None:
+            numbers = count_up(n, x, offset), count_up(m, x)
+        else:
+            numbers = dense_pair(labels, y_labels)
+        dtype = accumulate_dtype(x.dtype)
+        inputs = scored(x, y, factor, normalize=normalize, precision=precision)._replace(
+            x_bias=shift.to(dtype).expand(n).contiguous(),
+            x_labels=numbers[0],
+            y_labels=numbers[1],
+            positive=Rule(-1.0),
+        )
+        stats, _ = pair_statistics(inputs, reduction="softplus", backend=backend)
+        loss = stats.value.sum(dim=0)
+        return reduced(loss, torch.ones_like(loss, dtype=torch.bool), reduction, dtype)
+
+
+def soft_nearest_neighbor(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    temperature: float | Tensor = 1.0,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Soft nearest neighbour loss; NCA where temperature is 1 (a scale s: temperature 1/s).
+
+        loss_i = log sum_{k != i} e^(-|x_i - x_k|^2 / T) - log sum_P e^(-|x_i - x_p|^2 / T)
+
+    embeddings [N, D], labels [N] integers, temperature > 0 (a float or a scalar tensor, which may
+    need a gradient). reduction: "mean" over the rows with a positive, "sum", "none" [N].
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D / 2); memory O(N D). Papers: Goldberger et al., 2004; Frosst et al., 2019.
+    """
+    check_batch(embeddings, labels, reduction, precision)
+    scale = 1 / number("temperature", temperature, embeddings)
+    with no_autocast(embeddings.device):
+        rows = by_label(embeddings, labels, normalize)
+        inputs = scored(rows.x, None, scale, similarity="rbf", precision=precision)
+        stats, _ = pair_statistics(triangle(inputs._replace(x_labels=rows.labels)), backend=backend)
+        loss, counted = _share(stats, mean=False)
+        loss, counted = rows.restored(loss), rows.restored(counted)
+        return reduced(loss, counted, reduction, accumulate_dtype(embeddings.dtype))

@@ -1,0 +1,276 @@
+"""Means of kernel matrices and what is made of them: MMD, HSIC, uniformity, Cauchy-Schwarz."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_losses import validation
+from fused_losses.pair_front import (
+    check_both,
+    check_rows,
+    merged,
+    number,
+    over_last,
+    scored,
+    triangle,
+)
+from fused_losses.pair_inputs import NEGATIVE
+from fused_losses.pairs import pair_statistics
+from fused_losses.rows import accumulate_dtype
+from fused_losses.softmax import no_autocast
+from fused_losses.unit_norm import unit
+
+KERNELS = {"gaussian": "rbf", "laplacian": "euclidean"}
+
+
+def _check_kernel(kernel: str) -> None:
+    validation.check_choice("kernel", kernel, tuple(KERNELS))
+
+
+def _log_row_sums(
+    x: Tensor,
+    y: Tensor | None,
+    kernel: str,
+    bandwidth: Tensor,
+    precision: str,
+    backend: str | None,
+    skip_self: bool = False,
+) -> Tensor:
+    """log sum_j k(x_i, y_j), [N] float64; y None: x itself, from half the pairs."""
+    scale = 1 / (2 * bandwidth.square()) if kernel == "gaussian" else 1 / bandwidth
+    inputs = scored(x, y, scale, similarity=KERNELS[kernel], precision=precision)
+    inputs = triangle(inputs) if y is None else inputs
+    lse = pair_statistics(inputs, backend=backend)[0].value[NEGATIVE]
+    # k(x, x) = 1
+    return lse if y is not None or skip_self else merged(lse, torch.zeros_like(lse))
+
+
+def _log_mean(row_sums: Tensor, pairs: int) -> Tensor:
+    return over_last(row_sums) - math.log(max(pairs, 1))
+
+
+def kernel_mean(
+    x: Tensor,  # [N, D]
+    y: Tensor | None = None,  # [M, D]
+    kernel: str = "gaussian",
+    bandwidth: float | Tensor = 1.0,
+    *,
+    skip_self: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """The mean of a kernel matrix, or of each of its rows, without the matrix.
+
+    Args:
+        x, y: [N, D] and [M, D]; y None: x itself (half the work).
+        kernel: "gaussian" exp(-|x - y|^2 / (2 bandwidth^2)), "laplacian" exp(-|x - y| / bandwidth),
+            both of the Euclidean norm.
+        bandwidth: > 0; a number or a scalar tensor, which may need a gradient.
+        skip_self: leaves out i == j (y None only): the unbiased mean.
+        reduction: "mean" over all pairs, "none" [N]: each row's mean.
+
+    Returns float32 (float64 for float64 inputs); over no pairs 0. Raises ValueError, TypeError for
+    bad arguments. Time O(N M D); memory O((N + M) D).
+    """
+    _check_kernel(kernel)
+    validation.check_choice("reduction", reduction, ("mean", "none"))
+    if y is None:
+        check_rows("x", x, precision)
+    else:
+        x = check_both("x", x, "y", y, precision)
+        if skip_self:
+            raise ValueError("skip_self: expected False where y is given, got True")
+    width = number("bandwidth", bandwidth, x)
+    n, m = x.shape[0], (x if y is None else y).shape[0] - skip_self
+    with no_autocast(x.device):
+        sums = _log_row_sums(x, y, kernel, width, precision, backend, skip_self)
+        dtype = accumulate_dtype(x.dtype)
+        if reduction == "none":
+            return (sums - math.log(max(m, 1))).exp().to(dtype)
+        if n == 0 or m <= 0:
+            return x.new_zeros((), dtype=dtype) + x.sum() * 0
+        return _log_mean(sums, n * m).exp().to(dtype)
+
+
+def mmd(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [M, D]
+    kernel: str = "gaussian",
+    bandwidth: float | Tensor = 1.0,
+    *,
+    unbiased: bool = False,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Squared maximum mean discrepancy: mean k(x, x') + mean k(y, y') - 2 mean k(x, y).
+
+    unbiased: without the pairs of a row with itself. Arguments, errors and cost as in
+    `kernel_mean`. Paper: Gretton et al., 2012.
+    """
+    x = check_both("x", x, "y", y, precision)
+    rest = {"precision": precision, "backend": backend}
+    within = [kernel_mean(t, None, kernel, bandwidth, skip_self=unbiased, **rest) for t in (x, y)]
+    return within[0] + within[1] - 2 * kernel_mean(x, y, kernel, bandwidth, **rest)
+
+
+def uniformity(
+    x: Tensor,  # [N, D]
+    *,
+    t: float = 2.0,
+    normalize: bool = False,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """log mean_{i != j} exp(-t |x_i - x_j|^2): how evenly a batch covers the sphere.
+
+    x [N, D] (norm 1 in the paper: normalize=True), t > 0. Returns float32 (float64 for float64
+    inputs); for one row 0. Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D / 2); memory O(N D). Paper: Wang and Isola, 2020.
+    """
+    check_rows("x", x, precision)
+    scale, n = number("t", t, x), x.shape[0]
+    with no_autocast(x.device):
+        if n < 2:
+            return x.sum().to(accumulate_dtype(x.dtype)) * 0
+        x = unit(x) if normalize else x
+        width = (1 / (2 * scale)).sqrt()
+        sums = _log_row_sums(x, None, "gaussian", width, precision, backend, skip_self=True)
+        return _log_mean(sums, n * (n - 1)).to(accumulate_dtype(x.dtype))
+
+
+def _scaled(name: str, x: Tensor, width: Tensor) -> Tensor:
+    """x / width in the accumulation dtype: its Gaussian kernel then has bandwidth 1."""
+    return (x.to(accumulate_dtype(x.dtype)) / width).to(accumulate_dtype(x.dtype))
+
+
+def _log_joint_rows(
+    x: Tensor, y: Tensor, precision: str, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log row sums of K L, K and L, bandwidths 1.
+
+    The product of two Gaussian kernels is one Gaussian kernel on the features side by side.
+    """
+    one = number("bandwidth", 1.0, x)
+    sums = [
+        _log_row_sums(t, None, "gaussian", one, precision, backend)
+        for t in (torch.cat([x, y], dim=1), x, y)
+    ]
+    return sums[0], sums[1], sums[2]
+
+
+def _check_paired(x_name: str, x: Tensor, y_name: str, y: Tensor, precision: str) -> None:
+    """Two sets of features, of any two widths, of the same samples."""
+    check_rows(x_name, x, precision)
+    check_rows(y_name, y, precision)
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"{y_name}: expected {x.shape[0]} rows to match {x_name}, got {validation.describe(y)}"
+        )
+    if x.shape[0] == 0:
+        raise ValueError(f"{x_name}: expected at least one row, got {validation.describe(x)}")
+    validation.check_device(x_name, x, y_name, y)
+    validation.check_same_dtype(x_name, x, y_name, y)
+
+
+def hsic(
+    x: Tensor,  # [N, Dx]
+    y: Tensor,  # [N, Dy]
+    *,
+    x_bandwidth: float | Tensor = 1.0,
+    y_bandwidth: float | Tensor = 1.0,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Hilbert-Schmidt independence criterion (biased) of paired samples, Gaussian kernels K and L.
+
+        tr(K H L H) / N^2 = sum K L / N^2 + sum K sum L / N^4 - 2 sum_i k_i l_i / N^3
+
+    with row sums k and l. x [N, Dx], y [N, Dy]; bandwidths > 0, numbers or scalar tensors. Returns
+    float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 (Dx + Dy)); memory O(N (Dx + Dy)). Paper: Gretton et al., 2005.
+    """
+    _check_paired("x", x, "y", y, precision)
+    widths = number("x_bandwidth", x_bandwidth, x), number("y_bandwidth", y_bandwidth, y)
+    n = x.shape[0]
+    with no_autocast(x.device):
+        a, b = _scaled("x", x, widths[0]), _scaled("y", y, widths[1])
+        joint, k, l = _log_joint_rows(a, b, precision, backend)
+        log_n = math.log(n)
+        joint, k, l = (joint - log_n).exp(), (k - log_n).exp(), (l - log_n).exp()
+        # row means: the sum of (k - mean k)(l - mean l) cancels less than its expansion
+        cross = ((k - k.mean()) * (l - l.mean())).mean()
+        apart = joint.mean() - k.mean() * l.mean()
+        return (apart - 2 * cross).to(accumulate_dtype(x.dtype))
+
+
+def cauchy_schwarz_qmi(
+    x: Tensor,  # [N, Dx]
+    y: Tensor,  # [N, Dy]
+    *,
+    x_bandwidth: float | Tensor = 1.0,
+    y_bandwidth: float | Tensor = 1.0,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Cauchy-Schwarz quadratic mutual information of paired samples, in nats (authors: in bits).
+
+        log(sum K L / N^2) + log(sum K sum L / N^4) - 2 log(sum_i k_i l_i / N^3)
+
+    Arguments, errors and cost as in `hsic`. Paper: Yu et al., 2024.
+    """
+    _check_paired("x", x, "y", y, precision)
+    widths = number("x_bandwidth", x_bandwidth, x), number("y_bandwidth", y_bandwidth, y)
+    with no_autocast(x.device):
+        a, b = _scaled("x", x, widths[0]), _scaled("y", y, widths[1])
+        joint, k, l = _log_joint_rows(a, b, precision, backend)
+        # the powers of N cancel
+        out = over_last(joint) + over_last(k) + over_last(l) - 2 * over_last(k + l)
+        return out.to(accumulate_dtype(x.dtype))
+
+
+def cauchy_schwarz_divergence(
+    x: Tensor,  # [N, Dx]
+    target: Tensor,  # [N, Dy]
+    predicted: Tensor,  # [N, Dy]
+    *,
+    bandwidth: float | Tensor = 1.0,
+    target_bandwidth: float | Tensor | None = None,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Conditional Cauchy-Schwarz divergence of p(target | x) and p(predicted | x), in nats.
+
+        T(M) = sum_i (sum_j K_ij M_ij) / (sum_j K_ij^2)
+        log T(L_target) + log T(L_predicted) - 2 log T(L_between)
+
+    K Gaussian on x, L on targets, L_between,ij = k(predicted_i, target_j). target_bandwidth None:
+    `bandwidth`. The authors' code is in bits. Arguments, errors and cost as in `hsic`.
+    Paper: Yu et al., 2024.
+    """
+    _check_paired("x", x, "target", target, precision)
+    _check_paired("x", x, "predicted", predicted, precision)
+    if target.shape != predicted.shape:
+        raise ValueError(
+            f"predicted: expected shape {tuple(target.shape)}, got {validation.describe(predicted)}"
+        )
+    width = number("bandwidth", bandwidth, x)
+    other = width if target_bandwidth is None else number("target_bandwidth", target_bandwidth, x)
+    one = number("bandwidth", 1.0, x)
+    with no_autocast(x.device):
+        k = _scaled("x", x, width)
+        first, second = (_scaled("target", t, other) for t in (target, predicted))
+
+        def rows(u: Tensor, v: Tensor | None) -> Tensor:
+            return _log_row_sums(u, v, "gaussian", one, precision, backend)
+
+        # K^2 is the Gaussian kernel of features larger by sqrt(2)
+        weight = rows(k * math.sqrt(2), None)
+        true, guess = torch.cat([k, first], dim=1), torch.cat([k, second], dim=1)
+        terms = [
+            over_last(s - weight) for s in (rows(true, None), rows(guess, None), rows(guess, true))
+        ]
+        return (terms[0] + terms[1] - 2 * terms[2]).to(accumulate_dtype(x.dtype))

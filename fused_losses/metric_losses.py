@@ -1,0 +1,374 @@
+"""Pair and proxy losses of metric learning, on statistics of one sweep over pairs (`pairs`).
+
+Most are the grammar's two sums of a row, its positives' and its negatives', each with its `Rule`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fused_losses import validation
+from fused_losses.noise_contrastive import info_nce
+from fused_losses.pair_front import (
+    ByLabel,
+    by_label,
+    check_batch,
+    check_both,
+    check_class_ids,
+    check_integers,
+    count_up,
+    merged,
+    number,
+    reduced,
+    scored,
+    softplus,
+    triangle,
+)
+from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs, Rule
+from fused_losses.pairs import PairStatistics, pair_statistics
+from fused_losses.rows import accumulate_dtype
+from fused_losses.softmax import no_autocast
+
+
+def _batch(
+    embeddings: Tensor, labels: Tensor, similarity: str, normalize: bool, precision: str
+) -> tuple[ByLabel, PairInputs]:
+    """One batch in the order of its labels, and the upper triangle of its pairs at scale 1."""
+    rows = by_label(embeddings, labels, normalize)
+    one = number("scale", 1.0, embeddings)
+    inputs = scored(rows.x, None, one, similarity=similarity, precision=precision)
+    return rows, triangle(inputs._replace(x_labels=rows.labels))
+
+
+def _both(stats: PairStatistics) -> Tensor:
+    """Which rows have a positive and a negative, [N]."""
+    return (stats.count > 0).all(dim=0)
+
+
+def _sum_of_both(stats: PairStatistics) -> Tensor:
+    """lse over the positives + lse over the negatives; 0 on rows without one of them. [N]"""
+    return torch.where(_both(stats), stats.value[POSITIVE] + stats.value[NEGATIVE], 0)
+
+
+def multi_similarity(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    alpha: float = 2.0,
+    beta: float = 50.0,
+    base: float = 0.5,
+    mining_margin: float | None = None,
+    duplicate: float = 1 - 1e-5,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Multi-similarity loss over one batch, s = <x_i, x_j>.
+
+        loss_i = log(1 + sum_P e^(-alpha (s - base))) / alpha
+               + log(1 + sum_N e^(beta (s - base))) / beta
+
+    Args:
+        embeddings, labels: [N, D], [N] integers. alpha, beta: > 0.
+        mining_margin: None, or the paper's miner: of negatives those with s > min_P s - margin, of
+            positives those with s < max_N s + margin and s < `duplicate` take part; a row left
+            without either has loss 0. The choice is not differentiated. One more sweep.
+        normalize: the paper's embeddings have norm 1.
+        reduction: "mean" over all rows (the authors' divisor), "sum", "none" [N].
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D / 2), mined O(N^2 D); memory O(N D). Paper: Wang et al., 2019.
+    """
+    check_batch(embeddings, labels, reduction, precision)
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        number(name, value, embeddings)
+    with no_autocast(embeddings.device):
+        rows, inputs = _batch(embeddings, labels, "dot", normalize, precision)
+        if mining_margin is not None:
+            inputs = _mined(inputs, mining_margin, duplicate, backend)
+        stats, _ = pair_statistics(
+            inputs._replace(positive=Rule(-alpha, base), negative=Rule(beta, base)),
+            backend=backend,
+        )
+        loss = softplus(stats.value[POSITIVE]) / alpha + softplus(stats.value[NEGATIVE]) / beta
+        if mining_margin is not None:
+            loss = torch.where(_both(stats), loss, 0)
+        everything = torch.ones_like(loss, dtype=torch.bool)
+        dtype = accumulate_dtype(embeddings.dtype)
+        return reduced(rows.restored(loss), everything, reduction, dtype)
+
+
+@torch.no_grad()
+def _mined(inputs: PairInputs, margin: float, duplicate: float, backend: str | None) -> PairInputs:
+    """Windows (positive low, high, negative low, high) of the multi-similarity miner."""
+    n, dtype = inputs.x.shape[0], accumulate_dtype(inputs.x.dtype)
+    window = torch.full((4, n), torch.inf, dtype=dtype, device=inputs.x.device)
+    window[0], window[1], window[2] = -torch.inf, duplicate, -torch.inf
+    # z = -s on positives: their best is minus their least similarity
+    seen, _ = pair_statistics(
+        inputs._replace(x_window=window, positive=Rule(-1.0)), backend=backend
+    )
+    window = window.clone()
+    window[1] = (seen.best[NEGATIVE] + margin).clamp_max(duplicate)
+    window[2] = -seen.best[POSITIVE] - margin
+    return inputs._replace(x_window=window)
+
+
+def circle(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    m: float = 0.4,
+    gamma: float = 80.0,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Circle loss over one batch, s = <x_i, x_j>, with weights that are not differentiated.
+
+        loss_i = softplus(log sum_P e^(-gamma [1 + m - s]+ (s - 1 + m))
+                        + log sum_N e^(gamma [s + m]+ (s - m)))
+
+    embeddings [N, D] (norm 1 in the paper: normalize=True), labels [N] integers, gamma > 0.
+    reduction: "mean" over the rows with a positive and a negative (pytorch-metric-learning: over
+    losses that are not 0, the same but for underflow), "sum", "none" [N], 0 on other rows.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D / 2); memory O(N D). Paper: Sun et al., 2020.
+    """
+    check_batch(embeddings, labels, reduction, precision)
+    number("gamma", gamma, embeddings)
+    with no_autocast(embeddings.device):
+        rows, inputs = _batch(embeddings, labels, "dot", normalize, precision)
+        stats, _ = pair_statistics(
+            inputs._replace(
+                positive=Rule(-gamma, 1 - m, reach=1 + m), negative=Rule(gamma, m, reach=m)
+            ),
+            backend=backend,
+        )
+        loss, counted = rows.restored(softplus(_sum_of_both(stats))), rows.restored(_both(stats))
+        return reduced(loss, counted, reduction, accumulate_dtype(embeddings.dtype))
+
+
+def lifted_structure(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    margin: float = 1.0,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Lifted structure loss over the positive pairs (i, p) of one batch, d Euclidean.
+
+        loss_ip = [log(sum_N e^(margin - d_in) + sum_N e^(margin - d_pn)) + d_ip]+^2 / 2
+
+    embeddings [N, D], labels [N] integers. reduction: "mean" over the positive pairs, "sum" over
+    them (i < p), "none" [N]: half of each pair's loss at each of its ends.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D / 2) and a pass of O(N D) for each row of the largest class, whose size the host
+    reads; memory O(N D). Paper: Oh Song et al., 2016.
+    """
+    check_batch(embeddings, labels, reduction, precision)
+    with no_autocast(embeddings.device):
+        rows, inputs = _batch(embeddings, labels, "euclidean", normalize, precision)
+        stats, _ = pair_statistics(inputs._replace(negative=Rule(1.0, -margin)), backend=backend)
+        x = rows.x.to(accumulate_dtype(rows.x.dtype))
+        # a zero that knows x, for a batch without positive pairs
+        loss = (x * 0).sum(dim=1).to(stats.value.dtype)
+        for offset in range(1, int(stats.count[POSITIVE].max()) + 1 if len(x) else 0):
+            pair = (x, rows.labels, stats.value[NEGATIVE], offset)
+            loss = loss + checkpoint(_lifted_pairs, *pair, use_reentrant=False)
+        dtype = accumulate_dtype(embeddings.dtype)
+        if reduction == "none":
+            return rows.restored(loss).to(dtype)
+        pairs = (stats.count[POSITIVE].sum() / 2).clamp_min(1)
+        return (loss.sum() / (pairs if reduction == "mean" else 1)).to(dtype)
+
+
+def _lifted_pairs(x: Tensor, labels: Tensor, lse: Tensor, offset: int) -> Tensor:
+    """The losses of the positive pairs (k, k + offset) of sorted rows, halved between them. [N]"""
+    squared = (x[:-offset] - x[offset:]).square().sum(dim=1).to(lse.dtype)
+    # the subgradient of the root at 0 is 0, and a NaN stays one
+    apart = ~(squared <= 0)
+    distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
+    hinge = F.relu(merged(lse[:-offset], lse[offset:]) + distance)
+    half = torch.where(labels[:-offset] == labels[offset:], hinge.square() / 4, 0)
+    return F.pad(half, (0, offset)) + F.pad(half, (offset, 0))
+
+
+def generalized_lifted_structure(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    negative_margin: float = 1.0,
+    positive_margin: float = 0.0,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Generalised lifted structure loss over the rows of one batch, d Euclidean.
+
+        loss_i = [log sum_P e^(d - positive_margin) + log sum_N e^(negative_margin - d)]+
+
+    embeddings [N, D], labels [N] integers. reduction: "mean" over the rows with a positive and a
+    negative, "sum", "none" [N], 0 on other rows.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D / 2); memory O(N D). Paper: Hermans et al., 2017.
+    """
+    check_batch(embeddings, labels, reduction, precision)
+    with no_autocast(embeddings.device):
+        rows, inputs = _batch(embeddings, labels, "euclidean", normalize, precision)
+        # the score is -d
+        inputs = inputs._replace(
+            positive=Rule(-1.0, -positive_margin), negative=Rule(1.0, -negative_margin)
+        )
+        stats, _ = pair_statistics(inputs, backend=backend)
+        loss, counted = rows.restored(F.relu(_sum_of_both(stats))), rows.restored(_both(stats))
+        return reduced(loss, counted, reduction, accumulate_dtype(embeddings.dtype))
+
+
+def n_pairs(
+    anchors: Tensor,  # [N, D]
+    positives: Tensor,  # [N, D]
+    *,
+    l2_weight: float = 0.0,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """N-pairs loss: `info_nce` at temperature 1 over one (anchor, positive) a class.
+
+        loss_i = log sum_j e^<a_i, p_j> - <a_i, p_i> + l2_weight (|a_i|^2 + |p_i|^2) / 2
+
+    anchors, positives [N, D]; arguments and errors as in `info_nce`. Paper: Sohn, 2016.
+    """
+    check_both("anchors", anchors, "positives", positives, precision, rows="N")
+    if anchors.shape != positives.shape:
+        raise ValueError(
+            f"positives: expected shape {tuple(anchors.shape)}, got "
+            f"{validation.describe(positives)}"
+        )
+    loss = info_nce(
+        anchors,
+        positives,
+        temperature=1.0,
+        normalize=normalize,
+        reduction=reduction,
+        precision=precision,
+        backend=backend,
+    )
+    if l2_weight == 0:
+        return loss
+    squares = sum(t.to(loss.dtype).square().sum(dim=1) for t in (anchors, positives)) / 2
+    everything = torch.ones_like(squares, dtype=torch.bool)
+    return loss + l2_weight * reduced(squares, everything, reduction, loss.dtype)
+
+
+def _check_proxies(
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, reduction: str, precision: str
+) -> Tensor:
+    embeddings = check_both("embeddings", embeddings, "proxies", proxies, precision, rows="C")
+    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    check_class_ids("labels", labels, proxies.shape[0])
+    return embeddings
+
+
+def proxy_nca(
+    embeddings: Tensor,  # [N, D]
+    proxies: Tensor,  # [C, D]
+    labels: Tensor,  # [N]
+    *,
+    scale: float | Tensor = 1.0,
+    positive_in_denominator: bool = True,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Proxy-NCA: softmax over -scale |x_i - w_c|^2.
+
+        loss_i = log sum_c e^z_ic - z_iy;   positive_in_denominator=False: over c != y (the paper)
+
+    embeddings [N, D], proxies [C, D] (both of norm 1 in the paper), labels [N] in [0, C), scale > 0
+    (a number or a scalar tensor, which may need a gradient). True is what
+    pytorch-metric-learning computes. reduction: "mean", "sum", "none" [N].
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError, IndexError for bad
+    arguments. Time O(N C D); memory O((N + C) D). Paper: Movshovitz-Attias et al., 2017.
+    """
+    embeddings = _check_proxies(embeddings, proxies, labels, reduction, precision)
+    scale = number("scale", scale, embeddings)
+    with no_autocast(embeddings.device):
+        inputs = scored(
+            embeddings, proxies, scale, similarity="rbf", normalize=normalize, precision=precision
+        )
+        stats, _ = pair_statistics(
+            inputs._replace(x_labels=labels.int(), y_labels=count_up(proxies.shape[0], embeddings)),
+            backend=backend,
+        )
+        # with one class alone there is nothing to tell apart
+        counted = _both(stats)
+        gap = torch.where(counted, stats.value[NEGATIVE] - stats.value[POSITIVE], 0)
+        loss = torch.where(counted, softplus(gap) if positive_in_denominator else gap, 0)
+        everything = torch.ones_like(counted)
+        return reduced(loss, everything, reduction, accumulate_dtype(embeddings.dtype))
+
+
+def proxy_anchor(
+    embeddings: Tensor,  # [N, D]
+    proxies: Tensor,  # [C, D]
+    labels: Tensor,  # [N]
+    *,
+    alpha: float = 32.0,
+    margin: float = 0.1,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Proxy-anchor loss: the proxies are the anchors, s = <w_c, x_i>.
+
+        attract_c = log(1 + sum_{y_i = c} e^(-alpha (s - margin)))
+        repel_c = log(1 + sum_{y_i != c} e^(alpha (s + margin)))
+
+    embeddings [N, D], proxies [C, D] (both of norm 1 in the paper), labels [N] in [0, C),
+    alpha > 0. reduction: "mean" (the paper): attract's over the proxies whose class is there, plus
+    repel's over all of them; "sum" and "none" [C]: of attract + repel.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError, IndexError for bad
+    arguments. Time O(N C D); memory O((N + C) D). Paper: Kim et al., 2020.
+    """
+    embeddings = _check_proxies(embeddings, proxies, labels, reduction, precision)
+    number("alpha", alpha, embeddings)
+    with no_autocast(embeddings.device):
+        one = number("scale", 1.0, embeddings)
+        # the sums are the proxies', so the proxies are the rows
+        inputs = scored(proxies, embeddings, one, normalize=normalize, precision=precision)
+        stats, _ = pair_statistics(
+            inputs._replace(
+                x_labels=count_up(proxies.shape[0], embeddings),
+                y_labels=labels.int(),
+                positive=Rule(-alpha, margin),
+                negative=Rule(alpha, -margin),
+            ),
+            backend=backend,
+        )
+        attract, repel = softplus(stats.value)
+        dtype = accumulate_dtype(embeddings.dtype)
+        present = stats.count[POSITIVE] > 0
+        everything = torch.ones_like(present)
+        if reduction != "mean":
+            return reduced(attract + repel, everything, reduction, dtype)
+        return reduced(attract, present, "mean", dtype) + reduced(repel, everything, "mean", dtype)

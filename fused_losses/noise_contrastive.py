@@ -1,0 +1,327 @@
+"""InfoNCE over in-batch keys, banks and hard negatives: each a segment of one row's sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses import validation
+from fused_losses.pair_front import (
+    check_at_least,
+    check_both,
+    check_diagonal,
+    check_integer_pair,
+    check_integers,
+    count_up,
+    dense,
+    dense_pair,
+    merged,
+    number,
+    over_last,
+    reduced,
+    scored,
+    softplus,
+)
+from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs, Rule
+from fused_losses.pairs import PairStatistics, pair_statistics
+from fused_losses.rows import accumulate_dtype
+from fused_losses.softmax import no_autocast
+from fused_losses.unit_norm import unit
+
+
+def info_nce(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [M, D]
+    *,
+    temperature: float | Tensor = 0.07,
+    labels: Tensor | None = None,  # [N]
+    key_labels: Tensor | None = None,  # [M]
+    offset: int = 0,
+    symmetric: bool = False,
+    negatives: Tensor | None = None,  # [N, K, D]
+    queue: Tensor | Sequence[Tensor] | None = None,  # [Q, D]
+    queue_labels: Tensor | Sequence[Tensor] | None = None,  # [Q]
+    hardness: float = 0.0,
+    false_negative_margin: float | None = None,
+    ids: Tensor | None = None,  # [N]
+    key_ids: Tensor | None = None,  # [M]
+    exclude: Tensor | None = None,  # [N, E]
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """InfoNCE (CLIP, MoCo, N-pairs) over every pair of a query and a key, never held at once.
+
+        z_ij = <q_i, k_j> / temperature
+        loss_i = log(sum_P e^z + sum_N e^z) - log sum_P e^z
+
+    Args:
+        query, key: [N, D] and [M, D], float32, bfloat16, float16 or float64; may be one tensor.
+        temperature: > 0; a float or a scalar tensor, which may need a gradient.
+        labels, key_labels: integers; equal labels are positives, several of which form one sum
+            (the "in" form). Without key_labels the keys have the queries' labels. None: key
+            offset + i is the positive of query i.
+        offset: where this rank's queries stand among gathered keys (no labels).
+        symmetric: the mean of this loss and of the one with rows and columns exchanged (CLIP),
+            from one sweep. `negatives` and `queue` stand in the rows' denominators alone.
+        negatives: [N, K, D], further negatives of each query; O(N K D) work and memory.
+        queue: one or more banks [Q, D] of further keys (MoCo, XBM), swept where they lie, without
+            concatenation; negatives, or with queue_labels what the labels say.
+        hardness: beta >= 0 of Robinson et al.: the negatives' sum becomes
+            count * sum_N e^((1 + beta) z) / sum_N e^(beta z). Twice the work.
+        false_negative_margin: a negative with s_ij > s_i + margin is left out, s = <q, k> and s_i
+            that of the row's (column's) best positive; not differentiated.
+        ids, key_ids: integers; pairs with equal ids are left out, but for the positive on the
+            diagonal where there are no labels. Without key_ids the keys have the queries' ids.
+        exclude: [N, E] columns left out of each row, -1 for none.
+        normalize: divide rows by their norms (in float32, rounded to the inputs' dtype).
+        reduction: "mean" over the rows with a positive, "sum", or "none" [N]; symmetric: half the
+            rows' and half the columns' (column offset + i for row i).
+
+    A row without positives has loss 0 and is not in the mean; one without negatives has loss 0.
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N M D); memory O((N + M) D). Papers: van den Oord et al., 2018; Radford et al., 2021; He
+    et al., 2020 (queue); Robinson et al., 2021 (hardness); Khosla et al., 2020 ("in").
+    """
+    query = check_both("query", query, "key", key, precision)
+    n, m = query.shape[0], key.shape[0]
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    scale = 1 / number("temperature", temperature, query)
+    check_at_least("hardness", hardness, 0.0)
+    if labels is not None and key_labels is None:
+        key_labels = labels
+    if ids is not None and key_ids is None:
+        key_ids = ids
+    check_integer_pair("labels", labels, "key_labels", key_labels, (n, m), query)
+    check_integer_pair("ids", ids, "key_ids", key_ids, (n, m), query)
+    if labels is None:
+        check_diagonal("key", key, n, offset)
+    if symmetric and reduction == "none" and labels is not None and n != m:
+        raise ValueError(
+            f"reduction: expected 'mean' or 'sum' for symmetric=True with labels and N={n} != "
+            f"M={m}, got 'none'"
+        )
+    if exclude is not None:
+        check_integers("exclude", exclude, (n, None), query)
+    if negatives is not None:
+        _check_negatives(negatives, query)
+    banks = _banks(query, queue, queue_labels, labels, precision)
+
+    with no_autocast(query.device):
+        if labels is None:
+            numbers = count_up(n, query, offset), count_up(m, query)
+            bank_numbers: list[Tensor | None] = [None] * len(banks)
+        else:
+            numbers, bank_numbers = _numbers(labels, key_labels, [b[1] for b in banks])
+        whose = dense_pair(ids, key_ids)
+        inputs = scored(query, key, scale, normalize=normalize, precision=precision)._replace(
+            x_labels=numbers[0],
+            y_labels=numbers[1],
+            x_ids=whose[0],
+            y_ids=whose[1],
+            exclude=None if exclude is None else exclude.int(),
+        )
+        # the sweep leaves equal ids out, so the diagonal is put back beside it
+        diagonal = None
+        if labels is None and (ids is not None or false_negative_margin is not None):
+            diagonal = _diagonal(inputs, offset)
+        if false_negative_margin is not None:
+            inputs = _with_windows(
+                inputs, diagonal, offset, false_negative_margin, symmetric, backend
+            )
+        rows, columns = _sides(inputs, hardness, symmetric, backend)
+        if labels is None and ids is not None:
+            rows = rows._replace(positive=diagonal)
+            if columns is not None:
+                columns = columns._replace(positive=_on_columns(diagonal, offset, m))
+        for (bank, _), bank_number in zip(banks, bank_numbers, strict=True):
+            bank = unit(bank) if normalize else bank
+            further = inputs._replace(
+                y=bank.contiguous(),
+                x_labels=None if bank_number is None else inputs.x_labels,
+                y_labels=bank_number,
+                x_ids=None,
+                y_ids=None,
+                exclude=None,
+                y_window=None,
+            )
+            rows = rows.joined(_sides(further, hardness, False, backend)[0])
+        if negatives is not None and negatives.shape[1] > 0:
+            negatives = unit(negatives) if normalize else negatives
+            rows = rows.joined(_own_negatives(inputs, negatives, hardness))
+
+        loss, counted = rows.loss()
+        dtype = accumulate_dtype(query.dtype)
+        out = reduced(loss, counted, reduction, dtype)
+        if columns is None:
+            return out
+        loss, counted = columns.loss()
+        if reduction == "none" and labels is None:
+            loss, counted = loss[offset : offset + n], counted[offset : offset + n]
+        return (out + reduced(loss, counted, reduction, dtype)) / 2
+
+
+class _Side(NamedTuple):
+    """What InfoNCE knows of each row (or column), whatever segments its columns came in."""
+
+    positive: Tensor  # [N] lse of the positives' z
+    negative: Tensor  # of the negatives' z, with hardness of (1 + beta) z
+    tilt: Tensor | None  # with hardness: of beta z
+    count: Tensor  # negatives
+
+    def joined(self, other: _Side) -> _Side:
+        return _Side(
+            merged(self.positive, other.positive),
+            merged(self.negative, other.negative),
+            None if self.tilt is None else merged(self.tilt, other.tilt),
+            self.count + other.count,
+        )
+
+    def loss(self) -> tuple[Tensor, Tensor]:
+        """The loss [N], and which rows have a positive."""
+        negative, any_negative = self.negative, self.count > 0
+        if self.tilt is not None:
+            negative = torch.where(any_negative, self.count, 1).log() + negative - self.tilt
+        # `!=` and not `>`: a NaN must show
+        counted = self.positive != -torch.inf
+        both = counted & any_negative
+        gap = torch.where(both, negative - self.positive, 0)
+        return torch.where(both, softplus(gap), 0), counted
+
+
+def _sides(
+    inputs: PairInputs, hardness: float, cols: bool, backend: str | None
+) -> tuple[_Side, _Side | None]:
+    first = pair_statistics(
+        inputs._replace(negative=Rule(1 + hardness)), cols=cols, backend=backend
+    )
+    second: tuple[PairStatistics | None, ...] = (None, None)
+    if hardness:
+        second = pair_statistics(
+            inputs._replace(negative=Rule(hardness)), cols=cols, backend=backend
+        )
+    sides = [
+        None
+        if s is None
+        else _Side(
+            s.value[POSITIVE],
+            s.value[NEGATIVE],
+            None if t is None else t.value[NEGATIVE],
+            s.count[NEGATIVE],
+        )
+        for s, t in zip(first, second, strict=True)
+    ]
+    return sides[0], sides[1]
+
+
+def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _Side:
+    """The side of negatives [N, K, D] that each row has to itself."""
+    narrow = accumulate_dtype(inputs.x.dtype)
+    product = torch.einsum("nd,nkd->nk", inputs.x.to(narrow), negatives.to(narrow))
+    z = product.double() * inputs.scale
+    kept = torch.ones_like(z, dtype=torch.bool)
+    if inputs.x_window is not None:
+        kept = ~(z >= inputs.x_window[3, :, None])
+    tilt = over_last(hardness * z, kept) if hardness else None
+    return _Side(
+        torch.full_like(z[:, 0], -torch.inf),
+        over_last((1 + hardness) * z, kept),
+        tilt,
+        kept.sum(dim=1).double(),
+    )
+
+
+def _diagonal(inputs: PairInputs, offset: int) -> Tensor:
+    """z of query i and key offset + i, [N]."""
+    narrow = accumulate_dtype(inputs.x.dtype)
+    x, y = inputs.x.to(narrow), inputs.y[offset : offset + inputs.x.shape[0]].to(narrow)
+    return torch.einsum("nd,nd->n", x, y).double() * inputs.scale
+
+
+def _on_columns(diagonal: Tensor, offset: int, m: int) -> Tensor:
+    after = m - offset - diagonal.shape[0]
+    return torch.nn.functional.pad(diagonal, (offset, after), value=-torch.inf)
+
+
+@torch.no_grad()
+def _with_windows(
+    inputs: PairInputs,
+    diagonal: Tensor | None,
+    offset: int,
+    margin: float,
+    symmetric: bool,
+    backend: str | None,
+) -> PairInputs:
+    """Leaves out the negatives above the best positive of their row (column) plus the margin."""
+    if diagonal is None:
+        rows, columns = pair_statistics(inputs, cols=symmetric, backend=backend)
+        best = [rows.best[POSITIVE], columns.best[POSITIVE] if symmetric else None]
+    else:
+        best = [diagonal, _on_columns(diagonal, offset, inputs.y.shape[0]) if symmetric else None]
+
+    def window(top: Tensor) -> Tensor:
+        high = torch.where(top == -torch.inf, torch.inf, top + margin * inputs.scale)
+        out = torch.full((4, top.shape[0]), torch.inf, dtype=high.dtype, device=high.device)
+        out[0], out[2], out[3] = -torch.inf, -torch.inf, high
+        return out.to(accumulate_dtype(inputs.x.dtype))
+
+    return inputs._replace(
+        x_window=window(best[0]), y_window=window(best[1]) if symmetric else None
+    )
+
+
+def _check_negatives(negatives: Tensor, query: Tensor) -> None:
+    n, d = query.shape
+    if not isinstance(negatives, Tensor):
+        raise TypeError(f"negatives: expected a tensor [N, K, D], got {type(negatives).__name__}")
+    if negatives.dim() != 3 or negatives.shape[0] != n or negatives.shape[2] != d:
+        raise ValueError(
+            f"negatives: expected shape ({n}, K, {d}), got {validation.describe(negatives)}"
+        )
+    validation.check_device("query", query, "negatives", negatives)
+    validation.check_same_dtype("query", query, "negatives", negatives)
+
+
+def _banks(
+    query: Tensor,
+    queue: Tensor | Sequence[Tensor] | None,
+    queue_labels: Tensor | Sequence[Tensor] | None,
+    labels: Tensor | None,
+    precision: str,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The banks with their labels, checked."""
+    if queue is None:
+        if queue_labels is not None:
+            raise ValueError("queue_labels: expected None without a queue, got labels")
+        return []
+    banks = [queue] if isinstance(queue, Tensor) else list(queue)
+    if queue_labels is None:
+        told: list[Tensor | None] = [None] * len(banks)
+    else:
+        if labels is None:
+            raise ValueError("queue_labels: expected labels for the queries too, got labels=None")
+        told = [queue_labels] if isinstance(queue_labels, Tensor) else list(queue_labels)
+    if len(told) != len(banks):
+        raise ValueError(
+            f"queue_labels: expected one tensor a bank ({len(banks)}), got {len(told)}"
+        )
+    for bank, numbers in zip(banks, told, strict=True):
+        check_both("query", query, "queue", bank, precision, rows="Q")
+        validation.check_same_dtype("query", query, "queue", bank)
+        if numbers is not None:
+            check_integers("queue_labels", numbers, (bank.shape[0],), query)
+    return list(zip(banks, told, strict=True))
+
+
+def _numbers(
+    labels: Tensor, key_labels: Tensor, bank_labels: list[Tensor | None]
+) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
+    """int32 numbers that are equal where labels are, across every segment."""
+    given = [labels, key_labels, *(b for b in bank_labels if b is not None)]
+    numbers = iter(dense(torch.cat([g.long() for g in given])).split([g.shape[0] for g in given]))
+    pair = next(numbers).contiguous(), next(numbers).contiguous()
+    return pair, [None if b is None else next(numbers).contiguous() for b in bank_labels]

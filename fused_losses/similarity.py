@@ -1,0 +1,240 @@
+"""Similarity without its matrix: logsumexp over pairs, and attention by any similarity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fused_losses import validation
+from fused_losses.pair_front import (
+    SIMILARITIES,
+    check_both,
+    check_integer_pair,
+    check_integers,
+    check_rows,
+    dense_pair,
+    merged,
+    number,
+    scored,
+    triangle,
+)
+from fused_losses.pair_inputs import NEGATIVE, POSITIVE, Rule
+from fused_losses.pairs import PairStatistics, pair_attention, pair_statistics
+from fused_losses.rows import accumulate_dtype
+from fused_losses.softmax import no_autocast
+
+MATCHES = ("any", "same", "different", "both")
+ZEROS = ("same", "different")
+
+
+def logsumexp_similarity(
+    x: Tensor,  # [N, D]
+    y: Tensor | None = None,  # [M, D]
+    *,
+    similarity: str = "dot",
+    scale: float | Tensor = 1.0,
+    x_labels: Tensor | None = None,  # [N]
+    y_labels: Tensor | None = None,  # [M]
+    match: str = "any",
+    x_ids: Tensor | None = None,  # [N]
+    y_ids: Tensor | None = None,  # [M]
+    x_groups: Tensor | None = None,  # [N]
+    y_groups: Tensor | None = None,  # [M]
+    exclude: Tensor | None = None,  # [N, E]
+    skip_self: bool = False,
+    zero: str | None = None,
+    rows: bool = True,
+    cols: bool = False,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log sum_j exp(scale sim(x_i, y_j)) of each row, and of each column from the same sweep.
+
+    Args:
+        x, y: [N, D] and [M, D]; y None: x itself, whose labels, ids and groups then serve both
+            sides (with skip_self and without `exclude` at half the work).
+        similarity: "dot" <x, y>, "cosine", "rbf" -|x - y|^2, "euclidean" -|x - y|.
+        scale: > 0; a number or a scalar tensor, which may need a gradient.
+        x_labels, y_labels: integers, for `match` and `zero`.
+        match: the pairs that take part: "any", "same" label, "different" label, or "both": two
+            sums, of the same and of different labels.
+        x_ids, y_ids: pairs with equal ids are left out. x_groups, y_groups: with different groups.
+        exclude: [N, E] columns left out of each row, -1 for none. skip_self: leaves out i == j.
+        zero: "same" or "different": such pairs stay, with the score 0 (factor 0, not -inf).
+        rows, cols: what is returned; both: a tuple.
+
+    Returns [N] and/or [M] ("both": [2, .], same first) in float32, or float64 for float64 inputs;
+    -inf, with gradient 0, where no pair takes part. Twice differentiable (the second time on the
+    pure-PyTorch path). Raises ValueError, TypeError for bad arguments.
+    Time O(N M D); memory O((N + M) D).
+    """
+    # one tensor twice is one batch
+    alone = y is None or y is x
+    if alone:
+        y = None
+        check_rows("x", x, precision)
+        y_labels = x_labels if y_labels is None else y_labels
+        y_ids = x_ids if y_ids is None else y_ids
+        y_groups = x_groups if y_groups is None else y_groups
+    else:
+        x = check_both("x", x, "y", y, precision)
+    n, m = x.shape[0], x.shape[0] if alone else y.shape[0]
+    validation.check_choice("similarity", similarity, SIMILARITIES)
+    validation.check_choice("match", match, MATCHES)
+    if zero is not None:
+        validation.check_choice("zero", zero, ZEROS)
+    factor = number("scale", scale, x)
+    check_integer_pair("x_labels", x_labels, "y_labels", y_labels, (n, m), x)
+    check_integer_pair("x_ids", x_ids, "y_ids", y_ids, (n, m), x)
+    check_integer_pair("x_groups", x_groups, "y_groups", y_groups, (n, m), x)
+    if exclude is not None:
+        check_integers("exclude", exclude, (n, None), x)
+    if x_labels is None and (match != "any" or zero is not None):
+        raise ValueError(f"x_labels: expected labels for match={match!r}, zero={zero!r}, got None")
+    if not (rows or cols):
+        raise ValueError("rows, cols: expected at least one of them True, got neither")
+
+    with no_autocast(x.device):
+        labelled = match != "any" or zero is not None
+        labels = dense_pair(x_labels, y_labels) if labelled else (None, None)
+        ids, groups = dense_pair(x_ids, y_ids), dense_pair(x_groups, y_groups)
+        inputs = scored(x, y, factor, similarity=similarity, precision=precision)._replace(
+            x_labels=labels[0],
+            y_labels=labels[1],
+            x_ids=ids[0],
+            y_ids=ids[1],
+            x_groups=groups[0],
+            y_groups=groups[1],
+            exclude=None if exclude is None else exclude.int(),
+            skip_self=skip_self,
+            positive=Rule(0.0) if zero == "same" else Rule(),
+            negative=Rule(0.0) if zero == "different" else Rule(),
+        )
+        # half the pairs tell all only where both ends see each other by the same integers
+        own = y_labels is x_labels and y_ids is x_ids and y_groups is x_groups
+        half = alone and own and skip_self and exclude is None
+        if half:
+            inputs = triangle(inputs)
+        seen, other = pair_statistics(inputs, cols=cols and not half, backend=backend)
+        other = seen if half else other
+        dtype = accumulate_dtype(x.dtype)
+
+        def told(side: PairStatistics) -> Tensor:
+            if match == "both":
+                return side.value.to(dtype)
+            if match == "any" and labelled:
+                return merged(*side.value).to(dtype)
+            return side.value[POSITIVE if match == "same" else NEGATIVE].to(dtype)
+
+        if rows and cols:
+            return told(seen), told(other)
+        return told(seen) if rows else told(other)
+
+
+def similarity_attention(
+    query: Tensor,  # [..., N, D]
+    key: Tensor,  # [..., M, D]
+    value: Tensor,  # [..., M, Dv]
+    *,
+    similarity: str = "dot",
+    scale: float | Tensor | None = None,
+    query_labels: Tensor | None = None,  # [..., N]
+    key_labels: Tensor | None = None,  # [..., M]
+    match: str = "any",
+    return_lse: bool = False,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """sum_j softmax_j(scale sim(q_i, k_j)) v_j, by any of the similarities, under label masks.
+
+    Args:
+        query, key, value: [..., N, D], [..., M, D], [..., M, Dv] of one dtype; leading dimensions
+            alike, swept one by one.
+        similarity: "dot", "cosine", "rbf" -|q - k|^2, "euclidean" -|q - k|.
+        scale: > 0; a number or a scalar tensor, which may need a gradient. None: 1 / sqrt(D) for
+            "dot", else 1.
+        query_labels, key_labels: integers; match: "any", "same", "different".
+        return_lse: also return the logsumexp of the scores, [..., N], differentiable too.
+
+    Returns [..., N, Dv] in value's dtype (a row without pairs: 0; its lse -inf). Twice
+    differentiable. Raises ValueError, TypeError for bad arguments.
+    Time O(N M (D + Dv)); memory O((N + M)(D + Dv)).
+    """
+    check_leading(("query", query), ("key", key), ("value", value))
+    validation.check_choice("similarity", similarity, SIMILARITIES)
+    validation.check_choice("match", match, MATCHES[:3])
+    lead = query.shape[:-2]
+    if match != "any" and query_labels is None:
+        raise ValueError(f"query_labels: expected labels for match={match!r}, got None")
+    if (query_labels is None) != (key_labels is None):
+        raise ValueError("query_labels, key_labels: expected both or neither")
+    if query_labels is not None:
+        check_integers("query_labels", query_labels, (*lead, query.shape[-2]), query)
+        check_integers("key_labels", key_labels, (*lead, key.shape[-2]), query)
+    if scale is None:
+        scale = 1 / math.sqrt(max(query.shape[-1], 1)) if similarity == "dot" else 1.0
+    factor = number("scale", scale, query)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
+        q = check_both("query", q, "key", k, precision)
+        check_values("value", v, "key", k)
+        numbers = dense_pair(*labels) if labels and match != "any" else (None, None)
+        inputs = scored(q, k, factor, similarity=similarity, precision=precision)._replace(
+            x_labels=numbers[0], y_labels=numbers[1]
+        )
+        out, lse = pair_attention(
+            v.contiguous(), inputs, positives=match == "same", backend=backend
+        )
+        return out.to(v.dtype), lse.to(accumulate_dtype(q.dtype))
+
+    tensors = (query, key, value)
+    if query_labels is not None:
+        tensors = (*tensors, query_labels, key_labels)
+    with no_autocast(query.device):
+        out, lse = one_by_one(attend, lead, tensors, value)
+    return (out, lse) if return_lse else out
+
+
+def check_leading(*named: tuple[str, Tensor]) -> None:
+    first, query = named[0]
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name}: expected a tensor [..., rows, D], got {type(tensor).__name__}"
+            )
+        if tensor.dim() < 2 or tensor.shape[:-2] != query.shape[:-2]:
+            raise ValueError(
+                f"{name}: expected [..., rows, D] with the leading dimensions of {first} "
+                f"{tuple(query.shape)}, got {validation.describe(tensor)}"
+            )
+
+
+def check_values(name: str, value: Tensor, key_name: str, key: Tensor) -> None:
+    if value.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"{name}: expected {key.shape[0]} rows to match {key_name}, got "
+            f"{validation.describe(value)}"
+        )
+    validation.check_device(key_name, key, name, value)
+    validation.check_same_dtype(key_name, key, name, value)
+
+
+def one_by_one(
+    f: Callable[..., tuple[Tensor, Tensor]],
+    lead: tuple[int, ...],
+    tensors: tuple[Tensor, ...],
+    value: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """f of each item of the leading dimensions, stacked; rows as tensors[0], columns as value."""
+    if not lead:
+        return f(*tensors)
+    flat = [t.reshape(-1, *t.shape[len(lead) :]) for t in tensors]
+    if flat[0].shape[0] == 0:
+        out = value.new_zeros(*tensors[0].shape[:-1], value.shape[-1])
+        return out, out.new_zeros(out.shape[:-1])
+    found = [f(*items) for items in zip(*flat, strict=True)]
+    out, lse = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return out.reshape(*lead, *out.shape[1:]), lse.reshape(*lead, *lse.shape[1:])

@@ -1,0 +1,177 @@
+"""Third-order attention: a softmax over pairs of keys, which never lie there at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fused_losses import validation
+from fused_losses.pair_front import check_both, merged, number, over_last, scored
+from fused_losses.pairs import pair_attention
+from fused_losses.rows import accumulate_dtype
+from fused_losses.similarity import check_leading, check_values, one_by_one
+from fused_losses.softmax import no_autocast
+
+TRILINEAR_ROWS = 4096  # of (query, first key) pairs that one sweep takes
+
+
+def trilinear_attention(
+    q: Tensor,  # [..., N, D]
+    k1: Tensor,  # [..., J, D]
+    k2: Tensor,  # [..., L, D]
+    v1: Tensor,  # [..., J, Dv]
+    v2: Tensor,  # [..., L, Dv]
+    scale: float | None = None,
+    *,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Third-order attention: a softmax over pairs (j, l) of keys, values multiplied elementwise.
+
+        out_i = sum_jl softmax_jl(scale sum_d q_id k1_jd k2_ld) (v1_j * v2_l)
+
+    All of one dtype, leading dimensions alike. scale: None for 1 / sqrt(D). Returns [..., N, Dv] in
+    v1's dtype. Differentiable once; a second derivative raises RuntimeError.
+    Raises ValueError, TypeError for bad arguments. Time O(N J L (D + Dv)), put J, the side that is
+    looped over, on the smaller; memory O((N + J + L)(D + Dv)). Paper: Alman and Song, 2023.
+    """
+    check_leading(("q", q), ("k1", k1), ("k2", k2), ("v1", v1), ("v2", v2))
+    if scale is None:
+        scale = 1 / math.sqrt(max(q.shape[-1], 1))
+    number("scale", scale, q)
+
+    def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, c, u, v = tensors
+        check_both("q", a, "k1", b, precision, rows="J")
+        check_both("q", a, "k2", c, precision, rows="L")
+        for pair in ((("q", a), ("k1", b)), (("q", a), ("k2", c))):
+            validation.check_same_dtype(*pair[0], *pair[1])
+        check_values("v1", u, "k1", b)
+        check_values("v2", v, "k2", c)
+        if u.shape[1] != v.shape[1]:
+            raise ValueError(
+                f"v2: expected [L, {u.shape[1]}] to match v1, got {validation.describe(v)}"
+            )
+        out = _Trilinear.apply(a, b, c, u, v, float(scale), precision, backend)
+        return out, out.new_zeros(0)
+
+    with no_autocast(q.device):
+        return one_by_one(attend, q.shape[:-2], (q, k1, k2, v1, v2), v1)[0]
+
+
+def _trilinear_block(
+    q: Tensor, k1: Tensor, k2: Tensor, v2: Tensor, scale: float, precision: str, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Attention over l for a few j: out [N, J', Dv] and lse [N, J']."""
+    n, d = q.shape
+    products = (q[:, None] * k1).reshape(-1, d)
+    inputs = scored(products, k2, number("scale", scale, q), precision=precision)
+    out, lse = pair_attention(v2.contiguous(), inputs, backend=backend)
+    return out.reshape(n, -1, v2.shape[1]), lse.reshape(n, -1)
+
+
+class _Trilinear(torch.autograd.Function):
+    """Blocks of first keys, merged online by their lse; the backward runs each block again."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k1: Tensor,
+        k2: Tensor,
+        v1: Tensor,
+        v2: Tensor,
+        scale: float,
+        precision: str,
+        backend: str | None,
+    ) -> Tensor:
+        return _trilinear_forward(q, k1, k2, v1, v2, scale, precision, backend)[0].to(v1.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+        ctx.save_for_backward(*inputs[:5])
+        ctx.rest = inputs[5:]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
+        return *_TrilinearBackward.apply(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+class _TrilinearBackward(torch.autograd.Function):
+    """The backward, where a second derivative is asked for: that is refused, not left out."""
+
+    @staticmethod
+    def forward(grad: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+        return _trilinear_backward(grad, arguments[:5], *arguments[5:])
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple:  # noqa: ANN001
+        raise RuntimeError("trilinear_attention: a second derivative is not supported")
+
+
+def _trilinear_backward(
+    grad: Tensor,
+    tensors: tuple[Tensor, ...],
+    scale: float,
+    precision: str,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k1, k2, v1 and v2."""
+    rest = (scale, precision, backend)
+    q, k1, k2, v1, v2 = tensors
+    out, lse = _trilinear_forward(*tensors, *rest)
+    narrow = accumulate_dtype(q.dtype)
+    grad = grad.to(narrow)
+    shift = (grad * out).sum(dim=1, keepdim=True)
+    totals = [torch.zeros_like(t, dtype=narrow) for t in tensors]
+    dq, dk1, dk2, dv1, dv2 = totals
+    for j in _blocks(q, k1):
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (q, k1[j], k2, v2)]
+            part, part_lse = _trilinear_block(*leaves, *rest)
+        weight = (part_lse.detach() - lse[:, None]).exp().to(narrow)
+        mixed = part.detach() * grad[:, None]  # [N, J', Dv]
+        dv1[j] = torch.einsum("nj,njv->jv", weight, mixed)
+        v1_j = v1[j].to(narrow)
+        to_part = weight[:, :, None] * grad[:, None] * v1_j
+        to_lse = weight * ((mixed * v1_j).sum(dim=2) - shift)
+        found = torch.autograd.grad((part, part_lse), leaves, (to_part, to_lse.to(part_lse.dtype)))
+        for total, more in zip((dq, dk1[j], dk2, dv2), found, strict=True):
+            total += more
+    return tuple(t.to(g.dtype) for t, g in zip(totals, tensors, strict=True))
+
+
+def _blocks(q: Tensor, k1: Tensor) -> list[slice]:
+    step = max(1, TRILINEAR_ROWS // max(q.shape[0], 1))
+    return [slice(j, min(j + step, k1.shape[0])) for j in range(0, k1.shape[0], step)]
+
+
+@torch.no_grad()
+def _trilinear_forward(
+    q: Tensor,
+    k1: Tensor,
+    k2: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    scale: float,
+    precision: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """out [N, Dv] in the accumulation dtype and lse [N] over all pairs of keys."""
+    narrow = accumulate_dtype(q.dtype)
+    out = q.new_zeros((q.shape[0], v1.shape[1]), dtype=narrow)
+    lse = torch.full((q.shape[0],), -torch.inf, dtype=torch.float64, device=q.device)
+    for j in _blocks(q, k1):
+        part, part_lse = _trilinear_block(q, k1[j], k2, v2, scale, precision, backend)
+        new = merged(lse, over_last(part_lse.to(lse.dtype)))
+        shift = torch.where(new == -torch.inf, 0, new)
+        weight = (part_lse - shift[:, None]).exp().to(narrow)
+        more = torch.einsum("nj,njv->nv", weight, part * v1[j].to(narrow))
+        out = out * (lse - shift).exp().to(narrow)[:, None] + more
+        lse = new
+    return out, torch.where(lse == -torch.inf, 0, lse)

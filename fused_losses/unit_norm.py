@@ -1,0 +1,76 @@
+"""Rows of norm 1, of any gathered order: nothing kept for the backward but the input itself.
+
+    u = x / |x|        dx = (du - u <u, du>) / |x|
+
+A row with |x| <= 1e-12 becomes zero and gets gradient zero, as in `rows.unit_rows`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses.rows import ZERO_NORM, accumulate_dtype
+
+ROWS = 1024  # that are widened to the accumulation dtype at a time
+
+
+def unit(x: Tensor, order: Tensor | None = None) -> Tensor:
+    """x / |x| over the last dimension, rounded once to x's dtype; rows in `order` if given."""
+    if torch.compiler.is_compiling():
+        # the compiler decides itself what to keep
+        return _forward(x if order is None else x.index_select(0, order))
+    return _Unit.apply(x, order)
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """u and 1 / |x| (0 for a zero row)."""
+    x = x.to(accumulate_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    # `not <=` and not `>`: a NaN norm must stay NaN
+    alive = ~(norm <= ZERO_NORM)
+    inverse = torch.where(alive, 1 / torch.where(alive, norm, 1), 0)
+    return torch.where(alive, x * inverse, 0), inverse
+
+
+def _forward(x: Tensor) -> Tensor:
+    return _parts(x)[0].to(x.dtype)
+
+
+def _backward(x: Tensor, grad: Tensor) -> Tensor:
+    u, inverse = _parts(x)
+    wide = grad.to(u.dtype)
+    return (inverse * (wide - u * (u * wide).sum(dim=-1, keepdim=True))).to(x.dtype)
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, order: Tensor | None) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for i in range(0, x.shape[0], ROWS):
+            rows = x[i : i + ROWS] if order is None else x[order[i : i + ROWS]]
+            out[i : i + ROWS] = _forward(rows)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, order = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # in operations that can themselves be differentiated
+            if order is None:
+                return _backward(x, grad), None
+            return _backward(x, grad.index_select(0, order.argsort())), None
+        out = torch.empty_like(x)
+        for i in range(0, x.shape[0], ROWS):
+            if order is None:
+                out[i : i + ROWS] = _backward(x[i : i + ROWS], grad[i : i + ROWS])
+            else:
+                rows = order[i : i + ROWS]
+                out[rows] = _backward(x[rows], grad[i : i + ROWS])
+        return out, None
