@@ -4,56 +4,19 @@
 #include "row_statistics.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <cstdlib>
-#include <random>
-#include <string>
-#include <thread>
-#include <vector>
+
+#include "check.h"
 
 using namespace fused_losses;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("FAILED: %s\n", what.c_str());
-}
-
-void on_threads(int count, void (*body)(void*, int), void* context) {
-  std::vector<std::thread> threads;
-  for (int i = 1; i < count; ++i) threads.emplace_back([=] { body(context, i); });
-  body(context, 0);
-  for (auto& t : threads) t.join();
-}
 
 struct Shape {
   int64_t n, c, d;
   bool normalize, bias, weighted, subset, keep;
   Precision precision;
 };
-
-std::vector<float> random(int64_t count, float scale, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::normal_distribution<float> law(0, scale);
-  std::vector<float> out(count);
-  for (float& v : out) v = law(engine);
-  return out;
-}
-
-template <class T>
-double worst(const std::vector<T>& got, const std::vector<double>& want) {
-  double error = 0, size = 1e-30;
-  for (size_t i = 0; i < want.size(); ++i) {
-    error += (got[i] - want[i]) * (got[i] - want[i]);
-    size += want[i] * want[i];
-  }
-  return std::sqrt(error / size);
-}
 
 void check(const Kernels& kernels, const Shape& s) {
   const int64_t n = s.n, c = s.c, d = s.d;

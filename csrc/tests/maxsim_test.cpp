@@ -1,0 +1,88 @@
+// MaxSim of one instruction set against the formula in double: ragged texts, empty documents, ties.
+//
+// usage: maxsim_test [default|avx2|avx512|avx512_bf16]; exit code 77 where it cannot run.
+#include <cstdlib>
+
+#include "check.h"
+#include "row_statistics.h"
+
+using namespace fused_losses;
+
+namespace {
+
+std::vector<int64_t> offsets(int64_t count, int64_t length, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::vector<int64_t> out = {0};
+  for (int64_t i = 0; i < count; ++i) {
+    out.push_back(out.back() + (i % 5 == 3 ? 0 : 1 + int64_t(engine() % length)));
+  }
+  return out;
+}
+
+void check(const Kernels& kernels, int64_t queries, int64_t documents, int64_t length, int64_t d,
+           Precision precision) {
+  const auto query_offsets = offsets(queries, length, 1);
+  const auto document_offsets = offsets(documents, length, 2);
+  const int64_t tokens = query_offsets.back(), total = document_offsets.back();
+  const auto q = random(tokens * d, 1, 3);
+  auto t = random(total * d, 1, 4);
+  // two equal tokens: the first one wins
+  if (document_offsets[1] > 1) std::copy(t.begin(), t.begin() + d, t.begin() + d);
+  const auto grad = random(queries * documents, 1, 5);
+  const MaxSimProblem p = {q.data(), t.data(), query_offsets.data(), document_offsets.data(),
+                           queries,  documents, d, false, precision};
+  std::vector<float> scores(queries * documents, NAN), dq(tokens * d, NAN), dt(total * d, NAN);
+  std::vector<int32_t> index(tokens * documents, -7);
+  const Parallel parallel = {3, on_threads};
+  void* buffer = std::aligned_alloc(64, (kernels.maxsim.forward_bytes(p, 3) + 127) / 64 * 64);
+  kernels.maxsim.forward(p, scores.data(), index.data(), buffer, parallel);
+  std::free(buffer);
+  kernels.maxsim.backward(p, grad.data(), index.data(), dq.data(), dt.data(), parallel);
+
+  std::vector<double> want(queries * documents), want_dq(tokens * d), want_dt(total * d);
+  int64_t wrong = 0;
+  for (int64_t a = 0; a < queries; ++a) {
+    for (int64_t i = query_offsets[a]; i < query_offsets[a + 1]; ++i) {
+      for (int64_t b = 0; b < documents; ++b) {
+        double best = -INFINITY;
+        int64_t at = -1;
+        for (int64_t j = document_offsets[b]; j < document_offsets[b + 1]; ++j) {
+          double product = 0;
+          for (int64_t e = 0; e < d; ++e) product += double(q[i * d + e]) * t[j * d + e];
+          if (product > best) best = product, at = j - document_offsets[b];
+        }
+        wrong += index[i * documents + b] != at;
+        // rounded products may choose another of two near ones: follow the kernel's choice
+        at = index[i * documents + b];
+        if (at < 0) continue;
+        want[a * documents + b] += best;
+        const int64_t j = document_offsets[b] + at;
+        for (int64_t e = 0; e < d; ++e) {
+          want_dq[i * d + e] += double(grad[a * documents + b]) * t[j * d + e];
+          want_dt[j * d + e] += double(grad[a * documents + b]) * q[i * d + e];
+        }
+      }
+    }
+  }
+  const bool exact = precision == Precision::kFull;
+  const std::string at = std::string(kernels.capability) + " " + std::to_string(queries) + " x " +
+                         std::to_string(documents) + " d=" + std::to_string(d);
+  expect(!exact || wrong == 0, at + ": index");
+  expect(worst(scores, want) < (exact ? 2e-6 : 1e-2), at + ": scores");
+  expect(worst(dq, want_dq) < 2e-6, at + ": dqueries");
+  expect(worst(dt, want_dt) < 2e-6, at + ": ddocuments");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (!force_kernels(argc > 1 ? argv[1] : nullptr)) return 77;
+  const Kernels& kernels = best_kernels();
+  check(kernels, 1, 1, 1, 1, Precision::kFull);
+  check(kernels, 9, 23, 70, 33, Precision::kFull);
+  check(kernels, 3, 40, 400, 128, Precision::kFull);
+  check(kernels, 70, 6, 5, 515, Precision::kFull);
+  if (kernels.bf16) check(kernels, 9, 23, 70, 33, Precision::kBFloat16);
+  std::printf("%s: %d failures\n", kernels.capability, failures);
+  return failures ? 1 : 0;
+}
