@@ -63,8 +63,13 @@ struct PairCall {
     x = x_in.to(accumulate).contiguous();
     y = triangle ? x : y_in.to(accumulate).contiguous();
     const int64_t n = x.size(0), m = y.size(0);
-    TORCH_CHECK_VALUE(x_labels.has_value() == (triangle || y_labels.has_value()) || !x_labels,
-                      "y_labels: expected with x_labels");
+    const auto paired = [&](const OptionalTensor& a, const OptionalTensor& b, const char* name) {
+      TORCH_CHECK_VALUE(triangle || a.has_value() == b.has_value(), name,
+                        ": expected of both sides or of neither");
+    };
+    paired(x_labels, y_labels, "labels");
+    paired(x_ids, y_ids, "ids");
+    paired(x_groups, y_groups, "groups");
     const auto side = [&](const Tensor& t, const OptionalTensor& bias, const OptionalTensor& labels,
                           const OptionalTensor& ids, const OptionalTensor& groups,
                           const OptionalTensor& window, const std::array<const char*, 5>& names) {
@@ -84,9 +89,6 @@ struct PairCall {
                           ? problem.rows
                           : side(y, y_bias, y_labels, y_ids, y_groups, y_window,
                                  {"y_bias", "y_labels", "y_ids", "y_groups", "y_window"});
-    const PairSide &r = problem.rows, &c = problem.columns;
-    TORCH_CHECK_VALUE(!r.labels == !c.labels && !r.ids == !c.ids && !r.groups == !c.groups,
-                      "pairs: expected labels, ids and groups of both sides or of neither");
     TORCH_CHECK_VALUE(!exclude || !triangle, "exclude: not with triangle");
     problem.d = x.size(1);
     problem.scale = scale.item<double>();

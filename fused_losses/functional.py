@@ -19,6 +19,7 @@ from fused_losses.kernel_means import (
     mmd,
     uniformity,
 )
+from fused_losses.late_interaction import maxsim
 from fused_losses.linear import linear_cross_entropy
 from fused_losses.metric_losses import (
     circle,
@@ -49,6 +50,7 @@ __all__ = [
     "linear_cross_entropy",
     "logsumexp_similarity",
     "margin_softmax",
+    "maxsim",
     "mmd",
     "multi_similarity",
     "n_pairs",

@@ -150,12 +150,12 @@ def _reference(
         products[:, a:b].max(dim=1).values if b > a else products[:, a:b].sum(dim=1)
         for a, b in zip(document_offsets.tolist(), document_offsets[1:].tolist(), strict=False)
     ]
-    best = torch.stack(best, dim=1) if best else products.new_zeros(len(products), 0)
+    best = torch.stack(best, dim=1) if best else products[:, :0]
     sums = [
         best[a:b].sum(dim=0)
         for a, b in zip(query_offsets.tolist(), query_offsets[1:].tolist(), strict=False)
     ]
-    return torch.stack(sums) if sums else best.new_zeros(0, best.shape[1])
+    return torch.stack(sums) if sums else best[:0]
 
 
 # ---- the op: autograd and registration ----------------------------------------------------------

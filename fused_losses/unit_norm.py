@@ -18,7 +18,7 @@ ROWS = 1024  # that are widened to the accumulation dtype at a time
 
 
 def unit(x: Tensor, order: Tensor | None = None) -> Tensor:
-    """x / |x| over the last dimension, rounded once to x's dtype; rows in `order` if given."""
+    """x / |x| over the last dimension, rounded once to x's dtype; rows permuted by `order`."""
     if torch.compiler.is_compiling():
         # the compiler decides itself what to keep
         return _forward(x if order is None else x.index_select(0, order))

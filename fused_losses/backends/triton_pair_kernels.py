@@ -1,10 +1,10 @@
 """Triton kernels of the sweep over pairs (`fused_losses.pairs`), one tile of the matrix a program.
 
-Each kernel makes the products of its tile, then scores, classes and terms (`pair_tile`), and ends
-in its own way: partial statistics, a tile of G, or a tile of attention weights. No atomics, no
-locks, a fixed order of sums. What a pair's vectors hold is loaded after the products: before them
-it costs registers across the whole loop. Offsets of rows are 64-bit; an input that is None costs
-nothing.
+Each kernel makes the products and scores of its tile (`scores`), then the terms of one class after
+the other (`term`), and ends in its own way: partial statistics, a tile of G, or a tile of attention
+weights. No atomics, no locks, a fixed order of sums. Vectors of rows and columns are loaded after
+the products: before them they cost registers across the whole loop. Offsets of rows are 64-bit; an
+input that is None costs nothing.
 """
 
 import triton
@@ -56,7 +56,7 @@ def spread(vector, AXIS: tl.constexpr):
 @triton.jit
 def equal(x_vector, y_vector, rows, columns, row_end, column_end):
     """Where the integers of row and column are equal. [BM, BN]"""
-    # volatile: read where it is used, and not kept in registers from one pass to the next
+    # not volatile: that loads each column's integer by an address of its own, and spills
     left = tl.load(x_vector + rows, mask=rows < row_end, other=0)
     right = tl.load(y_vector + columns, mask=columns < column_end, other=0)
     return left[:, None] == right[None, :]

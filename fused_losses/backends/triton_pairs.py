@@ -40,6 +40,10 @@ ROW_BLOCK = 4096  # rows of G stored at a time: 4096 x 512 is 128 tiles of 128 x
 MAX_CHUNK = 16384  # columns; bounds the float32 sums of a chunk where N is small
 WEIGHT_UNIT = 4096.0  # float16 attention weights are stored times this: float16 starts at 6e-8
 
+# the vectors of PairInputs, by what the kernels read
+FLOATS = ("x_bias", "y_bias", "x_window", "y_window")
+INTEGERS = ("x_labels", "y_labels", "x_ids", "y_ids", "x_groups", "y_groups", "exclude")
+
 Block = tuple[int, int, int, int]  # first row, end row, first column, end column
 
 
@@ -51,7 +55,8 @@ def kernels() -> ModuleType:
 
 def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients, at most."""
-    chunk = MAX_CHUNK * (d + min(n, ROW_BLOCK)) * 4  # of a column sum and of G, float32 at the most
+    # of G, of attention weights, and float32 sums of a chunk's columns for y and for the values
+    chunk = 2 * max(t.ds_bytes for t in PAIR_TABLES.values()) + 2 * MAX_CHUNK * d * 4
     return max(PARTIAL_BYTES, chunk) + 3 * (n + m) * d * 4 + 200 * (n + m)
 
 
@@ -71,11 +76,11 @@ class Sweep:
     def m(self) -> int:
         return self.p.y.shape[0]
 
-    def tile(self, kernel: str, two_sides: bool = False) -> Tile:
+    def tile(self, kernel: str, two_sides: bool = False, more: bool = False) -> Tile:
         """A tile of the table; the narrower of two where a pair has more to hold."""
         p = self.p
         masks = p.x_ids, p.x_groups, p.exclude, p.x_window, p.y_window
-        more = p.score == "root" or self.reach or any(t is not None for t in masks)
+        more = more or p.score == "root" or self.reach or any(t is not None for t in masks)
         return self.operands.tile(f"{kernel}_two" if two_sides else kernel, more)
 
     @property
@@ -137,10 +142,6 @@ def sweep(p: PairInputs, gradient: bool) -> Sweep:
     vectors |= {name: rows(getattr(p, name), torch.int32) for name in INTEGERS}
     p = p._replace(**vectors)
     return Sweep(p, operands, p.scale.to(p.x.device, torch.float32).reshape(1))
-
-
-FLOATS = ("x_bias", "y_bias", "x_window", "y_window")
-INTEGERS = ("x_labels", "y_labels", "x_ids", "y_ids", "x_groups", "y_groups", "exclude")
 
 
 def blocks(s: Sweep, height: int, width: int) -> Iterator[Block]:
@@ -205,7 +206,7 @@ def _merge(
     columns: bool,
 ) -> None:
     """Adds a block's partials to the statistics of its rows (or columns)."""
-    tile = Tile(16, 32, 0, 4, 2)
+    tile = Tile(16, 16, 0, 4, 2)
     _, classes, groups, length = part.shape
     programs = ceil_div(length, tile.rows)
     base.launch(
@@ -411,7 +412,7 @@ def _attending(p: PairInputs, positives: bool) -> tuple[PairInputs, int]:
 def _base(lse: Tensor) -> Tensor:
     """[2, N] float32: the lse and exp(that - lse), so that nothing is lost to the rounding."""
     none = lse == -torch.inf
-    rounded = lse.masked_fill(none, 0).float()
+    rounded = lse.masked_fill(none, torch.inf).float()
     rest = (rounded - lse).exp().masked_fill(none, 0)
     return torch.stack((rounded, rest.float()))
 
@@ -496,7 +497,8 @@ def attention_backward(
         dvalues = torch.empty(values.shape, dtype=values.dtype, device=values.device)
         dvalues = ColumnSums(dvalues if s.n else dvalues.zero_(), s.n, 1 / (gain * unit))
     want = any(needs)
-    tile = s.tile("attention_gradient" if want else "attention")
+    uneven = values.shape[1] % 64 > 0 or values.stride(0) % 16 > 0
+    tile = s.tile("attention_gradient" if want else "attention", more=want and uneven)
     gradients = Gradients(s, possible(needs, p), 1 / gain)
     with _library_tf32(p.precision == "tf32" and p.x.is_cuda):
         for block, buffers in stored(s, tile, int(need_values) + int(want)):

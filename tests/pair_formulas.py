@@ -1,0 +1,480 @@
+"""Formulas of the functions over pairs, written out with all their pairs, and inputs for them.
+
+They follow the papers and use nothing of the package; they run in the dtype of their inputs, so
+that in float64 they are the truth and in float32 or bfloat16 what a user would write.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Inputs = SimpleNamespace
+
+
+# ---- inputs -------------------------------------------------------------------------------------
+
+
+def towers(n: int, m: int, d: int) -> Inputs:
+    """Two sets of rows of norm about 1 whose first n belong together."""
+    m = max(n, m)
+    x, y = torch.randn(n, d), torch.randn(m, d)
+    y[:n] += x
+    labels = torch.randint(0, n // 3 + 1, (n,))
+    y_labels = torch.cat([labels, torch.randint(0, n // 3 + 3, (m - n,))])
+    return Inputs(
+        x=x / d**0.5,
+        y=y / d**0.5,
+        temperature=torch.tensor(0.2),
+        labels=labels,
+        y_labels=y_labels,
+        ids=torch.randint(0, n // 2 + 1, (n,)),
+        y_ids=torch.randint(0, n // 2 + 1, (m,)),
+        exclude=torch.randint(-1, m, (n, 3)),
+    )
+
+
+def towers_and_more(n: int, m: int, d: int) -> Inputs:
+    t = towers(n, m, d)
+    t.first_bank, t.second_bank = torch.randn(m, d) / d**0.5, torch.randn(3, d) / d**0.5
+    t.first_labels, t.second_labels = torch.randint(0, n // 3 + 3, (m,)), torch.arange(3)
+    t.negatives = torch.randn(n, 4, d) / d**0.5
+    return t
+
+
+def siglip(n: int, m: int, d: int) -> Inputs:
+    t = towers(n, m, d)
+    t.scale, t.bias = torch.tensor(3.0), torch.tensor(-2.0)
+    return t
+
+
+def batch(n: int, m: int, d: int) -> Inputs:
+    """One labelled batch; the last row has a label of its own."""
+    labels = torch.randint(0, n // 4 + 1, (n,))
+    labels[-1] = 2**40
+    centers = torch.randn(n // 4 + 1, d)
+    x = torch.randn(n, d) + centers[labels.clamp_max(n // 4)]
+    return Inputs(x=x / d**0.5, labels=labels, temperature=torch.tensor(0.3))
+
+
+def proxies(n: int, m: int, d: int) -> Inputs:
+    labels = torch.randint(0, m, (n,))
+    w = torch.randn(m, d)
+    x = torch.randn(n, d) + w[labels]
+    return Inputs(x=x / d**0.5, w=w / d**0.5, labels=labels, scale=torch.tensor(1.5))
+
+
+def attention(n: int, m: int, d: int) -> Inputs:
+    return Inputs(
+        x=torch.randn(n, d),
+        y=torch.randn(m, d),
+        v=torch.randn(m, d + 2),
+        scale=torch.tensor(0.7),
+        labels=torch.randint(0, 3, (n,)),
+        y_labels=torch.randint(0, 3, (m,)),
+    )
+
+
+def trilinear(n: int, m: int, d: int) -> Inputs:
+    j = max(1, m // 3)
+    return Inputs(
+        x=torch.randn(n, d),
+        y=torch.randn(j, d),
+        z=torch.randn(m, d),
+        v=torch.randn(j, 3),
+        w=torch.randn(m, 3),
+    )
+
+
+def samples(n: int, m: int, d: int) -> Inputs:
+    """Paired samples: y depends on x; z is a guess of y. Far from the origin."""
+    x = torch.randn(n, d)
+    y = x[:, :1] + 0.3 * torch.randn(n, 2)
+    return Inputs(
+        x=x + 5,
+        y=y - 5,
+        z=y + 0.2 * torch.randn(n, 2) - 5,
+        other=1.2 * torch.randn(m, d) + 5.5,
+        width=torch.tensor(1.3),
+    )
+
+
+# ---- pieces of formulas -------------------------------------------------------------------------
+
+
+def lse(z: Tensor, mask: Tensor) -> Tensor:
+    """logsumexp over the last dimension of what the mask keeps; -inf, gradient 0, over nothing."""
+    some = mask.any(dim=-1, keepdim=True)
+    kept = torch.where(mask, z, -torch.inf)
+    return torch.where(some, torch.where(some, kept, 0).logsumexp(-1, keepdim=True), -torch.inf)[
+        ..., 0
+    ]
+
+
+def equal(a: Tensor, b: Tensor) -> Tensor:
+    return a[:, None] == b
+
+
+def eye(n: int, m: int | None = None, offset: int = 0) -> Tensor:
+    return torch.arange(n)[:, None] + offset == torch.arange(n if m is None else m)
+
+
+def mean_over(loss: Tensor, counted: Tensor) -> Tensor:
+    return torch.where(counted, loss, 0).sum() / counted.sum().clamp_min(1)
+
+
+def square_distance(x: Tensor, y: Tensor) -> Tensor:
+    return (x[:, None] - y).square().sum(-1)
+
+
+def distance(x: Tensor, y: Tensor) -> Tensor:
+    square = square_distance(x, y)
+    return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
+
+
+def others(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive and negative pairs of one batch."""
+    same = equal(labels, labels)
+    return same & ~eye(len(labels)), ~same
+
+
+def nce_rows(
+    z: Tensor, positive: Tensor, negative: Tensor, beta: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """-log(sum_P / (sum_P + sum_N)) a row, and which rows have positives."""
+    attract, repel = lse(z, positive), lse(z, negative)
+    if beta:
+        count = negative.sum(-1).clamp_min(1).to(z.dtype)
+        tilted = count.log() + lse((1 + beta) * z, negative) - lse(beta * z, negative)
+        repel = torch.where(negative.any(-1), tilted, -torch.inf)
+    counted = positive.any(-1)
+    both = torch.stack([repel, torch.where(counted, attract, 0)])
+    loss = torch.where(counted, lse(both.T, both.T > -torch.inf), 0) - attract
+    return torch.where(counted, loss, 0), counted
+
+
+def nce(
+    z: Tensor, positive: Tensor, negative: Tensor, symmetric: bool = False, beta: float = 0.0
+) -> Tensor:
+    out = mean_over(*nce_rows(z, positive, negative, beta))
+    if not symmetric:
+        return out
+    return (out + mean_over(*nce_rows(z.T, positive.T, negative.T, beta))) / 2
+
+
+# ---- formulas -----------------------------------------------------------------------------------
+
+
+def diagonal_nce(t: Inputs, symmetric: bool = False, **options: object) -> Tensor:
+    n, m = len(t.x), len(t.y)
+    return nce(t.x @ t.y.T / 0.2, eye(n, m), ~eye(n, m), symmetric, **options)
+
+
+def gathered_nce(t: Inputs) -> Tensor:
+    n, m = len(t.x), len(t.y)
+    positive = eye(n, m, m - n)
+    return nce(t.x @ t.y.T / 0.2, positive, ~positive, True)
+
+
+def labelled_nce(t: Inputs, symmetric: bool = False) -> Tensor:
+    same = equal(t.labels, t.y_labels)
+    return nce(t.x @ t.y.T / 0.2, same, ~same, symmetric)
+
+
+def segments(t: Inputs) -> tuple[Tensor, Tensor]:
+    """z of keys, both banks and own negatives side by side, and the keys' diagonal."""
+    columns = torch.cat([t.y, t.first_bank, t.second_bank])
+    z = torch.cat([t.x @ columns.T, torch.einsum("nd,nkd->nk", t.x, t.negatives)], dim=1) / 0.2
+    return z, eye(len(t.x), z.shape[1])
+
+
+def segments_nce(t: Inputs, beta: float = 0.0) -> Tensor:
+    z, positive = segments(t)
+    return nce(z, positive, ~positive, beta=beta)
+
+
+def labelled_bank_nce(t: Inputs) -> Tensor:
+    z = t.x @ torch.cat([t.y, t.first_bank, t.second_bank]).T / 0.2
+    same = equal(t.labels, torch.cat([t.y_labels, t.first_labels, t.second_labels]))
+    return nce(z, same, ~same)
+
+
+def margin_nce(t: Inputs, symmetric: bool = False) -> Tensor:
+    n, m = len(t.x), len(t.y)
+    s, positive = t.x @ t.y.T, eye(n, m)
+    rows = ~positive & (s <= s.diagonal()[:, None] + 0.1)
+    out = mean_over(*nce_rows(s / 0.2, positive, rows))
+    if not symmetric:
+        return out
+    own = torch.full((m,), torch.inf, dtype=s.dtype)
+    own[:n] = s.diagonal().detach()
+    columns = ~positive & (s <= own + 0.1)
+    return (out + mean_over(*nce_rows(s.T / 0.2, positive.T, columns.T))) / 2
+
+
+def margin_segments_nce(t: Inputs) -> Tensor:
+    z, positive = segments(t)
+    own = torch.where(positive, z, 0).sum(1).detach()
+    return nce(z, positive, ~positive & (z <= own[:, None] + 0.1 / 0.2))
+
+
+def margin_labelled_nce(t: Inputs) -> Tensor:
+    s, same = t.x @ t.y.T, equal(t.labels, t.y_labels)
+    best = torch.where(same, s, -torch.inf).amax(1).detach()
+    return nce(s / 0.2, same, ~same & (s <= best[:, None] + 0.1))
+
+
+def ids_nce(t: Inputs) -> Tensor:
+    n, m = len(t.x), len(t.y)
+    positive = eye(n, m)
+    negative = ~positive & ~equal(t.ids, t.y_ids)
+    return nce(t.x @ t.y.T / 0.2, positive, negative, True)
+
+
+def labelled_ids_nce(t: Inputs) -> Tensor:
+    same, kept = equal(t.labels, t.y_labels), ~equal(t.ids, t.y_ids)
+    return nce(t.x @ t.y.T / 0.2, same & kept, ~same & kept)
+
+
+def exclude_nce(t: Inputs) -> Tensor:
+    n, m = len(t.x), len(t.y)
+    kept = (t.exclude[:, :, None] != torch.arange(m)).all(1)
+    return nce(t.x @ t.y.T / 0.2, eye(n, m) & kept, ~eye(n, m) & kept)
+
+
+def learned_nce(t: Inputs) -> Tensor:
+    z = F.normalize(t.x) @ F.normalize(t.y).T / t.temperature
+    return nce(z, eye(*z.shape), ~eye(*z.shape), True)
+
+
+def supcon_rows(z: Tensor, positive: Tensor, everything: Tensor) -> tuple[Tensor, Tensor]:
+    count = positive.sum(1)
+    log_p = torch.where(positive, z - lse(z, everything)[:, None], 0)
+    return -log_p.sum(1) / count.clamp_min(1), count > 0
+
+
+def supcon_out(t: Inputs) -> Tensor:
+    z = F.normalize(t.x) @ F.normalize(t.x).T / t.temperature
+    rows, _ = supcon_rows(z, others(t.labels)[0], ~eye(len(z)))
+    return rows.mean() * t.temperature / 0.07
+
+
+def supcon_in(t: Inputs) -> Tensor:
+    positive, negative = others(t.labels)
+    return nce(t.x @ t.x.T / 0.3, positive, negative)
+
+
+def supcon_anchors(t: Inputs) -> Tensor:
+    n = (len(t.x) + 1) // 2
+    positive = others(t.labels)[0][:n]
+    return mean_over(*supcon_rows(t.x[:n] @ t.x.T / 0.3, positive, ~eye(len(t.x))[:n]))
+
+
+def nt_xent_simclr(t: Inputs) -> Tensor:
+    z, positive = t.x @ t.x.T / t.temperature, others(t.labels)[0]
+    return mean_over(lse(z, ~eye(len(z)))[:, None] - z, positive)
+
+
+def nt_xent_pairs(t: Inputs) -> Tensor:
+    z = t.x @ t.x.T / t.temperature
+    positive, negative = others(t.labels)
+    return mean_over(torch.logaddexp(z, lse(z, negative)[:, None]) - z, positive)
+
+
+def nt_xent_views(t: Inputs) -> Tensor:
+    x = torch.cat([t.x, t.x.flip(1) + 0.1])
+    n = len(t.x)
+    z, positive = x @ x.T / 0.3, eye(2 * n, 2 * n, n) | eye(2 * n, 2 * n, -n)
+    return mean_over(lse(z, ~eye(2 * n))[:, None] - z, positive)
+
+
+def sigmoid(t: Inputs, positive: Tensor) -> Tensor:
+    z = t.scale * (t.x @ t.y.T) + t.bias
+    return F.softplus(torch.where(positive, -z, z)).sum() / len(z)
+
+
+def soft_nearest(t: Inputs) -> Tensor:
+    positive, negative = others(t.labels)
+    return nce(-square_distance(t.x, t.x) / t.temperature, positive, negative)
+
+
+def multi_similarity(t: Inputs) -> Tensor:
+    s = F.normalize(t.x) @ F.normalize(t.x).T
+    positive, negative = others(t.labels)
+    attract = torch.where(positive, torch.exp(-2 * (s - 0.5)), 0).sum(1)
+    repel = torch.where(negative, torch.exp(20 * (s - 0.5)), 0).sum(1)
+    return ((1 + attract).log() / 2 + (1 + repel).log() / 20).mean()
+
+
+def multi_similarity_mined(t: Inputs) -> Tensor:
+    s = F.normalize(t.x) @ F.normalize(t.x).T
+    positive, negative = others(t.labels)
+    positive = positive & (s < 1 - 1e-5)
+    least = torch.where(positive, s, torch.inf).amin(1, keepdim=True)
+    most = torch.where(negative, s, -torch.inf).amax(1, keepdim=True)
+    positive, negative = positive & (s - 0.1 < most), negative & (s + 0.1 > least)
+    attract = torch.where(positive, torch.exp(-2 * (s - 0.5)), 0).sum(1)
+    repel = torch.where(negative, torch.exp(20 * (s - 0.5)), 0).sum(1)
+    both = positive.any(1) & negative.any(1)
+    return torch.where(both, (1 + attract).log() / 2 + (1 + repel).log() / 20, 0).mean()
+
+
+def circle(t: Inputs) -> Tensor:
+    s = F.normalize(t.x) @ F.normalize(t.x).T
+    positive, negative = others(t.labels)
+    attract = -40 * F.relu(1.25 - s.detach()) * (s - 0.75)
+    repel = 40 * F.relu(s.detach() + 0.25) * (s - 0.25)
+    both = positive.any(1) & negative.any(1)
+    inside = torch.where(both, lse(attract, positive) + lse(repel, negative), 0)
+    return mean_over(F.softplus(inside), both)
+
+
+def lifted(t: Inputs) -> Tensor:
+    d = distance(t.x, t.x)
+    positive, negative = others(t.labels)
+    repel = torch.where(negative, (1 - d).exp(), 0).sum(1)
+    both = repel[:, None] + repel
+    inside = torch.where(both > 0, torch.where(both > 0, both, 1).log() + d, 0)
+    return mean_over(F.relu(inside).square() / 2, positive)
+
+
+def generalized_lifted(t: Inputs) -> Tensor:
+    d = distance(t.x, t.x)
+    positive, negative = others(t.labels)
+    both = positive.any(1) & negative.any(1)
+    inside = torch.where(both, lse(d - 0.1, positive) + lse(1 - d, negative), 0)
+    return mean_over(F.relu(inside), both)
+
+
+def n_pairs(t: Inputs) -> Tensor:
+    x, y = t.x, t.y[: len(t.x)]
+    squares = (x.square().sum(1) + y.square().sum(1)) / 2
+    return F.cross_entropy(x @ y.T, torch.arange(len(x))) + 0.1 * squares.mean()
+
+
+def proxy_nca(t: Inputs, inside: bool) -> Tensor:
+    z = -t.scale * square_distance(F.normalize(t.x), F.normalize(t.w))
+    target = eye(len(t.w))[t.labels]
+    if inside:
+        return F.cross_entropy(z, t.labels)
+    if len(t.w) == 1:
+        return (z * 0).sum()
+    return (lse(z, ~target) - z[target]).mean()
+
+
+def proxy_anchor(t: Inputs) -> Tensor:
+    s, target = F.normalize(t.w) @ F.normalize(t.x).T, equal(torch.arange(len(t.w)), t.labels)
+    attract = (1 + torch.where(target, torch.exp(-8 * (s - 0.1)), 0).sum(1)).log()
+    repel = (1 + torch.where(target, 0, torch.exp(8 * (s + 0.1))).sum(1)).log()
+    return attract.sum() / target.any(1).sum() + repel.mean()
+
+
+def transport(t: Inputs, cost: str) -> Tensor:
+    c = {
+        "cosine": lambda: 1 - F.normalize(t.x) @ F.normalize(t.y).T,
+        "dot": lambda: 1 - t.x @ t.y.T,
+        "sqeuclidean": lambda: square_distance(t.x, t.y),
+    }[cost]()
+    k = (-c.detach() / 0.5).double()
+    f, g = k.new_zeros(len(t.x)), k.new_zeros(len(t.y))
+    for _ in range(20):
+        f = -math.log(len(t.x)) - (k + g).logsumexp(1)
+        g = -math.log(len(t.y)) - (k + f[:, None]).logsumexp(0)
+    return ((k + f[:, None] + g).exp().to(c.dtype) * c).sum()
+
+
+def attend(z: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    some = mask.any(1, keepdim=True)
+    weights = torch.where(some, z.masked_fill(~mask & some, -torch.inf), 0).softmax(1)
+    return torch.where(some, weights @ v, 0)
+
+
+def cosine_attention(t: Inputs) -> Tensor:
+    z = t.scale * (F.normalize(t.x) @ F.normalize(t.y).T)
+    same = equal(t.labels, t.y_labels)
+    return attend(z, t.v, same)
+
+
+def third_order(t: Inputs) -> Tensor:
+    z = torch.einsum("nd,jd,ld->njl", t.x, t.y, t.z) / t.x.shape[1] ** 0.5
+    p = z.flatten(1).softmax(1).view_as(z)
+    return torch.einsum("njl,jv,lv->nv", p, t.v, t.w)
+
+
+def gaussian(x: Tensor, y: Tensor, width: float | Tensor) -> Tensor:
+    return (-square_distance(x, y) / (2 * width**2)).exp()
+
+
+def mmd(t: Inputs) -> Tensor:
+    k = [gaussian(a, b, 1.3) for a, b in ((t.x, t.x), (t.other, t.other), (t.x, t.other))]
+    return k[0].mean() + k[1].mean() - 2 * k[2].mean()
+
+
+def mmd_unbiased(t: Inputs) -> Tensor:
+    means = []
+    for a in (t.x, t.other):
+        k = (-distance(a, a) / 1.3).exp()
+        means.append(mean_over(k, ~eye(len(a))))
+    return sum(means) - 2 * (-distance(t.x, t.other) / 1.3).exp().mean()
+
+
+def hsic(t: Inputs) -> Tensor:
+    n = len(t.x)
+    h = torch.eye(n, dtype=t.x.dtype) - 1 / n
+    return (gaussian(t.x, t.x, 1.3) @ h @ gaussian(t.y, t.y, 0.8) @ h).trace() / n**2
+
+
+def qmi(t: Inputs) -> Tensor:
+    k, l = gaussian(t.x, t.x, 1.3), gaussian(t.y, t.y, 0.8)
+    cross = (k.sum(1) * l.sum(1)).sum()
+    return (k * l).sum().log() + (k.sum() * l.sum()).log() - 2 * cross.log()
+
+
+def divergence(t: Inputs) -> Tensor:
+    k = gaussian(t.x, t.x, 1.3)
+    weight = 1 / k.square().sum(1)
+    pairs = ((t.y, t.y), (t.z, t.z), (t.z, t.y))
+    terms = [(weight * (k * gaussian(a, b, 0.8)).sum(1)).sum().log() for a, b in pairs]
+    return terms[0] + terms[1] - 2 * terms[2]
+
+
+def uniformity(t: Inputs) -> Tensor:
+    x = F.normalize(t.x)
+    if len(x) < 2:
+        return (x * 0).sum()
+    return lse((-2 * square_distance(x, x)).flatten(), ~eye(len(x)).flatten()) - math.log(
+        len(x) * (len(x) - 1)
+    )
+
+
+def group_rows(t: Inputs) -> Tensor:
+    z = -t.scale * distance(t.x, t.x)
+    mask = equal(t.labels, t.labels) & ~eye(len(z))
+    return zero_rows(lse(z, mask))
+
+
+def masked_both(t: Inputs) -> Tensor:
+    z = F.normalize(t.x) @ F.normalize(t.y).T * t.scale
+    kept = ~equal(t.labels, t.y_labels + 1)
+    same = equal(t.labels, t.y_labels)
+    rows = torch.cat([lse(z, same & kept), lse(z, ~same & kept)])
+    columns = torch.cat([lse(z.T, (same & kept).T), lse(z.T, (~same & kept).T)])
+    return zero_rows(torch.cat([rows, columns]))
+
+
+def zeroed(t: Inputs) -> Tensor:
+    z = torch.where(equal(t.labels, t.y_labels), 0, t.scale * (t.x @ t.y.T))
+    return torch.cat([z.logsumexp(1), z.logsumexp(0)])
+
+
+def zero_rows(value: Tensor) -> Tensor:
+    """-inf, which stands for no pairs, as 0: so that errors can be measured."""
+    return torch.where(value == -torch.inf, 0, value)
+
+
+def both_told(found: tuple[Tensor, Tensor]) -> Tensor:
+    return zero_rows(torch.cat([f.flatten() for f in found]))

@@ -1,0 +1,145 @@
+"""MaxSim: every backend against the formula, padding, ragged documents, ties, and bad input."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_losses import maxsim
+from fused_losses.late_interaction import MAXSIM
+
+BOUNDS = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+
+def texts(count: int, length: int, d: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(count, length, d, dtype=torch.float64).to(dtype)
+
+
+def formula(queries: Tensor, documents: Tensor, query_mask: Tensor, mask: Tensor) -> Tensor:
+    """Every product at once, padding masked. [Q, B]"""
+    products = torch.einsum("qid,bjd->qbij", queries, documents)
+    products = products.masked_fill(~mask[None, :, None, :], -torch.inf)
+    best = products.amax(dim=3) if documents.shape[1] else products.sum(dim=3)
+    some = mask.any(dim=1)[None, :, None] & query_mask[:, None, :]
+    return torch.where(some, best, 0).sum(dim=2)
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+@pytest.mark.parametrize(
+    ("q", "lq", "b", "lb", "d"),
+    [(1, 1, 1, 1, 1), (3, 5, 4, 7, 16), (20, 33, 17, 130, 65), (2, 300, 33, 3, 129)],
+)
+def test_against_the_formula(q, lq, b, lb, d, dtype, backend: str) -> None:
+    queries, documents = texts(q, lq, d, dtype), texts(b, lb, d, dtype)
+    query_mask, lengths = torch.rand(q, lq) < 0.8, torch.randint(0, lb + 1, (b,))
+    mask = torch.arange(lb) < lengths[:, None]
+    upstream = torch.randn(q, b, dtype=torch.float64)
+
+    def run(function, *inputs: Tensor) -> list[Tensor]:
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad((out * upstream).sum(), inputs)]
+
+    want = run(lambda a, c: formula(a, c, query_mask, mask), queries.double(), documents.double())
+    given = dict(query_mask=query_mask, backend=backend)
+    padded = run(lambda a, c: maxsim(a, c, lengths=lengths, **given), queries, documents)
+    masked = run(lambda a, c: maxsim(a, c, document_mask=mask, **given), queries, documents)
+    for k, (a, b_, w) in enumerate(zip(padded, masked, want, strict=True)):
+        assert torch.equal(a, b_)
+        assert float((a.double() - w).norm()) <= BOUNDS[dtype] * float(w.norm()) + 1e-9, k
+    flat = documents[mask]
+    ragged = run(lambda a, c: maxsim(a, c, lengths=lengths, **given), queries, flat)
+    assert torch.equal(ragged[0], padded[0]) and torch.equal(ragged[2], padded[2][mask])
+
+
+def test_ties_go_to_the_first_token(backend: str) -> None:
+    queries = torch.ones(1, 1, 3)
+    documents = torch.ones(1, 4, 3, requires_grad=True)
+    maxsim(queries, documents, backend=backend).sum().backward()
+    assert torch.equal(documents.grad[0].sum(dim=1), torch.tensor([3.0, 0, 0, 0]))
+
+
+def test_nan_reaches_its_scores_only(backend: str) -> None:
+    queries, documents = torch.randn(2, 3, 4), torch.randn(5, 6, 4)
+    documents[1, 2] = torch.nan
+    scores = maxsim(queries, documents, backend=backend)
+    assert bool(scores[:, 1].isnan().all()) and int(scores.isnan().sum()) == 2
+
+
+@pytest.mark.parametrize(("q", "b"), [(0, 3), (3, 0), (0, 0)])
+def test_empty(q: int, b: int, backend: str) -> None:
+    queries, documents = torch.randn(q, 2, 4, requires_grad=True), torch.randn(b, 2, 4)
+    scores = maxsim(queries, documents, backend=backend)
+    assert scores.shape == (q, b)
+    scores.sum().backward()
+    assert queries.grad.shape == queries.shape
+
+
+def test_gradcheck(backend: str) -> None:
+    queries = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    documents = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda a, b: maxsim(a, b, backend=backend), (queries, documents)
+    )
+
+
+def test_opcheck(streamed: str) -> None:
+    offsets = torch.tensor([0, 3, 5]), torch.tensor([0, 2, 2, 6])
+    tokens = torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    torch.library.opcheck(MAXSIM.op(streamed), (*tokens, *offsets, "fp32"))
+    tokens = tuple(t.detach() for t in tokens)
+    scores, index = MAXSIM.op(streamed)(*tokens, *offsets, "fp32")
+    torch.library.opcheck(
+        MAXSIM.op(streamed, "_backward"),
+        (torch.randn_like(scores), index, *tokens, *offsets, True, True),
+    )
+
+
+def test_transforms(streamed: str) -> None:
+    queries, documents = torch.randn(2, 3, 4), torch.randn(3, 5, 4)
+    f = lambda q: maxsim(q, documents, backend=streamed).square().sum()
+    leaf = queries.clone().requires_grad_()
+    want = torch.autograd.grad(f(leaf), leaf)[0]
+    assert torch.equal(torch.func.grad(f)(queries), want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+        leaf = queries.clone().requires_grad_()
+        assert torch.equal(torch.autograd.grad(compiled(leaf), leaf)[0], want)
+    leaf = queries.clone().requires_grad_()
+    first = torch.autograd.grad(f(leaf), leaf, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(queries=torch.randn(2, 4)), ValueError, "queries: expected"),
+        (dict(queries=[1.0]), TypeError, "queries: expected a tensor"),
+        (dict(queries=torch.ones(2, 3, 4).long()), TypeError, "queries: expected a floating"),
+        (dict(documents=torch.randn(3, 5, 6)), ValueError, "documents: expected tokens of size 4"),
+        (dict(documents=torch.randn(3, 5, 4).double()), TypeError, "documents: expected the dtype"),
+        (dict(documents=torch.randn(15, 4)), ValueError, "lengths: expected the documents"),
+        (dict(lengths=torch.tensor([1, 2])), ValueError, r"lengths: expected \[3\]"),
+        (dict(lengths=torch.tensor([1, 2, 6])), ValueError, "lengths: expected at most 5"),
+        (dict(lengths=torch.tensor([1, -2, 3])), ValueError, "lengths: expected values >= 0"),
+        (dict(lengths=torch.rand(3)), TypeError, "lengths: expected integers"),
+        (
+            dict(documents=torch.randn(15, 4), lengths=torch.tensor([5, 5, 4])),
+            ValueError,
+            "lengths: expected a sum of 15",
+        ),
+        (dict(query_mask=torch.ones(2, 3)), TypeError, "query_mask: expected a bool"),
+        (dict(query_mask=torch.ones(2, 4).bool()), ValueError, r"query_mask: expected \[2, 3\]"),
+        (dict(document_mask=torch.ones(3).bool()), ValueError, "document_mask: expected"),
+        (dict(precision="half"), ValueError, "precision: expected one of"),
+    ],
+)
+def test_bad_input(change: dict, error: type, words: str) -> None:
+    given = dict(queries=torch.randn(2, 3, 4), documents=torch.randn(3, 5, 4)) | change
+    with pytest.raises(error, match=words):
+        maxsim(given.pop("queries"), given.pop("documents"), **given)

@@ -1,0 +1,57 @@
+"""Rows of norm 1: against torch's own, in any order, at zero and at NaN, twice differentiable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_losses import unit_norm
+from fused_losses.unit_norm import unit
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 1024])
+def test_is_torchs(ordered: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unit_norm, "ROWS", rows)
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    order = torch.randperm(7) if ordered else None
+    weight = torch.randn(7, 5, dtype=torch.float64)
+    found = []
+    for u in (unit(x, order), F.normalize(x if order is None else x[order])):
+        found.append((u, *torch.autograd.grad((u * weight).sum(), x)))
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert torch.autograd.gradcheck(lambda a: unit(a, order), x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda a: unit(a, order), x, fast_mode=True)
+
+
+def test_three_dimensions() -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unit, x)
+    torch.testing.assert_close(unit(x), F.normalize(x, dim=-1))
+
+
+def test_zero_and_nan_rows_keep_to_themselves() -> None:
+    x = torch.randn(3, 4)
+    x[0], x[1, 2] = 0, torch.nan
+    x.requires_grad_()
+    u = unit(x)
+    grad = torch.autograd.grad(u.sum(), x)[0]
+    assert (u[0] == 0).all() and (grad[0] == 0).all()
+    assert u[1].isnan().all() and grad[1].isnan().any()
+    assert torch.isfinite(u[2]).all() and torch.isfinite(grad[2]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_once(dtype: torch.dtype) -> None:
+    x = torch.randn(9, 33).to(dtype)
+    assert torch.equal(unit(x), F.normalize(x.float()).to(dtype))
+
+
+def test_non_contiguous_and_empty() -> None:
+    x = torch.randn(4, 6).T.requires_grad_()
+    u = unit(x)
+    torch.testing.assert_close(u, F.normalize(x))
+    assert u.is_contiguous() and torch.autograd.grad(u.sum(), x)[0].shape == (6, 4)
+    assert unit(torch.zeros(0, 3)).shape == (0, 3)
