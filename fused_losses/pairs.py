@@ -11,9 +11,9 @@ zero keeps its digits: 1 - p = sigmoid(lse_negative - lse_positive).
 
 psi: "linear" s = u; "root" s = -sqrt(max(-u, 0)): with u = -|x - y|^2 minus the distance.
 Labels equal: positive, else negative (no labels: all negative). Left out: equal ids, different
-groups, listed in `exclude`, i == j with skip_self, or outside the window: a pair counts in row i's
-statistics only if low < s_ij < high, with (positive low, positive high, negative low, negative
-high) = x_window[:, i]; y_window says the same for the columns' statistics.
+groups, listed in `exclude`, i == j with skip_self, or outside the window: row i's statistics leave
+out s_ij <= low and s_ij >= high, with (positive low, positive high, negative low, negative high) =
+x_window[:, i]; y_window says the same for the columns' statistics.
 
 triangle: y is x, only i < j is computed and each pair counts in the rows of both its ends (x_bias
 and x_window stand for both sides); half the work where the scores are symmetric.
@@ -100,8 +100,11 @@ def pair_attention(
 
     values [M, Dv] of x's dtype -> out [N, Dv] in the accumulation dtype (a row without pairs: 0),
     lse [N] (without pairs: -inf). Both differentiable in values, x, y, scale and the biases.
-    Time O(N M (D + Dv)); memory O((N + M)(D + Dv)) plus a block.
+    Raises ValueError with triangle: rows attend to every other row. Time O(N M (D + Dv)); memory
+    O((N + M)(D + Dv)) plus a block.
     """
+    if inputs.triangle:
+        raise ValueError("triangle: expected False, attention needs the pairs of both orders")
     name, _ = backends.choose(backend, inputs.x.device, inputs.x.dtype, inputs.precision)
     if name == "reference":
         return reference_pairs.attention(values, inputs, positives)

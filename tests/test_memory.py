@@ -52,7 +52,8 @@ CASES = [
     Case("budget", budget=8 * MIB),
 ]
 
-CHILD = """
+# of every child: extra(step) is the peak of live bytes in step() beyond those before it
+COUNTER = """
 import ctypes, gc, json, sys
 import torch
 import fused_losses
@@ -60,6 +61,15 @@ counter = ctypes.CDLL(None)
 counter.counted_live.restype = counter.counted_peak.restype = ctypes.c_longlong
 torch.set_num_threads(2)
 
+def extra(step):
+    gc.collect()
+    before = counter.counted_live()
+    counter.counted_reset()
+    step()
+    return counter.counted_peak() - before
+"""
+
+CHILD = COUNTER + """
 def run(case, backend):
     torch.manual_seed(0)
     dtype = getattr(torch, case["dtype"])
@@ -68,22 +78,19 @@ def run(case, backend):
     ids = torch.randperm(case["c"])[: case["sampled"]].sort().values if case["sampled"] else None
     y = torch.randint(0, case["c"], (case["n"],))
     y = ids[y % len(ids)] if ids is not None else y
-    gc.collect()
-    before = counter.counted_live()
-    counter.counted_reset()
-    if case["what"] == "margin_softmax":
-        loss = fused_losses.margin_softmax(
-            x, w, y, classes=ids, label_smoothing=case["smoothing"],
-            memory_budget=case["budget"], backend=backend)
-    else:
-        loss = fused_losses.linear_cross_entropy(x, w, y, backend=backend)
-    loss.backward()
-    handed_out = x.grad.nbytes + w.grad.nbytes
-    extra = counter.counted_peak() - before - handed_out
+    def step():
+        if case["what"] == "margin_softmax":
+            loss = fused_losses.margin_softmax(
+                x, w, y, classes=ids, label_smoothing=case["smoothing"],
+                memory_budget=case["budget"], backend=backend)
+        else:
+            loss = fused_losses.linear_cross_entropy(x, w, y, backend=backend)
+        loss.backward()
+    peak = extra(step) - x.grad.nbytes - w.grad.nbytes
     function = getattr(fused_losses, case["what"])
     options = {"memory_budget": case["budget"]} | ({} if ids is None else {"classes": ids})
     plan = fused_losses.explain(function, x, w, y, backend=backend, **options)
-    return extra, plan.peak_extra_bytes
+    return peak, plan.peak_extra_bytes
 
 backend, cases = json.loads(sys.argv[1])
 # threads, lazy imports and the buffers that MKL keeps are the process's, not the op's
@@ -105,6 +112,20 @@ def library() -> str:
     return str(out)
 
 
+def told_by_child(program: str, argument: object, **environment: str) -> dict[str, tuple[int, int]]:
+    """What a child that counts its allocations prints, as JSON; the argument is its sys.argv[1]."""
+    paths = os.pathsep.join(p for p in (str(HERE.parent), os.environ.get("PYTHONPATH")) if p)
+    told = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(argument)],
+        env={**os.environ, "PYTHONPATH": paths, "LD_PRELOAD": library(), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert told.returncode == 0, told.stderr
+    return json.loads(told.stdout)
+
+
 @functools.cache
 def measured(backend: str, capability: str | None = None) -> dict[str, tuple[int, int]]:
     """By case: bytes beyond inputs and gradients at the peak, and what `explain` had said of it.
@@ -113,16 +134,7 @@ def measured(backend: str, capability: str | None = None) -> dict[str, tuple[int
     """
     cases = CASES[:1] if backend == "reference" or capability else CASES
     capped = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
-    paths = os.pathsep.join(p for p in (str(HERE.parent), os.environ.get("PYTHONPATH")) if p)
-    told = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps([backend, [asdict(c) for c in cases]])],
-        env={**os.environ, "PYTHONPATH": paths, "LD_PRELOAD": library(), **capped},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert told.returncode == 0, told.stderr
-    return json.loads(told.stdout)
+    return told_by_child(CHILD, [backend, [asdict(c) for c in cases]], **capped)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -51,3 +51,58 @@ def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) ->
 def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
     """Peak memory of forward and backward beyond inputs and gradients."""
     return extension().workspace_bytes(n, d, dtype == torch.float64, precision != "fp32")
+
+
+# ---- the sweep over pairs, as csrc/cpu/pair_blocks.h and pair_gradients.h cut it -----------------
+
+TILE_COLUMNS, BLOCK_COLUMNS, BLOCK_ROWS, DEPTH_CHUNK = 192, 1152, 1920, 512
+TILE_BYTES = 384 << 10  # of X in a tile
+QUERY_BYTES = 256 << 10  # of MaxSim's packed query tokens, a thread
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def pair_extra_bytes(
+    n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32", width: int = 0
+) -> int:
+    """Peak memory of forward and backward beyond inputs and the gradients of both sides.
+
+    width: of the values, in an attention. The backward's plan, with everything asked for; the
+    forward's is smaller.
+    """
+    size = 8 if dtype == torch.float64 else 4
+    panel = 256 // size  # of the widest vectors
+    score_pair = 2 if precision == "bf16" else 1  # elements in a word
+    gradient_pair = 2 if precision in ("bf16", "mixed") else 1
+    tile_rows = min(max(TILE_BYTES // (max(d, 1) * 4) // 12 * 12, 24), 192)
+    tall = min(BLOCK_ROWS // tile_rows, -(-n // tile_rows)) * tile_rows
+    wide = min(BLOCK_COLUMNS, _up(m, panel))
+    words = -(-n // gradient_pair)
+    turned = (-(-words // DEPTH_CHUNK) | 1) * DEPTH_CHUNK
+
+    def operands(features: int) -> int:
+        """Elements that a block's products read and write, for rows of so many features."""
+        depth = -(-features // score_pair)
+        left = n * depth if score_pair == 2 else 0
+        right = wide * depth + -(-wide // gradient_pair) * _up(features, panel)
+        return left + right + features * (turned + wide)
+
+    elements = operands(d) + tall * wide + 8 * (n + m)
+    elements += -(-wide // TILE_COLUMNS) * tall + -(-tall // tile_rows) * wide
+    if width:
+        elements += operands(width) + tall * wide + n * width + 2 * n
+    elements += torch.get_num_threads() * (5 * tile_rows * TILE_COLUMNS + tile_rows + 320)
+    # 16-bit inputs are widened, and their gradients come in float32
+    widened = 8 * ((n + m) * d + (n + m) * width) if dtype.itemsize == 2 else 0
+    return elements * size + widened
+
+
+def maxsim_extra_bytes(
+    query_tokens: int, document_tokens: int, d: int, dtype: torch.dtype, precision: str = "fp32"
+) -> int:
+    """The same of MaxSim, besides the index that its forward keeps."""
+    narrowed = 2 * document_tokens * d if precision == "bf16" else 0
+    widened = 8 * (query_tokens + document_tokens) * d if dtype.itemsize == 2 else 0
+    return torch.get_num_threads() * max(QUERY_BYTES, 256 * d) + narrowed + widened

@@ -63,7 +63,8 @@ def _side(p: PairInputs, s: Tensor, masks: tuple, window: Tensor | None, reducti
         mask, z = masks[kind], term(s, rule)
         if window is not None:
             low, high = window[2 * kind, :, None], window[2 * kind + 1, :, None]
-            mask = mask & (s > low) & (s < high)
+            # so written, a NaN score takes part
+            mask = mask & ~((s <= low) | (s >= high))
         wide = torch.float64 if s.device.type in ("cpu", "cuda") else s.dtype
         none = z.masked_fill(~mask, -torch.inf)
         if reduction == "lse":
@@ -96,7 +97,7 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
     mask, z = classes(p)[kind], term(s, (p.positive, p.negative)[kind])
     if p.x_window is not None:
         low, high = p.x_window[2 * kind, :, None], p.x_window[2 * kind + 1, :, None]
-        mask = mask & (s > low) & (s < high)
+        mask = mask & ~((s <= low) | (s >= high))
     alive = mask.any(dim=1, keepdim=True)
     # a row without pairs: softmax over zeros, then dropped, so that no gradient is NaN
     weights = torch.where(alive, z.masked_fill(~mask & alive, -torch.inf), 0).softmax(dim=1)
