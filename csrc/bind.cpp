@@ -165,7 +165,6 @@ struct Call {
         {host_gemm<float>, host_gemm<double>},
     };
   }
-
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(

@@ -47,12 +47,12 @@ struct PairCall {
   PairCall(const Tensor& x_in, const Tensor& y_in, const Tensor& scale,
            const OptionalTensor& x_bias, const OptionalTensor& y_bias,
            const OptionalTensor& x_labels, const OptionalTensor& y_labels,
-           const OptionalTensor& x_ids, const OptionalTensor& y_ids,
-           const OptionalTensor& x_groups, const OptionalTensor& y_groups,
-           const OptionalTensor& exclude, const OptionalTensor& x_window,
-           const OptionalTensor& y_window, c10::string_view score, c10::ArrayRef<double> positive,
-           c10::ArrayRef<double> negative, bool skip_self, bool triangle,
-           c10::string_view precision, c10::string_view reduction = "lse", bool cols = false) {
+           const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& x_groups,
+           const OptionalTensor& y_groups, const OptionalTensor& exclude,
+           const OptionalTensor& x_window, const OptionalTensor& y_window, c10::string_view score,
+           c10::ArrayRef<double> positive, c10::ArrayRef<double> negative, bool skip_self,
+           bool triangle, c10::string_view precision, c10::string_view reduction = "lse",
+           bool cols = false) {
     TORCH_CHECK_VALUE(x_in.dim() == 2 && y_in.dim() == 2 && x_in.size(1) == y_in.size(1),
                       "pairs: expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ",
                       y_in.sizes());
@@ -85,10 +85,9 @@ struct PairCall {
     problem = {};
     problem.rows = side(x, x_bias, x_labels, x_ids, x_groups, x_window,
                         {"x_bias", "x_labels", "x_ids", "x_groups", "x_window"});
-    problem.columns = triangle
-                          ? problem.rows
-                          : side(y, y_bias, y_labels, y_ids, y_groups, y_window,
-                                 {"y_bias", "y_labels", "y_ids", "y_groups", "y_window"});
+    problem.columns = triangle ? problem.rows
+                               : side(y, y_bias, y_labels, y_ids, y_groups, y_window,
+                                      {"y_bias", "y_labels", "y_ids", "y_groups", "y_window"});
     TORCH_CHECK_VALUE(!exclude || !triangle, "exclude: not with triangle");
     problem.d = x.size(1);
     problem.scale = scale.item<double>();
@@ -186,8 +185,8 @@ struct Gradients {
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as(const Tensor& x, const Tensor& y,
                                                         const Tensor& scale) const {
-    return {dx.to(x.scalar_type()), dy.to(y.scalar_type()), dscale.to(scale.scalar_type()),
-            dx_bias, dy_bias};
+    return {dx.to(x.scalar_type()), dy.to(y.scalar_type()), dscale.to(scale.scalar_type()), dx_bias,
+            dy_bias};
   }
 };
 
@@ -221,19 +220,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics_backward(
 }
 
 AttentionIn attention_in(const Tensor& values, const PairCall& call, bool positives) {
-  TORCH_CHECK_VALUE(values.dim() == 2 && values.size(0) == call.y.size(0),
-                    "values: expected [", call.y.size(0), ", Dv], got ", values.sizes());
+  TORCH_CHECK_VALUE(values.dim() == 2 && values.size(0) == call.y.size(0), "values: expected [",
+                    call.y.size(0), ", Dv], got ", values.sizes());
   return {values.const_data_ptr(), values.size(1), positives};
 }
 
-std::tuple<Tensor, Tensor> attention(
-    const Tensor& values_in, const Tensor& x, const Tensor& y, const Tensor& scale,
-    const OptionalTensor& x_bias, const OptionalTensor& y_bias, const OptionalTensor& x_labels,
-    const OptionalTensor& y_labels, const OptionalTensor& x_ids, const OptionalTensor& y_ids,
-    const OptionalTensor& x_groups, const OptionalTensor& y_groups, const OptionalTensor& exclude,
-    const OptionalTensor& x_window, const OptionalTensor& y_window, c10::string_view score,
-    c10::ArrayRef<double> positive, c10::ArrayRef<double> negative, bool skip_self, bool triangle,
-    c10::string_view precision, bool positives) {
+std::tuple<Tensor, Tensor> attention(const Tensor& values_in, const Tensor& x, const Tensor& y,
+                                     const Tensor& scale, const OptionalTensor& x_bias,
+                                     const OptionalTensor& y_bias, const OptionalTensor& x_labels,
+                                     const OptionalTensor& y_labels, const OptionalTensor& x_ids,
+                                     const OptionalTensor& y_ids, const OptionalTensor& x_groups,
+                                     const OptionalTensor& y_groups, const OptionalTensor& exclude,
+                                     const OptionalTensor& x_window, const OptionalTensor& y_window,
+                                     c10::string_view score, c10::ArrayRef<double> positive,
+                                     c10::ArrayRef<double> negative, bool skip_self, bool triangle,
+                                     c10::string_view precision, bool positives) {
   TORCH_CHECK_VALUE(!triangle, "pair_attention: not with triangle");
   const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
                       y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
@@ -269,7 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                     need_y_bias);
   const Tensor dvalues = need_values ? call.empty(values.sizes()) : nothing(values);
   const Tensor grad = grad_out.to(call.accumulate).contiguous();
-  const Tensor shift = at::sub(at::linalg_vecdot(grad, out, 1).to(at::kDouble), grad_lse).contiguous();
+  const Tensor shift =
+      at::sub(at::linalg_vecdot(grad, out, 1).to(at::kDouble), grad_lse).contiguous();
   const Tensor lse_in = lse.to(at::kDouble).contiguous();
   const AttentionBackwardIn given = {grad.const_data_ptr(), shift.const_data_ptr<double>(),
                                      lse_in.const_data_ptr<double>()};
@@ -285,14 +287,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 MaxSimProblem maxsim_problem(const Tensor& queries, const Tensor& documents,
                              const Tensor& query_offsets, const Tensor& document_offsets,
                              c10::string_view precision) {
-  TORCH_CHECK_VALUE(queries.dim() == 2 && documents.dim() == 2 &&
-                        queries.size(1) == documents.size(1),
-                    "maxsim: expected tokens [Tq, D] and [Td, D], got ", queries.sizes(), " and ",
-                    documents.sizes());
+  TORCH_CHECK_VALUE(
+      queries.dim() == 2 && documents.dim() == 2 && queries.size(1) == documents.size(1),
+      "maxsim: expected tokens [Tq, D] and [Td, D], got ", queries.sizes(), " and ",
+      documents.sizes());
   const auto check = [](const Tensor& t, int64_t tokens, const char* name) {
-    TORCH_CHECK_VALUE(t.dim() == 1 && t.numel() > 0 && t.scalar_type() == at::kLong &&
-                          t.is_contiguous(),
-                      name, ": expected int64 offsets, got ", t.scalar_type(), " ", t.sizes());
+    TORCH_CHECK_VALUE(
+        t.dim() == 1 && t.numel() > 0 && t.scalar_type() == at::kLong && t.is_contiguous(), name,
+        ": expected int64 offsets, got ", t.scalar_type(), " ", t.sizes());
     const int64_t *o = t.const_data_ptr<int64_t>(), n = t.numel() - 1;
     bool fine = o[0] == 0 && o[n] == tokens;
     for (int64_t i = 0; i < n; ++i) fine = fine && o[i] <= o[i + 1];

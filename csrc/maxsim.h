@@ -11,7 +11,7 @@ struct Parallel;
 enum class Precision;
 
 struct MaxSimProblem {
-  const void *queries, *documents;  // [tokens, d] dense, float or double
+  const void *queries, *documents;                  // [tokens, d] dense, float or double
   const int64_t *query_offsets, *document_offsets;  // [query_count + 1], [document_count + 1]
   int64_t query_count, document_count, d;
   bool is_double;

@@ -99,8 +99,8 @@ struct PairKernels {
   size_t (*attention_bytes)(const PairProblem&, const AttentionIn&, int threads);
   void (*attention)(const PairProblem&, const AttentionIn&, const AttentionForwardOut&,
                     void* buffer, const Parallel&);
-  size_t (*attention_backward_bytes)(const PairProblem&, const AttentionIn&,
-                                     const PairBackwardOut&, bool dvalues, int threads);
+  size_t (*attention_backward_bytes)(const PairProblem&, const AttentionIn&, const PairBackwardOut&,
+                                     bool dvalues, int threads);
   void (*attention_backward)(const PairProblem&, const AttentionIn&, const AttentionBackwardIn&,
                              const PairBackwardOut&, void* dvalues, void* buffer, const Parallel&);
 };

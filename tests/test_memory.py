@@ -69,7 +69,9 @@ def extra(step):
     return counter.counted_peak() - before
 """
 
-CHILD = COUNTER + """
+CHILD = (
+    COUNTER
+    + """
 def run(case, backend):
     torch.manual_seed(0)
     dtype = getattr(torch, case["dtype"])
@@ -99,6 +101,7 @@ for case in cases:
 run({**cases[0], "c": 15_000}, backend)
 print(json.dumps({case["id"]: run(case, backend) for case in cases}))
 """
+)
 
 
 @functools.cache

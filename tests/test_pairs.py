@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -418,3 +420,17 @@ def test_compiles_whole_with_dynamic_shapes(streamed: str) -> None:
             got = torch.autograd.grad(compiled(x, y), (x, y))
             want = torch.autograd.grad(f(x, y), (x, y))
             assert all(torch.allclose(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_the_loss_of_the_documentation() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "pairs.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    space: dict[str, Any] = {"torch": torch}
+    exec(code, space)
+    x, labels = torch.randn(50, 8, dtype=torch.float64), torch.randint(0, 5, (50,))
+    unit = torch.nn.functional.normalize(x)
+    s, same = unit @ unit.T, labels[:, None] == labels
+    positive = torch.logaddexp(-2 * (s - 0.5), s * 0)[same & ~torch.eye(50, dtype=torch.bool)]
+    negative = torch.logaddexp(50 * (s - 0.5), s * 0)[~same]
+    got = space["binomial_deviance"](x, labels)
+    assert torch.allclose(got.double(), positive.mean() + negative.mean(), rtol=1e-6)

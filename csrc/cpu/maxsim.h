@@ -85,8 +85,8 @@ void maxsim_forward(const MaxSimProblem& p, void* scores_out, int32_t* index, vo
     left = documents;
   }
   on_tasks(parallel, ceil_div(p.query_count, plan.groups), [&](int thread, int64_t task) {
-    Word* panels = reinterpret_cast<Word*>(plan.buffer + plan.shared_bytes +
-                                           thread * plan.thread_bytes);
+    Word* panels =
+        reinterpret_cast<Word*>(plan.buffer + plan.shared_bytes + thread * plan.thread_bytes);
     const int64_t first = task * plan.groups;
     const int64_t last = std::min(first + plan.groups, p.query_count);
     std::fill(scores + first * count, scores + last * count, T(0));

@@ -46,7 +46,7 @@ struct AttentionPlan {
     const int64_t n = p.rows.count;
     tile_rows = pair_tile_rows(std::max(p.d, a.width));
     depth = words<PS>(p.d);
-    block_columns = std::min(kBlockColumns, round_up(p.columns.count, kPanel<PS>));
+    block_columns = even_blocks(p.columns.count, kBlockColumns, kPanel<PS>);
     Arena arena(base);
     left = arena.take<WordS>(PS::kPair == 2 ? n * depth : 0);
     panels = arena.take<WordS>(block_columns * depth);
@@ -217,8 +217,7 @@ void attention_backward(const PairProblem& p, const AttentionIn& a, const Attent
       narrow_rows<PS>(grad + i * width, rows, width, all.grad_left + i * all.depth);
     }
     if (dvalues) {
-      turn_rows<PG>(grad + i * width, rows, width, all.grad_turned + i / PG::kPair,
-                          plan.x_words);
+      turn_rows<PG>(grad + i * width, rows, width, all.grad_turned + i / PG::kPair, plan.x_words);
     }
   });
   const auto gradient = [&](auto& th, PairTile& t, int64_t ld, int64_t row, int64_t column) {

@@ -16,11 +16,11 @@
 
 namespace fused_losses::FL_ISA {
 
-constexpr int64_t kTileColumns = 192;
-constexpr int64_t kBlockColumns = 1152;
-constexpr int64_t kBackwardRows = 1920;    // of G in a block: 8.4 MiB of float
-constexpr int64_t kForwardTiles = 64;      // row tiles of a forward block
-constexpr int64_t kDepthChunk = 512;       // inner elements of dY's product at a time
+constexpr int64_t kTileColumns = 256;
+constexpr int64_t kBlockColumns = 1024;
+constexpr int64_t kBackwardRows = 2112;        // of G in a block: 8.3 MiB of float
+constexpr int64_t kForwardTiles = 64;          // row tiles of a forward block
+constexpr int64_t kDepthChunk = 512;           // inner words of a gradient's product at a time
 constexpr int64_t kPairTileBytes = 384 << 10;  // of X in a tile
 
 inline int64_t pair_tile_rows(int64_t d) {
@@ -29,6 +29,12 @@ inline int64_t pair_tile_rows(int64_t d) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The size of blocks, at most `most` and a multiple of `unit`, that cut `count` evenly.
+inline int64_t even_blocks(int64_t count, int64_t most, int64_t unit) {
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(count, most));
+  return std::max(unit, round_up(ceil_div(count, blocks), unit));
+}
 
 // Runs body(thread, task) for each task, whoever is free taking the next.
 template <class F>
@@ -241,7 +247,7 @@ inline void add_rows(const GradientBlock<P>& g, int64_t row0, int64_t rows, int6
                      int64_t last, const typename P::Word* y_panels, int64_t y_words, int64_t d,
                      T* dx) {
   constexpr int64_t kWide = kPanel<P>, kRun = GradientBlock<P>::kRun;
-  const int64_t step = std::max<int64_t>(1, kDepthChunk / kWide);
+  const int64_t step = kDepthChunk / kRun;
   for (int64_t panel = first; panel < last; panel += step) {
     const int64_t panels = std::min(step, last - panel);
     for (int64_t c = 0; c < d; c += kWide) {

@@ -70,8 +70,8 @@ struct PairBackwardPlan {
     buffer = static_cast<char*>(arena.base());
     tile_rows = pair_tile_rows(p.d);
     depth = words<PS>(p.d);
-    block_rows = std::min(kBackwardRows / tile_rows, ceil_div(p.rows.count, tile_rows)) * tile_rows;
-    block_columns = std::min(kBlockColumns, round_up(p.columns.count, kPanel<PG>));
+    block_rows = even_blocks(p.rows.count, kBackwardRows / tile_rows * tile_rows, tile_rows);
+    block_columns = even_blocks(p.columns.count, kBlockColumns, kPanel<PG>);
     return GradientBlock<PG>(arena, block_rows, block_columns);
   }
 };
@@ -105,8 +105,8 @@ inline void tile_sums(const T* g, int64_t ld, int64_t rows, int64_t columns, T* 
 }
 
 // The blocks of a backward: gradient(thread scratch, tile, ld, row in block, column in block)
-// leaves dL/du of a tile in th.gradient (or finds that the tile has none, and sets skip); `begin_columns` and `end_block` see each block of columns
-// and each block.
+// leaves dL/du of a tile in th.gradient (or finds that the tile has none, and sets skip);
+// `begin_columns` and `end_block` see each block of columns and each block.
 template <class PS, class PG, class T, class Gradient, class Begin, class Block, class End>
 void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
                     const PairBackwardOut& out, const Parallel& parallel, Gradient&& gradient,
@@ -180,8 +180,7 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
         const int64_t i = bi * plan.tile_rows, rows = std::min(plan.tile_rows, tall - i);
         // with a triangle the panels left of the strip hold nothing
         const int64_t before = p.triangle ? std::max<int64_t>(0, i0 + i - j0) / kPanel<PG> : 0;
-        add_rows<PG>(plan.g, i, rows, before, all, plan.y_rows, plan.y_words, d,
-                     dx + (i0 + i) * d);
+        add_rows<PG>(plan.g, i, rows, before, all, plan.y_rows, plan.y_words, d, dx + (i0 + i) * d);
         for (int64_t bj = 0; dx_bias && bj < column_tiles; ++bj) {
           for (int64_t r = 0; r < rows; ++r) {
             dx_bias[i0 + i + r] += plan.row_sums[bj * plan.block_rows + i + r];

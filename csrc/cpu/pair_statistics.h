@@ -210,7 +210,7 @@ struct PairForwardPlan {
     const int64_t n = p.rows.count, m = p.columns.count;
     row_tiles = std::min(kForwardTiles, ceil_div(n, tile_rows));
     block_rows = row_tiles * tile_rows;
-    block_columns = std::min(kBlockColumns, round_up(m, kPanel<PS>));
+    block_columns = even_blocks(m, kBlockColumns, kPanel<PS>);
     Arena arena(base);
     left = arena.take<typename PS::Word>(PS::kPair == 2 ? n * depth : 0);
     panels = arena.take<typename PS::Word>(block_columns * depth);

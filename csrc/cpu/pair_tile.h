@@ -120,8 +120,8 @@ struct PairTile {
       if (r.apart(c)) skip = true;
       if (!(r.single() && c.single())) mixed = true;
     }
-    if (p.rows.ids && !range_of(p.rows.ids, row0, rows)
-                           .apart(range_of(p.columns.ids, column0, columns))) {
+    if (p.rows.ids &&
+        !range_of(p.rows.ids, row0, rows).apart(range_of(p.columns.ids, column0, columns))) {
       mixed = true;
     }
     const int32_t* listed = p.exclude + row0 * p.excluded;

@@ -83,6 +83,10 @@ template <class P, class Finish>
   Sum sums[kRows][kVectors] = {};
   const Word *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
   for (int64_t piece = 0; piece < runs; ++piece) {
+    // the next pieces: no hardware prefetcher guesses the jump
+    for (const Word* next : {a0, a1, a2, a3, a4, a5}) {
+      for (int64_t e = 0; e < run; e += 64 / sizeof(Word)) __builtin_prefetch(next + jump + e);
+    }
     for (int64_t at = 0; at < run; ++at, b += kPanel<P>) {
       typename P::Packed columns[kVectors];
 #pragma GCC unroll 4

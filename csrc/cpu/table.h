@@ -132,9 +132,8 @@ inline MaxSimKernels maxsim_table() {
   };
   k.forward = [](const MaxSimProblem& p, void* scores, int32_t* index, void* buffer,
                  const Parallel& parallel) {
-    with_tokens(p, [&]<class P, class T>() {
-      maxsim_forward<P, T>(p, scores, index, buffer, parallel);
-    });
+    with_tokens(
+        p, [&]<class P, class T>() { maxsim_forward<P, T>(p, scores, index, buffer, parallel); });
   };
   k.backward = [](const MaxSimProblem& p, const void* grad, const int32_t* index, void* dqueries,
                   void* ddocuments, const Parallel& parallel) {

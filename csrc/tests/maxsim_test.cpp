@@ -29,8 +29,9 @@ void check(const Kernels& kernels, int64_t queries, int64_t documents, int64_t l
   // two equal tokens: the first one wins
   if (document_offsets[1] > 1) std::copy(t.begin(), t.begin() + d, t.begin() + d);
   const auto grad = random(queries * documents, 1, 5);
-  const MaxSimProblem p = {q.data(), t.data(), query_offsets.data(), document_offsets.data(),
-                           queries,  documents, d, false, precision};
+  const MaxSimProblem p = {
+      q.data(), t.data(), query_offsets.data(), document_offsets.data(), queries, documents, d,
+      false,    precision};
   std::vector<float> scores(queries * documents, NAN), dq(tokens * d, NAN), dt(total * d, NAN);
   std::vector<int32_t> index(tokens * documents, -7);
   const Parallel parallel = {3, on_threads};

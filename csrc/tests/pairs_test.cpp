@@ -41,7 +41,8 @@ struct Case {
     // u = -|x - y|^2 apart from a common shift: below zero, as the root wants it
     for (float& b : x_bias) b -= s.score == Score::kRoot ? 40 : 0;
     if (s.triangle) y_bias = x_bias;
-    for (int64_t i = 0; i < s.n; ++i) x_labels.push_back(int32_t(i * 5 % 7 % std::max(1, s.classes)));
+    for (int64_t i = 0; i < s.n; ++i)
+      x_labels.push_back(int32_t(i * 5 % 7 % std::max(1, s.classes)));
     for (int64_t j = 0; j < s.m; ++j) y_labels.push_back(int32_t(j / 9 % std::max(1, s.classes)));
     if (s.triangle) y_labels = x_labels;
     for (int64_t k = 0; k < std::max(s.n, s.m); ++k) ids.push_back(int32_t(k * 11 % 61));
@@ -227,9 +228,9 @@ void check(const Kernels& kernels, const Shape& s) {
   char name[200];
   std::snprintf(name, sizeof name, "%s n=%ld m=%ld d=%ld classes=%d%s%s%s%s%s reduction=%d %d",
                 kernels.capability, long(n), long(m), long(d), s.classes,
-                s.triangle ? " triangle" : "", s.bias ? " bias" : "",
-                s.left_out ? " left out" : "", s.window ? " window" : "",
-                s.score == Score::kRoot ? " root" : "", int(s.reduction), int(s.precision));
+                s.triangle ? " triangle" : "", s.bias ? " bias" : "", s.left_out ? " left out" : "",
+                s.window ? " window" : "", s.score == Score::kRoot ? " root" : "", int(s.reduction),
+                int(s.precision));
   const std::string at = name;
   const double exact = s.precision == Precision::kBFloat16 ? 3e-2 : 5e-6;
   const double bound = s.precision == Precision::kFull ? 2e-5 : 4e-2;
@@ -283,7 +284,8 @@ void check_attention(const Kernels& kernels, int64_t n, int64_t m, int64_t d, in
   void* buffer = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
   kernels.pairs.attention(p, in, {out.data(), lse.data()}, buffer, parallel);
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t e = 0; e < width; ++e) shift[i] += double(g_out[i * width + e]) * out[i * width + e];
+    for (int64_t e = 0; e < width; ++e)
+      shift[i] += double(g_out[i * width + e]) * out[i * width + e];
     shift[i] -= g_lse[i];
   }
   kernels.pairs.attention_backward(p, in, {g_out.data(), shift.data(), lse.data()}, back, dv.data(),
@@ -347,8 +349,7 @@ int main(int argc, char** argv) {
     precisions.push_back(Precision::kMixed);
     precisions.push_back(Precision::kBFloat16);
   }
-  constexpr auto kLse = Reduction::kLse, kSoftplus = Reduction::kSoftplus,
-                 kRelu = Reduction::kRelu;
+  constexpr auto kLse = Reduction::kLse, kSoftplus = Reduction::kSoftplus, kRelu = Reduction::kRelu;
   constexpr auto kLinear = Score::kLinear, kRoot = Score::kRoot;
   for (const Precision q : precisions) {
     check(kernels, {1, 1, 1, 0, false, false, false, false, kLinear, kLse, q, kInfinity});

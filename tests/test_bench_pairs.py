@@ -1,0 +1,79 @@
+"""Every case of the benchmarks at a tiny size: each provider computes what ours does."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from fused_losses import cli
+from fused_losses.bench import measure, pair_cases
+from fused_losses.bench.cases import Case
+
+SIZES = {"n": 48, "d": 32}
+TOKENS = {"q": 5, "lq": 4, "b": 7, "ld": 9, "d": 32}
+MAKERS = {**pair_cases.BY_SHAPE, "maxsim": pair_cases.maxsim}
+
+
+def made(name: str, rivals: str) -> Case:
+    return MAKERS[name](**(TOKENS if name == "maxsim" else SIZES), rivals=rivals)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_provider_agrees_with_ours(name: str) -> None:
+    # compiled: below, for one of them
+    case = made(name, "eager")
+    results = measure.paired(case, 1)
+    assert {r.name: r.error for r in results if r.error} == {}
+    assert {"fused fp32", "eager"} <= {r.name for r in results}
+    assert all(r.difference is not None and len(r.times_ms) == 1 for r in results)
+    assert case.flops > 0 and case.bytes > 0
+    assert all(leaf.grad is None for leaf in case.leaves)
+
+
+def test_floors() -> None:
+    n, d = SIZES.values()
+    assert made("info_nce", "none").flops == 8 * n * n * d
+    assert made("uniformity", "none").flops == 4 * n * n * d  # half the pairs
+    assert made("info_nce", "none").bytes == 2 * (2 * n * d + 1) * 4
+    assert made("info_nce", "none").gradients_mib == (2 * n * d + 1) * 4 / 2**20
+
+
+def test_bench_runs_a_case_with_its_compiled_rivals(tmp_path, capsys) -> None:
+    options = ["--case", "info_nce", "--pairs", "48,32", "--rounds", "1", "--no-growth"]
+    assert cli.main(["bench", *options, "--out", str(tmp_path)]) == 0
+    (case,) = json.loads((tmp_path / "result.json").read_text())["cases"]
+    kinds = ("eager", "torch.compile")
+    wanted = {f"{k}{how}" for k in kinds for how in ("", ", oneDNN knob", ", autocast bf16")}
+    assert wanted | {"fused fp32"} <= {r["name"] for r in case["results"]}
+    assert list(tmp_path.glob("info_nce*.png"))
+
+
+def loose_case(**providers) -> Case:
+    leaf = torch.zeros(3, requires_grad=True)
+
+    def step(factor: float) -> torch.Tensor:
+        loss = (leaf * factor + 1).sum()
+        loss.backward()
+        return loss.detach()
+
+    bound = {n: f if callable(f) else lambda f=f: step(f) for n, f in providers.items()}
+    return Case("a case", bound, ["ours"], [leaf], 1.0, 1.0)
+
+
+def test_a_failing_rival_is_reported() -> None:
+    def broken() -> torch.Tensor:
+        raise RuntimeError("no such thing")
+
+    results = measure.paired(loose_case(ours=1.0, rival=broken), 2)
+    assert results[0].error is None and len(results[0].times_ms) == 2
+    assert results[1].error == "RuntimeError: no such thing" and not results[1].times_ms
+
+
+@pytest.mark.parametrize("wrong", [1.1, math.nan])
+def test_a_rival_that_computes_something_else_is_not_timed(wrong: float) -> None:
+    ours, same, other = measure.paired(loose_case(ours=1.0, same=1.0, other=wrong), 1)
+    assert ours.error is None and same.error is None and same.difference == 0
+    assert "differs from ours" in other.error and not other.times_ms
