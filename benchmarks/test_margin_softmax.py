@@ -13,11 +13,7 @@ SHAPES = [(256, 20_000, 512), (64, 50_000, 128)]
 CASES = {f"B{n}-C{c}-D{d}": cases.margin_softmax(n, c, d) for n, c, d in SHAPES}
 
 
-@pytest.mark.parametrize(
-    ("shape", "provider"), [(s, p) for s, case in CASES.items() for p in case.providers]
-)
-def test_margin_softmax(benchmark, shape: str, provider: str) -> None:
-    case = CASES[shape]
+def benchmark_step(benchmark, case: cases.Case, provider: str) -> None:
     step = case.providers[provider]
     case.clear()
     step()
@@ -27,3 +23,10 @@ def test_margin_softmax(benchmark, shape: str, provider: str) -> None:
     benchmark.extra_info["flops_floor"] = case.flops
     benchmark.extra_info["bytes_floor"] = case.bytes
     benchmark.pedantic(step, setup=case.clear, rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "provider"), [(s, p) for s, case in CASES.items() for p in case.providers]
+)
+def test_margin_softmax(benchmark, shape: str, provider: str) -> None:
+    benchmark_step(benchmark, CASES[shape], provider)

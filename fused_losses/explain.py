@@ -17,7 +17,7 @@ from fused_losses.trilinear import TRILINEAR_ROWS
 
 SLACK = 1 << 18  # of small tensors
 ROW_BYTES = 200  # of vectors a row, of one sweep over classes
-PAIR_ROW_BYTES = 640  # of float64 statistics and what autograd keeps of them, a row or column
+PAIR_ROW_BYTES = 400  # of float64 statistics and what autograd keeps of them, a row or column
 REFERENCE_MATRICES = 24  # alive at once, of the size of the scores
 
 
@@ -110,19 +110,18 @@ def _over_pairs(
     a: Arguments,
     like: Tensor,
     shape: tuple[int, int, int],
-    copies: float,
+    copied: float,
     width: int = 0,
     more: int = 0,
 ) -> Call:
     """A sweep of N rows by M columns of D features, and what is copied around it.
 
-    copies: how many times (N + M) D elements are alive beyond inputs and gradients, width: of
-    an attention's values, more: further bytes.
+    copied: rows of D elements alive beyond inputs and gradients, width: of an attention's values,
+    more: further bytes.
     """
     n, m, d = shape
     size = _size(like.dtype)
-    # also where several sweeps' gradients meet
-    around = int(copies * (n + m) * d * size) + PAIR_ROW_BYTES * (n + m) + SLACK + more
+    around = int(copied * d * size) + PAIR_ROW_BYTES * (n + m) + SLACK + more
 
     def extra(name: str) -> int:
         return around + _sweep_bytes(name, n, m, d, like.dtype, a["precision"], width)
@@ -130,8 +129,9 @@ def _over_pairs(
     return Call(like, a["precision"], extra)
 
 
-UNIT = SORTED = 2.0  # a copy of the rows and its gradient
-MOVED = 4.0  # rows moved to the columns' mean, their norms' gradient, and the sum of two
+# how many times the rows are alive once more
+UNIT = SORTED = 2.0  # a copy and its gradient
+MOVED = 4.0  # a copy about the columns' mean, its norms' gradient, and the sum of two
 AGAIN = 2.0  # the gradients of a further sweep, or of a tensor that is both sides, and their sum
 
 
@@ -149,7 +149,7 @@ def _batch(rows: str, copies: float = 0.0) -> Reader:
         x = a[rows]
         again = AGAIN if a.get("anchor_count") is not None or a.get("form") == "pairs" else 0.0
         found = copies + again + (UNIT if a.get("normalize") else 0.0)
-        return _over_pairs(a, x, (len(x), len(x), x.shape[1]), found)
+        return _over_pairs(a, x, (len(x), len(x), x.shape[1]), found * len(x))
 
     return read
 
@@ -160,8 +160,9 @@ def _two(rows: str, columns: str, copies: float = 0.0) -> Reader:
     def read(a: Arguments) -> Call:
         x = a[rows]
         y = x if a[columns] is None else a[columns]
-        again = AGAIN if y is x else 0.0
-        return _over_pairs(a, y, (len(x), len(y), x.shape[1]), copies + again + _copies(a))
+        again = AGAIN * len(x) if y is x else 0.0
+        copied = (copies + _copies(a)) * (len(x) + len(y))
+        return _over_pairs(a, y, (len(x), len(y), x.shape[1]), copied + again)
 
     return read
 
@@ -170,13 +171,13 @@ def _info_nce(a: Arguments) -> Call:
     query, key, queue = a["query"], a["key"], a["queue"]
     banks = [] if queue is None else [queue] if isinstance(queue, Tensor) else list(queue)
     n, d = query.shape
-    again = AGAIN * (bool(banks) + (a["hardness"] > 0) + (key is query))
+    again = AGAIN * (bool(banks) + (a["hardness"] > 0) + (key is query)) + _copies(a)
     size = _size(key.dtype)
     more = 4 * sum(b.numel() for b in banks) * size if a["normalize"] else 0
     if a["negatives"] is not None:
         more += 4 * a["negatives"].numel() * size
     columns = max(len(t) for t in (key, *banks))
-    return _over_pairs(a, key, (n, columns, d), again + _copies(a), more=more)
+    return _over_pairs(a, key, (n, columns, d), again * (n + len(key)), more=more)
 
 
 def _side_by_side(copies: float, *others: str) -> Reader:
@@ -185,7 +186,7 @@ def _side_by_side(copies: float, *others: str) -> Reader:
     def read(a: Arguments) -> Call:
         x = a["x"]
         d = x.shape[1] + a[others[0]].shape[1]
-        return _over_pairs(a, x, (len(x), len(x), d), copies)
+        return _over_pairs(a, x, (len(x), len(x), d), copies * len(x))
 
     return read
 
@@ -197,8 +198,8 @@ def _attention(a: Arguments) -> Call:
     n, m = q.shape[-2], k.shape[-2]
     # each item's output as accumulated, its gradient, and all of them stacked
     outputs = 5 * items * n * v.shape[-1] + (2 * each + n * items * 64 if items > 1 else 0)
-    more = int(outputs * size + _copies(a) * (items - 1) * (n + m) * q.shape[-1] * size)
-    return _over_pairs(a, q, (n, m, q.shape[-1]), _copies(a), v.shape[-1], more)
+    copied = _copies(a) * items * (n + m)
+    return _over_pairs(a, q, (n, m, q.shape[-1]), copied, v.shape[-1], outputs * size)
 
 
 def _trilinear(a: Arguments) -> Call:
@@ -207,13 +208,14 @@ def _trilinear(a: Arguments) -> Call:
     rows = max(n, TRILINEAR_ROWS)  # products of queries and a block of first keys
     around = 4 * sum(a[name].numel() for name in ("q", "k1", "k2", "v1", "v2")) * size
     more = around + 8 * rows * v2.shape[-1] * size
-    return _over_pairs(a, q, (rows, k2.shape[-2], q.shape[-1]), AGAIN, v2.shape[-1], more)
+    return _over_pairs(a, q, (rows, k2.shape[-2], q.shape[-1]), 4 * rows, v2.shape[-1], more)
 
 
 def _sinkhorn(a: Arguments) -> Call:
     x, y = a["x"], a["y"]
     copies = {"dot": 1.0, "cosine": UNIT + 1, "sqeuclidean": 6.0}[a["cost"]]
-    return _over_pairs(a, y, (len(x), len(y), x.shape[1]), copies, x.shape[1] + 1)
+    copied = copies * (len(x) + len(y))
+    return _over_pairs(a, y, (len(x), len(y), x.shape[1]), copied, x.shape[1] + 1)
 
 
 def _inputs(a: Arguments) -> Call:
@@ -233,7 +235,7 @@ def _maxsim(a: Arguments) -> Call:
     # real tokens are copied where a mask says which they are
     masked = (a["query_mask"], a["document_mask"]) != (None, None)
     copies = 2 if masked or (documents.dim() == 3 and a["lengths"] is not None) else 0
-    # the index, and scores with their gradient
+    # the index and autograd's zeros for it, and scores with their gradient
     around = 4 * tokens * count + 3 * len(queries) * count * size + SLACK
     around += copies * (tokens + found) * d * size
 

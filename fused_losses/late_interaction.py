@@ -164,9 +164,13 @@ def _reference(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:4], output[1])
+    # or backward would be handed zeros of the size of the index
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+    if grads[0] is None:
+        return (None,) * 5
     queries, documents, query_offsets, document_offsets, index = ctx.saved_tensors
     inputs = (queries, documents, query_offsets, document_offsets)
     found = backward_op(grads[0].contiguous(), index, *inputs, *needed[:2])

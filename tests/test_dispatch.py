@@ -14,7 +14,8 @@ import torch
 from conftest import require
 
 import fused_losses
-from fused_losses import backends
+from fused_losses import backends, functional
+from fused_losses.explain import READERS
 
 REPOSITORY = Path(__file__).parent.parent
 X, W, LABELS = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
@@ -208,3 +209,21 @@ def test_explain_counts_the_scores_of_the_reference_alone() -> None:
 
     assert extra("reference", 2_000_000) - extra("reference", 1_000_000) > 4 * 4 * 1_000_000
     assert extra("bounded", 2_000_000) == extra("bounded", 1_000_000)
+
+
+def test_explain_knows_every_function() -> None:
+    for name in functional.__all__:
+        function = getattr(functional, name)
+        if not isinstance(function, type):
+            assert function in READERS, name
+
+
+def test_explain_counts_the_pairs_of_the_reference_alone() -> None:
+    def extra(backend: str, rows: int) -> int:
+        x = torch.empty(rows, 3)
+        return fused_losses.explain(
+            functional.info_nce, x, x.clone(), backend=backend
+        ).peak_extra_bytes
+
+    assert extra("reference", 20_000) - extra("reference", 10_000) > 4 * 3 * 10_000**2
+    assert extra("bounded", 20_000) - extra("bounded", 10_000) < 10_000 * 2_000

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +26,20 @@ class Case:
     title: str
     providers: dict[str, Step]
     ours: list[str]
-    gradients_mib: float
+    leaves: list[Tensor]  # whose gradients every provider leaves in .grad
     flops: float  # the products that must be done, nothing kept
     bytes: float  # each input once, each output once
-    clear: Callable[[], None]
+    unlike: tuple[str, ...] = ()  # providers that compute another loss
+    tolerance: dict[str, float] = field(default_factory=dict)  # see measure.check
+
+    @property
+    def gradients_mib(self) -> float:
+        return sum(leaf.nbytes for leaf in self.leaves) / 2**20
+
+    def clear(self) -> None:
+        """Drops the gradients."""
+        for leaf in self.leaves:
+            leaf.grad = None
 
 
 def eager_arcface(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -60,6 +72,50 @@ class _Knob:
         torch.backends.mkldnn.matmul.fp32_precision = self.before
 
 
+def backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss.detach()
+
+
+def _apart(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function with a code object of its own: torch.compile's cache hangs on that."""
+    code = loss.__code__.replace()
+    return FunctionType(code, loss.__globals__, loss.__name__, loss.__defaults__, loss.__closure__)
+
+
+def rivals_of(
+    loss: Callable[..., Tensor], inputs: tuple[Tensor, ...], compiled: bool = True
+) -> dict[str, Step]:
+    """The loss as plain PyTorch: eager and compiled, each also with the knob and under autocast."""
+    device = inputs[0].device.type
+
+    def step(f: Callable[..., Tensor], around: Callable[[], AbstractContextManager]) -> Step:
+        def run() -> Tensor:
+            with around():
+                value = f(*inputs)
+            return backward(value)
+
+        return run
+
+    def knobbed(f: Callable[..., Tensor]) -> Step:
+        def run() -> Tensor:
+            with _Knob("bf16"):
+                return backward(f(*inputs))
+
+        return run
+
+    steps: dict[str, Step] = {}
+    kinds = {"eager": lambda f: f} | ({"torch.compile": torch.compile} if compiled else {})
+    for name, made in kinds.items():
+        steps[name] = step(made(_apart(loss)), nullcontext)
+        steps[f"{name}, autocast bf16"] = step(
+            made(_apart(loss)), lambda: torch.autocast(device, torch.bfloat16)
+        )
+        if device == "cpu":
+            steps[f"{name}, oneDNN knob"] = knobbed(made(_apart(loss)))
+    return steps
+
+
 def margin_softmax(
     n: int, c: int, d: int, device: str = "cpu", rivals: bool = True, seed: int = 0
 ) -> Case:
@@ -69,11 +125,8 @@ def margin_softmax(
     w = torch.randn(c, d, device=device, requires_grad=True)
     y = torch.randint(0, c, (n,), device=device)
 
-    def clear() -> None:
-        x.grad = w.grad = None
-
     def ours(**options: object) -> Step:
-        return lambda: functional.margin_softmax(x, w, y, **options).backward()
+        return lambda: backward(functional.margin_softmax(x, w, y, **options))
 
     providers: dict[str, Step] = {}
     providers["fused fp32"] = ours()
@@ -86,46 +139,19 @@ def margin_softmax(
                 kept = ours(precision=precision, memory_budget=KEEP)
                 providers[f"fused {precision}, 128 MiB kept"] = kept
     names = list(providers)
+    unlike = ("F.linear_cross_entropy",)
     if rivals:
-        providers |= _rivals(x, w, y)
-    gradients = (x.numel() + w.numel()) * 4
+        providers |= rivals_of(eager_arcface, (x, w, y))
+        providers[unlike[0]] = lambda: backward(torch_lce(x, w, y))
     return Case(
         f"ArcFace, B={n:,} C={c:,} D={d}, float32 inputs, forward + backward",
         providers,
         names,
-        gradients / 2**20,
+        [x, w],
         4 * 2.0 * n * c * d,
         2.0 * c * d * 4 + 2.0 * n * d * 4,
-        clear,
+        unlike,
     )
-
-
-def _rivals(x: Tensor, w: Tensor, y: Tensor) -> dict[str, Step]:
-    compiled = torch.compile(eager_arcface)
-    knobbed = torch.compile(lambda a, b, c: eager_arcface(a, b, c))
-    autocast = torch.compile(lambda a, b, c: eager_arcface(a, b, c) + 0)
-
-    def with_knob(step: Callable[..., Tensor]) -> Step:
-        def run() -> None:
-            with _Knob("bf16"):
-                step(x, w, y).backward()
-
-        return run
-
-    def under_autocast() -> None:
-        with torch.autocast(x.device.type, torch.bfloat16):
-            loss = autocast(x, w, y)
-        loss.backward()
-
-    steps: dict[str, Step] = {
-        "eager": lambda: eager_arcface(x, w, y).backward(),
-        "torch.compile": lambda: compiled(x, w, y).backward(),
-        "torch.compile, autocast bf16": under_autocast,
-        "F.linear_cross_entropy": lambda: torch_lce(x, w, y).backward(),
-    }
-    if x.device.type == "cpu":
-        steps["torch.compile, oneDNN knob"] = with_knob(knobbed)
-    return steps
 
 
 def capability() -> str:

@@ -6,15 +6,21 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-Step = Callable[[], None]
+Step = Callable[[], Tensor]  # forward and backward; the loss
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+SAMPLED = 1 << 20  # elements of a gradient that are compared
+TOLERANCE = 2e-3  # relative L2, of float32 accuracy
+LOWERED = 5e-2
+LOW = ("bf16", "mixed", "knob")  # in the names of providers with rounded products
 
 
 @dataclass
@@ -25,10 +31,25 @@ class Result:
     times_ms: list[float] = field(default_factory=list)
     extra_mib: float | None = None
     error: str | None = None
+    difference: float | None = None  # from the first provider's loss and gradients, relative L2
 
     @property
     def median_ms(self) -> float:
         return statistics.median(self.times_ms) if self.times_ms else float("nan")
+
+
+class Measured(Protocol):
+    """What is asked of a case (`cases.Case`)."""
+
+    providers: dict[str, Step]
+    leaves: list[Tensor]
+    unlike: tuple[str, ...]
+    tolerance: dict[str, float]
+
+    @property
+    def gradients_mib(self) -> float: ...
+
+    def clear(self) -> None: ...
 
 
 def resident_mib(key: str) -> float:
@@ -79,38 +100,61 @@ def timed_ms(step: Step) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def _found(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The loss and a sample of each gradient; a whole one could be gigabytes."""
+    samples = [loss.double().reshape(1)]
+    for leaf in leaves:
+        flat = leaf.grad.reshape(-1)
+        samples.append(flat[:: max(1, flat.numel() // SAMPLED)].double())
+    return samples
+
+
+def difference(got: list[Tensor], want: list[Tensor]) -> float:
+    """The worst of loss and gradients, relative L2."""
+    pairs = zip(got, want, strict=True)
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs)
+
+
 def paired(
-    providers: dict[str, Step],
-    rounds: int,
-    gradients_mib: float,
-    clear: Callable[[], None],
-    say: Callable[[str], None] = lambda text: None,
+    case: Measured, rounds: int, say: Callable[[str], None] = lambda text: None
 ) -> list[Result]:
     """Warm each provider up (its memory is read then), then `rounds` rounds of all in turn.
 
-    A turn is one untimed step and one timed: what a training loop sees, where the step before was
-    the same; without it a provider pays for the page faults of its predecessor's freed gigabytes.
-    `clear` drops the gradients before each step; a provider that fails is reported, not hidden.
+    In its warm-up a provider's loss and gradients are held against the first one's: who computes
+    something else is not timed. A turn is one untimed step and one timed: what a training loop
+    sees, where the step before was the same; without it a provider pays for the page faults of its
+    predecessor's freed gigabytes. A provider that fails is reported, not hidden.
     """
-    results = {name: Result(name) for name in providers}
-    for name, step in providers.items():
+    results = {name: Result(name) for name in case.providers}
+    want: list[Tensor] | None = None
+    for name, step in case.providers.items():
         say(f"warm-up: {name}")
+        result = results[name]
         try:
-            clear()
-            step()
-            clear()
-            results[name].extra_mib = max(0.0, peak_mib(step) - gradients_mib)
+            case.clear()
+            found = _found(step(), case.leaves)
+            want = found if want is None else want
+            if name not in case.unlike:
+                result.difference = difference(found, want)
+                usual = LOWERED if any(word in name for word in LOW) else TOLERANCE
+                tolerance = case.tolerance.get(name, usual)
+                # written so that NaN disagrees
+                if not result.difference <= tolerance:
+                    raise ValueError(f"differs from ours by {result.difference:.1e}")
+            del found
+            case.clear()
+            result.extra_mib = max(0.0, peak_mib(step) - case.gradients_mib)
         except Exception as error:  # a rival's failure is a result too
-            results[name].error = f"{type(error).__name__}: {error}"
+            result.error = f"{type(error).__name__}: {error}"
     for index in range(rounds):
         say(f"round {index + 1} of {rounds}")
-        for name, step in providers.items():
+        for name, step in case.providers.items():
             if results[name].error is None:
-                clear()
+                case.clear()
                 step()
-                clear()
+                case.clear()
                 results[name].times_ms.append(timed_ms(step))
-    clear()
+    case.clear()
     return list(results.values())
 
 

@@ -7,55 +7,90 @@ import json
 import platform
 import statistics
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from fused_losses.bench import cases, measure
+from fused_losses.bench import cases, measure, pair_cases
+from fused_losses.bench.cases import Case
 from fused_losses.bench.measure import Result
 from fused_losses.version import __version__
 
+CASES = ("margin_softmax", *pair_cases.BY_SHAPE, "maxsim")
 GROWTH = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder to write to")
     parser.add_argument("--rounds", type=int, default=7, help="timed turns of each provider")
-    parser.add_argument("--shape", type=_shape, action="append", metavar="B,C,D",
+    parser.add_argument("--shape", type=_sizes(3), action="append", metavar="B,C,D",
                         help="batch, classes, width; may be repeated "
                         "(default 256,100000,512 and 128,1000000,512)")  # fmt: skip
+    parser.add_argument("--case", choices=CASES, action="append", help="may be repeated "
+                        "(default all)")  # fmt: skip
+    parser.add_argument("--pairs", type=_sizes(2), default=(8192, 512), metavar="N,D",
+                        help="batch and width of the losses over pairs "
+                        "(default 8192,512)")  # fmt: skip
+    parser.add_argument("--tokens", type=_sizes(5), default=(256, 32, 1024, 128, 128),
+                        metavar="Q,LQ,B,LD,D", help="queries and documents with their tokens, and "
+                        "width, of maxsim (default 256,32,1024,128,128)")  # fmt: skip
     parser.add_argument("--no-growth", action="store_true", help="skip the cost against C")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    n, c, d = (int(part) for part in text.split(","))
-    return n, c, d
+def _sizes(count: int) -> Callable[[str], tuple[int, ...]]:
+    def sizes(text: str) -> tuple[int, ...]:
+        found = tuple(int(part) for part in text.split(","))
+        if len(found) != count:
+            raise ValueError(f"expected {count} sizes, got {text!r}")
+        return found
+
+    return sizes
 
 
 def _say(text: str) -> None:
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def _planned(args: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...], int, Case]]:
+    """A file name, sizes, rounds and the case, made when its turn comes."""
+    wanted = args.case or CASES
+    for shape in args.shape or [(256, 100_000, 512), (128, 1_000_000, 512)]:
+        if "margin_softmax" in wanted:
+            n, c, d = shape
+            rounds = args.rounds if n * c <= 3e7 else max(3, args.rounds // 2)
+            yield f"B{n}_C{c}_D{d}", shape, rounds, cases.margin_softmax(n, c, d, args.device)
+    for name, make in pair_cases.BY_SHAPE.items():
+        if name in wanted:
+            n, d = args.pairs
+            yield f"{name}_N{n}_D{d}", args.pairs, args.rounds, make(n, d, args.device)
+    if "maxsim" in wanted:
+        case = pair_cases.maxsim(*args.tokens, device=args.device)
+        yield "maxsim", args.tokens, args.rounds, case
+
+
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write the folder."""
+    """Measure, print the table, write the folder; 1 if a provider failed or disagreed with ours."""
     args.out.mkdir(parents=True, exist_ok=True)
     text = [f"# Benchmarks of fused_losses {__version__}", "", _machine(), ""]
     record: dict[str, object] = {"version": __version__, "machine": _machine(), "cases": []}
-    for n, c, d in args.shape or [(256, 100_000, 512), (128, 1_000_000, 512)]:
-        case = cases.margin_softmax(n, c, d, args.device)
-        rounds = args.rounds if n * c <= 3e7 else max(3, args.rounds // 2)
-        results = measure.paired(case.providers, rounds, case.gradients_mib, case.clear, _say)
+    failed = False
+    for name, shape, rounds, case in _planned(args):
+        results = measure.paired(case, rounds, _say)
+        failed = failed or any(r.error for r in results)
         _say("")
         lines = table(case, results)
         print("\n".join(lines))
         text += [*lines, ""]
         record["cases"].append(  # type: ignore[attr-defined]
-            {"title": case.title, "shape": [n, c, d], "flops_floor": case.flops,
+            {"title": case.title, "shape": list(shape), "flops_floor": case.flops,
              "bytes_floor": case.bytes, "results": [asdict(r) for r in results]}
         )  # fmt: skip
-        _plot_bars(args.out / f"B{n}_C{c}_D{d}.png", case, results)
+        _plot_bars(args.out / f"{name}.png", case, results)
+        del case
+        measure.give_back_memory()
     if not args.no_growth:
         lines, points = growth(args.device)
         print("\n".join(lines))
@@ -65,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     (args.out / "table.md").write_text("\n".join(text) + "\n")
     (args.out / "result.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwritten to {args.out}")
-    return 0
+    return int(failed)
 
 
 def _machine() -> str:
@@ -76,25 +111,26 @@ def _machine() -> str:
     )
 
 
-def table(case: cases.Case, results: list[Result]) -> list[str]:
+def table(case: Case, results: list[Result]) -> list[str]:
     """Markdown: time, memory, and for our rows the paired ratio against every rival."""
     rivals = [r for r in results if r.name not in case.ours]
     heads = "".join(f" vs {r.name} |" for r in rivals)
     lines = [
         f"## {case.title}",
         "",
-        f"Floor: {case.flops / 1e9:,.0f} GFLOP of products (a quarter less with every score "
-        f"kept), {case.bytes / 2**20:,.0f} MiB read and written once. Ratios are medians of "
-        "paired turns, times medians.",
+        f"Floor: {case.flops / 1e9:,.0f} GFLOP of products with no score kept, "
+        f"{case.bytes / 2**20:,.0f} MiB read and written once. Ratios are medians of paired turns, "
+        "times medians; off: the loss and gradients from the first row's, relative L2.",
         "",
-        f"| | ms | extra MiB |{heads}",
-        "|---|---|---|" + "---|" * len(rivals),
+        f"| | ms | extra MiB | off |{heads}",
+        "|---|---|---|---|" + "---|" * len(rivals),
     ]
     for r in results:
         if r.error:
-            lines.append(f"| {r.name} | {r.error} | |" + " |" * len(rivals))
+            lines.append(f"| {r.name} | {r.error} | | |" + " |" * len(rivals))
             continue
-        row = f"| {r.name} | {r.median_ms:,.0f} | {r.extra_mib:,.1f} |"
+        off = "" if r.difference is None else f"{r.difference:.0e}"
+        row = f"| {r.name} | {r.median_ms:,.0f} | {r.extra_mib:,.1f} | {off} |"
         for rival in rivals:
             ratio = measure.paired_ratio(r, rival) if r.name in case.ours else float("nan")
             row += " |" if ratio != ratio else f" {ratio:.2f}x |"
@@ -111,8 +147,8 @@ def growth(device: str, n: int = 128, d: int = 512) -> tuple[list[str], list[dic
     for c in GROWTH:
         _say(f"growth: C={c:,}")
         case = cases.margin_softmax(n, c, d, device, rivals=False)
-        one = {"fused fp32": case.providers["fused fp32"]}
-        result = measure.paired(one, 7, case.gradients_mib, case.clear)[0]
+        case.providers = {"fused fp32": case.providers["fused fp32"]}
+        result = measure.paired(case, 7)[0]
         points.append({"classes": c, "ms": min(result.times_ms), "extra_mib": result.extra_mib})
         del case
         measure.give_back_memory()
@@ -146,7 +182,7 @@ def _pyplot():  # noqa: ANN202
     return plt
 
 
-def _plot_bars(path: Path, case: cases.Case, results: list[Result]) -> None:
+def _plot_bars(path: Path, case: Case, results: list[Result]) -> None:
     plt = _pyplot()
     if plt is None:
         return

@@ -1,0 +1,249 @@
+"""The cases over pairs: ours, and the losses as their authors or users write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_losses import backends, functional
+from fused_losses.bench.cases import Case, backward, rivals_of
+from fused_losses.bench.measure import Step
+from fused_losses.late_interaction import maxsim as fused_maxsim
+
+TEMPERATURE = 0.07
+ALPHA, BETA, BASE = 2.0, 50.0, 0.5  # multi-similarity
+SPREAD = 2.0  # uniformity
+
+
+def eager_info_nce(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's loss as open_clip writes it: one product, cross entropy of it and of its transpose."""
+    logits = scale * x @ y.T
+    labels = torch.arange(len(x), device=x.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def eager_siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """As open_clip writes it."""
+    logits = scale * x @ y.T + bias
+    signs = 2 * torch.eye(len(x), device=x.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(x)
+
+
+def eager_supervised_contrastive(x: Tensor, labels: Tensor) -> Tensor:
+    """As the authors of SupContrast write it."""
+    logits = x @ x.T / TEMPERATURE
+    logits = logits - logits.max(dim=1, keepdim=True).values.detach()
+    others = 1 - torch.eye(len(x), device=x.device, dtype=logits.dtype)
+    positives = (labels[:, None] == labels).to(logits.dtype) * others
+    log_share = logits - (logits.exp() * others).sum(dim=1, keepdim=True).log()
+    return -((positives * log_share).sum(dim=1) / positives.sum(dim=1)).mean()
+
+
+def eager_nt_xent(x: Tensor) -> Tensor:
+    """SimCLR's: row i + N/2 is the other view of row i."""
+    logits = (x @ x.T / TEMPERATURE).fill_diagonal_(-torch.inf)
+    views = torch.arange(len(x), device=x.device).roll(len(x) // 2)
+    return F.cross_entropy(logits, views)
+
+
+def eager_uniformity(x: Tensor) -> Tensor:
+    """Over a matrix of products, which is faster than the authors' torch.pdist."""
+    norms = x.square().sum(dim=1)
+    kernel = (-SPREAD * (norms[:, None] + norms - 2 * x @ x.T)).exp()
+    others = 1 - torch.eye(len(x), device=x.device, dtype=kernel.dtype)
+    return ((kernel * others).sum() / (len(x) * (len(x) - 1))).log()
+
+
+def pdist_uniformity(x: Tensor) -> Tensor:
+    """As the authors write it."""
+    return torch.pdist(x).square().mul(-SPREAD).exp().mean().log()
+
+
+def eager_multi_similarity(x: Tensor, labels: Tensor) -> Tensor:
+    """As pytorch-metric-learning writes it: masked logsumexps, a column of zeros for the 1."""
+    similarity = x @ x.T
+    same = labels[:, None] == labels
+    positives = same & ~torch.eye(len(x), device=x.device, dtype=torch.bool)
+
+    def log_one_more(z: Tensor, kept: Tensor) -> Tensor:
+        z = z.masked_fill(~kept, torch.finfo(z.dtype).min)
+        return torch.cat([z, z.new_zeros(len(z), 1)], dim=1).logsumexp(dim=1)
+
+    attract = log_one_more(ALPHA * (BASE - similarity), positives) / ALPHA
+    return (attract + log_one_more(BETA * (similarity - BASE), ~same) / BETA).mean()
+
+
+def eager_maxsim(queries: Tensor, documents: Tensor) -> Tensor:
+    """ColBERT's scores, and the cross entropy that trains them."""
+    products = torch.einsum("qid,bjd->qibj", queries, documents)
+    scores = products.max(dim=3).values.sum(dim=1)
+    return F.cross_entropy(scores, torch.arange(len(queries), device=queries.device))
+
+
+def _unit(*shape: int, device: str) -> Tensor:
+    return F.normalize(torch.randn(*shape, device=device), dim=-1).requires_grad_()
+
+
+def _case(
+    title: str,
+    fused: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    flops: float,
+    rivals: str,
+) -> Case:
+    """fused(*inputs, precision=) against eager(*inputs). rivals: "all", "eager" or "none"."""
+    like = inputs[0]
+    leaves = [t for t in inputs if t.requires_grad]
+    providers: dict[str, Step] = {}
+    for precision in ("fp32", "mixed", "bf16"):
+        backend = "cpu" if like.device.type == "cpu" else "triton"
+        lowered = precision != "fp32"
+        if lowered and backends.reasons_against(backend, like.device, like.dtype, precision):
+            continue
+        providers[f"fused {precision}"] = lambda p=precision: backward(fused(*inputs, precision=p))
+    ours = list(providers)
+    if rivals != "none":
+        providers |= rivals_of(eager, inputs, compiled=rivals == "all")
+    floor = 2.0 * sum(leaf.nbytes for leaf in leaves)
+    title = f"{title}, float32 inputs, forward + backward"
+    return Case(title, providers, ours, leaves, flops, floor)
+
+
+def info_nce(
+    n: int = 8192, d: int = 512, device: str = "cpu", rivals: str = "all", seed: int = 0
+) -> Case:
+    """CLIP's symmetric InfoNCE at logit scale 50, which is learnt."""
+    torch.manual_seed(seed)
+    scale = torch.tensor(50.0, device=device, requires_grad=True)
+    inputs = (_unit(n, d, device=device), _unit(n, d, device=device), scale)
+
+    def fused(x: Tensor, y: Tensor, scale: Tensor, **options: object) -> Tensor:
+        return functional.info_nce(x, y, temperature=1 / scale, symmetric=True, **options)
+
+    title = f"Symmetric InfoNCE, N=M={n:,} D={d}"
+    return _case(title, fused, eager_info_nce, inputs, 4 * 2.0 * n * n * d, rivals)
+
+
+def siglip(
+    n: int = 8192, d: int = 512, device: str = "cpu", rivals: str = "all", seed: int = 0
+) -> Case:
+    """SigLIP at its first scale and bias, both learnt."""
+    torch.manual_seed(seed)
+    numbers = (torch.tensor(v, device=device, requires_grad=True) for v in (10.0, -10.0))
+    inputs = (_unit(n, d, device=device), _unit(n, d, device=device), *numbers)
+
+    def fused(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, **options: object) -> Tensor:
+        return functional.sigmoid_contrastive(x, y, scale=scale, bias=bias, **options)
+
+    title = f"SigLIP, N=M={n:,} D={d}"
+    return _case(title, fused, eager_siglip, inputs, 4 * 2.0 * n * n * d, rivals)
+
+
+def _one_batch(
+    title: str,
+    fused: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    labelled: bool,
+    n: int,
+    d: int,
+    device: str,
+    rivals: str,
+    seed: int,
+) -> Case:
+    """x against itself: each product is needed on one side of the diagonal only."""
+    torch.manual_seed(seed)
+    inputs: tuple[Tensor, ...] = (_unit(n, d, device=device),)
+    if labelled:
+        # eight rows a class, in no order
+        inputs = (*inputs, torch.randperm(n, device=device) // 8)
+    return _case(f"{title}, N={n:,} D={d}", fused, eager, inputs, 4.0 * n * n * d, rivals)
+
+
+def supervised_contrastive(
+    n: int = 8192, d: int = 512, device: str = "cpu", rivals: str = "all", seed: int = 0
+) -> Case:
+    """SupCon, classes of eight."""
+
+    def fused(x: Tensor, labels: Tensor, **options: object) -> Tensor:
+        return functional.supervised_contrastive(x, labels, temperature=TEMPERATURE, **options)
+
+    eager = eager_supervised_contrastive
+    return _one_batch("SupCon", fused, eager, True, n, d, device, rivals, seed)
+
+
+def nt_xent(
+    n: int = 8192, d: int = 512, device: str = "cpu", rivals: str = "all", seed: int = 0
+) -> Case:
+    """SimCLR's NT-Xent, two views."""
+
+    def fused(x: Tensor, **options: object) -> Tensor:
+        return functional.nt_xent(x, temperature=TEMPERATURE, **options)
+
+    return _one_batch("NT-Xent", fused, eager_nt_xent, False, n, d, device, rivals, seed)
+
+
+def uniformity(
+    n: int = 8192, d: int = 512, device: str = "cpu", rivals: str = "all", seed: int = 0
+) -> Case:
+    """Uniformity, against a matrix of products and against the authors' code."""
+
+    def fused(x: Tensor, **options: object) -> Tensor:
+        return functional.uniformity(x, t=SPREAD, **options)
+
+    case = _one_batch("Uniformity", fused, eager_uniformity, False, n, d, device, rivals, seed)
+    if rivals != "none":
+        case.providers["eager, torch.pdist"] = lambda: backward(pdist_uniformity(*case.leaves))
+    return case
+
+
+def multi_similarity(
+    n: int = 8192, d: int = 512, device: str = "cpu", rivals: str = "all", seed: int = 0
+) -> Case:
+    """Multi-similarity without mining, classes of eight."""
+
+    def fused(x: Tensor, labels: Tensor, **options: object) -> Tensor:
+        return functional.multi_similarity(x, labels, alpha=ALPHA, beta=BETA, base=BASE, **options)
+
+    eager = eager_multi_similarity
+    return _one_batch("Multi-similarity", fused, eager, True, n, d, device, rivals, seed)
+
+
+def maxsim(
+    q: int = 256,
+    lq: int = 32,
+    b: int = 1024,
+    ld: int = 128,
+    d: int = 128,
+    device: str = "cpu",
+    rivals: str = "all",
+    seed: int = 0,
+) -> Case:
+    """ColBERT's MaxSim under a cross entropy."""
+    torch.manual_seed(seed)
+    inputs = (_unit(q, lq, d, device=device), _unit(b, ld, d, device=device))
+
+    def fused(queries: Tensor, documents: Tensor, **options: object) -> Tensor:
+        scores = fused_maxsim(queries, documents, **options)
+        return F.cross_entropy(scores, torch.arange(len(queries), device=queries.device))
+
+    # the gradient follows the chosen tokens: two sums of rows, no matrix
+    flops = 2.0 * q * lq * b * ld * d + 2 * 2.0 * q * lq * b * d
+    title = f"MaxSim, {q} x {lq} query tokens, {b:,} x {ld} document tokens, D={d}"
+    case = _case(title, fused, eager_maxsim, inputs, flops, rivals)
+    # near ties: rounded products choose other tokens, and so do the gradients
+    case.tolerance = {name: 0.5 for name in case.providers if "bf16" in name or "knob" in name}
+    return case
+
+
+BY_SHAPE: dict[str, Callable[..., Case]] = {
+    "info_nce": info_nce,
+    "siglip": siglip,
+    "supervised_contrastive": supervised_contrastive,
+    "nt_xent": nt_xent,
+    "uniformity": uniformity,
+    "multi_similarity": multi_similarity,
+}
