@@ -170,7 +170,7 @@ def backward(
     grads = [None if g is None else g.to(torch.float32).contiguous() for g in grads]
     unscale = None
     if x.dtype == torch.float16:
-        scale = _float16_scale(grads, p.column_weight)
+        scale = float16_scale(grads, p.column_weight)
         grads, unscale = [None if g is None else g * scale for g in grads], (1 / scale).reshape(1)
     rows = [lse.contiguous(), *grads]
     owner = _owner_tiles(p)
@@ -178,14 +178,14 @@ def backward(
     if owner is not None and p.count >= owner[1].columns * base.processors(x.device):
         dx = _owners(p, owner, rows, unscale, need_x, dweight, dbias)
     else:
-        with _library_tf32(precision == "tf32" and x.is_cuda):
+        with library_tf32(precision == "tf32" and x.is_cuda):
             dx = _chunks(p, rows, unscale, need_x, dweight, dbias)
     if dx is not None:
         dx = (dx if unscale is None else dx * unscale).to(x.dtype)
     return dx, dweight, dbias
 
 
-def _float16_scale(grads: list[Tensor | None], column_weight: Tensor | None) -> Tensor:
+def float16_scale(grads: list[Tensor | None], column_weight: Tensor | None) -> Tensor:
     """A power of two that brings the largest gradient to 16: float16 starts at 6e-8."""
     largest = [g.abs().max() for g in grads if g is not None]
     if column_weight is not None and grads[2] is not None:
@@ -195,7 +195,7 @@ def _float16_scale(grads: list[Tensor | None], column_weight: Tensor | None) -> 
 
 
 @contextmanager
-def _library_tf32(wanted: bool) -> Iterator[None]:
+def library_tf32(wanted: bool) -> Iterator[None]:
     """float32 library products in the precision that the caller asked for, whatever the global."""
     if not torch.cuda.is_available():
         yield
@@ -269,7 +269,7 @@ def _owners(
     return parts.sum(0)
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
+def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
     """total = beta total + a b over a batch, float32 sums whatever the operands."""
     if a.dtype == torch.float32:
         total.baddbmm_(a, b, beta=beta)
@@ -347,7 +347,7 @@ def _chunks(
                 torch.mm(g.T, x_low, out=dweight[first:end])
             elif gradient is not None:
                 beta = float(top > 0)
-                _accumulate(gradient[None, :length], g.T[None], x_low[None, part], beta)
+                accumulate(gradient[None, :length], g.T[None], x_low[None, part], beta)
         if gradient is not None or dbias is not None:
             _finish(p, gradient, inverse, bias_sum, unscale, dweight, dbias, first, end)
     return None if dx is None else dx.sum(0)
@@ -359,9 +359,9 @@ def _add_rows(dx: Tensor, g: Tensor, w: Tensor, piece: int) -> None:
     full = length // piece
     if full:
         split = g[:, : full * piece].unflatten(1, (full, piece)).transpose(0, 1)
-        _accumulate(dx[:full], split, w[: full * piece].unflatten(0, (full, piece)))
+        accumulate(dx[:full], split, w[: full * piece].unflatten(0, (full, piece)))
     if length > full * piece:
-        _accumulate(dx[:1], g[None, :, full * piece :], w[None, full * piece :])
+        accumulate(dx[:1], g[None, :, full * piece :], w[None, full * piece :])
 
 
 def _finish(

@@ -22,7 +22,7 @@ from .triton_kernels import (
 
 
 @triton.jit
-def _narrow(g, DTYPE: tl.constexpr):
+def narrow(g, DTYPE: tl.constexpr):
     """Rounds G to the dtype of its products; float16 saturates instead of overflowing to inf."""
     if DTYPE == tl.float16:
         g = tl.where(g > 65504.0, 65504.0, tl.where(g < -65504.0, -65504.0, g))
@@ -105,7 +105,7 @@ def gradient_tiles(
         again = tl.load(inverse + local, mask=real, other=0.0, volatile=True)
         g *= again[None, :]
     at = ds + rows.to(tl.int64)[:, None] * stride_ds + local[None, :]
-    tl.store(at, _narrow(g, ds.dtype.element_ty), mask=(rows < n)[:, None] & real[None, :])
+    tl.store(at, narrow(g, ds.dtype.element_ty), mask=(rows < n)[:, None] & real[None, :])
 
 
 @triton.jit(do_not_specialize=["first", "count", "row_tiles"])
@@ -239,7 +239,7 @@ def owner_rows(
         g = tl.where(columns[None, :] == position[:, None], g_target[:, None], g)
         # `scale` is 0 past the last class
         g = tl.where((columns < count)[None, :], g * scale[None, :], 0.0)
-        total = multiply(operand(_narrow(g, x.dtype.element_ty), BF16, DOT), b, total, DOT)
+        total = multiply(operand(narrow(g, x.dtype.element_ty), BF16, DOT), b, total, DOT)
     at = (split.to(tl.int64) * n + rows)[:, None] * d + depth[None, :]
     tl.store(dx + at, total, mask=(rows < n)[:, None] & (depth < d)[None, :])
 
@@ -310,7 +310,7 @@ def owner_classes(
         if dbias is not None:
             push += tl.sum(tl.where(is_target, 0.0, g), 1)
         g = tl.where(is_target, g_target[None, :], g)
-        total = multiply(operand(_narrow(g, x.dtype.element_ty), BF16, DOT), a, total, DOT)
+        total = multiply(operand(narrow(g, x.dtype.element_ty), BF16, DOT), a, total, DOT)
     if NORMALIZE:
         # read again: keeping the tile through the loop costs its registers there
         wide = load(w_at, depth[None, :], d, EVEN).to(tl.float32)

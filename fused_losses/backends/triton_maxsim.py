@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends import triton_launch as base
-from fused_losses.backends.triton import _float16_scale
+from fused_losses.backends.triton import float16_scale
 from fused_losses.backends.triton_launch import Problem, ceil_div
-from fused_losses.backends.triton_tiles import ALL, Tile, _same, _wide
+from fused_losses.backends.triton_tiles import ALL, Tile, same, wide
 from fused_losses.inputs import Inputs
 
 BEST_BYTES = 32 << 20
@@ -42,32 +42,32 @@ GATHER = Tile(4, 0, 128, 1, 1)  # of dqueries: small, since what it waits for is
 TILES = {
     "sm_80": _tiles(
         # sm_80: 246 / 202 / 246 / 255; sm_90: 160 / 179 / 160 / 172; sm_100: 128 / 138 / 128 / 112
-        maxima=_wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(64, 64, 32)),
-        maxima_short=_wide(Tile(64, 64, 64, 4), Tile(64, 64, 32, 4), Tile(64, 32, 32, 4)),
+        maxima=wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(64, 64, 32)),
+        maxima_short=wide(Tile(64, 64, 64, 4), Tile(64, 64, 32, 4), Tile(64, 32, 32, 4)),
         # where a wider one spills up to 1 KB on sm_80
-        maxima_uneven=_same(Tile(64, 32, 32, 4), *ALL),
+        maxima_uneven=same(Tile(64, 32, 32, 4), *ALL),
         # sm_80: 172 / 176 / 176; sm_90: 119 / 168 / 127; sm_100: 109 / 126 / 112; tf32x3 spills
         maxima_whole=dict(half=Tile(128, 64, 0), rounded=PAIR, tf32=PAIR),
         maxima_whole_short=dict(half=Tile(64, 64, 0, 4), rounded=LONE, tf32=LONE),
         # no other products; sm_80: 168 / 253; sm_90: 160 / 148; sm_100: 156 / 128
         documents=dict(half=Tile(64, 64, 128, 4), tf32x3=Tile(32, 64, 64, 4, 2)),
-        documents_uneven=_same(Tile(32, 64, 64, 4, 2), *ALL),
+        documents_uneven=same(Tile(32, 64, 64, 4, 2), *ALL),
     ),
 }
 TILES["sm_90"] = TILES["sm_100"] = TILES["sm_80"]
 TILES["gfx942"] = _tiles(
-    maxima=_same(Tile(128, 64, 32, 8, 2), *ALL),
-    maxima_short=_same(Tile(64, 64, 32, 4, 2), *ALL),
-    maxima_uneven=_same(Tile(64, 64, 32, 4, 2), *ALL),
-    maxima_whole=_same(Tile(128, 64, 0, 8, 1), *ALL),
-    maxima_whole_short=_same(Tile(64, 64, 0, 4, 1), *ALL),
-    documents=_same(Tile(32, 64, 64, 4, 2), *ALL),
-    documents_uneven=_same(Tile(32, 64, 64, 4, 2), *ALL),
+    maxima=same(Tile(128, 64, 32, 8, 2), *ALL),
+    maxima_short=same(Tile(64, 64, 32, 4, 2), *ALL),
+    maxima_uneven=same(Tile(64, 64, 32, 4, 2), *ALL),
+    maxima_whole=same(Tile(128, 64, 0, 8, 1), *ALL),
+    maxima_whole_short=same(Tile(64, 64, 0, 4, 1), *ALL),
+    documents=same(Tile(32, 64, 64, 4, 2), *ALL),
+    documents_uneven=same(Tile(32, 64, 64, 4, 2), *ALL),
 )
 # small and unequal, so that a few dozen tokens make several ragged tiles of each
 TILES["interpret"] = _tiles(
     **{
-        f"maxima{kind}": _same(Tile(rows, 16, 16), *ALL)
+        f"maxima{kind}": same(Tile(rows, 16, 16), *ALL)
         for kind, rows in (
             ("", 32),
             ("_short", 16),
@@ -76,8 +76,8 @@ TILES["interpret"] = _tiles(
             ("_whole_short", 16),
         )
     },
-    documents=_same(Tile(16, 32, 32), *ALL),
-    documents_uneven=_same(Tile(32, 16, 32), *ALL),
+    documents=same(Tile(16, 32, 32), *ALL),
+    documents_uneven=same(Tile(32, 16, 32), *ALL),
 )
 
 
@@ -204,7 +204,7 @@ def _document_gradients(
     count = index.shape[1]
     unscale = None
     if p.x.dtype == torch.float16:
-        scale = _float16_scale([grad], None)
+        scale = float16_scale([grad], None)
         grad, unscale = grad * scale, (1 / scale).reshape(1)
     # as many programs as there can be tiles: how many there are, the GPU alone knows
     ends = ((offsets.diff() + tile.columns - 1) // tile.columns).cumsum(0)

@@ -8,7 +8,7 @@ of a document are its last token again: equal, and later, so never chosen. Offse
 import triton
 import triton.language as tl
 
-from .triton_gradients import _narrow
+from .triton_gradients import narrow
 from .triton_kernels import NOWHERE, load, multiply, operand, products, row_offsets
 
 
@@ -207,7 +207,7 @@ def document_gradients(
         g = tl.where(place[:, None] == at[None, :], g[None, :], 0.0)
         x_rows = row_offsets(rows, tokens, None, stride_x)
         x = load(queries + x_rows[:, None] + depth[None, :], depth[None, :], d, EVEN)
-        g = operand(_narrow(g, queries.dtype.element_ty), False, DOT)
+        g = operand(narrow(g, queries.dtype.element_ty), False, DOT)
         total = multiply(g, operand(x, False, DOT), total, DOT)
     if unscale is not None:
         total *= tl.load(unscale)

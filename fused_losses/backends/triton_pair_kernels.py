@@ -10,7 +10,7 @@ input that is None costs nothing.
 import triton
 import triton.language as tl
 
-from .triton_gradients import _narrow
+from .triton_gradients import narrow
 from .triton_kernels import products, row_offsets
 
 # classes and statistics, as in `pair_inputs`
@@ -495,7 +495,7 @@ def store_tile(ds, g, rows, columns, first_row, first_column, row_end, column_en
     at = ds + (rows - first_row).to(tl.int64)[:, None] * stride_ds
     at += (columns - first_column)[None, :]
     real = (rows < row_end)[:, None] & (columns < column_end)[None, :]
-    tl.store(at, _narrow(g, ds.dtype.element_ty), mask=real)
+    tl.store(at, narrow(g, ds.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=VARYING)

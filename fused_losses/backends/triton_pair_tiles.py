@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fused_losses.backends.triton_tiles import ALL, TABLES, Table, Tile, _same, _wide
+from fused_losses.backends.triton_tiles import ALL, TABLES, Table, Tile, same, wide
 
 
 def _table(arch: str, **kernels: dict[str, Tile]) -> Table:
@@ -25,11 +25,11 @@ def _table(arch: str, **kernels: dict[str, Tile]) -> Table:
 
 def _shallow(half: Tile, tf32: Tile, tf32x3: Tile) -> dict[str, Tile]:
     """float32 in memory takes half the depth."""
-    return _wide(half, replace(tf32, depth=32), replace(tf32x3, depth=32))
+    return wide(half, replace(tf32, depth=32), replace(tf32x3, depth=32))
 
 
 def _amd(tile: Tile) -> dict[str, Tile]:
-    return _same(replace(tile, depth=32, stages=2), *ALL)
+    return same(replace(tile, depth=32, stages=2), *ALL)
 
 
 WIDE, TALL, SMALL, SLIM = Tile(128, 128, 64), Tile(128, 64, 64), Tile(64, 64, 64), Tile(64, 32, 64)
@@ -115,7 +115,7 @@ PAIR_TABLES = {
         # 180
         attention_gradient=_shallow(TALL, SMALL, SMALL),
         # 190; tf32 at depth 32 spills 10 bytes
-        attention_gradient_extra=_wide(SMALL, SMALL, replace(SLIM, depth=32)),
+        attention_gradient_extra=wide(SMALL, SMALL, replace(SLIM, depth=32)),
     ),
     "gfx942": _table(
         "gfx942",
@@ -140,7 +140,7 @@ PAIR_TABLES = {
     "interpret": _table(
         "interpret",
         **{
-            f"{kernel}{kind}": _same(tile, *ALL)
+            f"{kernel}{kind}": same(tile, *ALL)
             for kernel in ("statistics", "gradient", "attention", "attention_gradient")
             for kind, tile in (
                 ("", Tile(16, 32, 16)),

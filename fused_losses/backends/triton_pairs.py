@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fused_losses.backends import triton_launch as base
 from fused_losses.backends.bounded_pairs import both_sides
-from fused_losses.backends.triton import _accumulate, _float16_scale, _library_tf32
+from fused_losses.backends.triton import accumulate, float16_scale, library_tf32
 from fused_losses.backends.triton_launch import Problem, ceil_div
 from fused_losses.backends.triton_pair_tiles import PAIR_TABLES
 from fused_losses.backends.triton_tiles import Tile
@@ -256,7 +256,7 @@ def cut(stored_tiles: Tensor, block: Block) -> Tensor:
 
 def add(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
     """total = beta total + a b, summed in float32."""
-    _accumulate(total[None], a[None], b[None], beta)
+    accumulate(total[None], a[None], b[None], beta)
 
 
 class ColumnSums:
@@ -351,13 +351,13 @@ def statistics_backward(
     gain: Tensor | float = 1.0
     if p.x.dtype == torch.float16 and s.n and s.m:
         factor = max(abs(p.positive.factor), abs(p.negative.factor))
-        gain = _float16_scale(
+        gain = float16_scale(
             [v.abs() * factor for v in (grad_rows, grad_columns) if v.numel()], None
         )
     packed = [_packed(side, gain) for side in sides]
     tile = s.tile("gradient", both)
     gradients = Gradients(s, possible(needs, p), 1 / gain)
-    with _library_tf32(p.precision == "tf32" and p.x.is_cuda):
+    with library_tf32(p.precision == "tf32" and p.x.is_cuda):
         for block, (ds,) in stored(s, tile, 1):
             s.launch(
                 kernels().gradient_tiles,
@@ -427,7 +427,7 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
         s = replace(s, operands=replace(s.operands, low=p.x.dtype))
     out = torch.zeros((s.n, values.shape[1]), dtype=torch.float32, device=p.x.device)
     tile, base_rows, unit = s.tile("attention"), _base(lse), _unit(p)
-    with _library_tf32(p.precision == "tf32" and p.x.is_cuda):
+    with library_tf32(p.precision == "tf32" and p.x.is_cuda):
         for block, (weights,) in stored(s, tile, 1):
             _attend(s, tile, block, kind, base_rows, weights, None, None, None, None, unit)
             top, stop, first, end = block
@@ -484,7 +484,7 @@ def attention_backward(
     low, unit, gain = s.operands.low, _unit(p), 1.0
     if p.x.dtype == torch.float16 and s.n and s.m:
         norm = torch.linalg.vector_norm(grad_out, dim=1)
-        gain = _float16_scale([norm * max(1.0, abs(p.negative.factor)), grad_lse.float()], None)
+        gain = float16_scale([norm * max(1.0, abs(p.negative.factor)), grad_lse.float()], None)
     # rounded as the products round it, so that G sums to zero over a row
     rounded = (grad_out * gain).to(low if s.operands.bf16 else values.dtype)
     shift = grad_lse * gain - (rounded.float() * out).sum(1)
@@ -500,7 +500,7 @@ def attention_backward(
     uneven = values.shape[1] % 64 > 0 or values.stride(0) % 16 > 0
     tile = s.tile("attention_gradient" if want else "attention", more=want and uneven)
     gradients = Gradients(s, possible(needs, p), 1 / gain)
-    with _library_tf32(p.precision == "tf32" and p.x.is_cuda):
+    with library_tf32(p.precision == "tf32" and p.x.is_cuda):
         for block, buffers in stored(s, tile, int(need_values) + int(want)):
             weights = buffers[0] if need_values else None
             ds = buffers[-1] if want else None

@@ -22,7 +22,7 @@ class Tile:
 @dataclass(frozen=True)
 class Table:
     """`tiles[kernel, products]`; kernel: forward, forward_extra (bias or weighted), gradient,
-    gradient_extra, and owner_rows, owner_classes up to D = 128, owner_*_wide up to 256; products:
+    gradient_extra, and owner_rows, owner_classes up to D = 128, owner_*wide up to 256; products:
     half (16-bit operands), rounded (float32 in memory, bfloat16 products), tf32, tf32x3 (ieee
     where the chip has no split products). No owner entry: the form with stored G is used."""
 
@@ -36,11 +36,11 @@ def _table(chunk_bytes: int, ds_bytes: int, **kernels: dict[str, Tile]) -> Table
     return Table(tiles, chunk_bytes, ds_bytes)
 
 
-def _same(tile: Tile, *products: str) -> dict[str, Tile]:
+def same(tile: Tile, *products: str) -> dict[str, Tile]:
     return dict.fromkeys(products, tile)
 
 
-def _wide(half: Tile, tf32: Tile, tf32x3: Tile) -> dict[str, Tile]:
+def wide(half: Tile, tf32: Tile, tf32x3: Tile) -> dict[str, Tile]:
     """float32 in memory takes the tile of tf32, rounded to bfloat16 or not."""
     return dict(half=half, rounded=tf32, tf32=tf32, tf32x3=tf32x3)
 
@@ -54,77 +54,77 @@ TABLES = {
         16 * MIB,
         # half 251 (254 with classes; 96 KiB), tf32 153, rounded 128, tf32x3 167 (128 x 128
         # spills). At 128 x 128 half takes 154: no second block on an SM either
-        forward=_wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
+        forward=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
         # all: half 173, rounded 128, tf32x3 167
-        forward_extra=_wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
+        forward_extra=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
         # half 251 (253 with classes), tf32 136, tf32x3 168
-        gradient=_wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
+        gradient=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
         # all: half 184, tf32 (mixed) and rounded 177, tf32x3 168
-        gradient_extra=_wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
+        gradient_extra=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
         # D=128: rows 128, classes 166 (rounded, all: 128, 244)
         owner_rows={"half": Tile(64, 64, 0, 8, 2), "rounded": Tile(32, 64, 0, 8, 2)},
-        owner_classes=_same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
+        owner_classes=same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
         # D=256, all: rows 126, classes 175; classes at 64 x 64 spill
-        owner_rows_wide=_same(Tile(32, 64, 0, 8, 2), "half"),
-        owner_classes_wide=_same(Tile(64, 32, 0, 8, 2), "half"),
+        owner_rows_wide=same(Tile(32, 64, 0, 8, 2), "half"),
+        owner_classes_wide=same(Tile(64, 32, 0, 8, 2), "half"),
     ),
     "sm_90": _table(
         24 * MIB,
         16 * MIB,
         # half 186, tf32 112, rounded 140, tf32x3 203
-        forward=_wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
+        forward=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
         # all: half 224, rounded 172, tf32x3 203; half at 128 x 256 spills with a weighted sum
-        forward_extra=_wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
+        forward_extra=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
         # half 192, tf32 189, tf32x3 215
-        gradient=_wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
+        gradient=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
         # all: half 254, tf32 (mixed) 252, rounded 254, tf32x3 248
-        gradient_extra=_wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
+        gradient_extra=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
         # D=128: rows 107, classes 157 (rounded, all: 211, 225)
-        owner_rows=_same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
-        owner_classes=_same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
+        owner_rows=same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
+        owner_classes=same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
         # D=256, all: rows 185, classes 233; classes at 64 x 64 spill
-        owner_rows_wide=_same(Tile(64, 32, 0, 8, 2), "half"),
-        owner_classes_wide=_same(Tile(32, 64, 0, 8, 2), "half"),
+        owner_rows_wide=same(Tile(64, 32, 0, 8, 2), "half"),
+        owner_classes_wide=same(Tile(32, 64, 0, 8, 2), "half"),
     ),
     "sm_100": _table(
         48 * MIB,
         32 * MIB,
         # half 154 (256 columns of tensor memory), tf32 90, rounded 90, tf32x3 176 (512 columns)
-        forward=_wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
+        forward=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
         # all: half 166, rounded 167, tf32x3 212; all spill at 128 x 128
-        forward_extra=_wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
+        forward_extra=wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
         # half 198; tf32 at 128 x 128 spills 374
-        gradient=_wide(Tile(128, 256, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
+        gradient=wide(Tile(128, 256, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
         # all: half 220, tf32 (mixed) 180, rounded 184, tf32x3 170
-        gradient_extra=_wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
+        gradient_extra=wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
         # D=128: rows 80, classes 113 (rounded, all: 90, 198; rows at 64 x 64 spill 12)
         owner_rows={"half": Tile(64, 64, 0, 8, 2), "rounded": Tile(64, 32, 0, 8, 2)},
-        owner_classes=_same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
+        owner_classes=same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
         # D=256, all: rows 158, classes 212
-        owner_rows_wide=_same(Tile(64, 64, 0, 8, 2), "half"),
-        owner_classes_wide=_same(Tile(64, 64, 0, 8, 2), "half"),
+        owner_rows_wide=same(Tile(64, 64, 0, 8, 2), "half"),
+        owner_classes_wide=same(Tile(64, 64, 0, 8, 2), "half"),
     ),
     "gfx942": _table(
         64 * MIB,
         16 * MIB,
         # half 93, rounded 117, tf32x3 (float32 products) 106; all: 150, 135, 134; 32 KiB of LDS
-        forward=_same(Tile(128, 128, 32, 8, 2), *ALL),
-        forward_extra=_same(Tile(128, 128, 32, 8, 2), *ALL),
+        forward=same(Tile(128, 128, 32, 8, 2), *ALL),
+        forward_extra=same(Tile(128, 128, 32, 8, 2), *ALL),
         # half 95, tf32x3 106; all: 151, 140. The owner kernels spill to memory at 64 x 64
-        gradient=_same(Tile(128, 128, 32, 8, 2), *ALL),
-        gradient_extra=_same(Tile(128, 128, 32, 8, 2), *ALL),
+        gradient=same(Tile(128, 128, 32, 8, 2), *ALL),
+        gradient_extra=same(Tile(128, 128, 32, 8, 2), *ALL),
     ),
     # small and unequal, so that a few dozen rows and classes make several ragged tiles of each
     "interpret": _table(
         4096,
         2048,
-        forward=_same(Tile(16, 32, 16), *ALL),
-        forward_extra=_same(Tile(32, 16, 16), *ALL),
-        gradient=_same(Tile(16, 32, 16), *ALL),
-        gradient_extra=_same(Tile(32, 16, 16), *ALL),
-        owner_rows=_same(Tile(16, 32, 0), "half", "rounded"),
-        owner_classes=_same(Tile(32, 16, 0), "half", "rounded"),
-        owner_rows_wide=_same(Tile(32, 16, 0), "half"),
-        owner_classes_wide=_same(Tile(16, 32, 0), "half"),
+        forward=same(Tile(16, 32, 16), *ALL),
+        forward_extra=same(Tile(32, 16, 16), *ALL),
+        gradient=same(Tile(16, 32, 16), *ALL),
+        gradient_extra=same(Tile(32, 16, 16), *ALL),
+        owner_rows=same(Tile(16, 32, 0), "half", "rounded"),
+        owner_classes=same(Tile(32, 16, 0), "half", "rounded"),
+        owner_rows_wide=same(Tile(32, 16, 0), "half"),
+        owner_classes_wide=same(Tile(16, 32, 0), "half"),
     ),
 }
