@@ -186,11 +186,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   if (n > 0) {
     const Kernels& kernels = best_kernels();
     const Parallel parallel = parallel_for_classes(call.problem.k);
-    const Tensor buffer = scratch(kernels.forward_bytes(call.problem, parallel.threads));
+    const Tensor buffer = scratch(kernels.rows.forward_bytes(call.problem, parallel.threads));
     const ForwardOut out = {lse.data_ptr<double>(), target.data_ptr<double>(),
                             weighted ? weighted_sum.data_ptr() : nullptr,
                             hardest.data_ptr<int64_t>(), hardest_score.data_ptr()};
-    kernels.forward(call.problem, out, aligned(buffer), parallel);
+    kernels.rows.forward(call.problem, out, aligned(buffer), parallel);
   }
   return {lse, target, weighted_sum, hardest, hardest_score, kept};
 }
@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Kernels& kernels = best_kernels();
     const Parallel parallel = parallel_for_classes(call.problem.k);
     const size_t bytes =
-        kernels.backward_bytes(call.problem, parallel.threads, need_x, need_weight);
+        kernels.rows.backward_bytes(call.problem, parallel.threads, need_x, need_weight);
     const Tensor buffer = scratch(bytes);
     const auto vector = [&](const Tensor& t) { return t.to(call.accumulate).contiguous(); };
     const Tensor g_lse = vector(grad_lse), g_target = vector(grad_target), kept_lse = vector(lse);
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const BackwardOut out = {need_x ? dx.data_ptr() : nullptr,
                              need_weight ? dw.data_ptr() : nullptr,
                              need_bias && bias ? db.data_ptr() : nullptr};
-    kernels.backward(call.problem, in, out, aligned(buffer), parallel);
+    kernels.rows.backward(call.problem, in, out, aligned(buffer), parallel);
   }
   if (need_bias && bias) db = db.to(bias->scalar_type());
   return {dx, dw, db};
@@ -249,8 +249,8 @@ size_t workspace_bytes(int64_t n, int64_t d, bool is_double, bool bf16) {
   p.precision = bf16 ? Precision::kBFloat16 : Precision::kFull;
   const Kernels& kernels = best_kernels();
   const int threads = at::get_num_threads();
-  return std::max(kernels.forward_bytes(p, threads),
-                  kernels.backward_bytes(p, threads, true, true));
+  return std::max(kernels.rows.forward_bytes(p, threads),
+                  kernels.rows.backward_bytes(p, threads, true, true));
 }
 
 }  // namespace

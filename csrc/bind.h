@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "row_statistics.h"
+#include "kernels.h"
 
 namespace fused_losses {
 

@@ -2,13 +2,9 @@
 // of document b. Tokens lie one after another; offsets say where queries and documents begin.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "common.h"
 
 namespace fused_losses {
-
-struct Parallel;
-enum class Precision;
 
 struct MaxSimProblem {
   const void *queries, *documents;                  // [tokens, d] dense, float or double

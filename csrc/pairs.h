@@ -8,13 +8,9 @@
 // has one owner or a fixed order: the results are the same bits on any number of threads.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "common.h"
 
 namespace fused_losses {
-
-struct Parallel;
-enum class Precision;
 
 enum class Score { kLinear, kRoot };
 enum class Reduction { kLse, kSoftplus, kRelu };

@@ -9,13 +9,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "maxsim.h"
-#include "pairs.h"
+#include "common.h"
 
 namespace fused_losses {
 
 enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class Precision { kFull, kMixed, kBFloat16 };
 
 // A row whose target stands at `position` among the classes that take part.
 struct Target {
@@ -79,37 +77,15 @@ struct BackwardOut {
   void* db;  // [*] in the accumulation type, or null
 };
 
-// Runs body(i) for i in [0, count), on threads or not.
-struct Parallel {
-  int threads;
-  void (*run)(int count, void (*body)(void*, int), void* context);
-};
-
-// One instruction set's kernels. Buffers are the caller's, 64-byte aligned.
-struct Kernels {
-  const char* capability;
-  bool bf16;
+// The kernels of one instruction set; buffers are the caller's, 64-byte aligned.
+struct RowKernels {
   size_t (*forward_bytes)(const Problem&, int threads);
   size_t (*backward_bytes)(const Problem&, int threads, bool dx, bool dw);
   void (*forward)(const Problem&, const ForwardOut&, void* buffer, const Parallel&);
   void (*backward)(const Problem&, const BackwardIn&, const BackwardOut&, void* buffer,
                    const Parallel&);
-  PairKernels pairs;
-  MaxSimKernels maxsim;
 };
 
-const Kernels& generic_kernels();
-const Kernels* avx2_kernels();  // null where the build has none
-const Kernels* avx512_kernels();
-const Kernels* avx512_bf16_kernels();
-
-// The best that this CPU runs, no better than ATEN_CPU_CAPABILITY allows.
-const Kernels& best_kernels();
-
-// Tests walk through the instruction sets; null goes back to the best. False: not on this CPU.
-bool force_kernels(const char* capability);
-
 constexpr int64_t kKeptPadding = 64;
-constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 }  // namespace fused_losses

@@ -235,7 +235,7 @@ def _maxsim(a: Arguments) -> Call:
     # real tokens are copied where a mask says which they are
     masked = (a["query_mask"], a["document_mask"]) != (None, None)
     copies = 2 if masked or (documents.dim() == 3 and a["lengths"] is not None) else 0
-    # the index and autograd's zeros for it, and scores with their gradient
+    # the index, and scores with their gradient
     around = 4 * tokens * count + 3 * len(queries) * count * size + SLACK
     around += copies * (tokens + found) * d * size
 

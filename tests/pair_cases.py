@@ -641,7 +641,9 @@ def check_budget(case: Case, dtype: torch.dtype, backend: str) -> None:
     eager = outcome(case, t, case.formula)
     got = outcome(case, t, lambda t: case.call(t, backend=backend))
     for name, g, e, w in zip(("value", *case.leaves), got, eager, wanted, strict=True):
-        assert error(g, w, 1e-2) <= 2 * error(e, w, 1e-2) + case.cancels * FLOORS[dtype], name
+        # one number's eager error may be near 0 by luck, and a sum over all pairs cancels
+        floor = FLOORS[dtype] * case.cancels * (1 if w.numel() > 1 else 8)
+        assert error(g, w, 1e-2) <= 2 * error(e, w, 1e-2) + floor, name
 
 
 def as_function(

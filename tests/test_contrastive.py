@@ -15,15 +15,9 @@ import torch
 import torch.nn.functional as F
 from pair_cases import (
     BACKENDS,
-    BY_NAME,
-    FLOORS,
     LOSSES,
     SHAPES,
-    SMALL,
     Case,
-    as_function,
-    check_budget,
-    check_formula,
     error,
     inputs_of,
     require_pairs,
@@ -34,8 +28,6 @@ from torch import Tensor
 
 from fused_losses import functional as fl
 
-# weights or choices that the papers hold fixed: no derivative to compare with differences
-DETACHED = ("circle",)
 cases = partial(pytest.mark.parametrize, "case", LOSSES, ids=lambda case: case.name)
 
 
@@ -48,56 +40,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with small_blocks(monkeypatch):
         yield
-
-
-# ---- against the formulas -----------------------------------------------------------------------
-
-
-@cases()
-@pytest.mark.parametrize("shape", SMALL)
-def test_is_its_formula(case: Case, shape: str, backend: str) -> None:
-    check_formula(case, shape, backend)
-
-
-@cases()
-@pytest.mark.parametrize("streamed", BACKENDS[1:])
-def test_is_its_formula_over_many_tiles(
-    case: Case, streamed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    check_formula(case, "tiles", require_pairs(streamed))
-
-
-@cases()
-@pytest.mark.parametrize("dtype", FLOORS, ids=str)
-def test_errs_no_more_than_eager(case: Case, dtype: torch.dtype, backend: str) -> None:
-    check_budget(case, dtype, backend)
-
-
-@cases()
-@pytest.mark.parametrize("streamed", BACKENDS[1:])
-def test_gradcheck(case: Case, streamed: str) -> None:
-    if case.name in DETACHED:
-        pytest.skip("weights that are held fixed")
-    f, leaves = as_function(case, (5, 6, 3), require_pairs(streamed))
-    assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "info_nce",
-        "info_nce_learned_temperature",
-        "info_nce_labels_symmetric",
-        "info_nce_hardness_banks",
-        "info_nce_ids",
-        "supervised_contrastive_out",
-        "sigmoid_contrastive",
-    ],
-)
-def test_gradgradcheck(name: str, backend: str) -> None:
-    f, leaves = as_function(BY_NAME[name], (4, 5, 3), backend)
-    assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)
 
 
 @cases()

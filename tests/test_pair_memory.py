@@ -208,7 +208,8 @@ def test_peak_is_far_below_the_scores(name: str, case: Case) -> None:
 def test_peak_is_within_what_explain_says(name: str, case: Case) -> None:
     extra, told = of(name, case)
     assert extra <= told
-    assert told <= 4 * extra  # a plan that says anything would hold too
+    # a plan that says anything would hold too; calls of half a MiB are mostly fixed costs
+    assert told <= 4 * extra + 2 * MIB
 
 
 def test_the_reference_breaks_the_bound() -> None:

@@ -12,14 +12,6 @@ import torch
 import torch.nn.functional as F
 from pair_cases import (
     BACKENDS,
-    BY_NAME,
-    FLOORS,
-    SIMILARITIES,
-    SMALL,
-    Case,
-    as_function,
-    check_budget,
-    check_formula,
     error,
     require_pairs,
     small_blocks,
@@ -27,10 +19,6 @@ from pair_cases import (
 from torch import Tensor
 
 from fused_losses import functional as fl
-
-# a plan that is held fixed: no derivative to compare with differences
-DETACHED = "sinkhorn"
-cases = partial(pytest.mark.parametrize, "case", SIMILARITIES, ids=lambda case: case.name)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -42,53 +30,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with small_blocks(monkeypatch):
         yield
-
-
-@cases()
-@pytest.mark.parametrize("shape", SMALL)
-def test_is_its_formula(case: Case, shape: str, backend: str) -> None:
-    check_formula(case, shape, backend)
-
-
-@cases()
-@pytest.mark.parametrize("streamed", BACKENDS[1:])
-def test_is_its_formula_over_many_tiles(
-    case: Case, streamed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    check_formula(case, "tiles", require_pairs(streamed))
-
-
-@cases()
-@pytest.mark.parametrize("dtype", FLOORS, ids=str)
-def test_errs_no_more_than_eager(case: Case, dtype: torch.dtype, backend: str) -> None:
-    check_budget(case, dtype, backend)
-
-
-@cases()
-@pytest.mark.parametrize("streamed", BACKENDS[1:])
-def test_gradcheck(case: Case, streamed: str) -> None:
-    if case.name.startswith(DETACHED):
-        pytest.skip("a plan that is held fixed")
-    f, leaves = as_function(case, (5, 6, 3), require_pairs(streamed))
-    assert torch.autograd.gradcheck(f, leaves, fast_mode=True)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "logsumexp",
-        "logsumexp_rbf",
-        "logsumexp_both",
-        "logsumexp_zero",
-        "attention",
-        "attention_cosine_same",
-        "attention_rbf_different",
-    ],
-)
-def test_gradgradcheck(name: str, backend: str) -> None:
-    f, leaves = as_function(BY_NAME[name], (4, 5, 3), backend)
-    assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)
 
 
 def test_a_second_derivative_of_trilinear_attention_is_refused(backend: str) -> None:

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "../row_statistics.h"
+#include "../kernels.h"
 
 namespace fused_losses {
 

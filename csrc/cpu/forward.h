@@ -1,7 +1,7 @@
 // Forward of the row statistics: one sweep of tiles, online maximum, sums apart from the target.
 #pragma once
 
-#include "kernels.h"
+#include "tiles.h"
 
 namespace fused_losses::FL_ISA {
 

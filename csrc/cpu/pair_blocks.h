@@ -12,7 +12,7 @@
 #include <cstring>
 
 #include "../pairs.h"
-#include "kernels.h"
+#include "tiles.h"
 
 namespace fused_losses::FL_ISA {
 

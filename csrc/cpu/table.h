@@ -147,8 +147,9 @@ inline MaxSimKernels maxsim_table() {
 }
 
 inline Kernels table(const char* capability, bool bf16) {
-  return {capability,    bf16,           table_forward_bytes, table_backward_bytes,
-          table_forward, table_backward, pair_table(),        maxsim_table()};
+  const RowKernels rows = {table_forward_bytes, table_backward_bytes, table_forward,
+                           table_backward};
+  return {capability, bf16, rows, pair_table(), maxsim_table()};
 }
 
 }  // namespace fused_losses::FL_ISA

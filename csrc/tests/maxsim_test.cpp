@@ -4,7 +4,7 @@
 #include <cstdlib>
 
 #include "check.h"
-#include "row_statistics.h"
+#include "kernels.h"
 
 using namespace fused_losses;
 

@@ -8,7 +8,7 @@
 #include <memory>
 
 #include "check.h"
-#include "row_statistics.h"
+#include "kernels.h"
 
 using namespace fused_losses;
 

@@ -1,12 +1,11 @@
 // The kernels of one instruction set against the formulas in double, on threads, awkward shapes.
 //
 // usage: row_statistics_test [default|avx2|avx512|avx512_bf16]; exit code 77 where it cannot run.
-#include "row_statistics.h"
-
 #include <algorithm>
 #include <cstdlib>
 
 #include "check.h"
+#include "kernels.h"
 
 using namespace fused_losses;
 
@@ -62,15 +61,15 @@ void check(const Kernels& kernels, const Shape& s) {
   std::vector<int64_t> hardest(n);
   const Parallel parallel = {3, on_threads};
   const size_t bytes =
-      std::max(kernels.forward_bytes(p, 3), kernels.backward_bytes(p, 3, true, true));
+      std::max(kernels.rows.forward_bytes(p, 3), kernels.rows.backward_bytes(p, 3, true, true));
   void* buffer = std::aligned_alloc(64, round_up(bytes, 64));
   const ForwardOut out = {lse.data(), got_target.data(), s.weighted ? weighted.data() : nullptr,
                           hardest.data(), score.data()};
-  kernels.forward(p, out, buffer, parallel);
+  kernels.rows.forward(p, out, buffer, parallel);
   std::copy(lse.begin(), lse.end(), lse_float.begin());
   const BackwardIn in = {g_lse.data(), g_target.data(), s.weighted ? g_weighted.data() : nullptr,
                          lse_float.data()};
-  kernels.backward(p, in, {dx.data(), dw.data(), db.data()}, buffer, parallel);
+  kernels.rows.backward(p, in, {dx.data(), dw.data(), db.data()}, buffer, parallel);
   std::free(buffer);
 
   std::vector<double> want_lse(n), want_target(n), want_weighted(n), want_dx(n * d), want_dw(c * d),

@@ -9,7 +9,7 @@
 #include <limits>
 #include <utility>
 
-#include "../row_statistics.h"
+#include "../kernels.h"
 #include "product.h"
 
 namespace fused_losses::FL_ISA {

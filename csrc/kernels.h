@@ -1,0 +1,29 @@
+// The kernels by instruction set, and the choice among them.
+#pragma once
+
+#include "maxsim.h"
+#include "pairs.h"
+#include "row_statistics.h"
+
+namespace fused_losses {
+
+struct Kernels {
+  const char* capability;
+  bool bf16;
+  RowKernels rows;
+  PairKernels pairs;
+  MaxSimKernels maxsim;
+};
+
+const Kernels& generic_kernels();
+const Kernels* avx2_kernels();  // null where the build has none
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+// The best that this CPU runs, no better than ATEN_CPU_CAPABILITY allows.
+const Kernels& best_kernels();
+
+// Tests walk through the instruction sets; null goes back to the best. False: not on this CPU.
+bool force_kernels(const char* capability);
+
+}  // namespace fused_losses
