@@ -263,6 +263,7 @@ READERS: dict[Callable[..., Any], Reader] = {
     functional.nt_xent: _batch("embeddings", SORTED),
     functional.soft_nearest_neighbor: _batch("embeddings", SORTED + MOVED),
     functional.multi_similarity: _batch("embeddings", SORTED),
+    functional.orthogonal_projection: _batch("embeddings", SORTED + AGAIN),
     functional.circle: _batch("embeddings", SORTED),
     functional.lifted_structure: _batch("embeddings", SORTED + 2 * MOVED),
     functional.generalized_lifted_structure: _batch("embeddings", SORTED + MOVED),

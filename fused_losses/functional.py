@@ -27,6 +27,7 @@ from fused_losses.metric_losses import (
     lifted_structure,
     multi_similarity,
     n_pairs,
+    orthogonal_projection,
     proxy_anchor,
     proxy_nca,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "mmd",
     "multi_similarity",
     "n_pairs",
+    "orthogonal_projection",
     "nt_xent",
     "proxy_anchor",
     "proxy_nca",

@@ -275,6 +275,41 @@ def n_pairs(
     return loss + l2_weight * reduced(squares, everything, reduction, loss.dtype)
 
 
+def orthogonal_projection(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    gamma: float = 0.5,
+    absolute: bool = False,
+    normalize: bool = True,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Orthogonal projection: positives' mean cosine to 1, negatives' to 0; one number.
+
+        1 - mean_P s + gamma mean_N s        (absolute: mean_N |s|)
+
+    embeddings [N, D], labels [N] integers; the means are over all pairs of two rows, and over none
+    they are 0. The authors use gamma 0.5 without `absolute`, or 2 with it (twice the work).
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D / 2); memory O(N D). Paper: Ranasinghe et al., 2021.
+    """
+    check_batch(embeddings, labels, "mean", precision)
+    with no_autocast(embeddings.device):
+        _, inputs = _batch(embeddings, labels, "dot", normalize, precision)
+        stats, _ = pair_statistics(inputs, reduction="relu", backend=backend)
+        near, far = stats.total.sum(dim=1)
+        if absolute:
+            turned, _ = pair_statistics(
+                inputs._replace(negative=Rule(-1.0)), reduction="relu", backend=backend
+            )
+            far = stats.value[NEGATIVE].sum() + turned.value[NEGATIVE].sum()
+        pairs = stats.count.sum(dim=1) + 1e-6  # the authors' guard
+        loss = 1 - near / pairs[POSITIVE] + gamma * far / pairs[NEGATIVE]
+        return loss.to(accumulate_dtype(embeddings.dtype))
+
+
 def _check_proxies(
     embeddings: Tensor, proxies: Tensor, labels: Tensor, reduction: str, precision: str
 ) -> Tensor:

@@ -48,6 +48,7 @@ from pair_formulas import (
     nt_xent_pairs,
     nt_xent_simclr,
     nt_xent_views,
+    orthogonal_projection,
     proxies,
     proxy_anchor,
     proxy_nca,
@@ -304,6 +305,18 @@ LOSSES = [
         batch,
         lambda t, **o: fl.multi_similarity(t.x, t.labels, beta=20.0, normalize=True, **o),
         multi_similarity,
+    ),
+    Case(
+        "orthogonal_projection",
+        batch,
+        lambda t, **o: fl.orthogonal_projection(t.x, t.labels, **o),
+        orthogonal_projection,
+    ),
+    Case(
+        "orthogonal_projection_absolute",
+        batch,
+        lambda t, **o: fl.orthogonal_projection(t.x, t.labels, gamma=2.0, absolute=True, **o),
+        lambda t: orthogonal_projection(t, gamma=2.0, absolute=True),
     ),
     Case(
         "multi_similarity_mined",

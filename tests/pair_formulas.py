@@ -310,6 +310,16 @@ def multi_similarity(t: Inputs) -> Tensor:
     return ((1 + attract).log() / 2 + (1 + repel).log() / 20).mean()
 
 
+def orthogonal_projection(t: Inputs, gamma: float = 0.5, absolute: bool = False) -> Tensor:
+    s = F.normalize(t.x) @ F.normalize(t.x).T
+    positive, negative = others(t.labels)
+    far = s.abs() if absolute else s
+    near = torch.where(positive, s, 0).sum() / (positive.sum().to(s.dtype) + 1e-6)
+    return (
+        1 - near + gamma * torch.where(negative, far, 0).sum() / (negative.sum().to(s.dtype) + 1e-6)
+    )
+
+
 def multi_similarity_mined(t: Inputs) -> Tensor:
     s = F.normalize(t.x) @ F.normalize(t.x).T
     positive, negative = others(t.labels)
