@@ -28,11 +28,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import backends
+from fused_losses import backends, validation
 from fused_losses.backends import reference_pairs
-from fused_losses.pair_inputs import BEST, COUNT, TOTAL, VALUE, PairInputs, PairNeeds, Rule
+from fused_losses.pair_inputs import (
+    BEST,
+    COUNT,
+    REDUCTIONS,
+    SCORES,
+    TOTAL,
+    VALUE,
+    PairInputs,
+    PairNeeds,
+    Rule,
+)
 from fused_losses.rows import accumulate_dtype
 from fused_losses.streamed_op import StreamedOp
+from fused_losses.validation import describe
 
 INPUTS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? x_bias, Tensor? y_bias, Tensor? x_labels, "
@@ -57,6 +68,7 @@ SCHEMAS = {
 FIELDS = len(PairInputs._fields)
 # where among PairInputs the tensors stand that may need a gradient, as in PairNeeds
 DIFFERENTIABLE = (0, 1, 2, 3, 4)
+PAIRED = ("labels", "ids", "groups")  # compared across the sides
 
 
 class PairStatistics(NamedTuple):
@@ -82,9 +94,12 @@ def pair_statistics(
     """One sweep: statistics of the rows, and with cols=True of the columns (module docstring).
 
     Differentiable in x, y, scale and the biases. reduction: "lse", "softplus" or "relu".
-    Time O(N M D), half with triangle; memory O((N + M) D) plus a block. Second derivatives run on
+    Raises ValueError or TypeError for inputs that do not fit each other. Time O(N M D), half with
+    triangle; memory O((N + M) D) plus a block. Second derivatives run on
     the pure-PyTorch path, whichever backend ran the first.
     """
+    _check(inputs)
+    validation.check_choice("reduction", reduction, REDUCTIONS)
     name, _ = backends.choose(backend, inputs.x.device, inputs.x.dtype, inputs.precision)
     if name == "reference":
         rows, columns = reference_pairs.statistics(inputs, reduction, cols)
@@ -105,10 +120,37 @@ def pair_attention(
     """
     if inputs.triangle:
         raise ValueError("triangle: expected False, attention needs the pairs of both orders")
+    _check(inputs)
     name, _ = backends.choose(backend, inputs.x.device, inputs.x.dtype, inputs.precision)
     if name == "reference":
         return reference_pairs.attention(values, inputs, positives)
     return PAIR_ATTENTION(name, values, *_flat(inputs), positives)
+
+
+def _check(p: PairInputs) -> None:
+    """What kernels rely on; the losses say more of their own arguments."""
+    validation.check_matrix("x", p.x, "[N, D]")
+    validation.check_matrix("y", p.y, "[M, D]")
+    if p.x.shape[1] != p.y.shape[1]:
+        raise ValueError(f"y: expected [M, {p.x.shape[1]}] as x has, got {describe(p.y)}")
+    validation.check_device("x", p.x, "y", p.y)
+    validation.check_same_dtype("x", p.x, "y", p.y)
+    validation.check_choice("score", p.score, SCORES)
+    for side, rows in (("x", p.x),) if p.triangle else (("x", p.x), ("y", p.y)):
+        n = rows.shape[0]
+        for name in ("bias", "labels", "ids", "groups", "window"):
+            field, vector = f"{side}_{name}", getattr(p, f"{side}_{name}")
+            if vector is None:
+                continue
+            shape = (4, n) if name == "window" else (n,)
+            if tuple(vector.shape) != shape:
+                raise ValueError(f"{field}: expected shape {shape}, got {describe(vector)}")
+            validation.check_device("x", p.x, field, vector)
+            if name in PAIRED and vector.dtype != torch.int32:
+                raise TypeError(f"{field}: expected int32, got {describe(vector)}")
+    for name in () if p.triangle else PAIRED:
+        if (getattr(p, f"x_{name}") is None) != (getattr(p, f"y_{name}") is None):
+            raise ValueError(f"x_{name}, y_{name}: expected both or neither, got one")
 
 
 def _flat(p: PairInputs) -> PairInputs:

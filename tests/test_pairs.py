@@ -286,6 +286,28 @@ def test_strided_and_transposed_inputs(streamed: str) -> None:
     compare(statistics(p, "lse", True, streamed), want, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(y=torch.randn(7, 4)), ValueError, r"y: expected \[M, 3\]"),
+        (dict(y=torch.randn(7, 3)), TypeError, "y: expected the dtype of x"),
+        (dict(x=torch.randn(6)), ValueError, "x: expected two dimensions"),
+        (dict(score="cube"), ValueError, "score: expected one of linear, root"),
+        (dict(y_labels=None), ValueError, "x_labels, y_labels: expected both or neither"),
+        (dict(x_labels=torch.zeros(6).long()), TypeError, "x_labels: expected int32"),
+        (dict(y_bias=torch.randn(6)), ValueError, r"y_bias: expected shape \(7,\)"),
+        (dict(x_window=torch.randn(2, 6)), ValueError, r"x_window: expected shape \(4, 6\)"),
+    ],
+)
+def test_bad_input(change: dict, error: type, words: str, backend: str) -> None:
+    with pytest.raises(error, match=words):
+        pair_statistics(small()._replace(**change), backend=backend)
+    with pytest.raises(ValueError, match="reduction: expected one of"):
+        pair_statistics(small(), reduction="max", backend=backend)
+    with pytest.raises(ValueError, match="triangle: expected False"):
+        pair_attention(torch.randn(6, 2), small()._replace(triangle=True), backend=backend)
+
+
 # ---- determinism --------------------------------------------------------------------------------
 
 
