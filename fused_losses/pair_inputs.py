@@ -60,3 +60,21 @@ class PairNeeds(NamedTuple):
     scale: bool
     x_bias: bool
     y_bias: bool
+
+
+FIELDS = len(PairInputs._fields)
+# how many of an op's flat arguments stand before PairInputs
+BEFORE = {
+    "pair_statistics": 0,
+    "pair_statistics_backward": 4,
+    "pair_attention": 1,
+    "pair_attention_backward": 5,
+}
+
+
+def sorted_out(kind: str, arguments: tuple | list) -> tuple[tuple, PairInputs, tuple]:
+    """An op's flat arguments: those before its inputs, the inputs with their rules, those after."""
+    at = BEFORE[kind]
+    p = PairInputs(*arguments[at : at + FIELDS])
+    p = p._replace(positive=Rule(*p.positive), negative=Rule(*p.negative))
+    return tuple(arguments[:at]), p, tuple(arguments[at + FIELDS :])

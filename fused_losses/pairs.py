@@ -31,6 +31,7 @@ from torch import Tensor
 from fused_losses import backends, validation
 from fused_losses.backends import reference_pairs
 from fused_losses.pair_inputs import (
+    BEFORE,
     BEST,
     COUNT,
     REDUCTIONS,
@@ -39,9 +40,9 @@ from fused_losses.pair_inputs import (
     VALUE,
     PairInputs,
     PairNeeds,
-    Rule,
+    sorted_out,
 )
-from fused_losses.rows import accumulate_dtype
+from fused_losses.rows import accumulate_dtype, row_dtype
 from fused_losses.streamed_op import StreamedOp
 from fused_losses.validation import describe
 
@@ -65,7 +66,6 @@ SCHEMAS = {
         f"bool positives, bool need_values, {NEEDS}) -> (Tensor dvalues, {SOME})"
     ),
 }
-FIELDS = len(PairInputs._fields)
 # where among PairInputs the tensors stand that may need a gradient, as in PairNeeds
 DIFFERENTIABLE = (0, 1, 2, 3, 4)
 PAIRED = ("labels", "ids", "groups")  # compared across the sides
@@ -81,11 +81,6 @@ class PairStatistics(NamedTuple):
     total: Tensor  # sum of z
     count: Tensor  # pairs
     best: Tensor  # the largest z, -inf over no pairs
-
-
-def row_dtype(device: torch.device) -> torch.dtype:
-    """What statistics come in: float64 where the device has it."""
-    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
 
 
 def pair_statistics(
@@ -166,18 +161,7 @@ def _named(statistics: Tensor) -> PairStatistics:
     )
 
 
-def sorted_out(arguments: tuple) -> PairInputs:
-    """PairInputs from the ops' flat arguments, with their rules."""
-    p = PairInputs(*arguments)
-    return p._replace(positive=Rule(*p.positive), negative=Rule(*p.negative))
-
-
 # ---- autograd: each kind has a first tensor block, the inputs, and what follows them ------------
-
-
-def _first(kind: str) -> int:
-    """Where PairInputs start among the forward op's arguments."""
-    return 1 if kind == "pair_attention" else 0
 
 
 def _setup_context(ctx: Any, arguments: tuple, output: tuple) -> None:
@@ -195,18 +179,13 @@ def _gradients(kind: str, backward_op: Any, ctx: Any, needed: tuple, grads: tupl
         for tensor, rest in zip(ctx.saved_tensors[:count], ctx.rest, strict=True)
     ]
     output = ctx.saved_tensors[count:]
-    at = _first(kind)
-    if kind == "pair_statistics":
-        # value and total only: the others are counts
-        grads = [
-            torch.zeros_like(o[:2]) if g is None else g[:2].contiguous()
-            for g, o in zip(grads, output, strict=True)
-        ]
-    else:
-        grads = [
-            torch.zeros_like(o) if g is None else g.contiguous()
-            for g, o in zip(grads, output, strict=True)
-        ]
+    at = BEFORE[kind]
+    # of statistics value and total only: the others are counts
+    part = slice(2) if kind == "pair_statistics" else slice(None)
+    grads = [
+        torch.zeros_like(o[part]) if g is None else g[part].contiguous()
+        for g, o in zip(grads, output, strict=True)
+    ]
     needs = [needed[i] for i in range(at)] + [needed[at + i] for i in DIFFERENTIABLE]
     triangle = arguments[at + PairInputs._fields.index("triangle")]
     if triangle:
@@ -255,14 +234,14 @@ def _second(kind: str, ctx: Any, *grads: Tensor | None) -> tuple:
 
 
 def _fake_statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
-    p, cols = PairInputs(*arguments[:FIELDS]), arguments[-1]
+    _, p, (_, cols) = sorted_out("pair_statistics", arguments)
     new = dict(dtype=row_dtype(p.x.device))
     rows = p.x.new_empty((4, 2, p.x.shape[0]), **new)
     return rows, p.x.new_empty((4, 2, p.y.shape[0] if cols else 0), **new)
 
 
-def _fake_attention(values: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    p = PairInputs(*arguments[:FIELDS])
+def _fake_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    (values,), p, _ = sorted_out("pair_attention", arguments)
     n = p.x.shape[0]
     out = p.x.new_empty((n, values.shape[1]), dtype=accumulate_dtype(p.x.dtype))
     return out, p.x.new_empty(n, dtype=row_dtype(p.x.device))
@@ -277,14 +256,15 @@ def _empty_gradients(p: PairInputs, needs: PairNeeds) -> tuple[Tensor, ...]:
 
 
 def _fake_statistics_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    p = PairInputs(*arguments[4 : 4 + FIELDS])
-    return _empty_gradients(p, PairNeeds(*arguments[-5:]))
+    _, p, (_, _, *needs) = sorted_out("pair_statistics_backward", arguments)
+    return _empty_gradients(p, PairNeeds(*needs))
 
 
 def _fake_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    values, p = arguments[4], PairInputs(*arguments[5 : 5 + FIELDS])
-    dvalues = values.new_empty(values.shape if arguments[-6] else 0)
-    return dvalues, *_empty_gradients(p, PairNeeds(*arguments[-5:]))
+    before, p, (_, need_values, *needs) = sorted_out("pair_attention_backward", arguments)
+    values = before[-1]
+    dvalues = values.new_empty(values.shape if need_values else 0)
+    return dvalues, *_empty_gradients(p, PairNeeds(*needs))
 
 
 _FAKES = {
@@ -303,9 +283,7 @@ def _padded(found: tuple, p: PairInputs) -> tuple[Tensor, ...]:
 def python_op(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
     """Runs an op of a backend written in Python, its arguments sorted out."""
     module = backends.module(f"{backend}_pairs")
-    at = {"pair_statistics": 0, "pair_statistics_backward": 4, "pair_attention": 1}.get(kind, 5)
-    before, after = arguments[:at], arguments[at + FIELDS :]
-    p = sorted_out(arguments[at : at + FIELDS])
+    before, p, after = sorted_out(kind, arguments)
     # a product inside a kernel is ours to round, also where autocast surrounds the backward
     with torch.autocast(p.x.device.type, enabled=False):
         if kind == "pair_statistics":

@@ -13,6 +13,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def row_dtype(device: torch.device) -> torch.dtype:
+    """What the statistics of a row come in: float64 where the device has it."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """x / |x| a row; a row with |x| <= 1e-12 becomes zero and gets gradient zero. [N, D]"""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

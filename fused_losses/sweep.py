@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.inputs import Inputs, Needs, RowGradients
-from fused_losses.rows import accumulate_dtype
+from fused_losses.rows import accumulate_dtype, row_dtype
 from fused_losses.streamed_op import StreamedFunction, StreamedOp
 
 FORWARD = (
@@ -138,17 +138,12 @@ class RowStatisticsFunction:
         return StreamedFunction.apply(ROW_STATISTICS, backend, *inputs)
 
 
-def row_dtype(weight: Tensor) -> torch.dtype:
-    """What lse and target come in: float64 where the device has it."""
-    return torch.float64 if weight.device.type in ("cpu", "cuda", "meta") else torch.float32
-
-
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     p, kept_classes = Inputs(*arguments[:-1]), arguments[-1]
     x, weight = p.x, p.weight
     n = x.shape[0]
     dtype = accumulate_dtype(weight.dtype)
-    row = x.new_empty(n, dtype=row_dtype(weight))
+    row = x.new_empty(n, dtype=row_dtype(weight.device))
     return (
         row,
         torch.empty_like(row),
@@ -182,7 +177,7 @@ def _python_forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
     # a product inside a kernel is ours to round, also where autocast surrounds the backward
     with torch.autocast(p.x.device.type, enabled=False):
         lse, target, *rest = module.forward(p)
-    wide = row_dtype(p.weight)
+    wide = row_dtype(p.weight.device)
     kept = rest[-1].new_empty((0, _padded(p.x.shape[0])))
     return (lse.to(wide), target.to(wide), *rest, kept)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_losses import validation
 from fused_losses.inputs import Inputs, Needs, RowGradients
-from fused_losses.rows import ZERO_NORM, accumulate_dtype, unit_rows
+from fused_losses.rows import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
 
 TILE_BYTES = 3 << 20  # of scores and of weights in a tile, together
 LIVE_TILES = 3.7  # how many such are alive at the peak, in backward (tests/test_memory.py)
@@ -86,8 +86,7 @@ def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tenso
     Summed in float64: lse - target is what the gradient is the exponential of, and a long float32
     sum puts 6e-6 into a score of 48 (D = 512), six times what rounding the result does.
     """
-    # float64 where the device has it
-    wide = torch.float64 if x.device.type in ("cpu", "cuda") else x.dtype
+    wide = row_dtype(x.device)
     out = torch.zeros_like(labels, dtype=wide)
     step = max(1, TILE_BYTES // (32 * max(x.shape[1], 1)))
     for start in range(0, len(x), step):

@@ -22,8 +22,9 @@ from fused_losses.pair_inputs import (
     PairInputs,
     PairNeeds,
     Rule,
+    sorted_out,
 )
-from fused_losses.rows import accumulate_dtype
+from fused_losses.rows import accumulate_dtype, row_dtype
 
 BLOCK_BYTES = 2 << 20  # of scores in a block
 LIVE_BLOCKS = 12  # how many such are alive at the peak (tests/test_pair_memory.py)
@@ -166,8 +167,6 @@ def _merge(old: Tensor, new: Tensor, reduction: str) -> Tensor:
 
 
 def _nothing(p: PairInputs, size: int, reduction: str) -> Tensor:
-    from fused_losses.pairs import row_dtype
-
     out = torch.zeros(4, 2, size, dtype=row_dtype(p.x.device), device=p.x.device)
     out[BEST] = -torch.inf
     if reduction == "lse":
@@ -372,11 +371,7 @@ def attention_backward(
 
 def differentiable_backward(kind: str, arguments: list[Any]) -> tuple[Tensor, ...]:
     """A backward op's outputs from its flat arguments, themselves differentiable."""
-    from fused_losses.pairs import FIELDS, sorted_out
-
-    at = 4 if kind == "pair_statistics" else 5
-    before, after = arguments[:at], arguments[at + FIELDS :]
-    p = sorted_out(tuple(arguments[at : at + FIELDS]))
+    before, p, after = sorted_out(f"{kind}_backward", arguments)
     if kind == "pair_statistics":
         reduction, cols, *needs = after
         found = statistics_backward(*before, p, reduction, cols, PairNeeds(*needs), True)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs, Rule
+from fused_losses.rows import row_dtype
 
 
 def scores(p: PairInputs) -> Tensor:
@@ -65,7 +66,7 @@ def _side(p: PairInputs, s: Tensor, masks: tuple, window: Tensor | None, reducti
             low, high = window[2 * kind, :, None], window[2 * kind + 1, :, None]
             # so written, a NaN score takes part
             mask = mask & ~((s <= low) | (s >= high))
-        wide = torch.float64 if s.device.type in ("cpu", "cuda") else s.dtype
+        wide = row_dtype(s.device)
         none = z.masked_fill(~mask, -torch.inf)
         if reduction == "lse":
             # a row without pairs: a sum of zeros, dropped, so that no second derivative is NaN
@@ -103,5 +104,4 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
     weights = torch.where(alive, z.masked_fill(~mask & alive, -torch.inf), 0).softmax(dim=1)
     out = torch.where(alive, weights @ values, 0)
     lse = torch.where(alive, z.masked_fill(~mask & alive, -torch.inf), 0).logsumexp(dim=1)
-    wide = torch.float64 if s.device.type in ("cpu", "cuda") else s.dtype
-    return out, torch.where(alive[:, 0], lse, -torch.inf).to(wide)
+    return out, torch.where(alive[:, 0], lse, -torch.inf).to(row_dtype(s.device))

@@ -32,7 +32,7 @@ from fused_losses.pair_inputs import (
     PairInputs,
     PairNeeds,
 )
-from fused_losses.pairs import row_dtype
+from fused_losses.rows import row_dtype
 
 PARTIAL_BYTES = 64 << 20
 SWEEP_ROWS = 8192  # rows of a forward block: 8 MiB at D = 512 in 16 bits stay in L2
