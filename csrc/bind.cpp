@@ -290,6 +290,8 @@ TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("row_statistics_cpu", &forward);
   m.impl("row_statistics_cpu_backward", &backward);
   register_pairs(m);
+  register_topk(m);
+  register_distances(m);
 }
 
 }  // namespace fused_losses

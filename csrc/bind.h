@@ -22,4 +22,10 @@ void* aligned(const at::Tensor& buffer);
 // The ops of the sweep over pairs (schemas: fused_losses/pairs.py), bind_pairs.cpp.
 void register_pairs(torch::Library& m);
 
+// The k best columns (schema: fused_losses/selection.py), bind_topk.cpp.
+void register_topk(torch::Library& m);
+
+// The matrix of distances (schema: fused_losses/distance_matrix.py), bind_distances.cpp.
+void register_distances(torch::Library& m);
+
 }  // namespace fused_losses

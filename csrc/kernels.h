@@ -1,9 +1,12 @@
 // The kernels by instruction set, and the choice among them.
 #pragma once
 
+#include "distances.h"
 #include "maxsim.h"
 #include "pairs.h"
 #include "row_statistics.h"
+#include "topk.h"
+#include "triplets.h"
 
 namespace fused_losses {
 
@@ -13,6 +16,9 @@ struct Kernels {
   RowKernels rows;
   PairKernels pairs;
   MaxSimKernels maxsim;
+  TopkKernels topk;
+  DistanceKernels distances;
+  TripletKernels triplets;
 };
 
 const Kernels& generic_kernels();

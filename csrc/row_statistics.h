@@ -13,7 +13,7 @@
 
 namespace fused_losses {
 
-enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8 };
 
 // A row whose target stands at `position` among the classes that take part.
 struct Target {

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import backends, functional, pairs
+from fused_losses import backends, distance_matrix, functional, mining, neighbors, pairs, row_losses
 from fused_losses.late_interaction import maxsim
+from fused_losses.selection import LISTED_BYTES, QuantizedRows
 from fused_losses.sweep import row_statistics
 from fused_losses.trilinear import TRILINEAR_ROWS
 
@@ -27,7 +28,9 @@ class Plan:
 
     backend: str
     reasons: dict[str, list[str]]  # why the backends that were passed over cannot take the call
-    peak_extra_bytes: int  # beyond inputs and gradients, forward and backward
+    # beyond inputs and gradients, forward and backward. Of a matrix of distances, neighbours and
+    # mined lists the result and its gradient are not counted either, nor the parts of a list
+    peak_extra_bytes: int
 
     def __str__(self) -> str:
         passed = "".join(f"\n  not {who}: {', '.join(w)}" for who, w in self.reasons.items())
@@ -40,6 +43,8 @@ class Call(NamedTuple):
     like: Tensor  # whose device and dtype decide who runs
     precision: str
     extra: Callable[[str], int]  # a backend's name -> peak bytes
+    kind: str | None = None  # of a matrix of distances: not every backend has every one
+    backend: str | None = None  # of a function that has no choice
 
 
 Arguments = dict[str, Any]
@@ -60,8 +65,16 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     bound = inspect.signature(fn).bind(*args, **kwargs)
     bound.apply_defaults()
     call = READERS[fn](bound.arguments)
-    asked = bound.arguments.get("backend")
-    name, refused = backends.choose(asked, call.like.device, call.like.dtype, call.precision)
+    asked = call.backend or bound.arguments.get("backend")
+    asked_of = (call.like.device, call.like.dtype, call.precision)
+    if call.kind is None:
+        name, refused = backends.choose(asked, *asked_of)
+    else:
+        name = distance_matrix.choose(asked, *asked_of, call.kind)
+        first = backends.ORDER.get(call.like.device.type, ("bounded",))[0]
+        passed = backends.requested(asked) == "auto" and name != first
+        why = backends.reasons_against(first, *asked_of) if passed else []
+        refused = {first: why or [f"it has no kernel for kind {call.kind!r}"]} if passed else {}
     return Plan(name, refused, call.extra(name))
 
 
@@ -132,6 +145,7 @@ def _over_pairs(
 # how many times the rows are alive once more
 UNIT = SORTED = 2.0  # a copy and its gradient
 MOVED = 4.0  # a copy about the columns' mean, its norms' gradient, and the sum of two
+CHOSEN = 9  # the chosen positive and negative of each row, their differences and gradients
 AGAIN = 2.0  # the gradients of a further sweep, or of a tensor that is both sides, and their sum
 
 
@@ -252,6 +266,289 @@ def _maxsim(a: Arguments) -> Call:
     return Call(queries, precision, extra)
 
 
+# ---- distances ----------------------------------------------------------------------------------
+
+# what a metric's rows are compared by
+KIND_OF = {
+    **{name: name for name in distance_matrix.KINDS},
+    **dict.fromkeys(("cosine", "correlation", "snr", "lorentz", "rbf"), "sqeuclidean"),
+    **dict.fromkeys(("angular", "hellinger", "poincare", "mahalanobis"), "euclidean"),
+    **dict.fromkeys(("polynomial", "sigmoid"), "dot"),
+    "laplacian": "cityblock",
+}
+# matrices alive at once beside the result and its gradient, of what is a function of a kind
+MATRICES = {
+    "angular": 9,
+    "snr": 7,
+    "poincare": 9,
+    "lorentz": 12,
+    "jensenshannon": 3,
+    "rbf": 4,
+    "laplacian": 4,
+    "polynomial": 6,
+    "sigmoid": 6,
+}
+# how many times the rows of both sides are alive once more
+ROWS = {
+    "cosine": 6.0,
+    "jaccard": 2.0,
+    "correlation": 10.0,
+    "angular": 6.0,
+    "hellinger": 8.0,
+    "jensenshannon": 8.0,
+    "snr": 6.0,
+    "poincare": 4.0,
+    "lorentz": 4.0,
+    "mahalanobis": 14.0,
+}
+# of the reference, matrices [N, M, D] alive at once
+TERMS = {"dot": 0, "canberra": 16, "braycurtis": 14, "jensenshannon": 24, "kl": 18}
+
+
+def _matrix_bytes(
+    name: str,
+    n: int,
+    m: int,
+    d: int,
+    dtype: torch.dtype,
+    kind: str,
+    precision: str = "fp32",
+    gradient: bool = True,
+) -> int:
+    """Of `distance_matrix`, beyond inputs, result and, where there is one, their gradients."""
+    size = _size(dtype)
+    if name == "reference":
+        return (TERMS.get(kind, 8) * d + 4) * n * m * size
+    if name == "cpu":
+        module = backends.module(name)
+        return module.distance_extra_bytes(n, m, d, dtype, kind, precision, gradient)
+    if name == "triton":
+        return backends.module("triton_distances").extra_bytes(n, m, d, dtype, precision)
+    if kind == "dot":
+        # plain products
+        return 8 * (n + m) * d if dtype.itemsize == 2 else 0
+    module = backends.module("bounded_distances")
+    block = max(d, n * m * (1 if kind in distance_matrix.PRODUCTS else d)) * size
+    spare = max(0, module.BLOCK_BYTES - block) * module.LIVE_BLOCKS[kind]
+    found = module.extra_bytes(n, m, d, dtype, kind) - spare
+    return found if gradient else found // 2
+
+
+def _distances(what: str) -> Reader:
+    """`pairwise_distance` or `pairwise_similarity`; what: the argument that names the metric."""
+
+    def read(a: Arguments) -> Call:
+        x = a["x"]
+        y = x if a["y"] is None else a["y"]
+        metric = a[what]
+        kind = "dot" if (what, metric) == ("similarity", "cosine") else KIND_OF[metric]
+        if metric == "minkowski" and a["p"] in (1, 2, float("inf")):
+            kind = {1: "cityblock", 2: "euclidean"}.get(a["p"], "chebyshev")
+        if a.get("variance") is not None:
+            kind = "scaled"
+        (n, d), m, size = x.shape[-2:], y.shape[-2], _size(x.dtype)
+        lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]).numel()
+        sets = (x.shape[:-2].numel(), y.shape[:-2].numel())
+        # where both sides have several sets of rows each pair of sets is computed, then stacked
+        each = min(sets) > 1
+        rows, columns = (n, m) if each else (n * sets[0], m * sets[1])
+        copies = ROWS.get(metric, 0.0) + (0.0 if x.is_contiguous() and y.is_contiguous() else 2.0)
+        if a.get("w") is not None and kind not in distance_matrix.WEIGHTED:
+            # rows about their mean, times the weights
+            copies += 4.0
+        if x.dtype == torch.bool and a.get("w") is not None:
+            # bits with weights are compared as floats
+            copies += 1.0
+        if kind == "scaled":
+            # 1 / variance
+            copies = 3.0
+        matrices = MATRICES.get(metric, 0) + (2 if max(sets) > 1 else 0)
+        around = int(copies * (n * sets[0] + m * sets[1]) * d * size)
+        around += matrices * lead * n * m * size + SLACK
+
+        def extra(name: str) -> int:
+            sizes = (rows, columns, d)
+            differentiable = kind not in distance_matrix.FLAT
+            found = _matrix_bytes(name, *sizes, x.dtype, kind, a["precision"], differentiable)
+            return around + found
+
+        return Call(x, a["precision"], extra, kind)
+
+    return read
+
+
+# ---- neighbours and mining ----------------------------------------------------------------------
+
+LISTED_BLOCKS = 8  # of gathered rows and their gradients
+SCREEN_BLOCKS = 8  # of certified_topk's
+
+
+def _topk_bytes(
+    name: str, n: int, m: int, d: int, k: int, dtype: torch.dtype, triangle: bool = False
+) -> int:
+    """Of `selection.select`, beyond its inputs and what it returns."""
+    if name == "reference":
+        return 6 * n * m * (d + 4) * 8
+    # numbers for labels and ids
+    around = 64 * (n + m)
+    if name == "cpu":
+        return around + backends.module(name).topk_extra_bytes(n, d, k, dtype, triangle)
+    block = backends.module("certified_topk").BLOCK_BYTES
+    kept = k + max(16, k // 2)
+    size = _size(dtype)
+    if name == "triton":
+        module = backends.module("triton_topk")
+        around += max(module.PARTIAL_BYTES, 8 * n * kept) + 3 * module.BLOCK_BYTES
+    return around + SCREEN_BLOCKS * block + 3 * n * d * size + 2 * m * size + 72 * n * kept
+
+
+def _topk(a: Arguments) -> Call:
+    x, y, k, metric = a["x"], a["y"], a["k"], a["metric"]
+    bank = x if y is None else y.codes if isinstance(y, QuantizedRows) else y
+    (n, d), m = x.shape, bank.shape[0]
+    size, block = _size(x.dtype), min(LISTED_BYTES, 8 * n * k * d)
+    options = a.get("metric_options", {})
+    plan = neighbors.PLANS.get(metric)
+    if options.get("w") is not None or options.get("variance") is not None:
+        plan = None
+    # the gathered rows of a block, and the gradient of y where it is not summed in place
+    wants = x.requires_grad or bank.requires_grad
+    listed = LISTED_BLOCKS * block + 24 * n * k if wants else 0
+    summed = 4 * m * d if wants and bank.dtype.itemsize == 2 else 0
+    copies = {"correlation": 3.0, "hellinger": 3.0, "mahalanobis": 8.0}.get(metric, 0.0)
+    around = int(copies * (n + m) * d * size) + summed + 32 * n * k + SLACK
+    if plan is not None:
+
+        def extra(name: str) -> int:
+            triangle = y is None and a["skip_self"]
+            return around + max(listed, _topk_bytes(name, n, m, d, k, x.dtype, triangle))
+
+        return Call(x, "fp32", extra)
+    wide = max(k, 2_048)
+    tall = max(1, neighbors.BLOCK_BYTES // (wide * neighbors.BYTES_A_PAIR))
+    kind = KIND_OF[metric]
+
+    def in_full(name: str) -> int:
+        rows, columns = min(n, tall), min(m, wide)
+        pairs = rows * (columns + k) * neighbors.BYTES_A_PAIR
+        gathered = min(neighbors.BLOCK_BYTES, n * k * d * neighbors.BYTES_A_PAIR)
+        block = _matrix_bytes(name, rows, columns, d, x.dtype, kind, gradient=False)
+        return around + max(gathered, pairs + block)
+
+    return Call(x, "fp32", in_full, kind)
+
+
+MINED_BLOCKS = 12  # alive at once
+
+
+def _mining(a: Arguments) -> Call:
+    x = a["embeddings"]
+    y = x if a["ref_embeddings"] is None else a["ref_embeddings"]
+    (n, d), m, size = x.shape, y.shape[0], _size(x.dtype)
+    metric = a["metric"] or "euclidean"
+    kind = "dot" if metric == "cosine" else metric
+    copied = 3 * (n + m) * d * size * (a["normalize"] or metric == "cosine" or "strategy" in a)
+    chosen = {a["positive"], a["negative"]} <= {"hardest", "easiest"} and "strategy" not in a
+    if chosen and a["positive_range"] is a["negative_range"] is None:
+        plan = {"x": x.detach(), "y": None if y is x else y.detach(), "k": 1, "metric": kind}
+        call = _topk({**plan, "skip_self": True})
+        return call._replace(extra=lambda name: copied + 128 * n + call.extra(name))
+
+    def extra(name: str) -> int:
+        tall = min(n, max(1, mining.BLOCK_BYTES // (size * max(m, 1))))
+        blocks = MINED_BLOCKS * tall * m * size + 64 * (n + m) + SLACK
+        precision = a["precision"]
+        return copied + blocks + _matrix_bytes(name, tall, m, d, x.dtype, kind, precision, False)
+
+    return Call(x, a["precision"], extra, kind)
+
+
+# ---- over rows ----------------------------------------------------------------------------------
+
+# blocks alive at once, by what a row is folded into; choices have no gradient of their own
+ROW_BLOCKS, CHOICE_BLOCKS, COUNTED_BLOCKS = 14, 4, 8
+
+
+def _row_bytes(
+    name: str, n: int, m: int, d: int, dtype: torch.dtype, precision: str, blocks: int
+) -> int:
+    """Of `row_losses` with its gradient, beyond inputs and gradients."""
+    size = _size(dtype)
+    if name == "reference":
+        return (8 * d + REFERENCE_MATRICES) * n * m * size
+    tall = min(n, max(1, row_losses.BLOCK_BYTES // (max(m, 1) * size)))
+    around = blocks * tall * m * size + 2 * (n + m) * d * size
+    gradient = blocks > CHOICE_BLOCKS
+    return around + _matrix_bytes(name, tall, m, d, dtype, "euclidean", precision, gradient)
+
+
+def _over_rows(
+    rows: str, columns: str | None, copied: float = 0.0, more: int = 0, blocks: int = ROW_BLOCKS
+) -> Reader:
+    """Rows against columns (None: themselves).
+
+    copied: rows of both sides alive once more, more: the same of the rows alone.
+    """
+
+    def read(a: Arguments) -> Call:
+        x = a[rows]
+        y = x if columns is None or a[columns] is None else a[columns]
+        n, m, d, dtype = len(x), len(y), x.shape[1], x.dtype
+        m += n if columns == "frozen" else 0
+        found = copied + (UNIT if a.get("normalize") else 0.0)
+        around = int((found * (n + m) + more * n) * d * _size(dtype))
+        around += PAIR_ROW_BYTES * (n + m) + SLACK
+
+        def extra(name: str) -> int:
+            return around + _row_bytes(name, n, m, d, dtype, a["precision"], blocks)
+
+        return Call(x, a["precision"], extra)
+
+    return read
+
+
+def _choice(rows: str, columns: str | None, more: int) -> Reader:
+    """One positive and one negative a row."""
+    return _over_rows(rows, columns, 0.0, more, CHOICE_BLOCKS)
+
+
+def _triplets(columns: str, copied: float = 0.0) -> Reader:
+    def read(a: Arguments) -> Call:
+        plain = _over_rows("embeddings", columns, copied, 0, row_losses.LIVE_BLOCKS)(a)
+        smooth = a.get("smooth") or a["triplets"] == "easy"
+        # counted in C++, but for softplus
+        blocks = ROW_BLOCKS if smooth else COUNTED_BLOCKS
+        compiled = _over_rows("embeddings", columns, copied, 0, blocks)(a)
+        return plain._replace(extra=lambda name: (compiled if name == "cpu" else plain).extra(name))
+
+    return read
+
+
+def _both(first: Reader, second: Reader) -> Reader:
+    """Two sweeps, one after the other."""
+
+    def read(a: Arguments) -> Call:
+        calls = first(a), second(a)
+        return calls[0]._replace(extra=lambda name: max(call.extra(name) for call in calls))
+
+    return read
+
+
+def _nearest_rows(a: Arguments) -> Call:
+    # the gathered neighbours of every row, their differences and the gradients of both
+    return _choice("embeddings", None, 6 * a["window"])(a)
+
+
+def _listed_triplets(a: Arguments) -> Call:
+    anchor, triplets = a["anchor"], a["triplets"]
+    count = len(anchor if triplets is None else triplets[0])
+    size = _size(anchor.dtype)
+    rows = sum(len(a[name]) for name in ("anchor", "positive", "negative"))
+    widened = 8 * rows * anchor.shape[1] if anchor.dtype.itemsize == 2 else 0
+    around = (10 * count + 2 * rows) * anchor.shape[1] * size + widened + 64 * count + SLACK
+    return Call(anchor, "fp32", lambda name: around, backend="bounded")
+
+
 READERS: dict[Callable[..., Any], Reader] = {
     functional.margin_softmax: _over_classes,
     functional.linear_cross_entropy: _over_classes,
@@ -279,6 +576,30 @@ READERS: dict[Callable[..., Any], Reader] = {
     functional.similarity_attention: _attention,
     functional.trilinear_attention: _trilinear,
     functional.sinkhorn: _sinkhorn,
+    functional.pairwise_distance: _distances("metric"),
+    functional.pairwise_similarity: _distances("similarity"),
+    functional.pairwise_topk: _topk,
+    functional.mine_triplets: _mining,
+    functional.mine_pairs: _mining,
+    functional.all_triplets: _triplets("ref_embeddings"),
+    functional.harmonic_triplet: _triplets("frozen", SORTED),
+    functional.triplet_margin: _listed_triplets,
+    functional.batch_hard_triplet: _choice("embeddings", "ref_embeddings", CHOSEN),
+    functional.batch_easy_hard_triplet: _choice("embeddings", "ref_embeddings", CHOSEN),
+    functional.centroid_triplet: _choice("embeddings", None, 3 * CHOSEN),
+    functional.prototype_triplet: _choice("embeddings", "prototypes", CHOSEN),
+    functional.contrastive: _two("embeddings", "ref_embeddings", MOVED),
+    functional.margin_loss: _two("embeddings", "ref_embeddings", MOVED),
+    functional.snr_contrastive: _over_rows("embeddings", "ref_embeddings", MOVED),
+    functional.tuplet_margin: _over_rows("embeddings", "ref_embeddings"),
+    functional.angular: _batch("embeddings", SORTED + 2 * MOVED),
+    functional.ranked_list: _over_rows("embeddings", None),
+    functional.fast_ap: _over_rows("embeddings", "ref_embeddings"),
+    functional.histogram: _over_rows("embeddings", None),
+    functional.intra_pair_variance: _both(
+        _batch("embeddings", AGAIN), _over_rows("embeddings", None, AGAIN)
+    ),
+    functional.icnn: _nearest_rows,
     pairs.pair_statistics: _inputs,
     pairs.pair_attention: _inputs,
     maxsim: _maxsim,

@@ -174,11 +174,13 @@ def _setup_context(ctx: Any, arguments: tuple, output: tuple) -> None:
 def _gradients(kind: str, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
     """Gradients of the forward op's arguments, in their order."""
     count = len(ctx.rest)
+    # read once: a checkpoint unpacks what was saved a single time
+    saved = ctx.saved_tensors
     arguments = [
         rest if tensor is None else tensor
-        for tensor, rest in zip(ctx.saved_tensors[:count], ctx.rest, strict=True)
+        for tensor, rest in zip(saved[:count], ctx.rest, strict=True)
     ]
-    output = ctx.saved_tensors[count:]
+    output = saved[count:]
     at = BEFORE[kind]
     # of statistics value and total only: the others are counts
     part = slice(2) if kind == "pair_statistics" else slice(None)

@@ -51,6 +51,8 @@ class StreamedOp:
     python: Callable[..., tuple[Tensor, ...]]
     second: Callable[..., tuple] | None = None  # the backward op's own gradient
     second_setup: Callable[[Any, tuple, tuple], None] | None = None
+    # with "cpu" among them nothing of the op is compiled
+    python_backends: tuple[str, ...] = PYTHON_BACKENDS
 
     def op(self, backend: str, direction: str = "") -> Any:
         """The registered op of a backend: forward, or with direction="_backward" its gradient."""
@@ -65,12 +67,13 @@ class StreamedOp:
 
     def define(self) -> None:
         """Registers the op with every backend that this build has."""
-        compiled = () if backends.unavailable("cpu") else ("cpu",)
-        for backend in (*PYTHON_BACKENDS, *compiled):
+        in_python = self.python_backends
+        compiled = () if backends.unavailable("cpu") or "cpu" in in_python else ("cpu",)
+        for backend in (*in_python, *compiled):
             for direction, schema in (("", self.forward), ("_backward", self.backward)):
                 name = f"{self.name}_{backend}{direction}"
                 LIBRARY.define(name + schema)
-                if backend in PYTHON_BACKENDS:
+                if backend in in_python:
                     run = self._python(direction, backend)
                     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
             self._register(backend)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses import backends, functional
+from fused_losses import backends, distance_matrix, functional
 from fused_losses.late_interaction import maxsim
 from fused_losses.margins import ArcFace, CosFace
 
@@ -23,7 +23,20 @@ FLOOR = {
     torch.float16: 2e-3,
 }
 LOWERED = 2e-2  # products in bf16 or tf32, relative L2 of the gradients
-LOOSE = {"maxsim": 0.2}  # near ties: rounded products may choose another token
+# near ties: rounded products may choose another token, another row, another side of a hinge
+LOOSE = {"maxsim": 0.2}
+# where a slope jumps a rounding may take a term across: of float32, and of lowered products
+JUMPS = (
+    "all_triplets",
+    "batch_hard_triplet",
+    "contrastive",
+    "snr_contrastive",
+    "ranked_list",
+    "fast_ap",
+    "histogram",
+)
+JUMP, LOWERED_JUMP = 5e-3, 0.2
+K = 9  # neighbours
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,60 @@ def _maxsim(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
     return maxsim(x[None], documents, **options).sum()
 
 
+# matrices of distances: against fixed slopes, so that every element counts
+
+
+def _slopes(out: Tensor) -> Tensor:
+    n, m = out.shape
+    steps = torch.arange(n * m, device=out.device, dtype=out.dtype).view(n, m)
+    return (steps * 0.7).cos()
+
+
+def _distances(kind: str) -> Callable[..., Tensor]:
+    """The matrix of a kind, for entries that its meaning asks for, and with its gradient a sum."""
+
+    def op(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
+        weights = None
+        if kind in ("jensenshannon", "kl"):
+            x, w = x.abs() + 0.01, w.abs() + 0.01
+            x, w = (t / t.sum(dim=1, keepdim=True) for t in (x, w))
+        elif kind == "scaled":
+            weights = w.detach().square()
+        out = distance_matrix.distance_matrix(x, w, weights, kind=kind, p=3.0, **options)
+        return (out * _slopes(out)).sum()
+
+    return op
+
+
+def _counted(kind: str) -> Callable[..., Tensor]:
+    """hamming and jaccard of signs, which have no gradient."""
+
+    def op(x: Tensor, w: Tensor, y: Tensor, backend: str) -> Tensor:
+        x, w = (torch.where(t > 0, t.sign(), 0) for t in (x, w))
+        return distance_matrix.distance_matrix(x, w, kind=kind, backend=backend)
+
+    return op
+
+
+def _neighbours(kind: str, screen: str, own: bool = False) -> Callable[..., Tensor]:
+    """Indices, which must be those of float64 whatever screens."""
+
+    def op(x: Tensor, w: Tensor, y: Tensor, backend: str) -> Tensor:
+        labels = dict(x_labels=torch.arange(len(w), device=w.device) % 29, match="different")
+        given = (w, None) if own else (x, w)
+        options = dict(skip_self=True, **labels) if own else {}
+        return functional.pairwise_topk(*given, K, kind, screen=screen, backend=backend, **options)[
+            1
+        ]
+
+    return op
+
+
+def _mined(x: Tensor, w: Tensor, y: Tensor, backend: str) -> Tensor:
+    """Anchors, positives and negatives, [3, T]."""
+    return torch.stack(functional.mine_triplets(*_batch(x, w, y), backend=backend)[:3])
+
+
 OPS: dict[str, Callable[..., Tensor]] = {
     "margin_softmax": _margin_softmax,
     "margin_softmax, classes": _sampled,
@@ -123,6 +190,33 @@ OPS: dict[str, Callable[..., Tensor]] = {
     "logsumexp_similarity": _columns,
     "similarity_attention": _attention,
     "maxsim": _maxsim,
+    **{
+        f"distances, {kind}": _distances(kind)
+        for kind in distance_matrix.KINDS
+        if kind not in distance_matrix.FLAT
+    },
+    "all_triplets": _over_a_batch(functional.all_triplets, normalize=True, margin=0.2),
+    "all_triplets, smooth": _over_a_batch(functional.all_triplets, normalize=True, smooth=True),
+    "batch_hard_triplet": _over_a_batch(functional.batch_hard_triplet, normalize=True),
+    "contrastive": _over_a_batch(functional.contrastive, normalize=True, negative_margin=1.5),
+    "snr_contrastive": _over_a_batch(functional.snr_contrastive, negative_margin=2.0),
+    "tuplet_margin": _over_a_batch(functional.tuplet_margin, normalize=True, scale=8.0),
+    "ranked_list": _over_a_batch(functional.ranked_list, normalize=True, alpha=1.5),
+    "fast_ap": _over_a_batch(functional.fast_ap, normalize=True),
+    "histogram": _over_a_batch(functional.histogram, normalize=True, bins=20),
+}
+
+# no products to round, and no Triton kernels
+WITHOUT_PRODUCTS = {f"distances, {k}" for k in distance_matrix.KINDS} - {
+    f"distances, {k}" for k in distance_matrix.PRODUCTS
+}
+# what has no gradient and one right answer: the error is the share of elements that are not it
+EXACT: dict[str, Callable[..., Tensor]] = {
+    **{f"topk, {kind}": _neighbours(kind, "fp32") for kind in ("dot", "euclidean", "cosine")},
+    "topk, bf16 screen": _neighbours("euclidean", "bf16"),
+    "topk, own rows": _neighbours("dot", "fp32", own=True),
+    "batch-hard mining": _mined,
+    **{f"distances, {kind}": _counted(kind) for kind in distance_matrix.FLAT},
 }
 
 
@@ -137,15 +231,21 @@ def _gradients(op: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor, **opt
     return loss.detach(), x.grad, w.grad
 
 
+def _inputs(seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(37, 72, generator=generator, dtype=torch.float64)
+    w = torch.randn(301, 72, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 301, (37,), generator=generator)
+    return x.to(device), w.to(device), y.to(device)
+
+
 def rows(seed: int = 0) -> Iterator[Row]:
     """The table, a row at a time: the worst of loss, dx and dw in relative L2."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for name, op in OPS.items():
-            generator = torch.Generator().manual_seed(seed)
-            x = torch.randn(37, 72, generator=generator, dtype=torch.float64)
-            w = torch.randn(301, 72, generator=generator, dtype=torch.float64)
-            y = torch.randint(0, 301, (37,), generator=generator)
-            yield from _of_op(name, op, x.to(device), w.to(device), y.to(device))
+            yield from _of_op(name, op, *_inputs(seed, device))
+        for name, op in EXACT.items():
+            yield from _exactly(name, op, *_inputs(seed, device))
 
 
 def _of_op(name: str, op: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor) -> Iterator[Row]:
@@ -159,14 +259,47 @@ def _of_op(name: str, op: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor
             for precision in ("fp32", "tf32", "mixed", "bf16"):
                 if backends.reasons_against(backend, x.device, dtype, precision):
                     continue
-                bound = 2 * eager_error + floor
+                if name in WITHOUT_PRODUCTS and (precision != "fp32" or backend == "triton"):
+                    continue
+                jumps = name in JUMPS
+                bound = 2 * eager_error + (max(floor, JUMP) if jumps else floor)
                 if precision != "fp32":
-                    bound = max(bound, LOOSE.get(name, LOWERED))
+                    bound = max(bound, LOWERED_JUMP if jumps else LOOSE.get(name, LOWERED))
                 got = _gradients(op, *cast, backend=backend, precision=precision)
                 error = max(_relative(a, b) for a, b in zip(got, truth, strict=True))
-                where = backend if x.device.type == "cpu" else f"{backend} ({x.device})"
-                kind = str(dtype).removeprefix("torch.")
-                yield Row(name, where, f"{kind}/{precision}", error, bound)
+                yield Row(name, _where(backend, x), f"{_short(dtype)}/{precision}", error, bound)
+
+
+def _where(backend: str, x: Tensor) -> str:
+    return backend if x.device.type == "cpu" else f"{backend} ({x.device})"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _exactly(
+    name: str, op: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor
+) -> Iterator[Row]:
+    precision = "bf16" if "bf16" in name else "fp32"
+    for dtype in FLOOR:
+        cast = (x.to(dtype), w.to(dtype), y)
+        plain = EXACT[name.replace("bf16 screen", "euclidean")]
+        want = plain(cast[0].double(), cast[1].double(), y, backend="reference")
+        for backend in ("cpu", "triton", "bounded"):
+            # a screen of float64 rows may be narrow, too
+            screened = torch.float32 if precision == "bf16" else dtype
+            if backends.reasons_against(backend, x.device, screened, precision):
+                continue
+            if name in WITHOUT_PRODUCTS and backend == "triton":
+                continue
+            got = op(*cast, backend=backend)
+            error = 1.0
+            if got.shape == want.shape:
+                # numbers of few bits: a quotient of counts, rounded once
+                apart = (got.double() - want.double()).abs() > 1e-6 * want.double().abs()
+                error = float(apart.double().mean())
+            yield Row(name, _where(backend, x), f"{_short(dtype)}/{precision}", error, 0.0)
 
 
 def run(say: Callable[[str], None] = print) -> int:

@@ -2,8 +2,11 @@
 #pragma once
 
 #include "backward.h"
+#include "distances.h"
 #include "maxsim.h"
 #include "pair_attention.h"
+#include "topk.h"
+#include "triplets.h"
 
 namespace fused_losses::FL_ISA {
 
@@ -146,10 +149,49 @@ inline MaxSimKernels maxsim_table() {
   return k;
 }
 
+// Calls f.template operator()<P>() with the products that screen.
+template <class F>
+inline auto with_screen([[maybe_unused]] const TopkProblem& p, F&& f) {
+#if defined(__AVX512BF16__)
+  if (p.bf16) return f.template operator()<Pairs>();
+#endif
+  return f.template operator()<F32>();
+}
+
+inline TopkKernels topk_table() {
+  TopkKernels k;
+  k.bytes = [](const TopkProblem& p, int threads) {
+    return with_screen(p, [&]<class P>() { return topk_bytes<P>(p, threads); });
+  };
+  k.run = [](const TopkProblem& p, const TopkOut& out, void* buffer, const Parallel& parallel) {
+    with_screen(p, [&]<class P>() { topk<P>(p, out, buffer, parallel); });
+  };
+  return k;
+}
+
+inline TripletKernels triplet_table() {
+  TripletKernels k;
+  k.bytes = [](const TripletProblem& p, int threads) {
+    return p.is_double ? triplet_bytes<double>(p, threads) : triplet_bytes<float>(p, threads);
+  };
+  k.forward = [](const TripletProblem& p, double* statistics, void* buffer,
+                 const Parallel& parallel) {
+    if (p.is_double) return triplets_forward<double>(p, statistics, buffer, parallel);
+    triplets_forward<float>(p, statistics, buffer, parallel);
+  };
+  k.backward = [](const TripletProblem& p, const void* grad, void* slope, void* buffer,
+                  const Parallel& parallel) {
+    if (p.is_double) return triplets_backward<double>(p, grad, slope, buffer, parallel);
+    triplets_backward<float>(p, grad, slope, buffer, parallel);
+  };
+  return k;
+}
+
 inline Kernels table(const char* capability, bool bf16) {
   const RowKernels rows = {table_forward_bytes, table_backward_bytes, table_forward,
                            table_backward};
-  return {capability, bf16, rows, pair_table(), maxsim_table()};
+  return {capability,       bf16,           rows, pair_table(), maxsim_table(), topk_table(),
+          distance_table(), triplet_table()};
 }
 
 }  // namespace fused_losses::FL_ISA

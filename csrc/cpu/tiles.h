@@ -74,6 +74,9 @@ inline void read_row(const Matrix& m, int64_t row, int64_t d, T* out) {
   } else if (m.type == Type::kBFloat16) {
     const uint16_t* from = static_cast<const uint16_t*>(m.data) + at;
     for (int64_t i = 0; i < d; ++i) out[i] = from_bf16(from[i]);
+  } else if (m.type == Type::kInt8) {
+    const int8_t* from = static_cast<const int8_t*>(m.data) + at;
+    for (int64_t i = 0; i < d; ++i) out[i] = from[i];
   } else {
     const _Float16* from = static_cast<const _Float16*>(m.data) + at;
     for (int64_t i = 0; i < d; ++i) out[i] = static_cast<float>(from[i]);

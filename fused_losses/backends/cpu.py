@@ -106,3 +106,62 @@ def maxsim_extra_bytes(
     narrowed = 2 * document_tokens * d if precision == "bf16" else 0
     widened = 8 * (query_tokens + document_tokens) * d if dtype.itemsize == 2 else 0
     return torch.get_num_threads() * max(QUERY_BYTES, 256 * d) + narrowed + widened
+
+
+# ---- matrices of distances, as csrc/cpu/distance_*.h cut them ------------------------------------
+
+PRODUCTS = ("dot", "sqeuclidean", "euclidean")
+FACTORS = 2 * 68 * 256  # elements of a thread's tiles, of the gradient of a sum over coordinates
+
+
+def distance_extra_bytes(
+    n: int,
+    m: int,
+    d: int,
+    dtype: torch.dtype,
+    kind: str,
+    precision: str = "fp32",
+    gradient: bool = True,
+) -> int:
+    """Peak memory beyond inputs, result and their gradients; of the forward alone if so wanted."""
+    threads, size = torch.get_num_threads(), 8 if dtype == torch.float64 else 4
+    panel = 256 // size
+    widened = (8 if gradient else 4) * (n + m) * d if dtype.itemsize == 2 else 0
+    vectors = (n + _up(m, panel)) * size
+    if kind not in PRODUCTS:
+        forward = threads * 2 * d * panel * size
+        backward = (FACTORS + d * panel) * threads * size + n * d * size * (kind == "canberra")
+        return max(forward, backward if gradient else 0) + vectors + widened
+    narrowed = 2 * n * d if precision == "bf16" else 0
+    if not gradient:
+        return threads * 2 * d * panel * size + vectors + narrowed + widened
+    # near pairs of a block stand apart
+    near = min(n, BLOCK_ROWS + 192) * min(m, BLOCK_COLUMNS) * size
+    return pair_extra_bytes(n, m, d, dtype, precision) + near + vectors
+
+
+# ---- the k best columns, as csrc/cpu/topk.h cuts them -------------------------------------------
+
+CANDIDATE_BYTES, CANDIDATES_BYTES, MOST_QUERIES = 16, 16 << 20, 8192
+BANK_BYTES = 256 << 10  # of the bank in a tile
+
+
+def topk_extra_bytes(n: int, d: int, k: int, dtype: torch.dtype, triangle: bool) -> int:
+    """Peak memory of `selection.select` beyond its inputs and what it returns.
+
+    triangle: rows against themselves without i == j, of which half the pairs are taken.
+    """
+    threads = torch.get_num_threads()
+    panel = 64
+    kept = 16 if k == 1 else max(2 * k, k + 64)
+    padded = _up(max(n, 1), panel)
+    most = max(CANDIDATES_BYTES, 4 * n * d)
+    queries = most // (kept * CANDIDATE_BYTES * threads) // panel * panel
+    triangle = triangle and padded <= queries
+    queries = padded if triangle else min(max(queries, panel), min(padded, MOST_QUERIES))
+    tile = min(max(BANK_BYTES // (max(d, 1) * 4), 24), 384)
+    shared = queries * (4 * d + 20) + (20 * queries + 4 * n * d if triangle else 0)
+    each = queries * (kept * CANDIDATE_BYTES + 8) + 4 * panel * d + 16 * (tile + kept + d + 256)
+    rows = 0 if triangle else 4 * tile * d
+    widened = 4 * n * d if dtype.itemsize == 2 else 0
+    return shared + threads * (each + rows) + widened

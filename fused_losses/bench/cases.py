@@ -30,11 +30,19 @@ class Case:
     flops: float  # the products that must be done, nothing kept
     bytes: float  # each input once, each output once
     unlike: tuple[str, ...] = ()  # providers that compute another loss
-    tolerance: dict[str, float] = field(default_factory=dict)  # see measure.check
+    tolerance: dict[str, float] = field(default_factory=dict)  # see measure.paired
+    work: str = "products with no score kept"  # what flops are
+    # rounds that slow providers take part in; 0: timed in the warm-up, which is their only step
+    turns: dict[str, int] = field(default_factory=dict)
+    result_mib: float = 0.0  # what every provider returns
+    # how far two providers' results and gradients are apart, where relative L2 does not say it
+    differ: Callable[[list[Tensor], list[Tensor]], float] | None = None
+    # result and gradients in float64: providers then say how far they are from them
+    truth: Callable[[], list[Tensor]] | None = None
 
     @property
     def gradients_mib(self) -> float:
-        return sum(leaf.nbytes for leaf in self.leaves) / 2**20
+        return self.result_mib + sum(leaf.nbytes for leaf in self.leaves) / 2**20
 
     def clear(self) -> None:
         """Drops the gradients."""

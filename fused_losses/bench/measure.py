@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Step = Callable[[], Tensor]  # forward and backward; the loss
+Step = Callable[[], Tensor]  # forward and backward; the loss, or what else is computed
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-SAMPLED = 1 << 20  # elements of a gradient that are compared
+SAMPLED = 1 << 20  # elements of a result or gradient that are compared
 TOLERANCE = 2e-3  # relative L2, of float32 accuracy
 LOWERED = 5e-2
 LOW = ("bf16", "mixed", "knob")  # in the names of providers with rounded products
@@ -32,6 +32,8 @@ class Result:
     extra_mib: float | None = None
     error: str | None = None
     difference: float | None = None  # from the first provider's loss and gradients, relative L2
+    # where the case knows the truth: the result's worst relative error, the gradients' in L2
+    errors: list[float] | None = None
 
     @property
     def median_ms(self) -> float:
@@ -45,6 +47,9 @@ class Measured(Protocol):
     leaves: list[Tensor]
     unlike: tuple[str, ...]
     tolerance: dict[str, float]
+    turns: dict[str, int]
+    differ: Callable[[list[Tensor], list[Tensor]], float] | None
+    truth: Callable[[], list[Tensor]] | None
 
     @property
     def gradients_mib(self) -> float: ...
@@ -100,13 +105,20 @@ def timed_ms(step: Step) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def _sampled(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of each so many elements at most; a whole one could be gigabytes."""
+    flat = [t.reshape(-1) for t in tensors]
+    return [t[:: max(1, t.numel() // SAMPLED)].double() for t in flat]
+
+
 def _found(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """The loss and a sample of each gradient; a whole one could be gigabytes."""
-    samples = [loss.double().reshape(1)]
-    for leaf in leaves:
-        flat = leaf.grad.reshape(-1)
-        samples.append(flat[:: max(1, flat.numel() // SAMPLED)].double())
-    return samples
+    """A sample of the result and of each gradient."""
+    return _sampled([loss, *(leaf.grad for leaf in leaves)])
+
+
+def _errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
+    worst = float(((found[0] - truth[0]).abs() / truth[0].abs().clamp_min(1e-300)).max())
+    return [worst, difference(found[1:], truth[1:])]
 
 
 def difference(got: list[Tensor], want: list[Tensor]) -> float:
@@ -127,15 +139,25 @@ def paired(
     """
     results = {name: Result(name) for name in case.providers}
     want: list[Tensor] | None = None
+    truth = None if case.truth is None else _sampled(case.truth())
+    differ = case.differ or difference
     for name, step in case.providers.items():
         say(f"warm-up: {name}")
         result = results[name]
         try:
             case.clear()
-            found = _found(step(), case.leaves)
+            once: list[Tensor] = []
+            if case.turns.get(name) == 0:
+                # its warm-up is all that it gets: time and memory of that
+                start = time.perf_counter()
+                result.extra_mib = peak_mib(lambda step=step, once=once: once.append(step()))
+                result.times_ms.append((time.perf_counter() - start) * 1e3)
+            found = _found(once[0] if once else step(), case.leaves)
             want = found if want is None else want
+            if truth is not None:
+                result.errors = _errors(found, truth)
             if name not in case.unlike:
-                result.difference = difference(found, want)
+                result.difference = differ(found, want)
                 usual = LOWERED if any(word in name for word in LOW) else TOLERANCE
                 tolerance = case.tolerance.get(name, usual)
                 # written so that NaN disagrees
@@ -143,13 +165,15 @@ def paired(
                     raise ValueError(f"differs from ours by {result.difference:.1e}")
             del found
             case.clear()
-            result.extra_mib = max(0.0, peak_mib(step) - case.gradients_mib)
+            if not once:
+                result.extra_mib = peak_mib(step)
+            result.extra_mib = max(0.0, result.extra_mib - case.gradients_mib)
         except Exception as error:  # a rival's failure is a result too
             result.error = f"{type(error).__name__}: {error}"
     for index in range(rounds):
         say(f"round {index + 1} of {rounds}")
         for name, step in case.providers.items():
-            if results[name].error is None:
+            if results[name].error is None and index < case.turns.get(name, rounds):
                 case.clear()
                 step()
                 case.clear()
@@ -159,8 +183,11 @@ def paired(
 
 
 def paired_ratio(ours: Result, theirs: Result) -> float:
-    """Median over the rounds of their time over ours in the same round."""
+    """Median over the rounds of their time over ours in the same round.
+
+    A slow provider has fewer rounds, the first ones.
+    """
     if not ours.times_ms or not theirs.times_ms:
         return float("nan")
-    both = zip(theirs.times_ms, ours.times_ms, strict=True)
+    both = zip(theirs.times_ms, ours.times_ms, strict=False)
     return statistics.median(b / a for b, a in both)

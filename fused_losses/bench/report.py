@@ -13,12 +13,19 @@ from pathlib import Path
 
 import torch
 
-from fused_losses.bench import cases, measure, pair_cases
+from fused_losses.bench import cases, distance_cases, measure, pair_cases
 from fused_losses.bench.cases import Case
 from fused_losses.bench.measure import Result
 from fused_losses.version import __version__
 
-CASES = ("margin_softmax", *pair_cases.BY_SHAPE, "maxsim")
+CASES = (
+    "margin_softmax",
+    *pair_cases.BY_SHAPE,
+    "maxsim",
+    *distance_cases.MATRICES,
+    "topk",
+    *distance_cases.BATCHES,
+)
 GROWTH = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
@@ -36,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=_sizes(5), default=(256, 32, 1024, 128, 128),
                         metavar="Q,LQ,B,LD,D", help="queries and documents with their tokens, and "
                         "width, of maxsim (default 256,32,1024,128,128)")  # fmt: skip
+    parser.add_argument("--distances", type=_sizes(2), default=(4096, 128), metavar="N,D",
+                        help="rows and width of the matrices of distances "
+                        "(default 4096,128)")  # fmt: skip
+    parser.add_argument("--bank", type=_sizes(4), default=(1024, 200_000, 256, 32),
+                        metavar="N,M,D,K", help="queries, bank, width and neighbours of topk "
+                        "(default 1024,200000,256,32)")  # fmt: skip
+    parser.add_argument("--batch", type=_sizes(2), metavar="N,D", help="batch and width of mining "
+                        "and of the losses over triplets (default 8192,128; all_triplets: "
+                        "4096,128)")  # fmt: skip
     parser.add_argument("--no-growth", action="store_true", help="skip the cost against C")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
 
@@ -71,6 +87,18 @@ def _planned(args: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...], i
         case = pair_cases.maxsim(*args.tokens, device=args.device)
         # an eager step takes 20 s on two cores
         yield "maxsim", args.tokens, max(1, args.rounds // 4), case
+    for name, make in distance_cases.MATRICES.items():
+        if name in wanted:
+            n, d = args.distances
+            yield f"{name}_N{n}_D{d}", args.distances, args.rounds, make(n, d, device=args.device)
+    if "topk" in wanted:
+        case = distance_cases.topk(*args.bank, device=args.device)
+        yield "topk", args.bank, max(3, args.rounds // 2), case
+    for name, make in distance_cases.BATCHES.items():
+        if name in wanted:
+            n, d = args.batch or (4096 if name == "all_triplets" else 8192, 128)
+            rounds = max(3, args.rounds // 2)
+            yield f"{name}_N{n}_D{d}", (n, d), rounds, make(n, d, args.device)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,9 +148,9 @@ def table(case: Case, results: list[Result]) -> list[str]:
     lines = [
         f"## {case.title}",
         "",
-        f"Floor: {case.flops / 1e9:,.0f} GFLOP of products with no score kept, "
+        f"Floor: {case.flops / 1e9:,.0f} GFLOP of {case.work}, "
         f"{case.bytes / 2**20:,.0f} MiB read and written once. Ratios are medians of paired turns, "
-        "times medians; off: the loss and gradients from the first row's, relative L2.",
+        f"times medians; off: {_off(case)}.",
         "",
         f"| | ms | extra MiB | off |{heads}",
         "|---|---|---|---|" + "---|" * len(rivals),
@@ -132,12 +160,23 @@ def table(case: Case, results: list[Result]) -> list[str]:
             lines.append(f"| {r.name} | {r.error} | | |" + " |" * len(rivals))
             continue
         off = "" if r.difference is None else f"{r.difference:.0e}"
+        if r.errors is not None:
+            off += " (" + ", ".join(f"{error:.0e}" for error in r.errors) + ")"
         row = f"| {r.name} | {r.median_ms:,.0f} | {r.extra_mib:,.1f} | {off} |"
         for rival in rivals:
             ratio = measure.paired_ratio(r, rival) if r.name in case.ours else float("nan")
             row += " |" if ratio != ratio else f" {ratio:.2f}x |"
         lines.append(row)
     return lines
+
+
+def _off(case: Case) -> str:
+    if case.differ is not None:
+        return "the share of results that are not the first row's"
+    text = "the result and gradients from the first row's, relative L2"
+    if case.truth is not None:
+        text += " (from float64: the result's worst relative error, the gradients' in L2)"
+    return text
 
 
 def growth(device: str, n: int = 128, d: int = 512) -> tuple[list[str], list[dict[str, float]]]:

@@ -1,0 +1,193 @@
+// The cpu ops of the k best columns (schema: fused_losses/selection.py) and of triplets
+// (fused_losses/backends/cpu_triplets.py).
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bind.h"
+
+namespace fused_losses {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Type::kFloat32;
+    case at::kDouble:
+      return Type::kFloat64;
+    case at::kBFloat16:
+      return Type::kBFloat16;
+    case at::kHalf:
+      return Type::kFloat16;
+    case at::kChar:
+      return Type::kInt8;
+    default:
+      TORCH_CHECK_TYPE(false, "pair_topk: expected floating point or int8, got ", t.scalar_type());
+  }
+}
+
+// What a problem points to, kept alive.
+struct Held {
+  std::vector<Tensor> tensors;
+
+  Matrix matrix(const Tensor& t) {
+    tensors.push_back(t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous());
+    return {tensors.back().const_data_ptr(), type_of(t), tensors.back().stride(0)};
+  }
+
+  template <class T>
+  const T* vector(const OptionalTensor& t, at::ScalarType type, at::IntArrayRef shape,
+                  const char* name) {
+    if (!t) return nullptr;
+    TORCH_CHECK_TYPE(t->scalar_type() == type, name, ": expected ", type, ", got ",
+                     t->scalar_type());
+    TORCH_CHECK_VALUE(t->sizes() == shape, name, ": expected ", shape, ", got ", t->sizes());
+    tensors.push_back(t->contiguous());
+    return tensors.back().const_data_ptr<T>();
+  }
+};
+
+Affinity affinity_of(c10::string_view kind) {
+  if (kind == "dot") return Affinity::kDot;
+  if (kind == "cosine") return Affinity::kCosine;
+  TORCH_CHECK_VALUE(kind == "sqeuclidean", "kind: expected dot, cosine or sqeuclidean, got ", kind);
+  return Affinity::kSquaredDistance;
+}
+
+Match match_of(c10::string_view match) {
+  if (match == "any") return Match::kAny;
+  if (match == "same") return Match::kSame;
+  TORCH_CHECK_VALUE(match == "different", "match: expected any, same or different, got ", match);
+  return Match::kDifferent;
+}
+
+std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const OptionalTensor& y_scale,
+                                const OptionalTensor& codes, const OptionalTensor& codes_scale,
+                                const OptionalTensor& codes_error, const OptionalTensor& x_labels,
+                                const OptionalTensor& y_labels, const OptionalTensor& x_ids,
+                                const OptionalTensor& y_ids, const OptionalTensor& exclude,
+                                c10::string_view kind, int64_t k, bool largest,
+                                c10::string_view match, bool skip_self, bool symmetric,
+                                c10::string_view screen) {
+  TORCH_CHECK_VALUE(x_in.dim() == 2 && y.dim() == 2 && x_in.size(1) == y.size(1),
+                    "pair_topk: expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ",
+                    y.sizes());
+  TORCH_CHECK_VALUE(k >= 1, "k: expected a value >= 1, got ", k);
+  TORCH_CHECK_VALUE(y.size(0) < std::numeric_limits<int32_t>::max(),
+                    "y: expected fewer than 2^31 rows, got ", y.size(0));
+  const bool narrow = x_in.scalar_type() == at::kBFloat16 || x_in.scalar_type() == at::kHalf;
+  const Tensor x = (narrow ? x_in.to(at::kFloat) : x_in).contiguous();
+  const int64_t n = x.size(0), m = y.size(0);
+  Held held;
+  TopkProblem p = {};
+  p.x = held.matrix(x);
+  // the same rows are then read by both sides
+  p.y = symmetric ? p.x : held.matrix(y);
+  p.y_scale = held.vector<float>(y_scale, at::kFloat, {m}, "y_scale");
+  TORCH_CHECK_VALUE((p.y.type == Type::kInt8) == (p.y_scale != nullptr),
+                    "y_scale: expected with int8 rows, and only with them");
+  if (codes) {
+    TORCH_CHECK_VALUE(codes->sizes() == y.sizes() && codes_scale && codes_error, "codes: expected ",
+                      y.sizes(), " with scale and error, got ", codes->sizes());
+    p.codes = {held.matrix(*codes), held.vector<float>(codes_scale, at::kFloat, {m}, "codes_scale"),
+               held.vector<float>(codes_error, at::kFloat, {m}, "codes_error")};
+  }
+  p.n = n, p.m = m, p.d = x.size(1), p.k = k;
+  p.affinity = affinity_of(kind);
+  p.largest = largest;
+  p.x_labels = held.vector<int32_t>(x_labels, at::kInt, {n}, "x_labels");
+  p.y_labels = held.vector<int32_t>(y_labels, at::kInt, {m}, "y_labels");
+  p.match = match_of(match);
+  // an empty tensor has no address: ask the tensors
+  TORCH_CHECK_VALUE(p.match == Match::kAny || (x_labels && y_labels),
+                    "x_labels, y_labels: expected with match=", match);
+  p.x_ids = held.vector<int32_t>(x_ids, at::kInt, {n}, "x_ids");
+  p.y_ids = held.vector<int32_t>(y_ids, at::kInt, {m}, "y_ids");
+  TORCH_CHECK_VALUE(x_ids.has_value() == y_ids.has_value(),
+                    "x_ids, y_ids: expected both or neither");
+  if (exclude) {
+    p.excluded = exclude->dim() == 2 ? exclude->size(1) : 0;
+    p.exclude = held.vector<int32_t>(exclude, at::kInt, {n, p.excluded}, "exclude");
+  }
+  p.skip_self = skip_self;
+  p.symmetric = symmetric;
+  p.bf16 = screen == "bf16" && best_kernels().bf16;
+  p.most_bytes = std::max<size_t>(16 << 20, size_t(n) * p.d * 4);
+  const Tensor keys = at::empty({n, k}, x.options().dtype(at::kDouble));
+  const Tensor index = at::empty({n, k}, x.options().dtype(at::kLong));
+  const TopkKernels& kernels = best_kernels().topk;
+  const Parallel parallel = torch_threads();
+  const Tensor buffer = scratch(kernels.bytes(p, parallel.threads));
+  kernels.run(p, {keys.data_ptr<double>(), index.data_ptr<int64_t>()}, aligned(buffer), parallel);
+  return {keys, index};
+}
+
+TripletProblem triplet_problem(const Tensor& score, const Tensor& positive, const Tensor& negative,
+                               double margin, c10::string_view kind) {
+  TORCH_CHECK_TYPE(score.scalar_type() == at::kFloat || score.scalar_type() == at::kDouble,
+                   "score: expected float32 or float64, got ", score.scalar_type());
+  TORCH_CHECK_VALUE(score.dim() == 2, "score: expected [rows, columns], got ", score.sizes());
+  for (const Tensor* mask : {&positive, &negative}) {
+    TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool && mask->sizes() == score.sizes(),
+                      "positive, negative: expected bool ", score.sizes(), ", got ",
+                      mask->scalar_type(), " ", mask->sizes());
+  }
+  TORCH_CHECK_VALUE(score.is_contiguous() && positive.is_contiguous() && negative.is_contiguous(),
+                    "score, positive, negative: expected contiguous tensors");
+  TORCH_CHECK_VALUE(kind == "all" || kind == "hard" || kind == "semihard",
+                    "kind: expected all, hard or semihard, got ", kind);
+  return {score.const_data_ptr(),
+          positive.const_data_ptr<bool>(),
+          negative.const_data_ptr<bool>(),
+          score.size(0),
+          score.size(1),
+          margin,
+          kind == "all"    ? Triplet::kAll
+          : kind == "hard" ? Triplet::kHard
+                           : Triplet::kSemihard,
+          score.scalar_type() == at::kDouble};
+}
+
+Tensor triplets(const Tensor& score, const Tensor& positive, const Tensor& negative, double margin,
+                c10::string_view kind) {
+  const TripletProblem p = triplet_problem(score, positive, negative, margin, kind);
+  const Tensor out = at::empty({p.rows, 2}, score.options().dtype(at::kDouble));
+  const TripletKernels& kernels = best_kernels().triplets;
+  const Parallel parallel = torch_threads();
+  const Tensor buffer = scratch(kernels.bytes(p, parallel.threads));
+  kernels.forward(p, out.data_ptr<double>(), aligned(buffer), parallel);
+  return out;
+}
+
+Tensor triplets_slope(const Tensor& grad, const Tensor& score, const Tensor& positive,
+                      const Tensor& negative, double margin, c10::string_view kind) {
+  const TripletProblem p = triplet_problem(score, positive, negative, margin, kind);
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef({p.rows}), "grad: expected [", p.rows,
+                    "], got ", grad.sizes());
+  const Tensor given = grad.to(score.scalar_type()).contiguous();
+  const Tensor out = at::empty(score.sizes(), score.options());
+  const TripletKernels& kernels = best_kernels().triplets;
+  const Parallel parallel = torch_threads();
+  const Tensor buffer = scratch(kernels.bytes(p, parallel.threads));
+  kernels.backward(p, given.const_data_ptr(), out.data_ptr(), aligned(buffer), parallel);
+  return out;
+}
+
+}  // namespace
+
+void register_topk(torch::Library& m) {
+  m.impl("pair_topk_cpu", &topk);
+  m.impl("row_triplets_cpu", &triplets);
+  m.impl("row_triplets_cpu_slope", &triplets_slope);
+}
+
+}  // namespace fused_losses

@@ -1,0 +1,274 @@
+"""`distance_matrix` on Triton: dot, sqeuclidean and euclidean, float32, bfloat16 and float16 rows.
+
+Forward: one pass of product tiles, which marks the pairs that are near; a second kernel sums those
+from differences, in the tiles that have some. Backward: G = grad, 2 grad or grad / out is made in
+registers from the tiles of grad and out, which are read once a gradient (and a piece of D); a
+second kernel adds the near pairs, from differences. Nothing of N x M is stored but the output.
+
+Where every pair is near, for rows far from the origin, all is summed from differences, on the
+float32 units instead of the tensor cores: right, and several times slower. Centered rows are fast.
+
+Tiles by (kernel, products) as in `triton_tiles`; `_uneven`: rows that are not whole vectors.
+No time was measured: the choice is a wide tile that does not spill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends import triton_launch as base
+from fused_losses.backends.triton_launch import Problem, ceil_div
+from fused_losses.backends.triton_tiles import ALL, Tile, same, wide
+from fused_losses.inputs import Inputs
+
+KINDS = ("dot", "sqeuclidean", "euclidean")
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+PARTIAL_BYTES = 32 << 20  # of a gradient's parts, where few rows are split over many programs
+# of d^2 / (|x|^2 + |y|^2), below which a gradient is summed from differences: where products are
+# exact but for their sums x_i - y_j loses 4 bits there, where they are rounded 2
+NEAR_EXACT, NEAR_ROUNDED = 2.0**-8, 2.0**-4
+SQUARES = Tile(16, 0, 128, 4, 1)
+
+Tiles = dict[tuple[str, str], Tile]
+
+
+def _tiles(**kernels: dict[str, Tile]) -> Tiles:
+    return {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
+
+
+# Registers a thread with Triton 3.6.0; nothing spills (tests/test_triton_selection_ahead.py).
+# Of a gradient: rows that own it, rows summed over, and D at a time (the last, at most)
+TILES = {
+    # sm_80: 137 to 254; sm_90: 98 to 246; sm_100: 93 to 254; half at 128 x 256 was not tried
+    "sm_80": _tiles(
+        distances=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
+        distances_uneven=wide(Tile(128, 64, 64), Tile(64, 64, 32), Tile(64, 64, 32)),
+        # sm_80: 80 to 255; sm_90: 66 to 238; sm_100: 76 to 192; 64 x 64 spills on sm_80 and sm_90
+        gradient=wide(Tile(64, 32, 128), Tile(64, 32, 128), Tile(64, 32, 64)),
+        gradient_uneven=wide(Tile(64, 32, 64), Tile(64, 32, 64), Tile(64, 32, 32)),
+    ),
+    # 68 to 151, gradients 99 to 192
+    "gfx942": _tiles(
+        distances=same(Tile(128, 128, 32, 8, 2), *ALL),
+        distances_uneven=same(Tile(128, 128, 32, 8, 2), *ALL),
+        gradient=same(Tile(64, 64, 64, 8, 2), *ALL),
+        gradient_uneven=same(Tile(64, 64, 64, 8, 2), *ALL),
+    ),
+    # small and unequal, so that a few dozen rows make several ragged tiles of each
+    "interpret": _tiles(
+        distances=same(Tile(16, 32, 16), *ALL),
+        distances_uneven=same(Tile(32, 16, 16), *ALL),
+        gradient=same(Tile(16, 32, 16), *ALL),
+        gradient_uneven=same(Tile(32, 16, 32), *ALL),
+    ),
+}
+TILES["sm_90"] = TILES["sm_80"]
+TILES["sm_100"] = TILES["sm_80"]
+NEAR_DEPTH = 32  # of D at a time, of the gradients of near pairs
+# a piece of a tile of distances, and how many differences make a slice
+NEAR = dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), Tile(64, 64, 64, 8, 1))
+NEAR["interpret"] = Tile(16, 16, 16, 8, 1)
+
+
+def kernels() -> ModuleType:
+    from fused_losses.backends import triton_distance_kernels
+
+    return triton_distance_kernels
+
+
+def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
+    """Peak memory of forward and backward beyond inputs, output and gradients, at most."""
+    sums = max(PARTIAL_BYTES, 4 * max(n, m) * d)
+    return sums + 4 * (n + m) + n * m // 32
+
+
+def problem(x: Tensor, y: Tensor, precision: str, gradient: bool = False) -> Problem:
+    """Two matrices as the kernels read them (y as the weight), with this device's products."""
+    nothing = x.new_empty(0, dtype=torch.int32)
+    # the operands of a row_statistics without bias, normalisation or classes
+    inputs = Inputs(x, y, nothing, None, None, None, False, False, precision)
+    p = base.problem(inputs, False)
+    if not gradient:
+        return p
+    if p.low == torch.bfloat16:
+        return replace(p, bf16=True, products="half" if x.dtype == p.low else "rounded")
+    if p.low == torch.float16:
+        # as tf32, which holds a float16: G has no bounds that a float16 could be scaled to
+        dot = "tf32" if base.architecture(x.device) in NVIDIA else p.dot
+        return replace(p, products="tf32", dot=dot)
+    return p
+
+
+def pick(tiles: dict[str, Tiles], p: Problem, kernel: str) -> Tile:
+    """A tile of the table; the narrower of two where rows are not whole vectors and slices of D.
+
+    Those take more address registers.
+    """
+    row = tiles[base.architecture(p.x.device)]
+    tile = row[kernel, p.products]
+    even = p.d % min(tile.depth, _width(p.d)) == 0
+    plain = all(stride % 16 == 0 for stride in (p.d, p.x.stride(0), p.weight.stride(0)))
+    return tile if even and plain else row[f"{kernel}_uneven", p.products]
+
+
+def _width(d: int) -> int:
+    """The power of two, 16 or more, that holds D."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def _check(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {KINDS} on triton, got {kind!r}")
+
+
+def squares(p: Problem, rows: Tensor, bf16: bool) -> Tensor:
+    """|row|^2 in float32, of rows rounded as products round them. [N]"""
+    out = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+    base.launch(
+        kernels().row_squares,
+        ceil_div(rows.shape[0], SQUARES.rows),
+        (rows, out, rows.stride(0), rows.shape[0], p.d),
+        dict(BM=SQUARES.rows, BK=SQUARES.depth, EVEN=p.even(SQUARES.depth), BF16=bf16),
+        SQUARES,
+    )
+    return out
+
+
+def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> Tensor:
+    """out [N, M] float32 of `fused_losses.distance_matrix`; w and p belong to other kinds."""
+    _check(kind)
+    a = problem(x, y, precision)
+    n, m = a.n, a.count
+    if min(n, m, a.d) == 0:
+        return torch.zeros((n, m), dtype=torch.float32, device=x.device)
+    out = torch.empty((n, m), dtype=torch.float32, device=x.device)
+    norms = (None, None)
+    if kind != "dot":
+        norms = tuple(squares(a, t, a.bf16) for t in (a.x, a.weight))
+    tile = pick(TILES, a, "distances")
+    row_tiles = ceil_div(n, tile.rows)
+    tiles = row_tiles * ceil_div(m, tile.columns)
+    near_rows = None
+    if kind != "dot":
+        near_rows = torch.empty((tiles, tile.rows), dtype=torch.int8, device=x.device)
+    sizes = (a.x.stride(0), a.weight.stride(0), n, m, a.d, row_tiles)
+    base.launch(
+        kernels().distance_tiles,
+        tiles,
+        (a.x, a.weight, *norms, out, near_rows, *sizes),
+        dict(
+            ROOT=kind == "euclidean",
+            BM=tile.rows,
+            BN=tile.columns,
+            BK=tile.depth,
+            EVEN=a.even(tile.depth),
+            BF16=a.bf16,
+            DOT=a.dot,
+        ),
+        tile,
+    )
+    if near_rows is not None:
+        piece = NEAR[base.architecture(x.device)]
+        down, across = tile.rows // piece.rows, tile.columns // piece.columns
+        base.launch(
+            kernels().near_distances,
+            tiles * down * across,
+            (a.x, a.weight, out, near_rows, *sizes),
+            dict(
+                DOWN=down,
+                ACROSS=across,
+                ROOT=kind == "euclidean",
+                BM=piece.rows,
+                BN=piece.columns,
+                BK=piece.depth,
+            ),
+            piece,
+        )
+    return out
+
+
+def backward(
+    grad: Tensor,
+    out: Tensor,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor | None,
+    kind: str,
+    p: float,
+    precision: str,
+    need_x: bool,
+    need_y: bool,
+    need_w: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and y, each empty where it is not needed; that of w always is."""
+    _check(kind)
+    a = problem(x, y, precision, gradient=True)
+    dx, dy = x.new_empty(0), y.new_empty(0)
+    if min(a.n, a.count, a.d) == 0:
+        dx, dy = x.new_zeros(x.shape if need_x else 0), y.new_zeros(y.shape if need_y else 0)
+        return dx, dy, x.new_empty(0)
+    norms = (None, None)
+    if kind != "dot":
+        norms = tuple(squares(a, t, False) for t in (a.x, a.weight))
+    distances = None if kind == "dot" else out
+    if need_x:
+        dx = _gradient(a, a.x, a.weight, *norms, grad, distances, kind, 1)
+    if need_y:
+        dy = _gradient(a, a.weight, a.x, *norms[::-1], grad, distances, kind, -1)
+    return dx, dy, x.new_empty(0)
+
+
+def _gradient(
+    p: Problem,
+    own: Tensor,
+    other: Tensor,
+    own_squares: Tensor | None,
+    other_squares: Tensor | None,
+    grad: Tensor,  # [N, M], of any strides
+    distances: Tensor | None,
+    kind: str,
+    order: int,  # -1: own are the columns
+) -> Tensor:
+    n, m, d = own.shape[0], other.shape[0], p.d
+    tile = pick(TILES, p, "gradient")
+    depth = min(tile.depth, _width(d))
+    depth_tiles, row_tiles = ceil_div(d, depth), ceil_div(n, tile.rows)
+    # few rows are split over as many programs as fill the GPU; their sums are added at last
+    splits = 2 * base.processors(own.device) // (depth_tiles * row_tiles)
+    splits = min(splits, PARTIAL_BYTES // (4 * n * d), ceil_div(m, tile.columns))
+    span = ceil_div(ceil_div(m, max(splits, 1)), tile.columns) * tile.columns
+    splits = ceil_div(m, span)
+    to = torch.empty((splits, n, d), dtype=torch.float32, device=own.device)
+    # a transpose is the same memory, read by the other strides
+    out_strides = (0, 0) if distances is None else distances.stride()
+    strides = (*grad.stride()[::order], *out_strides[::order])
+    near_range = None
+    if distances is not None:
+        near_range = torch.empty((2, splits, row_tiles), dtype=torch.int32, device=own.device)
+    exact = own.dtype != torch.float32 or p.products == "tf32x3"
+    arguments = (own, other, own_squares, other_squares, grad, distances, to, near_range)
+    arguments += (NEAR_EXACT if exact else NEAR_ROUNDED, own.stride(0), other.stride(0), *strides)
+    arguments += (n, m, d, span)
+    sizes = dict(ROOT=kind == "euclidean", BM=tile.rows, BN=tile.columns)
+    base.launch(
+        kernels().product_gradients,
+        depth_tiles * row_tiles * splits,
+        (*arguments, depth_tiles, row_tiles),
+        sizes | dict(BK=depth, EVEN=d % depth == 0, BF16=p.bf16, DOT=p.dot),
+        tile,
+    )
+    if distances is not None:
+        depth = min(depth, NEAR_DEPTH if d % NEAR_DEPTH == 0 else 16)
+        depth_tiles = ceil_div(d, depth)
+        base.launch(
+            kernels().near_gradients,
+            depth_tiles * row_tiles * splits,
+            (*arguments, depth_tiles, row_tiles),
+            sizes | dict(BK=depth, EVEN=d % depth == 0, INTERPRET=p.dot == "interpret"),
+            replace(tile, stages=1),
+        )
+    return (to[0] if splits == 1 else to.sum(0)).to(own.dtype)

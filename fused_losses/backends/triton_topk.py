@@ -1,0 +1,201 @@
+"""The top-k on Triton: a fused screen, whose candidates `certified_topk` scores and certifies.
+
+Up to FUSED candidates a row stay in registers while the columns stream by, split over ranges of
+columns where rows are few; beyond that, blocks of keys are stored and the best carried along.
+Memory beyond the outputs: 8 bytes a candidate and a range, or BLOCK_BYTES a few times; never N x M.
+
+Tiles by (kernel, products) as in `triton_tiles`; `_uneven`: rows that are not whole vectors. No
+time was measured: the choice is a wide tile that does not spill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends import certified_topk
+from fused_losses.backends import triton_launch as base
+from fused_losses.backends.triton_distances import Tiles, pick, problem
+from fused_losses.backends.triton_launch import Problem, ceil_div
+from fused_losses.backends.triton_tiles import ALL, Tile, same, wide
+from fused_losses.selection import TopkInputs
+
+FUSED = 128  # candidates a row that stay in registers
+PARTIAL_BYTES = 32 << 20  # of the candidates of all ranges
+BLOCK_BYTES = 32 << 20  # of stored keys
+EMPTY = -0x7F800001 << 32  # the key -inf, at the column past all others
+
+
+def _tiles(**kernels: dict[str, Tile]) -> Tiles:
+    return {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
+
+
+NARROW = Tile(64, 32, 32)
+# Registers a thread with Triton 3.6.0; nothing spills (tests/test_triton_selection_ahead.py).
+# The best of 128 weigh as much as a tile of 64 x 128: sm_80: 180 to 255; sm_90: 142 to 255; sm_100:
+# 172 to 222; gfx942: 229 to 240. Keys: 170 / 170 / 74 / 155 at most
+TILES = {
+    "sm_80": _tiles(
+        best=wide(Tile(64, 64, 64), NARROW, Tile(32, 64, 32)),
+        best_uneven=wide(Tile(64, 32, 64), NARROW, Tile(32, 64, 32)),
+        keys=wide(Tile(64, 64, 64), Tile(64, 64, 32), Tile(64, 32, 32)),
+    ),
+    "sm_90": _tiles(
+        best=wide(Tile(64, 64, 64), NARROW, NARROW),
+        best_uneven=wide(NARROW, NARROW, Tile(64, 16, 32)),
+        keys=wide(Tile(64, 64, 64), Tile(64, 64, 32), Tile(64, 64, 32)),
+    ),
+    "sm_100": _tiles(
+        best=wide(Tile(64, 32, 64), NARROW, NARROW),
+        best_uneven=wide(NARROW, NARROW, NARROW),
+        keys=wide(Tile(64, 64, 64), Tile(64, 32, 32), Tile(64, 32, 32)),
+    ),
+    "gfx942": _tiles(
+        best=same(Tile(64, 64, 32, 8, 2), *ALL),
+        best_uneven=same(Tile(64, 64, 32, 8, 2), *ALL),
+        keys=same(Tile(64, 64, 32, 8, 2), *ALL),
+    ),
+    # small and unequal, so that a few dozen rows make several ragged tiles of each
+    "interpret": _tiles(
+        best=same(Tile(16, 32, 16), *ALL),
+        best_uneven=same(Tile(32, 16, 16), *ALL),
+        keys=same(Tile(32, 16, 16), *ALL),
+    ),
+}
+
+
+def kernels() -> ModuleType:
+    from fused_losses.backends import triton_topk_kernels
+
+    return triton_topk_kernels
+
+
+def select(p: TopkInputs) -> tuple[Tensor, Tensor]:
+    """As `fused_losses.selection.select`; a screen's codes are not read: y itself is."""
+    rounded = torch.bfloat16 if p.screen == "bf16" else None
+    with torch.no_grad():
+        prepared = certified_topk.prepared(p, rounded)
+        # split products leave out up to 12 units of 2^-24 a term, where its bound has d + 8
+        prepared = replace(prepared, error=3 * prepared.error)
+        return certified_topk.certified(p, prepared, _candidates)
+
+
+def _candidates(p: TopkInputs, s: certified_topk.Screen) -> tuple[Tensor, Tensor]:
+    # the sign apart, x is what it was: 16-bit products are exact
+    x = s.x if s.center is not None else s.x.to(p.x.dtype)
+    return screen(
+        x,
+        p.y,
+        s.offset,
+        s.multiplier,
+        s.keep,
+        p.x_labels,
+        p.y_labels,
+        p.match,
+        p.x_ids,
+        p.y_ids,
+        p.exclude,
+        p.skip_self,
+        "bf16" if p.screen == "bf16" and x.dtype == torch.float32 else "fp32",
+        s.center,
+    )
+
+
+def screen(
+    x: Tensor,  # [N, D] float32, bfloat16, float16
+    y: Tensor,  # [M, D] of these, or int8
+    a: Tensor,  # [M] float32
+    m: Tensor | None,  # [M] float32
+    keep: int,
+    x_labels: Tensor | None,  # [N] int32; so are all that follow
+    y_labels: Tensor | None,  # [M]
+    match: str,
+    x_ids: Tensor | None,  # [N]
+    y_ids: Tensor | None,  # [M]
+    exclude: Tensor | None,  # [N, E]
+    skip_self: bool,
+    precision: str,
+    center: Tensor | None = None,  # [D] float32
+) -> tuple[Tensor, Tensor]:
+    """The `keep` largest keys m_j <x_i, y_j - center> + a_j of each row, and their columns.
+
+    keys [N, keep] float32, descending, ties to the lowest column; index [N, keep] int32; -inf and
+    -1 where a row has fewer. A key that is NaN counts as inf, one below the finite numbers as the
+    least of them: a pair that is left out is alone in having none.
+    """
+    if y.dtype not in (x.dtype, torch.int8):
+        x = x.float()  # y is widened as it is read
+        y = y if y.dtype.itemsize <= 4 else y.float()
+    p = problem(x, y, precision)
+    n, columns = p.n, p.count
+    if min(n, columns, keep) == 0:
+        return (
+            torch.full((n, keep), -torch.inf, dtype=torch.float32, device=x.device),
+            torch.full((n, keep), -1, dtype=torch.int32, device=x.device),
+        )
+    labels = (None, None) if match == "any" else (x_labels, y_labels)
+    integers = [None if t is None else t.int().contiguous() for t in (*labels, x_ids, y_ids)]
+    if exclude is not None:
+        exclude = exclude.int().contiguous() if exclude.shape[1] else None
+    vectors = [None if t is None else t.float().contiguous() for t in (center, a, m)]
+    operands = (p.x, p.weight, *vectors, *integers, exclude)
+    flags = dict(MATCH=match, SKIP_SELF=skip_self, BF16=p.bf16, DOT=p.dot)
+    best = (_streamed if keep <= FUSED else _stored)(p, operands, flags, keep)
+    bits = (best >> 32).int()
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return keys, torch.where(keys == -torch.inf, -1, 0xFFFFFFFF - (best & 0xFFFFFFFF)).int()
+
+
+def _sizes(p: Problem, tile: Tile) -> dict[str, int]:
+    return dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth))
+
+
+def _streamed(p: Problem, operands: tuple, flags: dict, keep: int) -> Tensor:
+    """The best of each row, packed. [N, keep]"""
+    tile = pick(TILES, p, "best")
+    row_tiles = ceil_div(p.n, tile.rows)
+    splits = min(2 * base.processors(p.x.device) // row_tiles, PARTIAL_BYTES // (8 * p.n * keep))
+    span = ceil_div(ceil_div(p.count, max(splits, 1)), tile.columns) * tile.columns
+    splits = ceil_div(p.count, span)
+    to = torch.empty((p.n, splits, keep), dtype=torch.int64, device=p.x.device)
+    exclude = operands[-1]
+    base.launch(
+        kernels().best_columns,
+        row_tiles * splits,
+        (*operands, to, p.x.stride(0), p.weight.stride(0))
+        + (0 if exclude is None else exclude.shape[1], p.n, p.count, p.d)
+        + (span, splits, row_tiles, keep),
+        dict(K=max(16, 1 << (keep - 1).bit_length()), **flags, **_sizes(p, tile)),
+        tile,
+    )
+    return to.flatten(1).topk(keep, dim=1)[0]
+
+
+def _stored(p: Problem, operands: tuple, flags: dict, keep: int) -> Tensor:
+    """The best of each row, packed, by blocks of keys. [N, keep]"""
+    tile = TILES[base.architecture(p.x.device)]["keys", p.products]
+    exclude = operands[-1]
+    width = ceil_div(min(p.count, max(4 * keep, 8192)), tile.columns) * tile.columns
+    height = min(p.n, max(1, BLOCK_BYTES // (8 * width)))
+    block = torch.empty((height, width), dtype=torch.int64, device=p.x.device)
+    best = torch.full((p.n, keep), EMPTY, dtype=torch.int64, device=p.x.device)
+    for top in range(0, p.n, height):
+        stop = min(top + height, p.n)
+        row_tiles = ceil_div(stop - top, tile.rows)
+        for first in range(0, p.count, width):
+            end = min(first + width, p.count)
+            base.launch(
+                kernels().key_tiles,
+                row_tiles * ceil_div(end - first, tile.columns),
+                (*operands, block, p.x.stride(0), p.weight.stride(0), block.stride(0))
+                + (0 if exclude is None else exclude.shape[1], top, stop, first, p.count, p.d)
+                + (row_tiles,),
+                flags | _sizes(p, tile),
+                tile,
+            )
+            found = torch.cat([best[top:stop], block[: stop - top, : end - first]], 1)
+            best[top:stop] = found.topk(keep, dim=1)[0]
+    return best

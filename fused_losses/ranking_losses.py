@@ -1,0 +1,409 @@
+"""Losses on the order of a row's distances: histograms, lists, tuplets, neighbours.
+
+Equal labels make a positive; where a batch meets itself a row is not its own positive.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fused_losses.pair_front import (
+    by_label,
+    check_at_least,
+    check_batch,
+    number,
+    reduced,
+    scored,
+    softplus,
+    triangle,
+)
+from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs
+from fused_losses.pairs import pair_statistics
+from fused_losses.row_losses import row_losses
+from fused_losses.rows import accumulate_dtype, row_dtype
+from fused_losses.softmax import no_autocast
+from fused_losses.triplet_losses import (
+    check_sides,
+    class_sizes,
+    listed_distances,
+    over_terms,
+    sides,
+)
+from fused_losses.unit_norm import unit
+
+
+def tuplet_margin(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    ref_embeddings: Tensor | None = None,  # [M, D]
+    ref_labels: Tensor | None = None,  # [M]
+    *,
+    margin: float = 5.73,
+    scale: float = 64.0,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Tuplet margin loss: each positive pair against all negatives of its anchor.
+
+        loss_ip = log(1 + sum_N e^(scale (s_in - cos(angle_ip - margin))))
+
+    s = <x_i, y_j> is a cosine (normalize=True for rows of another norm); a positive's is kept 1e-6
+    from -1 and 1, beyond which its gradient is 0. embeddings [N, D], labels [N] integers, and
+    ref_embeddings [M, D], ref_labels [M] for positives and negatives outside the batch. margin: in
+    degrees. scale: > 0. reduction: "mean" over the positive pairs whose anchor has a negative,
+    "sum" over them, "none" [N]: the sum of each anchor's, 0 where it has none.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N M D); memory O((N + M) D) and a few blocks. Paper: Yu and Tao, Deep Metric Learning
+    with Tuplet Margin Loss, 2019.
+    """
+    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    number("scale", scale, embeddings)
+    with no_autocast(embeddings.device):
+        both = sides(embeddings, labels, ref_embeddings, ref_labels)
+        inputs = both.rows("dot", precision, normalize)._replace(
+            rule="tuplet", params=(math.radians(margin), scale)
+        )
+        total, count = row_losses(inputs, backend=backend).unbind(dim=1)
+        return over_terms(total, count, reduction, accumulate_dtype(embeddings.dtype))
+
+
+def angular(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    alpha: float = 40.0,
+    normalize: bool = False,
+    normalize_negatives: bool | None = None,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Angular loss over the positive pairs (a, p) of one batch, t = tan(alpha)^2.
+
+        loss_ap = log(1 + sum_N e^(4 t <a + p, n> - 2 (1 + t) <a, p>))
+
+    embeddings [N, D] (norm 1 in the paper), labels [N] integers. alpha: in degrees, in (0, 90).
+    normalize_negatives: None: as normalize; pytorch-metric-learning divides a and p by their norms
+    but not n (True, False). reduction: "mean" over the positive pairs (with no negative their loss
+    is 0), "sum" over the ordered ones, "none" [N]: the sum of each anchor's.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(P N D) over the P unordered positive pairs, a sweep for each row of the largest class,
+    whose size the host reads; memory O(N D). Paper: Wang et al., Deep Metric Learning with Angular
+    Loss, 2017.
+    """
+    check_batch(embeddings, labels, reduction, precision)
+    if not 0 < alpha < 90:
+        raise ValueError(f"alpha: expected degrees in (0, 90), got {alpha}")
+    t = math.tan(math.radians(alpha)) ** 2
+    with no_autocast(embeddings.device):
+        rows = by_label(embeddings, labels, normalize)
+        x, y = rows.x, rows.x
+        if normalize_negatives is not None and normalize_negatives != normalize:
+            y = embeddings.index_select(0, rows.order)
+            y = unit(y) if normalize_negatives else y
+        wide = row_dtype(x.device)
+        # a zero that knows x, for a batch without positive pairs
+        loss = (x * 0).sum(dim=1).to(wide)
+        pairs = 0
+        for offset in range(1, x.shape[0]):
+            first = (rows.labels[:-offset] == rows.labels[offset:]).nonzero()[:, 0]
+            if first.shape[0] == 0:
+                break
+            pairs += first.shape[0]
+            each = checkpoint(
+                _angular_pairs, x, y, rows.labels, first, offset, t, precision, backend,
+                use_reentrant=False,
+            )  # fmt: skip
+            loss = loss.index_add(0, first, each).index_add(0, first + offset, each)
+        dtype = accumulate_dtype(embeddings.dtype)
+        if reduction == "mean":
+            return (loss.sum() / max(2 * pairs, 1)).to(dtype)
+        return (loss.sum() if reduction == "sum" else rows.restored(loss)).to(dtype)
+
+
+def _angular_pairs(
+    x: Tensor,
+    y: Tensor,
+    labels: Tensor,
+    first: Tensor,
+    offset: int,
+    t: float,
+    precision: str,
+    backend: str | None,
+) -> Tensor:
+    """The losses of the positive pairs (first, first + offset) of sorted rows, [P]."""
+    dtype = accumulate_dtype(x.dtype)
+    a, p = (x.index_select(0, i).to(dtype) for i in (first, first + offset))
+    bias = (-2 * (1 + t)) * (a * p).sum(dim=1)
+    inputs = PairInputs(
+        (a + p).contiguous(),
+        y.to(dtype).contiguous(),
+        number("scale", 4 * t, x),
+        x_bias=bias,
+        x_labels=labels.index_select(0, first),
+        y_labels=labels,
+        precision=precision,
+    )
+    stats, _ = pair_statistics(inputs, backend=backend)
+    return softplus(stats.value[NEGATIVE])
+
+
+def ranked_list(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    margin: float = 0.4,
+    alpha: float = 1.2,
+    imbalance: float = 0.5,
+    positive_temperature: float = 0.0,
+    negative_temperature: float = 10.0,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Ranked list loss: positives within alpha - margin, negatives beyond alpha, d Euclidean.
+
+        loss_i = (1 - imbalance) mean_P' (d - alpha + margin) + imbalance mean_N' (alpha - d)
+
+    over the positives with d > alpha - margin and the negatives with d < alpha, the means weighted
+    by e^(temperature violation); the weights are differentiated too, as pytorch-metric-learning
+    does, whose 1e-5 a column in each mean's divisor is kept. embeddings [N, D] (norm 1 in the
+    paper), labels [N] integers. imbalance: in [0, 1]. Temperatures: >= 0. reduction: "mean" over
+    all rows (a row without a positive still has its negatives), "sum", "none" [N].
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D); memory O(N D) and a few blocks. Paper: Wang et al., Ranked List Loss for Deep
+    Metric Learning, 2019.
+    """
+    check_batch(embeddings, labels, reduction, precision)
+    if not 0 <= imbalance <= 1:
+        raise ValueError(f"imbalance: expected a value in [0, 1], got {imbalance}")
+    check_at_least("positive_temperature", positive_temperature, 0)
+    check_at_least("negative_temperature", negative_temperature, 0)
+    with no_autocast(embeddings.device):
+        both = sides(embeddings, labels, None, None)
+        params = (positive_temperature, negative_temperature, alpha - margin, alpha)
+        inputs = both.rows("euclidean", precision, normalize)._replace(
+            rule="ranked_list", params=params
+        )
+        stats = row_losses(inputs, backend=backend)
+        guard = 1e-5 * embeddings.shape[0]
+        attract, repel = (stats[:, k + 1] / (stats[:, k] + guard) for k in (0, 2))
+        loss = (1 - imbalance) * attract + imbalance * repel
+        everything = torch.ones_like(loss, dtype=torch.bool)
+        return reduced(loss, everything, reduction, accumulate_dtype(embeddings.dtype))
+
+
+def fast_ap(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    ref_embeddings: Tensor | None = None,  # [M, D]
+    ref_labels: Tensor | None = None,  # [M]
+    *,
+    bins: int = 10,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """1 - average precision of each row's neighbours, from histograms of its squared distances.
+
+        loss_i = 1 - (1 / |P|) sum_r h+_r H+_r / H_r
+
+    h+ the positives' histogram, with triangular bins around bins + 1 nodes in [0, 4] (rows have
+    norm 1: normalize=True for others; beyond 4 counts as 4), H+ its running sum, H that of all.
+    embeddings [N, D], labels [N] integers, and ref_embeddings [M, D], ref_labels [M] for neighbours
+    outside the batch. bins: >= 1. reduction: "mean" over the rows with a positive, "sum", "none"
+    [N], 0 on other rows.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N M D); memory O((N + M) D + N bins) and a few blocks. Paper: Cakir et al., Deep Metric
+    Learning to Rank, 2019.
+    """
+    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    _check_bins(bins)
+    with no_autocast(embeddings.device):
+        both = sides(embeddings, labels, ref_embeddings, ref_labels)
+        inputs = both.rows("sqeuclidean", precision, normalize)._replace(
+            rule="histogram", params=(0.0, 4 / bins, bins + 1)
+        )
+        stats = row_losses(inputs, backend=backend)
+        near, far = stats[:, : bins + 1], stats[:, bins + 1 :]
+        positives, _ = class_sizes(both)
+        counted = positives > 0
+        ahead = near.cumsum(dim=1)
+        everything = ahead + far.cumsum(dim=1)
+        some = ~(everything <= 0)
+        precision_ = torch.where(some, near * ahead / torch.where(some, everything, 1), 0)
+        loss = 1 - precision_.sum(dim=1) / positives.clamp_min(1)
+        return reduced(loss, counted, reduction, accumulate_dtype(embeddings.dtype))
+
+
+def _check_bins(bins: int) -> None:
+    if isinstance(bins, bool) or not isinstance(bins, int):
+        raise TypeError(f"bins: expected an integer, got {type(bins).__name__}")
+    check_at_least("bins", bins, 1)
+
+
+def histogram(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    bins: int = 100,
+    normalize: bool = False,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """The chance that a negative pair is more similar than a positive one; one number.
+
+        sum_r h-_r (h+_0 + ... + h+_r)
+
+    h+ and h- are the histograms, each of sum 1, of the cosines of all positive and all negative
+    pairs of the batch, with triangular bins around bins + 1 nodes in [-1, 1] (rows have norm 1:
+    normalize=True for others). embeddings [N, D], labels [N] integers, bins >= 1. A batch without
+    a positive or a negative pair has loss 0.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D); memory O(N D + N bins) and a few blocks. Paper: Ustinova and Lempitsky, Learning
+    Deep Embeddings with Histogram Loss, 2016.
+    """
+    check_batch(embeddings, labels, "mean", precision)
+    _check_bins(bins)
+    with no_autocast(embeddings.device):
+        both = sides(embeddings, labels, None, None)
+        inputs = both.rows("dot", precision, normalize)._replace(
+            rule="histogram", params=(-1.0, 2 / bins, bins + 1)
+        )
+        sums = row_losses(inputs, backend=backend).sum(dim=0)
+        near, far = sums[: bins + 1], sums[bins + 1 :]
+        positives, negatives = (size.sum().clamp_min(1) for size in class_sizes(both))
+        loss = (far / negatives * (near / positives).cumsum(dim=0)).sum()
+        return loss.to(accumulate_dtype(embeddings.dtype))
+
+
+def intra_pair_variance(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    positive_eps: float = 0.01,
+    negative_eps: float = 0.01,
+    normalize: bool = False,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Pairs on the wrong side of their class's mean similarity, s = <x_i, x_j>; one number.
+
+        mean_P [(1 - positive_eps) mean_P s - s]+^2 + mean_N [s - (1 + negative_eps) mean_N s]+^2
+
+    embeddings [N, D] (norm 1 in the paper), labels [N] integers; the means are over all pairs of
+    two rows, 0 over none, and are differentiated.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D), in two sweeps; memory O(N D) and a few blocks. Paper: Yu et al., Deep Metric
+    Learning with Intra-Pair Variance, 2020 (as in pytorch-metric-learning).
+    """
+    check_batch(embeddings, labels, "mean", precision)
+    check_at_least("positive_eps", positive_eps, 0)
+    check_at_least("negative_eps", negative_eps, 0)
+    with no_autocast(embeddings.device):
+        both = sides(embeddings, labels, None, None)
+        # the score is -s
+        inputs = both.rows("cosine", precision, normalize)
+        one = number("scale", 1.0, embeddings)
+        pairs = triangle(scored(inputs.x, None, one, precision=precision))
+        stats, _ = pair_statistics(
+            pairs._replace(x_labels=both.x_labels), reduction="relu", backend=backend
+        )
+        count = stats.count.sum(dim=1).clamp_min(1)
+        means = stats.total.sum(dim=1) / count
+        ones = torch.ones_like(stats.total[0])
+        values = torch.stack(
+            [
+                ones,
+                -(1 - positive_eps) * means[POSITIVE] * ones,
+                -(1 + negative_eps) * means[NEGATIVE] * ones,
+            ],
+            dim=1,
+        )
+        inputs = inputs._replace(rule="hinges", params=(2,), values=values)
+        sums = row_losses(inputs, backend=backend).sum(dim=0)
+        loss = sums[0] / count[POSITIVE] + sums[2] / count[NEGATIVE]
+        return loss.to(accumulate_dtype(embeddings.dtype))
+
+
+def icnn(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    neighbors: int = 4,
+    window: int = 6,
+    normalize: bool = False,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Improved class nearest neighbours: -log of a score of each row's nearest rows; one number.
+
+        score = (lambda + gamma) / 2;   lambda = (same + different) / 2
+        gamma: how many of the k nearest rows are of the same class, as a share of k
+        same: 1 - mean over them of d / r, divided by the row's largest where that is above 1
+        different: mean over those of another class of d / (the largest of any row)
+
+    d Euclidean; k = neighbors; r is the farthest row of another class among the k nearest or,
+    without one there, the nearest among the first `window`, without one there infinite. Means are
+    taken in a row, then over the rows that have such neighbours; without any `same` and
+    `different` are 1. embeddings [N, D], labels [N] integers, 1 <= neighbors <= window. Divisors
+    have 1e-6 added. The choice of neighbours is not differentiated, and a row is no neighbour of
+    itself.
+
+    Returns float32 (float64 for float64 inputs), differentiable to any order. Raises ValueError,
+    TypeError for bad arguments. Time O(N^2 D); memory O(N window D) and a few blocks. Papers:
+    Garcia Ramirez et al., 2021; Mendez-Ruiz et al., SuSana Distancia is all you need, 2023.
+    """
+    check_batch(embeddings, labels, "mean", precision)
+    for name, value in (("neighbors", neighbors), ("window", window)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+        check_at_least(name, value, 1)
+    check_at_least("window", window, neighbors)
+    with no_autocast(embeddings.device):
+        both = sides(embeddings, labels, None, None)
+        dtype = accumulate_dtype(embeddings.dtype)
+        if embeddings.shape[0] == 0:
+            return both.x.to(dtype).sum()
+        inputs = both.rows("euclidean", precision, normalize)._replace(
+            rule="nearest", params=(window,)
+        )
+        index = row_losses(inputs, backend=backend).long()
+        d = listed_distances(inputs.x, inputs.x, index, "euclidean")
+        real = index >= 0
+        alike = both.x_labels[index.clamp_min(0)] == both.x_labels[:, None]
+        first = torch.arange(window, device=index.device) < neighbors
+        same, other = real & alike & first, real & ~alike
+        beyond = torch.where(other, d, torch.inf).amin(dim=1, keepdim=True)
+        other = other & first
+        within = torch.where(other, d, 0).amax(dim=1, keepdim=True)
+        radius = torch.where(other.any(dim=1, keepdim=True), within, beyond)
+        near = torch.where(same, d / (radius + 1e-6), 0)
+        near = near / near.amax(dim=1, keepdim=True).clamp_min(1)
+        far = torch.where(other, d, 0)
+        far = far / (far.amax() + 1e-6)
+        apart = _mean_of_means(far, other)
+        score = (1 - _mean_of_means(near, same)) + torch.where(other.any(), apart, 1)
+        gamma = same.sum(dim=1).to(dtype).mean() / neighbors
+        return -((score / 2 + gamma) / 2).log()
+
+
+def _mean_of_means(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean over rows that have any of their means under the mask (values 0 elsewhere)."""
+    count = mask.sum(dim=1)
+    means = values.sum(dim=1) / count.clamp_min(1)
+    return means.sum() / (count > 0).sum().clamp_min(1)

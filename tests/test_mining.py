@@ -1,0 +1,574 @@
+"""Mining against explicit loops: every choice of either side, ranges, ties, memories, NaN."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_losses import mining
+from fused_losses.mining import Pairs, Triplets, mine_pairs, mine_triplets
+
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+CHOICES = [c for c in itertools.product(mining.CHOICES, repeat=2) if c != ("semihard", "semihard")]
+
+
+def batch(n: int, d: int, classes: int, dtype: torch.dtype = torch.float64) -> tuple:
+    return torch.randn(n, d, dtype=torch.float64).to(dtype), torch.randint(0, classes, (n,))
+
+
+def grid(n: int, d: int, classes: int, dtype: torch.dtype = torch.float64) -> tuple:
+    """Few distinct points, so that distances tie exactly, in every dtype."""
+    return torch.randint(0, 3, (n, d)).to(dtype), torch.randint(0, classes, (n,))
+
+
+def matrix(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """The metric by its formula, in float64."""
+    x, y = x.double(), y.double()
+    if metric == "cosine":
+        x, y = (t / t.norm(dim=1, keepdim=True) for t in (x, y))
+    if metric in ("dot", "cosine"):
+        return (x[:, None] * y).sum(dim=2)
+    apart = x[:, None] - y
+    if metric == "cityblock":
+        return apart.abs().sum(dim=2)
+    squared = apart.square().sum(dim=2)
+    return squared.sqrt() if metric == "euclidean" else squared
+
+
+def allowed(labels: Tensor, ref_labels: Tensor, own: bool, ids=None, ref_ids=None) -> tuple:
+    """For each row the columns of its label and of others, lists."""
+    same, different = [], []
+    for i in range(len(labels)):
+        columns = [
+            j
+            for j in range(len(ref_labels))
+            if not (own and i == j) and not (ids is not None and ids[i] == ref_ids[j])
+        ]
+        same.append([j for j in columns if labels[i] == ref_labels[j]])
+        different.append([j for j in columns if labels[i] != ref_labels[j]])
+    return same, different
+
+
+def best(columns: list[int], z: list[float], farthest: bool) -> list[int]:
+    """The first of the farthest, or nearest, columns, as a list of one or none."""
+    return [min(columns, key=lambda j: (-z[j] if farthest else z[j], j))] if columns else []
+
+
+def triplets_by_loops(
+    d: Tensor,
+    sign: int,
+    same: list[list[int]],
+    different: list[list[int]],
+    positive: str = "hardest",
+    negative: str = "hardest",
+    keep=lambda g: True,
+    ranges: tuple = (None, None),
+) -> list[tuple[int, int, int]]:
+    out = []
+    for i in range(len(d)):
+        raw = d[i].tolist()
+        z = [sign * v for v in raw]
+        ps, ns = (
+            [j for j in side if bounds is None or bounds[0] <= raw[j] <= bounds[1]]
+            for side, bounds in ((same[i], ranges[0]), (different[i], ranges[1]))
+        )
+
+        def side(which: str, columns: list[int], hardest: bool, z: list = z) -> list[int]:
+            return columns if which == "all" else best(columns, z, hardest == (which == "hardest"))
+
+        pairs = []
+        if negative == "semihard":
+            for p in side(positive, ps, True):
+                pairs += [(p, n) for n in best([n for n in ns if z[n] > z[p]], z, False)]
+        elif positive == "semihard":
+            for n in side(negative, ns, False):
+                pairs += [(p, n) for p in best([p for p in ps if z[p] < z[n]], z, True)]
+        else:
+            pairs = list(itertools.product(side(positive, ps, True), side(negative, ns, False)))
+        out += [(i, p, n) for p, n in sorted(pairs) if keep(z[n] - z[p])]
+    return out
+
+
+def lines(found: tuple[Tensor, ...]) -> list[tuple[int, int, int]]:
+    return list(zip(*(t.tolist() for t in found[:3]), strict=True))
+
+
+def check(found: Triplets, want: list, d: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    """The same triplets in the same order, their distances, and who was left out."""
+    assert lines(found) == want
+    assert found.left_out == len(d) - len({i for i, _, _ in want})
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for index, value in ((1, found.positive_distance), (2, found.negative_distance)):
+        assert value.dtype == wide and not value.requires_grad
+        expected = [float(d[line[0], line[index]]) for line in want]
+        torch.testing.assert_close(
+            value.double(),
+            torch.tensor(expected, dtype=torch.float64),
+            atol=BOUNDS[dtype] * 10,
+            rtol=BOUNDS[dtype],
+        )
+
+
+@pytest.fixture(params=[1, 1 << 30], ids=["row by row", "one block"])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(mining, "BLOCK_BYTES", request.param)
+    return request.param
+
+
+# ---- triplets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean", "cosine", "dot", "cityblock"])
+@pytest.mark.parametrize(("positive", "negative"), CHOICES)
+def test_every_choice(positive: str, negative: str, metric: str, backend: str) -> None:
+    x, labels = batch(23, 5, 5)
+    d = matrix(x, x, metric)
+    same, different = allowed(labels, labels, True)
+    sign = -1 if metric in mining.SIMILARITIES else 1
+    want = triplets_by_loops(d, sign, same, different, positive, negative)
+    given = dict(positive=positive, negative=negative, metric=metric, backend=backend)
+    check(mine_triplets(x, labels, **given), want, d)
+    # the same tensor is the batch itself
+    check(mine_triplets(x, labels, x, labels, **given), want, d)
+
+
+@pytest.mark.parametrize("metric", ["cityblock", "dot"])  # exact on small integers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("positive", "negative"), CHOICES)
+def test_ties_go_to_the_lowest_index(
+    positive, negative, dtype, metric, backend: str, block: int
+) -> None:
+    x, labels = grid(19, 3, 3, dtype)
+    y, ref_labels = grid(27, 3, 3, dtype)
+    d = matrix(x, y, metric)
+    sign = -1 if metric == "dot" else 1
+    want = triplets_by_loops(d, sign, *allowed(labels, ref_labels, False), positive, negative)
+    given = dict(positive=positive, negative=negative, metric=metric, backend=backend)
+    check(mine_triplets(x, labels, y, ref_labels, **given), want, d, dtype)
+
+
+@pytest.mark.parametrize("margin", [None, 0.3, -0.2])
+@pytest.mark.parametrize("rule", mining.RULES)
+@pytest.mark.parametrize(
+    ("positive", "negative"),
+    [("all", "all"), ("hardest", "hardest"), ("all", "semihard"), ("easiest", "all")],
+)
+def test_rules(positive, negative, rule, margin, backend: str) -> None:
+    x, labels = batch(17, 4, 4)
+    d = matrix(x, x, "euclidean")
+    limit = math.inf if margin is None else margin
+    keep = {
+        "all": lambda g: g <= limit,
+        "hard": lambda g: g <= 0 and g <= limit,
+        "semihard": lambda g: 0 < g <= limit,
+        "easy": lambda g: g > (0 if margin is None else margin),
+    }[rule]
+    want = triplets_by_loops(d, 1, *allowed(labels, labels, True), positive, negative, keep)
+    given = dict(positive=positive, negative=negative, triplets=rule, margin=margin)
+    check(mine_triplets(x, labels, **given, backend=backend), want, d)
+
+
+@pytest.mark.parametrize(("positive", "negative"), CHOICES)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_ranges(metric: str, positive: str, negative: str, backend: str) -> None:
+    x, labels = batch(21, 4, 4)
+    d = matrix(x, x, metric)
+    ranges = ((0.5, 2.5), (1.0, 3.0)) if metric == "euclidean" else ((-0.9, 0.6), (-0.4, 0.5))
+    sign = 1 if metric == "euclidean" else -1
+    pairs = allowed(labels, labels, True)
+    want = triplets_by_loops(d, sign, *pairs, positive, negative, ranges=ranges)
+    given = dict(positive=positive, negative=negative, metric=metric, backend=backend)
+    both = dict(positive_range=ranges[0], negative_range=ranges[1])
+    check(mine_triplets(x, labels, **both, **given), want, d)
+    want = triplets_by_loops(d, sign, *pairs, positive, negative, ranges=(None, ranges[1]))
+    check(mine_triplets(x, labels, negative_range=ranges[1], **given), want, d)
+
+
+@pytest.mark.parametrize("choice", [("hardest", "hardest"), ("all", "semihard")])
+def test_ids_are_never_paired(choice: tuple[str, str], backend: str) -> None:
+    x, labels = batch(12, 4, 3)
+    y, ref_labels = batch(20, 4, 3)
+    y[:6], ref_labels[:6] = x[3:9], labels[3:9]
+    ids, ref_ids = torch.arange(12) + 100, torch.arange(20) + 103
+    d = matrix(x, y, "euclidean")
+    pairs = allowed(labels, ref_labels, False, ids, ref_ids)
+    want = triplets_by_loops(d, 1, *pairs, *choice)
+    given = dict(positive=choice[0], negative=choice[1], backend=backend)
+    found = mine_triplets(x, labels, y, ref_labels, ids=ids, ref_ids=ref_ids, **given)
+    check(found, want, d)
+    assert bool((ids[found.anchor] != ref_ids[found.positive]).all())
+
+
+@pytest.mark.parametrize("choice", [("hardest", "hardest"), ("all", "hardest"), ("all", "all")])
+def test_normalize_and_blocks(choice: tuple[str, str], backend: str, block: int) -> None:
+    x, labels = batch(15, 4, 3)
+    given = dict(positive=choice[0], negative=choice[1], backend=backend)
+    unit = x / x.norm(dim=1, keepdim=True)
+    assert lines(mine_triplets(x, labels, normalize=True, **given)) == lines(
+        mine_triplets(unit, labels, **given)
+    )
+
+
+def test_blocks_of_a_real_size(backend: str) -> None:
+    """More than one block at the size that is in use."""
+    x, labels = grid(1500, 6, 40, torch.float32)
+    d = matrix(x, x, "dot")
+    others = torch.where(labels[:, None] == labels, d, torch.inf).fill_diagonal_(torch.inf)
+    p, n = others.argmin(dim=1), torch.where(labels[:, None] != labels, d, -torch.inf).argmax(dim=1)
+    given = dict(metric="dot", backend=backend)
+    for found in (
+        mine_triplets(x, labels, **given),
+        mine_triplets(x, labels, **given, positive_range=(-1e9, 1e9)),
+    ):
+        assert torch.equal(found.anchor, torch.arange(1500))
+        assert torch.equal(found.positive, p) and torch.equal(found.negative, n)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_nothing_to_mine(choice: tuple[str, str], backend: str) -> None:
+    given = dict(positive=choice[0], negative=choice[1], backend=backend)
+    x = torch.randn(6, 3)
+    for labels in (torch.zeros(6).long(), torch.arange(6)):
+        found = mine_triplets(x, labels, **given)
+        assert len(found.anchor) == 0 and found.left_out == 6
+        assert found.negative_distance.dtype == torch.float32
+    none = torch.zeros(0).long()
+    found = mine_triplets(x[:0], none, **given)
+    assert len(found.anchor) == 0 and found.left_out == 0
+    found = mine_triplets(x, torch.arange(6), x[:0], none, **given)
+    assert len(found.anchor) == 0 and found.left_out == 6
+    found = mine_triplets(x[:1], none.new_zeros(1), **given)
+    assert len(found.anchor) == 0 and found.left_out == 1
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_nan_and_inf_are_contained(choice: tuple[str, str], backend: str) -> None:
+    x, labels = batch(14, 3, 2)
+    x[4, 1] = math.nan
+    d = matrix(x, x, "euclidean")
+    same, different = allowed(labels, labels, True)
+    same, different = (
+        [[j for j in row if not math.isnan(d[i, j])] for i, row in enumerate(side)]
+        for side in (same, different)
+    )
+    want = triplets_by_loops(d, 1, same, different, *choice)
+    given = dict(positive=choice[0], negative=choice[1], backend=backend)
+    check(mine_triplets(x, labels, **given), want, d)
+    x[4, 1] = math.inf
+    found = mine_triplets(x, labels, **given)
+    assert int(found.negative.max()) < 14 and int(found.negative.min()) >= 0
+
+
+def test_fields_and_gradients(backend: str) -> None:
+    x, labels = batch(8, 3, 2)
+    found = mine_triplets(x.requires_grad_(), labels, backend=backend)
+    a, p, n, near, far = found
+    assert all(t.dtype == torch.int64 for t in (a, p, n)) and not near.requires_grad
+    assert found._fields == (
+        "anchor",
+        "positive",
+        "negative",
+        "positive_distance",
+        "negative_distance",
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = mine_triplets(x, labels, backend=backend)
+    assert lines(again) == lines(found) and torch.equal(again.positive_distance, near)
+
+
+# ---- pairs --------------------------------------------------------------------------------------
+
+
+def pairs_by_loops(d: Tensor, sign: int, same: list, different: list, choose) -> tuple:
+    """choose(z, positives, negatives) -> the kept ones of a row."""
+    positive, negative = [], []
+    for i in range(len(d)):
+        ps, ns = choose([sign * v for v in d[i].tolist()], same[i], different[i])
+        positive += [(i, p) for p in sorted(ps)]
+        negative += [(i, n) for n in sorted(ns)]
+    return positive, negative
+
+
+def check_pairs(found: Pairs, want: tuple, d: Tensor) -> None:
+    assert list(zip(found.anchor.tolist(), found.positive.tolist(), strict=True)) == want[0]
+    assert (
+        list(zip(found.negative_anchor.tolist(), found.negative.tolist(), strict=True)) == want[1]
+    )
+    torch.testing.assert_close(found.positive_distance, d[found.anchor, found.positive])
+    torch.testing.assert_close(found.negative_distance, d[found.negative_anchor, found.negative])
+    assert found.left_out == len(d) - len({i for side in want for i, _ in side})
+
+
+def multi_similarity(z: list[float], ps: list[int], ns: list[int]) -> tuple:
+    if not ps or not ns:
+        return [], []
+    nearest, farthest = min(z[n] for n in ns), max(z[p] for p in ps)
+    return [p for p in ps if z[p] + 0.1 > nearest], [n for n in ns if z[n] - 0.1 < farthest]
+
+
+def k_best(z: list[float], columns: list[int], k: int, farthest: bool) -> list[int]:
+    return sorted(columns, key=lambda j: (-z[j] if farthest else z[j], j))[:k]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_multi_similarity(metric: str, backend: str, block: int) -> None:
+    x, labels = batch(24, 5, 6)
+    labels[0] = 17  # alone
+    d = matrix(x, x, metric)
+    sign = -1 if metric == "cosine" else 1
+    want = pairs_by_loops(d, sign, *allowed(labels, labels, True), multi_similarity)
+    found = mine_pairs(x, labels, metric=metric, backend=backend)
+    check_pairs(found, want, d)
+    assert found.left_out >= 1
+    if metric == "cosine":
+        check_pairs(mine_pairs(x, labels, backend=backend), want, d)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_pair_margin(metric: str, backend: str) -> None:
+    x, labels = batch(20, 3, 4)
+    y, ref_labels = batch(25, 3, 4)
+    d = matrix(x, y, metric)
+    if metric == "cosine":
+        margins = dict(positive_margin=0.6, negative_margin=-0.1)
+        choose = lambda z, ps, ns: (
+            [p for p in ps if -z[p] < 0.6],
+            [n for n in ns if -z[n] > -0.1],
+        )
+    else:
+        margins = dict(positive_margin=1.0, negative_margin=1.5)
+        choose = lambda z, ps, ns: ([p for p in ps if z[p] > 1.0], [n for n in ns if z[n] < 1.5])
+    sign = -1 if metric == "cosine" else 1
+    want = pairs_by_loops(d, sign, *allowed(labels, ref_labels, False), choose)
+    given = dict(strategy="pair_margin", metric=metric, backend=backend)
+    check_pairs(mine_pairs(x, labels, y, ref_labels, **margins, **given), want, d)
+
+
+@pytest.mark.parametrize("k", [1, 3, 99])
+@pytest.mark.parametrize("positive", mining.RANKS)
+@pytest.mark.parametrize("negative", mining.RANKS)
+def test_ranked(negative: str, positive: str, k: int, backend: str) -> None:
+    x, labels = grid(18, 3, 4)
+    d = matrix(x, x, "cityblock")
+
+    def choose(z: list[float], ps: list[int], ns: list[int]) -> tuple:
+        return (
+            ps if positive == "all" else k_best(z, ps, k, positive == "hardest"),
+            ns if negative == "all" else k_best(z, ns, k, negative == "easiest"),
+        )
+
+    want = pairs_by_loops(d, 1, *allowed(labels, labels, True), choose)
+    given = dict(strategy="ranked", positive=positive, negative=negative, k=k, backend=backend)
+    check_pairs(mine_pairs(x, labels, metric="cityblock", **given), want, d)
+    if positive == negative == "all":
+        given["strategy"] = "all"
+        check_pairs(mine_pairs(x, labels, metric="cityblock", **given), want, d)
+
+
+def test_ranked_within_ranges(backend: str) -> None:
+    x, labels = batch(18, 3, 4)
+    d = matrix(x, x, "euclidean")
+
+    def choose(z: list[float], ps: list[int], ns: list[int]) -> tuple:
+        ps, ns = [p for p in ps if 1 <= z[p] <= 3], [n for n in ns if 0.5 <= z[n] <= 2]
+        return ps, k_best(z, ns, 2, False)
+
+    want = pairs_by_loops(d, 1, *allowed(labels, labels, True), choose)
+    given = dict(strategy="ranked", k=2, positive_range=(1, 3), negative_range=(0.5, 2))
+    check_pairs(mine_pairs(x, labels, **given, backend=backend), want, d)
+
+
+def test_angular(backend: str, block: int) -> None:
+    x, labels = batch(14, 3, 4)
+    same, different = allowed(labels, labels, True)
+    want = []
+    for i in range(14):
+        for p, n in itertools.product(same[i], different[i]):
+            apart, away = (x[i] - x[p]).norm(), (x[n] - (x[i] + x[p]) / 2).norm()
+            if math.degrees(math.atan2(float(apart), float(2 * away))) > 40:
+                want.append((i, p, n))
+    found = mine_pairs(x, labels, strategy="angular", angle=40.0, backend=backend)
+    assert len(want) > 10
+    assert lines((found.anchor, found.positive, found.negative)) == want
+    assert torch.equal(found.anchor, found.negative_anchor)
+    d = matrix(x, x, "euclidean")
+    torch.testing.assert_close(found.positive_distance, d[found.anchor, found.positive])
+    torch.testing.assert_close(found.negative_distance, d[found.anchor, found.negative])
+
+
+def law(d: Tensor, negatives: list[int], dimension: int, cutoff: float, far: float) -> Tensor:
+    """The exact probabilities of a row's columns."""
+    weight = torch.zeros(len(d), dtype=torch.float64)
+    for j in negatives:
+        at = max(float(d[j]), cutoff)
+        if at < far and at < 2:
+            density = at ** (dimension - 2) * (1 - at * at / 4) ** ((dimension - 3) / 2)
+            weight[j] = 1 / density
+    return weight / weight.sum()
+
+
+@pytest.mark.parametrize("dimension", [2, 3, 8, 64])
+def test_distance_weighted_law(dimension: int, backend: str) -> None:
+    """4 anchors, each with many positives: what is drawn against the exact probabilities."""
+    copies, negatives = 4000, 12
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, dimension, dtype=torch.float64)
+    y = torch.cat(
+        [
+            torch.randn(copies, dimension, dtype=torch.float64),
+            x.repeat(3, 1) + 0.7 / dimension**0.5 * torch.randn(negatives, dimension).double(),
+        ]
+    )
+    ref_labels = torch.cat([torch.zeros(copies), torch.ones(negatives)]).long()
+    labels = torch.zeros(4).long()
+    given = dict(strategy="distance_weighted", backend=backend)
+    found = mine_pairs(x, labels, y, ref_labels, generator=generator, **given)
+    d = matrix(*(t / t.norm(dim=1, keepdim=True) for t in (x, y)), "euclidean")
+    kept = 0
+    for i in range(4):
+        drawn = found.negative[found.negative_anchor == i]
+        exact = law(d[i], list(range(copies, copies + negatives)), dimension, 0.5, 1.4)
+        if not bool(exact.isfinite().all()):
+            assert len(drawn) == 0
+            continue
+        kept += 1
+        assert len(drawn) == copies
+        count = drawn.bincount(minlength=len(exact)).double()
+        assert bool((count[exact == 0] == 0).all())
+        exact = exact[exact > 0] * copies
+        count = count[law(d[i], range(copies, copies + negatives), dimension, 0.5, 1.4) > 0]
+        statistic = float(((count - exact).square() / exact).sum())
+        # mean k - 1 and variance 2 (k - 1): six deviations
+        freedom = len(exact) - 1
+        assert statistic <= freedom + 6 * (2 * freedom) ** 0.5 + 1e-9
+    assert kept >= 3 and found.left_out == 4 - kept
+    again = mine_pairs(x, labels, y, ref_labels, generator=generator.manual_seed(3), **given)
+    assert torch.equal(again.negative, found.negative)
+    torch.testing.assert_close(found.negative_distance, d[found.negative_anchor, found.negative])
+
+
+def test_distance_weighted_draws_do_not_depend_on_blocks(monkeypatch, backend: str) -> None:
+    x, labels = batch(60, 6, 7)
+    found = []
+    for size in (1, 7 * 60 * 8, 1 << 30):
+        monkeypatch.setattr(mining, "BLOCK_BYTES", size)
+        generator = torch.Generator().manual_seed(11)
+        given = dict(strategy="distance_weighted", generator=generator, backend=backend)
+        found.append(mine_pairs(x, labels, **given))
+    assert torch.equal(found[0].negative, found[1].negative)
+    assert torch.equal(found[0].negative, found[2].negative)
+    same, different = allowed(labels, labels, True)
+    positives = [(i, p) for i in range(60) for p in same[i] if i in set(found[0].anchor.tolist())]
+    drawn = lines((found[0].anchor, found[0].positive, found[0].negative))
+    assert [(i, p) for i, p, _ in drawn] == positives
+    assert all(n in different[i] for i, _, n in drawn)
+
+
+def test_distance_weighted_without_a_near_negative(backend: str) -> None:
+    x = torch.eye(4, dtype=torch.float64)  # every distance is the root of 2, above 1.4
+    found = mine_pairs(x, torch.tensor([0, 0, 1, 1]), strategy="distance_weighted", backend=backend)
+    assert len(found.anchor) == 0 and found.left_out == 4
+
+
+def test_no_pairs(backend: str) -> None:
+    x = torch.randn(5, 3)
+    for strategy in mining.STRATEGIES:
+        for labels in (torch.zeros(5).long(), torch.arange(5)):
+            found = mine_pairs(x, labels, strategy=strategy, backend=backend)
+            assert found.positive_distance.dtype == torch.float32
+            assert len(found.anchor) == len(found.positive_distance)
+            one_sided = strategy in ("pair_margin", "ranked", "all")
+            assert one_sided or len(found.anchor) == len(found.negative) == 0
+            assert one_sided or found.left_out == 5
+        none = torch.zeros(0).long()
+        found = mine_pairs(x[:0], none, strategy=strategy, backend=backend)
+        assert len(found.negative) == 0 and found.left_out == 0
+        found = mine_pairs(x, torch.arange(5), x[:0], none, strategy=strategy, backend=backend)
+        assert len(found.negative) == 0 and found.left_out == 5
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+X, LABELS = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(embeddings=[1.0]), TypeError, "embeddings: expected a tensor"),
+        (dict(embeddings=X.long()), TypeError, "embeddings: expected a floating"),
+        (dict(embeddings=X[0]), ValueError, "embeddings: expected two"),
+        (dict(labels=LABELS.float()), TypeError, "labels: expected an integer"),
+        (dict(labels=LABELS[:3]), ValueError, r"labels: expected shape \(4"),
+        (dict(ref_labels=LABELS), ValueError, "ref_embeddings: expected a tensor"),
+        (dict(ref_embeddings=X.clone()), ValueError, "ref_labels: expected a tensor"),
+        (
+            dict(ref_embeddings=torch.randn(4, 2), ref_labels=LABELS),
+            ValueError,
+            r"ref_embeddings: expected \[M, 3\]",
+        ),
+        (
+            dict(ref_embeddings=X.double(), ref_labels=LABELS),
+            TypeError,
+            "ref_embeddings: expected the dtype",
+        ),
+        (dict(ref_embeddings=X.clone(), ref_labels=LABELS[:1]), ValueError, "ref_labels: expected"),
+        (
+            dict(ids=LABELS, ref_embeddings=X.clone(), ref_labels=LABELS),
+            ValueError,
+            "ref_ids: expected a tensor",
+        ),
+        (dict(ids=LABELS[:2]), ValueError, "ids: expected shape"),
+        (dict(metric="manhattan"), ValueError, "metric: expected one of"),
+        (dict(metric="euclidean", p=3.0), ValueError, "p: expected no value"),
+        (dict(metric="minkowski", p=-1.0), ValueError, "p: expected a finite value > 0"),
+        (dict(positive_range=3), TypeError, "positive_range: expected"),
+        (dict(negative_range=(2, 1)), ValueError, "negative_range: expected low"),
+        (dict(negative_range=(1, "a")), TypeError, "negative_range: expected a number"),
+        (dict(precision="half"), ValueError, "precision: expected one of"),
+    ],
+)
+@pytest.mark.parametrize("mine", [mine_triplets, mine_pairs])
+def test_bad_input(mine, change: dict, error: type, words: str) -> None:
+    given = dict(embeddings=X, labels=LABELS) | change
+    with pytest.raises(error, match=words):
+        mine(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(positive="hard"), ValueError, "positive: expected one of"),
+        (dict(negative="random"), ValueError, "negative: expected one of"),
+        (dict(triplets="both"), ValueError, "triplets: expected one of"),
+        (dict(positive="semihard", negative="semihard"), ValueError, "negative: expected 'hard"),
+        (dict(margin="0.2"), TypeError, "margin: expected a number"),
+        (dict(margin=math.nan), ValueError, "margin: expected a number"),
+    ],
+)
+def test_bad_choices_of_triplets(change: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        mine_triplets(X, LABELS, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(strategy="hardest"), ValueError, "strategy: expected one of"),
+        (dict(positive="semihard"), ValueError, "positive: expected one of"),
+        (dict(negative="semihard"), ValueError, "negative: expected one of"),
+        (dict(epsilon=None), TypeError, "epsilon: expected a number"),
+        (dict(k=0), ValueError, "k: expected a value >= 1"),
+        (dict(k=1.0), TypeError, "k: expected an integer"),
+        (dict(angle=90), ValueError, "angle: expected degrees"),
+        (dict(cutoff=0.0), ValueError, "cutoff: expected a distance"),
+        (dict(strategy="angular", metric="cosine"), ValueError, "metric: expected None"),
+    ],
+)
+def test_bad_choices_of_pairs(change: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        mine_pairs(X, LABELS, **change)
