@@ -27,21 +27,6 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Type::kFloat32;
-    case at::kDouble:
-      return Type::kFloat64;
-    case at::kBFloat16:
-      return Type::kBFloat16;
-    case at::kHalf:
-      return Type::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "row_statistics: unsupported dtype ", t.scalar_type());
-  }
-}
-
 void run_on_threads(int count, void (*body)(void*, int), void* context) {
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
@@ -254,6 +239,21 @@ size_t workspace_bytes(int64_t n, int64_t d, bool is_double, bool bf16) {
 }
 
 }  // namespace
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Type::kFloat32;
+    case at::kDouble:
+      return Type::kFloat64;
+    case at::kBFloat16:
+      return Type::kBFloat16;
+    case at::kHalf:
+      return Type::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected a floating point tensor, got ", t.scalar_type());
+  }
+}
 
 Precision precision_of(c10::string_view name) {
   const bool known = name == "fp32" || name == "mixed" || name == "bf16";

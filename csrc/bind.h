@@ -10,6 +10,7 @@
 namespace fused_losses {
 
 Precision precision_of(c10::string_view name);
+Type type_of(const at::Tensor& t);
 Parallel torch_threads();
 
 // Large pages for large outputs: a fresh gradient is gigabytes of page faults otherwise.

@@ -18,30 +18,14 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Type::kFloat32;
-    case at::kDouble:
-      return Type::kFloat64;
-    case at::kBFloat16:
-      return Type::kBFloat16;
-    case at::kHalf:
-      return Type::kFloat16;
-    case at::kChar:
-      return Type::kInt8;
-    default:
-      TORCH_CHECK_TYPE(false, "pair_topk: expected floating point or int8, got ", t.scalar_type());
-  }
-}
-
 // What a problem points to, kept alive.
 struct Held {
   std::vector<Tensor> tensors;
 
   Matrix matrix(const Tensor& t) {
     tensors.push_back(t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous());
-    return {tensors.back().const_data_ptr(), type_of(t), tensors.back().stride(0)};
+    const Type type = t.scalar_type() == at::kChar ? Type::kInt8 : type_of(t);
+    return {tensors.back().const_data_ptr(), type, tensors.back().stride(0)};
   }
 
   template <class T>

@@ -384,7 +384,14 @@ SCREEN_BLOCKS = 8  # of certified_topk's
 
 
 def _topk_bytes(
-    name: str, n: int, m: int, d: int, k: int, dtype: torch.dtype, triangle: bool = False
+    name: str,
+    n: int,
+    m: int,
+    d: int,
+    k: int,
+    dtype: torch.dtype,
+    triangle: bool = False,
+    late: bool = False,
 ) -> int:
     """Of `selection.select`, beyond its inputs and what it returns."""
     if name == "reference":
@@ -392,7 +399,7 @@ def _topk_bytes(
     # numbers for labels and ids
     around = 64 * (n + m)
     if name == "cpu":
-        return around + backends.module(name).topk_extra_bytes(n, d, k, dtype, triangle)
+        return around + backends.module(name).topk_extra_bytes(n, d, k, dtype, triangle, late)
     block = backends.module("certified_topk").BLOCK_BYTES
     kept = k + max(16, k // 2)
     size = _size(dtype)
@@ -421,7 +428,8 @@ def _topk(a: Arguments) -> Call:
 
         def extra(name: str) -> int:
             triangle = y is None and a["skip_self"]
-            return around + max(listed, _topk_bytes(name, n, m, d, k, x.dtype, triangle))
+            late = isinstance(a.get("screen"), QuantizedRows)
+            return around + max(listed, _topk_bytes(name, n, m, d, k, x.dtype, triangle, late))
 
         return Call(x, "fp32", extra)
     wide = max(k, 2_048)
@@ -508,8 +516,30 @@ def _over_rows(
 
 
 def _choice(rows: str, columns: str | None, more: int) -> Reader:
-    """One positive and one negative a row."""
-    return _over_rows(rows, columns, 0.0, more, CHOICE_BLOCKS)
+    """One positive and one negative a row: the extreme ones by two selections of one."""
+    of_rows = _over_rows(rows, columns, 0.0, more, CHOICE_BLOCKS)
+
+    def read(a: Arguments) -> Call:
+        by_rule = of_rows(a)
+        x = a[rows]
+        alone = columns is None or a[columns] is None
+        # centroids stand beside the rows
+        n = 2 * len(x) if columns is None else len(x)
+        m, d, dtype = n if alone else len(a[columns]), x.shape[1], x.dtype
+        found = UNIT if a.get("normalize") else 0.0
+        around = int((found * (n + m) + more * len(x)) * d * _size(dtype))
+        # rows without NaN, and the numbers and labels of the chosen
+        around += (n + (0 if alone else m)) * d * dtype.itemsize
+        around += PAIR_ROW_BYTES * (n + m) + SLACK
+
+        def extra(name: str) -> int:
+            if name == "reference" or "semihard" in (a.get("positive"), a.get("negative")):
+                return by_rule.extra(name)
+            return around + _topk_bytes(name, n, m, d, 1, dtype, alone)
+
+        return by_rule._replace(extra=extra)
+
+    return read
 
 
 def _triplets(columns: str, copied: float = 0.0) -> Reader:

@@ -265,7 +265,7 @@ def test_peak_is_within_what_explain_says(name: str, case: Case) -> None:
         return
     assert extra <= told
     # a plan that says anything would hold too; calls of half a MiB are mostly fixed costs
-    assert told <= 4 * extra + 2 * MIB
+    assert told <= 6 * extra + 2 * MIB
 
 
 def test_the_reference_breaks_the_bound() -> None:
