@@ -18,7 +18,7 @@ from fused_losses import validation
 from fused_losses.backends import reference_distances
 from fused_losses.distance_matrix import FLAT, choose, distance_matrix
 from fused_losses.pair_front import centered, number
-from fused_losses.rows import accumulate_dtype, row_dtype
+from fused_losses.rows import accumulate_dtype, root, row_dtype
 from fused_losses.softmax import no_autocast
 from fused_losses.unit_norm import unit
 from fused_losses.validation import describe
@@ -293,12 +293,6 @@ def _power(v: Tensor, power: float) -> Tensor:
     return torch.where(positive, powers, torch.where(v < 0, torch.nan, 0.0).to(v.dtype))
 
 
-def _root(v: Tensor) -> Tensor:
-    """The square root, 0 (with gradient 0) where v <= 0."""
-    positive = ~(v <= 0)
-    return torch.where(positive, torch.where(positive, v, 1).sqrt(), 0)
-
-
 def _moved(x: Tensor, w: Tensor | None = None) -> Tensor:
     """Rows moved by their own (weighted) mean."""
     x = _wide(x)
@@ -449,7 +443,7 @@ def _lorentz(call: Call) -> Tensor:
     t, u = call.both(lambda r: _wide(r)[..., 0])
     apart = call.matrix("sqeuclidean", *call.both(lambda r: r[..., 1:]))
     # |x - y|^2 of the Minkowski form, 4 sinh^2(distance / 2)
-    chord = _root(apart - (t.unsqueeze(-1) - u.unsqueeze(-2)).square())
+    chord = root(apart - (t.unsqueeze(-1) - u.unsqueeze(-2)).square())
     return 2 * (chord / 2).asinh()
 
 

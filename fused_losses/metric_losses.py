@@ -29,7 +29,7 @@ from fused_losses.pair_front import (
 )
 from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 from fused_losses.pairs import PairStatistics, pair_statistics
-from fused_losses.rows import accumulate_dtype
+from fused_losses.rows import accumulate_dtype, root
 from fused_losses.softmax import no_autocast
 
 
@@ -195,10 +195,7 @@ def lifted_structure(
 
 def _lifted_pairs(x: Tensor, labels: Tensor, lse: Tensor, offset: int) -> Tensor:
     """The losses of the positive pairs (k, k + offset) of sorted rows, halved between them. [N]"""
-    squared = (x[:-offset] - x[offset:]).square().sum(dim=1).to(lse.dtype)
-    # the subgradient of the root at 0 is 0, and a NaN stays one
-    apart = ~(squared <= 0)
-    distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
+    distance = root((x[:-offset] - x[offset:]).square().sum(dim=1).to(lse.dtype))
     hinge = F.relu(merged(lse[:-offset], lse[offset:]) + distance)
     half = torch.where(labels[:-offset] == labels[offset:], hinge.square() / 4, 0)
     return F.pad(half, (0, offset)) + F.pad(half, (offset, 0))

@@ -15,7 +15,7 @@ from fused_losses.backends.reference_topk import allowed, best
 from fused_losses.distance_matrix import FLAT
 from fused_losses.distances import METRICS, pairwise_distance, whitened
 from fused_losses.pair_front import check_integer_pair, check_integers, dense_pair
-from fused_losses.rows import accumulate_dtype
+from fused_losses.rows import accumulate_dtype, root
 from fused_losses.selection import (
     MATCHES,
     SCREENS,
@@ -29,12 +29,6 @@ from fused_losses.selection import (
 BLOCK_BYTES = 8 << 20  # of a block, for the metrics that no product screens
 BYTES_A_PAIR = 48  # a distance and what sorting it takes
 MOST = 2_048  # k
-
-
-def _root(squared: Tensor) -> Tensor:
-    """The square root with gradient 0 at 0."""
-    apart = ~(squared <= 0)
-    return torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
 
 
 def _angle(cosine: Tensor) -> Tensor:
@@ -60,12 +54,12 @@ class _Plan(NamedTuple):
 PLANS = {
     "dot": _Plan("dot"),
     "sqeuclidean": _Plan("sqeuclidean"),
-    "euclidean": _Plan("sqeuclidean", None, _root),
+    "euclidean": _Plan("sqeuclidean", None, root),
     "cosine": _Plan("cosine", None, lambda c: 1 - c, True),
     "angular": _Plan("cosine", None, _angle, True),
     "correlation": _Plan("cosine", _moved, lambda c: 1 - c, True),
-    "hellinger": _Plan("sqeuclidean", torch.sqrt, lambda s: _root(s / 2)),
-    "mahalanobis": _Plan("sqeuclidean", None, _root),
+    "hellinger": _Plan("sqeuclidean", torch.sqrt, lambda s: root(s / 2)),
+    "mahalanobis": _Plan("sqeuclidean", None, root),
 }
 SIMILARITIES = ("dot",)
 

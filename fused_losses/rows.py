@@ -24,3 +24,9 @@ def unit_rows(x: Tensor) -> Tensor:
     # `not <=` and not `>`: a NaN norm must stay NaN
     alive = ~(norm <= ZERO_NORM)
     return torch.where(alive, x / torch.where(alive, norm, 1), 0)
+
+
+def root(v: Tensor) -> Tensor:
+    """The square root, 0 (with gradient 0) where v <= 0; a NaN stays one."""
+    positive = ~(v <= 0)
+    return torch.where(positive, torch.where(positive, v, 1).sqrt(), 0)

@@ -34,7 +34,7 @@ from fused_losses.pair_inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.pairs import PairStatistics, pair_statistics
 from fused_losses.row_losses import SCORES, RowInputs, row_losses
 from fused_losses.row_rules import PICKS, TRIPLETS
-from fused_losses.rows import accumulate_dtype, row_dtype
+from fused_losses.rows import accumulate_dtype, root, row_dtype
 from fused_losses.selection import TopkInputs, best_screen, select
 from fused_losses.softmax import no_autocast
 from fused_losses.unit_norm import unit
@@ -298,11 +298,7 @@ def listed_distances(x: Tensor, y: Tensor, index: Tensor, distance: str) -> Tens
     if distance == "cosine":
         return 1 - (x * near).sum(dim=2)
     squared = (x - near).square().sum(dim=2)
-    if distance == "sqeuclidean":
-        return squared
-    # the subgradient of the root at 0 is 0, and a NaN stays one
-    apart = ~(squared <= 0)
-    return torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
+    return squared if distance == "sqeuclidean" else root(squared)
 
 
 def _chosen(
