@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
-.PHONY: venv train test ctest bench lint clean
+.PHONY: venv train test ctest cuda-host bench lint clean
 
 venv: $(VENV)/.built
 
@@ -23,8 +23,8 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 train: venv
 	$(BIN)/fused-losses train
 
-test: venv lint ctest
-	FUSED_LOSSES_REQUIRE_CPU=1 $(BIN)/python -m pytest
+test: venv lint ctest cuda-host
+	FUSED_LOSSES_REQUIRE_CPU=1 FUSED_LOSSES_CUDA_ON_HOST=1 $(BIN)/python -m pytest
 
 # the kernels without Python: their own tests under ctest
 ctest: $(VENV)/.installed
@@ -34,6 +34,11 @@ ctest: $(VENV)/.installed
 	$(BIN)/cmake --build build/cmake --parallel 2
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
+# the CUDA kernels built for the host, which executes them with checks (backend "cuda" on CPU tensors)
+cuda-host: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release > /dev/null
+	$(BIN)/cmake --build build/cmake --target fused_losses_cuda_host --parallel 2
+
 bench: venv
 	@mkdir -p runs/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-json=runs/bench/pytest.json
@@ -42,7 +47,7 @@ bench: venv
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.c' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 
 clean:
 	rm -rf $(VENV) build runs fused_losses/*.so

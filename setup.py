@@ -1,4 +1,7 @@
-"""Builds the C++ extension: the kernels once per instruction set, without torch's headers."""
+"""Builds the C++ extension, the kernels once per instruction set, and with nvcc the CUDA library.
+
+No kernel sees torch's headers. CMake builds the same kernels with their tests.
+"""
 
 import os
 import platform
@@ -40,6 +43,39 @@ def wanted() -> bool:
     return True
 
 
+# What the CUDA library has machine code for; the last also as PTX, for what comes after it.
+ARCHITECTURES = os.environ.get("FUSED_LOSSES_CUDA_ARCHITECTURES", "80;86;89;90;100;120").split(";")
+CUDA_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, or None: then the package has no CUDA kernels."""
+    if os.environ.get("FUSED_LOSSES_NO_CUDA") == "1":
+        return None
+    found = shutil.which("nvcc")
+    if found is None:
+        print("fused_losses: no nvcc: building without the CUDA C++ kernels", file=sys.stderr)
+    return found
+
+
+def compile_cuda(compiler: str, folder: Path, out: Path) -> None:
+    """Every .cu once for all architectures, linked into one library of plain functions."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
+    flags = [*CUDA_FLAGS, f"-DFUSED_LOSSES_ARCHITECTURES=\"{' '.join(ARCHITECTURES)}\"", *codes]
+
+    def compile_one(source: Path) -> str:
+        made = str(folder / f"{source.stem}.cuda.o")
+        subprocess.run([compiler, *flags, "-c", str(source), "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sorted(Path("csrc/cuda").glob("*.cu"))))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    link = [compiler, "-shared", "-cudart", "static", *codes, *objects, "-o", str(out)]
+    subprocess.run(link, check=True)
+
+
 class Build(BuildExtension):
     def build_extensions(self) -> None:
         folder = Path(self.build_temp)
@@ -56,6 +92,10 @@ class Build(BuildExtension):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self.extensions[0].extra_objects = list(pool.map(compile_one, FLAGS))
         super().build_extensions()
+        compiler = nvcc()
+        if compiler:
+            beside = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
+            compile_cuda(compiler, folder, beside / "libfused_losses_cuda.so")
 
 
 extension = CppExtension(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from test_margin_softmax import benchmark_step
+from test_margin_softmax import DEVICE, benchmark_step
 
 from fused_losses.bench import distance_cases
 
 N, D = 1024, 128
 SLOW = ("scipy", "torchpairwise", "N^3")
 CASES = {
-    name: make(n=N, d=D)
+    name: make(n=N, d=D, device=DEVICE)
     for name, make in {**distance_cases.MATRICES, **distance_cases.BATCHES}.items()
 }
-CASES["topk"] = distance_cases.topk(n=256, m=20_000)
+CASES["topk"] = distance_cases.topk(n=256, m=20_000, device=DEVICE)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ The paired ratios are `fused-losses bench`'s; these rows give the spread of each
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fused_losses.bench import cases, measure
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(256, 20_000, 512), (64, 50_000, 128)]
-CASES = {f"B{n}-C{c}-D{d}": cases.margin_softmax(n, c, d) for n, c, d in SHAPES}
+CASES = {f"B{n}-C{c}-D{d}": cases.margin_softmax(n, c, d, DEVICE) for n, c, d in SHAPES}
 
 
 def benchmark_step(benchmark, case: cases.Case, provider: str) -> None:

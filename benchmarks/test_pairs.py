@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from test_margin_softmax import benchmark_step
+from test_margin_softmax import DEVICE, benchmark_step
 
 from fused_losses.bench import pair_cases
 
 N, D = 2048, 256
-CASES = {name: make(N, D) for name, make in pair_cases.BY_SHAPE.items()}
-CASES["maxsim"] = pair_cases.maxsim(q=32, lq=32, b=128, ld=128)
+CASES = {name: make(N, D, DEVICE) for name, make in pair_cases.BY_SHAPE.items()}
+CASES["maxsim"] = pair_cases.maxsim(q=32, lq=32, b=128, ld=128, device=DEVICE)
 
 
 @pytest.mark.parametrize(

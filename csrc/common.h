@@ -4,6 +4,13 @@
 #include <cstddef>
 #include <cstdint>
 
+// A function of both sides of a CUDA source, always inlined.
+#if defined(__CUDACC__)
+#define FL_RULE __host__ __device__ __forceinline__
+#else
+#define FL_RULE [[gnu::always_inline]] inline
+#endif
+
 namespace fused_losses {
 
 enum class Precision { kFull, kMixed, kBFloat16 };
@@ -14,6 +21,6 @@ struct Parallel {
   void (*run)(int count, void (*body)(void*, int), void* context);
 };
 
-constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+FL_RULE constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 }  // namespace fused_losses

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, backends, and why a backend cannot run here")
-    commands.add_parser("verify", help="check every op and backend against the float64 reference")
+    verify = commands.add_parser("verify", help="check every op and backend against float64")
     bench = commands.add_parser("bench", help="measure against eager, torch.compile and peers")
     train = commands.add_parser("train", help="train a face embedding and evaluate it")
     given = sys.argv[1:] if argv is None else argv
@@ -26,15 +26,17 @@ def main(argv: list[str] | None = None) -> int:
         from fused_losses.bench import report
 
         report.add_arguments(bench)
+    if given[:1] == ["verify"]:
+        from fused_losses import verify as checks
+
+        checks.add_arguments(verify)
     args = parser.parse_args(given)
     if args.command == "train":
         return train_cli.run(args)
     if args.command == "bench":
         return report.run(args)
     if args.command == "verify":
-        from fused_losses import verify
-
-        return verify.run()
+        return checks.run(device=args.device, shapes=args.shape, out=args.out)
     from fused_losses import info
 
     print("\n".join(info.lines()))

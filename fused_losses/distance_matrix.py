@@ -84,7 +84,7 @@ def distance_matrix(
     """
     _check(x, y, w, kind, p, precision)
     precision = precision if kind in PRODUCTS else "fp32"
-    name = choose(backend, x.device, x.dtype, precision, kind)
+    name, _ = choose(backend, x.device, x.dtype, precision, kind)
     dtype = accumulate_dtype(x.dtype)
     if x.shape[1] == 0:
         # no coordinate: every sum is 0, and so is every gradient
@@ -99,20 +99,23 @@ def distance_matrix(
 
 def choose(
     backend: str | None, device: torch.device, dtype: torch.dtype, precision: str, kind: str
-) -> str:
-    """The backend that runs a kind: Triton has the kinds made of products only."""
-    name = backends.requested(backend)
+) -> tuple[str, dict[str, list[str]]]:
+    """As `backends.choose`; Triton has the kinds made of products only."""
+    operation = operation_of(kind)
     if kind not in PRODUCTS:
         precision = "fp32"
-        if name == "triton":
+        if backends.requested(backend) == "triton":
             raise RuntimeError(
                 f"backend='triton' cannot run kind {kind!r}: its kernels have "
                 f"{', '.join(PRODUCTS)}, which are made of products; use backend='auto', which "
-                "takes the pure-PyTorch path for this kind on a GPU, or backend='bounded'"
+                "takes the best path for this kind, or backend='bounded'"
             )
-        if name == "auto" and "triton" in backends.ORDER.get(device.type, ()):
-            name = "bounded"
-    return backends.choose(name, device, dtype, precision)[0]
+    return backends.choose(backend, device, dtype, precision, operation)
+
+
+def operation_of(kind: str) -> str:
+    """What the dispatch table calls this kind."""
+    return "distance_products" if kind in PRODUCTS else "distance_sums"
 
 
 def _check(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> None:

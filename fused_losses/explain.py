@@ -45,6 +45,7 @@ class Call(NamedTuple):
     extra: Callable[[str], int]  # a backend's name -> peak bytes
     kind: str | None = None  # of a matrix of distances: not every backend has every one
     backend: str | None = None  # of a function that has no choice
+    operation: str = "row_statistics"  # as the dispatch table calls it, where there is no kind
 
 
 Arguments = dict[str, Any]
@@ -68,13 +69,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     asked = call.backend or bound.arguments.get("backend")
     asked_of = (call.like.device, call.like.dtype, call.precision)
     if call.kind is None:
-        name, refused = backends.choose(asked, *asked_of)
+        name, refused = backends.choose(asked, *asked_of, call.operation, call.like.shape[-1])
     else:
-        name = distance_matrix.choose(asked, *asked_of, call.kind)
-        first = backends.ORDER.get(call.like.device.type, ("bounded",))[0]
-        passed = backends.requested(asked) == "auto" and name != first
-        why = backends.reasons_against(first, *asked_of) if passed else []
-        refused = {first: why or [f"it has no kernel for kind {call.kind!r}"]} if passed else {}
+        name, refused = distance_matrix.choose(asked, *asked_of, call.kind)
     return Plan(name, refused, call.extra(name))
 
 
@@ -139,7 +136,7 @@ def _over_pairs(
     def extra(name: str) -> int:
         return around + _sweep_bytes(name, n, m, d, like.dtype, a["precision"], width)
 
-    return Call(like, a["precision"], extra)
+    return Call(like, a["precision"], extra, operation="pairs")
 
 
 # how many times the rows are alive once more
@@ -263,7 +260,7 @@ def _maxsim(a: Arguments) -> Call:
         widened = 2 * (tokens + found) * d * 4 if dtype.itemsize == 2 else 0
         return around + 5 * block + 4 * tokens * d * size + widened
 
-    return Call(queries, precision, extra)
+    return Call(queries, precision, extra, operation="maxsim")
 
 
 # ---- distances ----------------------------------------------------------------------------------
@@ -431,7 +428,7 @@ def _topk(a: Arguments) -> Call:
             late = isinstance(a.get("screen"), QuantizedRows)
             return around + max(listed, _topk_bytes(name, n, m, d, k, x.dtype, triangle, late))
 
-        return Call(x, "fp32", extra)
+        return Call(x, "fp32", extra, operation="topk")
     wide = max(k, 2_048)
     tall = max(1, neighbors.BLOCK_BYTES // (wide * neighbors.BYTES_A_PAIR))
     kind = KIND_OF[metric]
@@ -510,7 +507,7 @@ def _over_rows(
         def extra(name: str) -> int:
             return around + _row_bytes(name, n, m, d, dtype, a["precision"], blocks)
 
-        return Call(x, a["precision"], extra)
+        return Call(x, a["precision"], extra, operation="rows")
 
     return read
 

@@ -78,7 +78,7 @@ def maxsim(
             document_mask = places < lengths.to(documents.device)[:, None]
         flat_documents, document_offsets = _flatten("document_mask", documents, document_mask)
     flat_queries, query_offsets = _flatten("query_mask", queries, query_mask)
-    name, _ = backends.choose(backend, queries.device, queries.dtype, precision)
+    name, _ = backends.choose(backend, queries.device, queries.dtype, precision, "maxsim")
     arguments = (flat_queries, flat_documents, query_offsets, document_offsets)
     with torch.autocast(queries.device.type, enabled=False):
         if name == "reference":

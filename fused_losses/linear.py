@@ -69,7 +69,9 @@ def linear_cross_entropy(
             )
         if ignore_index is not None and ignore_index >= 0:
             raise ValueError("ignore_index: expected None with probabilities as target")
-        name, _ = backends.choose(backend, rows.device, rows.dtype, precision)
+        name, _ = backends.choose(
+            backend, rows.device, rows.dtype, precision, "row_statistics", rows.shape[-1]
+        )
         with no_autocast(rows.device):
             row_loss = _soft_targets(
                 rows, linear_weight, probabilities, linear_bias, weight, label_smoothing,

@@ -95,7 +95,7 @@ def pair_statistics(
     """
     _check(inputs)
     validation.check_choice("reduction", reduction, REDUCTIONS)
-    name, _ = backends.choose(backend, inputs.x.device, inputs.x.dtype, inputs.precision)
+    name = _backend(inputs, backend)
     if name == "reference":
         rows, columns = reference_pairs.statistics(inputs, reduction, cols)
     else:
@@ -116,10 +116,14 @@ def pair_attention(
     if inputs.triangle:
         raise ValueError("triangle: expected False, attention needs the pairs of both orders")
     _check(inputs)
-    name, _ = backends.choose(backend, inputs.x.device, inputs.x.dtype, inputs.precision)
+    name = _backend(inputs, backend)
     if name == "reference":
         return reference_pairs.attention(values, inputs, positives)
     return PAIR_ATTENTION(name, values, *_flat(inputs), positives)
+
+
+def _backend(p: PairInputs, backend: str | None) -> str:
+    return backends.choose(backend, p.x.device, p.x.dtype, p.precision, "pairs", p.x.shape[1])[0]
 
 
 def _check(p: PairInputs) -> None:

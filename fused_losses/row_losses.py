@@ -81,7 +81,9 @@ def row_losses(inputs: RowInputs, *, backend: str | None = None) -> Tensor:
     inputs = inputs._replace(params=[float(p) for p in inputs.params])
     if RULES[inputs.rule].gradient is None:
         inputs = inputs._replace(x=inputs.x.detach(), y=inputs.y.detach())
-    name, _ = backends.choose(backend, inputs.x.device, inputs.x.dtype, inputs.precision)
+    name, _ = backends.choose(
+        backend, inputs.x.device, inputs.x.dtype, inputs.precision, "rows", inputs.x.shape[1]
+    )
     with torch.autocast(inputs.x.device.type, enabled=False):
         if name == "reference":
             return _reference(inputs)

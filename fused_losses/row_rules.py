@@ -7,14 +7,15 @@ positive and which negative. Sums come in `row_dtype`; scores are in the accumul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.backends import cpu_triplets
+from fused_losses.backends import cpu_triplets, cuda_triplets
 from fused_losses.rows import row_dtype
 
 TRIPLETS = ("all", "hard", "semihard", "easy")
@@ -38,7 +39,7 @@ class Block(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """forward and gradient of a rule by the compiled kernels, where scores are on the CPU."""
+    """forward and gradient of a rule by a backend's kernels."""
 
     forward: Callable[[Block], Tensor]
     gradient: Callable[[Block, Tensor], tuple[Tensor, Tensor | None]]
@@ -56,11 +57,11 @@ class Rule(NamedTuple):
     formula: Callable[[Block], Tensor]  # [B, S]
     forward: Callable[[Block], Tensor]
     gradient: Callable[[Block, Tensor], tuple[Tensor, Tensor | None]] | None
-    compiled: Compiled | None = None
+    compiled: Mapping[str, Compiled] = MappingProxyType({})  # of a backend
 
     def on(self, backend: str) -> Rule | Compiled:
         """Whose forward and gradient run."""
-        return self.compiled if backend == "cpu" and self.compiled is not None else self
+        return self.compiled.get(backend, self)
 
 
 def _sum(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -188,18 +189,22 @@ def _triplets_gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
     return slope.masked_fill_(broken, torch.nan).mul_(grad[:, :1]), None
 
 
-def _triplets_compiled(b: Block) -> Tensor:
-    margin, kind, smooth = b.params[0], TRIPLETS[int(b.params[1])], b.params[2]
-    if smooth or kind == "easy":
-        return _triplets_forward(b)
-    return cpu_triplets.forward(b.score, b.positive, b.negative, margin, kind)
+def _triplets_by(kernels: ModuleType) -> Compiled:
+    """The rule by a backend's counting; a softplus, and so "easy", counts nothing."""
 
+    def forward(b: Block) -> Tensor:
+        margin, kind, smooth = b.params[0], TRIPLETS[int(b.params[1])], b.params[2]
+        if smooth or kind == "easy":
+            return _triplets_forward(b)
+        return kernels.forward(b.score, b.positive, b.negative, margin, kind)
 
-def _triplets_gradient_compiled(b: Block, grad: Tensor) -> tuple[Tensor, None]:
-    margin, kind, smooth = b.params[0], TRIPLETS[int(b.params[1])], b.params[2]
-    if smooth or kind == "easy":
-        return _triplets_gradient(b, grad)
-    return cpu_triplets.slope(grad[:, 0], b.score, b.positive, b.negative, margin, kind), None
+    def gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
+        margin, kind, smooth = b.params[0], TRIPLETS[int(b.params[1])], b.params[2]
+        if smooth or kind == "easy":
+            return _triplets_gradient(b, grad)
+        return kernels.slope(grad[:, 0], b.score, b.positive, b.negative, margin, kind), None
+
+    return Compiled(forward, gradient)
 
 
 def _count_both(b: Block) -> Tensor:
@@ -421,7 +426,7 @@ RULES = {
         _triplets_formula,
         _triplets_forward,
         _triplets_gradient,
-        Compiled(_triplets_compiled, _triplets_gradient_compiled),
+        {"cpu": _triplets_by(cpu_triplets), "cuda": _triplets_by(cuda_triplets)},
     ),
     "chosen": Rule(lambda p: 2, _chosen, _chosen, None),
     "nearest": Rule(lambda p: int(p[0]), _nearest, _nearest, None),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_losses import backends, validation
 from fused_losses.rows import ZERO_NORM, accumulate_dtype, row_dtype
-from fused_losses.streamed_op import LIBRARY, StreamedOp
+from fused_losses.streamed_op import LIBRARY, PYTHON_BACKENDS, StreamedOp
 
 KINDS = ("dot", "cosine", "sqeuclidean")
 MATCHES = ("any", "same", "different")
@@ -101,7 +101,9 @@ def select(inputs: TopkInputs, backend: str | None = None) -> tuple[Tensor, Tens
     narrow = inputs.screen == "bf16"
     # a screen of float64 rows may be narrow, too: the answer is not
     dtype = torch.float32 if narrow else inputs.x.dtype
-    name, _ = backends.choose(backend, inputs.x.device, dtype, "bf16" if narrow else "fp32")
+    name, _ = backends.choose(
+        backend, inputs.x.device, dtype, "bf16" if narrow else "fp32", "topk", inputs.x.shape[1]
+    )
     inputs = inputs._replace(x=inputs.x.detach(), y=inputs.y.detach())
     with torch.autocast(inputs.x.device.type, enabled=False):
         if name == "reference":
@@ -125,7 +127,7 @@ def _python(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda *a: backends.module(f"{backend}_topk").select(TopkInputs(*a))
 
 
-for _name in ("bounded", "triton", *(() if backends.unavailable("cpu") else ("cpu",))):
+for _name in (*PYTHON_BACKENDS, *(() if backends.unavailable("cpu") else ("cpu",))):
     LIBRARY.define(f"pair_topk_{_name}{SCHEMA}")
     torch.library.register_fake(f"fused_losses::pair_topk_{_name}", _fake)
     if _name != "cpu":

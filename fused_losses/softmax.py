@@ -104,7 +104,9 @@ def margin_softmax(
         classes = torch.sort(classes.long()).values
     if not torch.compiler.is_compiling():
         validation.check_labels(labels, c, ignore_index=ignore_index)
-    name, _ = backends.choose(backend, embeddings.device, weight.dtype, precision)
+    name, _ = backends.choose(
+        backend, embeddings.device, weight.dtype, precision, "row_statistics", embeddings.shape[-1]
+    )
 
     with no_autocast(embeddings.device):
         if name == "reference":

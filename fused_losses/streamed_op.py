@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_losses import backends
 
-PYTHON_BACKENDS = ("bounded", "triton")
+PYTHON_BACKENDS = ("bounded", "triton", "cuda")
 LIBRARY = torch.library.Library("fused_losses", "FRAGMENT")
 
 Op = Callable[..., tuple[Tensor, ...]]

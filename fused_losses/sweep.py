@@ -70,8 +70,10 @@ def row_statistics(
     `kept_classes`: how many classes' scores the forward may keep for the backward (cpu only).
     Time O(N K D); memory O(N D) plus kept_classes * N. Second derivatives raise.
     """
-    name, _ = backends.choose(backend, x.device, weight.dtype, precision)
-    if name == "triton" and x.dtype != weight.dtype:
+    name, _ = backends.choose(
+        backend, x.device, weight.dtype, precision, "row_statistics", x.shape[1]
+    )
+    if name in ("triton", "cuda") and x.dtype != weight.dtype:
         x = x.to(weight.dtype)  # tensor cores take both operands in one dtype
     arguments = (
         x,

@@ -1,13 +1,17 @@
 """`fused-losses verify`: every op on every backend that can run here, against float64 truth.
 
-A person with a new machine runs this first. The bound of a row is the eager float error in the
-same dtype (times two, plus a floor): a kernel may not be worse than plain PyTorch.
+A person with a new machine runs this first; with --out the table is Markdown, to paste into an
+issue. The bound of a row is the eager float error in the same dtype (times two, plus a floor): a
+kernel may not be worse than plain PyTorch.
 """
 
 from __future__ import annotations
 
+import argparse
+import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +19,7 @@ from torch import Tensor
 from fused_losses import backends, distance_matrix, functional
 from fused_losses.late_interaction import maxsim
 from fused_losses.margins import ArcFace, CosFace
+from fused_losses.version import __version__
 
 FLOOR = {
     torch.float64: 1e-12,
@@ -37,6 +42,14 @@ JUMPS = (
 )
 JUMP, LOWERED_JUMP = 5e-3, 0.2
 K = 9  # neighbours
+BACKENDS = ("cpu", "triton", "cuda", "bounded")
+Shape = tuple[int, int, int]  # rows, classes or columns, width
+SMALL: Shape = (37, 301, 72)  # ragged for every tile
+# a GPU also gets several tiles each way, in whole vectors and not
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "cpu": (SMALL,),
+    "cuda": (SMALL, (256, 1024, 512), (130, 999, 320)),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ class Row:
     op: str
     backend: str
     dtype: str
+    shape: Shape
     error: float
     bound: float
     note: str = ""
@@ -231,21 +245,29 @@ def _gradients(op: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor, **opt
     return loss.detach(), x.grad, w.grad
 
 
-def _inputs(seed: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(seed: int, device: str, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(37, 72, generator=generator, dtype=torch.float64)
-    w = torch.randn(301, 72, generator=generator, dtype=torch.float64)
-    y = torch.randint(0, 301, (37,), generator=generator)
+    n, c, d = shape
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    w = torch.randn(c, d, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, c, (n,), generator=generator)
     return x.to(device), w.to(device), y.to(device)
 
 
-def rows(seed: int = 0) -> Iterator[Row]:
+def devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def rows(
+    seed: int = 0, on: tuple[str, ...] | None = None, shapes: tuple[Shape, ...] | None = None
+) -> Iterator[Row]:
     """The table, a row at a time: the worst of loss, dx and dw in relative L2."""
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for name, op in OPS.items():
-            yield from _of_op(name, op, *_inputs(seed, device))
-        for name, op in EXACT.items():
-            yield from _exactly(name, op, *_inputs(seed, device))
+    for device in on or devices():
+        for shape in shapes or SHAPES[device]:
+            for name, op in OPS.items():
+                yield from _of_op(name, op, *_inputs(seed, device, shape))
+            for name, op in EXACT.items():
+                yield from _exactly(name, op, *_inputs(seed, device, shape))
 
 
 def _of_op(name: str, op: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor) -> Iterator[Row]:
@@ -255,7 +277,7 @@ def _of_op(name: str, op: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor
         truth = _gradients(op, cast[0].double(), cast[1].double(), y, backend="reference")
         eager = _gradients(op, *cast, backend="reference")
         eager_error = max(_relative(a, b) for a, b in zip(eager, truth, strict=True))
-        for backend in ("cpu", "triton", "bounded"):
+        for backend in BACKENDS:
             for precision in ("fp32", "tf32", "mixed", "bf16"):
                 if backends.reasons_against(backend, x.device, dtype, precision):
                     continue
@@ -267,15 +289,22 @@ def _of_op(name: str, op: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor
                     bound = max(bound, LOWERED_JUMP if jumps else LOOSE.get(name, LOWERED))
                 got = _gradients(op, *cast, backend=backend, precision=precision)
                 error = max(_relative(a, b) for a, b in zip(got, truth, strict=True))
-                yield Row(name, _where(backend, x), f"{_short(dtype)}/{precision}", error, bound)
+                yield _row(name, backend, dtype, precision, x, w, error, bound)
 
 
-def _where(backend: str, x: Tensor) -> str:
-    return backend if x.device.type == "cpu" else f"{backend} ({x.device})"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _row(
+    name: str,
+    backend: str,
+    dtype: torch.dtype,
+    precision: str,
+    x: Tensor,
+    w: Tensor,
+    error: float,
+    bound: float,
+) -> Row:
+    where = backend if x.device.type == "cpu" else f"{backend} ({x.device})"
+    short = f"{str(dtype).removeprefix('torch.')}/{precision}"
+    return Row(name, where, short, (len(x), *w.shape), error, bound)
 
 
 def _exactly(
@@ -286,7 +315,7 @@ def _exactly(
         cast = (x.to(dtype), w.to(dtype), y)
         plain = EXACT[name.replace("bf16 screen", "euclidean")]
         want = plain(cast[0].double(), cast[1].double(), y, backend="reference")
-        for backend in ("cpu", "triton", "bounded"):
+        for backend in BACKENDS:
             # a screen of float64 rows may be narrow, too
             screened = torch.float32 if precision == "bf16" else dtype
             if backends.reasons_against(backend, x.device, screened, precision):
@@ -299,21 +328,82 @@ def _exactly(
                 # numbers of few bits: a quotient of counts, rounded once
                 apart = (got.double() - want.double()).abs() > 1e-6 * want.double().abs()
                 error = float(apart.double().mean())
-            yield Row(name, _where(backend, x), f"{_short(dtype)}/{precision}", error, 0.0)
+            yield _row(name, backend, dtype, precision, x, w, error, 0.0)
 
 
-def run(say: Callable[[str], None] = print) -> int:
-    """Print the table; 0 if every row passes."""
-    say(f"{'op':28s} {'backend':16s} {'dtype/precision':18s} {'max error':>10s} {'bound':>10s}")
-    failed = 0
-    for row in rows():
-        failed += not row.passed
-        verdict = "pass" if row.passed else "FAIL"
+def machine(on: tuple[str, ...]) -> str:
+    """What the table was made on."""
+    gpu = torch.cuda.get_device_name() if "cuda" in on else platform.machine()
+    return f"fused_losses {__version__}, torch {torch.__version__}, {gpu}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: all that are here")
+    parser.add_argument("--shape", type=_shape, action="append", metavar="N,C,D",
+                        help="rows, classes, width; may be repeated")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="write the table as Markdown, too")
+
+
+def _shape(text: str) -> Shape:
+    n, c, d = (int(part) for part in text.split(","))
+    return n, c, d
+
+
+def run(
+    say: Callable[[str], None] = print,
+    device: str | None = None,
+    shapes: list[Shape] | None = None,
+    out: Path | None = None,
+) -> int:
+    """Print the table; 0 if every row passes, 1 if one does not or the device is not there."""
+    on = (device,) if device else devices()
+    if not set(on) <= set(devices()):
+        say(f"no {device} device: torch {torch.__version__} sees none")
+        return 1
+    say(machine(on))
+    say(
+        f"{'op':28s} {'backend':16s} {'dtype/precision':18s} {'shape':>14s} {'max error':>10s} "
+        f"{'bound':>10s}"
+    )
+    found = []
+    for row in rows(on=on, shapes=tuple(shapes) if shapes else None):
+        found.append(row)
+        shape = "x".join(map(str, row.shape))
         say(
-            f"{row.op:28s} {row.backend:16s} {row.dtype:18s} {row.error:10.1e} "
-            f"{row.bound:10.1e} {verdict}"
+            f"{row.op:28s} {row.backend:16s} {row.dtype:18s} {shape:>14s} {row.error:10.1e} "
+            f"{row.bound:10.1e} {_verdict(row)}"
         )
-    for name, state in backends.available().items():
-        if state != "ok":
-            say(f"not checked: {name}: {state}")
-    return 1 if failed else 0
+    missing = [f"{name}: {state}" for name, state in backends.available().items() if state != "ok"]
+    for line in missing:
+        say(f"not checked: {line}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(markdown(found, on, missing)) + "\n")
+    return 0 if all(row.passed for row in found) else 1
+
+
+def _verdict(row: Row) -> str:
+    return "pass" if row.passed else "FAIL"
+
+
+def markdown(found: list[Row], on: tuple[str, ...], missing: list[str]) -> list[str]:
+    """The table in short: the worst row of each op on a backend in a dtype, over the shapes."""
+    failed = [row for row in found if not row.passed]
+    lines = [
+        f"{machine(on)}: {len(found)} rows, {len(failed)} failed.",
+        "",
+        "| op | backend | dtype/precision | worst error | bound | at | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in found:
+        groups.setdefault((row.op, row.backend, row.dtype), []).append(row)
+    for (op, backend, dtype), members in groups.items():
+        # the row nearest to its bound, or beyond it; NaN is beyond
+        worst = max(members, key=lambda r: (not r.passed, r.error - r.bound))
+        shape = "x".join(map(str, worst.shape))
+        lines.append(
+            f"| {op} | {backend} | {dtype} | {worst.error:.1e} | {worst.bound:.1e} | {shape} "
+            f"| {_verdict(worst)} |"
+        )
+    return [*lines, "", *(f"Not checked: {line}." for line in missing)]

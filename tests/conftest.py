@@ -11,8 +11,11 @@ import torch
 
 from fused_losses import backends
 
-BACKENDS = ("reference", "bounded", "cpu")
-STREAMED = ("bounded", "cpu")  # those that must never hold the N x C scores
+# with FUSED_LOSSES_CUDA_ON_HOST=1 the CUDA kernels run on CPU tensors, too
+CUDA = ("cuda",) if os.environ.get("FUSED_LOSSES_CUDA_ON_HOST") == "1" else ()
+BACKENDS = ("reference", "bounded", "cpu", *CUDA)
+STREAMED = ("bounded", "cpu", *CUDA)  # those that must never hold the N x C scores
+MEASURED = ("bounded", "cpu")  # whose memory is measured at sizes that take no host minutes
 
 # the same examples in every run: a failure here is a failure everywhere
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)

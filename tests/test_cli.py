@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from fused_losses import backends, cli, verify
 from fused_losses.bench import measure
@@ -19,14 +20,23 @@ def test_info_says_what_runs_and_why_the_rest_does_not(capsys) -> None:
         assert any(name in line and state in line for line in told.splitlines())
 
 
-def test_verify_checks_every_backend_that_can_run(capsys) -> None:
-    assert cli.main(["verify"]) == 0
+def test_verify_checks_every_backend_that_can_run(capsys, tmp_path) -> None:
+    out = tmp_path / "verify" / "table.md"
+    assert cli.main(["verify", "--shape", "13,58,24", "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert "FAIL" not in told
-    for name in ("cpu", "bounded"):
+    for name in ("cpu", "cuda", "bounded"):
         ran = any(f" {name} " in line and line.endswith("pass") for line in told.splitlines())
         assert ran or f"not checked: {name}" in told
-    assert "not checked: cuda" in told
+    table = out.read_text()
+    assert ", 0 failed." in table and "13x58x24 | pass |" in table and "FAIL" not in table
+
+
+def test_verify_says_when_a_device_is_not_there(capsys) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert cli.main(["verify", "--device", "cuda"]) == 1
+    assert "no cuda device" in capsys.readouterr().out
 
 
 def test_verify_fails_when_a_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -37,7 +47,7 @@ def test_verify_fails_when_a_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, ca
         return loss if options["backend"] == "reference" else loss * 1.1
 
     monkeypatch.setattr(verify, "OPS", {"linear_cross_entropy": wrong})
-    assert cli.main(["verify"]) == 1
+    assert cli.main(["verify", "--shape", "7,13,8"]) == 1
     assert "FAIL" in capsys.readouterr().out
 
 

@@ -15,6 +15,7 @@ from conftest import require
 
 import fused_losses
 from fused_losses import backends, functional
+from fused_losses.backends import table
 from fused_losses.explain import READERS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -44,7 +45,19 @@ def test_available_names_every_backend_with_a_reason() -> None:
     assert set(told) == {"reference", "cpu", "triton", "cuda", "bounded"}
     assert told["reference"] == told["bounded"] == "ok"
     assert all(told.values())
-    assert told["cuda"] != "ok" and "triton" in told["cuda"]
+    # a bare word would not say what to do about it
+    assert all(state == "ok" or " " in state for state in told.values())
+
+
+def test_every_operation_has_an_order_on_a_gpu() -> None:
+    for operation in table.OPERATIONS:
+        for width in (1, 256, 4096):
+            order = table.order(operation, "cuda", width)
+            assert set(order) <= set(backends.NAMES) and order[-1] == "bounded"
+        assert table.order(operation, "mps") == ("bounded",)
+    starts = [e for e in table.ON_GPU if e.least_width == 0]
+    assert len(starts) == len(table.OPERATIONS)
+    assert all(e.why for e in table.ON_GPU)
 
 
 def test_auto_takes_the_compiled_kernels() -> None:

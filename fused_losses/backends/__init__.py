@@ -16,9 +16,9 @@ from types import ModuleType
 
 import torch
 
+from fused_losses.backends import table
+
 NAMES = ("reference", "cpu", "triton", "cuda", "bounded")
-# What `auto` tries, best first; `bounded` is the pure-PyTorch path that needs no compiler.
-ORDER = {"cpu": ("cpu", "bounded"), "cuda": ("triton", "bounded")}
 
 _forced: list[str] = []
 _warned: set[str] = set()
@@ -31,8 +31,6 @@ def module(name: str) -> ModuleType:
 @lru_cache
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all, or None. Asked once per process."""
-    if name == "cuda":
-        return "the CUDA C++ kernels are not part of this version; use backend='triton' on a GPU"
     return module(name).unavailable()
 
 
@@ -78,11 +76,19 @@ reasons_against._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(
-    backend: str | None, device: torch.device, dtype: torch.dtype, precision: str
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    operation: str = "row_statistics",
+    width: int = 0,
 ) -> tuple[str, dict[str, list[str]]]:
-    """The backend that runs, and the reasons against those that were passed over."""
+    """The backend that runs, and the reasons against those that were passed over.
+
+    operation: of `table.OPERATIONS`; width: D, the size of a row.
+    """
     name = requested(backend)
-    candidates = ORDER.get(device.type, ("bounded",)) if name == "auto" else (name,)
+    candidates = table.order(operation, device.type, width) if name == "auto" else (name,)
     refused: dict[str, list[str]] = {}
     for candidate in candidates:
         reasons = reasons_against(candidate, device, dtype, precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fused_losses import backends, functional
 from fused_losses.backends import cpu
-from fused_losses.bench.measure import Step
+from fused_losses.bench import peers
+from fused_losses.bench.measure import LOWERED, Step
 
 MARGIN, SCALE = 0.5, 64.0
 KEEP = 128 << 20
@@ -124,42 +125,73 @@ def rivals_of(
     return steps
 
 
+def our_ways(like: Tensor) -> Iterator[tuple[str, dict[str, str]]]:
+    """Names and options: each precision that can run, and on a GPU also each backend by name."""
+    on_gpu = like.device.type == "cuda"
+    names = ("triton", "cuda") if on_gpu else ("cpu",)
+    for precision in ("fp32", "mixed", "bf16") if like.dtype == torch.float32 else ("fp32",):
+        able = [
+            name
+            for name in names
+            if not backends.reasons_against(name, like.device, like.dtype, precision)
+        ]
+        if precision == "fp32" or able:
+            yield f"fused {precision}", {"precision": precision}
+        for name in able if on_gpu else ():
+            yield f"fused {precision}, {name}", {"precision": precision, "backend": name}
+
+
+def in_16_bits(case: Case) -> Case:
+    """Every provider may be as far from the first as rounded rows are."""
+    case.tolerance = dict.fromkeys(case.providers, LOWERED) | case.tolerance
+    return case
+
+
 def margin_softmax(
-    n: int, c: int, d: int, device: str = "cpu", rivals: bool = True, seed: int = 0
+    n: int,
+    c: int,
+    d: int,
+    device: str = "cpu",
+    rivals: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Case:
     """ArcFace forward and backward against eager, torch.compile and torch's fused loss."""
     torch.manual_seed(seed)
-    x = torch.randn(n, d, device=device, requires_grad=True)
-    w = torch.randn(c, d, device=device, requires_grad=True)
+    x = torch.randn(n, d, device=device, dtype=dtype).requires_grad_()
+    w = torch.randn(c, d, device=device, dtype=dtype).requires_grad_()
     y = torch.randint(0, c, (n,), device=device)
 
     def ours(**options: object) -> Step:
         return lambda: backward(functional.margin_softmax(x, w, y, **options))
 
     providers: dict[str, Step] = {}
-    providers["fused fp32"] = ours()
-    providers["fused fp32, 128 MiB kept"] = ours(memory_budget=KEEP)
-    for precision in ("mixed", "bf16"):
-        name, dev = ("cpu", torch.device("cpu")) if device == "cpu" else ("triton", x.device)
-        if not backends.reasons_against(name, dev, x.dtype, precision):
-            providers[f"fused {precision}"] = ours(precision=precision)
-            if name == "cpu":
-                kept = ours(precision=precision, memory_budget=KEEP)
-                providers[f"fused {precision}, 128 MiB kept"] = kept
+    for name, options in our_ways(x):
+        providers[name] = ours(**options)
+        if device == "cpu":
+            providers[f"{name}, 128 MiB kept"] = ours(**options, memory_budget=KEEP)
     names = list(providers)
-    unlike = ("F.linear_cross_entropy",)
+    unlike: tuple[str, ...] = ()
     if rivals:
         providers |= rivals_of(eager_arcface, (x, w, y))
-        providers[unlike[0]] = lambda: backward(torch_lce(x, w, y))
-    return Case(
-        f"ArcFace, B={n:,} C={c:,} D={d}, float32 inputs, forward + backward",
+        without_margin = {"F.linear_cross_entropy": lambda: backward(torch_lce(x, w, y))}
+        without_margin |= peers.cross_entropy(x, w, y, SCALE)
+        unlike = tuple(without_margin)
+        providers |= without_margin
+    case = Case(
+        f"ArcFace, B={n:,} C={c:,} D={d}, {short(dtype)} inputs, forward + backward",
         providers,
         names,
         [x, w],
         4 * 2.0 * n * c * d,
-        2.0 * c * d * 4 + 2.0 * n * d * 4,
+        2.0 * (c + n) * d * dtype.itemsize,
         unlike,
     )
+    return case if dtype == torch.float32 else in_16_bits(case)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def capability() -> str:

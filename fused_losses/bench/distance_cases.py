@@ -8,9 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +16,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses import backends, functional
-from fused_losses.bench.cases import Case, _apart, _Knob, backward
+from fused_losses.bench import peers
+from fused_losses.bench.cases import Case, _apart, _Knob, backward, our_ways
 from fused_losses.bench.measure import Step
 from fused_losses.bench.pair_cases import _case
+from fused_losses.bench.peers import peer
 
 BLOCK_BYTES = 64 << 20  # of differences, in an eager broadcast
 MARGIN = 0.2
 PER_CLASS = 4
-
-
-@cache
-def peer(name: str) -> ModuleType | None:
-    """A module, or None with the reason printed, once: peers are no dependencies."""
-    try:
-        return importlib.import_module(name)
-    # one that was built for another torch fails in its own way
-    except Exception as error:
-        print(f"without {name}: {type(error).__name__}: {str(error).splitlines()[0]}",
-              file=sys.stderr)  # fmt: skip
-        return None
 
 
 def _labels(n: int, device: str) -> Tensor:
@@ -135,10 +123,13 @@ def topk(
     torch.manual_seed(seed)
     x, y = (torch.randn(rows, d, device=device) for rows in (n, m))
 
-    def ours(screen: str) -> Step:
-        return lambda: functional.pairwise_topk(x, y, k, "dot", screen=screen)[0]
+    def ours(screen: str, **options: str) -> Step:
+        return lambda: functional.pairwise_topk(x, y, k, "dot", screen=screen, **options)[0]
 
     providers: dict[str, Step] = {"fused, fp32 screen": ours("fp32")}
+    for backend in ("triton", "cuda") if device != "cpu" else ():
+        if not backends.reasons_against(backend, x.device, x.dtype, "fp32"):
+            providers[f"fused, fp32 screen, {backend}"] = ours("fp32", backend=backend)
     if _bf16_screen(device):
         providers["fused, bf16 screen"] = ours("bf16")
     names = list(providers)
@@ -149,6 +140,8 @@ def topk(
                 lambda a, b: (a @ b.T).topk(k).values, x, y
             )
         faiss = peer("faiss") if device == "cpu" else None
+        if device != "cpu":
+            providers |= peers.neighbours(x, y, k)
         if faiss is not None:
             index = faiss.IndexFlatIP(d)
             index.add(y.numpy())
@@ -311,13 +304,9 @@ def euclidean(
 
         return run
 
-    providers: dict[str, Step] = {"fused fp32": step(functional.pairwise_distance)}
-    for precision in ("mixed", "bf16"):
-        backend = "cpu" if device == "cpu" else "triton"
-        if not backends.reasons_against(backend, x.device, x.dtype, precision):
-            providers[f"fused {precision}"] = step(
-                lambda a, b, p=precision: functional.pairwise_distance(a, b, precision=p)
-            )
+    providers: dict[str, Step] = {}
+    for name, options in our_ways(x):
+        providers[name] = step(lambda a, b, o=options: functional.pairwise_distance(a, b, **o))
     names = list(providers)
     if rivals != "none":
         providers["torch.cdist"] = step(torch.cdist)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses import backends, functional
-from fused_losses.bench.cases import Case, backward, rivals_of
+from fused_losses import functional
+from fused_losses.bench import peers
+from fused_losses.bench.cases import Case, backward, in_16_bits, our_ways, rivals_of, short
 from fused_losses.bench.measure import Step
 from fused_losses.late_interaction import maxsim as fused_maxsim
 
@@ -83,8 +84,14 @@ def eager_maxsim(queries: Tensor, documents: Tensor) -> Tensor:
     return F.cross_entropy(scores, torch.arange(len(queries), device=queries.device))
 
 
-def _unit(*shape: int, device: str) -> Tensor:
-    return F.normalize(torch.randn(*shape, device=device), dim=-1).requires_grad_()
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """The softmax of the whole matrix, at 1/sqrt(D); a fixed sum of what comes out."""
+    weights = (query @ key.T * query.shape[1] ** -0.5).softmax(dim=1)
+    return (weights @ value * slope).sum()
+
+
+def _unit(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return F.normalize(torch.randn(*shape, device=device), dim=-1).to(dtype).requires_grad_()
 
 
 def _case(
@@ -99,27 +106,30 @@ def _case(
     like = inputs[0]
     leaves = [t for t in inputs if t.requires_grad]
     providers: dict[str, Step] = {}
-    for precision in ("fp32", "mixed", "bf16"):
-        backend = "cpu" if like.device.type == "cpu" else "triton"
-        lowered = precision != "fp32"
-        if lowered and backends.reasons_against(backend, like.device, like.dtype, precision):
-            continue
-        providers[f"fused {precision}"] = lambda p=precision: backward(fused(*inputs, precision=p))
+    for name, options in our_ways(like):
+        providers[name] = lambda o=options: backward(fused(*inputs, **o))
     ours = list(providers)
     if rivals != "none":
         providers |= rivals_of(eager, inputs, compiled=rivals == "all")
     floor = 2.0 * sum(leaf.nbytes for leaf in leaves)
-    title = f"{title}, float32 inputs, forward + backward"
-    return Case(title, providers, ours, leaves, flops, floor)
+    title = f"{title}, {short(like.dtype)} inputs, forward + backward"
+    case = Case(title, providers, ours, leaves, flops, floor)
+    return case if like.dtype == torch.float32 else in_16_bits(case)
 
 
 def info_nce(
-    n: int = 8192, d: int = 512, device: str = "cpu", rivals: str = "all", seed: int = 0
+    n: int = 8192,
+    d: int = 512,
+    device: str = "cpu",
+    rivals: str = "all",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Case:
     """CLIP's symmetric InfoNCE at logit scale 50, which is learnt."""
     torch.manual_seed(seed)
     scale = torch.tensor(50.0, device=device, requires_grad=True)
-    inputs = (_unit(n, d, device=device), _unit(n, d, device=device), scale)
+    rows = (_unit(n, d, device=device, dtype=dtype) for _ in range(2))
+    inputs = (*rows, scale)
 
     def fused(x: Tensor, y: Tensor, scale: Tensor, **options: object) -> Tensor:
         return functional.info_nce(x, y, temperature=1 / scale, symmetric=True, **options)
@@ -129,18 +139,51 @@ def info_nce(
 
 
 def siglip(
-    n: int = 8192, d: int = 512, device: str = "cpu", rivals: str = "all", seed: int = 0
+    n: int = 8192,
+    d: int = 512,
+    device: str = "cpu",
+    rivals: str = "all",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Case:
     """SigLIP at its first scale and bias, both learnt."""
     torch.manual_seed(seed)
     numbers = (torch.tensor(v, device=device, requires_grad=True) for v in (10.0, -10.0))
-    inputs = (_unit(n, d, device=device), _unit(n, d, device=device), *numbers)
+    rows = (_unit(n, d, device=device, dtype=dtype) for _ in range(2))
+    inputs = (*rows, *numbers)
 
     def fused(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, **options: object) -> Tensor:
         return functional.sigmoid_contrastive(x, y, scale=scale, bias=bias, **options)
 
     title = f"SigLIP, N=M={n:,} D={d}"
-    return _case(title, fused, eager_siglip, inputs, 4 * 2.0 * n * n * d, rivals)
+    case = _case(title, fused, eager_siglip, inputs, 4 * 2.0 * n * n * d, rivals)
+    if rivals != "none":
+        case.providers |= peers.siglip(*inputs)
+    return case
+
+
+def attention(
+    n: int = 8192,
+    d: int = 512,
+    device: str = "cpu",
+    rivals: str = "all",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
+    """Similarity attention of n rows over n others, as wide as the rows."""
+    torch.manual_seed(seed)
+    rows = (torch.randn(n, d, device=device, dtype=dtype) for _ in range(3))
+    inputs = (*(t.requires_grad_() for t in rows), torch.randn(n, d, device=device))
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, **options: object) -> Tensor:
+        return (functional.similarity_attention(q, k, v, **options) * slope).sum()
+
+    title = f"Similarity attention, N=M={n:,} D={d}"
+    # products: 2 forward; backward the scores again, dP, dV, dQ and dK
+    case = _case(title, fused, eager_attention, inputs, 7 * 2.0 * n * n * d, rivals)
+    if rivals != "none":
+        case.providers |= peers.attention(*inputs)
+    return case
 
 
 def _one_batch(
@@ -246,4 +289,6 @@ BY_SHAPE: dict[str, Callable[..., Case]] = {
     "nt_xent": nt_xent,
     "uniformity": uniformity,
     "multi_similarity": multi_similarity,
+    "attention": attention,
 }
+IN_16_BITS = ("info_nce", "siglip", "attention")  # those that take a dtype

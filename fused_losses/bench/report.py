@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "and of the losses over triplets (default 8192,128; all_triplets: "
                         "4096,128)")  # fmt: skip
     parser.add_argument("--no-growth", action="store_true", help="skip the cost against C")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu or cuda (default: cuda where there is a GPU)")  # fmt: skip
 
 
 def _sizes(count: int) -> Callable[[str], tuple[int, ...]]:
@@ -70,6 +71,11 @@ def _say(text: str) -> None:
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def _dtypes(device: str) -> tuple[torch.dtype, ...]:
+    # the peers' kernels on a GPU take 16-bit rows only
+    return (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
+
+
 def _planned(args: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...], int, Case]]:
     """A file name, sizes, rounds and the case, made when its turn comes."""
     wanted = args.case or CASES
@@ -77,12 +83,17 @@ def _planned(args: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...], i
         if "margin_softmax" in wanted:
             n, c, d = shape
             rounds = args.rounds if n * c <= 3e7 else max(3, args.rounds // 2)
-            yield f"B{n}_C{c}_D{d}", shape, rounds, cases.margin_softmax(n, c, d, args.device)
+            for dtype in _dtypes(args.device):
+                case = cases.margin_softmax(n, c, d, args.device, dtype=dtype)
+                yield f"B{n}_C{c}_D{d}{_suffix(dtype)}", shape, rounds, case
     for name, make in pair_cases.BY_SHAPE.items():
         if name in wanted:
             n, d = args.pairs
             rounds = max(3, args.rounds // 2)
-            yield f"{name}_N{n}_D{d}", args.pairs, rounds, make(n, d, args.device)
+            taken = name in pair_cases.IN_16_BITS
+            for dtype in _dtypes(args.device) if taken else (torch.float32,):
+                case = make(n, d, args.device, **({"dtype": dtype} if taken else {}))
+                yield f"{name}_N{n}_D{d}{_suffix(dtype)}", args.pairs, rounds, case
     if "maxsim" in wanted:
         case = pair_cases.maxsim(*args.tokens, device=args.device)
         # an eager step takes 20 s on two cores
@@ -99,6 +110,10 @@ def _planned(args: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...], i
             n, d = args.batch or (4096 if name == "all_triplets" else 8192, 128)
             rounds = max(3, args.rounds // 2)
             yield f"{name}_N{n}_D{d}", (n, d), rounds, make(n, d, args.device)
+
+
+def _suffix(dtype: torch.dtype) -> str:
+    return "" if dtype == torch.float32 else f"_{cases.short(dtype)}"
 
 
 def run(args: argparse.Namespace) -> int:

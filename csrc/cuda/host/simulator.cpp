@@ -1,0 +1,625 @@
+// The fibers, their order, and what is checked (simulator.h).
+#include "simulator.h"
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace fused_losses::host {
+
+Place place;
+
+namespace {
+
+constexpr int kMostThreads = 1024, kLanes = 32, kMostWarps = kMostThreads / kLanes;
+constexpr size_t kGuard = 64;  // bytes on both sides of shared memory
+constexpr int kPause = 128;    // at most so many accesses to global memory without a pause
+constexpr size_t kStack = 64 << 10;
+constexpr size_t kStagger = 832;  // or the stacks of a block would share a few sets of the cache
+
+// ---- switching between stacks ------------------------------------------------------------------
+
+#if defined(__x86_64__)
+// Saves what a call must keep on this stack, and goes on where `to` once did the same.
+extern "C" void fused_losses_switch(void** from, void* to);
+asm(R"(
+.text
+.globl fused_losses_switch
+.hidden fused_losses_switch
+.type fused_losses_switch, @function
+fused_losses_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fused_losses_switch, .-fused_losses_switch
+)");
+#endif
+
+struct Context {
+#if defined(__x86_64__)
+  void* at = nullptr;
+#else
+  ucontext_t at;
+#endif
+  void* fake = nullptr;  // what AddressSanitizer keeps of a stack
+
+  void prepare(char* stack, size_t bytes, void (*entry)()) {
+#if defined(__x86_64__)
+    void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~15ull);
+    *--top = nullptr;  // the entry finds the stack as after a call
+    *--top = reinterpret_cast<void*>(entry);
+    top -= 6;
+    at = top;
+#else
+    getcontext(&at);
+    at.uc_stack.ss_sp = stack;
+    at.uc_stack.ss_size = bytes;
+    at.uc_link = nullptr;
+    makecontext(&at, entry, 0);
+#endif
+  }
+
+  void go(Context& to) {
+#if defined(__x86_64__)
+    fused_losses_switch(&at, to.at);
+#else
+    swapcontext(&at, &to.at);
+#endif
+  }
+};
+
+// ---- the state of a launch ---------------------------------------------------------------------
+
+// Lanes of a warp that wait for each other.
+struct Meeting {
+  unsigned mask = 0, arrived = 0, predicates = 0;
+  Collective kind = Collective::kWarpBarrier;
+};
+
+struct Fiber {
+  Context context;
+  bool started;
+  uint64_t value, received;
+  int source;
+  unsigned votes;
+};
+
+struct Buffer {
+  uintptr_t begin, end;
+  bool readonly;
+  uint64_t loaded, stored;
+};
+
+struct Counts {
+  uint64_t loads, load_bytes, stores, store_bytes, atomics, blocks, launches, barriers;
+};
+
+// Shared memory between its guards, which must keep their bytes.
+struct Shared {
+  const void* key;
+  size_t bytes;
+  std::unique_ptr<char[]> all;
+
+  Shared(const void* k, size_t n) : key(k), bytes(n), all(new char[n + 2 * kGuard]) {
+    memset(all.get(), 0xff, n + 2 * kGuard);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_poison_memory_region(all.get(), kGuard);
+    __asan_poison_memory_region(begin() + n, kGuard);
+#endif
+  }
+  char* begin() const { return all.get() + kGuard; }
+  // Whether it has these bytes; with its guards if `beside`.
+  bool has(uintptr_t at, size_t n, bool beside = false) const {
+    const auto first = reinterpret_cast<uintptr_t>(begin()) - beside * kGuard;
+    return at >= first && at + n <= first + bytes + 2 * beside * kGuard;
+  }
+  bool intact() const {
+#if !defined(__SANITIZE_ADDRESS__)
+    for (size_t i = 0; i < kGuard; ++i) {
+      if (all[i] != '\xff' || begin()[bytes + i] != '\xff') return false;
+    }
+#endif
+    return true;
+  }
+};
+
+using Hook = int (*)(const char* kernel, int64_t blocks, int threads, size_t shared,
+                     const void* arguments, size_t bytes);
+
+struct Machine {
+  std::mutex busy;
+  Context scheduler;
+  const void* scheduler_bottom = nullptr;
+  size_t scheduler_bytes = 0;
+  char* stacks = nullptr;
+  Fiber fibers[kMostThreads];
+  Meeting meetings[kMostWarps][4];
+  unsigned ended[kMostWarps], ready[kMostWarps];  // lanes, a bit each
+  unsigned ready_warps = 0;
+  bool in_step = false;  // all warps at about the same pace, or one as far as it can
+  int warp = 0, until_pause = 1;
+  Site site;  // of the barrier that the block waits at
+  std::vector<Shared> shared;
+  int current = 0, alive = 0, at_barrier = 0, predicates = 0, block_votes = 0;
+  const Launch* launch = nullptr;
+  void (*body)(const Launch&) = nullptr;
+  std::unique_ptr<Shared> dynamic;
+  uint64_t random = 0;
+  bool failed = false;
+  std::string error;
+  std::vector<Buffer> buffers;
+  Buffer* last = nullptr;
+  Counts counts = {};
+  Hook hook = nullptr;
+
+  uint64_t next() {
+    random ^= random << 13;
+    random ^= random >> 7;
+    random ^= random << 17;
+    return random;
+  }
+
+  char* stack(int thread) { return stacks + thread * kStack; }
+  size_t stack_bytes(int thread) { return kStack - 64 - thread % 32 * kStagger; }
+
+  void to_fiber(int thread) {
+    Fiber& f = fibers[thread];
+    current = thread;
+    place.thread = {static_cast<unsigned>(thread), 0, 0};
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&scheduler.fake, stack(thread), stack_bytes(thread));
+#endif
+    scheduler.go(f.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(scheduler.fake, nullptr, nullptr);
+#endif
+  }
+
+  // Back to the scheduler; for good if the fiber has ended.
+  void to_scheduler(bool ends) {
+    Fiber& f = fibers[current];
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(ends ? nullptr : &f.context.fake, scheduler_bottom,
+                                   scheduler_bytes);
+#else
+    (void)ends;
+#endif
+    f.context.go(scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(f.context.fake, nullptr, nullptr);
+#endif
+  }
+
+  void wait() { to_scheduler(false); }
+
+  void make_ready(int thread) {
+    ready[thread / kLanes] |= 1u << thread % kLanes;
+    ready_warps |= 1u << thread / kLanes;
+  }
+
+  // One of the bits, at random.
+  int any_of(unsigned bits) {
+    const int turn = next() % 32;
+    return (std::countr_zero(std::rotr(bits, turn)) + turn) % 32;
+  }
+
+  int next_thread() {
+    if (in_step || !(ready_warps >> warp & 1)) warp = any_of(ready_warps);
+    const int lane = any_of(ready[warp]);
+    ready[warp] &= ~(1u << lane);
+    if (ready[warp] == 0) ready_warps &= ~(1u << warp);
+    return warp * kLanes + lane;
+  }
+
+  // After a barrier, and at the start.
+  void next_phase() {
+    for (int t = 0; t < launch->threads; ++t) make_ready(t);
+    in_step = next() >> 32 & 1;
+    warp = any_of(ready_warps);
+  }
+
+  // Lets others come first.
+  void pause() {
+    until_pause = 1 + next() % kPause;
+    make_ready(current);
+    wait();
+  }
+
+  void finish_thread() {
+    ended[current / kLanes] |= 1u << current % kLanes;
+    --alive;
+    to_scheduler(true);
+  }
+
+  // Whether every living thread waits at the barrier: then all go on.
+  void open_barrier() {
+    ++counts.barriers;
+    at_barrier = 0;
+    block_votes = predicates;
+    predicates = 0;
+    next_phase();
+    wait();
+  }
+
+  Meeting& meeting(unsigned mask, Collective kind) {
+    const int warp = current / kLanes;
+    for (Meeting& m : meetings[warp]) {
+      if (m.arrived != 0 && m.mask == mask) {
+        if (m.kind != kind) {
+          fault("the lanes of mask %08x came to different kinds of collectives", mask);
+        }
+        return m;
+      }
+    }
+    for (Meeting& m : meetings[warp]) {
+      if (m.arrived == 0) {
+        m = {mask, 0, 0, kind};
+        return m;
+      }
+    }
+    fault("more than four groups of lanes wait at once in warp %d", warp);
+  }
+
+  // Comes to a collective; returns when all lanes of the mask have.
+  Fiber& meet(unsigned mask, Collective kind, uint64_t value, int source, bool predicate) {
+    const int at = current % kLanes, first = current - at;
+    if (!(mask >> at & 1)) fault("lane %d calls a collective of mask %08x", at, mask);
+    if (const unsigned gone = mask & ended[current / kLanes]) {
+      fault("a collective of mask %08x waits for lanes %08x, which have ended", mask, gone);
+    }
+    Fiber& f = fibers[current];
+    f.value = value;
+    f.source = source;
+    Meeting& m = meeting(mask, kind);
+    m.arrived |= 1u << at;
+    if (predicate) m.predicates |= 1u << at;
+    if (m.arrived != mask) {
+      wait();
+      return f;
+    }
+    for (int l = 0; l < kLanes; ++l) {
+      if (!(mask >> l & 1)) continue;
+      Fiber& lane = fibers[first + l];
+      if (kind == Collective::kShuffle) {
+        const int from = lane.source;
+        if (from < 0 || from >= kLanes || !(mask >> from & 1)) {
+          fault("a shuffle of mask %08x reads lane %d", mask, from);
+        }
+        lane.received = fibers[first + from].value;
+      }
+      lane.votes = m.predicates;
+      if (first + l != current) make_ready(first + l);
+    }
+    m.arrived = 0;
+    return f;
+  }
+
+  void run_block(int64_t block) {
+    const int threads = launch->threads;
+    place.block = {static_cast<unsigned>(block), 0, 0};
+    ++counts.blocks;
+    for (const Shared& s : shared) memset(s.begin(), 0xff, s.bytes);
+    if (dynamic) memset(dynamic->begin(), 0xff, dynamic->bytes);
+    ready_warps = 0;
+    for (int t = 0; t < threads; ++t) fibers[t].started = false;
+    std::fill(std::begin(ready), std::end(ready), 0u);
+    next_phase();
+    for (auto& warp : meetings) {
+      for (Meeting& m : warp) m.arrived = 0;
+    }
+    std::fill(std::begin(ended), std::end(ended), 0u);
+    alive = threads;
+    at_barrier = predicates = 0;
+    while (alive > 0 && !failed) {
+      if (ready_warps == 0) stuck(threads);
+      if (failed) break;
+      const int thread = next_thread();
+      Fiber& f = fibers[thread];
+      if (!f.started) {
+        f.started = true;
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(stack(thread), kStack);
+#endif
+        f.context.prepare(stack(thread), stack_bytes(thread), &enter);
+      }
+      to_fiber(thread);
+    }
+    const auto intact = [](const Shared& s) { return s.intact(); };
+    if (!std::all_of(shared.begin(), shared.end(), intact) || (dynamic && !dynamic->intact())) {
+      fail("a store out of the bounds of shared memory");
+    }
+  }
+
+  bool in_shared(uintptr_t at, size_t bytes, bool beside = false) const {
+    const auto has = [&](const Shared& s) { return s.has(at, bytes, beside); };
+    return std::any_of(shared.begin(), shared.end(), has) ||
+           (dynamic && dynamic->has(at, bytes, beside));
+  }
+
+  // The fault of an access that fits no buffer.
+  [[noreturn]] void outside(uintptr_t at, size_t bytes, bool stores) {
+    if (in_shared(at, bytes, true)) fault("an atomic out of the bounds of shared memory");
+    const char* what = stores ? "a store" : "a load";
+    for (size_t i = 0; i < buffers.size(); ++i) {
+      const Buffer& o = buffers[i];
+      if (at >= o.begin && at + bytes <= o.end) {
+        fault("a store of %zu bytes to buffer %zu, which is read only", bytes, i);
+      }
+    }
+    for (size_t i = 0; i < buffers.size(); ++i) {
+      const Buffer& o = buffers[i];
+      if (at + 4096 < o.begin || at >= o.end + 4096) continue;
+      fault("%s of %zu bytes out of bounds: offset %lld of buffer %zu, which has %zu bytes", what,
+            bytes, static_cast<long long>(at - o.begin), i, static_cast<size_t>(o.end - o.begin));
+    }
+    fault("%s of %zu bytes at %p, which is in no buffer", what, bytes, reinterpret_cast<void*>(at));
+  }
+
+  void stuck(int threads) {
+    if (at_barrier > 0) {
+      fail("a barrier of the block was reached by " + std::to_string(at_barrier) + " of " +
+           std::to_string(threads) + " threads; " + std::to_string(threads - alive) +
+           " have ended, the rest wait elsewhere");
+      return;
+    }
+    for (int w = 0; w * kLanes < threads; ++w) {
+      for (const Meeting& m : meetings[w]) {
+        if (m.arrived == 0) continue;
+        char text[160];
+        snprintf(text, sizeof text,
+                 "warp %d: a collective of mask %08x was reached by lanes %08x only", w, m.mask,
+                 m.arrived);
+        fail(text);
+        return;
+      }
+    }
+    fail("no thread can go on");
+  }
+
+  void fail(const std::string& what) {
+    if (failed) return;
+    failed = true;
+    Dl_info info = {};
+    const char* name = dladdr(launch->kernel, &info) && info.dli_sname ? info.dli_sname : "?";
+    error = "kernel " + std::string(name) + ", block " + std::to_string(place.block.x) +
+            ", thread " + std::to_string(place.thread.x) + ": " + what;
+  }
+
+  static void enter();
+};
+
+Machine& machine() {
+  static Machine* const the = new Machine;  // never destroyed: its stacks may outlive statics
+  return *the;
+}
+
+void Machine::enter() {
+  Machine& m = machine();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_bottom, &m.scheduler_bytes);
+#endif
+  m.body(*m.launch);
+  m.finish_thread();
+  abort();
+}
+
+uint64_t mixed(uint64_t v) {
+  v = (v ^ (v >> 30)) * 0xbf58476d1ce4e5b9ull;
+  v = (v ^ (v >> 27)) * 0x94d049bb133111ebull;
+  return (v ^ (v >> 31)) | 1;
+}
+
+uint64_t seed() {
+  const char* text = getenv("FUSED_LOSSES_CUDA_SEED");
+  return text ? strtoull(text, nullptr, 10) : 0;
+}
+
+}  // namespace
+
+void fault(const char* format, ...) {
+  char text[400];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  Machine& m = machine();
+  m.fail(text);
+  m.to_scheduler(true);
+  abort();
+}
+
+void touch(const void* p, size_t bytes, size_t alignment, Access access) {
+  Machine& m = machine();
+  Counts& c = m.counts;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+  if (access == Access::kLoad) {
+    ++c.loads, c.load_bytes += bytes;
+  } else if (access == Access::kStore) {
+    ++c.stores, c.store_bytes += bytes;
+  } else {
+    ++c.atomics, c.load_bytes += bytes, c.store_bytes += bytes;
+  }
+  if (at % alignment != 0) fault("an access of %zu bytes at %p is misaligned", bytes, p);
+  if (--m.until_pause <= 0) m.pause();
+  if (access == Access::kAtomic && m.in_shared(at, bytes)) {
+    c.load_bytes -= bytes, c.store_bytes -= bytes;
+    return;
+  }
+  if (m.buffers.empty()) return;
+  const bool stores = access != Access::kLoad;
+  const auto inside = [&](const Buffer& o) { return at >= o.begin && at + bytes <= o.end; };
+  const auto fits = [&](const Buffer& o) { return inside(o) && !(stores && o.readonly); };
+  Buffer* b = m.last;
+  if (b == nullptr || !fits(*b)) {
+    const auto found = std::find_if(m.buffers.begin(), m.buffers.end(), fits);
+    if (found == m.buffers.end()) m.outside(at, bytes, stores);
+    b = m.last = &*found;
+  }
+  if (access != Access::kStore) b->loaded += bytes;
+  if (stores) b->stored += bytes;
+}
+
+void* shared(const void* key, size_t bytes) {
+  Machine& m = machine();
+  for (const Shared& known : m.shared) {
+    if (known.key == key) return known.begin();
+  }
+  return m.shared.emplace_back(key, bytes).begin();
+}
+
+char* dynamic_shared() {
+  Machine& m = machine();
+  if (!m.dynamic) fault("a launch without dynamic shared memory");
+  return m.dynamic->begin();
+}
+
+int processors() {
+  const char* text = getenv("FUSED_LOSSES_CUDA_PROCESSORS");
+  return text ? std::max(1, atoi(text)) : 3;
+}
+
+uint64_t exchange(unsigned mask, uint64_t value, int source) {
+  return machine().meet(mask, Collective::kShuffle, value, source, false).received;
+}
+
+unsigned ballot(unsigned mask, bool predicate) {
+  return machine().meet(mask, Collective::kVote, 0, 0, predicate).votes;
+}
+
+void sync_warp(unsigned mask) { machine().meet(mask, Collective::kWarpBarrier, 0, 0, false); }
+
+int sync_block(bool predicate, const Site& site) {
+  Machine& m = machine();
+  if (m.alive != m.launch->threads) {
+    fault("a barrier of the block, of which %d threads have ended", m.launch->threads - m.alive);
+  }
+  if (m.at_barrier == 0) m.site = site;
+  if (m.site.line() != site.line() || m.site.column() != site.column()) {
+    fault("threads of a block wait at two barriers: line %u and line %u", m.site.line(),
+          site.line());
+  }
+  m.predicates += predicate;
+  if (++m.at_barrier < m.launch->threads) {
+    m.wait();
+  } else {
+    m.open_barrier();
+  }
+  return m.block_votes;
+}
+
+int lane() { return machine().current % kLanes; }
+
+int run(const Launch& launch, void (*body)(const Launch&)) {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> alone(m.busy);
+  ++m.counts.launches;
+  if (m.hook) {
+    Dl_info info = {};
+    const char* name = dladdr(launch.kernel, &info) && info.dli_sname ? info.dli_sname : "";
+    return m.hook(name, launch.blocks, launch.threads, launch.shared, launch.arguments,
+                  launch.argument_bytes);
+  }
+  m.launch = &launch;
+  m.body = body;
+  m.failed = false;
+  m.error.clear();
+  m.current = 0;
+  m.last = nullptr;
+  m.shared.clear();
+  if (m.stacks == nullptr) {
+    void* all = mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (all == MAP_FAILED) abort();
+    m.stacks = static_cast<char*>(all);
+  }
+  if (launch.threads < 1 || launch.threads > kMostThreads || launch.threads % kLanes != 0) {
+    m.fail("blocks of " + std::to_string(launch.threads) + " threads");
+    return 1;
+  }
+  if (launch.blocks < 0 || launch.blocks > std::numeric_limits<int32_t>::max()) {
+    m.fail("a grid of " + std::to_string(launch.blocks) + " blocks");
+    return 1;
+  }
+  m.dynamic.reset(launch.shared ? new Shared(nullptr, launch.shared) : nullptr);
+  place.block_size = {static_cast<unsigned>(launch.threads), 1, 1};
+  place.grid_size = {static_cast<unsigned>(launch.blocks), 1, 1};
+  m.random = mixed(seed() + 0x9e3779b97f4a7c15ull);
+  std::vector<int64_t> order(launch.blocks);
+  std::iota(order.begin(), order.end(), 0);
+  for (int64_t i = launch.blocks - 1; i > 0; --i) std::swap(order[i], order[m.next() % (i + 1)]);
+  for (int64_t block : order) {
+    m.run_block(block);
+    if (m.failed) return 1;
+  }
+  return 0;
+}
+
+}  // namespace fused_losses::host
+
+// ---- for the callers: Python (backends/cuda_launch.py) and tests
+// ------------------------------------
+
+using namespace fused_losses::host;
+
+// The buffers that the next launches may touch; none: no check. They are numbered as given.
+extern "C" void fused_losses_buffers(int count, void* const* begin, const size_t* bytes,
+                                     const bool* readonly) {
+  Machine& m = machine();
+  m.buffers.clear();
+  m.last = nullptr;
+  for (int i = 0; i < count; ++i) {
+    const auto at = reinterpret_cast<uintptr_t>(begin[i]);
+    m.buffers.push_back({at, at + bytes[i], readonly[i], 0, 0});
+  }
+}
+
+// Bytes loaded and stored so far of the buffers announced last.
+extern "C" void fused_losses_traffic(uint64_t* loaded, uint64_t* stored) {
+  const Machine& m = machine();
+  for (size_t i = 0; i < m.buffers.size(); ++i) {
+    loaded[i] = m.buffers[i].loaded;
+    stored[i] = m.buffers[i].stored;
+  }
+}
+
+// loads, load_bytes, stores, store_bytes, atomics, blocks, launches, barriers since the last call.
+extern "C" void fused_losses_counts(uint64_t* out) {
+  Machine& m = machine();
+  memcpy(out, &m.counts, sizeof m.counts);
+  m.counts = {};
+}
+
+// Launches go to the hook instead; null: they run again.
+extern "C" void fused_losses_hook(Hook hook) { machine().hook = hook; }
+
+extern "C" const char* fused_losses_error(int) { return machine().error.c_str(); }

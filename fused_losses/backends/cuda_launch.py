@@ -1,0 +1,130 @@
+"""The CUDA C++ kernels from Python: one function, `launch`, and the library behind it.
+
+The library has plain functions (csrc/cuda/*.cu, FL_EXPORT), each with one struct of arguments whose
+fields it describes itself. On a GPU the library is the one that nvcc built. With
+FUSED_LOSSES_CUDA_ON_HOST=1 it is the same sources built for the host (`make cuda-host`): they
+run on CPU tensors, checked and slowly (csrc/cuda/host/simulator.h).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parents[1]
+ON_DEVICE, ON_HOST = "libfused_losses_cuda.so", "libfused_losses_cuda_host.so"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# as csrc/cuda/platform.h numbers the element types
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+CODES = {
+    "P": ctypes.c_void_p,
+    "p": ctypes.c_void_p,  # what it points to is only read
+    "?": ctypes.c_bool,
+    "i": ctypes.c_int32,
+    "q": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+}
+
+
+def on_host() -> bool:
+    return os.environ.get("FUSED_LOSSES_CUDA_ON_HOST") == "1"
+
+
+def path() -> Path:
+    """The library's file; FUSED_LOSSES_CUDA_LIBRARY names another one (a build with sanitizers)."""
+    named = os.environ.get("FUSED_LOSSES_CUDA_LIBRARY")
+    return Path(named) if named else FOLDER / (ON_HOST if on_host() else ON_DEVICE)
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run on this machine at all, or None."""
+    if on_host():
+        if not path().is_file():
+            return "the host build of the CUDA kernels is missing; `make cuda-host` builds it"
+        return None
+    if not path().is_file():
+        return "the CUDA C++ kernels are not built: nvcc was not found when this was installed"
+    if not torch.cuda.is_available():
+        return "no GPU; FUSED_LOSSES_CUDA_ON_HOST=1 executes the kernels on the CPU, slowly"
+    return None
+
+
+def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
+    """Why the kernels cannot take such a call; empty when they can."""
+    why = []
+    kind = "cpu" if on_host() else "cuda"
+    if device.type != kind:
+        why.append(f"device {device}: the kernels run on {kind} tensors here")
+    if dtype not in (*DTYPES, torch.bool, torch.int8):
+        why.append(f"{dtype}: expected float32, bfloat16 or float16")
+    if precision == "tf32" and on_host():
+        why.append("precision='tf32': the host has no tf32 products")
+    return why
+
+
+@cache
+def library() -> ctypes.CDLL:
+    out = ctypes.CDLL(str(path()))
+    out.fused_losses_error.restype = ctypes.c_char_p
+    return out
+
+
+@cache
+def _function(name: str) -> tuple:
+    """The function, its struct, and its fields' names and codes."""
+    function = getattr(library(), f"fused_losses_{name}")
+    describe = getattr(library(), f"fused_losses_{name}_fields")
+    describe.restype = ctypes.c_char_p
+    fields = [(text[1:], text[0]) for text in describe().decode().split()]
+    members = [(field, CODES[code]) for field, code in fields]
+    struct = type(name, (ctypes.Structure,), {"_fields_": members})
+    return function, struct, dict(fields)
+
+
+def launch(name: str, **arguments: Tensor | float | int | bool | None) -> None:
+    """Runs an exported function on the current stream: tensors give their addresses, None null.
+
+    Nothing is copied or made contiguous, and nothing waits for the device. Raises TypeError unless
+    the arguments are the struct's fields, RuntimeError when a launch fails.
+    """
+    function, struct, fields = _function(name)
+    if arguments.keys() != fields.keys():
+        missing, unknown = fields.keys() - arguments.keys(), arguments.keys() - fields.keys()
+        raise TypeError(f"{name}: missing {sorted(missing)}, unknown {sorted(unknown)}")
+    tensors = {name: t for name, t in arguments.items() if isinstance(t, Tensor)}
+    values = {
+        field: value.data_ptr() if isinstance(value, Tensor) else value
+        for field, value in arguments.items()
+    }
+    if on_host():
+        announce(list(tensors.values()), [fields[name] == "p" for name in tensors])
+        code = function(ctypes.byref(struct(**values)), None)
+    else:
+        device = next(iter(tensors.values())).device
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            code = function(ctypes.byref(struct(**values)), ctypes.c_void_p(stream))
+    if code:
+        raise RuntimeError(f"{name}: {library().fused_losses_error(code).decode()}")
+
+
+def extent(t: Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last."""
+    if t.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size()
+
+
+def announce(tensors: list[Tensor], readonly: list[bool]) -> None:
+    """Tells the host build which memory the kernels may touch, and which of it only read."""
+    count = len(tensors)
+    begin = (ctypes.c_void_p * count)(*(t.data_ptr() for t in tensors))
+    size = (ctypes.c_size_t * count)(*(extent(t) for t in tensors))
+    library().fused_losses_buffers(count, begin, size, (ctypes.c_bool * count)(*readonly))

@@ -1,0 +1,101 @@
+"""Other people's kernels, each where it is installed.
+
+Those for a GPU are written from their documented interfaces; no GPU was at hand to run them on. One
+that fails is reported in the table with its error; one that computes something else is not timed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_losses.bench.measure import Step
+
+Loss = Callable[..., Tensor]
+
+
+@cache
+def peer(name: str) -> ModuleType | None:
+    """A module, or None with the reason printed, once: peers are no dependencies."""
+    try:
+        return importlib.import_module(name)
+    # one that was built for another torch fails in its own way
+    except Exception as error:
+        print(f"without {name}: {type(error).__name__}: {str(error).splitlines()[0]}",
+              file=sys.stderr)  # fmt: skip
+        return None
+
+
+def _steps(losses: dict[str, Loss], *inputs: Tensor) -> dict[str, Step]:
+    def step(loss: Loss) -> Step:
+        def run() -> Tensor:
+            value = loss(*inputs)
+            value.backward()
+            return value.detach()
+
+        return run
+
+    return {name: step(loss) for name, loss in losses.items()}
+
+
+def cross_entropy(x: Tensor, w: Tensor, y: Tensor, scale: float) -> dict[str, Step]:
+    """Linear cross entropies of unit rows: no margin, so the peers do less. 16-bit inputs."""
+    losses: dict[str, Loss] = {}
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        cce = peer("cut_cross_entropy")
+        if cce is not None:
+            losses["cut-cross-entropy"] = lambda x, w, y: cce.linear_cross_entropy(
+                F.normalize(x) * scale, F.normalize(w), y
+            )
+        liger = peer("liger_kernel.transformers")
+        if liger is not None:
+            fused = liger.LigerFusedLinearCrossEntropyLoss()
+            losses["Liger"] = lambda x, w, y: fused(F.normalize(w), F.normalize(x) * scale, y)
+    return _steps(losses, x, w, y)
+
+
+def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> dict[str, Step]:
+    """The sigmoid loss of siglip-kernel, whose temperature comes as a logarithm."""
+    found = peer("siglip_kernel") if x.is_cuda else None
+    if found is None:
+        return {}
+    loss = {"siglip-kernel": lambda x, y, s, b: found.fused_siglip_loss(x, y, s.log(), b)}
+    return _steps(loss, x, y, scale, bias)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> dict[str, Step]:
+    """torch's own attention kernels, on one head: SDPA anywhere, flex_attention on a GPU."""
+    kernels: dict[str, Loss] = {"SDPA": F.scaled_dot_product_attention}
+    if query.is_cuda:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        kernels["flex_attention"] = torch.compile(flex_attention)
+
+    def loss(kernel: Loss) -> Loss:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = kernel(*(t[None, None] for t in (q, k, v)))[0, 0]
+            return (out * slope).sum()
+
+        return run
+
+    losses = {name: loss(kernel) for name, kernel in kernels.items()}
+    return _steps(losses, query, key, value)
+
+
+def neighbours(x: Tensor, y: Tensor, k: int) -> dict[str, Step]:
+    """faiss' flat index with its bank on the GPU."""
+    faiss = peer("faiss") if x.is_cuda else None
+    if faiss is None or not hasattr(faiss, "StandardGpuResources"):
+        return {}
+    import faiss.contrib.torch_utils  # its search then takes tensors of the device
+
+    index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), y.shape[1])
+    index.add(y.float())
+    return {"faiss GpuIndexFlatIP": lambda: index.search(x.float(), k)[0]}
