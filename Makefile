@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
-.PHONY: venv train test ctest cuda-host bench lint clean
+.PHONY: venv train test ctest cuda-host cuda-sanitize gpu-static bench lint clean
 
 venv: $(VENV)/.built
 
@@ -23,7 +23,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 train: venv
 	$(BIN)/fused-losses train
 
-test: venv lint ctest cuda-host
+test: venv lint ctest cuda-host cuda-sanitize
 	FUSED_LOSSES_REQUIRE_CPU=1 FUSED_LOSSES_CUDA_ON_HOST=1 $(BIN)/python -m pytest
 
 # the kernels without Python: their own tests under ctest
@@ -38,6 +38,20 @@ ctest: $(VENV)/.installed
 cuda-host: $(VENV)/.installed
 	$(BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release > /dev/null
 	$(BIN)/cmake --build build/cmake --target fused_losses_cuda_host --parallel 2
+
+# the same with AddressSanitizer and UndefinedBehaviorSanitizer, over every kernel's small cases
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+cuda-sanitize: venv
+	$(BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release > /dev/null
+	$(BIN)/cmake --build build/cmake --target fused_losses_cuda_sanitize --parallel 2
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	  FUSED_LOSSES_CUDA_ON_HOST=1 \
+	  FUSED_LOSSES_CUDA_LIBRARY=build/cmake/csrc/cuda/host/libfused_losses_cuda_sanitize.so \
+	  $(BIN)/python -m pytest tests/test_cuda_cases.py
+
+# what every GPU kernel compiles to, without a GPU: writes docs/gpu_static.md, fails on a spill
+gpu-static: venv
+	$(BIN)/python -m tools.gpu_static
 
 bench: venv
 	@mkdir -p runs/bench

@@ -62,7 +62,7 @@ def compile_cuda(compiler: str, folder: Path, out: Path) -> None:
     """Every .cu once for all architectures, linked into one library of plain functions."""
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
-    flags = [*CUDA_FLAGS, f"-DFUSED_LOSSES_ARCHITECTURES=\"{' '.join(ARCHITECTURES)}\"", *codes]
+    flags = [*CUDA_FLAGS, f'-DFUSED_LOSSES_ARCHITECTURES="{" ".join(ARCHITECTURES)}"', *codes]
 
     def compile_one(source: Path) -> str:
         made = str(folder / f"{source.stem}.cuda.o")

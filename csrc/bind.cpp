@@ -313,6 +313,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("workspace_bytes", &workspace_bytes, "Scratch bytes of a call, forward or backward.");
   m.def("build", [] {
     return std::vector<std::pair<std::string, std::string>>{
-        {"compiler", __VERSION__}, {"c++", std::to_string(__cplusplus)}, {"cuda", "not built"}};
+        {"compiler", __VERSION__}, {"c++", std::to_string(__cplusplus)}};
   });
 }

@@ -1,4 +1,5 @@
-"""The command `fused-losses`: train, bench, verify, info. Each part is imported when asked for."""
+"""The command `fused-losses`: train, bench, roofline, verify, info. Parts are imported
+when they are asked for."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, backends, and why a backend cannot run here")
     verify = commands.add_parser("verify", help="check every op and backend against float64")
     bench = commands.add_parser("bench", help="measure against eager, torch.compile and peers")
+    roofline = commands.add_parser("roofline", help="bytes, FLOPs and bounds of every op on GPUs")
     train = commands.add_parser("train", help="train a face embedding and evaluate it")
     given = sys.argv[1:] if argv is None else argv
     # the options of a part live in that part, which is imported only when it is the one asked for
@@ -30,11 +32,17 @@ def main(argv: list[str] | None = None) -> int:
         from fused_losses import verify as checks
 
         checks.add_arguments(verify)
+    if given[:1] == ["roofline"]:
+        from fused_losses.bench import roofline as model
+
+        model.add_arguments(roofline)
     args = parser.parse_args(given)
     if args.command == "train":
         return train_cli.run(args)
     if args.command == "bench":
         return report.run(args)
+    if args.command == "roofline":
+        return model.run(args)
     if args.command == "verify":
         return checks.run(device=args.device, shapes=args.shape, out=args.out)
     from fused_losses import info

@@ -257,6 +257,8 @@ def _maxsim(a: Arguments) -> Call:
             module = backends.module(name)
             return around + module.maxsim_extra_bytes(tokens, found, d, dtype, precision)
         block = backends.module("bounded_maxsim").BLOCK_BYTES
+        if name == "cuda":
+            block = max(block, backends.module("cuda_maxsim").TILE_BYTES)
         widened = 2 * (tokens + found) * d * 4 if dtype.itemsize == 2 else 0
         return around + 5 * block + 4 * tokens * d * size + widened
 
@@ -321,6 +323,8 @@ def _matrix_bytes(
         return module.distance_extra_bytes(n, m, d, dtype, kind, precision, gradient)
     if name == "triton":
         return backends.module("triton_distances").extra_bytes(n, m, d, dtype, precision)
+    if name == "cuda":
+        return backends.module("cuda_distances").extra_bytes(n, m, d, dtype, kind)
     if kind == "dot":
         # plain products
         return 8 * (n + m) * d if dtype.itemsize == 2 else 0
@@ -403,6 +407,10 @@ def _topk_bytes(
     if name == "triton":
         module = backends.module("triton_topk")
         around += max(module.PARTIAL_BYTES, 8 * n * kept) + 3 * module.BLOCK_BYTES
+    if name == "cuda":
+        module = backends.module("cuda_topk")
+        around += max(module.PARTIAL_BYTES, 64 * n * kept) + 3 * module.TILE_BYTES
+        around += 2 * module.BANK_BYTES
     return around + SCREEN_BLOCKS * block + 3 * n * d * size + 2 * m * size + 72 * n * kept
 
 
@@ -472,16 +480,15 @@ def _mining(a: Arguments) -> Call:
 
 # blocks alive at once, by what a row is folded into; choices have no gradient of their own
 ROW_BLOCKS, CHOICE_BLOCKS, COUNTED_BLOCKS = 14, 4, 8
+SORTED_BLOCKS = 22  # triplets counted by sorting
 
 
-def _row_bytes(
-    name: str, n: int, m: int, d: int, dtype: torch.dtype, precision: str, blocks: int
-) -> int:
-    """Of `row_losses` with its gradient, beyond inputs and gradients."""
-    size = _size(dtype)
+def _row_bytes(name: str, n: int, m: int, like: Tensor, precision: str, blocks: int) -> int:
+    """Of `row_losses` with its gradient, beyond inputs and gradients; rows are as `like`."""
+    d, dtype, size = like.shape[1], like.dtype, _size(like.dtype)
     if name == "reference":
         return (8 * d + REFERENCE_MATRICES) * n * m * size
-    tall = min(n, max(1, row_losses.BLOCK_BYTES // (max(m, 1) * size)))
+    tall = min(n, max(1, row_losses.block_bytes(like.device) // (max(m, 1) * size)))
     around = blocks * tall * m * size + 2 * (n + m) * d * size
     gradient = blocks > CHOICE_BLOCKS
     return around + _matrix_bytes(name, tall, m, d, dtype, "euclidean", precision, gradient)
@@ -505,7 +512,7 @@ def _over_rows(
         around += PAIR_ROW_BYTES * (n + m) + SLACK
 
         def extra(name: str) -> int:
-            return around + _row_bytes(name, n, m, d, dtype, a["precision"], blocks)
+            return around + _row_bytes(name, n, m, x, a["precision"], blocks)
 
         return Call(x, a["precision"], extra, operation="rows")
 
@@ -541,7 +548,7 @@ def _choice(rows: str, columns: str | None, more: int) -> Reader:
 
 def _triplets(columns: str, copied: float = 0.0) -> Reader:
     def read(a: Arguments) -> Call:
-        plain = _over_rows("embeddings", columns, copied, 0, row_losses.LIVE_BLOCKS)(a)
+        plain = _over_rows("embeddings", columns, copied, 0, SORTED_BLOCKS)(a)
         smooth = a.get("smooth") or a["triplets"] == "easy"
         # counted in C++, but for softplus
         blocks = ROW_BLOCKS if smooth else COUNTED_BLOCKS

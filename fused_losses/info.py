@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from fused_losses import backends
-from fused_losses.backends import cpu
+from fused_losses.backends import cpu, cuda_launch
 from fused_losses.version import __version__
 
 
@@ -23,6 +23,7 @@ def lines() -> list[str]:
         f"triton         {_triton_version()}",
         f"extension      {_built(built)}",
         f"cpu capability {built.capability() if built else 'extension not built'}",
+        f"cuda kernels   {cuda_launch.built()}",
         f"gpus           {_gpus()}",
         "backends:",
     ]

@@ -33,7 +33,7 @@ SCORES = {
     "minus_dot": ("dot", -1),
 }
 BLOCK_BYTES = 2 << 20  # of scores in a block
-LIVE_BLOCKS = 22  # how many such are alive at the peak: triplets counted by sorting
+GPU_BLOCK_BYTES = 16 << 20  # enough rows for every processor; a block stays in L2
 
 INPUTS = (
     "Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? x_groups, Tensor? y_groups, "
@@ -63,10 +63,8 @@ class RowInputs(NamedTuple):
     precision: str = "fp32"
 
 
-def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype) -> int:
-    """Peak memory of forward and backward beyond inputs and gradients."""
-    size = 8 if dtype == torch.float64 else 4
-    return LIVE_BLOCKS * max(BLOCK_BYTES, m * size) + 3 * (n + m) * d * size
+def block_bytes(device: torch.device) -> int:
+    return GPU_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
 
 
 def row_losses(inputs: RowInputs, *, backend: str | None = None) -> Tensor:
@@ -153,7 +151,7 @@ def _reference(p: RowInputs) -> Tensor:
 def _cuts(p: RowInputs) -> Iterator[slice]:
     n, m = p.x.shape[0], p.y.shape[0]
     size = accumulate_dtype(p.x.dtype).itemsize
-    tall = max(1, BLOCK_BYTES // (max(m, 1) * size))
+    tall = max(1, block_bytes(p.x.device) // (max(m, 1) * size))
     for i in range(0, n, tall):
         yield slice(i, min(i + tall, n))
 

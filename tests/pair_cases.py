@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import CUDA
 from pair_formulas import (
     Inputs,
     attend,
@@ -563,7 +564,8 @@ BY_NAME = {case.name: case for case in LOSSES + SIMILARITIES}
 
 # ---- what the tests do with it ------------------------------------------------------------------
 
-BACKENDS = ("reference", "bounded", "cpu")
+EXACT = ("reference", "bounded", "cpu")  # those that take float64
+BACKENDS = (*EXACT, *CUDA)
 SHAPES = {
     "primes": (23, 29, 7),
     "one": (1, 1, 1),
@@ -572,6 +574,11 @@ SHAPES = {
     "tiles": (131, 157, 37),
 }
 SMALL = ("primes", "one", "one_row", "thin")
+# how near two ways to the same numbers come in a dtype
+NEAR = {
+    torch.float64: dict(rtol=1e-10, atol=1e-12),
+    torch.float32: dict(rtol=2e-5, atol=2e-6),
+}
 # what rounding alone may cost beyond twice the eager formula's error
 FLOORS = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
@@ -645,11 +652,11 @@ def check_formula(case: Case, shape: str, backend: str) -> None:
         assert error(g, w) <= 1e-9, name
 
 
-def check_budget(case: Case, dtype: torch.dtype, backend: str) -> None:
+def check_budget(case: Case, dtype: torch.dtype, backend: str, shape: str = "primes") -> None:
     """Against float64 on the same rounded inputs, about the error of the formula in this dtype."""
     if backend == "reference" and dtype != torch.float32:
         pytest.skip("the materialised path is eager")
-    t = inputs_of(case, SHAPES["primes"], dtype)
+    t = inputs_of(case, SHAPES[shape], dtype)
     wanted = outcome(case, in_dtype(case, t, torch.float64), case.formula)
     eager = outcome(case, t, case.formula)
     got = outcome(case, t, lambda t: case.call(t, backend=backend))

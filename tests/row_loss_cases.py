@@ -208,6 +208,7 @@ ROWS = [
     Case("icnn", batch, lambda t, **o: rl.icnn(*ALONE(t), neighbors=3, window=5, **o), f.icnn),
 ]
 BY_NAME = {case.name: case for case in ROWS}
+BACKENDS = ("reference", "bounded", "cpu")  # that take float64
 
 
 def require_rows(name: str) -> str:

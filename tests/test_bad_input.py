@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from conftest import require
+from conftest import STREAMED, require
 from oracles import relative_error
 from torch import Tensor
 
@@ -252,7 +252,7 @@ def test_is_refused_by_name(row: str, backend: str) -> None:
         call(backend, **changes)
 
 
-@pytest.mark.parametrize("backend_name", ["bounded", "cpu"])
+@pytest.mark.parametrize("backend_name", STREAMED)
 def test_primitive_reads_no_row_out_of_range(backend_name: str) -> None:
     # below margin_softmax's checks: the kernels' own door
     require(backend_name)
@@ -276,10 +276,9 @@ def test_primitive_reads_no_row_out_of_range(backend_name: str) -> None:
 
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"backend='cuda' cannot run this call .* cuda: the CUDA"
-    ):
-        call("cuda")
+    wide = {k: good()[k].double() for k in ("embeddings", "weight")}
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run this call .* cuda: \w+"):
+        call("cuda", **wide)  # on a GPU, on its host execution, and without either
     with pytest.raises(ValueError, match="backend: expected auto, .* got 'gpu'"):
         call("gpu")
 

@@ -202,7 +202,9 @@ def test_explain_says_why_a_backend_was_passed_over() -> None:
 
 def test_explain_refuses_what_the_call_would() -> None:
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run this call"):
-        fused_losses.explain(fused_losses.margin_softmax, X, W, LABELS, backend="cuda")
+        fused_losses.explain(
+            fused_losses.margin_softmax, X.double(), W.double(), LABELS, backend="cuda"
+        )
     with pytest.raises(ValueError, match="fn: expected one of margin_softmax, .* got 'randn'"):
         fused_losses.explain(torch.randn, X, W, LABELS)
 

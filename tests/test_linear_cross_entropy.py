@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import STREAMED, require
+from conftest import STREAMED, require, widest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -71,11 +71,11 @@ def test_class_ids(
     reduction: str,
     backend: str,
 ) -> None:
-    x, w, target = inputs()
+    x, w, target = inputs(dtype=widest(backend))
     if ignored is not None:
         target[::4] = ignored
-    own = torch.randn(31, dtype=torch.float64) if bias else None
-    shares = torch.rand(31, dtype=torch.float64) + 0.1 if weight else None
+    own = torch.randn(31, dtype=x.dtype) if bias else None
+    shares = torch.rand(31, dtype=x.dtype) + 0.1 if weight else None
     options = {"weight": shares, "label_smoothing": smoothing, "reduction": reduction}
     assert_same(*both(x, w, target, backend, own, ignore_index=ignored, **options))
 
@@ -83,29 +83,29 @@ def test_class_ids(
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "bias-weight-smoothing"])
 def test_probabilities(everything: bool, reduction: str, backend: str) -> None:
-    x, w, _ = inputs()
-    target = torch.softmax(3 * torch.randn(23, 31, dtype=torch.float64), 1)
+    x, w, _ = inputs(dtype=widest(backend))
+    target = torch.softmax(3 * torch.randn(23, 31, dtype=x.dtype), 1)
     options: dict[str, Any] = {"reduction": reduction}
     bias = None
     if everything:
-        bias = torch.randn(31, dtype=torch.float64)
-        options |= {"weight": torch.rand(31, dtype=torch.float64), "label_smoothing": 0.2}
+        bias = torch.randn(31, dtype=x.dtype)
+        options |= {"weight": torch.rand(31, dtype=x.dtype), "label_smoothing": 0.2}
     assert_same(*both(x, w, target, backend, bias, **options))
 
 
 def test_probabilities_that_do_not_sum_to_one(backend: str) -> None:
-    x, w, _ = inputs()
-    assert_same(*both(x, w, torch.rand(23, 31, dtype=torch.float64), backend))
+    x, w, _ = inputs(dtype=widest(backend))
+    assert_same(*both(x, w, torch.rand(23, 31, dtype=x.dtype), backend))
 
 
 def test_probabilities_get_torchs_gradient(backend: str) -> None:
-    x, w, _ = inputs()
+    x, w, _ = inputs(dtype=widest(backend))
     grads = []
     for function, extra in (
         (fused_losses.linear_cross_entropy, {"backend": backend}),
         (F.linear_cross_entropy, {}),
     ):
-        target = torch.full((23, 31), 1 / 31, dtype=torch.float64, requires_grad=True)
+        target = torch.full((23, 31), 1 / 31, dtype=x.dtype, requires_grad=True)
         try:
             grads.append(torch.autograd.grad(function(x, w, target, **extra), target)[0])
         except RuntimeError:
@@ -117,14 +117,14 @@ def test_probabilities_get_torchs_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_one_dimensional_input(reduction: str, backend: str) -> None:
-    x, w, target = inputs()
+    x, w, target = inputs(dtype=widest(backend))
     assert_same(*both(x[0], w, target[0], backend, reduction=reduction))
-    soft = torch.softmax(torch.randn(31, dtype=torch.float64), 0)
+    soft = torch.softmax(torch.randn(31, dtype=x.dtype), 0)
     assert_same(*both(x[0], w, soft, backend, reduction=reduction))
 
 
 def test_one_dimensional_input_takes_no_batch_of_targets(backend: str) -> None:
-    x, w, target = inputs()
+    x, w, target = inputs(dtype=widest(backend))
     with pytest.raises(ValueError, match="target|labels"):
         fused_losses.linear_cross_entropy(x[0], w, target[:2], backend=backend)
 
@@ -143,7 +143,7 @@ def test_dtype_of_the_result_is_the_inputs(dtype: torch.dtype, backend: str) -> 
 
 
 def test_all_ignored(backend: str) -> None:
-    x, w, target = inputs()
+    x, w, target = inputs(dtype=widest(backend))
     target[:] = -100
     for reduction in ("mean", "sum", "none"):
         ours, theirs = both(x, w, target, backend, reduction=reduction)
@@ -155,14 +155,14 @@ def test_all_ignored(backend: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_empty_batch(reduction: str, backend: str) -> None:
-    x, w, target = inputs(n=0)
+    x, w, target = inputs(n=0, dtype=widest(backend))
     ours, theirs = both(x, w, target, backend, reduction=reduction)
     torch.testing.assert_close(ours[0], theirs[0], equal_nan=True)
     assert ours[1].shape == (0, 9)
 
 
 def test_options_are_accepted(backend: str) -> None:
-    x, w, target = inputs()
+    x, w, target = inputs(dtype=widest(backend))
     made = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if made is None:
         pytest.skip("this torch has no LinearCrossEntropyOptions")
@@ -172,7 +172,7 @@ def test_options_are_accepted(backend: str) -> None:
 
 
 def test_several_weights_a_class_are_refused(backend: str) -> None:
-    x, w, target = inputs()
+    x, w, target = inputs(dtype=widest(backend))
     with pytest.raises(
         ValueError, match=r"linear_weight: expected \[C, D\], got shape \(31, 2, 9\)"
     ):
@@ -180,14 +180,12 @@ def test_several_weights_a_class_are_refused(backend: str) -> None:
 
 
 def test_probabilities_of_another_shape_are_refused(backend: str) -> None:
-    x, w, _ = inputs()
+    x, w, _ = inputs(dtype=widest(backend))
     with pytest.raises(ValueError, match=r"target: expected class ids \[23\] or probabilities"):
-        fused_losses.linear_cross_entropy(
-            x, w, torch.rand(23, 30, dtype=torch.float64), backend=backend
-        )
+        fused_losses.linear_cross_entropy(x, w, torch.rand(23, 30, dtype=x.dtype), backend=backend)
     with pytest.raises(ValueError, match="ignore_index: expected None with probabilities"):
         fused_losses.linear_cross_entropy(
-            x, w, torch.rand(23, 31, dtype=torch.float64), ignore_index=3, backend=backend
+            x, w, torch.rand(23, 31, dtype=x.dtype), ignore_index=3, backend=backend
         )
 
 
@@ -226,6 +224,7 @@ def test_any_shape(
 ) -> None:
     require(name)
     torch.manual_seed(seed)
+    dtype = min(dtype, widest(name), key=lambda d: d.itemsize)
     x, w, target = inputs(n, d, c, dtype)
     x = x / d**0.5
     if ignored:

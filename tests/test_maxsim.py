@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import CUDA, require
 from torch import Tensor
 
 from fused_losses import maxsim
@@ -30,7 +31,7 @@ def formula(queries: Tensor, documents: Tensor, query_mask: Tensor, mask: Tensor
 @pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
 @pytest.mark.parametrize(
     ("q", "lq", "b", "lb", "d"),
-    [(1, 1, 1, 1, 1), (3, 5, 4, 7, 16), (20, 33, 17, 130, 65), (2, 300, 33, 3, 129)],
+    [(1, 1, 1, 1, 1), (3, 5, 4, 7, 16), (8, 33, 9, 130, 65), (2, 300, 33, 3, 129)],
 )
 def test_against_the_formula(q, lq, b, lb, d, dtype, backend: str) -> None:
     queries, documents = texts(q, lq, d, dtype), texts(b, lb, d, dtype)
@@ -76,6 +77,24 @@ def test_empty(q: int, b: int, backend: str) -> None:
     assert scores.shape == (q, b)
     scores.sum().backward()
     assert queries.grad.shape == queries.shape
+
+
+@pytest.mark.parametrize("gpu", CUDA)
+def test_the_same_bits_in_any_order_of_threads_and_blocks(
+    gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require(gpu)
+    # more tiles of document tokens than blocks, more query tokens than a block looks at together
+    queries, documents = torch.randn(14, 37, 24), torch.randn(15, 57, 24)
+    upstream, found = torch.randn(14, 15), []
+    for seed, processors in ((0, 3), (1, 1), (2, 40)):
+        monkeypatch.setenv("FUSED_LOSSES_CUDA_SEED", str(seed))
+        monkeypatch.setenv("FUSED_LOSSES_CUDA_PROCESSORS", str(processors))
+        leaves = [t.clone().requires_grad_() for t in (queries, documents)]
+        scores = maxsim(*leaves, lengths=torch.arange(15) * 4, backend=gpu)
+        found.append([scores.detach(), *torch.autograd.grad((scores * upstream).sum(), leaves)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_gradcheck(backend: str) -> None:

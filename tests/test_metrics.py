@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import widest
 from torch import Tensor
 
 from fused_losses import metrics
@@ -131,7 +132,7 @@ def test_ties_and_ids(name: str, k: int | None, path: None, backend: str) -> Non
 
 @pytest.mark.parametrize("name", RANKED)
 def test_several_k(name: str, backend: str) -> None:
-    x, labels = batch(20, 4, 4)
+    x, labels = batch(20, 4, 4, widest(backend))
     call = getattr(metrics, name)
     found = call(x, labels, k=[1, 5, 3], backend=backend)
     assert list(found.value) == [1, 5, 3]

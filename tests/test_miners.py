@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from conftest import widest
 from test_mining import (
     allowed,
     batch,
@@ -26,12 +27,14 @@ from fused_losses.mining import mine_pairs, mine_triplets
 NAMES = {"hard": "hardest", "easy": "easiest", "semihard": "semihard", "all": "all"}
 
 
-def problem(ref: bool) -> tuple[tuple[Tensor, ...], Tensor, tuple[list, list]]:
+def problem(
+    ref: bool, dtype: torch.dtype = torch.float64
+) -> tuple[tuple[Tensor, ...], Tensor, tuple[list, list]]:
     """The miner's arguments, the normalised Euclidean distances, and who is whose candidate."""
-    x, labels = batch(18, 4, 5)
-    given = (x, labels, *batch(23, 4, 6)) if ref else (x, labels)
+    x, labels = batch(18, 4, 5, dtype)
+    given = (x, labels, *batch(23, 4, 6, dtype)) if ref else (x, labels)
     y, ref_labels = given[2:] if ref else given
-    unit = [t / t.norm(dim=1, keepdim=True) for t in (x, y)]
+    unit = [t / t.norm(dim=1, keepdim=True) for t in (x.double(), y.double())]
     return given, matrix(*unit, "euclidean"), allowed(labels, ref_labels, not ref)
 
 
@@ -42,7 +45,7 @@ def both_lists(found: tuple[Tensor, ...]) -> tuple[list, list]:
 
 @pytest.mark.parametrize("ref", [False, True])
 def test_batch_hard(ref: bool, backend: str) -> None:
-    given, d, pairs = problem(ref)
+    given, d, pairs = problem(ref, widest(backend))
     miner = miners.BatchHardMiner(backend=backend)
     found = miner(*given)
     want = triplets_by_loops(d, 1, *pairs)
@@ -54,7 +57,7 @@ def test_batch_hard(ref: bool, backend: str) -> None:
 @pytest.mark.parametrize("ranges", [(None, None), ((0.3, 1.4), (0.2, 1.1))])
 @pytest.mark.parametrize(("positive", "negative"), list(itertools.product(NAMES, repeat=2)))
 def test_batch_easy_hard(positive, negative, ranges, ref, backend: str) -> None:
-    given, d, (same, different) = problem(ref)
+    given, d, (same, different) = problem(ref, widest(backend))
     build = lambda: miners.BatchEasyHardMiner(positive, negative, *ranges, backend=backend)
     if {positive, negative} in ({"semihard"}, {"semihard", "all"}):
         with pytest.raises(ValueError, match="neg_strategy: expected"):

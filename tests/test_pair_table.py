@@ -7,9 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import CUDA
 from pair_cases import (
     BACKENDS,
     BY_NAME,
+    EXACT,
     FLOORS,
     LOSSES,
     SIMILARITIES,
@@ -58,12 +60,13 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @cases()
 @pytest.mark.parametrize("shape", SMALL)
-def test_is_its_formula(case: Case, shape: str, backend: str) -> None:
-    check_formula(case, shape, backend)
+@pytest.mark.parametrize("exact", EXACT)
+def test_is_its_formula(case: Case, exact: str, shape: str) -> None:
+    check_formula(case, shape, require_pairs(exact))
 
 
 @cases()
-@pytest.mark.parametrize("streamed", BACKENDS[1:])
+@pytest.mark.parametrize("streamed", EXACT[1:])
 def test_is_its_formula_over_many_tiles(
     case: Case, streamed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +81,13 @@ def test_errs_no_more_than_eager(case: Case, dtype: torch.dtype, backend: str) -
 
 
 @cases()
-@pytest.mark.parametrize("streamed", BACKENDS[1:])
+@pytest.mark.parametrize("gpu", CUDA)
+def test_errs_no_more_than_eager_over_many_tiles(case: Case, gpu: str) -> None:
+    check_budget(case, torch.float32, require_pairs(gpu), "tiles")
+
+
+@cases()
+@pytest.mark.parametrize("streamed", EXACT[1:])
 def test_gradcheck(case: Case, streamed: str) -> None:
     if case.name.startswith(DETACHED):
         pytest.skip("weights that are held fixed")
@@ -87,6 +96,7 @@ def test_gradcheck(case: Case, streamed: str) -> None:
 
 
 @pytest.mark.parametrize("name", TWICE)
-def test_gradgradcheck(name: str, backend: str) -> None:
-    f, leaves = as_function(BY_NAME[name], (4, 5, 3), backend)
+@pytest.mark.parametrize("exact", EXACT)
+def test_gradgradcheck(name: str, exact: str) -> None:
+    f, leaves = as_function(BY_NAME[name], (4, 5, 3), require_pairs(exact))
     assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)

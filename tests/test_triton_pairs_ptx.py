@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import triton_record as record
 
 from fused_losses.backends import reference_pairs as truth
 from fused_losses.backends import triton_pairs as backend
 from fused_losses.pair_inputs import NEGATIVE, PairNeeds, Rule
+from tools.gpu_static import record
 
 pytest.importorskip("triton")
 if backend.base.interpreted():
@@ -92,14 +92,16 @@ def test_ptx(case: Case, arch: str) -> None:
             assert any(op.startswith(products) for op in report.opcodes()), name
 
 
-def test_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+def test_several_blocks(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A triangle in several blocks: the tiles that are skipped are not merged either."""
     monkeypatch.setattr(backend, "SWEEP_ROWS", 128)
     monkeypatch.setattr(backend, "PARTIAL_BYTES", 1)
     case = Case(n=300, d=16, dtype=BF16, triangle=True)
     p, _ = inputs(case)
     reports: list[tuple[str, Any]] = []
-    with record.on("sm_80", simulate(80, reports)):
+    with record.on(arch, simulate(int(arch[3:]), reports)):
         rows, _ = backend.statistics(p, "lse", False)
+    assert "merge_tiles" in {name for name, _ in reports}
     want, _ = truth.statistics(leaves_of(p, torch.float64)[0], "lse", False)
     close(rows[:, NEGATIVE], want[:, NEGATIVE].detach(), None, 2**-20, "rows")

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import triton_oracle as oracle
-import triton_record as record
 from triton_oracle import DTYPE_STEP, Case, call
 
 from fused_losses.backends import triton as backend
 from fused_losses.inputs import Inputs, Needs, RowGradients
+from tools.gpu_static import record
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -98,11 +98,32 @@ def test_ptx(case: Case, arch: str) -> None:
             assert report.coverage() > 0.8, (name, report.coverage())
 
 
-def test_merged_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+RESIDENT = [
+    Case(n=240, c=150, d=512, dtype=torch.bfloat16, scale=16.0, name="D512"),
+    Case(n=256, c=100, d=384, dtype=torch.float16, classes=70, no_target=0.1, name="D384"),
+    Case(n=256, c=75, d=128, dtype=torch.bfloat16, normalize=False, name="D128"),
+]
+
+
+@pytest.mark.parametrize("case", RESIDENT, ids=lambda c: c.name)
+def test_resident_rows(case: Case) -> None:
+    args, reports = call(case)["args"], []
+    with record.on("sm_90", simulate(90, reports), 2):
+        out = backend.forward(Inputs(**args))
+    for index, (g, w) in enumerate(zip(out, oracle.truth(args), strict=True)):
+        if index != 2:
+            assert (g - w).abs().max() <= 2**-20 * w.abs().max().clamp_min(1)
+    (report,) = (r for name, r in reports if name == "forward_resident")
+    assert any(op.startswith("wgmma.mma_async") for op in report.opcodes())
+    assert report.coverage() > 0.9
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+def test_merged_segments(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(CASES[1], n=20, c=600, classes=0)
     monkeypatch.setattr(backend, "PARTIAL_BYTES", 4 * 4 * 20 * 2)
     args, reports = call(case)["args"], []
-    with record.on("sm_80", simulate(80, reports)):
+    with record.on(arch, simulate(int(arch[3:]), reports)):
         out = backend.forward(Inputs(**args))
     assert "merge_tiles" in {name for name, _ in reports}
     for g, w in zip(out, oracle.truth(args), strict=True):

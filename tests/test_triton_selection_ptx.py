@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import triton_record as record
 
 from fused_losses.backends import triton_distances, triton_topk
+from tools.gpu_static import record
 
 pytest.importorskip("triton")
 if triton_topk.base.interpreted():

@@ -6,6 +6,7 @@ Bound: the error of eager torch in the same dtype, plus a few steps of that dtyp
 from __future__ import annotations
 
 import mmap
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,12 +106,64 @@ def test_segments_chunks_and_row_blocks(classes: int, monkeypatch: pytest.Monkey
 
 def test_split_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """dx summed over several pieces of a chunk, the last chunk ragged; no bias, no norm."""
-    monkeypatch.setattr(triton, "ROW_BLOCK", 64)
+    monkeypatch.setattr(triton, "SPLIT_ROWS", 64)
     monkeypatch.setattr(triton, "MAX_CHUNK", 64)
     case = Case(n=20, c=203, d=40, normalize=False)
     data = call(case)
     lse = check_forward(case, data["args"])[0]
     check_backward(case, data, lse, "stored G")
+
+
+RESIDENT = [
+    Case(n=60, c=53, d=64, name="four pieces"),
+    Case(n=64, c=90, d=48, classes=71, no_target=0.1, name="classes"),
+    Case(n=61, c=203, d=32, normalize=False, edit="duplicates", name="ties"),
+    Case(n=60, c=7, d=16, edit="zero row", name="less than a tile"),
+]
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("case", RESIDENT, ids=lambda c: c.name)
+def test_resident_rows(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(case, dtype=dtype)
+    ran: set[str] = set()
+    launch = triton_launch.launch
+
+    def noting(kernel: Any, *args: Any) -> None:
+        ran.add(kernel.fn.__name__)
+        launch(kernel, *args)
+
+    monkeypatch.setattr(triton_launch, "launch", noting)
+    check_forward(case, call(case)["args"])
+    assert "forward_resident" in ran and "forward_tiles" not in ran
+    # several segments of several spans
+    monkeypatch.setattr(triton, "PARTIAL_BYTES", 3 * 4 * 64 * 2)
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 12)
+    check_forward(case, call(case)["args"])
+    assert "merge_tiles" in ran or case.c < 50
+
+
+def test_a_score_that_is_nan_or_infinite_stays_in_its_row_of_resident_ones() -> None:
+    case = Case(n=64, c=53, d=32, dtype=torch.bfloat16)
+    args = call(case)["args"]
+    clean = triton.forward(Inputs(**args))
+    bad = torch.zeros(64, dtype=torch.bool)
+    for row, value in ((3, torch.nan), (40, torch.inf)):
+        args["x"][row, 5], bad[row] = value, True
+    for index, (got, want) in enumerate(zip(triton.forward(Inputs(**args)), clean, strict=True)):
+        if index != 2:
+            assert torch.equal(got[~bad], want[~bad])
+        if index in (0, 1, 4):
+            assert not got[bad].isfinite().any()
+
+
+def test_splits_fill_the_processors() -> None:
+    for tiles, row_tiles in ((768, 4), (768, 70), (31250, 133), (1, 4), (3, 1)):
+        splits = triton._splits(tiles, row_tiles, 132)
+        assert 1 <= splits <= tiles
+        if tiles >= 132:
+            rounds = triton.ceil_div(row_tiles * splits, 132)
+            assert row_tiles * splits >= 0.75 * rounds * 132
 
 
 def test_nan_in_a_row_stays_in_that_row() -> None:

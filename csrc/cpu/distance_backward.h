@@ -32,133 +32,6 @@ struct Side {
   int64_t count;
 };
 
-// ---- terms: what a pair adds to the gradient of its own coordinate
-// --------------------------------
-
-// sum += f (own - other), or with kTurned f (other - own).
-template <class T, bool kTurned = false>
-struct DifferenceTerm {
-  static constexpr bool kSecond = false, kOtherWeights = false, kFinish = false;
-  static void add(Vector<T>& sum, Vector<T> own, Vector<T> other, Vector<T>, T f, T) {
-    sum += (kTurned ? other - own : own - other) * f;
-  }
-};
-
-template <class T>
-struct SignTerm {
-  static constexpr bool kSecond = false, kOtherWeights = false, kFinish = false;
-  static void add(Vector<T>& sum, Vector<T> own, Vector<T> other, Vector<T>, T f, T) {
-    sum = own != other ? sum + turn_sign<T>(broadcast<T>(f), own - other) : sum;
-  }
-};
-
-// f (|d| s)^(p - 1) sign(d) with s = 1 / distance, where nothing overflows; kPower = 0: any p.
-template <class T, int kPower>
-struct MinkowskiTerm {
-  static constexpr bool kSecond = true, kOtherWeights = false, kFinish = false;
-  Exponent<T> less_one;
-  explicit MinkowskiTerm(double p) : less_one(p - 1) {}
-  void add(Vector<T>& sum, Vector<T> own, Vector<T> other, Vector<T>, T f, T second) const {
-    const Vector<T> t = (own - other) * second;
-    if constexpr (kPower == 0) {
-      sum += turn_sign<T>(power<T>(magnitude<T>(t), less_one), t) * f;
-    } else {
-      sum += (kPower == 3 ? t * magnitude<T>(t) : t * t * t) * f;
-    }
-  }
-};
-
-// f sign(x - y) (|y| + y sign(x)) / (|x| + |y|)^2, zero at a zero by the convention sign(0) = 0.
-template <class T>
-struct CanberraTerm {
-  static constexpr bool kSecond = false, kOtherWeights = false, kFinish = false;
-  static void add(Vector<T>& sum, Vector<T> own, Vector<T> other, Vector<T>, T f, T) {
-    const Vector<T> zero = {};
-    const Vector<T> sign = own > zero ? zero + T(1) : (own < zero ? zero - T(1) : own * T(0));
-    const Vector<T> size = magnitude<T>(other);
-    const Vector<T> r = reciprocal(not_zero<T>(magnitude<T>(own) + size));
-    const Vector<T> slope = turn_sign<T>((size + other * sign) * r * r, own - other);
-    sum = own != other ? sum + slope * f : sum;
-  }
-};
-
-// The share of a coordinate in canberra: the gradient of its weight.
-template <class T>
-struct CanberraShare {
-  static constexpr bool kSecond = false, kOtherWeights = false, kFinish = false;
-  static void add(Vector<T>& sum, Vector<T> own, Vector<T> other, Vector<T>, T f, T) {
-    const Vector<T> size = not_zero<T>(magnitude<T>(own) + magnitude<T>(other));
-    sum += magnitude<T>(own - other) * reciprocal(size) * f;
-  }
-};
-
-// f sign(x - y) - g sign(x + y), f = 1 / sum |x + y| and g = distance f.
-template <class T>
-struct BraycurtisTerm {
-  static constexpr bool kSecond = true, kOtherWeights = false, kFinish = false;
-  static void add(Vector<T>& sum, Vector<T> own, Vector<T> other, Vector<T>, T f, T g) {
-    const Vector<T> zero = {}, whole = own + other;
-    sum = own != other ? sum + turn_sign<T>(broadcast<T>(f), own - other) : sum;
-    sum = whole != zero ? sum - turn_sign<T>(broadcast<T>(g), whole) : sum;
-  }
-};
-
-// f log(x / m), m = (x + y) / 2; zero at x = 0.
-template <class T>
-struct JensenShannonTerm {
-  static constexpr bool kSecond = false, kOtherWeights = false, kFinish = false;
-  static void add(Vector<T>& sum, Vector<T> own, Vector<T> other, Vector<T>, T f, T) {
-    const Vector<T> zero = {}, r = reciprocal(not_zero<T>(own + other));
-    const Vector<T> slope = log_of_ratio<T>((own - other) * r, own * r * T(2));
-    sum = own != zero ? sum + slope * f : sum;
-  }
-};
-
-// f (log(x / y) + 1), zero at x = 0 and through a term that is infinite.
-template <class T>
-struct KlOfX {
-  static constexpr bool kSecond = false, kOtherWeights = false, kFinish = false;
-  static void add(Vector<T>& sum, Vector<T> own, Vector<T> other, Vector<T>, T f, T) {
-    const Vector<T> zero = {};
-    const Vector<T> slope = log_positive<T>(own * reciprocal(not_zero<T>(other))) + T(1);
-    sum = (own != zero) & (other != zero) ? sum + slope * f : sum;
-  }
-};
-
-// -f x / y, with y's part at the end.
-template <class T>
-struct KlOfY {
-  static constexpr bool kSecond = false, kOtherWeights = false, kFinish = true;
-  static void add(Vector<T>& sum, Vector<T>, Vector<T> other, Vector<T>, T f, T) {
-    sum += other * f;
-  }
-  static T finish(T sum, T own, T) { return own == 0 ? T(0) : -sum / own; }
-};
-
-// f w (x - y), with y's weights.
-template <class T>
-struct ScaledOfX {
-  static constexpr bool kSecond = false, kOtherWeights = true, kFinish = false;
-  static void add(Vector<T>& sum, Vector<T> own, Vector<T> other, Vector<T> w, T f, T) {
-    sum += (own - other) * w * f;
-  }
-};
-
-template <class T>
-struct ScaledOfY : DifferenceTerm<T> {
-  static constexpr bool kFinish = true;
-  static T finish(T sum, T, T own_w) { return sum * own_w; }
-};
-
-template <class T>
-struct ScaledOfW {
-  static constexpr bool kSecond = false, kOtherWeights = false, kFinish = false;
-  static void add(Vector<T>& sum, Vector<T> own, Vector<T> other, Vector<T>, T f, T) {
-    const Vector<T> apart = own - other;
-    sum += apart * apart * (f * T(0.5));
-  }
-};
-
 // ---- the loop -----------------------------------------------------------------------------------
 
 // Factors of a tile of pairs: of own row r and other row s at first[r * own + s * other].
@@ -299,12 +172,10 @@ void own_pass(const Term& term, const Side<T>& own, const Side<T>& other, int64_
 
 // ---- factors ------------------------------------------------------------------------------------
 
-// first (and second) [rows][ld] from grad and out: first = map(grad, out, second), a vector at a
-// time.
-template <class T, class Map>
+// first (and second) [rows][ld] from grad and out: the term's factors, a vector at a time.
+template <class Term, class T>
 inline void map_factors(const DistanceProblem& p, const DistanceBackwardIn& in, int64_t i,
-                        int64_t rows, int64_t j, int64_t columns, T* first, T* second, int64_t ld,
-                        Map&& map) {
+                        int64_t rows, int64_t j, int64_t columns, T* first, T* second, int64_t ld) {
   const T* out = static_cast<const T*>(in.out);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; c += kLanes<T>) {
@@ -312,17 +183,10 @@ inline void map_factors(const DistanceProblem& p, const DistanceBackwardIn& in, 
       Vector<T> more = load_part(second + r * ld + c, std::min(real, kLanes<T>));
       const Vector<T> g = grad_part<T>(in, i + r, j + c, real);
       const Vector<T> value = load_part(out + (i + r) * p.m + j + c, real);
-      store_part(first + r * ld + c, map(g, value, more), real);
+      store_part(first + r * ld + c, Term::factor(g, value, more), real);
       store_part(second + r * ld + c, more, real);
     }
   }
-}
-
-// The factor of a root: grad / (by out), 0 at 0.
-template <class T>
-inline Vector<T> over_distance(Vector<T> g, Vector<T> out, T by) {
-  const Vector<T> zero = {};
-  return out == zero ? zero : g / (out * by);
 }
 
 // sizes[rows][ld] = sum |x + y|: what braycurtis was divided by.
@@ -458,43 +322,34 @@ void sums_backward(const DistanceProblem& p, const DistanceBackwardIn& in,
   T* dy = static_cast<T*>(out.dy);
   T* dw = static_cast<T*>(out.dw);
   const bool whole = p.kind == Distance::kBraycurtis;
-  // a pass for each side that wants its gradient, with factors map(grad, out, second)
-  const auto pass = [&](const auto& term, bool own_is_x, T* to, auto&& map, auto&& before) {
+  // a pass for each side that wants its gradient
+  const auto pass = [&]<class Rule>(const Rule& term, bool own_is_x, T* to, auto&& before) {
     if (!to) return;
     const auto fill = [&](int thread, int64_t i, int64_t rows, int64_t j, int64_t columns, T* first,
                           T* second, int64_t ld) {
       before(thread, i, rows, j, columns, second, ld);
-      map_factors<T>(p, in, i, rows, j, columns, first, second, ld, map);
+      map_factors<Rule>(p, in, i, rows, j, columns, first, second, ld);
     };
     own_pass(term, own_is_x ? x : y, own_is_x ? y : x, d, own_is_x, whole, plan.threads,
              plan.thread_size, to, parallel, fill);
   };
   const auto nothing = [](auto...) {};
-  const auto both = [&](const auto& term, auto&& map) {
-    pass(term, true, dx, map, nothing);
-    pass(term, false, dy, map, nothing);
+  const auto both = [&](const auto& term) {
+    pass(term, true, dx, nothing);
+    pass(term, false, dy, nothing);
   };
-  using V = Vector<T>;
-  const auto grad = [](V g, V, V&) { return g; };
-  const auto halved = [](V g, V value, V&) { return over_distance<T>(g, value, T(4)); };
-  const auto over = [](V g, V value, V&) { return over_distance<T>(g, value, T(1)); };
-  // 1 / distance beside grad; at distance 0 neither counts
-  const auto inverse = [](V g, V value, V& second) {
-    const V zero = {};
-    second = value == zero ? zero : T(1) / value;
-    return value == zero ? zero : g;
-  };
+  using Math = DistanceMath<T>;
   switch (p.kind) {
     case Distance::kMinkowski:
-      if (p.p == 3) return both(MinkowskiTerm<T, 3>(3), inverse);
-      if (p.p == 4) return both(MinkowskiTerm<T, 4>(4), inverse);
-      return both(MinkowskiTerm<T, 0>(p.p), inverse);
+      if (p.p == 3) return both(distance_rules::MinkowskiTerm<Math, 3>(3));
+      if (p.p == 4) return both(distance_rules::MinkowskiTerm<Math, 4>(4));
+      return both(distance_rules::MinkowskiTerm<Math, 0>(p.p));
     case Distance::kChebyshev:
       if (dx) chebyshev_pass(p, in, true, plan.threads, plan.thread_size, dx, parallel);
       if (dy) chebyshev_pass(p, in, false, plan.threads, plan.thread_size, dy, parallel);
       return;
     case Distance::kCanberra: {
-      both(CanberraTerm<T>{}, grad);
+      both(distance_rules::CanberraTerm<Math>{});
       const auto weigh = [&](T* rows, int64_t count) {
         on_tasks(parallel, rows ? count : 0, [&](int, int64_t i) {
           for (int64_t k = 0; k < d; ++k) rows[i * d + k] *= w[k];
@@ -502,7 +357,7 @@ void sums_backward(const DistanceProblem& p, const DistanceBackwardIn& in,
       };
       if (w) weigh(dx, p.n), weigh(dy, p.m);
       if (!w || !dw) return;
-      pass(CanberraShare<T>{}, true, plan.shares, grad, nothing);
+      pass(distance_rules::CanberraShare<Math>{}, true, plan.shares, nothing);
       on_tasks(parallel, ceil_div(d, 64), [&](int, int64_t task) {
         for (int64_t k = task * 64; k < std::min(task * 64 + 64, d); ++k) {
           T total = 0;
@@ -518,28 +373,23 @@ void sums_backward(const DistanceProblem& p, const DistanceBackwardIn& in,
         T* panel = plan.threads + thread * plan.thread_size + 2 * kFactors;
         sums_of_sizes(p, i, rows, j, columns, panel, to, ld);
       };
-      const auto map = [](V g, V value, V& second) {
-        const V zero = {}, first = second == zero ? zero : g / second;
-        second = first * value;
-        return first;
-      };
-      pass(BraycurtisTerm<T>{}, true, dx, map, sizes);
-      pass(BraycurtisTerm<T>{}, false, dy, map, sizes);
+      pass(distance_rules::BraycurtisTerm<Math>{}, true, dx, sizes);
+      pass(distance_rules::BraycurtisTerm<Math>{}, false, dy, sizes);
       return;
     }
     case Distance::kJensenShannon:
-      return both(JensenShannonTerm<T>{}, halved);
+      return both(distance_rules::JensenShannonTerm<Math>{});
     case Distance::kKl:
-      pass(KlOfX<T>{}, true, dx, grad, nothing);
-      pass(KlOfY<T>{}, false, dy, grad, nothing);
+      pass(distance_rules::KlOfX<Math>{}, true, dx, nothing);
+      pass(distance_rules::KlOfY<Math>{}, false, dy, nothing);
       return;
     case Distance::kScaled:
-      pass(ScaledOfX<T>{}, true, dx, over, nothing);
-      pass(ScaledOfY<T>{}, false, dy, over, nothing);
-      pass(ScaledOfW<T>{}, false, dw, over, nothing);
+      pass(distance_rules::ScaledOfX<Math>{}, true, dx, nothing);
+      pass(distance_rules::ScaledOfY<Math>{}, false, dy, nothing);
+      pass(distance_rules::ScaledOfW<Math>{}, false, dw, nothing);
       return;
     default:
-      return both(SignTerm<T>{}, grad);
+      return both(distance_rules::SignTerm<Math>{});
   }
 }
 

@@ -225,9 +225,7 @@ void sums_forward(M metric, const DistanceProblem& p, T* out, void* buffer,
 
 // ---- products -----------------------------------------------------------------------------------
 
-// Pairs this near, |x - y|^2 against |x|^2 + |y|^2, are not left to the products.
-template <class T>
-constexpr T kNear = T(1) / 16;
+using distance_rules::kNear;
 
 // <x, x> of each row, summed by chunks; of the words that products see.
 template <class P, class T>
@@ -297,19 +295,11 @@ struct ProductsPlan {
   }
 };
 
-template <class T>
-struct Squares : Metric<T> {
-  void add(Vector<T>* s, T x, Vector<T> y, Vector<T>, T) const {
-    const Vector<T> apart = x - y;
-    s[0] += apart * apart;
-  }
-};
-
 // |x|^2 + |y|^2 - 2 <x, y> of a vector of columns; adds up which are too near for it.
 template <class T>
 [[gnu::always_inline]] inline Vector<T> from_product(Vector<T> size, Vector<T> product,
                                                      Lanes* near) {
-  const Vector<T> apart = size - product * T(2);
+  const Vector<T> apart = distance_rules::from_product<DistanceMath<T>>(size, product);
   *near |= below(apart, size * kNear<T>);
   return apart;
 }

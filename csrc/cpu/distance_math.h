@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "../rules/numerics.h"
 #include "pair_tile.h"
 
 namespace fused_losses::FL_ISA {
@@ -123,17 +124,7 @@ inline Vector<T> not_zero(Vector<T> v) {
 }
 
 // log(1 + z) for z in [-0.3, 0.42], to 1e-8 (of double: relative error 1e-15).
-inline Floats log_near_one(Floats z) {
-  Floats y = Floats{} - 7.859617647e-2f;
-  y = y * z + 1.288164944e-1f;
-  y = y * z - 1.312875342e-1f;
-  y = y * z + 1.418119161e-1f;
-  y = y * z - 1.662455416e-1f;
-  y = y * z + 2.000228629e-1f;
-  y = y * z - 2.500081040e-1f;
-  y = y * z + 3.333331673e-1f;
-  return (y * z - 0.5f) * (z * z) + z;
-}
+inline Floats log_near_one(Floats z) { return distance_rules::float_log_near_one(z); }
 
 inline Vector<double> log_near_one(Vector<double> z) {
   // 2 atanh(s) and s = z / (2 + z), written so that z itself is exact
@@ -143,57 +134,11 @@ inline Vector<double> log_near_one(Vector<double> z) {
   return z - s * (z - y * (q * 2.0));
 }
 
-constexpr Code<float> kRootOfHalf(float) { return 0x3f3504f3; }
-constexpr Code<double> kRootOfHalf(double) { return 0x3fe6a09e667f3bcd; }
-
-// v = 2^power (1 + rest) with rest in [-0.3, 0.42], for normal v; finite whatever v is.
-template <class T>
-inline void split(Vector<T> v, Vector<T>* power, Vector<T>* rest) {
-  constexpr int kMantissa = std::numeric_limits<T>::digits - 1;
-  const auto bits = (Vector<Code<T>>)v, e = (bits - kRootOfHalf(T())) >> kMantissa;
-  *power = __builtin_convertvector(e, Vector<T>);
-  *rest = (Vector<T>)(bits - (e << kMantissa)) - T(1);
-}
-
-template <class T>
-constexpr T kLog2 = T(0.693147180559945309417L);
-template <class T>
-constexpr T kLog2E = T(1.44269504088896340736L);
-
-// log v for normal v > 0; finite at 0 and no NaN from a NaN: the caller sees to these.
-template <class T>
-inline Vector<T> log_positive(Vector<T> v) {
-  Vector<T> power, rest;
-  split<T>(v, &power, &rest);
-  return power * kLog2<T> + log_near_one(rest);
-}
-
-template <class T>
-struct Exponent {
-  T high, low;  // high + low, for more digits than a float has
-  explicit Exponent(double p = 1)
-      : high(static_cast<T>(p)), low(static_cast<T>(p - static_cast<T>(p))) {}
-};
-
-template <class T>
-inline Vector<T> nearest_integer(Vector<T> v) {
-  constexpr T kMagic = sizeof(T) == 4 ? T(12582912) : T(6755399441055744);  // 1.5 * 2^mantissa
-  return (v + kMagic) - kMagic;
-}
-
 // 2^f for f in [-0.5, 0.5].
-inline Floats small_power_of_two(Floats f) {
-  Floats y = Floats{} + 1.534581218e-4f;
-  y = y * f + 1.339993121e-3f;
-  y = y * f + 9.618488956e-3f;
-  y = y * f + 5.550328777e-2f;
-  y = y * f + 2.402264689e-1f;
-  y = y * f + 6.931472057e-1f;
-  return y * f + 1.0f;
-}
+inline Floats small_power_of_two(Floats f) { return distance_rules::float_small_power_of_two(f); }
 
 inline Vector<double> small_power_of_two(Vector<double> f) {
-  const Vector<double> x = f * kLog2<double>;
+  const Vector<double> x = f * distance_rules::kLog2<double>;
   Vector<double> y = Vector<double>{} + 1.0 + x * (1.0 / 13);
   for (int k = 12; k >= 1; --k) y = y * x * (1.0 / k) + 1.0;
   return y;
@@ -214,56 +159,41 @@ inline Vector<T> times_power_of_two(Vector<T> v, Vector<T> n) {
   return v * (Vector<T>)((__builtin_convertvector(n, Vector<Code<T>>) + kBias) << kMantissa);
 }
 
-// v^p for v > 0, relative error 1e-6 (of double: 1e-14); 0 at 0 whatever p is, NaN stays.
-template <class T>
-inline Vector<T> power(Vector<T> v, Exponent<T> p) {
-  Vector<T> e, rest;
-  split<T>(v, &e, &rest);
-  const Vector<T> log2 = log_near_one(rest) * kLog2E<T>;
-  const Vector<T> whole = nearest_integer<T>(e * p.high);
-  // the exponent's large part is exact, so its rounding costs nothing
-  const Vector<T> part = (e * p.high - whole) + (e * p.low + log2 * p.high);
-  const Vector<T> more = nearest_integer<T>(part);
-  const Vector<T> out = times_power_of_two<T>(small_power_of_two(part - more), whole + more);
-  return (v > T(0)) & (v < std::numeric_limits<T>::infinity()) ? out : v;
-}
+inline Vector<double> divergence(Vector<double> t, Vector<double> rest);
 
-// (1 + t) log(1 + t) + (1 - t) log(1 - t) for t in [0, 1], where rest = 1 - t without its rounding.
-inline Floats divergence(Floats t, Floats rest) {
-  const Floats u = t * t, s = t - 0.75f;
-  Floats small = Floats{} + 2.762525608e-2f;
-  small = small * u + 1.823735078e-2f;
-  small = small * u + 3.626623056e-2f;
-  small = small * u + 6.663290643e-2f;
-  small = small * u + 1.666674138e-1f;
-  small = small * u + 1.0f;
-  Floats large = Floats{} + 2.081863000e-3f;
-  large = large * s - 5.423187961e-3f;
-  large = large * s + 1.554676104e-2f;
-  large = large * s - 5.441887647e-2f;
-  large = large * s + 2.857143206e-1f;
-  large = large * s + 1.559615765f;
-  large = large * s + 9.793276288e-1f;
-  return t > 0.5f ? large + rest * log_positive<float>(rest) : small * u;
-}
+// What the rules of distances compute with (../rules/numerics.h).
+template <class T>
+struct DistanceMath {
+  using Scalar = T;
+  using Value = Vector<T>;
+  using Code = FL_ISA::Code<T>;
+  using Bits = Vector<Code>;
+
+  static Bits bits(Value v) { return (Bits)v; }
+  static Value value(Bits v) { return (Value)v; }
+  static Value to_value(Bits v) { return __builtin_convertvector(v, Value); }
+  static Value all(T v) { return broadcast<T>(v); }
+  static Value magnitude(Value v) { return FL_ISA::magnitude<T>(v); }
+  static Value turn_sign(Value v, Value by) { return FL_ISA::turn_sign<T>(v, by); }
+  static Value reciprocal(Value v) { return FL_ISA::reciprocal(v); }
+  static Value root(Value v) { return FL_ISA::root(v); }
+  static Value not_zero(Value v) { return FL_ISA::not_zero<T>(v); }
+  static Value log_near_one(Value v) { return FL_ISA::log_near_one(v); }
+  static Value small_power_of_two(Value v) { return FL_ISA::small_power_of_two(v); }
+  static Value times_power_of_two(Value v, Value n) { return FL_ISA::times_power_of_two<T>(v, n); }
+  static Value divergence(Value t, Value rest) {
+    if constexpr (sizeof(T) == 4) return distance_rules::float_divergence<DistanceMath>(t, rest);
+    if constexpr (sizeof(T) == 8) return FL_ISA::divergence(t, rest);
+  }
+};
 
 inline Vector<double> divergence(Vector<double> t, Vector<double> rest) {
   const Vector<double> u = t * t, whole = t + 1.0;
   Vector<double> small = Vector<double>{} + 1.0 / 153;
   for (int k = 8; k >= 1; --k) small = small * u + 1.0 / (k * (2 * k - 1));
-  const Vector<double> logs =
-      whole * log_positive<double>(whole) + rest * log_positive<double>(rest);
+  const Vector<double> logs = whole * distance_rules::log_positive<DistanceMath<double>>(whole) +
+                              rest * distance_rules::log_positive<DistanceMath<double>>(rest);
   return t > 0.1 ? logs : small * u;
-}
-
-// log(1 + t) for t in [-1, 1], where whole = 1 + t without its rounding.
-template <class T>
-inline Vector<T> log_of_ratio(Vector<T> t, Vector<T> whole) {
-  const auto near = (t > T(-0.25)) & (t < T(0.25));
-  Vector<T> power, rest;
-  split<T>(whole, &power, &rest);
-  const Vector<T> zero = {};
-  return (near ? zero : power * kLog2<T>)+log_near_one(near ? t : rest);
 }
 
 }  // namespace fused_losses::FL_ISA

@@ -96,7 +96,7 @@ struct GradientTile {
     if (p.kind == Distance::kDot) return as_multiplied<PG, T>(grad);
     const Vector<T> out = load_part(static_cast<const T*>(in.out) + i * p.m + j, real);
     const bool rooted = p.kind == Distance::kEuclidean;
-    const Vector<T> g = out == zero ? zero : (rooted ? grad / out : grad * T(2));
+    const Vector<T> g = distance_rules::difference_factor<DistanceMath<T>>(grad, out, rooted);
     const Vector<T> size = load(column_norms + j) + row_norms[i];
     const Vector<T> apart = rooted ? out * out : out;
     *near = below(apart, size * kNear<T>) & ~below(magnitude<T>(g), zero + least());
@@ -147,7 +147,7 @@ struct GradientTile {
 template <class T, bool kTurned>
 void add_near(const T* own, int64_t rows, const T* other, int64_t others, int64_t d,
               const Factors<T>& f, bool dense, T* sums) {
-  const DifferenceTerm<T, kTurned> term;
+  const distance_rules::DifferenceTerm<DistanceMath<T>, kTurned> term;
   const int64_t even = dense ? rows / kOwnRows * kOwnRows : 0;
   if (even) add_tile(term, own, even, other, static_cast<const T*>(nullptr), others, d, d, f, sums);
   for (int64_t r = even; r < rows; ++r) {

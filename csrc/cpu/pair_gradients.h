@@ -277,16 +277,6 @@ struct SideVectors {
   }
 };
 
-// dL/dz of one side's value and total at a vector of terms.
-template <class T>
-[[gnu::always_inline]] inline Vector<T> side_slope(Reduction f, Vector<T> z, Vector<T> lse,
-                                                   Vector<T> rest, Vector<T> share,
-                                                   Vector<T> rate) {
-  if (f != Reduction::kLse) return rest * map_slope<T>(f, z) + share;
-  const Vector<T> q = exp(z - lse);
-  return rest * q + share * (q - rate);
-}
-
 // th.gradient (+)= dL/du of one class through the sides asked for; terms and slope are at hand.
 template <class T, class Thread>
 inline void add_slopes(const PairProblem& p, const PairTile& t, Thread& th, int64_t ld, PairClass c,
@@ -309,12 +299,13 @@ inline void add_slopes(const PairProblem& p, const PairTile& t, Thread& th, int6
       const Vector<T> z = load(th.terms + i * ld + j);
       Vector<T> g = zero;
       if (rows) {
-        g += side_slope<T>(p.reduction, z, zero + rows->lse[k], zero + rows->rest[k],
-                           zero + rows->share[k], zero + rows->rate[k]);
+        g += pair_rules::side_slope<PairMath<T>>(p.reduction, z, zero + rows->lse[k],
+                                                 zero + rows->rate[k], zero + rows->rest[k],
+                                                 zero + rows->share[k]);
       }
       if (columns) {
-        g += side_slope<T>(p.reduction, z, load(of[0] + j), load(of[1] + j), load(of[2] + j),
-                           load(of[3] + j));
+        g += pair_rules::side_slope<PairMath<T>>(p.reduction, z, load(of[0] + j), load(of[3] + j),
+                                                 load(of[1] + j), load(of[2] + j));
       }
       g = z == none ? zero : g * load(th.slope + i * ld + j);
       T* to = th.gradient + i * ld + j;

@@ -148,7 +148,7 @@ inline void reduce_tile(Reduction reduction, const T* z, int64_t ld, const PairT
     for (int64_t i = 0; i < t.rows; ++i) {
       Vector<T> mass = zero;
       for (int64_t j = 0; j < wide; j += kStep) {
-        const Vector<T> f = map_value<T>(reduction, load(z + i * ld + j));
+        const Vector<T> f = pair_rules::map_value<PairMath<T>>(reduction, load(z + i * ld + j));
         mass += f;
         store(mass_of + j, load(mass_of + j) + f);
       }

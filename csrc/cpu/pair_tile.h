@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "../rules/pairs.h"
 #include "pair_blocks.h"
 
 namespace fused_losses::FL_ISA {
@@ -36,40 +37,19 @@ inline T largest(Vector<T> v) {
   return best;
 }
 
-// log(1 + t) for t in [0, 1], relative error 2e-7: 2 atanh(t / (2 + t)).
-inline Floats log1p_unit(Floats t) {
-  const Floats s = t / (t + 2.0f), q = s * s;
-  Floats y = Floats{} + 1.0f / 15;
-  y = y * q + 1.0f / 13;
-  y = y * q + 1.0f / 11;
-  y = y * q + 1.0f / 9;
-  y = y * q + 1.0f / 7;
-  y = y * q + 1.0f / 5;
-  y = y * q + 1.0f / 3;
-  return (y * q + 1.0f) * s * 2.0f;
-}
-
-inline Vector<double> log1p_unit(Vector<double> t) {
-  for (int i = 0; i < kLanes<double>; ++i) t[i] = std::log1p(t[i]);
-  return t;
-}
-
-// f and f' of the reductions that sum f(z); 0 at z = -inf.
+// What the rules (../rules/pairs.h) are computed on here.
 template <class T>
-inline Vector<T> map_value(Reduction f, Vector<T> z) {
-  const Vector<T> zero = {};
-  const Vector<T> over = z > zero ? z : (z != z ? z : zero);
-  if (f == Reduction::kRelu) return over;
-  return over + log1p_unit(exp(z > zero ? -z : z));
-}
-
-template <class T>
-inline Vector<T> map_slope(Reduction f, Vector<T> z) {
-  const Vector<T> zero = {};
-  if (f == Reduction::kRelu) return z > zero ? zero + T(1) : (z != z ? z : zero);
-  const Vector<T> t = exp(z > zero ? -z : z);
-  return (z > zero ? zero + T(1) : t) / (t + T(1));
-}
+struct PairMath {
+  using Scalar = T;
+  using Value = Vector<T>;
+  FL_RULE static Value exp(Value v) { return FL_ISA::exp(v); }
+  FL_RULE static Value sqrt(Value v) { return square_root<T>(v); }
+  FL_RULE static Value log1p_unit(Value t) {
+    if constexpr (sizeof(T) == 4) return pair_rules::log1p_series(t);
+    for (int i = 0; i < kLanes<T>; ++i) t[i] = std::log1p(t[i]);
+    return t;
+  }
+};
 
 struct Range {
   int32_t low, high;
@@ -178,11 +158,10 @@ template <class T>
 inline void fill_terms(const PairProblem& p, const PairTile& t, const T* products, int64_t ld,
                        const Code<T>* codes, PairClass c, Window window, T* z, T* slope) {
   constexpr int64_t kStep = kLanes<T>;
-  const Rule rule = p.rule[c];
-  const T factor = static_cast<T>(rule.factor), center = static_cast<T>(rule.center);
-  const T scale = static_cast<T>(p.scale), reach = static_cast<T>(rule.reach);
-  const T sign = rule.factor >= 0 ? T(1) : T(-1);
-  const bool weighted = rule.reach != std::numeric_limits<double>::infinity();
+  using Math = PairMath<T>;
+  const Rule& r = p.rule[c];
+  const auto rule = pair_rules::weighing<T>(r.factor, r.center, r.reach);
+  const T scale = static_cast<T>(p.scale);
   const Vector<T> zero = {};
   alignas(64) T column_bias[kTileColumns + 64] = {}, low_of[kTileColumns + 64],
                                            high_of[kTileColumns + 64];
@@ -203,20 +182,9 @@ inline void fill_terms(const PairProblem& p, const PairTile& t, const T* product
     }
     for (int64_t j = 0; j < wide; j += kStep) {
       const Vector<T> u = load(products + i * ld + j) * scale + (load(column_bias + j) + row_bias);
-      Vector<T> s = u, ds = zero + T(1);
-      if (p.score == Score::kRoot) {
-        const auto apart = u < zero;
-        const Vector<T> root = square_root<T>(apart ? -u : zero + T(1));
-        s = apart ? -root : (u != u ? u : zero);
-        ds = apart ? T(0.5) / root : zero;
-      }
-      Vector<T> out = (s - center) * factor;
-      Vector<T> dz = ds * factor;
-      if (weighted) {
-        const Vector<T> w = larger<T>(s * sign + reach, zero);
-        out *= w;
-        dz *= w;
-      }
+      const Vector<T> s = pair_rules::score<Math>(p.score, u);
+      const auto found = pair_rules::term<Math>(rule, s, pair_rules::score_slope<Math>(p.score, s));
+      Vector<T> out = found.z;
       if (window == Window::kColumns) {
         low = load(low_of + j);
         high = load(high_of + j);
@@ -226,7 +194,7 @@ inline void fill_terms(const PairProblem& p, const PairTile& t, const T* product
       }
       if (codes) out = load(codes + i * ld + j) == Code<T>(c) ? out : zero + kNone<T>;
       store(z + i * ld + j, out);
-      if (slope) store(slope + i * ld + j, dz);
+      if (slope) store(slope + i * ld + j, found.slope);
     }
   }
 }

@@ -43,14 +43,16 @@ struct TripletRow {
       if (positive[j]) at[positives++] = j;
     }
     broken = nan > 0 && positives > 0 && negatives > 0;
-    if (positives > kFewPositives && !broken) {
+    // without negatives there may be a NaN, which has no place in an order
+    if (positives > kFewPositives && negatives > 0 && !broken) {
       std::sort(at, at + positives, [&](int64_t a, int64_t b) { return score[a] < score[b]; });
     }
     before[0] = 0;
     for (int64_t k = 0; k < positives; ++k) {
       near[k] = score[at[k]];
       reach[k] = near[k] + static_cast<T>(p.margin);
-      before[k + 1] = before[k] + reach[k];
+      // a positive at -inf is in no run that counts
+      before[k + 1] = before[k] + (reach[k] == -std::numeric_limits<T>::infinity() ? 0 : reach[k]);
     }
     std::fill(count, count + positives + 1, 0);
   }

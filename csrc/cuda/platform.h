@@ -23,13 +23,22 @@
 #include <cuda_runtime.h>
 #define FL_FUNCTION __host__ __device__ __forceinline__
 #define FL_DEVICE __device__ __forceinline__
-#define FL_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define FL_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define FL_SHARED(type, name) __shared__ type name
+// what an unrolled loop indexes stays in registers; one that runs once or twice need not be
+// unrolled
+#define FL_PRAGMA(text) _Pragma(#text)
+#define FL_UNROLL FL_PRAGMA(unroll)
+#define FL_UNROLL_TIMES(times) FL_PRAGMA(unroll(times))
+#define FL_ROLLED FL_PRAGMA(unroll(1))
 #else
 #include "host/simulator.h"
 #define FL_FUNCTION inline
 #define FL_DEVICE inline
-#define FL_KERNEL(threads) void
+#define FL_KERNEL(...) void
+#define FL_UNROLL
+#define FL_UNROLL_TIMES(times)
+#define FL_ROLLED
 // one block runs at a time, and every block finds it full of NaN
 #define FL_SHARED(type, name) \
   static char name##_key;     \

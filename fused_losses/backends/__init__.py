@@ -88,7 +88,9 @@ def choose(
     operation: of `table.OPERATIONS`; width: D, the size of a row.
     """
     name = requested(backend)
-    candidates = table.order(operation, device.type, width) if name == "auto" else (name,)
+    candidates: tuple[str, ...] = (name,)
+    if name == "auto":
+        candidates = table.order(operation, device.type, width, dtype.itemsize == 2)
     refused: dict[str, list[str]] = {}
     for candidate in candidates:
         reasons = reasons_against(candidate, device, dtype, precision)

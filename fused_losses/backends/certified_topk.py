@@ -3,17 +3,20 @@
 A screen ranks the columns of each row by s_ij = m_j <x_i, y_j> + a_j in a narrow type and keeps
 more than k. With e_i the most that s_ij may be wrong by, every column that it did not keep has
 s <= last + e_i; where the k-th best exact score is beyond that, no such column can be among the k
-best. The rows where this fails go through every column in float64.
+best. The rows where this fails go through every column in float64: a row at a time, which asks
+the device for their numbers, or by the CUDA C++ kernels, which do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_losses import backends
 from fused_losses.backends.reference_topk import allowed, best, wide_rows
 from fused_losses.rows import ZERO_NORM, accumulate_dtype, row_dtype
 from fused_losses.selection import TopkInputs, listed_forward, scores_of
@@ -32,6 +35,7 @@ class Screen:
     center: Tensor | None  # [D] what y is moved by
     multiplier: Tensor  # [M]
     offset: Tensor  # [M]
+    squares: Tensor  # [N] float64, |x_i|^2
     error: Tensor  # [N] float64
     keep: int
 
@@ -44,22 +48,62 @@ class Screen:
 Candidates = Callable[[TopkInputs, Screen], tuple[Tensor, Tensor]]
 
 
+class Judge(NamedTuple):
+    """Exact scores: of listed columns, and of every column of the rows that are not certain."""
+
+    # (p, index [N, keep]) -> keys [N, k], indices [N, k]
+    listed: Callable[[TopkInputs, Tensor], tuple[Tensor, Tensor]]
+    # (p, unsure [N], keys, indices), in place
+    rows: Callable[[TopkInputs, Tensor, Tensor, Tensor], None]
+
+
 def _blocks(count: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def kept(p: TopkInputs) -> int:
+    """How many candidates of a row a screen keeps."""
+    return min(p.y.shape[0], p.k + max(16, p.k // 2))
+
+
+def center_of(p: TopkInputs) -> Tensor | None:
+    """What moves y near the origin, where a squared distance loses the least. [D]"""
+    m = p.y.shape[0]
+    if p.kind != "sqeuclidean" or m == 0 or p.y_scale is not None:
+        return None
+    sample = p.y[:: max(1, m // 256)].to(row_dtype(p.x.device))
+    return sample.mean(dim=0).nan_to_num(0, 0, 0).to(accumulate_dtype(p.x.dtype))
+
+
+def turned(p: TopkInputs, x: Tensor) -> Tensor:
+    """x with the sign that makes larger keys better."""
+    return x if p.largest != (p.kind == "sqeuclidean") else -x
+
+
+def bound(
+    x: Tensor,  # [N, D] as it is multiplied
+    squares: Tensor,  # [N] |x_i|^2
+    longest: Tensor,  # the largest |y - center|
+    furthest: Tensor,  # the largest |offset|
+    product: torch.dtype | None,
+) -> Tensor:
+    """The most that a key may be wrong by, of each row. [N]"""
+    narrow, d = accumulate_dtype(x.dtype), x.shape[1]
+    unit = ROUNDOFF[narrow]
+    each = (d + 8) * unit + 2 * EPSILON.get(product, 0.0) * 1.01
+    size = squares.sqrt()
+    # the last term: products below the normal numbers
+    tiny = torch.finfo(narrow).tiny * (d + 1) * (1 + size + longest)
+    return each * size * longest + 4 * unit * furthest + tiny
 
 
 def prepared(p: TopkInputs, product: torch.dtype | None = None) -> Screen:
     """What a screen needs; `product`: the type that its factors are rounded to, if narrower."""
     m, d = p.y.shape
     narrow, wide = accumulate_dtype(p.x.dtype), row_dtype(p.x.device)
-    center = None
-    if p.kind == "sqeuclidean" and m and p.y_scale is None:
-        sample = p.y[:: max(1, m // 256)].to(wide)
-        center = sample.mean(dim=0).nan_to_num(0, 0, 0).to(narrow)
+    center = center_of(p)
     x = p.x.to(narrow)
-    if center is not None:
-        x = x - center
-    x = x if p.largest != (p.kind == "sqeuclidean") else -x
+    x = turned(p, x if center is None else x - center)
     multiplier, offset = x.new_ones(m), x.new_zeros(m)
     longest, furthest = x.new_zeros((), dtype=wide), x.new_zeros((), dtype=wide)
     for block in _blocks(m, max(1, BLOCK_BYTES // (8 * max(d, 1)))):
@@ -78,28 +122,33 @@ def prepared(p: TopkInputs, product: torch.dtype | None = None) -> Screen:
         if p.y_scale is not None:
             multiplier[block] *= p.y_scale[block].to(narrow)
         longest = torch.maximum(longest, norm.max())
-    unit = ROUNDOFF[narrow]
-    each = (d + 8) * unit + 2 * EPSILON.get(product, 0.0) * 1.01
-    size = torch.linalg.vector_norm(x.to(wide), dim=1)
-    # the last term: products below the normal numbers
-    tiny = torch.finfo(narrow).tiny * (d + 1) * (1 + size + longest)
-    error = each * size * longest + 4 * unit * furthest + tiny
-    return Screen(x, center, multiplier, offset, error, min(m, p.k + max(16, p.k // 2)))
+    squares = x.to(wide).square().sum(dim=1)
+    error = bound(x, squares, longest, furthest, product)
+    return Screen(x, center, multiplier, offset, squares, error, kept(p))
+
+
+def nothing(p: TopkInputs) -> tuple[Tensor, Tensor]:
+    """What a call without rows, columns or k returns."""
+    keys = p.x.new_full((p.x.shape[0], p.k), torch.nan, dtype=row_dtype(p.x.device))
+    return keys, torch.full_like(keys, -1, dtype=torch.int64)
 
 
 def certified(p: TopkInputs, screen: Screen, candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """The k best, exactly; one host sync that asks whether every row is certain."""
-    n, m = p.x.shape[0], p.y.shape[0]
-    if n == 0 or m == 0 or p.k == 0:
-        keys = p.x.new_full((n, p.k), torch.nan, dtype=row_dtype(p.x.device))
-        return keys, torch.full_like(keys, -1, dtype=torch.int64)
-    rank, index = candidates(p, screen)
-    index = index.long()
-    exact = listed_forward(p.x, p.y, p.y_scale, index, p.kind)
-    keys, found = best(exact, index, p.k, p.largest)
+    """The k best, exactly."""
+    if 0 in (*p.x.shape[:1], *p.y.shape[:1], p.k):
+        return nothing(p)
+    on_device = p.x.is_cuda and not backends.unavailable("cuda")
+    judge = backends.module("cuda_topk").judge(p) if on_device else IN_TORCH
+    return judged(p, screen, *candidates(p, screen), judge)
+
+
+def judged(
+    p: TopkInputs, screen: Screen, rank: Tensor, index: Tensor, judge: Judge
+) -> tuple[Tensor, Tensor]:
+    """The k best, exactly, from candidates in the order of their keys."""
+    keys, found = judge.listed(p, index)
     unsure = ~_certain(p, screen, rank[:, -1], index[:, -1], keys[:, -1])
-    for i in unsure.nonzero().flatten().tolist():
-        keys[i : i + 1], found[i : i + 1] = _whole_row(p, i)
+    judge.rows(p, unsure, keys, found)
     return keys, found
 
 
@@ -107,16 +156,30 @@ def _certain(p: TopkInputs, screen: Screen, last: Tensor, end: Tensor, kth: Tens
     """Rows in which no column that was not kept can be among the k best, nor equal the k-th."""
     beyond = last.to(kth.dtype) + screen.error
     if p.kind == "cosine":
-        norm = torch.linalg.vector_norm(screen.x.to(kth.dtype), dim=1)
-        score = kth * norm * (1 if p.largest else -1)
+        score = kth * screen.squares.sqrt() * (1 if p.largest else -1)
     elif p.kind == "dot":
         score = kth if p.largest else -kth
     else:
-        half = screen.x.to(kth.dtype).square().sum(dim=1) / 2
+        half = screen.squares / 2
         score = kth / 2 - half if p.largest else half - kth / 2
-        beyond = beyond + half * 1e-15
+        beyond = beyond + half * max(1e-15, (p.x.shape[1] + 8) * ROUNDOFF[torch.float64])
     # fewer candidates than were asked for: all were kept; a row with NaN has none
     return (score > beyond) | (end < 0) | p.x.isnan().any(dim=1)
+
+
+def _listed(p: TopkInputs, index: Tensor) -> tuple[Tensor, Tensor]:
+    index = index.long()
+    exact = listed_forward(p.x, p.y, p.y_scale, index, p.kind)
+    return best(exact, index, p.k, p.largest)
+
+
+def _unsure_rows(p: TopkInputs, unsure: Tensor, keys: Tensor, found: Tensor) -> None:
+    """One host sync that asks whether every row is certain, and which are not."""
+    for i in unsure.nonzero().flatten().tolist():
+        keys[i : i + 1], found[i : i + 1] = _whole_row(p, i)
+
+
+IN_TORCH = Judge(_listed, _unsure_rows)
 
 
 def _whole_row(p: TopkInputs, i: int) -> tuple[Tensor, Tensor]:
@@ -132,6 +195,13 @@ def _whole_row(p: TopkInputs, i: int) -> tuple[Tensor, Tensor]:
         at = torch.arange(block.start, block.stop, device=x.device)[None]
         keys, index = best(torch.cat([keys, fresh], 1), torch.cat([index, at], 1), p.k, p.largest)
     return keys, index
+
+
+def unpacked(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 keys and int32 columns of the kernels' int64, -inf and -1 where there is none."""
+    bits = (packed >> 32).int()
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return keys, torch.where(keys == -torch.inf, -1, 0xFFFFFFFF - (packed & 0xFFFFFFFF)).int()
 
 
 def products_of_blocks(p: TopkInputs, screen: Screen) -> tuple[Tensor, Tensor]:

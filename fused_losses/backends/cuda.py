@@ -1,7 +1,335 @@
-"""`row_statistics` on the CUDA C++ kernels."""
+"""`row_statistics` on the CUDA C++ kernels: a library product into a tile, our kernel after it.
+
+The classes go by in chunks, and rows in blocks, so that the tile of scores [block, chunk], float32,
+stays in L2 (SIZES). Forward: score_rows merges the tile into each row's state. Backward:
+gradient_rows turns the tile into G in place, then dx += G W and dW = G^T x are library products.
+The kernels: csrc/cuda/row_statistics.cu, gather.cu. Memory never N x C; of C values the gradients
+alone; rows of W are copied by the chunk, where `classes` gathers them or a product needs a cast.
+
+Between L2 and the processors a score costs, beside what products read of x and W, 8 bytes in the
+forward, and in the backward 8 + 3 g, with g = 2 or 4 of G: written once, read by two products.
+
+A chunk is a handful of launches of a few microseconds each: capture the step in a CUDA graph where
+the launches cost more than the work. Nothing here waits for the device or looks at its data.
+"""
 
 from __future__ import annotations
 
-from fused_losses.backends.cuda_launch import reasons_against, unavailable
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-__all__ = ["reasons_against", "unavailable"]
+import torch
+from torch import Tensor
+
+from fused_losses.backends import cuda_launch
+from fused_losses.backends import triton_launch as base
+from fused_losses.backends.bounded import check
+from fused_losses.backends.cuda_launch import ELEMENTS, launch, reasons_against, unavailable
+from fused_losses.backends.cuda_products import add_product, low_dtype, product, scores_precision
+from fused_losses.backends.triton import add_rows, float16_scale, library_tf32
+from fused_losses.backends.triton_launch import Problem, ceil_div
+from fused_losses.inputs import Inputs, Needs, RowGradients
+
+__all__ = ["backward", "extra_bytes", "forward", "reasons_against", "unavailable"]
+
+STEP = 16  # a tile's columns are a multiple of it: whole packs, of 16-bit values too
+MOST_PARTS = 32  # of a row's state, as finish_rows merges them
+ROWS_A_SUM = 64  # of G that one thread adds up for dbias
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a call is cut up."""
+
+    tile_bytes: int  # of scores, float32
+    rows: int  # of a block, at most
+    classes: int  # of a chunk, at most
+    part: int  # columns of a row that one warp goes through, at least
+    split_rows: int  # of the parts of dx, together
+
+    def chunk(self, block: int, count: int, whole: int = STEP) -> int:
+        """Classes of a chunk, a multiple of `whole`."""
+        fitting = min(self.tile_bytes // (4 * block), self.classes, ceil_div(count, whole) * whole)
+        return max(1, fitting // whole) * whole
+
+
+# what the L2 of 40, 50 and 126 MB keeps beside a chunk of W, x, dW and the parts of dx: at twice as
+# much the backward moves six times its floor through DRAM (docs/roofline.md)
+SIZES = {
+    "sm_80": Sizes(8 << 20, 2048, 16384, 1024, 2048),
+    "sm_90": Sizes(8 << 20, 2048, 16384, 1024, 2048),
+    "sm_100": Sizes(32 << 20, 4096, 16384, 1024, 4096),
+    # small, so that a few hundred rows and classes make several ragged tiles
+    "interpret": Sizes(64 << 10, 64, 256, 16, 128),
+}
+
+
+def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
+    """Peak memory of forward and backward beyond inputs and gradients, at most."""
+    host = cuda_launch.on_host()
+    return max(_extra_bytes(s, n, d, host) for a, s in SIZES.items() if host == (a == "interpret"))
+
+
+def _extra_bytes(sizes: Sizes, n: int, d: int, host: bool) -> int:
+    block = max(1, min(n, sizes.rows))
+    chunk = sizes.chunk(block, sizes.classes)
+    # the chunk's rows, gathered or cast, in one dtype or two, and its dW; columns' values
+    values = chunk * (3 * d + 16)
+    scores = block * chunk
+    if host:  # where 16-bit operands are widened
+        values, scores = 2 * values, 2 * scores + n * d
+    sums = ceil_div(n, ROWS_A_SUM) * chunk
+    rows = n * (MOST_PARTS * 6 + 32) + (max(n, sizes.split_rows) + 3 * n) * d
+    return 4 * (values + scores + sums + rows)
+
+
+class Chunks:
+    """The classes of a problem in chunks: their rows as a product takes them, 1/|w|, bias, v."""
+
+    def __init__(self, p: Problem, chunk: int) -> None:
+        self.p, self.chunk = p, chunk
+        device = p.x.device
+        self.inverse = torch.empty(chunk, device=device) if p.normalize else None
+        self.rows: Tensor | None = None  # where they are copied
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for first in range(0, self.p.count, self.chunk):
+            yield first, min(first + self.chunk, self.p.count)
+
+    def ids(self, first: int, end: int) -> Tensor | None:
+        return None if self.p.classes is None else self.p.classes[first:end]
+
+    def values(self, of_class: Tensor | None, first: int, end: int) -> Tensor | None:
+        """Columns' values in float32, from a vector over all classes."""
+        if of_class is None:
+            return None
+        ids = self.ids(first, end)
+        return (of_class[first:end] if ids is None else of_class[ids]).float().contiguous()
+
+    def weight(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Rows of W in this dtype, copied only if gathered or cast; fills `inverse`."""
+        p, ids = self.p, self.ids(first, end)
+        rows = p.weight[first:end] if ids is None else p.weight
+        out = None
+        if ids is not None or dtype != p.weight.dtype:
+            if self.rows is None:
+                self.rows = torch.empty((self.chunk, p.d), dtype=dtype, device=p.x.device)
+            out = self.rows[: end - first]
+        if out is not None or self.inverse is not None:
+            launch(
+                "gather",
+                rows=rows,
+                classes=ids,
+                out=out,
+                inverse=self.inverse,
+                stride=rows.stride(0),
+                count=end - first,
+                d=p.d,
+                type=ELEMENTS[p.weight.dtype],
+                out_type=ELEMENTS[dtype],
+            )
+        return rows if out is None else out
+
+
+def _blocks(n: int, block: int) -> list[slice]:
+    return [slice(top, min(top + block, n)) for top in range(0, n, block)]
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
+    check(inputs.labels, inputs.weight, inputs.classes)
+    p = base.problem(inputs, gradient=False)
+    n, device, weighted = p.n, p.x.device, inputs.weighted
+    lse = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
+    target = torch.zeros_like(lse)
+    weighted_sum = torch.zeros(n if weighted else 0, device=device)
+    hardest = torch.full((n,), -1, dtype=torch.int64, device=device)
+    hardest_score = torch.full((n,), -torch.inf, device=device)
+    if n == 0 or p.count == 0:
+        return lse, target, weighted_sum, hardest, hardest_score
+    sizes = SIZES[base.architecture(device)]
+    block = min(n, sizes.rows)
+    chunk = sizes.chunk(block, p.count)
+    parts = min(ceil_div(16 * base.processors(device), block), chunk // sizes.part)
+    parts = max(1, min(parts, MOST_PARTS))
+    high = torch.empty((parts, n), device=device)
+    mass = torch.empty((parts, n), dtype=torch.float64, device=device)
+    best = torch.empty((parts, n), dtype=torch.int32, device=device)
+    moment = torch.empty_like(mass) if weighted else None
+    tile = torch.empty((block, chunk), device=device)
+    precision = scores_precision(inputs.precision, gradient=False)
+    x = p.x.to(low_dtype(p.x.dtype, precision))
+    chunks = Chunks(p, chunk)
+    for first, end in chunks:
+        w = chunks.weight(first, end, x.dtype)
+        bias = chunks.values(p.bias, first, end)
+        column_weight = chunks.values(p.column_weight, first, end) if weighted else None
+        for part in _blocks(n, block):
+            height = part.stop - part.start
+            product(x[part], w.T, precision, out=tile[:height, : end - first])
+            launch(
+                "row_scores",
+                products=tile,
+                inverse=chunks.inverse,
+                bias=bias,
+                column_weight=column_weight,
+                positions=p.positions[part],
+                high=high[:, part],
+                mass=mass[:, part],
+                best=best[:, part],
+                moment=None if moment is None else moment[:, part],
+                stride=chunk,
+                rows=height,
+                length=end - first,
+                first=first,
+                parts=parts,
+                state_stride=n,
+            )
+    launch(
+        "row_finish",
+        x=p.x,
+        weight=p.weight,
+        positions=p.positions,
+        classes=p.classes,
+        high=high,
+        mass=mass,
+        best=best,
+        moment=moment,
+        lse=lse,
+        target=target,
+        weighted=weighted_sum if weighted else None,
+        hardest=hardest,
+        hardest_score=hardest_score,
+        stride_x=p.x.stride(0),
+        stride_w=p.weight.stride(0),
+        n=n,
+        d=p.d,
+        parts=parts,
+        type=ELEMENTS[p.x.dtype],
+        normalize=p.normalize,
+    )
+    return lse, target, weighted_sum, hardest, hardest_score
+
+
+def backward(
+    inputs: Inputs,
+    lse: Tensor,  # [N]
+    row_gradients: RowGradients,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, each None where it is not needed."""
+    x, weight, _, _, bias, _, _, weighted, precision = inputs
+    p = base.problem(inputs, gradient=True)
+    device = x.device
+    whole = p.classes is None and p.n > 0
+    make = torch.empty if whole else torch.zeros
+    dweight = make(weight.shape, dtype=weight.dtype, device=device) if needs.weight else None
+    dbias = make(bias.shape, device=device) if needs.bias and bias is not None else None
+    if p.n == 0 or p.count == 0:
+        dx = torch.zeros_like(x) if needs.x else None
+        return dx, dweight, None if dbias is None else dbias.to(bias.dtype)
+    grads = [row_gradients.lse, row_gradients.target]
+    grads.append(row_gradients.weighted if weighted else None)
+    grads = [None if g is None else g.float().contiguous() for g in grads]
+    unscale = None
+    if p.low == torch.float16:
+        scale = float16_scale(grads, p.column_weight)
+        grads, unscale = [None if g is None else g * scale for g in grads], (1 / scale).reshape(1)
+    rows = [lse.float().contiguous(), *grads]
+    with library_tf32(precision == "tf32"):
+        dx = _sweep(p, precision, rows, unscale, needs.x, dweight, dbias)
+    if dx is not None:
+        dx = (dx if unscale is None else dx * unscale).to(x.dtype)
+    return dx, dweight, None if dbias is None else dbias.to(bias.dtype)
+
+
+def _sweep(
+    p: Problem,
+    precision: str,
+    rows: list[Tensor | None],  # lse and the gradients that come in, [N] each
+    unscale: Tensor | None,
+    need_x: bool,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> Tensor | None:
+    n, d, low, device = p.n, p.d, p.low, p.x.device
+    sizes = SIZES[base.architecture(device)]
+    block = min(n, sizes.rows)
+    # dx has few tiles: its classes are split over as many products as fill the GPU, added at last
+    splits = max(1, min(16, sizes.split_rows // block)) if n == block else 1
+    chunk = sizes.chunk(block, p.count, STEP * splits)
+    piece = chunk // splits
+    tile = torch.empty((block, chunk), device=device)
+    runs = ceil_div(block, ROWS_A_SUM)
+    sums = None
+    if dbias is not None:
+        sums = torch.empty((ceil_div(n, block) * runs, chunk), device=device)
+    precision_of_scores = scores_precision(precision, gradient=True)
+    x = p.x.to(low_dtype(p.x.dtype, precision_of_scores))
+    x_low = x.to(low)
+    # the product writes straight into dweight where nothing has to be done to it afterwards
+    direct = not p.normalize and p.classes is None and unscale is None and n == block
+    direct = direct and dweight is not None and dweight.dtype == low
+    gradient = None
+    if dweight is not None and not direct:
+        gradient = torch.empty((chunk, d), device=device)
+    dx = torch.zeros((splits, n, d), device=device) if need_x else None
+    chunks = Chunks(p, chunk)
+    for first, end in chunks:
+        length = end - first
+        w = chunks.weight(first, end, x.dtype)
+        w_low = w.to(low) if need_x else None
+        bias = chunks.values(p.bias, first, end)
+        column_weight = chunks.values(p.column_weight, first, end) if rows[3] is not None else None
+        for i, part in enumerate(_blocks(n, block)):
+            height = part.stop - part.start
+            product(x[part], w.T, precision_of_scores, out=tile[:height, :length])
+            lse, grad_lse, grad_target, grad_weighted = (r if r is None else r[part] for r in rows)
+            launch(
+                "row_gradient",
+                products=tile,
+                inverse=chunks.inverse,
+                bias=bias,
+                column_weight=column_weight,
+                positions=p.positions[part],
+                lse=lse,
+                grad_lse=grad_lse,
+                grad_target=grad_target,
+                grad_weighted=grad_weighted,
+                sums=None if sums is None else sums[i * runs :],
+                stride=chunk,
+                rows=height,
+                length=length,
+                first=first,
+                rows_a_sum=ROWS_A_SUM,
+                out_type=ELEMENTS[low],
+            )
+            g = tile.view(low)[:height, :length]
+            if dx is not None:
+                add_rows(dx[:, part], g, w_low, piece)
+            if direct:
+                torch.mm(g.T, x_low, out=dweight[first:end])
+            elif gradient is not None:
+                beta = float(part.start > 0)
+                add_product(gradient[:length], g.T, x_low[part], precision, beta)
+        if gradient is not None or sums is not None:
+            launch(
+                "row_weight",
+                gradient=gradient,
+                weight=p.weight,
+                inverse=chunks.inverse,
+                classes=chunks.ids(first, end),
+                sums=sums,
+                unscale=unscale,
+                dweight=None if gradient is None else dweight,
+                dbias=dbias,
+                stride_w=p.weight.stride(0),
+                stride_dw=0 if dweight is None else dweight.stride(0),
+                stride_sums=chunk,
+                first=first,
+                count=length,
+                d=d,
+                runs=ceil_div(n, block) * runs - runs + ceil_div(height, ROWS_A_SUM),
+                type=ELEMENTS[p.weight.dtype],
+            )
+    return None if dx is None else dx.sum(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parents[1]
 ON_DEVICE, ON_HOST = "libfused_losses_cuda.so", "libfused_losses_cuda_host.so"
+ALONE = threading.Lock()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # as csrc/cuda/platform.h numbers the element types
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -68,6 +70,17 @@ def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) ->
     return why
 
 
+def built() -> str:
+    """What the library that would be loaded was built for."""
+    if not path().is_file():
+        return "not built"
+    if on_host():
+        return "built for the host"
+    tell = library().fused_losses_architectures
+    tell.restype = ctypes.c_char_p
+    return ", ".join(f"sm_{a}" for a in tell().decode().split())
+
+
 @cache
 def library() -> ctypes.CDLL:
     out = ctypes.CDLL(str(path()))
@@ -103,8 +116,9 @@ def launch(name: str, **arguments: Tensor | float | int | bool | None) -> None:
         for field, value in arguments.items()
     }
     if on_host():
-        announce(list(tensors.values()), [fields[name] == "p" for name in tensors])
-        code = function(ctypes.byref(struct(**values)), None)
+        with ALONE:  # the library knows one launch's buffers at a time
+            announce(list(tensors.values()), [fields[name] == "p" for name in tensors])
+            code = function(ctypes.byref(struct(**values)), None)
     else:
         device = next(iter(tensors.values())).device
         with torch.cuda.device(device):

@@ -20,8 +20,13 @@ from fused_losses.backends.triton_tiles import Tile
 from fused_losses.inputs import Inputs, Needs, RowGradients
 
 PARTIAL_BYTES = 64 << 20
+SPLIT_ROWS = 2048  # of the parts of dx, together: float32 sums that each chunk reads and writes
 ROW_BLOCK = 4096  # rows of G stored at a time: 4096 x 512 is 128 tiles of 128 x 128, a full H100
 MAX_CHUNK = 16384  # classes; bounds the chunk of dW where N is small
+# of the pieces of a row in `forward_resident`, so many of one half are held in registers: 227 KiB
+# of shared memory take 128 rows, the rest of the other 128, and two tiles of 32 classes
+HELD = {1: 0, 2: 0, 3: 1, 4: 3}
+ROWS_IN_TILES = 8  # 256 rows are as many bytes as eight tiles of 32 classes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -80,32 +85,51 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hardest_score = lse.clone()
     if n == 0 or count == 0:
         return lse, target, weighted_sum, hardest, hardest_score
-    tile = p.tile("forward", bias is not None or weighted)
+    extra = bias is not None or weighted
+    resident = _resident(p) if not extra else None
+    tile = resident or p.tile("forward", extra)
+    row_tiles = ceil_div(n, tile.rows)
+    span = tile.columns
+    if resident is not None:
+        in_l2 = p.table.chunk_bytes // (p.d * x.element_size()) if normalize else count
+        most = ceil_div(min(count, max(in_l2, span)), span)
+        span *= ceil_div(most, _splits(most, row_tiles, base.processors(x.device)))
     parts = 3 if weighted else 2
-    # tiles whose partials are alive at once; several such segments are merged into one row each
+    # spans whose partials are alive at once; several such segments are merged into one row each
     segment = max(1, PARTIAL_BYTES // (4 * (parts + 1) * n))
-    tiles = ceil_div(count, tile.columns)
-    segments = ceil_div(tiles, segment)
-    segment = ceil_div(tiles, segments)
+    spans = ceil_div(count, span)
+    segments = ceil_div(spans, segment)
+    segment = ceil_div(spans, segments)
     part, best = _partials(segment, n, parts, x.device)
     top, top_best = _partials(segments, n, parts, x.device)
-    chunk = segment * tile.columns
+    chunk = segment * span
     if normalize:
         # rows that the norms have just read should still be in L2
-        in_l2 = p.table.chunk_bytes // (p.d * x.element_size() * tile.columns)
-        chunk = min(chunk, max(1, in_l2) * tile.columns)
+        in_l2 = p.table.chunk_bytes // (p.d * x.element_size() * span)
+        chunk = min(chunk, max(1, in_l2) * span)
     inverse = torch.empty(chunk, **new) if normalize else None
-    row_tiles = ceil_div(n, tile.rows)
     merge_tile = Tile(16, 64, 64, 4, 2)
     merging = dict(BM=merge_tile.rows, BT=merge_tile.columns)
     for s in range(segments):
-        start, stop = s * segment, min((s + 1) * segment, tiles)
-        for first in range(start * tile.columns, min(stop * tile.columns, count), chunk):
-            end = min(first + chunk, stop * tile.columns, count)
+        start, stop = s * segment, min((s + 1) * segment, spans)
+        for first in range(start * span, min(stop * span, count), chunk):
+            end = min(first + chunk, stop * span, count)
             if inverse is not None:
                 norms(p, inverse, first, end)
-            at = first // tile.columns - start
+            at = first // span - start
             rows = [part[k, at:] for k in range(parts)]
+            if resident is not None:
+                depth = p.d // tile.depth
+                base.launch(
+                    forward_kernels.forward_resident,
+                    row_tiles * ceil_div(end - first, span),
+                    (p.x, p.weight, inverse, p.positions, p.classes, rows[0], rows[1], best[at:])
+                    + (p.x.stride(0), p.weight.stride(0), n, first, end, row_tiles, span),
+                    dict(DEPTH=depth, HELD=HELD[depth], BM=tile.rows // 2, BN=tile.columns)
+                    | dict(BK=tile.depth, DOT=p.dot),
+                    tile,
+                )
+                continue
             base.launch(
                 forward_kernels.forward_tiles,
                 row_tiles * ceil_div(end - first, tile.columns),
@@ -134,13 +158,35 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         (p.x, p.weight, p.positions, p.classes)
         + (top[0], top[1], top_best, top[2] if weighted else None)
         + (lse, target, weighted_sum if weighted else None, hardest, hardest_score)
-        + (p.x.stride(0), p.weight.stride(0), n, tiles if segments == 1 else segments, p.d),
+        + (p.x.stride(0), p.weight.stride(0), n, spans if segments == 1 else segments, p.d),
         merging
         | dict(BK=merge_tile.depth, EVEN=p.even(merge_tile.depth))
         | dict(NORMALIZE=normalize, BF16=p.bf16),
         merge_tile,
     )
     return lse, target, weighted_sum, hardest, hardest_score
+
+
+def _resident(p: Problem) -> Tile | None:
+    """The tile of `forward_resident`, where rows of x fit beside the tiles of W."""
+    tile = p.table.tiles.get(("forward_resident", p.products))
+    if tile is None or not p.even(tile.depth) or p.d // tile.depth not in HELD:
+        return None
+    if any(stride % 16 for stride in (p.x.stride(0), p.weight.stride(0))):
+        return None
+    # rows past the last one are multiplied for nothing
+    return tile if -p.n % tile.rows <= p.n // 8 else None
+
+
+def _splits(tiles: int, row_tiles: int, processors: int) -> int:
+    """Over how many programs a row tile's class tiles go, so that the last round is full, too."""
+
+    def work(splits: int) -> int:
+        # a program is alone on its processor, and reads its rows before the first tile
+        rounds = ceil_div(row_tiles * splits, processors)
+        return rounds * (ceil_div(tiles, splits) + ROWS_IN_TILES)
+
+    return min(range(1, min(tiles, ceil_div(4 * processors, row_tiles)) + 1), key=work)
 
 
 def _partials(rows: int, n: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -287,14 +333,19 @@ def _chunks(
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> Tensor | None:
-    """The form with a chunk of G stored: dx += G W and dW = G^T x are library products."""
+    """The form with a chunk of G stored: dx += G W and dW = G^T x are library products.
+
+    At 1024 x 1,000,000 x 512 it moves 43 GB between L2 and the processors of an H100 (bound by
+    count, docs/roofline.md), where Liger's CuTe kernel moves 36: the norms and the projection of
+    dW are 8 of them. Rows resident as in the forward would be read anew for every chunk.
+    """
     gradients = kernels()[1]
     x, n, d, low, device = p.x, p.n, p.d, p.low, p.x.device
     extra = p.bias is not None or rows[3] is not None
     tile = p.tile("gradient", extra)
     block = min(n, ROW_BLOCK)
     # dx has few tiles: its classes are split over as many products as fill the GPU, added at last
-    splits = max(1, min(16, ROW_BLOCK // block)) if n == block else 1
+    splits = max(1, min(16, SPLIT_ROWS // block)) if n == block else 1
     piece = (
         max(1, p.table.ds_bytes // (block * low.itemsize * splits * tile.columns)) * tile.columns
     )
@@ -342,7 +393,7 @@ def _chunks(
             )
             g = ds[:height, :length]
             if dx is not None:
-                _add_rows(dx[:, part], g, w, piece)
+                add_rows(dx[:, part], g, w, piece)
             if direct:
                 torch.mm(g.T, x_low, out=dweight[first:end])
             elif gradient is not None:
@@ -353,7 +404,7 @@ def _chunks(
     return None if dx is None else dx.sum(0)
 
 
-def _add_rows(dx: Tensor, g: Tensor, w: Tensor, piece: int) -> None:
+def add_rows(dx: Tensor, g: Tensor, w: Tensor, piece: int) -> None:
     """dx[s] += G W over the s-th piece of the classes; the rest of a ragged chunk to the first."""
     height, length = g.shape
     full = length // piece
@@ -375,7 +426,8 @@ def _finish(
     first: int,
     end: int,
 ) -> None:
-    tile = Tile(0, 32, 128, 4, 1)
+    # rows of no whole slices take more registers: 32 of them spill
+    tile = Tile(0, 32 if p.even(128) else 16, 128, 4, 1)
     height, width = (0, 0) if bias_sum is None else bias_sum.shape
     out = None if gradient is None else dweight
     base.launch(

@@ -12,8 +12,7 @@ locks, a fixed order of sums. Offsets of rows are 64-bit.
 import triton
 import triton.language as tl
 
-from .triton_kernels import NOWHERE, load, multiply, operand, products, rounded, row_offsets
-from .triton_maxsim_kernels import bound
+from .triton_kernels import NOWHERE, bound, load, multiply, operand, products, rounded, row_offsets
 
 # d^2 / (a + b) below which a distance is summed from differences: the product is off by 2^-22 / it
 NEAR = tl.constexpr(1.0 / 16.0)
@@ -187,16 +186,17 @@ def tile_slopes(
     ROOT: tl.constexpr,
 ):
     """G of a tile, and which of its pairs are near; a pair past the end is far, with G = 0."""
+    # masked, not clamped: what is clamped is read element by element
     pair = rows_real[:, None] & (others < end)[None, :]
-    at = row_offsets(others, end, None, grad_other)
+    at = others.to(tl.int64) * grad_other
     g = tl.load(grad_rows[:, None] + at[None, :], mask=pair, other=0.0)
-    at = row_offsets(others, end, None, out_other)
+    at = others.to(tl.int64) * out_other
     z = tl.load(out_rows[:, None] + at[None, :], mask=pair, other=float("inf"))
     b = tl.load(other_squares + others, mask=others < end, other=0.0)
     return slopes(g, z, a[:, None] + b[None, :], near, ROOT)
 
 
-@triton.jit(do_not_specialize=["n", "m", "span", "depth_tiles", "row_tiles", "near"])
+@triton.jit(do_not_specialize=["depth_tiles", "row_tiles", "near"])
 def product_gradients(
     own,  # [N, D]: the rows whose gradient this is
     other,  # [M, D]
@@ -236,10 +236,10 @@ def product_gradients(
     begin = split * span
     end = tl.minimum(begin + span, m)
     real = rows < n
-    grad_rows = grad + row_offsets(rows, n, None, grad_own)
+    grad_rows = grad + rows.to(tl.int64) * grad_own
     total = tl.zeros([BM, BK], tl.float32)
     if distances is not None:
-        out_rows = distances + row_offsets(rows, n, None, out_own)
+        out_rows = distances + rows.to(tl.int64) * out_own
         a = tl.load(own_squares + rows, mask=real, other=0.0)
         mass = tl.zeros([BM, BN], tl.float32)
         first = tl.full([BM, BN], NOWHERE, tl.int32)
@@ -267,7 +267,7 @@ def product_gradients(
             mass += g.to(tl.float32)
         else:
             pair = real[:, None] & (others < end)[None, :]
-            at = row_offsets(others, end, None, grad_other)
+            at = others.to(tl.int64) * grad_other
             g = tl.load(grad_rows[:, None] + at[None, :], mask=pair, other=0.0)
             g = factor(g, BF16, DOT)
         other_rows = row_offsets(others, m, None, stride_other)

@@ -40,7 +40,7 @@ def _tiles(**kernels: dict[str, Tile]) -> Tiles:
     return {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
 
 
-# Registers a thread with Triton 3.6.0; nothing spills (tests/test_triton_selection_ahead.py).
+# Registers a thread with Triton 3.6.0; nothing spills (tests/test_gpu_static.py).
 # Of a gradient: rows that own it, rows summed over, and D at a time (the last, at most)
 TILES = {
     # sm_80: 137 to 254; sm_90: 98 to 246; sm_100: 93 to 254; half at 128 x 256 was not tried
@@ -103,16 +103,16 @@ def problem(x: Tensor, y: Tensor, precision: str, gradient: bool = False) -> Pro
     return p
 
 
-def pick(tiles: dict[str, Tiles], p: Problem, kernel: str) -> Tile:
+def pick(tiles: dict[str, Tiles], p: Problem, kernel: str, others: tuple[int, ...] = ()) -> Tile:
     """A tile of the table; the narrower of two where rows are not whole vectors and slices of D.
 
-    Those take more address registers.
+    Those take more address registers. `others`: further strides and sizes that count.
     """
     row = tiles[base.architecture(p.x.device)]
     tile = row[kernel, p.products]
     even = p.d % min(tile.depth, _width(p.d)) == 0
-    plain = all(stride % 16 == 0 for stride in (p.d, p.x.stride(0), p.weight.stride(0)))
-    return tile if even and plain else row[f"{kernel}_uneven", p.products]
+    plain = all(stride % 16 == 0 for stride in (p.d, p.x.stride(0), p.weight.stride(0), *others))
+    return tile if even and plain else row[f"{kernel.partition('_')[0]}_uneven", p.products]
 
 
 def _width(d: int) -> int:
@@ -234,7 +234,10 @@ def _gradient(
     order: int,  # -1: own are the columns
 ) -> Tensor:
     n, m, d = own.shape[0], other.shape[0], p.d
-    tile = pick(TILES, p, "gradient")
+    # a transpose is the same memory, read by the other strides
+    out_strides = (0, 0) if distances is None else distances.stride()
+    strides = (*grad.stride()[::order], *out_strides[::order])
+    tile = pick(TILES, p, "gradient", (n, m, *(s for s in strides if s != 1)))
     depth = min(tile.depth, _width(d))
     depth_tiles, row_tiles = ceil_div(d, depth), ceil_div(n, tile.rows)
     # few rows are split over as many programs as fill the GPU; their sums are added at last
@@ -243,9 +246,6 @@ def _gradient(
     span = ceil_div(ceil_div(m, max(splits, 1)), tile.columns) * tile.columns
     splits = ceil_div(m, span)
     to = torch.empty((splits, n, d), dtype=torch.float32, device=own.device)
-    # a transpose is the same memory, read by the other strides
-    out_strides = (0, 0) if distances is None else distances.stride()
-    strides = (*grad.stride()[::order], *out_strides[::order])
     near_range = None
     if distances is not None:
         near_range = torch.empty((2, splits, row_tiles), dtype=torch.int32, device=own.device)

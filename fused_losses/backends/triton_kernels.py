@@ -14,6 +14,16 @@ TINY_SQUARE = tl.constexpr(1e-24)
 
 
 @triton.jit
+def bound(length, INTERPRET: tl.constexpr):
+    """A loaded number as the end of a loop."""
+    if INTERPRET:
+        # the interpreter of Triton 3.6 holds it as an array of one, which numpy 2.4 refuses there
+        return length.handle.data.item()
+    else:
+        return length
+
+
+@triton.jit
 def row_offsets(index, count, ids, stride):
     """64-bit offsets of rows `index` (clamped below `count`), through `ids` where given."""
     index = tl.minimum(index, count - 1)
@@ -166,6 +176,126 @@ def forward_tiles(
     tl.store(peak + out, high, mask=rows < n)
     tl.store(total + out, tl.sum(tl.exp(z - base[:, None]), 1), mask=rows < n)
     tl.store(best + out, first + tile * BN + where, mask=rows < n)
+
+
+@triton.jit
+def in_registers(a, BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr):
+    """a, laid out as the result of a product: that is what a product takes from registers."""
+    if DOT == "interpret":
+        return a
+    zero = tl.zeros([BM, 16], a.dtype)
+    return tl.dot(zero, tl.zeros([16, BK], a.dtype), a.to(tl.float32)).to(a.dtype)
+
+
+@triton.jit
+def pieces(
+    x,
+    x_rows,
+    DEPTH: tl.constexpr,
+    HELD: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Whole rows in DEPTH pieces of BK, the first HELD of them in registers."""
+    at = x + x_rows[:, None] + tl.arange(0, BK)[None, :]
+    row = ()
+    for k in tl.static_range(DEPTH):
+        a = operand(tl.load(at + k * BK), False, DOT)
+        if k < HELD:
+            a = in_registers(a, BM, BK, DOT)
+        row = row + (a,)
+    return row
+
+
+@triton.jit
+def fold(z, first, scale, other, high, mass, where, NORMALIZE: tl.constexpr):
+    """Maximum, sum exp(z - maximum) and arg-maximum with another tile's scores added."""
+    if NORMALIZE:
+        z *= scale[None, :]
+    z = tl.where(other, z, float("-inf"))
+    top, at = tl.max(z, 1, return_indices=True)
+    where = tl.where(top > high, first + at, where)
+    top = tl.maximum(high, top)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    mass = mass * tl.exp(high - base) + tl.sum(tl.exp(z - base[:, None]), 1)
+    return top, mass, where
+
+
+@triton.jit
+def store_partial(peak, total, best, out, rows, n, high, mass, where):
+    tl.store(peak + out + rows, high, mask=rows < n)
+    tl.store(total + out + rows, mass, mask=rows < n)
+    tl.store(best + out + rows, where, mask=rows < n)
+
+
+@triton.jit(do_not_specialize=["n", "first", "count", "row_tiles", "span"])
+def forward_resident(
+    x,  # [N, D]
+    w,  # [C, D]
+    inverse,  # [chunk] or None
+    positions,  # [N] int32
+    classes,  # [count] int64 or None
+    peak,  # [T, N] as in `forward_tiles`, T of spans
+    total,  # [T, N]
+    best,  # [T, N] int32
+    stride_x,
+    stride_w,
+    n,
+    first,
+    count,
+    row_tiles,
+    span,
+    DEPTH: tl.constexpr,
+    HELD: tl.constexpr,
+    BM: tl.constexpr,  # half the rows of a program
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Partial statistics of `span` classes for 2 BM rows, which are read once and stay.
+
+    Half of the rows lies in shared memory; of the other half as much as fits, the rest in
+    registers: 256 rows at D = 512 read a row of W once where tiles of 128 x 256 read it twice, and
+    x not at all. Two halves, because a product of 256 rows takes all its rows from one place.
+    """
+    row_tile = tl.program_id(0) % row_tiles
+    split = tl.program_id(0) // row_tiles
+    rows = row_tile * (2 * BM) + tl.arange(0, BM)
+    low_rows = rows + BM
+    a = pieces(x, row_offsets(rows, n, None, stride_x), DEPTH, HELD, BM, BK, DOT)
+    b = pieces(x, row_offsets(low_rows, n, None, stride_x), DEPTH, 0, BM, BK, DOT)
+    position = tl.load(positions + rows, mask=rows < n, other=-1)
+    low_position = tl.load(positions + low_rows, mask=low_rows < n, other=-1)
+    high = tl.full([BM], float("-inf"), tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    where = tl.full([BM], NOWHERE, tl.int32)
+    low_high, low_mass, low_where = high, mass, where
+    begin = first + split * span
+    end = tl.minimum(begin + span, count)
+    for start in range(bound(begin, DOT == "interpret"), bound(end, DOT == "interpret"), BN):
+        columns = start + tl.arange(0, BN)
+        real = columns < end
+        w_rows = row_offsets(columns, count, classes, stride_w)
+        at = w + w_rows[:, None] + tl.arange(0, BK)[None, :]
+        scale = tl.where(real, 1.0, 0.0)
+        if inverse is not None:
+            scale = tl.load(inverse + columns - first, mask=real, other=0.0)
+        z = tl.zeros([BM, BN], tl.float32)
+        low = z
+        for k in tl.static_range(DEPTH):
+            c = tl.trans(operand(tl.load(at + k * BK), False, DOT))
+            z = multiply(a[k], c, z, DOT)
+            low = multiply(b[k], c, low, DOT)
+        other = real[None, :] & (columns[None, :] != position[:, None])
+        high, mass, where = fold(z, start, scale, other, high, mass, where, inverse is not None)
+        other = real[None, :] & (columns[None, :] != low_position[:, None])
+        low_high, low_mass, low_where = fold(
+            low, start, scale, other, low_high, low_mass, low_where, inverse is not None
+        )
+    out = split.to(tl.int64) * n
+    store_partial(peak, total, best, out, rows, n, high, mass, where)
+    store_partial(peak, total, best, out, low_rows, n, low_high, low_mass, low_where)
 
 
 @triton.jit

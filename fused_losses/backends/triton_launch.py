@@ -33,9 +33,13 @@ def architecture(device: torch.device) -> str:
         return "interpret"
     if torch.version.hip:
         return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
-    # compute capability 12 has the shared memory and the instructions of sm_80, not of sm_100
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    return table_row(torch.cuda.get_device_capability(device))
+
+
+def table_row(capability: tuple[int, int]) -> str:
+    """The row of the tile tables of an NVIDIA GPU."""
+    # compute capability 12 has the instructions of sm_80, not of sm_100
+    return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_80")
 
 
 def processors(device: torch.device) -> int:

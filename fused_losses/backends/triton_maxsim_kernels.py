@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .triton_gradients import narrow
-from .triton_kernels import NOWHERE, load, multiply, operand, products, row_offsets
+from .triton_kernels import NOWHERE, bound, load, multiply, operand, products, row_offsets
 
 
 @triton.jit
@@ -17,16 +17,6 @@ def span(offsets, which):
     """Where text `which` begins, and how many tokens it has."""
     start = tl.load(offsets + which)
     return start, (tl.load(offsets + which + 1) - start).to(tl.int32)
-
-
-@triton.jit
-def bound(length, INTERPRET: tl.constexpr):
-    """A loaded number as the end of a loop."""
-    if INTERPRET:
-        # the interpreter of Triton 3.6 holds it as an array of one, which numpy 2.4 refuses there
-        return length.handle.data.item()
-    else:
-        return length
 
 
 @triton.jit(do_not_specialize=["tokens", "count", "first", "row_tiles"])

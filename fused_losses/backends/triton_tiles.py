@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels, per architecture, each with the compilation that chose it.
 
 Figures: registers a thread with Triton 3.6.0 and its ptxas, at 1024 x 1,000,000; nothing spills
-(tests/test_triton_ahead.py). "all": classes, bias, weights at once. No time was measured: the
+(tests/test_gpu_static.py). "all": classes, bias, weights at once. No time was measured: the
 choice is the widest tile that does not spill, since a wider one reads less from L2.
 """
 
@@ -28,7 +28,10 @@ class Table:
 
     tiles: dict[tuple[str, str], Tile]
     chunk_bytes: int  # of W that two kernels in a row should find in L2
-    ds_bytes: int  # of the stored G
+    # of the stored G: with what its products read and write beside it, it must stay in L2
+    # (docs/roofline.md: at twice as much, 1024 x 1,000,000 x 512 moves four times its floor
+    # through the DRAM of an A100 or an H100)
+    ds_bytes: int
 
 
 def _table(chunk_bytes: int, ds_bytes: int, **kernels: dict[str, Tile]) -> Table:
@@ -51,7 +54,7 @@ MIB = 1 << 20
 TABLES = {
     "sm_80": _table(
         16 * MIB,
-        16 * MIB,
+        6 * MIB,
         # half 251 (254 with classes; 96 KiB), tf32 153, rounded 128, tf32x3 167 (128 x 128
         # spills). At 128 x 128 half takes 154: no second block on an SM either
         forward=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
@@ -70,15 +73,17 @@ TABLES = {
     ),
     "sm_90": _table(
         24 * MIB,
-        16 * MIB,
+        8 * MIB,
+        # D=512: 255, 384: 180, 256: 128, 128: 127; 224, 208, 160 and 80 KiB
+        forward_resident=same(Tile(256, 32, 128, 8, 2), "half"),
         # half 186, tf32 112, rounded 140, tf32x3 203
         forward=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
         # all: half 224, rounded 172, tf32x3 203; half at 128 x 256 spills with a weighted sum
         forward_extra=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
         # half 192, tf32 189, tf32x3 215
         gradient=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
-        # all: half 254, tf32 (mixed) 252, rounded 254, tf32x3 248
-        gradient_extra=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
+        # all: half 254, tf32 (mixed) 252, rounded 254; tf32x3 at 128 x 128 spills 26 at D=500
+        gradient_extra=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
         # D=128: rows 107, classes 157 (rounded, all: 211, 225)
         owner_rows=same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
         owner_classes=same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
@@ -88,7 +93,7 @@ TABLES = {
     ),
     "sm_100": _table(
         48 * MIB,
-        32 * MIB,
+        16 * MIB,
         # half 154 (256 columns of tensor memory), tf32 90, rounded 90, tf32x3 176 (512 columns)
         forward=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
         # all: half 166, rounded 167, tf32x3 212; all spill at 128 x 128
@@ -118,6 +123,7 @@ TABLES = {
     "interpret": _table(
         4096,
         2048,
+        forward_resident=same(Tile(32, 16, 16), "half"),
         forward=same(Tile(16, 32, 16), *ALL),
         forward_extra=same(Tile(32, 16, 16), *ALL),
         gradient=same(Tile(16, 32, 16), *ALL),

@@ -24,6 +24,7 @@ from fused_losses.backends.triton_tiles import ALL, Tile, same, wide
 from fused_losses.selection import TopkInputs
 
 FUSED = 128  # candidates a row that stay in registers
+FEW = 32  # that leave room for a wider tile: best_few
 PARTIAL_BYTES = 32 << 20  # of the candidates of all ranges
 BLOCK_BYTES = 32 << 20  # of stored keys
 EMPTY = -0x7F800001 << 32  # the key -inf, at the column past all others
@@ -33,23 +34,33 @@ def _tiles(**kernels: dict[str, Tile]) -> Tiles:
     return {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
 
 
+def _few(half: Tile, rounded: Tile | None, tf32x3: Tile | None) -> dict[str, Tile]:
+    tiles = dict(half=half, rounded=rounded, tf32x3=tf32x3)
+    return {products: tile for products, tile in tiles.items() if tile is not None}
+
+
 NARROW = Tile(64, 32, 32)
-# Registers a thread with Triton 3.6.0; nothing spills (tests/test_triton_selection_ahead.py).
+# Registers a thread with Triton 3.6.0; nothing spills (tests/test_gpu_static.py).
 # The best of 128 weigh as much as a tile of 64 x 128: sm_80: 180 to 255; sm_90: 142 to 255; sm_100:
-# 172 to 222; gfx942: 229 to 240. Keys: 170 / 170 / 74 / 155 at most
+# 172 to 222; gfx942: 229 to 240. Keys: 170 / 170 / 74 / 155 at most. FEW, half / rounded / tf32x3:
+# at most 255 / 255 / -, 248 / 181 / 226, 194 / - / 180; wider ones spill under masks.
+# 1024 x 1,000,000 x 256: 12.3 GB from L2, 8.2 on sm_90, 20.5 on sm_100 (docs/roofline.md)
 TILES = {
     "sm_80": _tiles(
         best=wide(Tile(64, 64, 64), NARROW, Tile(32, 64, 32)),
+        best_few=_few(Tile(128, 64, 64), Tile(128, 64, 32), None),
         best_uneven=wide(Tile(64, 32, 64), NARROW, Tile(32, 64, 32)),
         keys=wide(Tile(64, 64, 64), Tile(64, 64, 32), Tile(64, 32, 32)),
     ),
     "sm_90": _tiles(
         best=wide(Tile(64, 64, 64), NARROW, NARROW),
+        best_few=_few(Tile(128, 128, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
         best_uneven=wide(NARROW, NARROW, Tile(64, 16, 32)),
         keys=wide(Tile(64, 64, 64), Tile(64, 64, 32), Tile(64, 64, 32)),
     ),
     "sm_100": _tiles(
         best=wide(Tile(64, 32, 64), NARROW, NARROW),
+        best_few=_few(Tile(128, 32, 64), None, Tile(64, 64, 32)),
         best_uneven=wide(NARROW, NARROW, NARROW),
         keys=wide(Tile(64, 64, 64), Tile(64, 32, 32), Tile(64, 32, 32)),
     ),
@@ -61,6 +72,7 @@ TILES = {
     # small and unequal, so that a few dozen rows make several ragged tiles of each
     "interpret": _tiles(
         best=same(Tile(16, 32, 16), *ALL),
+        best_few=_few(Tile(32, 32, 16), Tile(32, 32, 16), Tile(32, 32, 16)),
         best_uneven=same(Tile(32, 16, 16), *ALL),
         keys=same(Tile(32, 16, 16), *ALL),
     ),
@@ -143,10 +155,9 @@ def screen(
     vectors = [None if t is None else t.float().contiguous() for t in (center, a, m)]
     operands = (p.x, p.weight, *vectors, *integers, exclude)
     flags = dict(MATCH=match, SKIP_SELF=skip_self, BF16=p.bf16, DOT=p.dot)
-    best = (_streamed if keep <= FUSED else _stored)(p, operands, flags, keep)
-    bits = (best >> 32).int()
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return keys, torch.where(keys == -torch.inf, -1, 0xFFFFFFFF - (best & 0xFFFFFFFF)).int()
+    return certified_topk.unpacked(
+        (_streamed if keep <= FUSED else _stored)(p, operands, flags, keep)
+    )
 
 
 def _sizes(p: Problem, tile: Tile) -> dict[str, int]:
@@ -155,7 +166,8 @@ def _sizes(p: Problem, tile: Tile) -> dict[str, int]:
 
 def _streamed(p: Problem, operands: tuple, flags: dict, keep: int) -> Tensor:
     """The best of each row, packed. [N, keep]"""
-    tile = pick(TILES, p, "best")
+    few = keep <= FEW and ("best_few", p.products) in TILES[base.architecture(p.x.device)]
+    tile = pick(TILES, p, "best_few" if few else "best")
     row_tiles = ceil_div(p.n, tile.rows)
     splits = min(2 * base.processors(p.x.device) // row_tiles, PARTIAL_BYTES // (8 * p.n * keep))
     span = ceil_div(ceil_div(p.count, max(splits, 1)), tile.columns) * tile.columns

@@ -229,8 +229,8 @@ struct Machine {
 
   // One of the bits, at random.
   int any_of(unsigned bits) {
-    const int turn = next() % 32;
-    return (std::countr_zero(std::rotr(bits, turn)) + turn) % 32;
+    for (int left = next() % std::popcount(bits); left > 0; --left) bits &= bits - 1;
+    return std::countr_zero(bits);
   }
 
   int next_thread() {
@@ -368,7 +368,8 @@ struct Machine {
 
   // The fault of an access that fits no buffer.
   [[noreturn]] void outside(uintptr_t at, size_t bytes, bool stores) {
-    if (in_shared(at, bytes, true)) fault("an atomic out of the bounds of shared memory");
+    if (in_shared(at, bytes, true))
+      fault("an atomic out of the bounds of shared memory, or ld or st there");
     const char* what = stores ? "a store" : "a load";
     for (size_t i = 0; i < buffers.size(); ++i) {
       const Buffer& o = buffers[i];

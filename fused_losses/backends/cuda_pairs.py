@@ -1,0 +1,310 @@
+"""The sweep over pairs on the CUDA C++ kernels, as `fused_losses.pairs` defines it.
+
+A library product makes a tile of scores that stays in L2; kernels turn it into statistics, into G
+or into attention weights, in place where those are float32, and library products take them from
+there. Forward statistics read a tile once for rows and once for columns. Memory beyond the outputs:
+the tiles, sums of N x D and of a chunk's columns in float32; never N x M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends import cuda_launch
+from fused_losses.backends.bounded_pairs import both_sides
+from fused_losses.backends.cuda_products import low_dtype, product, scores_precision
+from fused_losses.backends.pair_sweeps import (
+    MAX_CHUNK,
+    ROW_BLOCK,
+    Block,
+    ColumnSums,
+    Gradients,
+    add,
+    attending,
+    attention_gain,
+    blocks,
+    cut,
+    finish,
+    kernel_form,
+    nothing_yet,
+    packed,
+    possible,
+    statistics_gain,
+    vectors,
+    weight_base,
+    weight_unit,
+)
+from fused_losses.backends.triton import library_tf32
+from fused_losses.pair_inputs import REDUCTIONS, PairInputs, PairNeeds
+from fused_losses.rows import row_dtype
+
+TILE_BYTES = 16 << 20  # of all tiles of a block: with their operands they stay in L2 from sm_80 on
+WIDTH = 64  # tiles are a multiple of it wide: rows start on 16 bytes in every type
+HOST_ROWS, HOST_BYTES = 160, 128 << 10  # in the host execution: several ragged blocks of few pairs
+SEGMENT = 128  # rows that a block of threads goes down: csrc/cuda/pairs.cu
+
+
+def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
+    """Peak memory of forward and backward beyond inputs and gradients, at most."""
+    # tiles, the columns' sums of segments, and float32 sums of a chunk's columns
+    parts = 4 * 2 * 4 * (ROW_BLOCK // SEGMENT) * MAX_CHUNK
+    return TILE_BYTES + parts + 2 * MAX_CHUNK * d * 4 + 3 * (n + m) * d * 4 + 200 * (n + m)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One call as the kernels want it."""
+
+    p: PairInputs  # y is x with triangle, and so are its vectors
+    x: Tensor  # [N, D] as products multiply it
+    y: Tensor  # [M, D]
+    scale: Tensor  # [1] float32
+    precision: str  # of the scores
+    low: torch.dtype  # of G and what it is multiplied with
+
+    @property
+    def n(self) -> int:
+        return self.p.x.shape[0]
+
+    @property
+    def m(self) -> int:
+        return self.p.y.shape[0]
+
+    @property
+    def wide(self) -> bool:
+        """Whether G and weights are float32, and may take the place of what they are made of."""
+        return self.low == torch.float32
+
+    def scores(self, block: Block, tile: Tensor) -> None:
+        """Products of a block into its tile; listed pairs are marked."""
+        top, stop, first, end = block
+        product(self.x[top:stop], self.y[first:end].T, self.precision, out=cut(tile, block))
+        exclude = self.p.exclude
+        if exclude is not None and exclude.numel():
+            self.launch("pair_exclude", tile, block, exclude=exclude, excluded=exclude.shape[1])
+
+    def launch(
+        self,
+        kernel: str,
+        tile: Tensor,
+        block: Block,
+        reduction: str = "lse",
+        **more: Tensor | float | None,
+    ) -> None:
+        p = self.p
+        first_row, row_end, first_column, column_end = block
+        cuda_launch.launch(
+            kernel,
+            tile=tile,
+            stride=tile.stride(0),
+            scale=self.scale,
+            x_bias=p.x_bias,
+            y_bias=p.y_bias,
+            x_labels=p.x_labels,
+            y_labels=p.y_labels,
+            x_ids=p.x_ids,
+            y_ids=p.y_ids,
+            x_groups=p.x_groups,
+            y_groups=p.y_groups,
+            x_window=p.x_window,
+            y_window=p.y_window,
+            **{f"positive_{name}": value for name, value in p.positive._asdict().items()},
+            **{f"negative_{name}": value for name, value in p.negative._asdict().items()},
+            root=p.score == "root",
+            skip_self=p.skip_self,
+            triangle=p.triangle,
+            reduction=REDUCTIONS.index(reduction),
+            n=self.n,
+            m=self.m,
+            first_row=first_row,
+            row_end=row_end,
+            first_column=first_column,
+            column_end=column_end,
+            **more,
+        )
+
+    def gradients(self, needs: PairNeeds, unscale: Tensor | float) -> Gradients:
+        return Gradients(self.p, self.x.to(self.low), self.y, self.scale, needs, unscale)
+
+
+def sweep(p: PairInputs, gradient: bool) -> Sweep:
+    p, scale = kernel_form(both_sides(p))
+    precision = scores_precision(p.precision, gradient)
+    low = low_dtype(p.x.dtype, precision)
+    # a rounded forward would be no float32 accuracy: mixed rounds in the backward alone
+    return Sweep(
+        p,
+        p.x.to(low),
+        p.y.to(low),
+        scale,
+        precision,
+        low_dtype(p.x.dtype, p.precision) if gradient else low,
+    )
+
+
+def tiles(s: Sweep, *dtypes: torch.dtype) -> Iterator[tuple[Block, list[Tensor]]]:
+    """Blocks of the matrix, and a tile of each dtype that every block uses anew."""
+    most, tall = (HOST_BYTES, HOST_ROWS) if cuda_launch.on_host() else (TILE_BYTES, ROW_BLOCK)
+    height = min(s.n, tall)
+    width = most // (max(height, 1) * sum(t.itemsize for t in dtypes) * WIDTH)
+    width = min(max(width, 1), MAX_CHUNK // WIDTH, -(-s.m // WIDTH)) * WIDTH
+    made = [torch.empty((height, width), dtype=t, device=s.p.x.device) for t in dtypes]
+    for block in blocks(s.p, height, width):
+        yield block, made
+
+
+# ---- statistics ---------------------------------------------------------------------------------
+
+
+def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tensor]:
+    """rows and columns of `fused_losses.pairs`, [4, 2, N] and [4, 2, M or 0]."""
+    s, both = sweep(p, gradient=False), p.triangle or cols
+    new = dict(dtype=row_dtype(p.x.device), device=p.x.device)
+    rows = nothing_yet(s.n, new)
+    columns = rows if p.triangle else nothing_yet(s.m if cols else 0, new)
+    parts = None
+    for block, (tile,) in tiles(s, torch.float32):
+        if both and parts is None:
+            shape = (-(-tile.shape[0] // SEGMENT), 4, 2, tile.shape[1])
+            parts = torch.empty(shape, dtype=torch.float32, device=p.x.device)
+        s.scores(block, tile)
+        more = dict(rows=rows, columns=columns if both else None, parts=parts)
+        s.launch("pair_statistics", tile, block, reduction, **more)
+    for out in (rows,) if p.triangle else (rows, columns):
+        finish(out, reduction)
+    return rows, rows[..., :0].contiguous() if p.triangle else columns
+
+
+def statistics_backward(
+    grad_rows: Tensor,  # [2, 2, N]: of value and total
+    grad_columns: Tensor,
+    rows: Tensor,  # [4, 2, N]
+    columns: Tensor,
+    p: PairInputs,
+    reduction: str,
+    cols: bool,
+    needs: PairNeeds,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, y, scale, x_bias and y_bias, each None where it is not needed."""
+    s, both = sweep(p, gradient=True), p.triangle or cols
+    gain = statistics_gain(p, (grad_rows, grad_columns))
+    row_vectors = packed(vectors(grad_rows, rows, reduction), gain)
+    column_vectors = row_vectors if p.triangle else None
+    if cols and not p.triangle:
+        column_vectors = packed(vectors(grad_columns, columns, reduction), gain)
+    gradients = s.gradients(possible(needs, p), 1 / gain)
+    with library_tf32(p.precision == "tf32"):
+        for block, made in tiles(s, torch.float32, *(() if s.wide else (s.low,))):
+            tile, ds = made[0], made[-1]
+            s.scores(block, tile)
+            s.launch(
+                "pair_gradients",
+                tile,
+                block,
+                reduction,
+                row_vectors=row_vectors,
+                column_vectors=column_vectors if both else None,
+                ds=ds,
+                ds_stride=ds.stride(0),
+                type=cuda_launch.ELEMENTS[s.low],
+            )
+            gradients.add(block, cut(ds, block))
+    return gradients.results()
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, Tensor]:
+    """out [N, Dv] and lse [N] of `fused_losses.pairs.pair_attention`, in one sweep."""
+    p, kind = attending(p, positives)
+    s = sweep(p, gradient=False)
+    new = dict(device=p.x.device)
+    out = torch.zeros((s.n, values.shape[1]), dtype=torch.float32, **new)
+    best = torch.full((s.n,), -torch.inf, dtype=torch.float32, **new)
+    mass = torch.zeros(s.n, dtype=row_dtype(p.x.device), **new)
+    unit = weight_unit(p)
+    with library_tf32(p.precision == "tf32"):
+        for block, made in tiles(s, torch.float32, *(() if s.wide else (s.low,))):
+            tile, weights = made[0], made[-1]
+            s.scores(block, tile)
+            s.launch(
+                "pair_attention",
+                tile,
+                block,
+                kind=kind,
+                best=best,
+                mass=mass,
+                out=out,
+                width=out.shape[1],
+                weights=weights,
+                weight_stride=weights.stride(0),
+                unit=unit,
+                type=cuda_launch.ELEMENTS[s.low],
+            )
+            top, stop, first, end = block
+            add(out[top:stop], cut(weights, block), values[first:end].to(s.low))
+    some = torch.where(mass == 0, 1, mass)
+    lse = torch.where(mass == 0, -torch.inf, best + some.log())
+    return out.mul_((1 / (some * unit)).float()[:, None]), lse
+
+
+def attention_backward(
+    grad_out: Tensor,  # [N, Dv]
+    grad_lse: Tensor,  # [N]
+    out: Tensor,
+    lse: Tensor,
+    values: Tensor,
+    p: PairInputs,
+    positives: bool,
+    need_values: bool,
+    needs: PairNeeds,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of values, x, y, scale, x_bias and y_bias, each None where not needed."""
+    p, kind = attending(p, positives)
+    s = sweep(p, gradient=True)
+    unit, gain = weight_unit(p), attention_gain(p, grad_out, grad_lse)
+    # rounded as the products round it, so that G sums to zero over a row
+    rounded = (grad_out * gain).to(low_dtype(values.dtype, s.precision))
+    shift = (grad_lse * gain - (rounded.float() * out).sum(1)).float()
+    base, grad_low = weight_base(lse), rounded.to(s.low)
+    dvalues = None
+    if need_values:
+        dvalues = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+        dvalues = ColumnSums(dvalues if s.n else dvalues.zero_(), s.n, 1 / (gain * unit))
+    want = any(needs)
+    low = () if s.wide else (s.low,) * (need_values + want)
+    gradients = s.gradients(possible(needs, p), 1 / gain)
+    with library_tf32(p.precision == "tf32"):
+        for block, made in tiles(s, *(torch.float32,) * (1 + want), *low):
+            tile, into = made[0], made[1] if want else None
+            # the weights take the place of the scores, G that of the other product
+            weights, ds = made[-1 - want] if need_values else None, made[-1] if want else None
+            s.scores(block, tile)
+            top, stop, first, end = block
+            if want:
+                of_values = values[first:end].to(rounded.dtype).T
+                product(rounded[top:stop], of_values, s.precision, out=cut(into, block))
+            s.launch(
+                "pair_attention_gradients",
+                tile,
+                block,
+                kind=kind,
+                base=base,
+                shift=shift,
+                into=into,
+                weights=weights,
+                ds=ds,
+                low_stride=made[-1].stride(0),
+                unit=unit,
+                type=cuda_launch.ELEMENTS[s.low],
+            )
+            if dvalues is not None:
+                dvalues.add(block, cut(weights, block), grad_low)
+            if want:
+                gradients.add(block, cut(ds, block))
+    return (None if dvalues is None else dvalues.out, *gradients.results())

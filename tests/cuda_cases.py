@@ -1,0 +1,418 @@
+"""Small ragged calls of every CUDA kernel, forward and backward, against float64.
+
+They run three ways: as the host build (test_cuda_cases.py, also with sanitizers), as PTX in the
+emulator (test_cuda_ptx.py), and on sources with planted faults (test_cuda_mutants.py). Each is a
+call of a backend's own functions, so that it takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton_oracle as oracle
+from torch import Tensor
+from triton_oracle import DTYPE_STEP
+
+from fused_losses import backends
+from fused_losses.distance_matrix import FLAT, PRODUCTS, distance_matrix
+from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.pair_inputs import PairNeeds, Rule
+from fused_losses.row_rules import RULES, TRIPLETS, Block
+from fused_losses.row_update import adamw_rows_, sgd_rows_
+from fused_losses.selection import TopkInputs, quantize_rows, select
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class CudaCase(NamedTuple):
+    name: str
+    source: str  # the .cu that it is about
+    check: Callable[[], None]
+
+
+def near(got: Tensor, want: Tensor, step: float, what: str) -> None:
+    """Error against the largest value; infinite and NaN where the truth is."""
+    assert got.shape == want.shape, what
+    got, want = got.detach().double(), want.detach().double()
+    finite = want.isfinite()
+    assert torch.equal(got.nan_to_num(0)[~finite], want.nan_to_num(0)[~finite]), what
+    assert torch.equal(got.isnan(), want.isnan()), what
+    if finite.any():
+        error = float((got - want)[finite].abs().max() / want[finite].abs().max().clamp_min(1e-3))
+        assert error <= step, f"{what}: error {error:.3g}, allowed {step:.3g}"
+
+
+# ---- row statistics ----------------------------------------------------------------------------
+
+EVERYTHING = dict(weighted=True, bias=True, column_weight=True, no_target=0.2)
+
+
+def rows(case: oracle.Case) -> Callable[[], None]:
+    def check() -> None:
+        backend = backends.module("cuda")
+        data = oracle.call(case)
+        args, grads = data["args"], data["grads"]
+        out = backend.forward(Inputs(**args))
+        step = 2**-8 if case.precision == "bf16" else 2**-20
+        names = ("lse", "target", "weighted_sum", "hardest", "hardest_score")
+        for name, got, want in zip(names, out, oracle.truth(args), strict=True):
+            if name == "hardest":
+                assert case.precision != "fp32" or torch.equal(got, want)
+            elif name != "weighted_sum" or case.weighted:
+                near(got, want, step, name)
+        needs = Needs(True, True, case.bias)
+        found = backend.backward(Inputs(**args), out[0], RowGradients(*grads), needs)
+        step = 2**-6 if case.precision == "bf16" else 16 * DTYPE_STEP[case.dtype]
+        want = oracle.gradients(args, grads, torch.float64)
+        for name, got, w in zip(("dx", "dweight", "dbias"), found, want, strict=True):
+            if w is not None:
+                near(got, w, max(step, 2**-18), name)
+
+    return check
+
+
+# more than one tile each way where the host's tiles are small, both ragged
+ROWS = [
+    oracle.Case(n=70, c=303, d=24, **EVERYTHING, name="everything"),
+    oracle.Case(n=9, c=48, d=27, normalize=False, bias=True, name="linear-unaligned"),
+    oracle.Case(n=9, c=45, d=27, classes=31, no_target=0.3, name="classes-unaligned"),
+    oracle.Case(n=9, c=70, d=40, dtype=BF16, classes=50, **EVERYTHING, name="classes-bf16"),
+    oracle.Case(n=9, c=70, d=27, dtype=BF16, classes=41, name="unaligned-bf16"),
+    oracle.Case(n=9, c=45, d=40, dtype=FP16, classes=40, **EVERYTHING, name="classes-fp16"),
+    oracle.Case(n=9, c=45, d=27, dtype=FP16, classes=41, name="unaligned-fp16"),
+    oracle.Case(n=9, c=45, d=44, precision="bf16", bias=True, name="rounded"),
+]
+
+# ---- pairs -------------------------------------------------------------------------------------
+
+
+def pairs(case: object) -> Callable[[], None]:
+    def check() -> None:
+        import triton_pair_cases as cases
+
+        backend, truth = backends.module("cuda_pairs"), cases.truth
+        p, values = cases.inputs(case)
+        exact = cases.leaves_of(p, torch.float64)[0]
+        needs = PairNeeds(True, not case.triangle, True, p.x_bias is not None, p.y_bias is not None)
+        low = BF16 if case.precision == "bf16" else case.dtype
+        step = {FP32: 2**-21, BF16: 2**-8, FP16: 2**-11}[low]
+        if case.values:
+            got = backend.attention(values, p, case.positives)
+            want = truth.attention(values.double(), exact, case.positives)
+        else:
+            got = backend.statistics(p, case.reduction, case.cols)
+            want = truth.statistics(exact, case.reduction, case.cols)
+        want = [t.detach() for t in want]
+        exact_sums = case.precision != "bf16" and not case.values
+        for a, b in zip(got, want, strict=True):
+            cases.close(a, b, None, 2**-20 if exact_sums else step, "forward")
+        g = torch.Generator().manual_seed(1)
+        grads = [torch.randn(t.shape, generator=g, dtype=torch.float64).float() for t in want]
+        if case.values:
+            options = (*grads, *got, values, p, case.positives, True, needs)
+            found = backend.attention_backward(*options)
+        else:
+            grads = [t[:2].double() for t in grads]
+            options = (*grads, *got, p, case.reduction, case.cols, needs)
+            found = backend.statistics_backward(*options)
+        grads = [t.double() for t in grads]
+        _, want = cases.gradients(case, p, values, grads, torch.float64)
+        _, eager = cases.gradients(case, p, values, grads, low)
+        for a, b, e in zip(found, want, eager, strict=True):
+            if b is not None:
+                cases.close(a, b, e, step, "gradient")
+
+    return check
+
+
+MANY = dict(labels=5, biases=True, ids=30, groups=3, windows=True, cols=True, exclude=2)
+CIRCLE = dict(positive=Rule(-1.0, 0.5, 9.0), negative=Rule(1.0, -0.2, 3.0))
+
+
+def pair_cases() -> list[CudaCase]:
+    from triton_pair_cases import Case
+
+    found = [
+        Case(n=70, m=90, d=24, **MANY, name="everything"),
+        Case(n=21, m=35, d=24, dtype=BF16, **MANY, name="everything-bf16"),
+        Case(n=35, d=24, dtype=FP16, triangle=True, labels=7, biases=True, name="triangle-fp16"),
+        Case(
+            n=21,
+            m=35,
+            d=27,
+            root=True,
+            labels=4,
+            reduction="softplus",
+            cols=True,
+            **CIRCLE,
+            name="root",
+        ),
+        Case(n=21, m=35, d=24, reduction="relu", cols=True, skip_self=True, name="relu"),
+        Case(n=21, m=35, d=24, precision="bf16", labels=3, name="rounded"),
+        Case(n=21, m=35, d=24, values=24, biases=True, name="attention"),
+        Case(
+            n=21, m=35, d=24, dtype=BF16, values=17, labels=3, positives=True, name="attention-bf16"
+        ),
+        Case(n=21, m=35, d=24, dtype=FP16, values=24, name="attention-fp16"),
+    ]
+    return [CudaCase(f"pairs-{c.name}", "pairs", pairs(c)) for c in found]
+
+
+# ---- late interaction --------------------------------------------------------------------------
+
+
+@contextmanager
+def changed(backend: object, **values: int) -> Iterator[None]:
+    """The module with other sizes of its tiles."""
+    before = {name: getattr(backend, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(backend, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(backend, name, value)
+
+
+def maxsim(case: object, **sizes: int) -> Callable[[], None]:
+    def check() -> None:
+        import triton_maxsim_cases as cases
+
+        backend = backends.module("cuda_maxsim")
+        texts = cases.inputs(case)
+        with changed(backend, **sizes):
+            scores, index = backend.forward(*texts, case.precision)
+        cases.check_forward(case, scores, index, *texts)
+        grad = torch.randn(scores.shape)
+        found = backend.backward(grad, index, *texts, True, True)
+        for a, b in zip(found, cases.backward_truth(case, grad, index, *texts[:2]), strict=True):
+            cases.close(a, b, cases.BACKWARD[case.dtype], "gradient")
+
+    return check
+
+
+def maxsim_cases() -> list[CudaCase]:
+    from triton_maxsim_cases import Case
+
+    few = [
+        Case((3, 2), (5, 0, 19), d, dtype)
+        for d, dtype in ((40, FP32), (43, FP32), (40, BF16), (43, BF16), (40, FP16), (43, FP16))
+    ]
+    found = [CudaCase(f"maxsim-{str(c.dtype)[6:]}-{c.d}", "maxsim", maxsim(c)) for c in few]
+    # documents that begin in one tile and end in another, or a third
+    ragged = maxsim(Case((3, 0, 15), (5, 0, 70, 1, 40, 150, 3), 24), HOST_BYTES=4 * 18 * 64)
+    many = maxsim(Case((300, 290), (5, 40), 3))
+    return [
+        *found,
+        CudaCase("maxsim-tiles", "maxsim", ragged),
+        CudaCase("maxsim-many-queries", "maxsim", many),
+    ]
+
+
+# ---- distances ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Distances:
+    kind: str
+    dtype: torch.dtype = FP32
+    d: int = 27
+    weighted: bool = False
+    p: float = 2.0
+    n: int = 21
+    m: int = 37
+
+    @property
+    def name(self) -> str:
+        size = f"{self.n}x{self.m}x{self.d}"
+        return f"{self.kind}-{str(self.dtype)[6:]}-{size}-{self.p:g}{'-w' * self.weighted}"
+
+    def run(self, dtype: torch.dtype, backend: str) -> tuple[Tensor, list[Tensor]]:
+        """The distances and their gradients, of rows rounded to the case's dtype."""
+        n, m, d = self.n, self.m, self.d
+        g = torch.Generator().manual_seed(3)
+        x, y = torch.randn(n, d, generator=g), torch.randn(m, d, generator=g)
+        flat = self.kind in FLAT
+        if flat:
+            x, y = (x > 0.3).float(), (y > 0.3).float()
+        if self.kind in ("jensenshannon", "kl"):
+            x, y = x.softmax(1), y.softmax(1)
+        y[:5] = x[:5]
+        given = [x.to(self.dtype), y.to(self.dtype)]
+        if self.weighted:
+            given.append(torch.rand((m, d) if self.kind == "scaled" else (d,), generator=g))
+        if self.dtype != torch.bool:
+            given = [t.double() if dtype == torch.float64 else t for t in given]
+        if not flat:
+            given = [t.requires_grad_() for t in given]
+        out = distance_matrix(*given, kind=self.kind, p=self.p, backend=backend)
+        grad = torch.randn(n, m, generator=g).to(out.dtype)
+        return out, [] if flat else list(torch.autograd.grad(out, given, grad))
+
+    def check(self) -> None:
+        got, found = self.run(self.dtype, "cuda")
+        want, exact = self.run(torch.float64, "reference")
+        near(got, want, 2**-18, "forward")
+        for a, b in zip(found, exact, strict=True):
+            near(a, b, max(2**-16, 4 * DTYPE_STEP[a.dtype]), "gradient")
+
+
+BOOL = torch.bool
+DISTANCES = [
+    *(Distances(kind) for kind in (*PRODUCTS, "chebyshev", "braycurtis", "jensenshannon", "kl")),
+    Distances("cityblock", n=67, m=70, d=7),
+    Distances("euclidean", n=67, m=70, d=7),
+    *(Distances("minkowski", p=p) for p in (1.5, 3.0, 4.0)),
+    *(Distances("canberra", d=40, weighted=w) for w in (False, True)),
+    *(Distances("scaled", t, 40, weighted=True) for t in (FP32, BF16)),
+    *(Distances(kind, BF16, 40) for kind in ("sqeuclidean", "cityblock")),
+    *(Distances(kind, FP16, 40) for kind in ("euclidean", "chebyshev")),
+    Distances("hamming"),
+    Distances("jaccard", BF16, 40, weighted=True),
+    Distances("hamming", FP16, 40, weighted=True),
+    *(Distances(kind, BOOL, 75, weighted=w) for kind in FLAT for w in (False, True)),
+]
+
+# ---- the k best --------------------------------------------------------------------------------
+
+
+def topk(
+    n: int = 21,
+    m: int = 150,
+    d: int = 24,
+    dtype: torch.dtype = FP32,
+    y_dtype: torch.dtype | None = None,
+    many: bool = False,
+    equal: bool = False,
+    codes: bool = False,
+    bank: bool = False,
+    **options: object,
+) -> Callable[[], None]:
+    def check() -> None:
+        g = torch.Generator().manual_seed(5)
+        x, y = torch.randn(n, d, generator=g), torch.randn(m, d, generator=g)
+        if equal:
+            y = y[:7].repeat(m // 7 + 1, 1)[:m]  # more ties than a screen can tell apart
+        call = dict(x=x.to(dtype), y=y.to(y_dtype or dtype))
+        if codes or bank:
+            q = quantize_rows(y)
+            if bank:
+                call |= dict(y=q.codes, y_scale=q.scale)
+            else:
+                call |= dict(codes=q.codes, codes_scale=q.scale, codes_error=q.error)
+        if many:
+            integers = lambda size, high: torch.randint(high, (size,), generator=g).int()
+            call |= dict(x_labels=integers(n, 4), y_labels=integers(m, 4))
+            call |= dict(x_ids=integers(n, 30), y_ids=integers(m, 30))
+            call |= dict(exclude=torch.randint(-1, m, (n, 3), generator=g).int())
+        inputs = TopkInputs(**call, **options)
+        keys, index = select(inputs, "cuda")
+        want = select(inputs, "reference")
+        assert torch.equal(index, want[1])
+        near(keys, want[0], 1e-12, "keys")
+
+    return check
+
+
+TOPK = {
+    "one": topk(k=1),
+    "five-bf16": topk(k=5, dtype=BF16, kind="cosine"),
+    "five-fp16": topk(k=5, dtype=FP16, d=27, kind="sqeuclidean", largest=False),
+    "everything": topk(k=7, many=True, match="same", skip_self=True),
+    "different": topk(k=1, many=True, match="different", kind="sqeuclidean", largest=False),
+    "ties": topk(k=9, equal=True),
+    "ties-bf16": topk(k=9, equal=True, dtype=BF16, d=27),
+    "ties-fp16": topk(k=9, equal=True, dtype=FP16, kind="cosine"),
+    "codes": topk(k=5, codes=True),
+    "bank": topk(k=5, bank=True),
+    "bank-ties": topk(k=9, bank=True, equal=True),
+    "bank-unaligned": topk(k=5, bank=True, d=27, kind="cosine"),
+    "bank-of-doubles": topk(k=5, y_dtype=torch.float64, d=27, kind="sqeuclidean"),
+    "doubles-ties": topk(k=9, y_dtype=torch.float64, kind="cosine", equal=True),
+    "many": topk(k=140, m=200),
+    "stored": topk(n=2, k=180, m=280, d=7, kind="sqeuclidean"),
+    "splits": topk(n=2, k=3, m=4200, d=5, equal=True),
+}
+
+# ---- triplets ----------------------------------------------------------------------------------
+
+
+def triplets(kind: str, n: int, m: int, positives: float = 0.3, nan: bool = False) -> Callable:
+    def check() -> None:
+        g = torch.Generator().manual_seed(7)
+        score = torch.randn(n, m, generator=g).mul(8).round().div(8)  # with ties
+        drawn = torch.rand(n, m, generator=g)
+        positive, negative = drawn < positives, drawn > 1 - 0.9 * (1 - positives)
+        if nan:
+            score[n // 2, positive[n // 2].nonzero()[0]] = torch.nan
+        rule = RULES["triplets"]
+        params = [0.25, float(TRIPLETS.index(kind)), 0.0]
+        block = Block(score, positive, negative, None, params)
+        got = rule.on("cuda").forward(block)
+        leaf = score.double().requires_grad_()
+        want = rule.formula(block._replace(score=leaf))
+        some = ~want[:, 0].isnan()
+        near(got[:, 0], want[:, 0], 1e-6, "sums")
+        near(got[some], want[some], 1e-6, "statistics")
+        grad = torch.randn(n, 2, generator=g)
+        found = rule.on("cuda").gradient(block, grad)[0]
+        (exact,) = torch.autograd.grad((want[:, 0] * grad[:, 0]).sum(), leaf)
+        near(found[some], exact[some], 1e-5, "slope")
+
+    return check
+
+
+TRIPLET_CASES = {
+    **{kind: triplets(kind, 5, 150) for kind in TRIPLETS[:3]},
+    "unaligned-nan": triplets("all", 5, 77, nan=True),
+    "parts": triplets("hard", 2, 1200, positives=0.9),
+    "parts-unaligned": triplets("all", 1, 1203, positives=0.9),
+}
+
+# ---- updates of rows ---------------------------------------------------------------------------
+
+
+def update(kind: str, dtype: torch.dtype, d: int, **options: float | Tensor) -> Callable[[], None]:
+    def check() -> None:
+        g = torch.Generator().manual_seed(9)
+        weight, grad = torch.randn(40, d, generator=g), torch.randn(13, d, generator=g)
+        states = [torch.rand(40, d, generator=g) for _ in range(2)]
+        rows = torch.randperm(40, generator=g)[:13]
+        if kind == "sgd":
+            step, states = sgd_rows_, states[:1] if options.get("momentum") else []
+        else:
+            step = adamw_rows_
+        results = []
+        for backend in ("cuda", "reference"):
+            given = [weight.to(dtype, copy=True), *(s.clone() for s in states)]
+            more = dict(lr=0.1) | options
+            step(given[0], rows, grad.to(dtype), *given[1:], backend=backend, **more)
+            results.append(given)
+        for got, want in zip(*results, strict=True):
+            near(got, want, max(1e-6, 2 * DTYPE_STEP[got.dtype]), kind)
+
+    return check
+
+
+UPDATES = {
+    "sgd": update("sgd", FP32, 24, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "sgd-bf16": update("sgd", BF16, 40, momentum=0.9, dampening=0.2),
+    "sgd-unaligned": update("sgd", FP16, 27, maximize=True),
+    "adamw": update("adamw", FP32, 24, step=torch.tensor(3.0), lr=torch.tensor(0.01)),
+    "adamw-bf16": update("adamw", BF16, 40, step=1, weight_decay=0.1),
+    "adamw-unaligned": update("adamw", FP16, 27, step=100, maximize=True),
+}
+
+CASES: list[CudaCase] = [
+    *(CudaCase(f"rows-{c.name}", "row_statistics", rows(c)) for c in ROWS),
+    *pair_cases(),
+    *maxsim_cases(),
+    *(CudaCase(c.name, "distances", c.check) for c in DISTANCES),
+    *(CudaCase(f"topk-{name}", "topk", check) for name, check in TOPK.items()),
+    *(CudaCase(f"triplets-{name}", "triplets", check) for name, check in TRIPLET_CASES.items()),
+    *(CudaCase(name, "row_update", check) for name, check in UPDATES.items()),
+]

@@ -1,0 +1,251 @@
+"""Closed forms of the Triton kernels against what the interpreter loads, stores and multiplies."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime.interpreter import InterpreterBuilder
+
+from fused_losses.backends import (
+    triton,
+    triton_distances,
+    triton_launch,
+    triton_maxsim,
+    triton_pairs,
+    triton_topk,
+)
+from fused_losses.bench.traffic import triton_work
+from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.pair_inputs import PairInputs, PairNeeds, Rule
+
+Counts = dict[str, list[int]]  # kernel -> bytes loaded, bytes stored, FLOPs of products
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], tuple]:
+    """Runs a call; what its kernels did, and what the closed forms say."""
+    now = [0, 0, 0]
+
+    def hook(name: str, count: Callable[..., None]) -> None:
+        plain = getattr(InterpreterBuilder, name)
+
+        def counting(self: Any, *args: Any) -> Any:
+            count(*args)
+            return plain(self, *args)
+
+        monkeypatch.setattr(InterpreterBuilder, name, counting)
+
+    def add(at: int) -> Callable[..., None]:
+        def count(pointers: Any, *rest: Any) -> None:
+            mask = rest[0] if at == 0 else rest[1]
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            now[at] += size * int(np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape)))
+
+        return count
+
+    def products(a: Any, b: Any, *rest: Any) -> None:
+        now[2] += 2 * a.data.size * b.data.shape[-1]
+
+    hook("create_masked_load", add(0))
+    hook("create_masked_store", add(1))
+    hook("create_dot", products)
+
+    def run(call: Callable[[], Any]) -> tuple[Counts, Counts]:
+        seen: Counts = defaultdict(lambda: [0, 0, 0])
+        said: Counts = defaultdict(lambda: [0, 0, 0])
+        launch = triton_launch.launch
+
+        def counting(kernel: Any, programs: int, args: tuple, constants: dict, tile: Any) -> None:
+            work = triton_work(kernel, programs, args, constants)
+            now[:] = 0, 0, 0
+            launch(kernel, programs, args, constants, tile)
+            for i, v in enumerate((work.moved(False), work.moved(True), work.flops)):
+                said[work.name][i] += v
+                seen[work.name][i] += now[i]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_launch, "launch", counting)
+            call()
+        return dict(seen), dict(said)
+
+    return run
+
+
+def same(counts: tuple[Counts, Counts], wanted: set[str], slack: float = 0.0) -> None:
+    seen, said = counts
+    assert wanted <= {name.split(".")[1] for name in seen}
+    for name, got in seen.items():
+        for what, g, s in zip(("loads", "stores", "products"), got, said[name], strict=True):
+            assert abs(g - s) <= slack * g, (name, what, g, s)
+
+
+def rows(n: int, c: int, d: int, dtype: torch.dtype, processors: int = 10**6, **more: Any) -> Any:
+    g = torch.Generator().manual_seed(0)
+    weighted, extra = more.get("weighted", False), more.get("extra", False)
+    ids = (
+        torch.randperm(c, generator=g)[: more["classes"]].sort().values
+        if "classes" in more
+        else None
+    )
+    pool = torch.arange(c) if ids is None else ids
+    inputs = Inputs(
+        torch.randn(n, d, generator=g).to(dtype),
+        torch.randn(c, d, generator=g).to(dtype),
+        pool[torch.randint(len(pool), (n,), generator=g)],
+        ids,
+        torch.randn(c, generator=g).to(dtype) if extra else None,
+        torch.rand(c, generator=g) if extra else None,
+        more.get("normalize", True),
+        weighted,
+    )
+
+    def call() -> None:
+        saved = triton_launch.processors
+        triton_launch.processors = lambda device: processors
+        try:
+            lse = triton.forward(inputs)[0]
+            grads = torch.randn(n), torch.randn(n), torch.randn(n) if weighted else None
+            triton.backward(inputs, lse, RowGradients(*grads), Needs(True, True, extra))
+        finally:
+            triton_launch.processors = saved
+
+    return call
+
+
+STORED = {"forward_tiles", "forward_rows", "gradient_tiles"}
+OWNED = {"forward_tiles", "forward_rows", "owner_rows", "owner_classes"}
+ROWS = {
+    "float32": (rows(37, 53, 24, torch.float32), STORED | {"finish_weight", "inverse_norms"}),
+    "linear": (rows(40, 90, 40, torch.bfloat16, normalize=False), STORED),
+    "everything": (
+        rows(33, 101, 32, torch.float16, classes=67, extra=True, weighted=True),
+        STORED | {"finish_weight"},
+    ),
+    "owners": (rows(33, 101, 32, torch.bfloat16, processors=0), OWNED - {"forward_tiles"}),
+    "owners of everything": (
+        rows(33, 101, 24, torch.float16, 0, classes=67, extra=True, weighted=True),
+        OWNED,
+    ),
+    "resident": (rows(60, 203, 64, torch.bfloat16, processors=6), {"forward_resident"}),
+    "resident classes": (
+        rows(64, 203, 48, torch.float16, processors=6, classes=77, normalize=False),
+        {"forward_resident"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_statistics(name: str, counted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, kernels = ROWS[name]
+    same(counted(call), kernels)
+    monkeypatch.setattr(triton, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(triton, "MAX_CHUNK", 64)
+    same(counted(call), kernels | {"merge_tiles"})
+
+
+def pairs(n: int, m: int, d: int, dtype: torch.dtype, **more: Any) -> Any:
+    g = torch.Generator().manual_seed(0)
+    labels, ids = more.get("labels", True), more.get("ids", False)
+
+    def integers(count: int, wanted: bool) -> Any:
+        return torch.randint(5, (count,), generator=g, dtype=torch.int32) if wanted else None
+
+    p = PairInputs(
+        torch.randn(n, d, generator=g).to(dtype),
+        torch.randn(m, d, generator=g).to(dtype),
+        torch.tensor(0.5, dtype=torch.float64),
+        x_labels=integers(n, labels),
+        y_labels=integers(m, labels),
+        x_ids=integers(n, ids),
+        y_ids=integers(m, ids),
+        positive=Rule(-1.5, 0.25),
+        negative=Rule(2.0, 0.75),
+    )
+    reduction, cols = more.get("reduction", "lse"), more.get("cols", True)
+
+    def call() -> None:
+        if "attention" in more:
+            values = torch.randn(m, more["attention"], generator=g).to(dtype)
+            out, lse = triton_pairs.attention(values, p, labels)
+            needs = PairNeeds(True, True, True, False, False)
+            grads = torch.randn(out.shape), torch.randn(lse.shape).double()
+            triton_pairs.attention_backward(*grads, out, lse, values, p, labels, True, needs)
+            return
+        r, c = triton_pairs.statistics(p, reduction, cols)
+        grads = torch.randn(2, 2, n).double(), torch.randn(2, 2, c.shape[-1]).double()
+        needs = PairNeeds(True, True, True, False, False)
+        triton_pairs.statistics_backward(*grads, r, c, p, reduction, cols, needs)
+
+    return call
+
+
+STATISTICS = {"statistics_tiles", "merge_tiles", "gradient_tiles"}
+PAIRS = {
+    "two sides": (pairs(37, 53, 24, torch.float32), STATISTICS),
+    "rows": (pairs(40, 70, 32, torch.bfloat16, labels=False, cols=False), STATISTICS),
+    "sigmoid": (pairs(33, 67, 40, torch.float16, reduction="softplus", cols=False), STATISTICS),
+    "ids": (pairs(33, 67, 16, torch.bfloat16, ids=True), STATISTICS),
+    "attention": (
+        pairs(37, 53, 24, torch.float32, attention=16, labels=False),
+        {"attention_tiles"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name: str, counted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, kernels = PAIRS[name]
+    same(counted(call), kernels)
+    monkeypatch.setattr(triton_pairs, "PARTIAL_BYTES", 16 * 2 * 100)
+    same(counted(call), kernels)
+
+
+@pytest.mark.parametrize("keep, dtype", ((5, torch.bfloat16), (140, torch.float32)))
+def test_topk(keep: int, dtype: torch.dtype, counted: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 40, generator=g).to(dtype) for n in (20, 150))
+    labels = [torch.randint(3, (n,), generator=g, dtype=torch.int32) for n in (20, 150)]
+    a, m = torch.randn(150, generator=g), torch.rand(150, generator=g)
+    more = (None, None, None, False, "fp32")
+
+    def call() -> None:
+        triton_topk.screen(x, y, a, m, keep, *labels, "different", *more)
+        triton_topk.screen(x, y, a, None, keep, None, None, "any", *more)
+
+    same(counted(call), {"best_columns" if keep <= 128 else "key_tiles"})
+
+
+@pytest.mark.parametrize("kind", ("dot", "euclidean"))
+@pytest.mark.parametrize("shape", ((37, 53, 24), (20, 40, 48)))
+def test_distances(kind: str, shape: tuple[int, ...], counted: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    n, m, d = shape
+    x, y = (torch.randn(rows, d, generator=g) for rows in (n, m))
+
+    def call() -> None:
+        out = triton_distances.forward(x, y, None, kind, 2.0, "fp32")
+        triton_distances.backward(
+            torch.randn(n, m), out, x, y, None, kind, 2.0, "fp32", True, True, False
+        )
+
+    same(counted(call), {"distance_tiles", "product_gradients"})
+
+
+@pytest.mark.parametrize("d", (16, 160))
+def test_maxsim(d: int, counted: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    queries, documents = torch.randn(3 * 11, d, generator=g), torch.randn(4 * 19, d, generator=g)
+    offsets = torch.arange(4) * 11, torch.arange(5) * 19
+
+    def call() -> None:
+        scores, index = triton_maxsim.forward(queries, documents, *offsets, "fp32")
+        triton_maxsim.backward(
+            torch.randn(scores.shape), index, queries, documents, *offsets, True, True
+        )
+
+    same(counted(call), {"token_maxima", "token_sums", "query_gradients", "document_gradients"})

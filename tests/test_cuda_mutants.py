@@ -1,0 +1,71 @@
+"""Faults planted in the project's own CUDA kernels: a case notices each, or it changes nothing.
+
+A barrier less, an index one further, <= in the place of <: every one that `cuda_mutants.plant`
+finds in a source. The harness must see them, and the cases must reach them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import cuda_mutants
+import pytest
+
+pytest.importorskip("triton")
+
+# faults that change no result: their kind, the line, and why
+EQUIVALENT = {
+    "triplets": [
+        ("<=", "if (kind != Triplet::kAll && run.from < n) {", "from = n: empty either way"),
+        ("<=", "part == 0 || part < positives;", "a part without positives adds nothing"),
+        ("<=", "tile = tile_of_next; tile < row.columns;", "each column is tested of its own"),
+        ("<=", "tile = 0; tile < row.columns;", "each column is tested of its own"),
+        ("<=", "tile = 0; broken && tile < row.columns;", "each column is tested of its own"),
+        ("<=", "k < n; k += blockDim.x) s.count[k] = 0;", "nobody reads the count behind the last"),
+        ("<=", "if (run.to < n) atomicAdd(&s.count[run.to], -1);", "nor adds it up"),
+        ("<=", "for (int k = from; k < to; ++k) {", "what the next thread writes there, too"),
+        ("<=", "!(c.score[u] < INFINITY)", "an infinite negative violates nothing"),
+        ("no barrier", "__syncthreads();", "the row's last: the sums before it have their own"),
+    ],
+    "row_statistics": [
+        ("<=", "for (int64_t start = 0; start < a.length;", "each pack is tested of its own"),
+        ("<=", "i < kStep && j + i < a.length; i += kFour", "the pack is not stored"),
+        ("<=", "if (j < a.length) st_pack(out + j, to);", "what follows the columns is not read"),
+    ],
+    "maxsim": [
+        ("<=", "(same && where < at)", "equal places are the same"),
+        ("<=", "for (int64_t e0 = 0; e0 < a.d;", "each coordinate is tested of its own"),
+        ("<=", "for (int64_t t0 = 0; t0 < a.query_tokens;", "each token is tested of its own"),
+        ("<=", "k0 < kStaged && t0 + k0 < a.query_tokens;", "each token is tested of its own"),
+        ("no barrier", "__syncwarp();", "the shuffles make the host wait, but do not order memory"),
+        ("no barrier", "__syncwarp();", "as above: the emulator of PTX takes these for races"),
+    ],
+    "row_update": [
+        ("<=", "lanes < kWarp && lanes * N < width", "a row on more lanes than it needs"),
+        ("<=", "first < a.count; first += step", "each row is tested of its own"),
+    ],
+}
+
+
+@pytest.mark.parametrize("source", EQUIVALENT)
+def test_planted_faults_are_noticed(source: str, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, cuda_mutants.__file__, source, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["planted"] > 10
+    allowed = Counter((kind, text) for kind, text, _ in EQUIVALENT[source])
+    left = []
+    for fault in found["unnoticed"]:
+        fitting = [k for k in allowed if k[0] == fault["kind"] and k[1] in fault["text"]]
+        if fitting and allowed[fitting[0]] > 0:
+            allowed[fitting[0]] -= 1
+        else:
+            left.append(fault)
+    assert not left, left

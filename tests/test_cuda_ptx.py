@@ -1,0 +1,71 @@
+"""Every CUDA kernel as nvcc's PTX for sm_80 and sm_90, executed on the CPU, against float64.
+
+The emulator lies beside the project (../shared/ptxsim) and is not part of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import cuda_ptx
+import pytest
+from conftest import require
+
+pytest.importorskip("triton")
+if os.environ.get("FUSED_LOSSES_CUDA_ON_HOST") != "1":
+    pytest.skip("FUSED_LOSSES_CUDA_ON_HOST=1 runs the CUDA kernels", allow_module_level=True)
+cuda_ptx.require()
+
+import cuda_harness  # noqa: E402
+from cuda_cases import CASES  # noqa: E402
+
+ARCHITECTURES = ("sm_80", "sm_90")
+SOURCES = tuple(sorted((cuda_ptx.CSRC / "cuda").glob("*.cu")))
+# a shuffle that reads a lane out of its own mask is undefined; the emulator gives its value
+NOT_SEEN = {"foreign lane"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cases in one test: at the end every kernel must have run, and most of each."""
+    require("cuda")
+    monkeypatch.setenv("FUSED_LOSSES_CUDA_PROCESSORS", "1")
+    failed = {}
+    with cuda_ptx.executing(SOURCES, arch, tmp_path) as ran:
+        for case in CASES:
+            ran.errors.clear()
+            try:
+                case.check()
+            except Exception as error:
+                failed[case.name] = str(ran.errors[0] if ran.errors else error)
+    assert not failed, "\n".join(f"{name}: {why}" for name, why in failed.items())
+    little = {name: part for name, part in ran.coverage().items() if part < 0.2}
+    assert not little, little
+
+
+@pytest.fixture
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The library of the kernels with faults in the place of the project's."""
+    out = tmp_path / "libharness.so"
+    cuda_harness.build(cuda_harness.KERNELS, out)
+    monkeypatch.setenv("FUSED_LOSSES_CUDA_LIBRARY", str(out))
+    cuda_harness.forget()
+    yield tmp_path
+    cuda_harness.forget()
+
+
+def test_planted_faults_show(harness: Path) -> None:
+    """The driver and the emulator notice what the host build does, and pass what is right."""
+    unseen = []
+    with cuda_ptx.executing((cuda_harness.KERNELS,), "sm_80", harness) as ran:
+        for kernel in cuda_harness.KERNELS_TABLE:
+            for fault in ("none", *kernel.faults):
+                ran.errors.clear()
+                shown = kernel.run(fault)
+                if fault == "none":
+                    assert shown == "", (kernel.name, ran.errors)
+                elif not shown and fault not in NOT_SEEN:
+                    unseen.append((kernel.name, fault))
+    assert not unseen

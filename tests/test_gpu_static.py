@@ -1,0 +1,328 @@
+"""The gate of `make gpu-static` on a selection of kernels and targets, and what it must catch.
+
+No GPU is needed: the host code runs on tensors without data, each distinct kernel that it launches
+is compiled, and the machine code is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fused_losses.backends import (
+    cuda_launch,
+    triton_distances,
+    triton_launch,
+    triton_maxsim,
+    triton_pair_tiles,
+    triton_tiles,
+    triton_topk,
+)
+from tools.gpu_static import cuda_library, machine_code, page, rules, sweep
+from tools.gpu_static.calls import CALLS, compilations
+from tools.gpu_static.machine_code import Figures
+from tools.gpu_static.record import AMD, NVIDIA, Compilation, launches
+
+pytest.importorskip("triton")
+if triton_launch.interpreted():
+    pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
+
+TABLE_ROWS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@pytest.fixture(scope="module")
+def found() -> page.Found:
+    return sweep.sweep(NVIDIA + AMD, tested=True)
+
+
+@pytest.mark.parametrize("arch", NVIDIA + AMD)
+def test_triton_kernels(found: page.Found, arch: str) -> None:
+    mine = [(call, f) for call, f in found if f.arch == arch]
+    assert mine and page.findings(mine, []) == []
+
+
+def test_cuda_kernels() -> None:
+    library = cuda_launch.FOLDER / cuda_launch.ON_DEVICE
+    if not library.is_file():
+        pytest.skip("the CUDA C++ kernels are not built: no nvcc")
+    kernels = cuda_library.sweep(library)
+    assert {f.arch for f in kernels} == set(NVIDIA)
+    assert page.findings([], kernels) == []
+
+
+# ---- that the calls are all there is -------------------------------------------------------------
+
+
+def test_every_kernel_is_compiled() -> None:
+    from triton.runtime.jit import JITFunction
+
+    folder = Path(triton_launch.__file__).parent
+    entries = set()
+    for file in folder.glob("triton_*.py"):
+        module = importlib.import_module(f"fused_losses.backends.{file.stem}")
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction) and "tl.program_id(0)" in value.src:
+                entries.add(name)
+    assert {key.name for key in compilations("sm_90")} == entries
+
+
+class Taken(dict):
+    """A tile table that notes what is taken from it."""
+
+    def __init__(self, table: dict) -> None:
+        super().__init__(table)
+        self.taken: set = set()
+
+    def __getitem__(self, key: Any) -> Any:
+        self.taken.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+
+# what `same` and `wide` fill in, and no call can ask for: (kernel, products)
+NEVER = {
+    # the screen of a top-k has no tf32
+    *(("best", "tf32"), ("best_uneven", "tf32"), ("keys", "tf32")),
+    # a backward of MaxSim multiplies in the precision of its rows
+    *((f"documents{kind}", p) for kind in ("", "_uneven") for p in ("tf32", "rounded")),
+}
+
+
+@pytest.mark.parametrize("row", TABLE_ROWS)
+def test_every_tile_is_taken(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that no call reaches would never be compiled."""
+    noted = []
+    for tables in (triton_tiles.TABLES, triton_pair_tiles.PAIR_TABLES):
+        noted.append(Taken(tables[row].tiles))
+        monkeypatch.setitem(tables, row, replace(tables[row], tiles=noted[-1]))
+    for module in (triton_topk, triton_distances, triton_maxsim):
+        noted.append(Taken(module.TILES[row]))
+        monkeypatch.setitem(module.TILES, row, noted[-1])
+    compilations(row)
+    left = {key for table in noted for key in set(table) - table.taken} - NEVER
+    # tf32 is refused on AMD
+    assert {key for key in left if row not in AMD or key[1] != "tf32"} == set()
+
+
+# ---- what decides nothing that is compiled -------------------------------------------------------
+
+
+def keys(name: str, arch: str, **changes: Any) -> list[Compilation]:
+    return launches(arch, CALLS[name].steps(**changes))
+
+
+@pytest.mark.parametrize("arch", TABLE_ROWS)
+@pytest.mark.parametrize(
+    "name, widths",
+    [
+        ("pairs everything", (64, 128, 768, 1024)),
+        ("pairs attention", (64, 128, 768, 1024)),
+        ("pairs fp32", (64, 128, 768, 1024)),
+        ("distances", (256, 768, 1024)),
+        ("topk", (256, 768, 1024)),
+    ],
+)
+def test_width_decides_nothing(name: str, widths: tuple[int, ...], arch: str) -> None:
+    """So that the machine code of one width stands for every one."""
+    want = keys(name, arch)
+    assert all(keys(name, arch, d=d) == want for d in widths)
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("row_statistics D512", dict(n=1000)),
+        ("pairs everything", dict(exclude=16)),
+        ("pairs everything", dict(reach=3.0, n=4100, m=9000)),
+        ("topk", dict(n=1000, m=70001, keep=100)),
+        ("distances", dict(n=1024, m=512)),
+        ("maxsim D128", dict(shape=(33, 17, 29, 301))),
+    ],
+)
+def test_sizes_decide_nothing(name: str, changes: dict[str, Any]) -> None:
+    """Another batch, margin schedule, k or list of exclusions does not compile anew."""
+    assert keys(name, "sm_90", **changes) == keys(name, "sm_90")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "row_statistics D512 everything",
+        "row_statistics D128 rounded",
+        "pairs everything",
+        "pairs triangle",
+        "pairs attention",
+        "distances",
+        "topk",
+        "topk stored fp32 D100",
+        "maxsim D128",
+        "maxsim D768",
+    ],
+)
+def test_offsets_are_64_bit(name: str) -> None:
+    """No offset of a row is a 32-bit product: those of tensors multiply in 64 bits only."""
+    for key in keys(name, "sm_90"):
+        text = machine_code.compiled("sm_90", key).asm["ttir"]
+        products = re.findall(r"arith\.muli .*?: (\S+)", text)
+        assert not [p for p in products if p.startswith("tensor") and p.endswith("xi32>")], key
+
+
+# ---- occupancy, and the peers' table -------------------------------------------------------------
+
+
+def test_occupancy_is_that_of_the_peers_table() -> None:
+    """Two tables that were made apart agree on how many blocks a multiprocessor holds."""
+    compared = 0
+    for peer in page.peers():
+        if "x" not in peer["tile"] or "CuTe" in peer["kernel"]:
+            continue
+        shared = round(float(peer["shared_kib"]) * rules.KIB)
+        numbers = (int(peer[k]) for k in ("warps", "registers"))
+        got = rules.occupancy(peer["arch"], *numbers, shared, int(peer["tensor_memory"]))
+        assert got == int(peer["blocks"]), peer
+        compared += 1
+    assert compared > 50
+
+
+def test_occupancy_by_hand() -> None:
+    # 128 registers: 4 warps a partition, two blocks of 8; 99 KiB leave room for one block
+    assert rules.occupancy("sm_80", 8, 128, 64 * rules.KIB) == 2
+    assert rules.occupancy("sm_86", 8, 128, 64 * rules.KIB) == 1
+    assert rules.occupancy("sm_120", 8, 64, 0) == 4  # 32 of 48 warps: 4 partitions of 8
+    assert rules.occupancy("sm_89", 4, 16, 0) == 12
+    assert rules.occupancy("sm_86", 8, 64, 100 * rules.KIB) == 0
+    assert rules.occupancy("sm_100", 4, 64, 0, 200) == 2  # 256 columns are given out
+
+
+def test_the_page_has_every_kernel() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "gpu_static.md").read_text()
+    assert "no fault" in text
+    for arch in NVIDIA + AMD:
+        for key in compilations(arch, tested=True):
+            assert f"| {key.name} |" in text, key.name
+
+
+# ---- planted faults ------------------------------------------------------------------------------
+
+ROWS = dict(a="*bf16", b="*bf16", out="*fp32", stride="i32", d="i32")
+WIDE_ROWS = ROWS | dict(a="*fp32", b="*fp32")
+THREE = dict(a="*bf16", b="*bf16", c="*bf16", out="*fp32", d="i32")
+VECTORS = dict(a="*fp32", out="*fp32")
+
+
+def tile(rows: int, columns: int, depth: int, mask: bool = False) -> dict[str, Any]:
+    return dict(BM=rows, BN=columns, BK=depth, PRECISION="ieee", MASK=mask)
+
+
+# target, kernel, types, constants, warps, stages, whether 16 divides the strides, what is said
+PLANTED = {
+    "sound": ("sm_90", "product", ROWS, tile(64, 64, 64), 4, 3, True, ()),
+    "sound and masked": ("sm_80", "product", ROWS, tile(64, 64, 64, True), 4, 3, True, ()),
+    "too many stages": ("sm_90", "product", ROWS, tile(128, 128, 64), 8, 9, True, ("shared",)),
+    "fits sm_80": ("sm_80", "product", ROWS, tile(128, 128, 64), 8, 5, True, ()),
+    "too many for sm_86": ("sm_86", "product", ROWS, tile(128, 128, 64), 8, 5, True, ("shared",)),
+    "scalar loads": ("sm_90", "product", ROWS, tile(64, 64, 64), 4, 3, False, ("loads of 2",)),
+    "scalar masked loads": (
+        *("sm_80", "product", ROWS, tile(64, 64, 64, True), 4, 3, False),
+        ("loads of 2",),
+    ),
+    "no tensor cores": (
+        *("sm_80", "product", WIDE_ROWS, tile(32, 32, 32), 4, 3, True),
+        ("without tensor cores",),
+    ),
+    "spills": ("sm_80", "wide", VECTORS, dict(BM=64, BN=128), 1, 1, True, ("spills",)),
+    "tensor memory": (
+        *("sm_100", "accumulators", THREE, dict(BM=128, BN=256, BK=32), 8, 2, True),
+        ("trap stub", "tensor memory", "without tensor cores"),
+    ),
+    "atomic sum": ("sm_90", "added", VECTORS, dict(BN=128), 4, 1, True, ("atomics",)),
+    "atomic sum on AMD": ("gfx942", "added", VECTORS, dict(BN=128), 4, 1, True, ("atomics",)),
+    "lock": ("sm_80", "locked", VECTORS | dict(lock="*i32"), dict(BN=128), 4, 1, True, ("CAS",)),
+    "does not compile": ("sm_80", "product", ROWS, tile(48, 64, 64), 4, 3, True, ("compile",)),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_fault(name: str) -> None:
+    arch, kernel, types, constants, warps, stages, whole, said = PLANTED[name]
+    signature = (*types.items(), *((constant, "constexpr") for constant in constants))
+    divided = [i for i, kind in enumerate(types.values()) if whole or kind.startswith("*")]
+    key = Compilation(
+        f"gpu_static_faults.{kernel}",
+        signature,
+        tuple(constants.items()),
+        tuple(divided),
+        warps,
+        stages,
+    )
+    found = rules.faults(machine_code.figures(arch, key))
+    assert bool(found) == bool(said), found
+    for words in said:
+        assert any(words in fault for fault in found), (words, found)
+
+
+CUDA_FAULTS = """
+extern "C" __global__ void __launch_bounds__(128) sound(const float4* x, float4* y, int* count) {
+  const float4 v = x[threadIdx.x];
+  y[threadIdx.x] = v;
+  atomicAdd(count, v.x > 0);
+}
+extern "C" __global__ void __launch_bounds__(128) scalar(const float* x, float* y) {
+  y[threadIdx.x] = x[threadIdx.x];
+}
+extern "C" __global__ void __launch_bounds__(128) added(const float4* x, float* y) {
+  atomicAdd(y, x[threadIdx.x].x + x[threadIdx.x].y + x[threadIdx.x].z + x[threadIdx.x].w);
+}
+extern "C" __global__ void __launch_bounds__(128) indexed(const float4* x, float4* y, int n) {
+  float4 kept[16];
+  for (int i = 0; i < 16; ++i) kept[(i * n) & 15] = x[i * 128 + threadIdx.x];
+  for (int i = 0; i < 16; ++i) y[i * 128 + threadIdx.x] = kept[i];
+}
+extern "C" __global__ void __launch_bounds__(128) taken(const float4* x, float4* y, int* lock) {
+  while (atomicCAS(lock, 0, 1)) {}
+  y[0].x += x[threadIdx.x].x * x[threadIdx.x].y + x[threadIdx.x].z * x[threadIdx.x].w;
+  atomicExch(lock, 0);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def planted_cuda(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Figures]]:
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc: no CUDA C++ is compiled here")
+    folder = tmp_path_factory.mktemp("cuda")
+    (folder / "faults.cu").write_text(CUDA_FAULTS)
+    codes = ("sm_80", "compute_80")
+    command = ["nvcc", "-fatbin", *(f"-gencode=arch=compute_80,code={code}" for code in codes)]
+    out = folder / "faults.fatbin"
+    subprocess.run([*command, str(folder / "faults.cu"), "-o", str(out)], check=True)
+    yield {f.kernel: f for f in cuda_library.sweep(out, ("sm_80",))}
+
+
+@pytest.mark.parametrize(
+    "kernel, said",
+    [
+        ("sound", None),
+        ("scalar", "no load wider than 32 bits"),
+        ("added", "atomics or locks"),
+        ("indexed", "spills or local memory"),
+        ("taken", "CAS"),
+    ],
+)
+def test_planted_cuda_fault(
+    planted_cuda: dict[str, Figures], kernel: str, said: str | None
+) -> None:
+    figures = planted_cuda[kernel]
+    assert figures.warps == 4
+    found = rules.faults(figures)
+    assert (found == []) if said is None else (len(found) == 1 and said in found[0]), found

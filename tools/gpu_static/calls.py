@@ -1,0 +1,321 @@
+"""The calls whose Triton kernels are compiled: every operation of the dispatch table that has some.
+
+A call runs a forward and a backward on tensors without data, so that the kernels, their tiles and
+their specialisations are those that the host code chooses. Between them they take every entry of
+every tile table (tests/test_gpu_static.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fused_losses.backends import (
+    triton,
+    triton_distances,
+    triton_maxsim,
+    triton_pairs,
+    triton_topk,
+)
+from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.pair_inputs import PairInputs, PairNeeds, Rule
+from tools.gpu_static.record import AMD, Compilation, launches
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def row_statistics(
+    d: int,
+    dtype: torch.dtype,
+    precision: str = "fp32",
+    normalize: bool = True,
+    extra: bool = False,  # bias and weights
+    classes: int = 0,
+    n: int = 1024,
+    c: int = 1_000_000,
+) -> None:
+    labels = empty(n, dtype=torch.int64)
+    ids = empty(classes, dtype=torch.int64) if classes else None
+    bias = empty(c, dtype=dtype) if extra else None
+    weights = empty(c) if extra else None
+    operands = empty(n, d, dtype=dtype), empty(c, d, dtype=dtype)
+    inputs = Inputs(*operands, labels, ids, bias, weights, normalize, extra, precision)
+    triton.forward(inputs)
+    grads = empty(n), empty(n), empty(n) if extra else None
+    triton.backward(inputs, empty(n), RowGradients(*grads), Needs(True, True, extra))
+
+
+def pairs(
+    d: int,
+    dtype: torch.dtype,
+    precision: str = "fp32",
+    reduction: str = "lse",
+    cols: bool = False,
+    triangle: bool = False,
+    labels: bool = True,
+    biases: bool = False,
+    ids: bool = False,
+    groups: bool = False,
+    exclude: int = 0,
+    windows: bool = False,
+    root: bool = False,
+    reach: float = float("inf"),
+    skip_self: bool = False,
+    attention: int = 0,  # width of the values; 0: statistics
+    n: int = 4096,
+    m: int = 8192,
+) -> None:
+    def sides(wanted: bool, *head: int, dtype: torch.dtype = FP32) -> tuple:
+        both = empty(*head, n, dtype=dtype), empty(*head, m, dtype=dtype)
+        return (both[0], None if triangle else both[1]) if wanted else (None, None)
+
+    x = empty(n, d, dtype=dtype)
+    p = PairInputs(
+        x,
+        x if triangle else empty(m, d, dtype=dtype),
+        empty(dtype=torch.float64),
+        *sides(biases),
+        *sides(labels, dtype=torch.int32),
+        *sides(ids, dtype=torch.int32),
+        *sides(groups, dtype=torch.int32),
+        empty(n, exclude, dtype=torch.int32) if exclude else None,
+        *sides(windows, 4),
+        score="root" if root else "linear",
+        positive=Rule(-1.5, 0.25, reach),
+        negative=Rule(2.0, 0.75, reach),
+        skip_self=skip_self,
+        triangle=triangle,
+        precision=precision,
+    )
+    if not cols:
+        p = p._replace(y_window=None)
+    needs = PairNeeds(True, not triangle, True, biases, biases and not triangle)
+    wide = dict(dtype=torch.float64)
+    if attention:
+        values = empty(m, attention, dtype=dtype)
+        out, lse = triton_pairs.attention(values, p, labels)
+        grads = empty(*out.shape), empty(n, **wide)
+        triton_pairs.attention_backward(*grads, out, lse, values, p, labels, True, needs)
+        return
+    rows, columns = triton_pairs.statistics(p, reduction, cols)
+    grads = empty(2, 2, n, **wide), empty(2, 2, columns.shape[-1], **wide)
+    triton_pairs.statistics_backward(*grads, rows, columns, p, reduction, cols, needs)
+
+
+def distances(
+    kind: str, d: int, dtype: torch.dtype, precision: str = "fp32", n: int = 4096, m: int = 8192
+) -> None:
+    x, y = empty(n, d, dtype=dtype), empty(m, d, dtype=dtype)
+    out = triton_distances.forward(x, y, None, kind, 2.0, precision)
+    options = (None, kind, 2.0, precision, True, True, False)
+    triton_distances.backward(empty(*out.shape), out, x, y, *options)
+
+
+def topk(
+    keep: int,
+    d: int,
+    dtype: torch.dtype,
+    precision: str = "fp32",
+    y_dtype: torch.dtype | None = None,
+    everything: bool = False,  # multipliers, ids, exclusions
+    match: str = "any",
+    center: bool = False,
+    n: int = 4096,
+    m: int = 65536,
+) -> None:
+    def integers(wanted: bool, *shape: int) -> torch.Tensor | None:
+        return empty(*shape, dtype=torch.int32) if wanted else None
+
+    triton_topk.screen(
+        empty(n, d, dtype=dtype),
+        empty(m, d, dtype=y_dtype or dtype),
+        empty(m),
+        empty(m) if everything else None,
+        keep,
+        integers(match != "any", n),
+        integers(match != "any", m),
+        match,
+        integers(everything, n),
+        integers(everything, m),
+        integers(everything, n, 3),
+        everything,
+        precision,
+        empty(d) if center else None,
+    )
+
+
+def maxsim(
+    d: int,
+    dtype: torch.dtype,
+    precision: str = "fp32",
+    shape: tuple[int, int, int, int] = (64, 32, 64, 256),  # queries, tokens, documents, tokens
+) -> None:
+    query_count, query_length, count, length = shape
+    texts = (
+        empty(query_count * query_length, d, dtype=dtype),
+        empty(count * length, d, dtype=dtype),
+        empty(query_count + 1, dtype=torch.int64),
+        empty(count + 1, dtype=torch.int64),
+    )
+    scores, index = triton_maxsim.forward(*texts, precision)
+    triton_maxsim.backward(empty(*scores.shape), index, *texts, True, True)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation; `make test` compiles it for the targets of `tested`."""
+
+    run: Callable[..., None]
+    options: dict[str, Any]
+    tested: tuple[str, ...]
+
+    @property
+    def operation(self) -> str:
+        return self.run.__name__
+
+    @property
+    def aligned(self) -> bool:
+        """Rows of operands and outputs are whole vectors."""
+        sizes = (self.options.get(name, 0) for name in ("d", "n", "m", "attention"))
+        return all(size % 16 == 0 for size in sizes)
+
+    def steps(self, **changes: Any) -> Callable[[], None]:
+        return partial(self.run, **(self.options | changes))
+
+
+MAIN = ("sm_80", "sm_90", "sm_100")
+ALSO = MAIN + AMD
+MASKS = dict(biases=True, ids=True, groups=True, windows=True, root=True, reach=1.0)
+TWO = dict(**MASKS, cols=True, exclude=3, skip_self=True)
+ATTEND = dict(attention=512, exclude=3, skip_self=True, **MASKS)
+CHOSEN = dict(everything=True, match="different", center=True)
+FULL = dict(extra=True, classes=100_000)
+ODD = dict(n=4095, m=8191)  # rows of the output that are not whole vectors
+ONE_QUERY = (1, 32, 1000, 256)
+TF32 = dict(dtype=FP32, precision="tf32")
+MIXED = dict(dtype=FP32, precision="mixed")
+ROUNDED = dict(dtype=FP32, precision="bf16")
+HALF, WIDE = dict(dtype=BF16), dict(dtype=FP32)
+
+
+def _call(run: Callable[..., None], *tested: str, **options: Any) -> Call:
+    return Call(run, options, tested)
+
+
+CALLS: dict[str, Call] = {
+    "row_statistics D512": _call(row_statistics, *ALSO, "sm_86", "sm_120", d=512, **HALF),
+    "row_statistics D512 everything": _call(row_statistics, *ALSO, "sm_89", d=512, **HALF, **FULL),
+    "row_statistics D512 classes": _call(row_statistics, d=512, **HALF, classes=100_000),
+    "row_statistics D500 fp16": _call(row_statistics, *MAIN, d=500, dtype=FP16, normalize=False),
+    "row_statistics D500": _call(row_statistics, d=500, **HALF, **FULL),
+    "row_statistics D512 fp32": _call(row_statistics, *ALSO, "sm_86", d=512, **WIDE, extra=True),
+    "row_statistics D512 fp32 plain": _call(row_statistics, d=512, **WIDE),
+    "row_statistics D500 fp32": _call(row_statistics, d=500, **WIDE),
+    "row_statistics D512 tf32": _call(row_statistics, d=512, **TF32),
+    "row_statistics D512 tf32 everything": _call(row_statistics, d=512, **TF32, **FULL),
+    "row_statistics D512 mixed": _call(row_statistics, "sm_90", d=512, **MIXED),
+    "row_statistics D512 mixed everything": _call(row_statistics, d=512, **MIXED, **FULL),
+    "row_statistics D512 rounded": _call(row_statistics, "sm_80", d=512, **ROUNDED),
+    "row_statistics D512 rounded everything": _call(row_statistics, d=512, **ROUNDED, **FULL),
+    "row_statistics D256": _call(row_statistics, *MAIN, d=256, **HALF, extra=True),
+    "row_statistics D128": _call(row_statistics, *MAIN, d=128, **HALF),
+    "row_statistics D128 everything": _call(row_statistics, d=128, **HALF, **FULL),
+    "row_statistics D128 rounded": _call(row_statistics, *ALSO, d=128, **ROUNDED, extra=True),
+    "pairs rows": _call(pairs, "sm_90", "sm_100", d=512, **HALF, biases=True),
+    "pairs rows masks": _call(pairs, d=512, **HALF, **MASKS),
+    "pairs two sides": _call(pairs, *MAIN, "sm_86", d=512, **HALF, biases=True, cols=True),
+    "pairs everything": _call(pairs, *ALSO, "sm_120", d=512, **HALF, **TWO),
+    "pairs triangle": _call(pairs, *ALSO, d=512, **HALF, triangle=True, **MASKS),
+    "pairs softplus": _call(pairs, d=512, **HALF, reduction="softplus", biases=True, cols=True),
+    "pairs softplus D500": _call(pairs, "sm_90", d=500, dtype=FP16, reduction="softplus", **TWO),
+    "pairs relu": _call(pairs, d=512, **HALF, reduction="relu", **MASKS),
+    "pairs attention": _call(pairs, *ALSO, "sm_89", d=512, **HALF, **ATTEND),
+    "pairs attention plain": _call(pairs, d=512, **HALF, attention=512, biases=True),
+    "pairs fp32": _call(pairs, "sm_80", "gfx942", d=512, **WIDE, **TWO),
+    "pairs fp32 two sides": _call(pairs, d=512, **WIDE, biases=True, cols=True),
+    "pairs fp32 rows": _call(pairs, d=512, **WIDE, biases=True),
+    "pairs fp32 rows masks": _call(pairs, d=512, **WIDE, **MASKS),
+    "pairs fp32 attention": _call(pairs, "sm_90", d=512, **WIDE, attention=512, biases=True),
+    "pairs fp32 attention masks": _call(pairs, d=512, **WIDE, **ATTEND),
+    "pairs tf32": _call(pairs, "sm_90", d=512, **TF32, triangle=True, **MASKS),
+    "pairs tf32 two sides": _call(pairs, d=512, **TF32, biases=True, cols=True),
+    "pairs tf32 rows": _call(pairs, d=512, **TF32, biases=True),
+    "pairs tf32 rows masks": _call(pairs, d=512, **TF32, **MASKS),
+    "pairs tf32 attention": _call(pairs, d=512, **TF32, attention=512, biases=True),
+    "pairs tf32 attention masks": _call(pairs, d=512, **TF32, **ATTEND),
+    "pairs mixed": _call(pairs, "sm_100", d=512, **MIXED, **TWO),
+    "pairs rounded": _call(pairs, "sm_80", d=512, **ROUNDED, cols=True),
+    "pairs rounded everything": _call(pairs, d=512, **ROUNDED, **TWO),
+    "pairs rounded rows": _call(pairs, d=512, **ROUNDED, biases=True),
+    "pairs rounded rows masks": _call(pairs, d=512, **ROUNDED, **MASKS),
+    "pairs rounded attention": _call(pairs, d=512, **ROUNDED, attention=512, biases=True),
+    "pairs rounded attention masks": _call(pairs, d=512, **ROUNDED, **ATTEND),
+    "distances": _call(distances, *ALSO, "sm_86", kind="euclidean", d=128, **HALF),
+    "distances D100": _call(distances, kind="euclidean", d=100, **HALF),
+    "distances fp32": _call(distances, kind="euclidean", d=128, **WIDE),
+    "distances fp32 D100": _call(distances, *ALSO, kind="euclidean", d=100, **WIDE),
+    "distances fp32 odd": _call(distances, "sm_90", kind="euclidean", d=128, **WIDE, **ODD),
+    "distances fp16 D100": _call(distances, "sm_80", kind="sqeuclidean", d=100, dtype=FP16),
+    "distances fp16": _call(distances, kind="sqeuclidean", d=128, dtype=FP16),
+    "distances tf32": _call(distances, "sm_90", kind="euclidean", d=128, **TF32),
+    "distances tf32 D100": _call(distances, kind="euclidean", d=100, **TF32),
+    "distances rounded": _call(distances, "sm_100", kind="euclidean", d=128, **ROUNDED),
+    "distances rounded D100": _call(distances, kind="euclidean", d=100, **ROUNDED),
+    "distances dot": _call(distances, "sm_80", "gfx942", kind="dot", d=128, **HALF),
+    "topk": _call(topk, *ALSO, "sm_120", keep=128, d=128, **HALF, everything=True),
+    "topk few": _call(topk, "sm_90", keep=17, d=512, **HALF, match="same"),
+    "topk few fp32": _call(topk, keep=17, d=512, **WIDE, match="same"),
+    "topk few rounded": _call(topk, keep=17, d=512, **ROUNDED, match="same"),
+    "topk D100": _call(topk, *MAIN, keep=128, d=100, **HALF, **CHOSEN),
+    "topk fp32": _call(topk, *ALSO, keep=128, d=128, **WIDE, **CHOSEN),
+    "topk fp32 D100": _call(topk, "sm_80", "sm_90", keep=128, d=100, **WIDE, **CHOSEN),
+    "topk rounded": _call(topk, keep=128, d=128, **ROUNDED, **CHOSEN),
+    "topk rounded D100": _call(topk, *MAIN, keep=128, d=100, **ROUNDED, **CHOSEN),
+    "topk int8": _call(
+        topk, "sm_80", "sm_90", keep=26, d=128, **HALF, y_dtype=torch.int8, everything=True
+    ),
+    "topk stored": _call(topk, keep=200, d=128, **HALF, **CHOSEN),
+    "topk stored fp32 D100": _call(topk, *ALSO, keep=200, d=100, **WIDE, **CHOSEN),
+    "topk stored rounded": _call(topk, keep=200, d=128, **ROUNDED, **CHOSEN),
+    "maxsim D128": _call(maxsim, *ALSO, "sm_89", d=128, **HALF),
+    "maxsim D96": _call(maxsim, *ALSO, d=96, **HALF),
+    "maxsim D768": _call(maxsim, *ALSO, "sm_120", d=768, **HALF),
+    "maxsim one query": _call(maxsim, "sm_90", d=128, **HALF, shape=ONE_QUERY),
+    "maxsim one query D768": _call(maxsim, d=768, **HALF, shape=ONE_QUERY),
+    "maxsim D770 fp16": _call(maxsim, "sm_80", d=770, dtype=FP16),
+    "maxsim fp32": _call(maxsim, "sm_80", "gfx942", d=128, **WIDE),
+    "maxsim fp32 one query": _call(maxsim, d=128, **WIDE, shape=ONE_QUERY),
+    "maxsim fp32 D770": _call(maxsim, d=770, **WIDE),
+    "maxsim fp32 D768": _call(maxsim, d=768, **WIDE),
+    "maxsim fp32 one query D768": _call(maxsim, d=768, **WIDE, shape=ONE_QUERY),
+    "maxsim tf32 D770": _call(maxsim, d=770, **TF32),
+    "maxsim rounded D770": _call(maxsim, d=770, **ROUNDED),
+    "maxsim tf32": _call(maxsim, d=128, **TF32),
+    "maxsim tf32 D768": _call(maxsim, d=768, **TF32),
+    "maxsim tf32 one query": _call(maxsim, d=128, **TF32, shape=ONE_QUERY),
+    "maxsim tf32 one query D768": _call(maxsim, d=768, **TF32, shape=ONE_QUERY),
+    "maxsim rounded": _call(maxsim, d=128, **ROUNDED),
+    "maxsim rounded D768": _call(maxsim, d=768, **ROUNDED),
+    "maxsim rounded one query": _call(maxsim, d=128, **ROUNDED, shape=ONE_QUERY),
+    "maxsim rounded one query D768": _call(maxsim, d=768, **ROUNDED, shape=ONE_QUERY),
+}
+
+
+def compilations(arch: str, tested: bool = False) -> dict[Compilation, str]:
+    """Every distinct kernel of the calls on a target, with the first call that launches it."""
+    out: dict[Compilation, str] = {}
+    for name, call in CALLS.items():
+        # reasons_against refuses tf32 on AMD
+        refused = arch in AMD and call.options.get("precision") == "tf32"
+        if arch in call.tested if tested else not refused:
+            for key in launches(arch, call.steps()):
+                out.setdefault(key, name)
+    return out

@@ -1,0 +1,109 @@
+"""What the Triton launchers would give a GPU: their launches, recorded for one architecture.
+
+The host code runs as it is, on tensors without data or on CPU tensors;
+`fused_losses.backends.triton_launch.launch` alone is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fused_losses import validation
+from fused_losses.backends import triton_launch
+
+TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+AMD = ("gfx942",)
+
+
+def table_row(arch: str) -> str:
+    """The row of the tile tables that a device of this architecture uses."""
+    if not arch.startswith("sm_"):
+        return arch
+    return triton_launch.table_row(divmod(int(arch[3:]), 10))
+
+
+@contextmanager
+def on(arch: str, launch: Callable, processors: int = 132) -> Iterator[None]:
+    """The host code believes in a GPU of this architecture and launches through `launch`."""
+    saved = triton_launch.launch, triton_launch.architecture, triton_launch.processors
+    checks = validation.check_labels, validation.check_classes, validation.check_labels_in_classes
+    row = table_row(arch)
+    triton_launch.launch = launch
+    triton_launch.architecture = lambda device: row
+    triton_launch.processors = lambda device: processors
+    validation.check_labels = validation.check_classes = lambda *a, **k: None
+    validation.check_labels_in_classes = lambda *a, **k: None
+    try:
+        yield
+    finally:
+        triton_launch.launch, triton_launch.architecture, triton_launch.processors = saved
+        validation.check_labels, validation.check_classes = checks[:2]
+        validation.check_labels_in_classes = checks[2]
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One specialisation of one kernel: what decides the machine code."""
+
+    kernel: str  # module.function
+    signature: tuple
+    constants: tuple
+    attributes: tuple  # places of the arguments that 16 divides
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.rsplit(".", 1)[1]
+
+
+def specialise(kernel: Any, args: tuple, constants: dict, tile: Any) -> Compilation:
+    """The specialisation that Triton's own launcher makes of these arguments."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    signature, const, attributes = {}, {}, []
+    for index, param in enumerate(kernel.params):
+        value = values[param.name]
+        if param.is_constexpr or value is None:
+            signature[param.name], const[param.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = TYPES[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes.append(index)
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        elif value == 1 and not param.do_not_specialize:
+            signature[param.name], const[param.name] = "constexpr", 1
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not param.do_not_specialize:
+                attributes.append(index)
+    name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+    items = tuple(signature.items()), tuple(const.items()), tuple(attributes)
+    return Compilation(name, *items, tile.warps, tile.stages)
+
+
+def launches(arch: str, run: Callable[[], Any], processors: int = 132) -> list[Compilation]:
+    """The distinct kernels that `run` launches, in their order."""
+    found: dict[Compilation, None] = {}
+
+    def launch(kernel: Any, programs: int, args: tuple, constants: dict, tile: Any) -> None:
+        assert 0 < programs < 2**31
+        found[specialise(kernel, args, constants, tile)] = None
+
+    with on(arch, launch, processors):
+        run()
+    return list(found)
