@@ -24,7 +24,8 @@ train: venv
 	$(BIN)/fused-losses train
 
 test: venv lint ctest cuda-host cuda-sanitize
-	FUSED_LOSSES_REQUIRE_CPU=1 FUSED_LOSSES_CUDA_ON_HOST=1 $(BIN)/python -m pytest
+	FUSED_LOSSES_REQUIRE_CPU=1 FUSED_LOSSES_CUDA_ON_HOST=1 OMP_WAIT_POLICY=passive \
+	  $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 40
 
 # the kernels without Python: their own tests under ctest
 ctest: $(VENV)/.installed

@@ -45,7 +45,14 @@ def wanted() -> bool:
 
 # What the CUDA library has machine code for; the last also as PTX, for what comes after it.
 ARCHITECTURES = os.environ.get("FUSED_LOSSES_CUDA_ARCHITECTURES", "80;86;89;90;100;120").split(";")
-CUDA_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-lineinfo",
+    "--compress-mode=size",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+]
 
 
 def nvcc() -> str | None:

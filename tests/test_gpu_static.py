@@ -35,7 +35,7 @@ pytest.importorskip("triton")
 if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
-TABLE_ROWS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TABLE_ROWS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 
 @pytest.fixture(scope="module")

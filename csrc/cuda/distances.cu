@@ -369,23 +369,31 @@ distance_sums(SumsArguments<M> a) {
     const int64_t i0 = tile / across * kTile, j0 = tile % across * kTile, j = j0 + tx * kEach;
     typename M::V sums[kEach][kEach][M::kSums] = {};
     tile_sums(a.metric, x, y, in.w, in.w_stride, i0, j0, s, sums);
+    unsigned beyond = 0;  // the pairs whose sum of powers left the range of float
+    FL_UNROLL
     for (int r = 0; r < kEach; ++r) {
       const int64_t i = i0 + ty * kEach + r;
       if (i >= in.n) continue;
       float v[kEach];
+      FL_UNROLL
       for (int e = 0; e < kEach; ++e) {
         v[e] = a.metric.finish(sums[r][e]);
         if constexpr (M::kFlags) v[e] += s.x_flags[ty * kEach + r] + s.y_flags[tx * kEach + e];
         if constexpr (kIsMinkowski<M>) {
           const float sum = sums[r][e][0];
-          if (!(sum >= M::kLow && sum <= M::kHigh) && j + e < in.m) {
-            v[e] = distance_rules::scaled_minkowski(in.d, static_cast<float>(in.p), [&](int64_t k) {
-              return fabsf(element(x, i, k) - element(y, j + e, k));
-            });
-          }
+          const bool inside = sum >= M::kLow && sum <= M::kHigh;
+          if (!inside && j + e < in.m) beyond |= 1u << (r * kEach + e);
         }
       }
       store_four(in.out + i * in.out_stride + j, in.m - j, packed, v);
+    }
+    // a loop of its own: an index of `sums` that is not constant would put them into memory
+    for (; beyond != 0; beyond &= beyond - 1) {
+      const int pair = __ffs(static_cast<int>(beyond)) - 1;
+      const int64_t i = i0 + ty * kEach + pair / kEach, column = j + pair % kEach;
+      const auto apart = [&](int64_t k) { return fabsf(element(x, i, k) - element(y, column, k)); };
+      st(in.out + i * in.out_stride + column,
+         distance_rules::scaled_minkowski(in.d, static_cast<float>(in.p), apart));
     }
   }
 }

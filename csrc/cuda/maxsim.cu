@@ -66,7 +66,10 @@ FL_KERNEL(kThreads) token_maxima(MaximaArguments a) {
       for (int64_t j = aligned + lane * kWide; j < last; j += kWarp * kWide) {
         const auto product = ld_pack(products + j - a.first_column);
         for (int c = 0; c < kWide; ++c) {
-          if (j + c >= first && j + c < last) best.add(product[c], int32_t(j + c - start));
+          // what is outside is worth nothing: a branch would split the pack's load
+          const bool inside = j + c >= first && j + c < last;
+          const Best none;
+          best.add(inside ? product[c] : none.value, inside ? int32_t(j + c - start) : none.at);
         }
       }
       for (int apart = kWarp / 2; apart > 0; apart /= 2) {
@@ -136,8 +139,13 @@ struct Row {
   FL_DEVICE static Pack<T, kEach> load(const T* row) {
     return ld(reinterpret_cast<const Pack<T, kEach>*>(row));
   }
-  FL_DEVICE void add(const Pack<T, kEach>& v, float by) {
-    for (int e = 0; e < kEach; ++e) sum[e] += by * to_float(v[e]);
+  // chosen by a selection: a branch would make the sums of several rows an indexed array
+  FL_DEVICE void add(const Pack<T, kEach>& v, float by, bool chosen = true) {
+    FL_UNROLL
+    for (int e = 0; e < kEach; ++e) {
+      const float next = sum[e] + by * to_float(v[e]);
+      sum[e] = chosen ? next : sum[e];
+    }
   }
   FL_DEVICE void store(T* row) const {
     Pack<T, kEach> v;
@@ -213,9 +221,11 @@ document_gradients(MaxsimGradientArguments a) {
           for (; who != 0 && e < a.d; who &= who - 1) {
             const int k = k0 + __ffs(static_cast<int>(who)) - 1;
             const auto row = Part::load(queries + (t0 + k) * a.stride + e);
+            const int32_t at = shared.at[k] - own;
+            const float by = shared.grad[k];
             FL_UNROLL
             for (int r = 0; r < kEach; ++r) {
-              if (shared.at[k] - own == r) parts[r].add(row, shared.grad[k]);
+              parts[r].add(row, by, at == r);
             }
           }
         }

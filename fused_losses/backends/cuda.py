@@ -57,8 +57,9 @@ class Sizes:
 # much the backward moves six times its floor through DRAM (docs/roofline.md)
 SIZES = {
     "sm_80": Sizes(8 << 20, 2048, 16384, 1024, 2048),
+    "sm_86": Sizes(8 << 20, 2048, 16384, 1024, 2048),
     "sm_90": Sizes(8 << 20, 2048, 16384, 1024, 2048),
-    "sm_100": Sizes(32 << 20, 4096, 16384, 1024, 4096),
+    "sm_100": Sizes(16 << 20, 4096, 16384, 1024, 2048),
     # small, so that a few hundred rows and classes make several ragged tiles
     "interpret": Sizes(64 << 10, 64, 256, 16, 128),
 }

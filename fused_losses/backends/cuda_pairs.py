@@ -146,14 +146,21 @@ def sweep(p: PairInputs, gradient: bool) -> Sweep:
     )
 
 
-def tiles(s: Sweep, *dtypes: torch.dtype) -> Iterator[tuple[Block, list[Tensor]]]:
-    """Blocks of the matrix, and a tile of each dtype that every block uses anew."""
+def tiles(
+    s: Sweep, *dtypes: torch.dtype, backward: bool = False
+) -> Iterator[tuple[Block, list[Tensor]]]:
+    """Blocks of the matrix, and a tile of each dtype that every block uses anew.
+
+    Forward a run of rows stays in L2 while the columns stream by; backward sums down a run of
+    columns at a time.
+    """
     most, tall = (HOST_BYTES, HOST_ROWS) if cuda_launch.on_host() else (TILE_BYTES, ROW_BLOCK)
     height = min(s.n, tall)
     width = most // (max(height, 1) * sum(t.itemsize for t in dtypes) * WIDTH)
     width = min(max(width, 1), MAX_CHUNK // WIDTH, -(-s.m // WIDTH)) * WIDTH
     made = [torch.empty((height, width), dtype=t, device=s.p.x.device) for t in dtypes]
-    for block in blocks(s.p, height, width):
+    order = blocks(s.p, height, width)
+    for block in order if backward else sorted(order):
         yield block, made
 
 
@@ -198,7 +205,8 @@ def statistics_backward(
         column_vectors = packed(vectors(grad_columns, columns, reduction), gain)
     gradients = s.gradients(possible(needs, p), 1 / gain)
     with library_tf32(p.precision == "tf32"):
-        for block, made in tiles(s, torch.float32, *(() if s.wide else (s.low,))):
+        low = () if s.wide else (s.low,)
+        for block, made in tiles(s, torch.float32, *low, backward=True):
             tile, ds = made[0], made[-1]
             s.scores(block, tile)
             s.launch(
@@ -280,7 +288,7 @@ def attention_backward(
     low = () if s.wide else (s.low,) * (need_values + want)
     gradients = s.gradients(possible(needs, p), 1 / gain)
     with library_tf32(p.precision == "tf32"):
-        for block, made in tiles(s, *(torch.float32,) * (1 + want), *low):
+        for block, made in tiles(s, *(torch.float32,) * (1 + want), *low, backward=True):
             tile, into = made[0], made[1] if want else None
             # the weights take the place of the scores, G that of the other product
             weights, ds = made[-1 - want] if need_values else None, made[-1] if want else None

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from fused_losses.backends import triton_launch as base
 from fused_losses.backends.triton_launch import Problem, ceil_div
-from fused_losses.backends.triton_tiles import ALL, Tile, same, wide
+from fused_losses.backends.triton_tiles import ALL, Tile, changed, same, wide
 from fused_losses.inputs import Inputs
 
 KINDS = ("dot", "sqeuclidean", "euclidean")
-NVIDIA = ("sm_80", "sm_90", "sm_100")
+NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
 PARTIAL_BYTES = 32 << 20  # of a gradient's parts, where few rows are split over many programs
 # of d^2 / (|x|^2 + |y|^2), below which a gradient is summed from differences: where products are
 # exact but for their sums x_i - y_j loses 4 bits there, where they are rounded 2
@@ -68,9 +68,11 @@ TILES = {
 }
 TILES["sm_90"] = TILES["sm_80"]
 TILES["sm_100"] = TILES["sm_80"]
+# sm_86, sm_89 and sm_120, where the wider one spills 11 bytes
+TILES["sm_86"] = changed(TILES["sm_80"], gradient=same(Tile(64, 32, 32), "tf32x3"))
 NEAR_DEPTH = 32  # of D at a time, of the gradients of near pairs
 # a piece of a tile of distances, and how many differences make a slice
-NEAR = dict.fromkeys(("sm_80", "sm_90", "sm_100", "gfx942"), Tile(64, 64, 64, 8, 1))
+NEAR = dict.fromkeys((*NVIDIA, "gfx942"), Tile(64, 64, 64, 8, 1))
 NEAR["interpret"] = Tile(16, 16, 16, 8, 1)
 
 

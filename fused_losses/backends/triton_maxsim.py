@@ -19,7 +19,7 @@ from torch import Tensor
 from fused_losses.backends import triton_launch as base
 from fused_losses.backends.triton import float16_scale
 from fused_losses.backends.triton_launch import Problem, ceil_div
-from fused_losses.backends.triton_tiles import ALL, Tile, same, wide
+from fused_losses.backends.triton_tiles import ALL, Tile, changed, same, wide
 from fused_losses.inputs import Inputs
 
 BEST_BYTES = 32 << 20
@@ -56,6 +56,12 @@ TILES = {
     ),
 }
 TILES["sm_90"] = TILES["sm_100"] = TILES["sm_80"]
+# sm_86, sm_89 and sm_120, where wider ones spill up to 116 bytes
+TILES["sm_86"] = changed(
+    TILES["sm_80"],
+    maxima=same(Tile(64, 32, 32), "tf32x3"),
+    maxima_uneven=same(Tile(32, 32, 32, 4), "tf32x3"),
+)
 TILES["gfx942"] = _tiles(
     maxima=same(Tile(128, 64, 32, 8, 2), *ALL),
     maxima_short=same(Tile(64, 64, 32, 4, 2), *ALL),

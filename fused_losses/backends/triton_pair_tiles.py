@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fused_losses.backends.triton_tiles import ALL, TABLES, Table, Tile, same, wide
+from fused_losses.backends.triton_tiles import ALL, TABLES, Table, Tile, changed, same, wide
 
 DS_BYTES = {"sm_80": 16 << 20, "sm_90": 16 << 20, "sm_100": 32 << 20}
 
@@ -157,3 +157,8 @@ PAIR_TABLES = {
         },
     ),
 }
+# sm_86, sm_89 and sm_120; half at 64 x 64 spills 10 bytes on sm_120
+PAIR_TABLES["sm_86"] = replace(
+    PAIR_TABLES["sm_80"],
+    tiles=changed(PAIR_TABLES["sm_80"].tiles, gradient_extra=same(SLIM, "half")),
+)

@@ -20,7 +20,7 @@ def demangled(names: list[str]) -> dict[str, str]:
     run = subprocess.run(
         command, input="\n".join(names), capture_output=True, text=True, check=True
     )
-    plain = [re.sub(r"fused_losses::cuda::|^void ", "", n) for n in run.stdout.splitlines()]
+    plain = [re.sub(r"fused_losses::(cuda::)?", "", n) for n in run.stdout.splitlines()]
     return dict(zip(names, (n.removeprefix("void ") for n in plain), strict=True))
 
 

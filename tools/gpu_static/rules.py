@@ -69,10 +69,11 @@ NARROW = {
 
 # CUDA kernels without a 16-byte load, by a pattern of their names, and why.
 SCALAR = {
+    r"finish_bias": "sums of tiles, a column a thread: neighbours are neighbours",
     r"(adamw|sgd)_rows<1>": "rows that are no whole packs; <4> and <8> read packs",
     r"(query|document)_gradients<\w+, false>": "as above; <..., true> reads packs",
     r"token_sums": "a query's tokens begin anywhere",
-    r"merge_columns<\w+>": "partials of tiles, a column a thread: neighbours are neighbours",
+    r"merge_columns<\w+>": "as finish_bias",
     r"exclude_pairs": "a few columns a row, anywhere",
 }
 
@@ -113,4 +114,4 @@ def faults(f: Figures, aligned: bool = True) -> list[str]:
 
 
 def _scalar(kernel: str) -> bool:
-    return any(re.fullmatch(pattern, kernel) for pattern in SCALAR)
+    return any(re.fullmatch(rf"(\w+::)*({pattern})", kernel) for pattern in SCALAR)
