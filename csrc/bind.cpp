@@ -312,7 +312,7 @@ PYBIND11_MODULE(_C, m) {
       "Run another instruction set of this CPU (for tests); None: the best again.");
   m.def("workspace_bytes", &workspace_bytes, "Scratch bytes of a call, forward or backward.");
   m.def("build", [] {
-    return std::vector<std::pair<std::string, std::string>>{
-        {"compiler", __VERSION__}, {"c++", std::to_string(__cplusplus)}};
+    return std::vector<std::pair<std::string, std::string>>{{"compiler", __VERSION__},
+                                                            {"c++", std::to_string(__cplusplus)}};
   });
 }
