@@ -20,6 +20,7 @@ from torch import Tensor
 FOLDER = Path(__file__).parents[1]
 ON_DEVICE, ON_HOST = "libfused_losses_cuda.so", "libfused_losses_cuda_host.so"
 ALONE = threading.Lock()
+OLDEST = (8, 0)  # compute capability
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # as csrc/cuda/platform.h numbers the element types
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -63,6 +64,8 @@ def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) ->
     kind = "cpu" if on_host() else "cuda"
     if device.type != kind:
         why.append(f"device {device}: the kernels run on {kind} tensors here")
+    elif kind == "cuda" and torch.cuda.get_device_capability(device) < OLDEST:
+        why.append(f"device {device}: the kernels are built for sm_80 and later")
     if dtype not in (*DTYPES, torch.bool, torch.int8):
         why.append(f"{dtype}: expected float32, bfloat16 or float16")
     if precision == "tf32" and on_host():
