@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -90,11 +91,25 @@ ROWS = [
 # ---- pairs -------------------------------------------------------------------------------------
 
 
+@contextmanager
+def narrow_tiles(backend: ModuleType) -> Iterator[None]:
+    """Tiles of the least width, so that few columns make several."""
+    before, backend.HOST_BYTES = backend.HOST_BYTES, 1
+    try:
+        yield
+    finally:
+        backend.HOST_BYTES = before
+
+
 def pairs(case: object) -> Callable[[], None]:
     def check() -> None:
         import triton_pair_cases as cases
 
         backend, truth = backends.module("cuda_pairs"), cases.truth
+        with narrow_tiles(backend):
+            run(backend, truth, cases)
+
+    def run(backend: ModuleType, truth: ModuleType, cases: ModuleType) -> None:
         p, values = cases.inputs(case)
         exact = cases.leaves_of(p, torch.float64)[0]
         needs = PairNeeds(True, not case.triangle, True, p.x_bias is not None, p.y_bias is not None)
@@ -153,7 +168,7 @@ def pair_cases() -> list[CudaCase]:
         ),
         Case(n=21, m=35, d=24, reduction="relu", cols=True, skip_self=True, name="relu"),
         Case(n=21, m=35, d=24, precision="bf16", labels=3, name="rounded"),
-        Case(n=21, m=35, d=24, values=24, biases=True, name="attention"),
+        Case(n=21, m=130, d=24, values=24, biases=True, name="attention"),
         Case(
             n=21, m=35, d=24, dtype=BF16, values=17, labels=3, positives=True, name="attention-bf16"
         ),
@@ -290,6 +305,7 @@ def topk(
     equal: bool = False,
     codes: bool = False,
     bank: bool = False,
+    middle: bool = False,
     **options: object,
 ) -> Callable[[], None]:
     def check() -> None:
@@ -309,6 +325,9 @@ def topk(
             call |= dict(x_labels=integers(n, 4), y_labels=integers(m, 4))
             call |= dict(x_ids=integers(n, 30), y_ids=integers(m, 30))
             call |= dict(exclude=torch.randint(-1, m, (n, 3), generator=g).int())
+        if middle:  # every other row finds its candidates in the middle third of the columns
+            call |= dict(x_labels=torch.arange(n).int() % 2)
+            call |= dict(y_labels=(torch.arange(m) * 3 // m % 2).int(), match="same")
         inputs = TopkInputs(**call, **options)
         keys, index = select(inputs, "cuda")
         want = select(inputs, "reference")
@@ -334,8 +353,9 @@ TOPK = {
     "bank-of-doubles": topk(k=5, y_dtype=torch.float64, d=27, kind="sqeuclidean"),
     "doubles-ties": topk(k=9, y_dtype=torch.float64, kind="cosine", equal=True),
     "many": topk(k=140, m=200),
+    "rows": topk(n=12, k=100, m=130, d=7, equal=True),
     "stored": topk(n=2, k=180, m=280, d=7, kind="sqeuclidean"),
-    "splits": topk(n=2, k=3, m=4200, d=5, equal=True),
+    "splits": topk(n=2, k=3, m=4200, d=5, equal=True, middle=True),
 }
 
 # ---- triplets ----------------------------------------------------------------------------------
