@@ -44,15 +44,8 @@ def wanted() -> bool:
 
 
 # What the CUDA library has machine code for; the last also as PTX, for what comes after it.
-ARCHITECTURES = os.environ.get("FUSED_LOSSES_CUDA_ARCHITECTURES", "80;86;89;90;100;120").split(";")
-CUDA_FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-lineinfo",
-    "--compress-mode=size",
-    "-Xcompiler",
-    "-fPIC,-fvisibility=hidden",
-]
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+CUDA_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def nvcc() -> str | None:
@@ -65,15 +58,34 @@ def nvcc() -> str | None:
     return found
 
 
+def told(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def architectures(compiler: str) -> list[str]:
+    """Those that are asked for, else those of ours that this nvcc knows."""
+    asked = os.environ.get("FUSED_LOSSES_CUDA_ARCHITECTURES")
+    if asked:
+        return asked.split(";")
+    known = told(compiler, "--list-gpu-arch").split()
+    return [a for a in ARCHITECTURES if f"compute_{a}" in known]
+
+
 def compile_cuda(compiler: str, folder: Path, out: Path) -> None:
     """Every .cu once for all architectures, linked into one library of plain functions."""
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
-    flags = [*CUDA_FLAGS, f'-DFUSED_LOSSES_ARCHITECTURES="{" ".join(ARCHITECTURES)}"', *codes]
+    targets = architectures(compiler)
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
+    codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
+    flags = [*CUDA_FLAGS, f'-DFUSED_LOSSES_ARCHITECTURES="{" ".join(targets)}"', *codes]
+    if "--compress-mode" in told(compiler, "--help"):
+        flags.append("--compress-mode=size")  # a third of the size
 
     def compile_one(source: Path) -> str:
         made = str(folder / f"{source.stem}.cuda.o")
-        subprocess.run([compiler, *flags, "-c", str(source), "-o", made], check=True)
+        command = [compiler, *flags, "-c", str(source), "-o", made]
+        if subprocess.run(command).returncode != 0:
+            hint = "FUSED_LOSSES_NO_CUDA=1 installs without the CUDA C++ kernels"
+            raise RuntimeError(f"nvcc failed on {source}: C++20 needs CUDA 12 or later; {hint}")
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
