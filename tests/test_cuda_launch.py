@@ -67,7 +67,7 @@ def test_a_bad_address_is_an_error_that_names_kernel_and_offset() -> None:
         with pytest.raises(RuntimeError, match="gather: kernel .*gather_rows.*out of bounds"):
             gather(rows, ids, out, **bad)
     gather(rows, ids, out)  # a fault leaves nothing behind
-    with pytest.raises(RuntimeError, match="in no buffer"):
+    with pytest.raises(RuntimeError, match="in no buffer|out of bounds"):
         gather(rows, ids, out, out=out.data_ptr())
 
 
