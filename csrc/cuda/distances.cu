@@ -398,11 +398,8 @@ distance_sums(SumsArguments<M> a) {
   }
 }
 
-// Blocks for a number of tiles: enough to fill the processors a few times.
-inline int64_t blocks_for(int64_t tiles) {
-  const int64_t most = 16 * static_cast<int64_t>(processors());
-  return tiles < most ? tiles : most;
-}
+// Enough to fill the processors a few times.
+inline int64_t blocks_for(int64_t tiles) { return grid_of(tiles, 16); }
 
 inline int64_t tiles_of(int64_t n, int64_t m) {
   return (n + kTile - 1) / kTile * ((m + kTile - 1) / kTile);

@@ -243,10 +243,7 @@ document_gradients(MaxsimGradientArguments a) {
 
 // ---- launches ----------------------------------------------------------------------------------
 
-inline int64_t blocks_for(int64_t work) {
-  const int64_t most = int64_t(16) * processors();
-  return work < most ? work : most;
-}
+inline int64_t blocks_for(int64_t work) { return grid_of(work, 16); }
 
 int run_maxima(const MaximaArguments& a, Stream stream) {
   const int64_t rows = a.row_end - a.first_row;

@@ -625,12 +625,7 @@ pair_attention_gradients(AttentionGradientArguments a) {
 
 // ---- launches ----------------------------------------------------------------------------------
 
-constexpr int kBlocksPerProcessor = 8;
-
-inline int64_t blocks_for(int64_t work) {
-  const int64_t most = int64_t(kBlocksPerProcessor) * processors();
-  return work < most ? work : most;
-}
+inline int64_t blocks_for(int64_t work) { return grid_of(work, 8); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -244,7 +244,7 @@ int launch(void (*kernel)(Arguments), int64_t blocks, int threads, size_t shared
 #endif
 }
 
-// Multiprocessors of the current device: how many blocks a grid-stride loop is worth.
+// Multiprocessors of the current device.
 inline int processors() {
 #if defined(__CUDACC__)
   int device = 0, count = 1;
@@ -256,8 +256,12 @@ inline int processors() {
 #endif
 }
 
-// The most blocks along x.
-constexpr int64_t kMostBlocks = 2147483647;
+// Blocks for so many blocks' work, at most so many a multiprocessor: a grid-stride loop does the
+// rest.
+inline int64_t grid_of(int64_t work, int each) {
+  const int64_t most = int64_t(each) * processors();
+  return work < most ? work : most;
+}
 
 // ---- argument structs that Python can read -----------------------------------------------------
 //

@@ -363,11 +363,10 @@ FL_KERNEL(128) column_sums(GradientArguments a) {
 }
 
 int run_gradient(const GradientArguments& a, Stream stream) {
-  const int64_t most = 32 * processors();
   if (a.sums != nullptr) {
     const int64_t groups = (a.length + 511) / 512;
     const int64_t blocks = groups * ((a.rows + a.rows_a_sum - 1) / a.rows_a_sum);
-    const int error = launch(column_sums, blocks < most ? blocks : most, 128, 0, stream, a);
+    const int error = launch(column_sums, grid_of(blocks, 32), 128, 0, stream, a);
     if (error != 0) return error;
   }
   return with_float_type(a.out_type, [&](auto zero) {
@@ -375,7 +374,7 @@ int run_gradient(const GradientArguments& a, Stream stream) {
     // as many threads as the row has packs, so that a narrow tile leaves few idle
     const int64_t wanted = round_up((a.length + kPack<T> - 1) / kPack<T>, kWarp);
     const int threads = wanted < 256 ? static_cast<int>(wanted) : 256;
-    return launch(gradient_rows<T>, a.rows < most ? a.rows : most, threads, 0, stream, a);
+    return launch(gradient_rows<T>, grid_of(a.rows, 32), threads, 0, stream, a);
   });
 }
 
@@ -474,8 +473,8 @@ finish_weight(WeightArguments a) {
 
 int run_weight(const WeightArguments& a, Stream stream) {
   if (a.sums != nullptr) {
-    const int64_t blocks = (a.count + 127) / 128, most = 32 * processors();
-    const int error = launch(finish_bias, blocks < most ? blocks : most, 128, 0, stream, a);
+    const int64_t blocks = grid_of((a.count + 127) / 128, 32);
+    const int error = launch(finish_bias, blocks, 128, 0, stream, a);
     if (error != 0) return error;
   }
   if (a.gradient == nullptr) return 0;

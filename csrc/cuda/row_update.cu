@@ -261,9 +261,9 @@ int neighbours(const Matrix (&matrices)[kMatrices], int64_t width) {
 
 template <int N, class Arguments>
 int launch_rows(void (*kernel)(Arguments), const Arguments& a, Stream stream) {
-  const int64_t a_block = kRowThreads / lanes_of<N>(a.width), most = int64_t(8) * processors();
-  const int64_t blocks = (a.count + a_block - 1) / a_block;
-  return launch(kernel, blocks < most ? blocks : most, kRowThreads, 0, stream, a);
+  const int64_t a_block = kRowThreads / lanes_of<N>(a.width);
+  const int64_t blocks = grid_of((a.count + a_block - 1) / a_block, 8);
+  return launch(kernel, blocks, kRowThreads, 0, stream, a);
 }
 
 int run_sgd_rows(const SgdArguments& a, Stream stream) {

@@ -24,10 +24,9 @@ FL_DEVICE Pack<T, N> ld_many(const T* p) {
   return out;
 }
 
-// Blocks for `items` of a warp each; a grid-stride loop does the rest.
+// Blocks for `items` of a warp each.
 inline int64_t blocks_of_warps(int64_t items, int threads) {
-  const int64_t blocks = (items * kWarp + threads - 1) / threads, most = 32 * processors();
-  return blocks < most ? blocks : most;
+  return grid_of((items * kWarp + threads - 1) / threads, 32);
 }
 
 }  // namespace fused_losses::cuda

@@ -292,17 +292,12 @@ FL_KERNEL(kThreads) every_key(ScreenArguments a) {
   }
 }
 
-int64_t enough(int64_t blocks, int for_each) {
-  const int64_t most = int64_t(for_each) * processors();
-  return blocks < most ? blocks : most;
-}
-
 int run_topk_screen(const ScreenArguments& a, Stream stream) {
   if (a.keys) {
-    const int64_t blocks = enough((a.rows * a.columns + 4 * kThreads - 1) / (4 * kThreads), 16);
+    const int64_t blocks = grid_of((a.rows * a.columns + 4 * kThreads - 1) / (4 * kThreads), 16);
     return launch(every_key, blocks, kThreads, 0, stream, a);
   }
-  const int64_t blocks = enough((a.rows * a.parts + kWarps - 1) / kWarps, 16);
+  const int64_t blocks = grid_of((a.rows * a.parts + kWarps - 1) / kWarps, 16);
   if (a.keep <= kFew) return launch(best_of_few, blocks, kThreads, 0, stream, a);
   const size_t shared = sizeof(int64_t) * kWarps * (a.slots + kWaiting);
   return launch(best_of_many, blocks, kThreads, shared, stream, a);
@@ -637,11 +632,11 @@ int run_topk_exact(ExactArguments a, Stream stream) {
     a.group = sharing<T>(a.d);
     a.places = static_cast<int32_t>(round_up(a.d, int64_t(a.group) * kPack<T>));
     const size_t shared = sizeof(Scored) * (a.slots + a.width) + sizeof(double) * a.places;
-    const int64_t rows = enough(a.n, (8 + a.splits - 1) / a.splits);
+    const int64_t rows = grid_of(a.n, static_cast<int>((8 + a.splits - 1) / a.splits));
     return launch(exact_best<T>, rows * a.splits, kThreads, shared, stream, a);
   });
   if (code || !a.parts) return code;
-  return launch(merge_splits, enough(a.n, 8), kThreads, 2 * sizeof(Scored) * a.slots, stream, a);
+  return launch(merge_splits, grid_of(a.n, 8), kThreads, 2 * sizeof(Scored) * a.slots, stream, a);
 }
 FL_EXPORT(topk_exact, ExactArguments, EXACT_FIELDS, run_topk_exact)
 }  // namespace fused_losses::cuda::topk

@@ -339,7 +339,7 @@ triplets(TripletArguments a) {
 }
 
 int run_triplets(const TripletArguments& a, Stream stream) {
-  const int64_t most = int64_t(8) * processors(), blocks = a.rows < most ? a.rows : most;
+  const int64_t blocks = grid_of(a.rows, 8);
   const int64_t warps = (a.columns + kNeighbours * kWarp - 1) / (kNeighbours * kWarp);
   const int64_t threads = warps < 1 ? kWarp : warps * kWarp;
   const auto kernel = a.grad ? triplets<true> : triplets<false>;

@@ -65,7 +65,6 @@ int processors();
 // ---- what a thread calls -----------------------------------------------------------------------
 
 enum class Collective { kShuffle, kVote, kWarpBarrier };
-enum class Vote { kNone, kCount };
 
 // Gives `value`, gets that of lane `source` when every lane of the mask has come.
 uint64_t exchange(unsigned mask, uint64_t value, int source);
