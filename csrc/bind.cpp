@@ -103,7 +103,7 @@ std::vector<Target> find_targets(const Tensor& labels, const OptionalTensor& cla
 // A Problem and what it points to.
 struct Call {
   Tensor x, weight, labels;
-  OptionalTensor classes, bias, column_weight;
+  OptionalTensor classes, bias, column_weight, bend;
   std::vector<Target> targets;
   at::ScalarType accumulate;
   Problem problem;
@@ -111,7 +111,7 @@ struct Call {
   Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& labels_in,
        const OptionalTensor& classes_in, const OptionalTensor& bias_in,
        const OptionalTensor& column_weight_in, bool normalize, bool weighted,
-       c10::string_view precision, const Tensor* kept)
+       c10::string_view precision, const OptionalTensor& bend_in, const Tensor* kept)
       : x(dense_rows(x_in)), weight(dense_rows(weight_in)), labels(labels_in.contiguous()) {
     TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
                       "row_statistics: expected x [N, D] and weight [C, D], got ", x.sizes(),
@@ -130,6 +130,10 @@ struct Call {
       TORCH_CHECK_VALUE(!*v || (*v)->numel() == weight.size(0),
                         "row_statistics: expected bias and column_weight [", weight.size(0), "]");
     }
+    bend = accumulated(bend_in, accumulate);
+    TORCH_CHECK_VALUE(
+        !bend || (bend->dim() == 2 && bend->size(0) == 4 && bend->size(1) == x.size(0)),
+        "bend: expected [4, ", x.size(0), "], got ", bend->sizes());
     targets = find_targets(labels, classes, weight.size(0));
     problem = {
         {x.const_data_ptr(), type_of(x), x.stride(0)},
@@ -140,6 +144,7 @@ struct Call {
         classes ? classes->const_data_ptr<int64_t>() : nullptr,
         bias ? bias->const_data_ptr() : nullptr,
         column_weight ? column_weight->const_data_ptr() : nullptr,
+        bend ? bend->const_data_ptr() : nullptr,
         targets.data(),
         static_cast<int64_t>(targets.size()),
         normalize,
@@ -155,14 +160,14 @@ struct Call {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Tensor& labels, const OptionalTensor& classes,
     const OptionalTensor& bias, const OptionalTensor& column_weight, bool normalize, bool weighted,
-    c10::string_view precision, int64_t kept_classes) {
+    c10::string_view precision, const OptionalTensor& bend, int64_t kept_classes) {
   const int64_t n = x.size(0);
   const auto options =
       x.options().dtype(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const Tensor kept = at::empty({kept_classes, round_up(n, kKeptPadding)}, options);
   advise_huge(kept);
   const Call call(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision,
-                  &kept);
+                  bend, &kept);
   const auto doubles = options.dtype(at::kDouble);
   const Tensor lse = at::empty({n}, doubles), target = at::empty({n}, doubles);
   const Tensor weighted_sum = at::empty({weighted ? n : 0}, options);
@@ -184,17 +189,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad_lse, const Tensor& grad_target, const OptionalTensor& grad_weighted,
     const Tensor& x, const Tensor& weight, const Tensor& labels, const OptionalTensor& classes,
     const OptionalTensor& bias, const OptionalTensor& column_weight, const Tensor& lse,
-    const Tensor& kept, bool normalize, bool weighted, c10::string_view precision, bool need_x,
-    bool need_weight, bool need_bias) {
+    const Tensor& kept, bool normalize, bool weighted, c10::string_view precision,
+    const OptionalTensor& bend, bool compact, bool need_x, bool need_weight, bool need_bias) {
   const Call call(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision,
-                  &kept);
+                  bend, &kept);
   const Tensor nothing = at::empty({0}, weight.options());
-  const bool whole = !classes && x.size(0) > 0;
+  const bool part = compact && call.classes;
+  const bool whole = (!classes || part) && x.size(0) > 0;
   const Tensor dx = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   Tensor dw = nothing;
   if (need_weight) {
-    dw = whole ? at::empty(weight.sizes(), weight.options())
-               : at::zeros(weight.sizes(), weight.options());
+    const std::vector<int64_t> shape = {part ? call.problem.k : weight.size(0), weight.size(1)};
+    dw = whole ? at::empty(shape, weight.options()) : at::zeros(shape, weight.options());
     advise_huge(dw);
   }
   Tensor db = at::empty({0}, weight.options());
@@ -215,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
                            kept_lse.const_data_ptr()};
     const BackwardOut out = {need_x ? dx.data_ptr() : nullptr,
                              need_weight ? dw.data_ptr() : nullptr,
-                             need_bias && bias ? db.data_ptr() : nullptr};
+                             need_bias && bias ? db.data_ptr() : nullptr, part};
     kernels.rows.backward(call.problem, in, out, aligned(buffer), parallel);
   }
   if (need_bias && bias) db = db.to(bias->scalar_type());

@@ -1,9 +1,11 @@
 // The streamed primitive behind margin softmax, without torch: what a caller fills in.
 //
-//   z_ij = <x_i, w_j> + b_j        (w_j / |w_j| with normalize)
-//   forward:  lse_i = log sum_{j != y_i} exp z_ij, target_i, weighted_sum_i, hardest_i
-//   backward: G_ij = dlse_i exp(z_ij - lse_i) + dweighted_i v_j,  G_{i,y_i} = dtarget_i
-//             dx = G w,  dw = (G^T x - w_hat <w_hat, G^T x>) / |w|,  db_j = sum_{i: y_i != j} G_ij
+//   c_ij = <x_i, w_j>        (w_j / |w_j| with normalize)
+//   z_ij = psi_i(c_ij) + b_j,   psi_i(c) = c, or with bend p_i + q_i c + r_i c^2 where c > t_i
+//   forward:  lse_i = log sum_{j != y_i} exp z_ij, target_i = c_{i,y_i}, weighted_sum_i, hardest_i
+//   backward: H_ij = dlse_i exp(z_ij - lse_i) + dweighted_i v_j,  db_j = sum_{i: y_i != j} H_ij
+//             G_ij = psi'_i(c_ij) H_ij,  G_{i,y_i} = dtarget_i
+//             dx = G w,  dw = (G^T x - w_hat <w_hat, G^T x>) / |w|
 #pragma once
 
 #include <cstddef>
@@ -44,6 +46,7 @@ struct Problem {
   const int64_t* ids;         // [k] their rows in w, or null for 0 .. k-1
   const void* bias;           // [*] in the accumulation type, or null
   const void* column_weight;  // [*] in the accumulation type, or null for 1
+  const void* bend;           // [4, n] t, p, q, r in the accumulation type, or null
   const Target* targets;      // [target_count] by increasing position
   int64_t target_count;
   bool normalize;
@@ -72,9 +75,10 @@ struct BackwardIn {
 };
 
 struct BackwardOut {
-  void* dx;  // [n, d] dense in x's type, or null
-  void* dw;  // [*, d] dense in w's type (rows outside ids are left alone), or null
-  void* db;  // [*] in the accumulation type, or null
+  void* dx;      // [n, d] dense in x's type, or null
+  void* dw;      // [*, d] dense in w's type (rows outside ids are left alone), or null
+  void* db;      // [*] in the accumulation type, or null
+  bool compact;  // dw is [k, d], a row for each class that takes part
 };
 
 // The kernels of one instruction set; buffers are the caller's, 64-byte aligned.

@@ -19,6 +19,7 @@ class Inputs(NamedTuple):
     normalize: bool = False
     weighted: bool = False
     precision: str = "fp32"
+    bend: Tensor | None = None  # [4, N]: threshold, then the polynomial above it
 
 
 class RowGradients(NamedTuple):
@@ -35,3 +36,4 @@ class Needs(NamedTuple):
     x: bool
     weight: bool
     bias: bool
+    compact: bool = False  # the weight's gradient has the rows of `classes` only, [K, D]

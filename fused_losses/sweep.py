@@ -1,8 +1,11 @@
 """The streamed primitive: statistics of each row's scores over all classes, the target apart.
 
-    z_ij = <x_i, w_j> + b_j        (w_j / |w_j| with normalize=True)
+    z_ij = psi_i(<x_i, w_j>) + b_j        (w_j / |w_j| with normalize=True)
     lse_i = log sum_{j != y_i} exp z_ij      target_i = <x_i, w_{y_i}>
     weighted_sum_i = sum_{j != y_i} v_j z_ij      hardest_i = argmax_{j != y_i} z_ij
+
+psi_i(c) = c, or with `bend` [4, N] = (t, p, q, r): c where c <= t_i, else p_i + q_i c + r_i c^2:
+what losses that mine hard classes make of a high score.
 
 A margin touches the target only, so every margin softmax is ordinary autograd on these [N]
 vectors; and since the target is never in the sum, 1 - p = sigmoid(lse - z_y) keeps its digits
@@ -24,15 +27,16 @@ from fused_losses.streamed_op import StreamedFunction, StreamedOp
 
 FORWARD = (
     "(Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
-    "Tensor? column_weight, bool normalize, bool weighted, str precision, SymInt kept_classes) "
+    "Tensor? column_weight, bool normalize, bool weighted, str precision, Tensor? bend, "
+    "SymInt kept_classes) "
     "-> (Tensor lse, Tensor target, Tensor weighted_sum, Tensor hardest, Tensor hardest_score, "
     "Tensor kept)"
 )
 BACKWARD = (
     "(Tensor grad_lse, Tensor grad_target, Tensor? grad_weighted, Tensor x, Tensor weight, "
     "Tensor labels, Tensor? classes, Tensor? bias, Tensor? column_weight, Tensor lse, "
-    "Tensor kept, bool normalize, bool weighted, str precision, bool need_x, bool need_weight, "
-    "bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    "Tensor kept, bool normalize, bool weighted, str precision, Tensor? bend, bool compact, "
+    "bool need_x, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
 KEPT_PADDING = 64  # scores are kept in rows of whole vectors
 
@@ -62,11 +66,13 @@ def row_statistics(
     normalize: bool = False,
     weighted: bool = False,
     precision: str = "fp32",
+    bend: Tensor | None = None,  # [4, N]
     kept_classes: int = 0,
     backend: str | None = None,
 ) -> RowStatistics:
     """Statistics over the classes, differentiable in x, weight and bias (module docstring).
 
+    `bend`: t, p, q, r of each row, in the accumulation dtype; no gradient.
     `kept_classes`: how many classes' scores the forward may keep for the backward (cpu only).
     Time O(N K D); memory O(N D) plus kept_classes * N. Second derivatives raise.
     """
@@ -85,6 +91,7 @@ def row_statistics(
         normalize,
         weighted,
         precision,
+        bend,
         kept_classes if name == "cpu" else 0,
     )
     out = ROW_STATISTICS(name, *arguments)
@@ -92,17 +99,17 @@ def row_statistics(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, labels, classes, bias, column_weight, normalize, weighted, precision, _ = inputs
+    x, weight, labels, classes, bias, column_weight, *settings, bend, _ = inputs
     lse, _, _, hardest, hardest_score, kept = output
     ctx.mark_non_differentiable(hardest, hardest_score, kept)
-    ctx.save_for_backward(x, weight, labels, classes, bias, column_weight, lse, kept)
-    ctx.settings = (normalize, weighted, precision)
+    ctx.save_for_backward(x, weight, labels, classes, bias, column_weight, lse, kept, bend)
+    ctx.settings = settings
     # or backward would be handed zeros of the size of `kept`, as large as the whole budget
     ctx.set_materialize_grads(False)
 
 
 def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-    x, weight, labels, classes, bias, column_weight, lse, kept = ctx.saved_tensors
+    x, weight, labels, classes, bias, column_weight, lse, kept, bend = ctx.saved_tensors
     normalize, weighted, precision = ctx.settings
     grad_lse, grad_target, grad_weighted = (
         torch.zeros_like(lse) if grad is None else grad for grad in grads[:3]
@@ -123,12 +130,14 @@ def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple
         normalize,
         weighted,
         precision,
+        bend,
+        False,
         need_x,
         need_weight,
         need_bias,
     )
     some = (dx if need_x else None, dweight if need_weight else None)
-    return (*some, None, None, dbias if need_bias else None, None, None, None, None, None)
+    return (*some, None, None, dbias if need_bias else None, None, None, None, None, None, None)
 
 
 class RowStatisticsFunction:
@@ -160,15 +169,22 @@ def _backward_arguments(
     arguments: tuple,
 ) -> tuple[Inputs, Tensor, Tensor, RowGradients, Needs]:
     """The backward op's arguments, in its schema's order, sorted out: inputs, lse, kept, ..."""
-    p = Inputs(*arguments[3:9], *arguments[11:14])
-    return p, arguments[9], arguments[10], RowGradients(*arguments[:3]), Needs(*arguments[14:])
+    p = Inputs(*arguments[3:9], *arguments[11:15])
+    needs = Needs(*arguments[16:], compact=arguments[15])
+    return p, arguments[9], arguments[10], RowGradients(*arguments[:3]), needs
+
+
+def gradient_shape(p: Inputs, needs: Needs) -> tuple[int, int]:
+    """Of the weight: its own, or with `compact` a row for each class that takes part."""
+    part = needs.compact and p.classes is not None
+    return (p.classes.shape[0] if part else p.weight.shape[0], p.weight.shape[1])
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     p, _, _, _, needs = _backward_arguments(arguments)
     return (
         p.x.new_empty(p.x.shape if needs.x else 0),
-        p.weight.new_empty(p.weight.shape if needs.weight else 0),
+        p.weight.new_empty(gradient_shape(p, needs) if needs.weight else 0),
         p.bias.new_empty(p.bias.shape) if needs.bias else p.weight.new_empty(0),
     )
 

@@ -16,6 +16,7 @@ struct BackwardPlan {
   typename PG::Word* rows;  // x as the right operand of G x
   T* dense;
   T *grad_lse, *grad_weighted, *lse;  // [padded], zero past n
+  Bent<T> bend;
 
   struct Thread {
     TileScratch<PS, T> tile;
@@ -43,6 +44,7 @@ struct BackwardPlan {
     grad_lse = arena.take<T>(padded);
     grad_weighted = arena.take<T>(padded);
     lse = arena.take<T>(padded);
+    bend = take_bend<T>(arena, p, padded);
     shared_bytes = arena.used();
     thread_bytes = 0;
     thread_bytes = thread(p, 0).second;
@@ -68,8 +70,8 @@ struct BackwardPlan {
 };
 
 // G of a tile for the rows [row0, row0 + rows), times `inverse`, in the words of both products.
-template <class PS, class PG, class T>
-inline void gradient_of_scores(const Problem& p, const BackwardIn& in,
+template <class PS, class PG, class T, class Bend>
+inline void gradient_of_scores(const Problem& p, const Bend& bend, const BackwardIn& in,
                                const BackwardPlan<PS, PG, T>& plan,
                                typename BackwardPlan<PS, PG, T>::Thread& th,
                                const Tile<PS, T>& tile, const T* scores, int64_t ld, int64_t row0,
@@ -89,11 +91,13 @@ inline void gradient_of_scores(const Problem& p, const BackwardIn& in,
     Vector<T> along = {}, total = {};
     for (int64_t i = 0; i < rows; i += kStep) {
       const Vector<T> raw = load(product + i) * inverse;
-      Vector<T> g = exp(raw + bias - load(plan.lse + row0 + i)) * load(plan.grad_lse + row0 + i);
+      const Vector<T> z = bend.psi(raw, row0 + i) + bias;
+      Vector<T> g = exp(z - load(plan.lse + row0 + i)) * load(plan.grad_lse + row0 + i);
       if (p.weighted) g += load(plan.grad_weighted + row0 + i) * weight;
       if (keep) g = load(keep + i) > T(0) ? g : Vector<T>{};
-      along += g * raw;
       total += g;
+      g = bend.through(g, raw, row0 + i);
+      along += g * raw;
       store(g_out + i, g * inverse);
     }
     T along_sum = sum<T>(along);
@@ -156,6 +160,12 @@ inline void add_dx([[maybe_unused]] const Problem& p, const BackwardPlan<PS, PG,
   }
 }
 
+// Where dw of a tile's class c stands.
+template <class Tile>
+inline int64_t gradient_row(const BackwardOut& out, const Tile& tile, int64_t c) {
+  return out.compact ? tile.first + c : tile.id(c);
+}
+
 // dw = G x - along w: straight to the output when this is the only block, else into the tile's sum.
 template <class PS, class PG, class T>
 inline void add_dw(const Problem& p, const BackwardOut& out, const BackwardPlan<PS, PG, T>& plan,
@@ -190,7 +200,7 @@ inline void add_dw(const Problem& p, const BackwardOut& out, const BackwardPlan<
         const int64_t e = q + v * kLanes<T>;
         if (r >= last || e >= p.d) return;
         const T* w = tile.row(c + r) + e;
-        T* at = dw + tile.id(c + r) * p.d + e;
+        T* at = dw + gradient_row(out, tile, c + r) * p.d + e;
         if (e + kLanes<T> <= p.d) {
           const Vector<T> value = sum - load(w) * th.along[c + r];
           aligned ? stream(at, value) : store(at, value);
@@ -222,7 +232,9 @@ inline void backward_tile(const Problem& p, const BackwardIn& in, const Backward
     const T* scores = kept ? kept + row0 : s.scores;
     const int64_t ld = kept ? round_up(p.n, kKeptPadding) : s.ld;
     if (!kept) tile.multiply_rows(plan.columns, plan.dense, row0, rows, s.scores, s.ld);
-    gradient_of_scores(p, in, plan, th, tile, scores, ld, row0, rows);
+    with_bend(plan.bend, [&](const auto& bend) {
+      gradient_of_scores(p, bend, in, plan, th, tile, scores, ld, row0, rows);
+    });
     if (plan.dx) add_dx(p, plan, th, tile, row0, real_rows);
     if (row0 + block >= plan.padded) {
       // <w_hat, dw_hat> w_hat / |w|, as a factor of w
@@ -236,7 +248,7 @@ inline void backward_tile(const Problem& p, const BackwardIn& in, const Backward
     T* dw = th.dw + c * plan.wide;
     const T* w = tile.row(c);
     for (int64_t e = 0; e < p.d; ++e) dw[e] -= w[e] * th.along[c];
-    write_row(out.dw, p.w.type, tile.id(c) * p.d, p.d, dw);
+    write_row(out.dw, p.w.type, gradient_row(out, tile, c) * p.d, p.d, dw);
   }
   for (int64_t c = 0; out.db && c < tile.count; ++c) {
     static_cast<T*>(out.db)[tile.id(c)] = th.bias[c];

@@ -49,6 +49,7 @@ struct ForwardPlan {
   typename PS::Word* columns;
   T* dense;
   T* row;  // [d]
+  Bent<T> bend;
   struct Thread {
     TileScratch<PS, T> tile;
     RowSums<T> sums;
@@ -65,6 +66,7 @@ struct ForwardPlan {
     columns = arena.take<typename PS::Word>(padded * words<PS>(p.d));
     dense = arena.take<T>(p.n * p.d);
     row = arena.take<T>(p.d);
+    bend = take_bend<T>(arena, p, padded);
     shared_bytes = arena.used();
     thread_bytes = 0;
     thread_bytes = thread(p, 0).second;
@@ -81,7 +83,6 @@ struct ForwardPlan {
   }
 };
 
-// Scores of class c against a run of rows: product * inverse + bias.
 template <class T>
 inline T bias_of(const Problem& p, int64_t id) {
   return p.bias ? static_cast<const T*>(p.bias)[id] : T(0);
@@ -93,8 +94,8 @@ inline T column_weight_of(const Problem& p, int64_t id) {
 }
 
 // The first class of the tile whose score is highest for row i, target left out.
-template <class Tile, class T>
-inline int64_t find_hardest(const Problem& p, const Tile& tile,
+template <class Tile, class T, class Bend>
+inline int64_t find_hardest(const Problem& p, const Bend& bend, const Tile& tile,
                             const TileScratch<typename Tile::Scores, T>& s, const T* scores,
                             int64_t ld, int64_t row0, int64_t i) {
   int64_t target = -1;
@@ -104,7 +105,8 @@ inline int64_t find_hardest(const Problem& p, const Tile& tile,
   int64_t found = -1;
   T best = -std::numeric_limits<T>::infinity();
   for (int64_t c = 0; c < tile.count; ++c) {
-    const T z = scores[c * ld + i] * s.inverse[c] + bias_of<T>(p, tile.id(c));
+    const T raw = scores[c * ld + i] * s.inverse[c];
+    const T z = bend.psi(raw, row0 + i) + bias_of<T>(p, tile.id(c));
     if (c != target && z > best) {
       best = z;
       found = c;
@@ -113,11 +115,62 @@ inline int64_t find_hardest(const Problem& p, const Tile& tile,
   return found < 0 ? -1 : tile.id(found);
 }
 
+// Folds the scores of a tile into the sums of the rows [row0, row0 + rows).
+template <class PS, class T, class Bend>
+inline void fold_scores(const Problem& p, const Bend& bend, typename ForwardPlan<PS, T>::Thread& th,
+                        const Tile<PS, T>& tile, const T* scores, int64_t ld, int64_t row0,
+                        int64_t rows) {
+  constexpr int64_t kStep = kLanes<T>;
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
+  const TileScratch<PS, T>& s = th.tile;
+  for (int64_t i = 0; i < rows; ++i) th.tile_best[i] = kNone;
+  for (int64_t i = 0; i < rows; ++i) th.tile_sum[i] = 0;
+  const auto maximum = [&](int64_t c, const T* keep, const Target*, const Target*) {
+    const T inverse = s.inverse[c], bias = bias_of<T>(p, tile.id(c));
+    const T* z = scores + c * ld;
+    for (int64_t i = 0; i < rows; i += kStep) {
+      Vector<T> v = bend.psi(load(z + i) * inverse, row0 + i) + bias;
+      if (keep) v = load(keep + i) > T(0) ? v : broadcast(kNone);
+      const Vector<T> best = load(th.tile_best + i);
+      store(th.tile_best + i, v > best ? v : best);
+    }
+    if (p.weighted) {
+      const T weight = column_weight_of<T>(p, tile.id(c));
+      for (int64_t i = 0; i < rows; ++i) {
+        const T v = (bend.psi(z[i] * inverse, row0 + i) + bias) * weight;
+        if (!keep || keep[i] > 0) th.sums.weighted[row0 + i] += v;
+      }
+    }
+  };
+  each_class(tile, row0, rows, s.keep, maximum);
+
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = row0 + i;
+    if (row < p.n && th.tile_best[i] > th.sums.best[row]) {
+      th.sums.total[row] *= std::exp(static_cast<double>(th.sums.best[row] - th.tile_best[i]));
+      th.sums.best[row] = th.tile_best[i];
+      th.sums.hardest[row] = find_hardest(p, bend, tile, s, scores, ld, row0, i);
+    }
+    // what a score is shifted by: nothing, as long as no other class has been seen
+    th.tile_best[i] = th.sums.best[row] > kNone ? th.sums.best[row] : T(0);
+  }
+  const auto add = [&](int64_t c, const T* keep, const Target*, const Target*) {
+    const T inverse = s.inverse[c], bias = bias_of<T>(p, tile.id(c));
+    const T* z = scores + c * ld;
+    for (int64_t i = 0; i < rows; i += kStep) {
+      const Vector<T> v = bend.psi(load(z + i) * inverse, row0 + i) + bias;
+      Vector<T> e = exp(v - load(th.tile_best + i));
+      if (keep) e = load(keep + i) > T(0) ? e : Vector<T>{};
+      store(th.tile_sum + i, load(th.tile_sum + i) + e);
+    }
+  };
+  each_class(tile, row0, rows, s.keep, add);
+  for (int64_t i = 0; i < rows; ++i) th.sums.total[row0 + i] += th.tile_sum[i];
+}
+
 template <class PS, class T>
 inline void forward_tile(const Problem& p, const ForwardPlan<PS, T>& plan,
                          typename ForwardPlan<PS, T>::Thread& th, int64_t index) {
-  constexpr int64_t kStep = kLanes<T>;
-  constexpr T kNone = -std::numeric_limits<T>::infinity();
   const TileScratch<PS, T>& s = th.tile;
   const Tile<PS, T> tile(p, s, index);
   const int64_t block = round_up(kBlockRows, kPanel<PS>);
@@ -127,49 +180,9 @@ inline void forward_tile(const Problem& p, const ForwardPlan<PS, T>& plan,
     T* scores = kept ? kept + row0 : s.scores;
     const int64_t ld = kept ? round_up(p.n, kKeptPadding) : s.ld;
     tile.multiply_rows(plan.columns, plan.dense, row0, rows, scores, ld);
-
-    for (int64_t i = 0; i < rows; ++i) th.tile_best[i] = kNone;
-    for (int64_t i = 0; i < rows; ++i) th.tile_sum[i] = 0;
-    each_class(tile, row0, rows, s.keep,
-               [&](int64_t c, const T* keep, const Target*, const Target*) {
-                 const T inverse = s.inverse[c], bias = bias_of<T>(p, tile.id(c));
-                 const T* z = scores + c * ld;
-                 for (int64_t i = 0; i < rows; i += kStep) {
-                   Vector<T> v = load(z + i) * inverse + bias;
-                   if (keep) v = load(keep + i) > T(0) ? v : broadcast(kNone);
-                   const Vector<T> best = load(th.tile_best + i);
-                   store(th.tile_best + i, v > best ? v : best);
-                 }
-                 if (p.weighted) {
-                   const T weight = column_weight_of<T>(p, tile.id(c));
-                   for (int64_t i = 0; i < rows; ++i) {
-                     const T v = (z[i] * inverse + bias) * weight;
-                     if (!keep || keep[i] > 0) th.sums.weighted[row0 + i] += v;
-                   }
-                 }
-               });
-
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t row = row0 + i;
-      if (row < p.n && th.tile_best[i] > th.sums.best[row]) {
-        th.sums.total[row] *= std::exp(static_cast<double>(th.sums.best[row] - th.tile_best[i]));
-        th.sums.best[row] = th.tile_best[i];
-        th.sums.hardest[row] = find_hardest(p, tile, s, scores, ld, row0, i);
-      }
-      // what a score is shifted by: nothing, as long as no other class has been seen
-      th.tile_best[i] = th.sums.best[row] > kNone ? th.sums.best[row] : T(0);
-    }
-    each_class(tile, row0, rows, s.keep,
-               [&](int64_t c, const T* keep, const Target*, const Target*) {
-                 const T inverse = s.inverse[c], bias = bias_of<T>(p, tile.id(c));
-                 const T* z = scores + c * ld;
-                 for (int64_t i = 0; i < rows; i += kStep) {
-                   Vector<T> e = exp(load(z + i) * inverse + bias - load(th.tile_best + i));
-                   if (keep) e = load(keep + i) > T(0) ? e : Vector<T>{};
-                   store(th.tile_sum + i, load(th.tile_sum + i) + e);
-                 }
-               });
-    for (int64_t i = 0; i < rows; ++i) th.sums.total[row0 + i] += th.tile_sum[i];
+    with_bend(plan.bend, [&](const auto& bend) {
+      fold_scores<PS, T>(p, bend, th, tile, scores, ld, row0, rows);
+    });
   }
 }
 

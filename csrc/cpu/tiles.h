@@ -331,6 +331,53 @@ inline T* kept_scores(const Problem& p, int64_t first, int64_t count) {
   return static_cast<T*>(p.kept) + first * round_up(p.n, kKeptPadding);
 }
 
+// ---- what becomes of a score before the bias: psi of a row, and a gradient through it -----------
+
+template <class T>
+struct Straight {
+  Vector<T> psi(Vector<T> raw, int64_t) const { return raw; }
+  T psi(T raw, int64_t) const { return raw; }
+  Vector<T> through(Vector<T> g, Vector<T>, int64_t) const { return g; }
+};
+
+// Above its threshold t a row's score becomes a polynomial of itself.
+template <class T>
+struct Bent {
+  const T *t, *p, *q, *r;  // [padded] each
+
+  Vector<T> psi(Vector<T> raw, int64_t row) const {
+    const Vector<T> above = load(p + row) + (load(q + row) + load(r + row) * raw) * raw;
+    return raw > load(t + row) ? above : raw;
+  }
+  T psi(T raw, int64_t row) const {
+    return raw > t[row] ? p[row] + (q[row] + r[row] * raw) * raw : raw;
+  }
+  Vector<T> through(Vector<T> g, Vector<T> raw, int64_t row) const {
+    const Vector<T> above = g * (load(q + row) + T(2) * load(r + row) * raw);
+    return raw > load(t + row) ? above : g;
+  }
+};
+
+// The problem's bends in rows of `padded`, taken from the arena; past n no score is above t.
+template <class T>
+inline Bent<T> take_bend(Arena& arena, const Problem& p, int64_t padded) {
+  if (!p.bend) return {};
+  T* rows = arena.take<T>(4 * padded);
+  for (int64_t k = 0; arena.base() && k < 4; ++k) {
+    const T* from = static_cast<const T*>(p.bend) + k * p.n;
+    std::copy(from, from + p.n, rows + k * padded);
+    std::fill(rows + k * padded + p.n, rows + (k + 1) * padded,
+              k == 0 ? std::numeric_limits<T>::infinity() : T(0));
+  }
+  return {rows, rows + padded, rows + 2 * padded, rows + 3 * padded};
+}
+
+// Calls body with how this problem's scores bend: one branch, outside every loop over scores.
+template <class T, class Body>
+inline void with_bend(const Bent<T>& bend, Body&& body) {
+  bend.t ? body(bend) : body(Straight<T>{});
+}
+
 template <class F>
 inline void on_threads(const Parallel& parallel, F&& body) {
   parallel.run(

@@ -48,7 +48,7 @@ class Tile:
     weight: Tensor  # [T, D] as multiplied (normalised if asked)
     norm: Tensor | None  # [T, 1]
     raw: Tensor  # [N, T] products
-    scores: Tensor  # [N, T] products plus bias
+    scores: Tensor  # [N, T] products, bent if asked, plus bias
     is_target: Tensor  # [N, T]
 
 
@@ -69,8 +69,21 @@ def tiles(p: Inputs, x: Tensor) -> Iterator[Tile]:
         if p.normalize:
             part = unit_rows(part)
         raw = x @ part.T
-        scores = raw if bias is None else raw + bias[ids].to(x.dtype)
+        scores = raw if p.bend is None else bent(raw, p.bend)
+        scores = scores if bias is None else scores + bias[ids].to(x.dtype)
         yield Tile(ids, part, norm, raw, scores, p.labels[:, None] == ids[None, :])
+
+
+def bent(raw: Tensor, bend: Tensor) -> Tensor:
+    """raw up to the row's threshold, p + q raw + r raw^2 above it. [N, T], [4, N] -> [N, T]"""
+    t, p, q, r = bend.to(raw.dtype)[:, :, None]
+    return torch.where(raw > t, p + (q + r * raw) * raw, raw)
+
+
+def bent_slope(raw: Tensor, bend: Tensor) -> Tensor:
+    """The derivative of `bent` in raw. [N, T]"""
+    t, _, q, r = bend.to(raw.dtype)[:, :, None]
+    return torch.where(raw > t, q + 2 * r * raw, 1)
 
 
 def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
@@ -129,8 +142,10 @@ def backward(
     """Gradients of x, weight and bias, each None where it is not needed."""
     rows = p.x.to(accumulate_dtype(p.x.dtype))
     dx = torch.zeros_like(rows) if needs.x else None
-    dweight = torch.zeros_like(p.weight, memory_format=torch.contiguous_format)
-    dweight = dweight if needs.weight else None
+    compact = needs.compact and p.classes is not None
+    height = p.classes.shape[0] if compact else p.weight.shape[0]
+    dweight = p.weight.new_zeros((height, p.weight.shape[1])) if needs.weight else None
+    at = 0
     dbias = torch.zeros_like(p.bias) if needs.bias and p.bias is not None else None
     # a row without other classes has lse = -inf and no gradient to share out
     safe_lse = torch.where(lse == -torch.inf, 0, lse)[:, None]
@@ -141,6 +156,8 @@ def backward(
             g += grads.weighted[:, None] * v
         if dbias is not None:
             dbias[tile.ids] = g.masked_fill(tile.is_target, 0).sum(dim=0).to(dbias.dtype)
+        if p.bend is not None:
+            g = g * bent_slope(tile.raw, p.bend)
         g = torch.where(tile.is_target, grads.target[:, None], g)
         if dx is not None:
             dx.addmm_(g, tile.weight)
@@ -150,5 +167,6 @@ def backward(
                 along = (g * tile.raw).sum(dim=0)[:, None]
                 dw = (dw - along * tile.weight) / tile.norm
                 dw = dw.masked_fill(tile.norm <= ZERO_NORM, 0)
-            dweight[tile.ids] = dw.to(dweight.dtype)
+            dweight[slice(at, at + len(dw)) if compact else tile.ids] = dw.to(dweight.dtype)
+            at += len(dw)
     return None if dx is None else dx.to(p.x.dtype), dweight, dbias

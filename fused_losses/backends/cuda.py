@@ -136,8 +136,14 @@ def _blocks(n: int, block: int) -> list[slice]:
     return [slice(top, min(top + block, n)) for top in range(0, n, block)]
 
 
+def _no_bends(inputs: Inputs, compact: bool = False) -> None:
+    if inputs.bend is not None or (compact and inputs.classes is not None):
+        raise NotImplementedError("backend 'cuda': neither bent scores nor compact gradients yet")
+
+
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
+    _no_bends(inputs)
     check(inputs.labels, inputs.weight, inputs.classes)
     p = base.problem(inputs, gradient=False)
     n, device, weighted = p.n, p.x.device, inputs.weighted
@@ -219,7 +225,8 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each None where it is not needed."""
-    x, weight, _, _, bias, _, _, weighted, precision = inputs
+    _no_bends(inputs, needs.compact)
+    x, weight, _, _, bias, _, _, weighted, precision, _ = inputs
     p = base.problem(inputs, gradient=True)
     device = x.device
     whole = p.classes is None and p.n > 0

@@ -71,9 +71,15 @@ def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
         validation.check_labels_in_classes(labels, classes)
 
 
+def _no_bends(inputs: Inputs, compact: bool = False) -> None:
+    if inputs.bend is not None or (compact and inputs.classes is not None):
+        raise NotImplementedError("backend 'triton': neither bent scores nor compact gradients yet")
+
+
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
-    x, _, labels, _, bias, _, normalize, weighted, _ = inputs
+    _no_bends(inputs)
+    x, _, labels, _, bias, _, normalize, weighted, *_ = inputs
     check(labels, inputs.weight, inputs.classes)
     p = base.problem(inputs, gradient=False)
     forward_kernels = kernels()[0]
@@ -201,8 +207,9 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each None where it is not needed."""
-    x, weight, _, classes, bias, _, _, weighted, precision = inputs
-    need_x, need_weight, need_bias = needs
+    _no_bends(inputs, needs.compact)
+    x, weight, _, classes, bias, _, _, weighted, precision, _ = inputs
+    need_x, need_weight, need_bias, _ = needs
     p = base.problem(inputs, gradient=True)
     need_bias = need_bias and bias is not None
     whole = classes is None and p.n > 0

@@ -101,7 +101,7 @@ class Problem:
 
 def problem(inputs: Inputs, gradient: bool) -> Problem:
     """The inputs as the kernels read them, with the tiles and products of this device."""
-    x, weight, labels, classes, bias, column_weight, normalize, _, precision = inputs
+    x, weight, labels, classes, bias, column_weight, normalize, _, precision, *_ = inputs
     arch = architecture(x.device)
     wide = x.dtype == torch.float32
     bf16 = wide and precision == "bf16"

@@ -1,0 +1,106 @@
+"""The door and the two ends of a softmax over classes whose row losses are vector arithmetic.
+
+Between them stands one sweep: for each row the logsumexp of its other classes, and its target.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses import backends, validation
+from fused_losses.backends import bounded, reference
+from fused_losses.rows import accumulate_dtype, unit_rows
+from fused_losses.softmax import meet
+from fused_losses.sweep import row_statistics
+
+
+class ClassRows(NamedTuple):
+    """Checked inputs of one call, in the form that the sweep takes."""
+
+    x: Tensor  # [N, D] in the accumulation dtype, unit rows if normalised, ignored rows zero
+    weight: Tensor  # [C, D]
+    labels: Tensor  # [N] int64, NO_TARGET: ignored
+    valid: Tensor  # [N] bool
+    classes: Tensor | None  # [K], increasing
+    normalize: bool
+    precision: str
+    backend: str
+
+    def target_cosine(self) -> Tensor:
+        """<x_i, w_y> of each row, detached, 0 where ignored. [N]; time O(N D)."""
+        with torch.no_grad():
+            return bounded.targets(self.x, self.weight, self.labels, self.normalize)
+
+    def statistics(self, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """log sum_{j != y} exp(scale cos_ij) and scale cos_iy, differentiable. [N], [N]"""
+        x = self.x * scale
+        if self.backend != "reference":
+            found = row_statistics(
+                x.to(self.x.dtype),
+                self.weight,
+                self.labels,
+                classes=self.classes,
+                normalize=self.normalize,
+                precision=self.precision,
+                backend=self.backend,
+            )
+            return found.lse, found.target
+        found = reference.row_statistics(
+            x, self.weight, self.labels, self.classes, None, None, self.normalize
+        )
+        return found["lse"], found["target"]
+
+    def reduce(self, loss: Tensor, reduction: str) -> Tensor:
+        """The rows' losses [N], their sum, or the mean over rows that are not ignored (0 of none).
+
+        In the accumulation dtype.
+        """
+        loss = torch.where(self.valid, loss, 0).to(self.x.dtype)
+        if reduction == "none":
+            return loss
+        total = loss.sum()
+        return total if reduction == "sum" else total / self.valid.sum().clamp_min(1)
+
+
+def class_rows(
+    embeddings: Tensor,  # [N, D]
+    weight: Tensor,  # [C, D]
+    labels: Tensor,  # [N]
+    *,
+    normalize: bool,
+    ignore_index: int,
+    classes: Tensor | None,  # [K]
+    precision: str,
+    reduction: str,
+    backend: str | None,
+) -> ClassRows:
+    """Checks as in `margin_softmax`: raises ValueError, TypeError, IndexError or RuntimeError.
+
+    Time and memory O(N D + K log K).
+    """
+    validation.check_pair("embeddings", embeddings, "weight", weight)
+    n, c = embeddings.shape[0], weight.shape[0]
+    validation.check_index_vector("labels", labels, n, embeddings)
+    validation.check_choice("precision", precision, validation.PRECISIONS)
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    embeddings, labels = meet(embeddings, weight), labels.long()
+    if not torch.compiler.is_compiling():
+        validation.check_labels(labels, c, ignore_index=ignore_index)
+    valid = labels != ignore_index
+    labels = torch.where(valid, labels, validation.NO_TARGET)
+    if classes is not None:
+        validation.check_index_vector("classes", classes, None, embeddings)
+        classes = torch.sort(classes.long()).values
+        if not torch.compiler.is_compiling() and not classes.is_cuda:
+            validation.check_classes(classes, c)
+            validation.check_labels_in_classes(labels, classes)
+    name, _ = backends.choose(
+        backend, embeddings.device, weight.dtype, precision, "row_statistics", embeddings.shape[1]
+    )
+    # an ignored row must not reach the gradients, not even with NaN
+    x = torch.where(valid[:, None], embeddings.to(accumulate_dtype(weight.dtype)), 0)
+    x = unit_rows(x) if normalize else x
+    return ClassRows(x, weight, labels, valid, classes, normalize, precision, name)
