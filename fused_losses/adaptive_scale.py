@@ -16,7 +16,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import validation
@@ -93,7 +92,8 @@ class AdaptiveScale:
             return lower_median(lse, valid)
         here = torch.ones_like(lse, dtype=torch.bool) if valid is None else valid
         if self.background == "mean":
-            return torch.logsumexp(torch.where(here, lse, -torch.inf), 0) - here.sum().log()
+            count = here.sum().to(lse.dtype)
+            return torch.logsumexp(torch.where(here, lse, -torch.inf), 0) - count.log()
         at = ((target_cosine == median) & here).to(torch.uint8).argmax()
         return lse.index_select(0, at[None])[0]
 
@@ -150,9 +150,9 @@ def adaptive_margin_softmax(
     )
     with no_autocast(embeddings.device):
         cosine = rows.target_cosine()
-        scale = margin.scale_of(cosine, rows.valid)
-        lse, target = rows.statistics(scale.to(rows.x.dtype))
+        # rounded once: what multiplies the scores is what the margin is for
+        scale = margin.scale_of(cosine, rows.valid).to(rows.x.dtype)
+        lse, target = rows.statistics(scale)
         if training:
             target = target - scale * margin.margin_of(cosine, lse, scale, rows.valid)
-        # softplus(lse - target), exact at both ends
-        return rows.reduce(-F.logsigmoid(target - lse), reduction)
+        return rows.cross_entropy(target, lse, reduction)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends, validation
@@ -53,11 +54,14 @@ class ClassRows(NamedTuple):
         )
         return found["lse"], found["target"]
 
-    def reduce(self, loss: Tensor, reduction: str) -> Tensor:
-        """The rows' losses [N], their sum, or the mean over rows that are not ignored (0 of none).
+    def cross_entropy(self, target: Tensor, lse: Tensor, reduction: str) -> Tensor:
+        """log(exp target + exp lse) - target of each row [N], the sum, or the mean of valid rows.
 
-        In the accumulation dtype.
+        target, lse [N]. Ignored rows have loss 0, the mean of none is 0. Accumulation dtype.
         """
+        loss = -F.logsigmoid(target - lse)  # exact at both ends
+        # the limit is 0, but an infinite score is a fault that must show
+        loss = torch.where(target == torch.inf, torch.nan, loss)
         loss = torch.where(self.valid, loss, 0).to(self.x.dtype)
         if reduction == "none":
             return loss

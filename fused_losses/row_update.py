@@ -3,7 +3,8 @@
     weight[rows], state[rows] = step(weight[rows], state[rows], grad)
 
 Everything else stays as it is: a row that takes no part sees neither momentum nor weight decay.
-The formulas are those of torch.optim.SGD and torch.optim.AdamW. On "cuda" one kernel reads the
+The formulas are those of torch.optim.SGD, AdamW and Adagrad; `catch_up_rows_` does what missed
+steps would have done (fused_losses.centers.optimizers). On "cpu" and "cuda" one kernel reads the
 gradient once and reads and writes each row of the weight and of its state once; "bounded" goes by
 blocks of rows. docs/row_update.md.
 """
@@ -20,22 +21,33 @@ from torch import Tensor
 
 from fused_losses import backends, validation
 from fused_losses.backends import cuda_launch
+from fused_losses.rounding import random_bits, stochastic
 from fused_losses.rows import accumulate_dtype, row_dtype
 from fused_losses.streamed_op import LIBRARY
 from fused_losses.validation import describe
 
 BLOCK_BYTES = 1 << 20  # of weights in a block of rows, widened
-NAMES = ("reference", "bounded", "cuda")
+NAMES = ("reference", "bounded", "cpu", "cuda")
+ON_CUDA = ("sgd", "adamw")  # the rules with a CUDA kernel
+FACTORS = 4  # of a row that catches up
 
 _ROWS = "(Tensor(a!) weight, Tensor rows, Tensor grad, "
 _RATE = "Tensor? lr_tensor, float lr, "
+_ROUNDING = "int? rounding_key=None, int row_offset=0) -> ()"
 SGD = (
     f"{_ROWS}Tensor(b!)? momentum_buffer, {_RATE}float momentum, float dampening, "
-    "float weight_decay, bool nesterov, bool maximize) -> ()"
+    f"float weight_decay, bool nesterov, bool maximize, {_ROUNDING}"
 )
 ADAMW = (
     f"{_ROWS}Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_RATE}Tensor? step_tensor, float step, "
-    "float beta1, float beta2, float eps, float weight_decay, bool maximize) -> ()"
+    f"float beta1, float beta2, float eps, float weight_decay, bool maximize, {_ROUNDING}"
+)
+ADAGRAD = (
+    f"{_ROWS}Tensor(b!) sum, float lr, float eps, float weight_decay, "
+    f"float initial_accumulator_value, bool maximize, {_ROUNDING}"
+)
+CATCH_UP = (
+    "(Tensor(a!) weight, Tensor rows, Tensor factors, Tensor(b!)? momentum_buffer, " + _ROUNDING
 )
 
 Number = float | Tensor
@@ -55,6 +67,8 @@ class Sgd(NamedTuple):
     weight_decay: float
     nesterov: bool
     maximize: bool
+    rounding_key: int | None = None
+    row_offset: int = 0
 
 
 class Adamw(NamedTuple):
@@ -74,6 +88,38 @@ class Adamw(NamedTuple):
     eps: float
     weight_decay: float
     maximize: bool
+    rounding_key: int | None = None
+    row_offset: int = 0
+
+
+class Adagrad(NamedTuple):
+    """One call, in the order of the op's schema."""
+
+    weight: Tensor
+    rows: Tensor
+    grad: Tensor
+    sum: Tensor
+    lr: float
+    eps: float
+    weight_decay: float
+    initial: float
+    maximize: bool
+    rounding_key: int | None = None
+    row_offset: int = 0
+
+
+class CatchUp(NamedTuple):
+    """One call, in the order of the op's schema."""
+
+    weight: Tensor
+    rows: Tensor
+    grad: Tensor  # the factors, which take its place
+    momentum_buffer: Tensor | None
+    rounding_key: int | None = None
+    row_offset: int = 0
+
+
+Call = Sgd | Adamw | Adagrad | CatchUp
 
 
 @torch.no_grad()
@@ -89,6 +135,8 @@ def sgd_rows_(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
+    rounding_key: int | None = None,
+    row_offset: int = 0,
     backend: str | None = None,
 ) -> None:
     """One step of torch.optim.SGD on weight[rows].
@@ -98,9 +146,12 @@ def sgd_rows_(
     momentum_buffer: float32 or of the weight's dtype, zeros before the first step; with
     `dampening` such a step is (1 - dampening) grad, where torch's first one is grad.
     lr: a number, or a tensor of one element, which is read on its device (CUDA graphs).
+    rounding_key: an int64, new in each step, with which 16-bit tables are rounded stochastically
+    (not on "cuda"); None: to nearest. row_offset: the row of the whole table that row 0 is, which
+    goes into the random bits.
     Raises ValueError, TypeError or IndexError for inputs that do not fit each other; on a GPU rows
     out of range are a device assertion and repeated ones are not looked for. Memory: none on
-    "cuda", a block of rows on "bounded". Time O(K D).
+    "cpu" and "cuda", a block of rows on "bounded". Time O(K D).
     """
     states = {} if momentum_buffer is None else {"momentum_buffer": momentum_buffer}
     _check(weight, rows, grad, states)
@@ -110,7 +161,7 @@ def sgd_rows_(
         raise ValueError(f"momentum_buffer: expected {wanted}")
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError("nesterov: expected a momentum, and dampening=0")
-    _op("sgd", weight, backend)(
+    _op("sgd", weight, backend, rounding_key)(
         *Sgd(
             weight,
             rows,
@@ -122,6 +173,8 @@ def sgd_rows_(
             weight_decay,
             nesterov,
             maximize,
+            rounding_key,
+            row_offset,
         )
     )
 
@@ -140,6 +193,8 @@ def adamw_rows_(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     maximize: bool = False,
+    rounding_key: int | None = None,
+    row_offset: int = 0,
     backend: str | None = None,
 ) -> None:
     """One step of torch.optim.AdamW on weight[rows].
@@ -157,7 +212,7 @@ def adamw_rows_(
         raise ValueError(f"betas: expected two values in [0, 1), got {betas}")
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"step: expected a count from 1 on, got {step}")
-    _op("adamw", weight, backend)(
+    _op("adamw", weight, backend, rounding_key)(
         *Adamw(
             weight,
             rows,
@@ -170,7 +225,86 @@ def adamw_rows_(
             eps,
             weight_decay,
             maximize,
+            rounding_key,
+            row_offset,
         )
+    )
+
+
+@torch.no_grad()
+def adagrad_rows_(
+    weight: Tensor,  # [C, D], changed
+    rows: Tensor,  # [K] int64, distinct
+    grad: Tensor,  # [K, D]
+    sum: Tensor,  # [C, D], changed
+    *,
+    lr: float = 1e-2,
+    eps: float = 1e-10,
+    weight_decay: float = 0.0,
+    initial_accumulator_value: float = 0.0,
+    maximize: bool = False,
+    rounding_key: int | None = None,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> None:
+    """One step of torch.optim.Adagrad on weight[rows], its weight decay decoupled as AdamW's.
+
+        s += grad^2;   w = (1 - lr weight_decay) w - lr grad / (sqrt(s + initial) + eps)
+
+    sum: s, float32, bfloat16 or of the weight's dtype, zeros before the first step: the initial
+    value is added where s is read, so that no row need be written for it. lr: after its decay.
+    The rest as of `sgd_rows_`; there is no CUDA kernel.
+    """
+    _check(weight, rows, grad, {"sum": sum})
+    _at_least_0(
+        lr=lr,
+        eps=eps,
+        weight_decay=weight_decay,
+        initial_accumulator_value=initial_accumulator_value,
+    )
+    _op("adagrad", weight, backend, rounding_key)(
+        weight,
+        rows,
+        grad,
+        sum,
+        lr,
+        eps,
+        weight_decay,
+        initial_accumulator_value,
+        maximize,
+        rounding_key,
+        row_offset,
+    )
+
+
+@torch.no_grad()
+def catch_up_rows_(
+    weight: Tensor,  # [C, D], changed
+    rows: Tensor,  # [K] int64, distinct
+    factors: Tensor,  # [K, 4] float64
+    momentum_buffer: Tensor | None = None,  # [C, D], changed
+    *,
+    rounding_key: int | None = None,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> None:
+    """A linear map of each row's weight and momentum, for the steps that it missed.
+
+        w, v = w + a w + b v, c w + d v        (a, b, c, d): the row's factors
+
+    A factor of 0 leaves out what it multiplies, were it infinite. Without a buffer only a counts.
+    The rest as of `sgd_rows_`; there is no CUDA kernel.
+    """
+    states = {} if momentum_buffer is None else {"momentum_buffer": momentum_buffer}
+    _check_tables(weight, states)
+    if factors.dtype != torch.float64 or factors.shape != (rows.shape[0], FACTORS):
+        raise ValueError(
+            f"factors: expected [{rows.shape[0]}, {FACTORS}] float64, got {describe(factors)}"
+        )
+    validation.check_device("weight", weight, "factors", factors)
+    _check_rows(rows, factors.shape[0], weight)
+    _op("catch_up", weight, backend, rounding_key)(
+        weight, rows, factors, momentum_buffer, rounding_key, row_offset
     )
 
 
@@ -178,24 +312,26 @@ def adamw_rows_(
 
 
 def _check(weight: Tensor, rows: Tensor, grad: Tensor, states: dict[str, Tensor]) -> None:
-    validation.check_matrix("weight", weight, "[C, D]")
     validation.check_matrix("grad", grad, "[K, D]")
-    validation.check_index_vector("rows", rows, grad.shape[0], weight)
-    if rows.dtype != torch.int64:
-        raise TypeError(f"rows: expected int64, got {describe(rows)}")
+    _check_tables(weight, states)
     if grad.shape[1] != weight.shape[1]:
         raise ValueError(f"grad: expected [K, {weight.shape[1]}], got {describe(grad)}")
     validation.check_device("weight", weight, "grad", grad)
     if (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise TypeError(f"grad: expected float64 where weight is, and only there, got {grad.dtype}")
-    wide = accumulate_dtype(weight.dtype)
+    _check_rows(rows, grad.shape[0], weight)
+
+
+def _check_tables(weight: Tensor, states: dict[str, Tensor]) -> None:
+    validation.check_matrix("weight", weight, "[C, D]")
     for name, state in states.items():
         validation.check_matrix(name, state, "[C, D]")
         if state.shape != weight.shape:
             raise ValueError(f"{name}: expected {tuple(weight.shape)}, got {describe(state)}")
-        if state.dtype not in (wide, weight.dtype):
-            wanted = " or ".join(map(str, dict.fromkeys((wide, weight.dtype))))
-            raise TypeError(f"{name}: expected {wanted}, got {state.dtype}")
+        wanted = state_dtypes(weight.dtype)
+        if state.dtype not in wanted:
+            told = " or ".join(map(str, wanted))
+            raise TypeError(f"{name}: expected {told}, got {state.dtype}")
         validation.check_device("weight", weight, name, state)
     for name, table in {"weight": weight, **states}.items():
         c, d = table.shape
@@ -203,6 +339,19 @@ def _check(weight: Tensor, rows: Tensor, grad: Tensor, states: dict[str, Tensor]
             raise ValueError(
                 f"{name}: expected rows that lie contiguous and apart, got strides {table.stride()}"
             )
+
+
+def state_dtypes(weight: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What the state of such a weight may be, the widest first."""
+    wide = accumulate_dtype(weight)
+    narrow = () if weight == torch.float64 else (weight, torch.bfloat16)
+    return tuple(dict.fromkeys((wide, *narrow)))
+
+
+def _check_rows(rows: Tensor, count: int, weight: Tensor) -> None:
+    validation.check_index_vector("rows", rows, count, weight)
+    if rows.dtype != torch.int64:
+        raise TypeError(f"rows: expected int64, got {describe(rows)}")
     if not torch.compiler.is_compiling():
         _check_values(rows, weight.shape[0])
 
@@ -218,7 +367,8 @@ def _check_values(rows: Tensor, count: int) -> None:
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= count:
         raise IndexError(f"{message}, got values from {low} to {high}")
-    if rows.unique().numel() != rows.numel():
+    increasing = bool((rows[1:] > rows[:-1]).all())
+    if not increasing and rows.unique().numel() != rows.numel():
         raise ValueError("rows: expected distinct ones, got repeated ones; add up their gradients")
 
 
@@ -241,14 +391,18 @@ def _rate(name: str, value: Number, weight: Tensor) -> tuple[Tensor | None, floa
     return value.detach().reshape(()), 0.0
 
 
-def _op(rule: str, weight: Tensor, backend: str | None) -> Any:
+def _op(rule: str, weight: Tensor, backend: str | None, rounding_key: int | None) -> Any:
     name = backends.requested(backend)
     if name == "triton":
         raise RuntimeError(
-            "backend='triton' cannot run this call: rows are updated on cuda and bounded"
+            "backend='triton' cannot run this call: rows are updated on cuda, cpu and bounded"
         )
-    if name == "cpu":
-        name = "bounded"
+    if rule not in ON_CUDA or rounding_key is not None:
+        if name == "cuda":
+            what = f"{rule}_rows_" if rule not in ON_CUDA else "stochastic rounding"
+            raise RuntimeError(f"backend='cuda' cannot run this call: no CUDA kernel has {what}")
+        if name == "auto" and weight.device.type != "cpu":
+            name = "bounded"
     name, _ = backends.choose(
         name, weight.device, weight.dtype, "fp32", "row_update", weight.shape[1]
     )
@@ -259,18 +413,25 @@ def _op(rule: str, weight: Tensor, backend: str | None) -> Any:
 
 
 def _on_blocks(
-    name: str, p: Sgd | Adamw, tables: list[Tensor], step: Callable[..., tuple[Tensor, ...]]
+    name: str, p: Call, tables: list[Tensor], step: Callable[..., tuple[Tensor, ...]]
 ) -> None:
     """step(grad, rows of the tables) gives their new values."""
     dtype = accumulate_dtype(p.weight.dtype)
     height = p.rows.shape[0]
     if name == "bounded":
-        height = BLOCK_BYTES // max(1, p.grad.shape[1] * dtype.itemsize)
+        height = BLOCK_BYTES // max(1, p.weight.shape[1] * dtype.itemsize)
     height = max(1, height)
     for at, g in zip(p.rows.split(height), p.grad.split(height), strict=True):
         old = [t.index_select(0, at).to(dtype) for t in tables]
-        for table, new in zip(tables, step(g.to(dtype), *old), strict=True):
-            table.index_copy_(0, at, new.to(table.dtype))
+        for slot, new in enumerate(step(g.to(dtype), *old)):
+            tables[slot].index_copy_(0, at, _narrowed(p, new, tables[slot].dtype, at, slot))
+
+
+def _narrowed(p: Call, new: Tensor, dtype: torch.dtype, at: Tensor, slot: int) -> Tensor:
+    if p.rounding_key is None or dtype.itemsize != 2:
+        return new.to(dtype)
+    bits = random_bits(p.rounding_key, at + p.row_offset, slot, new.shape[1])
+    return stochastic(new, dtype, bits)
 
 
 def _sgd_in_blocks(name: str, p: Sgd) -> None:
@@ -302,6 +463,30 @@ def _adamw_in_blocks(name: str, p: Adamw) -> None:
         return w - change, m, v
 
     _on_blocks(name, p, [p.weight, p.exp_avg, p.exp_avg_sq], step)
+
+
+def _adagrad_in_blocks(name: str, p: Adagrad) -> None:
+    def step(g: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        g = -g if p.maximize else g
+        s = s + g * g
+        change = p.lr * p.weight_decay * w + p.lr * g / ((s + p.initial).sqrt() + p.eps)
+        return w - change, s
+
+    _on_blocks(name, p, [p.weight, p.sum], step)
+
+
+def _catch_up_in_blocks(name: str, p: CatchUp) -> None:
+    def product(factor: Tensor, t: Tensor) -> Tensor:
+        return torch.where(factor == 0, 0, factor * t)  # 0 times an infinite weight is NaN
+
+    def step(f: Tensor, w: Tensor, v: Tensor | None = None) -> tuple[Tensor, ...]:
+        a, b, c, d = f[:, :, None].unbind(1)
+        if v is None:
+            return (w + product(a, w),)
+        return w + (product(a, w) + product(b, v)), product(c, w) + product(d, v)
+
+    tables = [p.weight] if p.momentum_buffer is None else [p.weight, p.momentum_buffer]
+    _on_blocks(name, p, tables, step)
 
 
 def _log(beta: float) -> float:
@@ -378,9 +563,9 @@ def _launch(
 def _define(
     rule: str,
     schema: str,
-    inputs: type[Sgd] | type[Adamw],
+    inputs: type[Call],
     in_blocks: Callable[..., None],
-    on_kernel: Callable[..., None],
+    on_kernel: Callable[..., None] | None = None,
 ) -> None:
     def run(name: str) -> Callable[..., None]:
         if name == "cuda":
@@ -388,11 +573,17 @@ def _define(
         return lambda *arguments: in_blocks(name, inputs(*arguments))
 
     for name in NAMES:
+        missing = name == "cpu" and backends.unavailable("cpu")
+        if missing or (name == "cuda" and on_kernel is None):
+            continue
         op = f"{rule}_rows_{name}"
         LIBRARY.define(op + schema)
-        LIBRARY.impl(op, run(name), "CompositeExplicitAutograd")
+        if name != "cpu":  # which csrc/bind_row_update.cpp implements
+            LIBRARY.impl(op, run(name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fused_losses::{op}", lambda *arguments: None)
 
 
 _define("sgd", SGD, Sgd, _sgd_in_blocks, _sgd_on_kernel)
 _define("adamw", ADAMW, Adamw, _adamw_in_blocks, _adamw_on_kernel)
+_define("adagrad", ADAGRAD, Adagrad, _adagrad_in_blocks)
+_define("catch_up", CATCH_UP, CatchUp, _catch_up_in_blocks)

@@ -229,15 +229,15 @@ def test_two_threads_at_once(backend: str) -> None:
 
 
 def op_arguments(full: bool, requires_grad: bool) -> tuple[Any, ...]:
-    """(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision, kept)."""
+    """(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision, bend, kept)."""
     x = torch.randn(N, D, requires_grad=requires_grad)
     w = torch.randn(C, D, requires_grad=requires_grad)
     labels = torch.tensor([0, 3, 12, 3, -1, 5, 7])
     if not full:
-        return x, w, labels, None, None, None, False, False, "fp32", 0
+        return x, w, labels, None, None, None, False, False, "fp32", None, 0
     classes = torch.tensor([0, 1, 3, 5, 7, 12])
     bias = torch.randn(C, requires_grad=requires_grad)
-    return x, w, labels, classes, bias, torch.rand(C), True, True, "fp32", 0
+    return x, w, labels, classes, bias, torch.rand(C), True, True, "fp32", None, 0
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
@@ -252,13 +252,15 @@ def test_opcheck_forward_that_keeps_scores(streamed: str) -> None:
     # fit, and the padding of the rows, are allocated and left as they are, and nobody reads them.
     x, w = torch.randn(64, D, requires_grad=True), torch.randn(C, D, requires_grad=True)
     labels = torch.randint(0, C, (64,))
-    torch.library.opcheck(op(streamed), (x, w, labels, None, None, None, False, False, "fp32", C))
+    torch.library.opcheck(
+        op(streamed), (x, w, labels, None, None, None, False, False, "fp32", None, C)
+    )
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
 def test_opcheck_backward(full: bool, streamed: str) -> None:
     arguments = op_arguments(full, requires_grad=False)
-    x, w, labels, classes, bias, shares, normalize, weighted, precision, _ = arguments
+    x, w, labels, classes, bias, shares, normalize, weighted, precision, *_ = arguments
     lse, target, summed, _, _, kept = op(streamed)(*arguments)
     torch.library.opcheck(
         op(streamed, "_backward"),
@@ -266,7 +268,7 @@ def test_opcheck_backward(full: bool, streamed: str) -> None:
             torch.rand_like(lse),
             torch.rand_like(target),
             torch.rand_like(summed) if weighted else None,
-            x, w, labels, classes, bias, shares, lse, kept, normalize, weighted, precision,
+            x, w, labels, classes, bias, shares, lse, kept, normalize, weighted, precision, None, False,
             True, True, bias is not None,
         ),
     )  # fmt: skip
@@ -280,7 +282,7 @@ def test_opcheck_backward_of_one_side(streamed: str) -> None:
             op(streamed, "_backward"),
             (
                 torch.rand_like(lse), torch.rand_like(target), None, *arguments[:6], lse, kept,
-                False, False, "fp32", need_x, need_w, False,
+                False, False, "fp32", None, False, need_x, need_w, False,
             ),
         )  # fmt: skip
 

@@ -15,7 +15,30 @@ struct Shape {
   int64_t n, c, d;
   bool normalize, bias, weighted, subset, keep;
   Precision precision;
+  bool bend = false, compact = false;
 };
+
+// [4, n] t, p, q, r: c + (c - t)^2 / 8 above t, which no rounding of c tears; where `jump`, each
+// second row adds 1/2 there, and its t lies in the widest gap between its products.
+std::vector<float> bends(const std::vector<double>& raw, int64_t n, int64_t k, bool jump) {
+  std::vector<float> bend(4 * n);
+  for (int64_t i = 0; i < n; ++i) {
+    std::vector<double> sorted(raw.begin() + i * k, raw.begin() + (i + 1) * k);
+    std::sort(sorted.begin(), sorted.end());
+    const bool jumps = jump && i % 2;
+    int64_t at = k / 2;
+    for (int64_t j = 1; jumps && j < k; ++j) {
+      const bool wider = j == 1 || sorted[j] - sorted[j - 1] > sorted[at] - sorted[at - 1];
+      at = wider ? j : at;
+    }
+    const auto t = static_cast<float>(at ? (sorted[at] + sorted[at - 1]) / 2 : sorted[0]);
+    bend[i] = t;
+    bend[n + i] = t * t / 8 + (jumps ? 0.5f : 0.0f);
+    bend[2 * n + i] = 1 - t / 4;
+    bend[3 * n + i] = 0.125f;
+  }
+  return bend;
+}
 
 void check(const Kernels& kernels, const Shape& s) {
   const int64_t n = s.n, c = s.c, d = s.d;
@@ -38,6 +61,28 @@ void check(const Kernels& kernels, const Shape& s) {
     return a.position != b.position ? a.position < b.position : a.row < b.row;
   });
 
+  std::vector<double> norm(c, 1), raw(n * k);
+  for (int64_t j = 0; s.normalize && j < c; ++j) {
+    norm[j] = 0;
+    for (int64_t e = 0; e < d; ++e) norm[j] += double(w[j * d + e]) * w[j * d + e];
+    norm[j] = std::sqrt(norm[j]);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < k; ++j) {
+      double product = 0;
+      for (int64_t e = 0; e < d; ++e) product += double(x[i * d + e]) * w[ids[j] * d + e];
+      raw[i * k + j] = product / norm[ids[j]];
+    }
+  }
+  const auto bend = bends(raw, n, k, s.precision != Precision::kBFloat16);
+  const auto bent = [&](int64_t i, double r) { return s.bend && r > bend[i]; };
+  const auto psi = [&](int64_t i, double r) {
+    return bent(i, r) ? bend[n + i] + bend[2 * n + i] * r + bend[3 * n + i] * r * r : r;
+  };
+  const auto slope = [&](int64_t i, double r) {
+    return bent(i, r) ? bend[2 * n + i] + 2 * bend[3 * n + i] * r : 1;
+  };
+
   const int64_t kept_classes = s.keep ? k * 2 / 3 : 0;
   std::vector<float> kept(kept_classes * round_up(n, kKeptPadding) + 1);
   const Problem p = {{x.data(), Type::kFloat32, d},
@@ -48,6 +93,7 @@ void check(const Kernels& kernels, const Shape& s) {
                      s.subset ? ids.data() : nullptr,
                      s.bias ? bias.data() : nullptr,
                      s.weighted ? column.data() : nullptr,
+                     s.bend ? bend.data() : nullptr,
                      targets.data(),
                      static_cast<int64_t>(targets.size()),
                      s.normalize,
@@ -69,28 +115,17 @@ void check(const Kernels& kernels, const Shape& s) {
   std::copy(lse.begin(), lse.end(), lse_float.begin());
   const BackwardIn in = {g_lse.data(), g_target.data(), s.weighted ? g_weighted.data() : nullptr,
                          lse_float.data()};
-  kernels.rows.backward(p, in, {dx.data(), dw.data(), db.data()}, buffer, parallel);
+  kernels.rows.backward(p, in, {dx.data(), dw.data(), db.data(), s.compact}, buffer, parallel);
   std::free(buffer);
 
   std::vector<double> want_lse(n), want_target(n), want_weighted(n), want_dx(n * d), want_dw(c * d),
-      want_db(c), norm(c, 1);
-  if (s.normalize) {
-    for (int64_t j = 0; j < c; ++j) {
-      norm[j] = 0;
-      for (int64_t e = 0; e < d; ++e) norm[j] += double(w[j * d + e]) * w[j * d + e];
-      norm[j] = std::sqrt(norm[j]);
-    }
-  }
-  std::vector<double> raw(n * k);
+      want_db(c);
   int64_t wrong_hardest = 0;
   for (int64_t i = 0; i < n; ++i) {
     double sum = 0, best = -INFINITY;
     int64_t best_id = -1;
     for (int64_t j = 0; j < k; ++j) {
-      double product = 0;
-      for (int64_t e = 0; e < d; ++e) product += double(x[i * d + e]) * w[ids[j] * d + e];
-      raw[i * k + j] = product / norm[ids[j]];
-      const double z = raw[i * k + j] + (s.bias ? bias[ids[j]] : 0);
+      const double z = psi(i, raw[i * k + j]) + (s.bias ? bias[ids[j]] : 0);
       if (j == target[i]) {
         want_target[i] = raw[i * k + j];
         continue;
@@ -106,17 +141,19 @@ void check(const Kernels& kernels, const Shape& s) {
     wrong_hardest += hardest[i] != best_id;
   }
   for (int64_t j = 0; j < k; ++j) {
-    const int64_t id = ids[j];
+    const int64_t id = ids[j], row = s.compact ? j : id;
     std::vector<double> dwhat(d);
     double along = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const double z = raw[i * k + j] + (s.bias ? bias[id] : 0);
+      const double z = psi(i, raw[i * k + j]) + (s.bias ? bias[id] : 0);
       double g = g_lse[i] * std::exp(z - want_lse[i]);
       if (s.weighted) g += double(g_weighted[i]) * column[id];
-      if (j == target[i])
+      if (j == target[i]) {
         g = g_target[i];
-      else
+      } else {
         want_db[id] += g;
+        g *= slope(i, raw[i * k + j]);
+      }
       along += g * raw[i * k + j];
       for (int64_t e = 0; e < d; ++e) {
         want_dx[i * d + e] += g * w[id * d + e] / norm[id];
@@ -125,17 +162,18 @@ void check(const Kernels& kernels, const Shape& s) {
     }
     for (int64_t e = 0; e < d; ++e) {
       const double projected = s.normalize ? along * w[id * d + e] / norm[id] : 0;
-      want_dw[id * d + e] = (dwhat[e] - projected) / norm[id];
+      want_dw[row * d + e] = (dwhat[e] - projected) / norm[id];
     }
   }
   const bool exact = s.precision == Precision::kFull;
   const double loss_bound = s.precision == Precision::kBFloat16 ? 2e-2 : 2e-6;
   const double gradient_bound = exact ? 5e-6 : 1e-2;
   char name[200];
-  std::snprintf(name, sizeof name, "%s n=%ld c=%ld d=%ld%s%s%s%s%s precision=%d",
+  std::snprintf(name, sizeof name, "%s n=%ld c=%ld d=%ld%s%s%s%s%s%s%s precision=%d",
                 kernels.capability, long(n), long(c), long(d), s.normalize ? " normalize" : "",
                 s.bias ? " bias" : "", s.weighted ? " weighted" : "", s.subset ? " subset" : "",
-                s.keep ? " keep" : "", int(s.precision));
+                s.keep ? " keep" : "", s.bend ? " bend" : "", s.compact ? " compact" : "",
+                int(s.precision));
   const std::string at = name;
   expect(k == 1 || worst(lse, want_lse) < loss_bound, at + ": lse");
   expect(worst(got_target, want_target) < loss_bound, at + ": target");
@@ -165,6 +203,11 @@ int main(int argc, char** argv) {
     check(kernels, {300, 411, 128, true, true, false, true, true, precision});
     check(kernels, {5, 1000, 513, false, true, true, true, true, precision});
     check(kernels, {259, 97, 33, false, false, false, false, false, precision});
+    check(kernels, {1, 2, 5, true, false, false, false, false, precision, true, false});
+    check(kernels, {70, 500, 65, true, true, true, false, true, precision, true, true});
+    check(kernels, {300, 411, 40, true, true, false, true, true, precision, true, true});
+    check(kernels, {259, 97, 33, false, true, true, true, false, precision, true, false});
+    check(kernels, {33, 211, 24, true, false, false, true, false, precision, false, true});
   }
   std::printf("%s: %d failures\n", kernels.capability, failures);
   return failures ? 1 : 0;
