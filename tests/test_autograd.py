@@ -229,7 +229,7 @@ def test_two_threads_at_once(backend: str) -> None:
 
 
 def op_arguments(full: bool, requires_grad: bool) -> tuple[Any, ...]:
-    """(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision, bend, kept)."""
+    """The op's arguments, from x to bend and kept_classes."""
     x = torch.randn(N, D, requires_grad=requires_grad)
     w = torch.randn(C, D, requires_grad=requires_grad)
     labels = torch.tensor([0, 3, 12, 3, -1, 5, 7])
@@ -268,7 +268,8 @@ def test_opcheck_backward(full: bool, streamed: str) -> None:
             torch.rand_like(lse),
             torch.rand_like(target),
             torch.rand_like(summed) if weighted else None,
-            x, w, labels, classes, bias, shares, lse, kept, normalize, weighted, precision, None, False,
+            x, w, labels, classes, bias, shares, lse, kept, normalize, weighted, precision,
+            None, False,
             True, True, bias is not None,
         ),
     )  # fmt: skip
