@@ -119,7 +119,7 @@ class Build(BuildExtension):
 
 extension = CppExtension(
     "fused_losses._C",
-    ["csrc/bind.cpp", "csrc/bind_pairs.cpp", "csrc/bind_topk.cpp", "csrc/bind_distances.cpp"],
+    [str(p) for p in sorted(Path("csrc").glob("bind*.cpp"))],
     include_dirs=[str(Path(__file__).parent / "csrc")],
     # torch brings the OpenMP runtime; ATen/Parallel.h is serial without this flag
     extra_compile_args=["-std=c++20", "-O2", "-fopenmp"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_losses.bench import cases, measure
+from fused_losses.bench import cases, head_cases, measure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(256, 20_000, 512), (64, 50_000, 128)]
@@ -32,3 +32,11 @@ def benchmark_step(benchmark, case: cases.Case, provider: str) -> None:
 )
 def test_margin_softmax(benchmark, shape: str, provider: str) -> None:
     benchmark_step(benchmark, CASES[shape], provider)
+
+
+HEAD = head_cases.class_centers(256, 20_000, 512, DEVICE)
+
+
+@pytest.mark.parametrize("provider", HEAD.providers)
+def test_class_centers(benchmark, provider: str) -> None:
+    benchmark_step(benchmark, HEAD, provider)

@@ -298,6 +298,7 @@ TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   register_pairs(m);
   register_topk(m);
   register_distances(m);
+  register_row_update(m);
 }
 
 }  // namespace fused_losses

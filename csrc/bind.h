@@ -29,4 +29,7 @@ void register_topk(torch::Library& m);
 // The matrix of distances (schema: fused_losses/distance_matrix.py), bind_distances.cpp.
 void register_distances(torch::Library& m);
 
+// Steps of an optimiser on some rows (schemas: fused_losses/row_update.py), bind_row_update.cpp.
+void register_row_update(torch::Library& m);
+
 }  // namespace fused_losses

@@ -5,6 +5,7 @@
 #include "maxsim.h"
 #include "pairs.h"
 #include "row_statistics.h"
+#include "row_update.h"
 #include "topk.h"
 #include "triplets.h"
 
@@ -19,6 +20,7 @@ struct Kernels {
   TopkKernels topk;
   DistanceKernels distances;
   TripletKernels triplets;
+  RowUpdateKernels row_update;
 };
 
 const Kernels& generic_kernels();

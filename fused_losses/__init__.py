@@ -1,11 +1,15 @@
 """Fused losses for representation learning: any class count, never the N x M matrix."""
 
-from fused_losses import backends, functional, margins, metrics, miners
+from fused_losses import backends, class_losses, functional, margins, metrics, miners
+from fused_losses.adaptive_scale import AdaptiveScale
 from fused_losses.backends import use_backend
+from fused_losses.batch_negatives import UNPG
+from fused_losses.centers import ClassCenters
 from fused_losses.explain import Plan, explain
 from fused_losses.functional import (
     Pairs,
     Triplets,
+    adaptive_margin_softmax,
     all_triplets,
     angular,
     batch_easy_hard_triplet,
@@ -14,6 +18,7 @@ from fused_losses.functional import (
     cauchy_schwarz_qmi,
     centroid_triplet,
     circle,
+    class_loss,
     contrastive,
     fast_ap,
     generalized_lifted_structure,
@@ -44,6 +49,7 @@ from fused_losses.functional import (
     proxy_anchor,
     proxy_nca,
     ranked_list,
+    shared_negatives,
     sigmoid_contrastive,
     similarity_attention,
     sinkhorn,
@@ -54,19 +60,24 @@ from fused_losses.functional import (
     triplet_margin,
     tuplet_margin,
     uniformity,
+    unpg_margin_softmax,
 )
 from fused_losses.selection import QuantizedRows, quantize_rows
 from fused_losses.sweep import RowStatistics, RowStatisticsFunction, row_statistics
 from fused_losses.version import __version__
 
 __all__ = [
+    "AdaptiveScale",
+    "ClassCenters",
     "Pairs",
     "Plan",
     "QuantizedRows",
     "RowStatistics",
     "RowStatisticsFunction",
     "Triplets",
+    "UNPG",
     "__version__",
+    "adaptive_margin_softmax",
     "all_triplets",
     "angular",
     "backends",
@@ -76,6 +87,8 @@ __all__ = [
     "cauchy_schwarz_qmi",
     "centroid_triplet",
     "circle",
+    "class_loss",
+    "class_losses",
     "contrastive",
     "explain",
     "fast_ap",
@@ -113,6 +126,7 @@ __all__ = [
     "quantize_rows",
     "ranked_list",
     "row_statistics",
+    "shared_negatives",
     "sigmoid_contrastive",
     "similarity_attention",
     "sinkhorn",
@@ -123,5 +137,6 @@ __all__ = [
     "triplet_margin",
     "tuplet_margin",
     "uniformity",
+    "unpg_margin_softmax",
     "use_backend",
 ]

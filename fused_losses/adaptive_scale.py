@@ -58,14 +58,12 @@ class AdaptiveScale:
         """ln(alpha / (1 - alpha))"""
         return math.log(self.alpha) - math.log1p(-self.alpha)
 
-    @torch.no_grad()
     def scale_of(self, target_cosine: Tensor, valid: Tensor | None = None) -> Tensor:
         """s of a batch. target_cosine [N], valid [N] bool (None: every row) -> [], its dtype."""
-        median = lower_median(target_cosine, valid)
+        median = lower_median(target_cosine.detach(), valid)
         span = math.log(self.odds) - self.log_odds
         return (span / (1 - median).clamp_min(span / self.largest)).clamp_min(self.smallest)
 
-    @torch.no_grad()
     def margin_of(
         self,
         target_cosine: Tensor,  # [N]
@@ -77,6 +75,8 @@ class AdaptiveScale:
 
         In logarithms throughout: B overflows float32 at s cos = 88. 0 over no rows, or no B.
         """
+        target_cosine, lse = target_cosine.detach(), lse.detach()
+        scale = scale.detach() if isinstance(scale, Tensor) else scale
         median = lower_median(target_cosine, valid)
         log_b = self._background(target_cosine, lse, median, valid)
         margin = (median - (log_b + self.log_odds) / scale).clamp_min(0)

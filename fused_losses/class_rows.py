@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_losses import backends, validation
 from fused_losses.backends import bounded, reference
+from fused_losses.margins import Margin, bend_of
 from fused_losses.rows import accumulate_dtype, unit_rows
 from fused_losses.softmax import meet
 from fused_losses.sweep import row_statistics
@@ -25,6 +26,7 @@ class ClassRows(NamedTuple):
     weight: Tensor  # [C, D]
     labels: Tensor  # [N] int64, NO_TARGET: ignored
     valid: Tensor  # [N] bool
+    norm: Tensor  # [N] of the embeddings
     classes: Tensor | None  # [K], increasing
     normalize: bool
     precision: str
@@ -35,9 +37,14 @@ class ClassRows(NamedTuple):
         with torch.no_grad():
             return bounded.targets(self.x, self.weight, self.labels, self.normalize)
 
-    def statistics(self, scale: float | Tensor) -> tuple[Tensor, Tensor]:
-        """log sum_{j != y} exp(scale cos_ij) and scale cos_iy, differentiable. [N], [N]"""
-        x = self.x * scale
+    def statistics(
+        self, scale: float | Tensor, margin: Margin | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """log sum_{j != y} exp(scale cos_ij) and scale cos_iy, differentiable. [N], [N]
+
+        margin: what may bend the cosines of the other classes; the target comes without it.
+        """
+        x, bend = self.x * scale, self._bend(scale, margin)
         if self.backend != "reference":
             found = row_statistics(
                 x.to(self.x.dtype),
@@ -46,22 +53,41 @@ class ClassRows(NamedTuple):
                 classes=self.classes,
                 normalize=self.normalize,
                 precision=self.precision,
+                bend=None if bend is None else bend.detach().to(self.x.dtype),
                 backend=self.backend,
             )
             return found.lse, found.target
         found = reference.row_statistics(
-            x, self.weight, self.labels, self.classes, None, None, self.normalize
+            x, self.weight, self.labels, self.classes, None, None, self.normalize, bend
         )
         return found["lse"], found["target"]
 
-    def cross_entropy(self, target: Tensor, lse: Tensor, reduction: str) -> Tensor:
-        """log(exp target + exp lse) - target of each row [N], the sum, or the mean of valid rows.
+    def _bend(self, scale: float | Tensor, margin: Margin | None) -> Tensor | None:
+        """The margin's bends of scores, [4, N], from its bends of cosines."""
+        bend = (
+            bend_of(margin, self.target_cosine(), self.valid) if hasattr(margin, "bend") else None
+        )
+        if bend is None:
+            return None
+        if self.backend != "reference" and getattr(scale, "requires_grad", False):
+            raise NotImplementedError(
+                "scale: its gradient through a margin that bends other classes is not supported "
+                "by the streamed kernels; use backend='reference', or detach the scale"
+            )
+        t, p, q, r = bend
+        return torch.stack((t * scale, p * scale, q, r / scale))
 
-        target, lse [N]. Ignored rows have loss 0, the mean of none is 0. Accumulation dtype.
+    def cross_entropy(
+        self, target: Tensor, lse: Tensor, reduction: str, penalty: Tensor | float = 0.0
+    ) -> Tensor:
+        """log(exp target + exp lse) - target + penalty of each row [N], reduced.
+
+        target, lse [N]. Ignored rows have loss 0 and are not in the mean (0 of none). Accumulation
+        dtype.
         """
         loss = -F.logsigmoid(target - lse)  # exact at both ends
         # the limit is 0, but an infinite score is a fault that must show
-        loss = torch.where(target == torch.inf, torch.nan, loss)
+        loss = torch.where(target == torch.inf, torch.nan, loss) + penalty
         loss = torch.where(self.valid, loss, 0).to(self.x.dtype)
         if reduction == "none":
             return loss
@@ -106,5 +132,6 @@ def class_rows(
     )
     # an ignored row must not reach the gradients, not even with NaN
     x = torch.where(valid[:, None], embeddings.to(accumulate_dtype(weight.dtype)), 0)
+    norm = torch.linalg.vector_norm(x, dim=1)
     x = unit_rows(x) if normalize else x
-    return ClassRows(x, weight, labels, valid, classes, normalize, precision, name)
+    return ClassRows(x, weight, labels, valid, norm, classes, normalize, precision, name)

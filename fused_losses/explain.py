@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import backends, distance_matrix, functional, mining, neighbors, pairs, row_losses
+from fused_losses import (
+    backends,
+    class_rules,
+    distance_matrix,
+    functional,
+    mining,
+    neighbors,
+    pairs,
+    row_losses,
+)
+from fused_losses.class_losses import ClassLoss
 from fused_losses.late_interaction import maxsim
 from fused_losses.selection import LISTED_BYTES, QuantizedRows
 from fused_losses.sweep import row_statistics
@@ -81,6 +91,35 @@ def _size(dtype: torch.dtype) -> int:
 
 
 # ---- over classes -------------------------------------------------------------------------------
+
+
+def _over_class_tiles(a: Arguments) -> Call:
+    """`class_loss`: tiles of classes with their rule in PyTorch."""
+    rows, weight = a["embeddings"], a["weight"]
+    (n, d), size = rows.shape, _size(weight.dtype)
+    centers = weight.shape[1] if weight.dim() == 3 else 1
+    labels = a["labels"].shape[1] if a["labels"].dim() == 2 else 1
+    taking_part = weight.shape[0] if a["classes"] is None else a["classes"].shape[0]
+    around = 8 * n * d * size + SLACK + ROW_BYTES * n * labels
+
+    def extra(name: str) -> int:
+        if name == "reference":
+            matrices = REFERENCE_MATRICES * n * taking_part * centers * 8
+            return around + matrices + n * labels * taking_part + 4 * weight.numel() * size
+        tile = class_rules.extra_bytes(n, d, centers, weight.dtype, rows.device)
+        if name in ("triton", "cuda"):
+            many = class_rules.tile_bytes(rows.device) // (centers * (n + d) * size) * centers
+            tile += _matrix_bytes(name, n, max(many, 1), d, weight.dtype, "dot", a["precision"])
+        return around + tile
+
+    return Call(weight, a["precision"], extra, operation="distance_products")
+
+
+def _over_either(a: Arguments) -> Call:
+    """`margin_softmax`, which is a `class_loss` with sub-centres and the like."""
+    by_tiles = a["weight"].dim() == 3 or a["labels"].dim() == 2
+    by_tiles = by_tiles or isinstance(a["margin"], ClassLoss)
+    return _over_class_tiles(a) if by_tiles else _over_classes(a)
 
 
 def _over_classes(a: Arguments) -> Call:
@@ -584,7 +623,9 @@ def _listed_triplets(a: Arguments) -> Call:
 
 
 READERS: dict[Callable[..., Any], Reader] = {
-    functional.margin_softmax: _over_classes,
+    functional.margin_softmax: _over_either,
+    functional.class_loss: _over_class_tiles,
+    functional.adaptive_margin_softmax: _over_classes,
     functional.linear_cross_entropy: _over_classes,
     row_statistics: _over_classes,
     functional.info_nce: _info_nce,

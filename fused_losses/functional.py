@@ -5,6 +5,9 @@ Every function takes `backend=` (None: `use_backend`, FUSED_LOSSES_BACKEND, else
 the gradients) or "bf16" (bf16 products, float32 sums). What a device cannot do is refused.
 """
 
+from fused_losses.adaptive_scale import adaptive_margin_softmax
+from fused_losses.batch_negatives import shared_negatives, unpg_margin_softmax
+from fused_losses.class_losses import class_loss
 from fused_losses.contrastive_losses import (
     nt_xent,
     sigmoid_contrastive,
@@ -66,6 +69,7 @@ __all__ = [
     "Pairs",
     "Transport",
     "Triplets",
+    "adaptive_margin_softmax",
     "all_triplets",
     "angular",
     "batch_easy_hard_triplet",
@@ -74,6 +78,7 @@ __all__ = [
     "cauchy_schwarz_qmi",
     "centroid_triplet",
     "circle",
+    "class_loss",
     "contrastive",
     "fast_ap",
     "generalized_lifted_structure",
@@ -104,6 +109,7 @@ __all__ = [
     "proxy_anchor",
     "proxy_nca",
     "ranked_list",
+    "shared_negatives",
     "sigmoid_contrastive",
     "similarity_attention",
     "sinkhorn",
@@ -114,4 +120,5 @@ __all__ = [
     "triplet_margin",
     "tuplet_margin",
     "uniformity",
+    "unpg_margin_softmax",
 ]

@@ -3,6 +3,11 @@
 Every margin maps the target cosine t = cos(theta) to the cosine that enters the softmax:
     z_y = scale * margin(t),    z_j = scale * cos(theta_j) for the other classes.
 Any callable on an [N] tensor is a margin; those of this file are the field's own.
+
+A margin with a method `bend` also moves the other classes: bend(target cosines [N]) -> [4, N] gives
+each row a threshold and a polynomial, (t_i, p_i, q_i, r_i), with which a cosine c > t_i of another
+class becomes p_i + q_i c + r_i c^2. It is called once a loss, before the margin itself, with NaN
+for a row without a target; neither its argument nor what it returns has a gradient.
 """
 
 from __future__ import annotations
@@ -269,6 +274,133 @@ class MagFace:
     def penalty(self, norm: Tensor) -> Tensor:  # [N] -> [N]
         norm = norm.clamp(self.l_a, self.u_a)
         return self.penalty_weight * (norm / self.u_a**2 + 1 / norm)
+
+
+class CurricularFace(nn.Module):
+    """ArcFace whose hard classes count by an average of the targets' cosines (Huang et al., 2020).
+
+    A class with cos(theta_j) > cos(theta_y + margin), theta_y + margin past pi or not, enters with
+    cos(theta_j) (t + cos(theta_j)). t, a buffer, is a moving average with weight `momentum` of the
+    batch's mean target cosine, updated while training by `bend`, before use; NaN does not count.
+    Neither t nor the threshold has a gradient.
+    """
+
+    def __init__(self, margin: float = 0.5, momentum: float = 0.01) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum: expected a value in [0, 1], got {momentum}")
+        self.margin, self.momentum = margin, momentum
+        self.register_buffer("t", torch.tensor(0.0))
+
+    def forward(self, cosine: Tensor) -> Tensor:  # [N] -> [N]
+        return combined_margin(cosine, 1.0, self.margin, 0.0, "linear")
+
+    @torch.no_grad()
+    def bend(self, cosine: Tensor) -> Tensor:  # [N] -> [4, N]
+        if self.training:
+            self._observe(cosine)
+        threshold = combined_margin(cosine, 1.0, self.margin, 0.0, "none")
+        t = self.t.to(cosine).expand_as(cosine)
+        return torch.stack((threshold, torch.zeros_like(t), t, torch.ones_like(t)))
+
+    def _observe(self, cosine: Tensor) -> None:
+        mean = cosine.nanmean().to(self.t)
+        self.t.lerp_(torch.where(mean.isnan(), self.t, mean), self.momentum)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, momentum={self.momentum}"
+
+
+@dataclass(frozen=True)
+class MVSoftmax:
+    """A margin that also lifts the classes it leaves misclassified (MV-Softmax, Wang et al., 2020).
+
+    f(t) is ArcFace (`base="arc"`) or CosFace ("am"). A class with cos(theta_j) > f(t) has its term
+    of the softmax times h = exp(s hardness (cos(theta_j) + 1)) (`weighting="adaptive"`), or
+    exp(s hardness) ("fixed"): its cosine becomes (1 + hardness) cos + hardness, or cos + hardness.
+    hardness >= 0 is the paper's t (FaceX-Zoo's mv_weight is 1 + t); 0 is the margin alone.
+    """
+
+    base: str = "arc"
+    margin: float = 0.5
+    hardness: float = 0.2
+    weighting: str = "adaptive"
+    beyond_pi: str = "linear"  # of ArcFace
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("base", self.base, ("arc", "am")),
+            ("weighting", self.weighting, ("adaptive", "fixed")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        if not self.hardness >= 0:
+            raise ValueError(f"hardness: expected a value >= 0, got {self.hardness}")
+        _check_convention(self.beyond_pi, 1.0)
+
+    def __call__(self, cosine: Tensor) -> Tensor:
+        if self.base == "am":
+            return cosine - self.margin
+        return combined_margin(cosine, 1.0, self.margin, 0.0, self.beyond_pi)
+
+    @torch.no_grad()
+    def bend(self, cosine: Tensor) -> Tensor:  # [N] -> [4, N]
+        slope = 1 + self.hardness if self.weighting == "adaptive" else 1.0
+        lift, slope, square = (
+            torch.full_like(cosine, value) for value in (self.hardness, slope, 0.0)
+        )
+        return torch.stack((self(cosine), lift, slope, square))
+
+
+class InterclassFilter(nn.Module):
+    """A margin, and classes too close to a row left out as likely mislabelled (An et al., 2022).
+
+    Another class with a cosine above `threshold` counts with the logit 0 (exp 0 = 1 stays in the
+    denominator) and sends no gradient, as insightface's `interclass_filtering_threshold` has it.
+    margin: any margin that bends nothing itself, or None.
+    """
+
+    def __init__(self, margin: Margin | None, threshold: float = 0.4) -> None:
+        super().__init__()
+        if hasattr(margin, "bend"):
+            raise ValueError(f"margin: expected one that bends no other class, got {margin!r}")
+        self.margin, self.threshold = margin, threshold
+
+    @property
+    def uses_norm(self) -> bool:
+        return getattr(self.margin, "uses_norm", False)
+
+    @property
+    def penalty(self) -> Callable[[Tensor], Tensor]:
+        return self.margin.penalty  # an AttributeError where there is none, as of the margin alone
+
+    def forward(self, cosine: Tensor, *norm: Tensor) -> Tensor:  # [N] -> [N]
+        return cosine if self.margin is None else self.margin(cosine, *norm)
+
+    @torch.no_grad()
+    def bend(self, cosine: Tensor) -> Tensor:  # [N] -> [4, N]
+        zero = torch.zeros_like(cosine)
+        return torch.stack((torch.full_like(cosine, self.threshold), zero, zero, zero))
+
+    def extra_repr(self) -> str:
+        inner = "" if isinstance(self.margin, nn.Module) else f"margin={self.margin}, "
+        return f"{inner}threshold={self.threshold}"
+
+
+def bend_of(margin: Margin | None, cosine: Tensor, present: Tensor) -> Tensor | None:
+    """The bends [4, N] of a margin for these target cosines; None: it has none.
+
+    cosine [N] · present [N] bool, False where a row has no target.
+    """
+    if not hasattr(margin, "bend"):
+        return None
+    bend = margin.bend(torch.where(present, cosine.detach(), torch.nan)).detach()
+    if bend.shape != (4, *cosine.shape):
+        raise ValueError(
+            f"margin.bend: expected it to return shape {(4, *cosine.shape)}, got "
+            f"{tuple(bend.shape)}"
+        )
+    return bend
 
 
 def apply_margin(

@@ -302,7 +302,7 @@ def catch_up_rows_(
             f"factors: expected [{rows.shape[0]}, {FACTORS}] float64, got {describe(factors)}"
         )
     validation.check_device("weight", weight, "factors", factors)
-    _check_rows(rows, factors.shape[0], weight)
+    check_rows(rows, factors.shape[0], weight)
     _op("catch_up", weight, backend, rounding_key)(
         weight, rows, factors, momentum_buffer, rounding_key, row_offset
     )
@@ -319,7 +319,7 @@ def _check(weight: Tensor, rows: Tensor, grad: Tensor, states: dict[str, Tensor]
     validation.check_device("weight", weight, "grad", grad)
     if (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise TypeError(f"grad: expected float64 where weight is, and only there, got {grad.dtype}")
-    _check_rows(rows, grad.shape[0], weight)
+    check_rows(rows, grad.shape[0], weight)
 
 
 def _check_tables(weight: Tensor, states: dict[str, Tensor]) -> None:
@@ -348,7 +348,8 @@ def state_dtypes(weight: torch.dtype) -> tuple[torch.dtype, ...]:
     return tuple(dict.fromkeys((wide, *narrow)))
 
 
-def _check_rows(rows: Tensor, count: int, weight: Tensor) -> None:
+def check_rows(rows: Tensor, count: int, weight: Tensor) -> None:
+    """Raises for what is not `count` distinct rows of weight, int64."""
     validation.check_index_vector("rows", rows, count, weight)
     if rows.dtype != torch.int64:
         raise TypeError(f"rows: expected int64, got {describe(rows)}")
@@ -458,9 +459,8 @@ def _adamw_in_blocks(name: str, p: Adamw) -> None:
         g = -g if p.maximize else g
         m = m + (1 - p.beta1) * (g - m)
         v = p.beta2 * v + (1 - p.beta2) * g * g
-        # one change: 1 - lr weight_decay would round a small decay alike in every step
-        change = lr * p.weight_decay * w + lr / first * m / (v.sqrt() / second**0.5 + p.eps)
-        return w - change, m, v
+        change = lr / first * m / (v.sqrt() / second**0.5 + p.eps)
+        return w - (change + _decay(lr, p.weight_decay, w)), m, v
 
     _on_blocks(name, p, [p.weight, p.exp_avg, p.exp_avg_sq], step)
 
@@ -469,10 +469,15 @@ def _adagrad_in_blocks(name: str, p: Adagrad) -> None:
     def step(g: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         g = -g if p.maximize else g
         s = s + g * g
-        change = p.lr * p.weight_decay * w + p.lr * g / ((s + p.initial).sqrt() + p.eps)
-        return w - change, s
+        change = p.lr * g / ((s + p.initial).sqrt() + p.eps)
+        return w - (change + _decay(p.lr, p.weight_decay, w)), s
 
     _on_blocks(name, p, [p.weight, p.sum], step)
+
+
+def _decay(lr: Number, weight_decay: float, w: Tensor) -> Tensor | float:
+    """Part of one change: 1 - lr weight_decay would round a small decay alike in every step."""
+    return lr * weight_decay * w if weight_decay != 0 else 0.0
 
 
 def _catch_up_in_blocks(name: str, p: CatchUp) -> None:

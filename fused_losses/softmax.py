@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends, validation
-from fused_losses.backends import reference
-from fused_losses.margins import ArcFace, Margin, apply_margin
+from fused_losses.backends import bounded, reference
+from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
 from fused_losses.rows import accumulate_dtype, unit_rows
 from fused_losses.sweep import KEPT_PADDING, RowStatistics, row_statistics
 
@@ -23,6 +23,7 @@ class MarginSoftmaxStats(NamedTuple):
 
     logsumexp: Tensor  # log of the softmax denominator, margin included
     target_cosine: Tensor  # before the margin
+    # where the margin bends other classes, the highest is so as bent, and its cosine the bent one
     hardest_class: Tensor  # int64 id of the highest other class; -1 if there is none
     hardest_cosine: Tensor  # its cosine
     hit: Tensor  # bool: the target scores above every other class, margin left out
@@ -30,10 +31,10 @@ class MarginSoftmaxStats(NamedTuple):
 
 def margin_softmax(
     embeddings: Tensor,  # [N, D]
-    weight: Tensor,  # [C, D]
-    labels: Tensor,  # [N]
+    weight: Tensor,  # [C, D] or [C, K, D]
+    labels: Tensor,  # [N] or [N, L]
     *,
-    margin: Margin | None = ArcFace(0.5),  # noqa: B008 (a frozen value)
+    margin: Any = ArcFace(0.5),  # noqa: B008 (a frozen value)
     scale: float | Tensor = 64.0,
     normalize: bool = True,
     bias: Tensor | None = None,  # [C]
@@ -50,16 +51,25 @@ def margin_softmax(
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Cross entropy over C classes with a margin on the target, without the N x C logits.
 
-        z_j = scale cos(x, w_j) + b_j  (j != y),   z_y = scale margin(cos(x, w_y)) + b_y
+        z_j = scale psi(cos(x, w_j)) + b_j  (j != y),   z_y = scale margin(cos(x, w_y)) + b_y
         loss = -log softmax(z)_y
+
+    psi(c) = c, but for margins that bend other classes (CurricularFace, MVSoftmax,
+    InterclassFilter): a row's polynomial of c above the row's threshold.
+    Sub-centres (weight [C, K, D]: a class has its best centre's cosine), several labels a row
+    (labels [N, L] padded with ignore_index) and the losses of `fused_losses.class_losses` as margin
+    are `class_loss`; with `AdaptiveScale` it is `adaptive_margin_softmax`. Both take neither bias,
+    label_smoothing, class_weight, memory_budget nor return_stats.
 
     Args:
         embeddings: [N, D] float32, bfloat16, float16 or float64.
         weight: [C, D] class centres, of the same dtype (under torch.autocast the embeddings take
             the weight's dtype; `precision` alone says how products are computed).
         labels: [N] int64 in [0, C), or `ignore_index`.
-        margin: None, an object of `fused_losses.margins`, or any callable on the target cosine.
-        scale: > 0; a float, a scalar tensor or one value a row [N]; may need a gradient.
+        margin: None, an object of `fused_losses.margins`, any callable on the target cosine, a
+            `ClassLoss` or an `AdaptiveScale` (which have scales of their own).
+        scale: > 0; a float, a scalar tensor or one value a row [N]; may need a gradient, but with
+            a margin that bends only on the reference (NotImplementedError elsewhere).
         normalize: divide rows of both sides by their norm; a row with norm <= 1e-12 counts as
             zero and gets gradient zero. False: the products are taken for cosines as they are.
         bias: [C], added to the logits after the scale.
@@ -71,7 +81,8 @@ def margin_softmax(
         precision: "fp32", "tf32", "mixed" or "bf16"; see `fused_losses.functional`.
         memory_budget: bytes of scores that the forward may keep to spare the backward their
             recomputation (cpu backend; others keep none).
-        gradient: "exact", or "straight_through": the margin's slope taken for 1 (insightface).
+        gradient: "exact", or "straight_through": the slope of the margin on the target taken for
+            1 (insightface); bends of other classes keep theirs.
         reduction: "mean" over the rows that are not ignored (weighted by class_weight; 0 if there
             are none), "sum", "none" [N].
         return_stats: also return `MarginSoftmaxStats`.
@@ -82,6 +93,25 @@ def margin_softmax(
     Time O(N C D). Memory beyond inputs and gradients: O(N D) plus a tile, plus memory_budget.
     Papers: see `fused_losses.margins`; PartialFC: An et al., 2022.
     """
+    of_class = isinstance(getattr(margin, "rule", None), str)
+    several = isinstance(weight, Tensor) and weight.dim() == 3
+    several = several or isinstance(labels, Tensor) and labels.dim() == 2
+    if of_class or several or hasattr(margin, "scale_of"):
+        _refuse_others(
+            bias=bias is not None,
+            label_smoothing=label_smoothing != 0,
+            class_weight=class_weight is not None,
+            memory_budget=memory_budget != 0,
+            gradient=gradient != "exact" and not (several and not of_class),
+            return_stats=return_stats,
+            scale=isinstance(scale, Tensor) and several and not of_class,
+        )
+        run = _adaptive if hasattr(margin, "scale_of") else _class_loss
+        shared = dict(
+            normalize=normalize, ignore_index=ignore_index, classes=classes, precision=precision,
+            reduction=reduction, backend=backend,
+        )  # fmt: skip
+        return run(embeddings, weight, labels, margin, scale, gradient, shared)
     validation.check_pair("embeddings", embeddings, "weight", weight)
     n, c = embeddings.shape[0], weight.shape[0]
     validation.check_index_vector("labels", labels, n, embeddings)
@@ -154,6 +184,45 @@ def margin_softmax(
     return (loss, stats) if return_stats else loss
 
 
+def _refuse_others(**given: bool) -> None:
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"{name}: expected its default (scale: a number) beside sub-centres, several "
+                "labels a row, a ClassLoss or AdaptiveScale"
+            )
+
+
+def _class_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Any,
+    scale: float,
+    gradient: str,
+    shared: dict[str, Any],
+) -> Tensor:
+    from fused_losses.class_losses import Softmax, class_loss  # which import this module
+
+    of_class = isinstance(getattr(margin, "rule", None), str)
+    loss = margin if of_class else Softmax(margin, scale, gradient)
+    return class_loss(embeddings, weight, labels, loss, **shared)
+
+
+def _adaptive(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Any,
+    scale: float,
+    gradient: str,
+    shared: dict[str, Any],
+) -> Tensor:
+    from fused_losses.adaptive_scale import adaptive_margin_softmax  # which imports this module
+
+    return adaptive_margin_softmax(embeddings, weight, labels, margin=margin, **shared)
+
+
 def _streamed(
     embeddings: Tensor,
     weight: Tensor,
@@ -180,6 +249,7 @@ def _streamed(
     norm = torch.linalg.vector_norm(x, dim=1)
     if normalize:
         x = unit_rows(x)
+    bend = _bend(x, weight, labels, valid, margin, scale, normalize)
     if isinstance(scale, Tensor):
         scale = scale.to(accumulate)
         x = x * (scale[:, None] if scale.dim() else scale)
@@ -196,6 +266,7 @@ def _streamed(
         normalize=normalize,
         weighted=label_smoothing > 0,
         precision=precision,
+        bend=bend,
         kept_classes=kept_classes(memory_budget, x, weight, taking_part),
         backend=backend,
     )
@@ -230,6 +301,28 @@ def _streamed(
         )
         told = MarginSoftmaxStats(*(c.to(accumulate) if c.is_floating_point() else c for c in told))
     return torch.where(valid, loss, 0).to(accumulate), told
+
+
+def _bend(
+    x: Tensor,  # [N, D], of norm 1 if normalize
+    weight: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    margin: Margin | None,
+    scale: float | Tensor,
+    normalize: bool,
+) -> Tensor | None:
+    """The margin's bends [4, N] of scores, from its bends of cosines, in the accumulation dtype."""
+    if not hasattr(margin, "bend"):
+        return None
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "scale: its gradient through a margin that bends other classes is not supported by the "
+            "streamed kernels; use backend='reference', or detach the scale"
+        )
+    cosine = bounded.targets(x.detach(), weight.detach(), labels, normalize)
+    t, p, q, r = bend_of(margin, cosine, valid)
+    return torch.stack((t * scale, p * scale, q, r / scale)).to(x.dtype)
 
 
 def _told(valid: Tensor, *columns: Tensor) -> MarginSoftmaxStats:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends, distance_matrix, functional
+from fused_losses.class_losses import MLCD, ClassLoss, SFace, SphereFace2
 from fused_losses.late_interaction import maxsim
-from fused_losses.margins import ArcFace, CosFace
+from fused_losses.margins import ArcFace, CosFace, MVSoftmax
 from fused_losses.version import __version__
 
 FLOOR = {
@@ -80,6 +81,25 @@ def _sampled(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
 
 def _smoothed(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
     return functional.margin_softmax(x, w, y, label_smoothing=0.1, **options)
+
+
+def _bent(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
+    return functional.margin_softmax(x, w, y, margin=MVSoftmax("am"), scale=16.0, **options)
+
+
+def _centres(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
+    """Three centres a class."""
+    table = w[: len(w) // 3 * 3].unflatten(0, (-1, 3))
+    return functional.margin_softmax(x, table, y % len(table), scale=16.0, **options)
+
+
+def _class_loss(loss: ClassLoss) -> Callable[..., Tensor]:
+    return lambda x, w, y, **options: functional.margin_softmax(x, w, y, margin=loss, **options)
+
+
+def _several(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
+    labels = torch.stack([y, (y + 1) % len(w), torch.full_like(y, -100)], dim=1)
+    return functional.margin_softmax(x, w, labels, margin=MLCD(16.0), **options)
 
 
 def _linear(x: Tensor, w: Tensor, y: Tensor, **options: object) -> Tensor:
@@ -186,6 +206,11 @@ OPS: dict[str, Callable[..., Tensor]] = {
     "margin_softmax": _margin_softmax,
     "margin_softmax, classes": _sampled,
     "margin_softmax, smoothing": _smoothed,
+    "margin_softmax, MV-Softmax": _bent,
+    "margin_softmax, sub-centres": _centres,
+    "margin_softmax, several labels": _several,
+    "SFace": _class_loss(SFace()),
+    "SphereFace2": _class_loss(SphereFace2(0.3)),
     "linear_cross_entropy": _linear,
     "info_nce": _over_pairs(functional.info_nce, temperature=0.1, normalize=True),
     "info_nce, labels, symmetric": _info_nce,

@@ -50,6 +50,7 @@ def near(got: Tensor, want: Tensor, step: float, what: str) -> None:
 # ---- row statistics ----------------------------------------------------------------------------
 
 EVERYTHING = dict(weighted=True, bias=True, column_weight=True, no_target=0.2)
+BENT = dict(**EVERYTHING, bend="jump")  # and where there are classes a compact gradient
 
 
 def rows(case: oracle.Case) -> Callable[[], None]:
@@ -65,10 +66,12 @@ def rows(case: oracle.Case) -> Callable[[], None]:
                 assert case.precision != "fp32" or torch.equal(got, want)
             elif name != "weighted_sum" or case.weighted:
                 near(got, want, step, name)
-        needs = Needs(True, True, case.bias)
+        needs = Needs(True, True, case.bias, compact=bool(case.bend))
         found = backend.backward(Inputs(**args), out[0], RowGradients(*grads), needs)
         step = 2**-6 if case.precision == "bf16" else 16 * DTYPE_STEP[case.dtype]
         want = oracle.gradients(args, grads, torch.float64)
+        if needs.compact and case.classes:
+            want[1] = want[1][args["classes"]]
         for name, got, w in zip(("dx", "dweight", "dbias"), found, want, strict=True):
             if w is not None:
                 near(got, w, max(step, 2**-18), name)
@@ -81,11 +84,14 @@ ROWS = [
     oracle.Case(n=70, c=303, d=24, **EVERYTHING, name="everything"),
     oracle.Case(n=9, c=48, d=27, normalize=False, bias=True, name="linear-unaligned"),
     oracle.Case(n=9, c=45, d=27, classes=31, no_target=0.3, name="classes-unaligned"),
-    oracle.Case(n=9, c=70, d=40, dtype=BF16, classes=50, **EVERYTHING, name="classes-bf16"),
+    oracle.Case(n=9, c=70, d=40, dtype=BF16, classes=50, **BENT, name="classes-bf16"),
     oracle.Case(n=9, c=70, d=27, dtype=BF16, classes=41, name="unaligned-bf16"),
-    oracle.Case(n=9, c=45, d=40, dtype=FP16, classes=40, **EVERYTHING, name="classes-fp16"),
+    oracle.Case(n=9, c=45, d=40, dtype=FP16, classes=40, **BENT, name="classes-fp16"),
     oracle.Case(n=9, c=45, d=27, dtype=FP16, classes=41, name="unaligned-fp16"),
     oracle.Case(n=9, c=45, d=44, precision="bf16", bias=True, name="rounded"),
+    oracle.Case(n=70, c=303, d=24, **BENT, name="bent"),
+    oracle.Case(n=9, c=45, d=27, classes=31, normalize=False, bend="jump", name="bent-linear"),
+    oracle.Case(n=9, c=45, d=27, bend="flat", edit="duplicates", name="bent-ties"),
 ]
 
 # ---- pairs -------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+# imported once for all processes: what the trainer and DDP import takes seconds
+PRELOAD = ["torch._dynamo", "fused_losses.train.large.loop", "pytest"]
+
 
 def _rank(
     rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
@@ -39,7 +42,7 @@ def run(world: int, function: Callable[..., Any], *arguments: Any, seconds: floa
         # forks of one clean process that has the imports: a fresh interpreter takes seconds, and a
         # fork of this one would take its threads' locks along
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "fused_losses"])
+        context.set_forkserver_preload(PRELOAD)
         processes = [
             context.Process(target=_rank, args=(rank, world, folder, function, arguments))
             for rank in range(world)

@@ -102,6 +102,7 @@ def rows(n: int, c: int, d: int, dtype: torch.dtype, processors: int = 10**6, **
         torch.rand(c, generator=g) if extra else None,
         more.get("normalize", True),
         weighted,
+        bend=torch.randn(4, n, generator=g) if more.get("bent") else None,
     )
 
     def call() -> None:
@@ -110,7 +111,8 @@ def rows(n: int, c: int, d: int, dtype: torch.dtype, processors: int = 10**6, **
         try:
             lse = triton.forward(inputs)[0]
             grads = torch.randn(n), torch.randn(n), torch.randn(n) if weighted else None
-            triton.backward(inputs, lse, RowGradients(*grads), Needs(True, True, extra))
+            needs = Needs(True, True, extra, compact=inputs.bend is not None)
+            triton.backward(inputs, lse, RowGradients(*grads), needs)
         finally:
             triton_launch.processors = saved
 
@@ -121,6 +123,8 @@ STORED = {"forward_tiles", "forward_rows", "gradient_tiles"}
 OWNED = {"forward_tiles", "forward_rows", "owner_rows", "owner_classes"}
 ROWS = {
     "float32": (rows(37, 53, 24, torch.float32), STORED | {"finish_weight", "inverse_norms"}),
+    "bent": (rows(37, 53, 24, torch.float32, classes=40, bent=True), STORED),
+    "owners of bent": (rows(33, 101, 24, torch.bfloat16, 0, extra=True, bent=True), OWNED),
     "linear": (rows(40, 90, 40, torch.bfloat16, normalize=False), STORED),
     "everything": (
         rows(33, 101, 32, torch.float16, classes=67, extra=True, weighted=True),

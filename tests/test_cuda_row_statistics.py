@@ -22,7 +22,9 @@ def _built() -> None:
     require("cuda")
 
 
-def scores_in_tiles(z: Tensor, positions: Tensor, parts: int, chunk: int) -> dict[str, Tensor]:
+def scores_in_tiles(
+    z: Tensor, positions: Tensor, bend: Tensor | None, parts: int, chunk: int
+) -> dict[str, Tensor]:
     """The merged state of `row_scores` over blocks and chunks of z, [parts, N] each."""
     n, count = z.shape
     state = {
@@ -39,21 +41,40 @@ def scores_in_tiles(z: Tensor, positions: Tensor, parts: int, chunk: int) -> dic
             tile[: rows.stop - top, :length] = z[rows, first : first + length]
             launch(
                 "row_scores", products=tile, inverse=None, bias=None, column_weight=None,
-                positions=positions[rows], **{k: v[:, rows] for k, v in state.items()},
-                stride=chunk, rows=rows.stop - top, length=length, first=first, parts=parts,
-                state_stride=n,
+                bend=None if bend is None else bend[rows], positions=positions[rows],
+                **{k: v[:, rows] for k, v in state.items()}, stride=chunk, rows=rows.stop - top,
+                length=length, first=first, parts=parts, state_stride=n,
             )  # fmt: skip
     return state
 
 
+def bends(n: int) -> Tensor:
+    """t, p, q, r [N, 4]; the last two rows' thresholds are beyond all scores."""
+    bend = torch.randn(n, 4)
+    bend[:, 3] *= 0.01
+    bend[-2], bend[-1, 0] = torch.tensor([-torch.inf, 2.0, 0.5, 0.0]), torch.inf
+    return bend
+
+
+def bent(z: Tensor, bend: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The scores and their slopes, in float64."""
+    z = z.double()
+    if bend is None:
+        return z, torch.ones_like(z)
+    t, p, q, r = bend.double().T[:, :, None]
+    return torch.where(z > t, p + q * z + r * z**2, z), torch.where(z > t, q + 2 * r * z, 1)
+
+
+@pytest.mark.parametrize("is_bent", [False, True], ids=["plain", "bent"])
 @pytest.mark.parametrize("parts", [1, 3, 7])
-def test_state_is_that_of_all_columns(parts: int) -> None:
+def test_state_is_that_of_all_columns(parts: int, is_bent: bool) -> None:
     z = 30 * torch.randn(5, 403)
     z[1] = z[1, 0]  # every score a tie
     z[2, 17], z[3, 400] = torch.nan, torch.inf
     z[4, :390] = -torch.inf
     positions = torch.tensor([3, 0, -1, 5, 402], dtype=torch.int32)
-    state = scores_in_tiles(z, positions, parts, 160)
+    bend = bends(5) if is_bent else None
+    state = scores_in_tiles(z, positions, bend, parts, 160)
     out = {
         "lse": torch.empty(5, dtype=torch.float64),
         "target": torch.empty(5, dtype=torch.float64),
@@ -67,7 +88,7 @@ def test_state_is_that_of_all_columns(parts: int) -> None:
         **out, stride_x=3, stride_w=3, n=5, d=3, parts=parts, type=ELEMENTS[x.dtype],
         normalize=False,
     )  # fmt: skip
-    others = z.double()
+    others = bent(z, bend)[0]
     for row, position in enumerate(positions.tolist()):
         if position >= 0:
             others[row, position] = -torch.inf
@@ -77,14 +98,18 @@ def test_state_is_that_of_all_columns(parts: int) -> None:
     torch.testing.assert_close(out["lse"][clean], wanted[clean], rtol=1e-7, atol=1e-6)
     assert out["hardest"][clean].tolist() == others.argmax(1)[clean].tolist()
     assert out["hardest"][1] == 1  # the lowest of the ties, the target being 0
-    assert torch.equal(out["hardest_score"][clean], others.max(1).values[clean].float())
+    highest = others.max(1).values[clean].float()
+    torch.testing.assert_close(out["hardest_score"][clean], highest, rtol=1e-6 * is_bent, atol=0)
     sums = torch.where(others == -torch.inf, 0, others).sum(1)
     torch.testing.assert_close(out["weighted"][:2], sums[:2].float(), rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("is_bent", [False, True], ids=["plain", "bent"])
 @pytest.mark.parametrize("low", FLOATS, ids=str)
 @pytest.mark.parametrize("length", [5, 1029, 5000])
-def test_gradient_replaces_a_row_longer_than_a_block(length: int, low: torch.dtype) -> None:
+def test_gradient_replaces_a_row_longer_than_a_block(
+    length: int, low: torch.dtype, is_bent: bool
+) -> None:
     # 256 threads take 1024 or 2048 columns at a time, and a 16-bit row moves to its first half
     stride = -(-length // 16) * 16
     tile = torch.full((3, stride), torch.nan)
@@ -94,15 +119,18 @@ def test_gradient_replaces_a_row_longer_than_a_block(length: int, low: torch.dty
     lse[1] = -torch.inf
     positions = torch.tensor([10 + length - 1, -1, 12], dtype=torch.int32)
     sums = torch.empty(2, stride)
-    g = grads[0][:, None] * torch.exp(
-        z * inverse + bias - torch.where(lse.isinf(), 0, lse)[:, None]
-    )
-    g = (g + grads[2][:, None] * v).double()
+    bend = bends(3) if is_bent else None
+    score, slope = bent(z * inverse, bend)
+    below = score + bias - torch.where(lse.isinf(), 0, lse)[:, None]
+    if bend is not None:  # no part of a sum is above the sum
+        below = below.clamp_max(0)
+    g = grads[0][:, None] * torch.exp(below) + grads[2][:, None] * v
     g[0, length - 1] = g[2, 2] = 0
     wanted_sums = torch.stack([g[:2].sum(0), g[2]])
+    g *= slope
     g[0, length - 1], g[2, 2] = grads[1][0], grads[1][2]
     launch(
-        "row_gradient", products=tile, inverse=inverse, bias=bias, column_weight=v,
+        "row_gradient", products=tile, inverse=inverse, bias=bias, column_weight=v, bend=bend,
         positions=positions, lse=lse, grad_lse=grads[0], grad_target=grads[1],
         grad_weighted=grads[2], sums=sums, stride=stride, rows=3, length=length, first=10,
         rows_a_sum=2, out_type=ELEMENTS[low],

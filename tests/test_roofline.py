@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,13 @@ def counted(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> dict[st
     return dict(found)
 
 
-def cuda_rows(dtype: torch.dtype) -> None:
+def cuda_rows(dtype: torch.dtype, bent: bool = False) -> None:
     from fused_losses.backends import cuda
 
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(48, 64, generator=g).to(dtype), torch.randn(512, 64, generator=g).to(dtype)
-    inputs = Inputs(x, w, torch.randint(512, (48,), generator=g), normalize=True)
+    bend = torch.randn(4, 48, generator=g) if bent else None
+    inputs = Inputs(x, w, torch.randint(512, (48,), generator=g), normalize=True, bend=bend)
     lse = cuda.forward(inputs)[0]
     grads = RowGradients(torch.randn(48), torch.randn(48), None)
     cuda.backward(inputs, lse, grads, Needs(True, True, False))
@@ -90,6 +92,10 @@ CUDA_CALLS = {
     "rows": (
         cuda_rows,
         dict(gather=0.02, row_scores=0.1, row_gradient=0.4, row_weight=0.2, row_finish=0.7),
+    ),
+    "bent rows": (
+        partial(cuda_rows, bent=True),
+        dict(row_scores=0.25, row_gradient=0.4),
     ),
     "cityblock": (cuda_sums, dict(distance_sums=0.1)),
     "update": (cuda_update, dict(sgd_rows=0.1)),

@@ -11,11 +11,12 @@ import torch
 from conftest import CUDA, require
 from torch import Tensor
 
-from fused_losses import backends, row_update
+from fused_losses import row_update
 from fused_losses.backends import cuda_launch, table
-from fused_losses.row_update import adamw_rows_, sgd_rows_
+from fused_losses.rounding import rounding_key
+from fused_losses.row_update import adagrad_rows_, adamw_rows_, catch_up_rows_, sgd_rows_
 
-BACKENDS = ("reference", "bounded", *CUDA)
+BACKENDS = ("reference", "bounded", "cpu", *CUDA)
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # weight, state, gradient
 DTYPES = [
@@ -25,6 +26,7 @@ DTYPES = [
     (BF16, BF16, BF16),
     (FP16, FP32, FP16),
     (FP16, FP16, BF16),
+    (FP32, BF16, FP32),
 ]
 OPTIONS = [
     ("sgd", dict()),
@@ -36,10 +38,13 @@ OPTIONS = [
     ("adamw", dict(weight_decay=0.3, maximize=True)),
     ("adamw", dict(betas=(0.7, 0.95), eps=1e-3, weight_decay=0.0)),
     ("adamw", dict(betas=(0.0, 0.5))),
+    ("adagrad", dict()),
+    ("adagrad", dict(initial_accumulator_value=0.4, eps=1e-3, maximize=True)),
 ]
 RULES = [("sgd", dict(momentum=0.9)), ("adamw", dict())]
 rules = pytest.mark.parametrize(("rule", "options"), RULES, ids=["sgd", "adamw"])
 LR = 0.1
+ON_CUDA = ("sgd", "adamw")
 
 
 def name_of(value: object) -> str:
@@ -69,8 +74,9 @@ def tables_of(
     rule: str, d: int, weight: torch.dtype, state: torch.dtype, count: int = 11
 ) -> list[Tensor]:
     """A weight and its state, as after some steps."""
-    tables = [torch.randn(count, d).to(weight), torch.randn(count, d).to(state)]
-    return tables + [torch.rand(count, d).to(state)] if rule == "adamw" else tables
+    states = {"sgd": [torch.randn], "adamw": [torch.randn, torch.rand], "adagrad": [torch.rand]}
+    tables = [make(count, d).to(state) for make in states[rule]]
+    return [torch.randn(count, d).to(weight), *tables]
 
 
 def a_step(d: int, dtype: torch.dtype = FP32, count: int = 7, number: int = 3) -> Step:
@@ -81,6 +87,8 @@ def ours(rule: str, tables: list[Tensor], step: Step, backend: str | None, **opt
     given = {"lr": LR, "backend": backend} | options
     if rule == "adamw":
         adamw_rows_(tables[0], *step[:2], *tables[1:], **{"step": step.number} | given)
+    elif rule == "adagrad":
+        adagrad_rows_(tables[0], *step[:2], tables[1], **given)
     else:
         state = tables[1:] if options.get("momentum") else []
         sgd_rows_(tables[0], *step[:2], *state, **given)
@@ -96,11 +104,18 @@ def by_torch(rule: str, tables: list[Tensor], step: Step, **options: Any) -> lis
         optimizer = torch.optim.AdamW([p], **{"lr": LR} | options)
         parts = {"exp_avg": out[1][step.rows], "exp_avg_sq": out[2][step.rows]}
         optimizer.state[p] = {"step": torch.tensor(step.number - 1.0), **parts}
+    elif rule == "adagrad":
+        optimizer = torch.optim.Adagrad([p], **{"lr": LR} | options)
+        initial = options.get("initial_accumulator_value", 0.0)
+        parts = {"sum": out[1][step.rows] + initial}
+        optimizer.state[p].update(parts)
     else:
         optimizer = torch.optim.SGD([p], **{"lr": LR} | options)
         parts = {"momentum_buffer": out[1][step.rows]}
         optimizer.state[p] = dict(parts)
     optimizer.step()
+    if rule == "adagrad":
+        optimizer.state[p]["sum"] -= initial
     for whole, part in zip(out, [p.detach(), *(optimizer.state[p][k] for k in parts)], strict=True):
         whole[step.rows] = part
     return out
@@ -129,6 +144,8 @@ def test_is_torch_optim_on_the_rows(
 ) -> None:
     if dtypes[0] == FP64 and backend == "cuda":
         pytest.skip(cuda_launch.reasons_against(torch.device("cpu"), FP64, "fp32")[-1])
+    if rule not in ON_CUDA and backend == "cuda":
+        pytest.skip(f"{rule} has no CUDA kernel")
     weight, state, grad = dtypes
     tables = tables_of(rule, 24, weight, state)
     for number in (1, 2, 50):
@@ -147,7 +164,7 @@ def test_sgd_of_a_dense_gradient_with_zeros(backend: str) -> None:
     assert torch.allclose(weight, p, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("d", [1, 3, 4, 8, 12, 100, 300])
+@pytest.mark.parametrize("d", [1, 3, 4, 8, 12, 100, 300, 700])
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2], DTYPES[3]], ids=name_of)
 @rules
 def test_any_width(rule: str, options: dict, dtypes: tuple, d: int, backend: str) -> None:
@@ -226,6 +243,69 @@ def test_nan_stays_in_its_place(backend: str) -> None:
         assert t.isnan().nonzero().tolist() == [[int(step.rows[1]), 5]]
 
 
+# ---- catching up and rounding -------------------------------------------------------------------
+
+FACTORS = torch.tensor([[-0.1, 0.5, 0.2, 0.9], [0.0, 0.0, 0.0, 1.0], [-1.0, 0.0, 0.0, 0.0]])
+
+
+def skip_on_cuda(backend: str) -> None:
+    if backend == "cuda":
+        pytest.skip("no CUDA kernel of it")
+
+
+@pytest.mark.parametrize("dtypes", [*DTYPES, (FP64,) * 3], ids=name_of)
+@pytest.mark.parametrize("buffer", [False, True])
+def test_catching_up_is_a_linear_map(buffer: bool, dtypes: tuple, backend: str) -> None:
+    skip_on_cuda(backend)
+    rows, factors = torch.tensor([7, 2, 9]), FACTORS.double()
+    tables = tables_of("sgd", 27, *dtypes[:2])[: 1 + buffer]
+    before = [t.to(FP64, copy=True) for t in tables]
+    catch_up_rows_(tables[0], rows, factors, *tables[1:], backend=backend)
+    w, v = before[0][rows], before[1][rows] if buffer else torch.zeros(3, 27)
+    a, b, c, d = factors[:, :, None].unbind(1)
+    for got, old, new in zip(tables, before, (w + a * w + b * v, c * w + d * v), strict=False):
+        want = old.index_copy(0, rows, new)
+        low = torch.finfo(got.dtype).eps if got.dtype.itemsize == 2 else 0.0
+        tiny = 1e-14 if got.dtype == FP64 else 1e-6
+        assert torch.allclose(got.double(), want, rtol=low + tiny, atol=tiny)
+
+
+def test_a_factor_of_0_leaves_out_what_is_infinite(backend: str) -> None:
+    skip_on_cuda(backend)
+    weight, buffer = torch.full((3, 9), torch.inf), torch.full((3, 9), -torch.inf)
+    catch_up_rows_(
+        weight, torch.arange(3), FACTORS[1].repeat(3, 1).double(), buffer, backend=backend
+    )
+    assert bool((weight == torch.inf).all() and (buffer == -torch.inf).all())
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[3], DTYPES[4], DTYPES[5]], ids=name_of)
+@pytest.mark.parametrize("d", [9, 700])
+@pytest.mark.parametrize("rule", ["sgd", "adamw", "adagrad"])
+def test_every_backend_rounds_with_the_same_bits(
+    rule: str, d: int, dtypes: tuple, backend: str
+) -> None:
+    """But for where float32's own last digit decides: no more than a number in a thousand."""
+    if backend == "cuda":
+        pytest.skip("stochastic rounding has no CUDA kernel")
+    weight, state, grad = dtypes
+    tables, step = tables_of(rule, d, weight, state), a_step(d, grad)
+    options = dict(momentum=0.9) if rule == "sgd" else {}
+    given = dict(options, rounding_key=rounding_key(5, 2), row_offset=1 << 40)
+    found = []
+    for name in ("reference", backend):
+        found.append([t.clone() for t in tables])
+        ours(rule, found[-1], step, name, **given)
+    nearest = [t.clone() for t in tables]
+    ours(rule, nearest, step, backend, **options)
+    for got, want, near in zip(found[1], found[0], nearest, strict=True):
+        if got.dtype.itemsize == 2:
+            assert float((got != want).float().mean()) < 1e-3
+            assert float((got != near).float().mean()) > 0.04
+        else:
+            assert torch.allclose(got, want, atol=1e-6)
+
+
 # ---- one pass -----------------------------------------------------------------------------------
 
 
@@ -280,6 +360,17 @@ def test_opcheck_adamw(backend: str) -> None:
         torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.parametrize("key", [None, 3])
+def test_opcheck_adagrad_and_catching_up(key: int | None, backend: str) -> None:
+    skip_on_cuda(backend)
+    (weight, state), step = tables_of("adagrad", 8, FP32, BF16), a_step(8, count=3)
+    ops = torch.ops.fused_losses
+    adagrad = (weight, *step[:2], state, 0.1, 1e-8, 0.1, 0.5, False, key, 7)
+    torch.library.opcheck(getattr(ops, f"adagrad_rows_{backend}"), adagrad)
+    catch_up = (weight, step.rows, FACTORS.double(), state, key, 7)
+    torch.library.opcheck(getattr(ops, f"catch_up_rows_{backend}"), catch_up)
+
+
 @rules
 def test_compiled(rule: str, options: dict, backend: str) -> None:
     tables, step = tables_of(rule, 8, FP32, FP32), a_step(8)
@@ -312,13 +403,14 @@ def test_inference_tensors(backend: str) -> None:
 
 def test_which_backend() -> None:
     assert table.order("row_update", "cuda", 8) == ("cuda", "bounded")
-    assert table.order("row_update", "cpu", 8) == ("bounded",)
+    assert table.order("row_update", "cpu", 8) == ("cpu", "bounded")
     weight, step = torch.zeros(11, 8), a_step(8)
-    with backends.use_backend("cpu"):  # as the bounded one
-        sgd_rows_(weight, *step[:2], lr=LR)
-    assert weight.count_nonzero() == step.grad.numel()
-    with pytest.raises(RuntimeError, match="rows are updated on cuda and bounded"):
+    with pytest.raises(RuntimeError, match="rows are updated on cuda, cpu and bounded"):
         sgd_rows_(weight, *step[:2], lr=LR, backend="triton")
+    with pytest.raises(RuntimeError, match="no CUDA kernel has stochastic rounding"):
+        sgd_rows_(weight, *step[:2], lr=LR, rounding_key=1, backend="cuda")
+    with pytest.raises(RuntimeError, match="no CUDA kernel has adagrad_rows_"):
+        adagrad_rows_(weight, *step[:2], weight.clone(), backend="cuda")
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -389,3 +481,42 @@ def test_bad_input_of_adamw(given: dict[str, Any], error: type, words: str) -> N
     fine = dict(weight=W, rows=R, grad=G, exp_avg=W.clone(), exp_avg_sq=W.clone(), step=1)
     with pytest.raises(error, match=words):
         adamw_rows_(**fine | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (dict(sum=W.double()), TypeError, "sum: expected torch.float32 or torch.bfloat16"),
+        (dict(initial_accumulator_value=-1.0), ValueError, "initial_accumulator_value: expected"),
+        (dict(lr=-1.0), ValueError, "lr: expected a value >= 0"),
+    ],
+)
+def test_bad_input_of_adagrad(given: dict[str, Any], error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        adagrad_rows_(**dict(weight=W, rows=R, grad=G, sum=W.clone()) | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (dict(factors=torch.ones(2, 4)), ValueError, r"factors: expected \[2, 4\] float64"),
+        (dict(factors=torch.ones(2, 3).double()), ValueError, r"factors: expected \[2, 4\]"),
+        (dict(rows=R + 2), IndexError, r"rows: expected values in \[0, 4\)"),
+        (dict(momentum_buffer=W[:2]), ValueError, "momentum_buffer: expected"),
+    ],
+)
+def test_bad_input_of_catching_up(given: dict[str, Any], error: type, words: str) -> None:
+    fine = dict(weight=W, rows=R, factors=torch.ones(2, 4).double())
+    with pytest.raises(error, match=words):
+        catch_up_rows_(**fine | given)
+
+
+def test_the_compiled_op_checks_for_itself() -> None:
+    op = getattr(torch.ops.fused_losses, f"sgd_rows_{require('cpu')}")
+    rest = (None, None, 0.1, 0.0, 0.0, 0.0, False, False)
+    with pytest.raises(IndexError, match=r"rows: expected values in \[0, 4\), got 4"):
+        op(W.clone(), R + 2, G, *rest)
+    with pytest.raises(ValueError, match=r"grad: expected \[2, 3\]"):
+        op(W.clone(), R, G[:1], *rest)
+    with pytest.raises(ValueError, match="weight: expected rows that lie contiguous"):
+        op(torch.zeros(3, 4).T, R, G, *rest)

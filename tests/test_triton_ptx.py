@@ -28,7 +28,7 @@ if not (SHARED / "ptxsim").is_dir():
 if backend.base.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
-EVERYTHING = dict(weighted=True, bias=True, column_weight=True, no_target=0.1)
+EVERYTHING = dict(weighted=True, bias=True, column_weight=True, no_target=0.1, bend="jump")
 # more than one tile each way, both ragged; D even and uneven for the tile, aligned and not
 CASES = [
     Case(n=137, c=300, d=64, dtype=torch.bfloat16, name="plain", scale=16.0),
@@ -37,6 +37,7 @@ CASES = [
     Case(n=40, c=90, d=40, scale=64.0, name="float32"),
     Case(n=33, c=70, d=32, precision="tf32", name="tf32"),
     Case(n=33, c=70, d=32, precision="bf16", bias=True, name="rounded"),
+    Case(n=33, c=70, d=32, bend="jump", name="bent"),
 ]
 
 
@@ -76,12 +77,13 @@ def test_ptx(case: Case, arch: str) -> None:
             assert case.precision != "fp32" or torch.equal(g, w)
         elif name != "weighted_sum" or case.weighted:
             assert (g - w).abs().max() <= 4 * step * w.abs().max(), name
-    want = oracle.gradients(args, grads, torch.float64)
-    eager = oracle.gradients(args, grads, args["x"].dtype)
+    want, eager = (oracle.gradients(args, grads, t) for t in (torch.float64, args["x"].dtype))
+    if case.classes:
+        want[1], eager[1] = want[1][args["classes"]], eager[1][args["classes"]]
     step = max(step, DTYPE_STEP[args["x"].dtype])
     for processors in (10**6, 0):
         with record.on(arch, launch, processors):
-            needs = Needs(True, True, case.bias)
+            needs = Needs(True, True, case.bias, compact=True)
             got = backend.backward(Inputs(**args), out[0], RowGradients(*grads), needs)
         for g, w, e in zip(got, want, eager, strict=True):
             if w is not None:

@@ -31,6 +31,7 @@ def yardstick(case: Case) -> tuple[torch.dtype, float]:
 
 
 def backward(args: dict[str, Any], grads: list, lse: Tensor, need: tuple = (True,) * 3) -> tuple:
+    """need: of x, weight, bias, and then whether the weight's is compact."""
     return triton.backward(Inputs(**args), lse, RowGradients(*grads), Needs(*need))
 
 
@@ -78,6 +79,12 @@ def check_backward(case: Case, data: dict[str, Any], lse: Tensor, form: str) -> 
             continue
         assert g.dtype == args[name].dtype and g.shape == args[name].shape
         close(g, w, e, step, f"gradient of {name} ({form})")
+    rows = args["classes"]
+    if rows is not None:
+        compact = backward(args, grads, lse, (True, True, case.bias, True))
+        close(compact[1], want[1][rows], eager[1][rows], step, f"compact gradient ({form})")
+        assert compact[1].shape == (len(rows), case.d) and torch.equal(compact[0], got[0])
+        assert not case.bias or torch.equal(compact[2], got[2])
 
 
 @pytest.mark.parametrize("case", CASES + LOW + PRECISIONS, ids=lambda c: c.name)
@@ -89,26 +96,29 @@ def test_row_statistics(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         check_backward(case, data, lse, form)
 
 
-MANY = dict(n=75, c=203, d=40, weighted=True, bias=True, column_weight=True)
+MANY = dict(n=75, c=203, d=40, scale=2.0, weighted=True, bias=True, column_weight=True)
 
 
-@pytest.mark.parametrize("classes", (0, 131))
-def test_segments_chunks_and_row_blocks(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("classes, bend", ((0, ""), (131, "jump")))
+def test_segments_chunks_and_row_blocks(
+    classes: int, bend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything that is one piece at these sizes, cut into several ragged ones."""
     monkeypatch.setattr(triton, "PARTIAL_BYTES", 4 * 4 * 75 * 5)
     monkeypatch.setattr(triton, "ROW_BLOCK", 32)
     monkeypatch.setattr(triton, "MAX_CHUNK", 64)
-    case = Case(**MANY, classes=classes, no_target=0.1)
+    case = Case(**MANY, classes=classes, no_target=0.1, bend=bend)
     data = call(case)
     lse = check_forward(case, data["args"])[0]
     check_backward(case, data, lse, "stored G")
 
 
-def test_split_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("classes", (0, 131))
+def test_split_products(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dx summed over several pieces of a chunk, the last chunk ragged; no bias, no norm."""
     monkeypatch.setattr(triton, "SPLIT_ROWS", 64)
     monkeypatch.setattr(triton, "MAX_CHUNK", 64)
-    case = Case(n=20, c=203, d=40, normalize=False)
+    case = Case(n=20, c=203, d=40, normalize=False, classes=classes)
     data = call(case)
     lse = check_forward(case, data["args"])[0]
     check_backward(case, data, lse, "stored G")
@@ -166,10 +176,12 @@ def test_splits_fill_the_processors() -> None:
             assert row_tiles * splits >= 0.75 * rounds * 132
 
 
-def test_nan_in_a_row_stays_in_that_row() -> None:
-    case = Case(edit="nan row", weighted=True, bias=True)
+@pytest.mark.parametrize("bend", ("", "jump"))
+def test_nan_in_a_row_stays_in_that_row(bend: str) -> None:
+    case = Case(edit="nan row", weighted=True, bias=True, bend=bend)
     args = call(case)["args"]
-    clean = call(Case(weighted=True, bias=True))["args"]
+    clean = call(replace(case, edit=""))["args"]
+    args["bend"] = clean["bend"]
     bad = torch.arange(case.n) == case.n // 3
     for index, (got, want) in enumerate(
         zip(triton.forward(Inputs(**args)), triton.forward(Inputs(**clean)), strict=True)
@@ -244,7 +256,7 @@ def test_offsets_past_two_to_the_31() -> None:
 
 def test_wired_as_a_backend() -> None:
     assert fused_losses.backends.unavailable("triton") is None
-    data = call(Case(classes=20, bias=True, weighted=True))
+    data = call(Case(classes=20, bias=True, weighted=True, bend="jump"))
     args = data["args"]
     leaves = [args[k].requires_grad_() for k in ("x", "weight", "bias")]
     out = row_statistics(**args, backend="triton")

@@ -22,6 +22,7 @@ class Case:
     weighted: bool = False
     bias: bool = False
     column_weight: bool = False
+    bend: str = ""  # "jump": psi jumps at its threshold; "flat": all scores above it are one
     classes: int = 0  # how many take part; 0 = all
     no_target: float = 0.0  # share of the labels that are -1
     scale: float = 4.0
@@ -66,8 +67,38 @@ def call(case: Case) -> dict[str, Any]:
     args = dict(x=x, weight=weight, labels=labels, classes=ids, bias=bias)
     args["column_weight"] = torch.rand(c, generator=g) if case.column_weight else None
     args |= dict(normalize=case.normalize, weighted=case.weighted, precision=case.precision)
+    args["bend"] = bends(case, args, torch.rand(3, n, generator=g)) if case.bend else None
     grads = [randn(n), randn(n), randn(n) if case.weighted else None]
     return dict(args=args, grads=grads)
+
+
+def product_of(x: Tensor, weight: Tensor, normalize: bool) -> Tensor:
+    """<x_i, w_j>, w_j of unit norm if asked. [N, C]"""
+    norm = weight.norm(dim=1, keepdim=True)
+    if normalize:
+        weight = torch.where(norm > 1e-12, weight / norm.clamp_min(1e-12), 0)
+    return x @ weight.T
+
+
+def bends(case: Case, args: dict[str, Any], drawn: Tensor) -> Tensor:
+    """t, p, q, r [4, N]: thresholds where no product is near, in the upper two thirds of a row's.
+
+    The first row is bent everywhere, the second nowhere. drawn: [3, N], uniform in [0, 1).
+    """
+    product = product_of(args["x"].double(), args["weight"].double(), args["normalize"])
+    order = product.sort(dim=1).values
+    gaps = order.diff(dim=1)[:, case.c // 3 :]
+    t = order.mean(dim=1)
+    if gaps.numel():
+        at = gaps.argmax(dim=1, keepdim=True) + case.c // 3
+        t = (order.gather(1, at) + order.gather(1, at + 1))[:, 0] / 2
+    t = t.nan_to_num(0)
+    t[0], t[1:2] = -torch.inf, torch.inf
+    p, q, r = drawn - 0.5
+    p, q, r = 0.2 * case.scale * p, 0.5 * q + 0.75, 0.5 * r / case.scale
+    if case.bend == "flat":
+        p, q, r = 2 * case.scale + p, 0 * q, 0 * r
+    return torch.stack([t.float(), p, q, r])
 
 
 def statistics(
@@ -78,13 +109,15 @@ def statistics(
     bias: Tensor | None,
     column_weight: Tensor | None,
     normalize: bool,
+    bend: Tensor | None,
 ) -> list[Tensor]:
     """lse, target, weighted_sum, hardest, hardest_score on the score matrix; any dtype."""
-    norm = weight.norm(dim=1, keepdim=True)
-    if normalize:
-        weight = torch.where(norm > 1e-12, weight / norm.clamp_min(1e-12), 0)
-    product = x @ weight.T
-    scores = product if bias is None else product + bias
+    product = product_of(x, weight, normalize)
+    scores = product
+    if bend is not None:
+        t, p, q, r = bend.to(product)[:, :, None]
+        scores = torch.where(product > t, p + q * product + r * product**2, product)
+    scores = scores if bias is None else scores + bias
     columns = torch.arange(len(weight))
     taking_part = torch.ones(len(weight), dtype=torch.bool)
     if classes is not None:
@@ -111,9 +144,8 @@ def gradients(args: dict[str, Any], grads: list[Tensor | None], dtype: torch.dty
     leaves = [args[k] for k in ("x", "weight", "bias")]
     leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in leaves]
     x, weight, bias = leaves
-    out = statistics(
-        x, weight, args["labels"], args["classes"], bias, args["column_weight"], args["normalize"]
-    )
+    given = (args[k] for k in ("column_weight", "normalize", "bend"))
+    out = statistics(x, weight, args["labels"], args["classes"], bias, *given)
     finite = out[0] > -torch.inf
     total = (out[0][finite] * grads[0].to(dtype)[finite]).sum() + (
         out[1] * grads[1].to(dtype)
@@ -139,9 +171,11 @@ def truth(args: dict[str, Any]) -> list[Tensor]:
             wide(args["bias"]),
             wide(args["column_weight"]),
             args["normalize"],
+            wide(args["bend"]),
         )
 
 
+EVERYTHING = dict(weighted=True, bias=True, column_weight=True, no_target=0.2)
 CASES = [
     Case(name="ragged"),
     Case(name="one-row-one-class", n=1, c=1, d=8),
@@ -150,7 +184,7 @@ CASES = [
     Case(name="classes-subset", c=300, n=33, classes=71, bias=True, no_target=0.3),
     Case(name="classes-of-one", c=40, n=5, classes=1),
     Case(name="no-target", no_target=1.0, weighted=True),
-    Case(name="everything", weighted=True, bias=True, column_weight=True, no_target=0.2),
+    Case(name="everything", **EVERYTHING),
     Case(name="linear-everything", normalize=False, weighted=True, bias=True, column_weight=True),
     Case(name="scale-64-peaked", scale=64.0, edit="peaked"),
     Case(name="scale-100", scale=100.0, no_target=0.1),
@@ -158,18 +192,25 @@ CASES = [
     Case(name="zero-row", edit="zero row", weighted=True),
     Case(name="strided", strided=True, bias=True),
     Case(name="wide-few-classes", d=512, c=7, n=19),
+    Case(name="bent-everything", bend="jump", **EVERYTHING),
+    Case(name="bent-linear-classes", bend="jump", c=300, n=33, classes=71, normalize=False),
+    Case(name="bent-scale-100", bend="jump", scale=100.0, n=70, d=40),
+    Case(name="bent-flat", bend="flat", edit="duplicates"),
+    Case(name="bent-flat-bias", bend="flat", edit="zero row", bias=True, weighted=True),
+    Case(name="bent-one-class", bend="jump", n=9, c=1, bias=True),
 ]
 LOW = [
     replace(case, name=f"{case.name}-{str(dtype).split('.')[1]}", dtype=dtype)
     for dtype in (torch.bfloat16, torch.float16)
     for case in CASES
     if case.name in ("ragged", "everything", "classes-subset", "scale-64-peaked", "strided")
+    or case.name in ("bent-everything", "bent-linear-classes")
 ]
 PRECISIONS = [
     replace(case, name=f"{case.name}-{precision}", precision=precision)
     for precision in ("tf32", "mixed", "bf16")
     for case in CASES
-    if case.name in ("everything", "scale-100")
+    if case.name in ("everything", "scale-100", "bent-everything")
 ]
 # what rounding the operands costs, relative to the largest value: 2^-24, 2^-11, 2^-8, 2^-11
 STEP = {"fp32": 2**-24, "tf32": 2**-11, "mixed": 2**-8, "bf16": 2**-8}

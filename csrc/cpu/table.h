@@ -5,6 +5,7 @@
 #include "distances.h"
 #include "maxsim.h"
 #include "pair_attention.h"
+#include "row_update.h"
 #include "topk.h"
 #include "triplets.h"
 
@@ -191,7 +192,7 @@ inline Kernels table(const char* capability, bool bf16) {
   const RowKernels rows = {table_forward_bytes, table_backward_bytes, table_forward,
                            table_backward};
   return {capability,       bf16,           rows, pair_table(), maxsim_table(), topk_table(),
-          distance_table(), triplet_table()};
+          distance_table(), triplet_table(), row_update_table()};
 }
 
 }  // namespace fused_losses::FL_ISA

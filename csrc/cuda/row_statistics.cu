@@ -21,7 +21,28 @@ FL_DEVICE float negative_infinity() { return -__int_as_float(0x7f800000); }
 // exp(z - from); from = -inf stands for rows without any other score.
 FL_DEVICE float exp_from(float z, float from) { return exp2f((z - from) * kLog2E); }
 
-// What is added to a product to make a score, of the tile's columns; any may be null.
+// What a row's products become before the bias is added: z up to t, p + q z + r z^2 above it.
+template <bool kBent>
+struct Bend {
+  Pack<float, kFour> tpqr = {};
+
+  // `bends`: [rows, 4], 16-byte aligned.
+  FL_DEVICE Bend(const void* bends, int64_t row) {
+    if constexpr (kBent) {
+      tpqr = ld_pack(static_cast<const float*>(bends) + kFour * row);
+    }
+  }
+
+  FL_DEVICE float value(float z) const {
+    return kBent && z > tpqr[0] ? tpqr[1] + (tpqr[2] + tpqr[3] * z) * z : z;
+  }
+
+  FL_DEVICE float slope(float z) const {
+    return kBent && z > tpqr[0] ? tpqr[2] + 2 * tpqr[3] * z : 1;
+  }
+};
+
+// What makes a product a score, of the tile's columns; any may be null.
 struct Columns {
   const float* inverse;  // 1/|w_j|
   const float* bias;
@@ -38,12 +59,20 @@ struct Columns {
     return out;
   }
 
-  // Scores of the products at columns j .. j+3; j is a multiple of 4.
-  FL_DEVICE Pack<float, kFour> scores(Pack<float, kFour> z, int64_t j) const {
+  // The products at columns j .. j+3 over |w_j|; j is a multiple of 4.
+  FL_DEVICE Pack<float, kFour> scaled(Pack<float, kFour> z, int64_t j) const {
     if (inverse != nullptr) {
       const Pack<float, kFour> scale = at(inverse, j, 0);
       for (int k = 0; k < kFour; ++k) z[k] *= scale[k];
     }
+    return z;
+  }
+
+  // Scores of those.
+  template <bool kBent>
+  FL_DEVICE Pack<float, kFour> scores(Pack<float, kFour> z, int64_t j,
+                                      const Bend<kBent>& bend) const {
+    for (int k = 0; k < kFour; ++k) z[k] = bend.value(z[k]);
     if (bias != nullptr) {
       const Pack<float, kFour> shift = at(bias, j, 0);
       for (int k = 0; k < kFour; ++k) z[k] += shift[k];
@@ -59,6 +88,7 @@ struct Columns {
   F(const void*, inverse)       \
   F(const void*, bias)          \
   F(const void*, column_weight) \
+  F(const void*, bend)          \
   F(const int32_t*, positions)  \
   F(void*, high)                \
   F(void*, mass)                \
@@ -72,13 +102,15 @@ struct Columns {
   F(int64_t, state_stride)
 
 // products [rows, stride], 16-byte aligned, stride a multiple of 4; inverse, bias, column_weight
-// [length]; positions [rows], among all columns, of which the tile's first is `first`. The state:
-// high float, mass double, best int32, moment double or null, [parts, state_stride] each; the tile
-// with first = 0 starts it.
+// [length]; bend float [rows, 4], 16-byte aligned, or null; positions [rows], among all columns, of
+// which the tile's first is `first`. The state: high float, mass double, best int32, moment double
+// or null, [parts, state_stride] each; the tile with first = 0 starts it.
 FL_ARGUMENTS(ScoreArguments, SCORE_FIELDS)
 
 // A warp a row and part of the columns.
-FL_KERNEL(256) score_rows(ScoreArguments a) {
+template <bool kBent>
+FL_KERNEL(256)
+score_rows(ScoreArguments a) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const Columns columns = {static_cast<const float*>(a.inverse), static_cast<const float*>(a.bias),
                            static_cast<const float*>(a.column_weight), a.length};
@@ -94,11 +126,12 @@ FL_KERNEL(256) score_rows(ScoreArguments a) {
     const int64_t end = begin + width < a.length ? begin + width : a.length;
     const float* products = static_cast<const float*>(a.products) + row * a.stride;
     const int64_t target = ld(a.positions + row) - a.first;
+    const Bend<kBent> bend(a.bend, row);
     // of this lane's columns: a few dozen a tile, so that float sums are as good as their terms
     float high = negative_infinity(), mass = 0, moment = 0;
     int32_t best = kNowhere;
     for (int64_t j = begin + lane * kFour; j < end; j += kWarp * kFour) {
-      Pack<float, kFour> z = columns.scores(ld_pack(products + j), j);
+      Pack<float, kFour> z = columns.scores(columns.scaled(ld_pack(products + j), j), j, bend);
       if (moments != nullptr) {
         const Pack<float, kFour> v = columns.at(columns.weight, j, 1);
         for (int k = 0; k < kFour; ++k) {
@@ -146,7 +179,8 @@ FL_KERNEL(256) score_rows(ScoreArguments a) {
 }
 
 int run_scores(const ScoreArguments& a, Stream stream) {
-  return launch(score_rows, blocks_of_warps(a.rows * a.parts, 256), 256, 0, stream, a);
+  const auto kernel = a.bend != nullptr ? score_rows<true> : score_rows<false>;
+  return launch(kernel, blocks_of_warps(a.rows * a.parts, 256), 256, 0, stream, a);
 }
 
 FL_EXPORT(row_scores, ScoreArguments, SCORE_FIELDS, run_scores)
@@ -261,6 +295,7 @@ FL_EXPORT(row_finish, FinishArguments, FINISH_FIELDS, run_finish)
   F(const void*, inverse)       \
   F(const void*, bias)          \
   F(const void*, column_weight) \
+  F(const void*, bend)          \
   F(const int32_t*, positions)  \
   F(const void*, lse)           \
   F(const void*, grad_lse)      \
@@ -278,30 +313,42 @@ FL_EXPORT(row_finish, FinishArguments, FINISH_FIELDS, run_finish)
 // Where sums is not null: [rows / rows_a_sum, stride], each row over rows_a_sum rows of G.
 FL_ARGUMENTS(GradientArguments, GRADIENT_FIELDS)
 
+template <bool kBent>
 struct RowGradient {
   float lse, by_lse, by_target, by_weighted;
   int64_t target;
+  Bend<kBent> bend;
 
   FL_DEVICE RowGradient(const GradientArguments& a, int64_t row)
       : lse(ld(static_cast<const float*>(a.lse) + row)),
         by_lse(ld(static_cast<const float*>(a.grad_lse) + row)),
         by_target(ld(static_cast<const float*>(a.grad_target) + row)),
         by_weighted(a.grad_weighted ? ld(static_cast<const float*>(a.grad_weighted) + row) : 0),
-        target(ld(a.positions + row) - a.first) {
+        target(ld(a.positions + row) - a.first),
+        bend(a.bend, row) {
     if (lse == negative_infinity()) lse = 0;  // no other class: nothing to share out
   }
 
-  // G at columns j .. j+3, of their products.
+  // The gradient of the scores at columns j .. j+3 from their products, or with `of_products` G,
+  // the gradient of the products; by_target or 0 where the target is.
   FL_DEVICE Pack<float, kFour> at(const Columns& columns, const Pack<float, kFour>& products,
-                                  int64_t j, bool weighted, float at_target) const {
-    Pack<float, kFour> g = columns.scores(products, j);
-    for (int k = 0; k < kFour; ++k) g[k] = by_lse * exp_from(g[k], lse);
+                                  int64_t j, bool weighted, bool of_products) const {
+    const Pack<float, kFour> scaled = columns.scaled(products, j);
+    Pack<float, kFour> g = columns.scores(scaled, j, bend);
+    // a product may round to the other side of a bend than in the forward, where the score jumps
+    for (int k = 0; k < kFour; ++k) {
+      if (kBent && g[k] > lse) g[k] = lse;
+      g[k] = by_lse * exp_from(g[k], lse);
+    }
     if (weighted) {
       const Pack<float, kFour> v = columns.at(columns.weight, j, 1);
       for (int k = 0; k < kFour; ++k) g[k] += by_weighted * v[k];
     }
+    if (kBent && of_products) {
+      for (int k = 0; k < kFour; ++k) g[k] *= bend.slope(scaled[k]);
+    }
     for (int k = 0; k < kFour; ++k) {
-      if (j + k == target) g[k] = at_target;
+      if (j + k == target) g[k] = of_products ? by_target : 0;
     }
     return g;
   }
@@ -314,13 +361,13 @@ FL_DEVICE Columns columns_of(const GradientArguments& a) {
 
 // A block a row. A 16-bit G is written behind what the block has read: its row takes the first half
 // of the row of products.
-template <class Out>
+template <class Out, bool kBent>
 FL_KERNEL(256)
 gradient_rows(GradientArguments a) {
   constexpr int kStep = kPack<Out>;
   const Columns columns = columns_of(a);
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    const RowGradient gradient(a, row);
+    const RowGradient<kBent> gradient(a, row);
     float* const products = static_cast<float*>(a.products) + row * a.stride;
     Out* const out = reinterpret_cast<Out*>(products);
     for (int64_t start = 0; start < a.length; start += int64_t(blockDim.x) * kStep) {
@@ -328,7 +375,7 @@ gradient_rows(GradientArguments a) {
       Pack<Out, kStep> to = {};
       for (int i = 0; i < kStep && j + i < a.length; i += kFour) {
         Pack<float, kFour> g = gradient.at(columns, ld_pack(products + j + i), j + i,
-                                           a.grad_weighted != nullptr, gradient.by_target);
+                                           a.grad_weighted != nullptr, true);
         if (columns.inverse != nullptr) {
           const Pack<float, kFour> scale = columns.at(columns.inverse, j + i, 0);
           for (int k = 0; k < kFour; ++k) g[k] *= scale[k];
@@ -342,7 +389,9 @@ gradient_rows(GradientArguments a) {
 }
 
 // A thread owns four columns, a block a run of rows: sums in the order of the rows.
-FL_KERNEL(128) column_sums(GradientArguments a) {
+template <bool kBent>
+FL_KERNEL(128)
+column_sums(GradientArguments a) {
   const Columns columns = columns_of(a);
   const int64_t groups = (a.length + kFour * blockDim.x - 1) / (kFour * blockDim.x);
   const int64_t runs = (a.rows + a.rows_a_sum - 1) / a.rows_a_sum;
@@ -354,8 +403,8 @@ FL_KERNEL(128) column_sums(GradientArguments a) {
     Pack<float, kFour> total = {};
     for (int64_t row = begin; row < end; ++row) {
       const float* products = static_cast<const float*>(a.products) + row * a.stride;
-      const Pack<float, kFour> g =
-          RowGradient(a, row).at(columns, ld_pack(products + j), j, a.grad_weighted != nullptr, 0);
+      const Pack<float, kFour> g = RowGradient<kBent>(a, row).at(columns, ld_pack(products + j), j,
+                                                                 a.grad_weighted != nullptr, false);
       for (int k = 0; k < kFour; ++k) total[k] += g[k];
     }
     st_pack(static_cast<float*>(a.sums) + run * a.stride + j, total);
@@ -366,7 +415,8 @@ int run_gradient(const GradientArguments& a, Stream stream) {
   if (a.sums != nullptr) {
     const int64_t groups = (a.length + 511) / 512;
     const int64_t blocks = groups * ((a.rows + a.rows_a_sum - 1) / a.rows_a_sum);
-    const int error = launch(column_sums, grid_of(blocks, 32), 128, 0, stream, a);
+    const auto kernel = a.bend != nullptr ? column_sums<true> : column_sums<false>;
+    const int error = launch(kernel, grid_of(blocks, 32), 128, 0, stream, a);
     if (error != 0) return error;
   }
   return with_float_type(a.out_type, [&](auto zero) {
@@ -374,7 +424,8 @@ int run_gradient(const GradientArguments& a, Stream stream) {
     // as many threads as the row has packs, so that a narrow tile leaves few idle
     const int64_t wanted = round_up((a.length + kPack<T> - 1) / kPack<T>, kWarp);
     const int threads = wanted < 256 ? static_cast<int>(wanted) : 256;
-    return launch(gradient_rows<T>, grid_of(a.rows, 32), threads, 0, stream, a);
+    const auto kernel = a.bend != nullptr ? gradient_rows<T, true> : gradient_rows<T, false>;
+    return launch(kernel, grid_of(a.rows, 32), threads, 0, stream, a);
   });
 }
 
@@ -396,12 +447,13 @@ FL_EXPORT(row_gradient, GradientArguments, GRADIENT_FIELDS, run_gradient)
   F(int64_t, count)          \
   F(int64_t, d)              \
   F(int64_t, runs)           \
-  F(int32_t, type)
+  F(int32_t, type)           \
+  F(bool, compact)
 
 // gradient float [count, d], already over |w_j|, or null; weight [*, d]; inverse [count] or null
 // without projection; classes [count] of this tile, or null for first ..; sums float [runs,
 // stride_sums] or null; unscale [1] or null. dweight [*, d] and dbias float [*] are written at the
-// tile's classes.
+// tile's classes, dweight if compact at its columns first ..
 FL_ARGUMENTS(WeightArguments, WEIGHT_FIELDS)
 
 // A thread a class.
@@ -435,7 +487,7 @@ finish_weight(WeightArguments a) {
     const int64_t id = a.classes ? ld(a.classes + j) : a.first + j;
     const float* g = gradients + j * a.d;
     const T* w = weights + id * a.stride_w;
-    T* out = outs + id * a.stride_dw;
+    T* out = outs + (a.compact ? a.first + j : id) * a.stride_dw;
     float along = 0;
     if (a.inverse != nullptr) {
       FL_ROLLED

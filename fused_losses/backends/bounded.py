@@ -57,6 +57,8 @@ def tiles(p: Inputs, x: Tensor) -> Iterator[Tile]:
     weight, classes, bias = p.weight, p.classes, p.bias
     total = weight.shape[0] if classes is None else classes.shape[0]
     step = tile_classes(x.shape[0], x.shape[1], x.element_size())
+    if p.bend is not None:  # bending a tile takes as much memory again
+        step = max(16, step // 2)
     for start in range(0, total, step):
         stop = min(start + step, total)
         if classes is None:
@@ -77,13 +79,15 @@ def tiles(p: Inputs, x: Tensor) -> Iterator[Tile]:
 def bent(raw: Tensor, bend: Tensor) -> Tensor:
     """raw up to the row's threshold, p + q raw + r raw^2 above it. [N, T], [4, N] -> [N, T]"""
     t, p, q, r = bend.to(raw.dtype)[:, :, None]
-    return torch.where(raw > t, p + (q + r * raw) * raw, raw)
+    above = (r * raw).add_(q).mul_(raw).add_(p)
+    return torch.where(raw > t, above, raw)
 
 
 def bent_slope(raw: Tensor, bend: Tensor) -> Tensor:
     """The derivative of `bent` in raw. [N, T]"""
     t, _, q, r = bend.to(raw.dtype)[:, :, None]
-    return torch.where(raw > t, q + 2 * r * raw, 1)
+    above = (2 * r * raw).add_(q)
+    return torch.where(raw > t, above, 1)
 
 
 def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
@@ -99,15 +103,21 @@ def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tenso
     Summed in float64: lse - target is what the gradient is the exponential of, and a long float32
     sum puts 6e-6 into a score of 48 (D = 512), six times what rounding the result does.
     """
-    wide = row_dtype(x.device)
-    out = torch.zeros_like(labels, dtype=wide)
+    if torch.compiler.is_compiling():  # a loop would be traced for this N alone
+        return _targets(x, weight, labels, normalize)
+    out = torch.zeros_like(labels, dtype=row_dtype(x.device))
     step = max(1, TILE_BYTES // (32 * max(x.shape[1], 1)))
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
-        w = weight[labels[rows].clamp_min(0)].to(wide)
-        w = unit_rows(w) if normalize else w
-        out[rows] = (x[rows].to(wide) * w).sum(dim=1)
-    return torch.where(labels < 0, 0, out)
+        out[rows] = _targets(x[rows], weight, labels[rows], normalize)
+    return out
+
+
+def _targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tensor:
+    wide = row_dtype(x.device)
+    w = weight[labels.clamp_min(0)].to(wide)
+    w = unit_rows(w) if normalize else w
+    return torch.where(labels < 0, 0, (x.to(wide) * w).sum(dim=1))
 
 
 def forward(p: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -157,7 +167,7 @@ def backward(
         if dbias is not None:
             dbias[tile.ids] = g.masked_fill(tile.is_target, 0).sum(dim=0).to(dbias.dtype)
         if p.bend is not None:
-            g = g * bent_slope(tile.raw, p.bend)
+            g *= bent_slope(tile.raw, p.bend)
         g = torch.where(tile.is_target, grads.target[:, None], g)
         if dx is not None:
             dx.addmm_(g, tile.weight)

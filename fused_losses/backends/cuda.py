@@ -136,14 +136,8 @@ def _blocks(n: int, block: int) -> list[slice]:
     return [slice(top, min(top + block, n)) for top in range(0, n, block)]
 
 
-def _no_bends(inputs: Inputs, compact: bool = False) -> None:
-    if inputs.bend is not None or (compact and inputs.classes is not None):
-        raise NotImplementedError("backend 'cuda': neither bent scores nor compact gradients yet")
-
-
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
-    _no_bends(inputs)
     check(inputs.labels, inputs.weight, inputs.classes)
     p = base.problem(inputs, gradient=False)
     n, device, weighted = p.n, p.x.device, inputs.weighted
@@ -180,6 +174,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                 inverse=chunks.inverse,
                 bias=bias,
                 column_weight=column_weight,
+                bend=None if p.bend is None else p.bend[part],
                 positions=p.positions[part],
                 high=high[:, part],
                 mass=mass[:, part],
@@ -225,14 +220,12 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each None where it is not needed."""
-    _no_bends(inputs, needs.compact)
-    x, weight, _, _, bias, _, _, weighted, precision, _ = inputs
+    x, bias, weighted, precision = inputs.x, inputs.bias, inputs.weighted, inputs.precision
     p = base.problem(inputs, gradient=True)
-    device = x.device
-    whole = p.classes is None and p.n > 0
-    make = torch.empty if whole else torch.zeros
-    dweight = make(weight.shape, dtype=weight.dtype, device=device) if needs.weight else None
-    dbias = make(bias.shape, device=device) if needs.bias and bias is not None else None
+    compact = needs.compact and p.classes is not None
+    dweight = base.weight_gradient(p, compact) if needs.weight else None
+    make = torch.empty if p.classes is None and p.n > 0 else torch.zeros
+    dbias = make(bias.shape, device=x.device) if needs.bias and bias is not None else None
     if p.n == 0 or p.count == 0:
         dx = torch.zeros_like(x) if needs.x else None
         return dx, dweight, None if dbias is None else dbias.to(bias.dtype)
@@ -245,7 +238,7 @@ def backward(
         grads, unscale = [None if g is None else g * scale for g in grads], (1 / scale).reshape(1)
     rows = [lse.float().contiguous(), *grads]
     with library_tf32(precision == "tf32"):
-        dx = _sweep(p, precision, rows, unscale, needs.x, dweight, dbias)
+        dx = _sweep(p, precision, rows, unscale, needs.x, dweight, dbias, compact)
     if dx is not None:
         dx = (dx if unscale is None else dx * unscale).to(x.dtype)
     return dx, dweight, None if dbias is None else dbias.to(bias.dtype)
@@ -259,6 +252,7 @@ def _sweep(
     need_x: bool,
     dweight: Tensor | None,
     dbias: Tensor | None,
+    compact: bool,  # dweight has a row for each of `classes`
 ) -> Tensor | None:
     n, d, low, device = p.n, p.d, p.low, p.x.device
     sizes = SIZES[base.architecture(device)]
@@ -276,7 +270,8 @@ def _sweep(
     x = p.x.to(low_dtype(p.x.dtype, precision_of_scores))
     x_low = x.to(low)
     # the product writes straight into dweight where nothing has to be done to it afterwards
-    direct = not p.normalize and p.classes is None and unscale is None and n == block
+    direct = not p.normalize and unscale is None and n == block
+    direct = direct and (p.classes is None or compact)
     direct = direct and dweight is not None and dweight.dtype == low
     gradient = None
     if dweight is not None and not direct:
@@ -299,6 +294,7 @@ def _sweep(
                 inverse=chunks.inverse,
                 bias=bias,
                 column_weight=column_weight,
+                bend=None if p.bend is None else p.bend[part],
                 positions=p.positions[part],
                 lse=lse,
                 grad_lse=grad_lse,
@@ -339,5 +335,6 @@ def _sweep(
                 d=d,
                 runs=ceil_div(n, block) * runs - runs + ceil_div(height, ROWS_A_SUM),
                 type=ELEMENTS[p.weight.dtype],
+                compact=compact,
             )
     return None if dx is None else dx.sum(0)

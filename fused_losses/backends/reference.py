@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.margins import Margin, apply_margin
+from fused_losses.margins import Margin, apply_margin, bend_of
 from fused_losses.rows import unit_rows
 
 
@@ -39,7 +39,10 @@ def margin_softmax(
     classes: Tensor | None,  # [K], sorted
     gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-row losses [N], the plain cosines [N, K] and the logits [N, K] that entered the loss."""
+    """Per-row losses [N], the cosines [N, K] and the logits [N, K] that entered the loss.
+
+    The cosines are those before the margin, other classes' bent where the margin bends.
+    """
     if classes is not None:
         weight, labels = weight[classes], positions(labels, classes, ignore_index)
         bias = None if bias is None else bias[classes]
@@ -53,6 +56,9 @@ def margin_softmax(
     cosine = x @ w.T
     picked = torch.where(valid, labels, 0)[:, None]
     target = cosine.gather(1, picked)[:, 0]
+    bend = bend_of(margin, target, valid)
+    if bend is not None:
+        cosine = bent(cosine, bend).scatter(1, picked, target[:, None])
     moved = apply_margin(margin, target, norm, gradient)
     logits = cosine.scatter(1, picked, torch.where(valid, moved, target)[:, None])
     logits = logits * (scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale)
@@ -71,6 +77,15 @@ def margin_softmax(
     return loss, cosine, logits
 
 
+def bent(score: Tensor, bend: Tensor) -> Tensor:
+    """psi of `fused_losses.sweep`: a row's scores above its threshold as its polynomial says.
+
+    score [N, C] · bend [4, N] · returns [N, C]
+    """
+    t, p, q, r = bend.to(score.dtype)[:, :, None]
+    return torch.where(score > t, p + q * score + r * score**2, score)
+
+
 def positions(labels: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
     """Where each label stands in `classes`; ignore_index stays."""
     found = torch.searchsorted(classes, labels).clamp_max(classes.numel() - 1)
@@ -85,12 +100,14 @@ def row_statistics(
     bias: Tensor | None,
     column_weight: Tensor | None,
     normalize: bool,
+    bend: Tensor | None = None,  # [4, N]
 ) -> dict[str, Tensor]:
     """The primitive of `fused_losses.sweep`, spelled out on the score matrix."""
     ids = torch.arange(weight.shape[0], device=x.device) if classes is None else classes
     w = unit_rows(weight) if normalize else weight
     raw = x @ w.T
-    scores = (raw if bias is None else raw + bias)[:, ids]
+    scores = raw if bend is None else bent(raw, bend)
+    scores = (scores if bias is None else scores + bias)[:, ids]
     is_target = labels[:, None] == ids[None, :]
     others = scores.masked_fill(is_target, -torch.inf)
     has_target = labels >= 0

@@ -68,14 +68,13 @@ ON_GPU = (
     Entry("row_update", ("cuda", "bounded"), "one pass over the rows that have a gradient"),
 )
 ON_CPU = ("cpu", "bounded")
-IN_PYTHON = ("row_update",)  # operations without C++ for the CPU
 OPERATIONS = tuple(dict.fromkeys(e.operation for e in ON_GPU))
 
 
 def order(operation: str, device: str, width: int = 0, half: bool = False) -> tuple[str, ...]:
     """What `auto` tries for this operation on rows of this width; half: of 16-bit elements."""
     if device == "cpu":
-        return ("bounded",) if operation in IN_PYTHON else ON_CPU
+        return ON_CPU
     if device != "cuda":
         return ("bounded",)
     fitting = [

@@ -71,14 +71,8 @@ def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
         validation.check_labels_in_classes(labels, classes)
 
 
-def _no_bends(inputs: Inputs, compact: bool = False) -> None:
-    if inputs.bend is not None or (compact and inputs.classes is not None):
-        raise NotImplementedError("backend 'triton': neither bent scores nor compact gradients yet")
-
-
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
-    _no_bends(inputs)
     x, _, labels, _, bias, _, normalize, weighted, *_ = inputs
     check(labels, inputs.weight, inputs.classes)
     p = base.problem(inputs, gradient=False)
@@ -92,7 +86,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if n == 0 or count == 0:
         return lse, target, weighted_sum, hardest, hardest_score
     extra = bias is not None or weighted
-    resident = _resident(p) if not extra else None
+    resident = _resident(p) if not extra and p.bend is None else None
     tile = resident or p.tile("forward", extra)
     row_tiles = ceil_div(n, tile.rows)
     span = tile.columns
@@ -139,7 +133,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             base.launch(
                 forward_kernels.forward_tiles,
                 row_tiles * ceil_div(end - first, tile.columns),
-                (p.x, p.weight, inverse, p.positions, p.classes, p.bias, p.column_weight)
+                (p.x, p.weight, inverse, p.positions, p.classes, p.bias, p.column_weight, p.bend)
                 + (rows[0], rows[1], best[at:], rows[2] if weighted else None)
                 + (p.x.stride(0), p.weight.stride(0), n, first, end, p.d, row_tiles),
                 dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth))
@@ -207,17 +201,14 @@ def backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each None where it is not needed."""
-    _no_bends(inputs, needs.compact)
-    x, weight, _, classes, bias, _, _, weighted, precision, _ = inputs
-    need_x, need_weight, need_bias, _ = needs
+    x, bias, weighted, precision = inputs.x, inputs.bias, inputs.weighted, inputs.precision
     p = base.problem(inputs, gradient=True)
-    need_bias = need_bias and bias is not None
-    whole = classes is None and p.n > 0
-    make = torch.empty if whole else torch.zeros
-    dweight = make(weight.shape, dtype=weight.dtype, device=x.device) if need_weight else None
-    dbias = make(bias.shape, dtype=bias.dtype, device=x.device) if need_bias else None
+    compact = needs.compact and p.classes is not None
+    dweight = base.weight_gradient(p, compact) if needs.weight else None
+    make = torch.empty_like if p.classes is None and p.n > 0 else torch.zeros_like
+    dbias = make(p.bias) if needs.bias and bias is not None else None
     if p.n == 0 or p.count == 0:
-        return torch.zeros_like(x) if need_x else None, dweight, dbias
+        return torch.zeros_like(x) if needs.x else None, dweight, dbias
     grads = [row_gradients.lse, row_gradients.target]
     grads.append(row_gradients.weighted if weighted else None)
     grads = [None if g is None else g.to(torch.float32).contiguous() for g in grads]
@@ -226,13 +217,13 @@ def backward(
         scale = float16_scale(grads, p.column_weight)
         grads, unscale = [None if g is None else g * scale for g in grads], (1 / scale).reshape(1)
     rows = [lse.contiguous(), *grads]
-    owner = _owner_tiles(p)
+    owner = _owner_tiles(p, bias is not None or weighted)
     # a class tile a processor at least, else the library products fill the GPU better
     if owner is not None and p.count >= owner[1].columns * base.processors(x.device):
-        dx = _owners(p, owner, rows, unscale, need_x, dweight, dbias)
+        dx = _owners(p, owner, rows, unscale, needs.x, dweight, dbias, compact)
     else:
         with library_tf32(precision == "tf32" and x.is_cuda):
-            dx = _chunks(p, rows, unscale, need_x, dweight, dbias)
+            dx = _chunks(p, rows, unscale, needs.x, dweight, dbias, compact)
     if dx is not None:
         dx = (dx if unscale is None else dx * unscale).to(x.dtype)
     return dx, dweight, dbias
@@ -262,12 +253,14 @@ def library_tf32(wanted: bool) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _owner_tiles(p: Problem) -> tuple[Tile, Tile] | None:
+def _owner_tiles(p: Problem, extra: bool) -> tuple[Tile, Tile] | None:
     """Tiles of `owner_rows` and `owner_classes` where a whole row fits in one, else None."""
     row_bytes = p.d * p.x.element_size()
     wide = "" if row_bytes <= (512 if p.products == "rounded" else 256) else "_wide"
     names = f"owner_rows{wide}", f"owner_classes{wide}"
     if row_bytes > 512 or (names[0], p.products) not in p.table.tiles:
+        return None
+    if wide and extra and p.bend is not None:  # together they spill on sm_86
         return None
     return tuple(p.table.tiles[name, p.products] for name in names)
 
@@ -280,11 +273,12 @@ def _owners(
     need_x: bool,
     dweight: Tensor | None,
     dbias: Tensor | None,
+    compact: bool,  # dweight has a row for each of `classes`
 ) -> Tensor | None:
     """The form without stored G: owners of class tiles for dw, then owners of row tiles for dx."""
     gradients = kernels()[1]
     width = max(16, 1 << (p.d - 1).bit_length())
-    shared = (p.positions, p.classes, p.bias, p.column_weight, *rows)
+    shared = (p.positions, p.classes, p.bias, p.column_weight, p.bend, *rows)
     strides = (p.x.stride(0), p.weight.stride(0))
     flags = dict(BD=width, EVEN=width == p.d, BF16=p.bf16, DOT=p.dot)
     # the one buffer of C values, 1/D of W: the owners of classes leave their norms to those of rows
@@ -299,7 +293,7 @@ def _owners(
             ceil_div(p.count, tile.columns),
             (p.x, p.weight, *shared, inverse, unscale, dweight, dbias)
             + (*strides, stride, p.n, p.count, p.d),
-            dict(BM=tile.rows, BN=tile.columns, NORMALIZE=p.normalize) | flags,
+            dict(BM=tile.rows, BN=tile.columns, NORMALIZE=p.normalize, COMPACT=compact) | flags,
             tile,
         )
     elif inverse is not None:
@@ -339,6 +333,7 @@ def _chunks(
     need_x: bool,
     dweight: Tensor | None,
     dbias: Tensor | None,
+    compact: bool,  # dweight has a row for each of `classes`
 ) -> Tensor | None:
     """The form with a chunk of G stored: dx += G W and dW = G^T x are library products.
 
@@ -365,7 +360,8 @@ def _chunks(
     bias_sum = torch.empty((row_tiles, chunk), **new) if dbias is not None else None
     inverse = torch.empty(chunk, **new) if p.normalize else None
     # the product writes straight into dweight where nothing has to be done to it afterwards
-    direct = not p.normalize and p.classes is None and unscale is None and n == block
+    direct = not p.normalize and unscale is None and n == block
+    direct = direct and (p.classes is None or compact)
     direct = direct and dweight is not None and dweight.dtype == low
     gradient = None if direct or dweight is None else torch.empty((chunk, d), **new)
     x_low = x.to(low)
@@ -385,7 +381,7 @@ def _chunks(
                 ceil_div(height, tile.rows) * ceil_div(length, tile.columns),
                 (x[part], p.weight, inverse, p.positions[part])
                 + (p.classes, p.bias, p.column_weight)
-                + tuple(None if r is None else r[part] for r in rows)
+                + tuple(None if r is None else r[part] for r in (p.bend, *rows))
                 + (
                     ds,
                     from_column(bias_sum, top // tile.rows),
@@ -407,7 +403,8 @@ def _chunks(
                 beta = float(top > 0)
                 accumulate(gradient[None, :length], g.T[None], x_low[None, part], beta)
         if gradient is not None or dbias is not None:
-            _finish(p, gradient, inverse, bias_sum, unscale, dweight, dbias, first, end)
+            out = None if gradient is None else dweight
+            _finish(p, gradient, inverse, bias_sum, unscale, out, dbias, compact, first, end)
     return None if dx is None else dx.sum(0)
 
 
@@ -430,19 +427,19 @@ def _finish(
     unscale: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
+    compact: bool,
     first: int,
     end: int,
 ) -> None:
     # rows of no whole slices take more registers: 32 of them spill
     tile = Tile(0, 32 if p.even(128) else 16, 128, 4, 1)
     height, width = (0, 0) if bias_sum is None else bias_sum.shape
-    out = None if gradient is None else dweight
     base.launch(
         kernels()[1].finish_weight,
         ceil_div(end - first, tile.columns),
-        (gradient, p.weight, inverse, p.classes, bias_sum, unscale, out, dbias)
+        (gradient, p.weight, inverse, p.classes, bias_sum, unscale, dweight, dbias)
         + (p.weight.stride(0), p.d, width)
         + (first, end, p.d, height),
-        dict(BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth)),
+        dict(BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth), COMPACT=compact),
         tile,
     )

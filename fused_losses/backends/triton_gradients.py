@@ -1,6 +1,6 @@
 """Triton kernels of `row_statistics`, backward: G is recomputed tile by tile from the saved lse.
 
-    G_ij = grad_lse_i exp(z_ij - lse_i) + grad_weighted_i v_j ; grad_target_i where j is the target
+    G_ij = psi_i' (grad_lse_i exp(z_ij - lse_i) + grad_weighted_i v_j) ; grad_target_i at the target
     dx = G What ; dw_j = (dwhat_j - what_j <what_j, dwhat_j>) / |w_j|, dwhat = G^T x
 
 Two forms: `gradient_tiles` stores a chunk of G for two library products; `owner_*` keep it in
@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 
 from .triton_kernels import (
+    bent,
     column_values,
     inverse_norm,
     load,
     multiply,
     operand,
     products,
+    row_bends,
     row_offsets,
 )
 
@@ -44,6 +46,22 @@ def _row_gradients(lse, grad_lse, grad_target, grad_weighted, rows, n):
     return row_lse, g_lse, g_target, g_weighted
 
 
+@triton.jit
+def bent_slope(z, t, q, r):
+    """The derivative of `bent`."""
+    return tl.where(z > t, q + 2 * r * z, 1.0)
+
+
+@triton.jit
+def share(z, row_lse, BENT: tl.constexpr):
+    """exp(z - lse)."""
+    below = z - row_lse
+    if BENT:
+        # z may round to the other side of a threshold than in the forward, and psi may jump there
+        below = tl.where(below > 0.0, 0.0, below)
+    return tl.exp(below)
+
+
 @triton.jit(do_not_specialize=["n", "first", "count", "row_tiles"])
 def gradient_tiles(
     x,  # [N, D]
@@ -53,6 +71,7 @@ def gradient_tiles(
     classes,  # [count] int64 or None
     bias,  # [C] or None
     column_weight,  # [C] or None
+    bend,  # [N, 4] or None
     lse,  # [N]
     grad_lse,  # [N]
     grad_target,  # [N]
@@ -85,13 +104,17 @@ def gradient_tiles(
     scale, shift, v = column_values(inverse, classes, bias, column_weight, local, columns, count)
     if inverse is not None:
         z *= scale[None, :]
+    if bend is not None:
+        t, p, q, r = row_bends(bend, rows, n)
+        slope = bent_slope(z, t[:, None], q[:, None], r[:, None])
+        z = bent(z, t[:, None], p[:, None], q[:, None], r[:, None])
     if bias is not None:
         z += shift[None, :]
     position = tl.load(positions + rows, mask=rows < n, other=-1)
     row_lse, g_lse, g_target, g_weighted = _row_gradients(
         lse, grad_lse, grad_target, grad_weighted, rows, n
     )
-    g = g_lse[:, None] * tl.exp(z - row_lse[:, None])
+    g = g_lse[:, None] * share(z, row_lse[:, None], bend is not None)
     if grad_weighted is not None:
         g += g_weighted[:, None] * v[None, :]
     is_target = columns[None, :] == position[:, None]
@@ -99,6 +122,8 @@ def gradient_tiles(
     if bias_sum is not None:
         sums = row_tile.to(tl.int64) * stride_ds + local
         tl.store(bias_sum + sums, tl.sum(tl.where(is_target, 0.0, g), 0), mask=real)
+    if bend is not None:
+        g *= slope
     g = tl.where(is_target, g_target[:, None], g)
     if inverse is not None:
         # read again past the compiler's eyes: keeping it alive from above spills on sm_90
@@ -116,7 +141,7 @@ def finish_weight(
     classes,  # [count] int64 or None
     bias_sum,  # [row tiles, chunk] or None
     unscale,  # [1] or None
-    dweight,  # [C, D], or None where only dbias is wanted
+    dweight,  # [C, D] or with COMPACT [count, D], or None where only dbias is wanted
     dbias,  # [C] or None
     stride_w,
     stride_dw,
@@ -128,6 +153,7 @@ def finish_weight(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN: tl.constexpr,
+    COMPACT: tl.constexpr,
 ):
     """dw_j = g_j - w_j <w_j, g_j> / |w_j|^2, and dbias_j, for a chunk of classes.
 
@@ -154,7 +180,8 @@ def finish_weight(
         near = tl.minimum(local, count - 1 - first).to(tl.int64)
         from_row = gradient + near[:, None] * d + depth[None, :]
         w_row = w + ids[:, None] * stride_w + depth[None, :]
-        to_row = dweight + ids[:, None] * stride_dw + depth[None, :]
+        to = columns.to(tl.int64) if COMPACT else ids
+        to_row = dweight + to[:, None] * stride_dw + depth[None, :]
         pull = tl.zeros([BN, BK], tl.float32)
         if inverse is not None:
             for start in range(0, d, BK):
@@ -184,6 +211,7 @@ def owner_rows(
     classes,  # [count] int64 or None
     bias,  # [C] or None
     column_weight,  # [C] or None
+    bend,  # [N, 4] or None
     lse,  # [N]
     grad_lse,  # [N]
     grad_target,  # [N]
@@ -218,6 +246,8 @@ def owner_rows(
     row_lse, g_lse, g_target, g_weighted = _row_gradients(
         lse, grad_lse, grad_target, grad_weighted, rows, n
     )
+    if bend is not None:
+        t, p, q, r = row_bends(bend, rows, n)
     total = tl.zeros([BM, BD], tl.float32)
     for step in range(0, steps):
         # past the last class tile everything is masked
@@ -231,11 +261,16 @@ def owner_rows(
         z = multiply(a, tl.trans(b), tl.zeros([BM, BN], tl.float32), DOT)
         if inverse is not None:
             z *= scale[None, :]
+        if bend is not None:
+            slope = bent_slope(z, t[:, None], q[:, None], r[:, None])
+            z = bent(z, t[:, None], p[:, None], q[:, None], r[:, None])
         if bias is not None:
             z += shift[None, :]
-        g = g_lse[:, None] * tl.exp(z - row_lse[:, None])
+        g = g_lse[:, None] * share(z, row_lse[:, None], bend is not None)
         if grad_weighted is not None:
             g += g_weighted[:, None] * v[None, :]
+        if bend is not None:
+            g *= slope
         g = tl.where(columns[None, :] == position[:, None], g_target[:, None], g)
         # `scale` is 0 past the last class
         g = tl.where((columns < count)[None, :], g * scale[None, :], 0.0)
@@ -252,13 +287,14 @@ def owner_classes(
     classes,  # [count] int64 or None
     bias,  # [C] or None
     column_weight,  # [C] or None
+    bend,  # [N, 4] or None
     lse,  # [N]
     grad_lse,  # [N]
     grad_target,  # [N]
     grad_weighted,  # [N] or None
     inverse,  # [count] receives 1/|w_j|, or None
     unscale,  # [1] or None
-    dweight,  # [C, D], or None where only dbias is wanted
+    dweight,  # [C, D] or with COMPACT [count, D], or None where only dbias is wanted
     dbias,  # [C] or None
     stride_x,
     stride_w,
@@ -271,6 +307,7 @@ def owner_classes(
     BD: tl.constexpr,
     EVEN: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    COMPACT: tl.constexpr,
     BF16: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -297,18 +334,24 @@ def owner_classes(
         z = multiply(b, tl.trans(a), tl.zeros([BN, BM], tl.float32), DOT)
         if NORMALIZE:
             z *= scale[:, None]
+        if bend is not None:
+            t, p, q, r = row_bends(bend, rows, n)
+            slope = bent_slope(z, t[None, :], q[None, :], r[None, :])
+            z = bent(z, t[None, :], p[None, :], q[None, :], r[None, :])
         if bias is not None:
             z += shift[:, None]
         position = tl.load(positions + rows, mask=rows < n, other=-1)
         row_lse, g_lse, g_target, g_weighted = _row_gradients(
             lse, grad_lse, grad_target, grad_weighted, rows, n
         )
-        g = g_lse[None, :] * tl.exp(z - row_lse[None, :])
+        g = g_lse[None, :] * share(z, row_lse[None, :], bend is not None)
         if grad_weighted is not None:
             g += g_weighted[None, :] * v[:, None]
         is_target = columns[:, None] == position[None, :]
         if dbias is not None:
             push += tl.sum(tl.where(is_target, 0.0, g), 1)
+        if bend is not None:
+            g *= slope
         g = tl.where(is_target, g_target[None, :], g)
         total = multiply(operand(narrow(g, x.dtype.element_ty), BF16, DOT), a, total, DOT)
     if NORMALIZE:
@@ -326,8 +369,9 @@ def owner_classes(
     if dbias is not None:
         tl.store(dbias + ids, push * factor, mask=real)
     if dweight is not None:
+        to = columns.to(tl.int64) if COMPACT else ids
         tl.store(
-            dweight + ids[:, None] * stride_dw + depth[None, :],
+            dweight + to[:, None] * stride_dw + depth[None, :],
             total * factor,
             mask=real[:, None] & (depth < d)[None, :],
         )

@@ -1,7 +1,7 @@
 """Triton kernels of `row_statistics`, forward: products of x [N, D] and W [C, D], tile by tile.
 
-z_ij = <x_i, w_j> [/ |w_j|] + bias_j. Every program owns what it writes: no atomics, no locks, a
-fixed order of sums. Loads are clamped to the last row instead of masked, which takes fewer
+z_ij = psi_i(<x_i, w_j> [/ |w_j|]) + bias_j. Every program owns what it writes: no atomics, no
+locks, a fixed order of sums. Loads are clamped to the last row instead of masked, which takes fewer
 registers; what a clamped row gives is dropped at the end. Offsets of rows are 64-bit.
 """
 
@@ -119,6 +119,23 @@ def column_values(inverse, classes, bias, column_weight, local, columns, count):
     return scale, shift, v
 
 
+@triton.jit
+def row_bends(bend, rows, n):
+    """t, p, q, r of the rows, from [N, 4]."""
+    at, real = bend + 4 * rows.to(tl.int64), rows < n
+    t = tl.load(at, mask=real, other=0.0)
+    p = tl.load(at + 1, mask=real, other=0.0)
+    q = tl.load(at + 2, mask=real, other=0.0)
+    r = tl.load(at + 3, mask=real, other=0.0)
+    return t, p, q, r
+
+
+@triton.jit
+def bent(z, t, p, q, r):
+    """z up to t, p + q z + r z^2 above it; NaN stays NaN."""
+    return tl.where(z > t, p + (q + r * z) * z, z)
+
+
 @triton.jit(do_not_specialize=["n", "first", "count", "row_tiles"])
 def forward_tiles(
     x,  # [N, D]
@@ -128,6 +145,7 @@ def forward_tiles(
     classes,  # [count] int64 or None
     bias,  # [C] or None
     column_weight,  # [C] or None
+    bend,  # [N, 4] or None
     peak,  # [T, N] maximum of a class tile
     total,  # [T, N] sum exp(z - peak)
     best,  # [T, N] int32 column of the maximum
@@ -160,6 +178,9 @@ def forward_tiles(
     scale, shift, v = column_values(inverse, classes, bias, column_weight, local, columns, count)
     if inverse is not None:
         z *= scale[None, :]
+    if bend is not None:
+        t, p, q, r = row_bends(bend, rows, n)
+        z = bent(z, t[:, None], p[:, None], q[:, None], r[:, None])
     if bias is not None:
         z += shift[None, :]
     # loaded after the products: before them it costs registers across the whole loop

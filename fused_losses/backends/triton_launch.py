@@ -68,6 +68,7 @@ class Problem:
     classes: Tensor | None  # [K]
     bias: Tensor | None
     column_weight: Tensor | None
+    bend: Tensor | None  # [N, 4] float32: t, p, q, r of a row side by side
     normalize: bool
     table: Table
     products: str  # the products column of the tile table
@@ -88,12 +89,16 @@ class Problem:
         return self.weight.shape[0] if self.classes is None else self.classes.shape[0]
 
     def tile(self, kernel: str, extra: bool = False) -> Tile:
-        """A tile of the table; the narrower of two where a kernel has more to hold."""
+        """A tile of the table; a narrower one where a kernel has more to hold."""
         tile = self.table.tiles[kernel, self.products]
         rows = self.x.stride(0), self.weight.stride(0)
         # rows that do not start on a whole vector take more address registers
         plain = self.even(tile.depth) and all(stride % 16 == 0 for stride in rows)
-        return self.table.tiles[f"{kernel}_extra", self.products] if extra or not plain else tile
+        if extra and self.bend is not None:
+            name = (f"{kernel}_bent", self.products)
+            return self.table.tiles.get(name) or self.table.tiles[f"{kernel}_extra", self.products]
+        narrow = extra or self.bend is not None or not plain
+        return self.table.tiles[f"{kernel}_extra", self.products] if narrow else tile
 
     def even(self, depth: int) -> bool:
         return depth > 0 and self.d % depth == 0
@@ -101,7 +106,7 @@ class Problem:
 
 def problem(inputs: Inputs, gradient: bool) -> Problem:
     """The inputs as the kernels read them, with the tiles and products of this device."""
-    x, weight, labels, classes, bias, column_weight, normalize, _, precision, *_ = inputs
+    x, weight, labels, classes, bias, column_weight, normalize, _, precision, bend = inputs
     arch = architecture(x.device)
     wide = x.dtype == torch.float32
     bf16 = wide and precision == "bf16"
@@ -131,6 +136,8 @@ def problem(inputs: Inputs, gradient: bool) -> Problem:
         classes,
         None if bias is None else bias.contiguous(),
         None if column_weight is None else column_weight.to(torch.float32).contiguous(),
+        # copied even where a view would do: a kernel reads a row's four at once
+        None if bend is None else bend.T.to(torch.float32, copy=True).contiguous(),
         normalize,
         TABLES[arch],
         products,
@@ -138,6 +145,13 @@ def problem(inputs: Inputs, gradient: bool) -> Problem:
         dot,
         torch.bfloat16 if wide and precision in ("mixed", "bf16") else x.dtype,
     )
+
+
+def weight_gradient(p: Problem, compact: bool) -> Tensor:
+    """To be written: [K, D] if compact, else [C, D]; zeros where not every row will be."""
+    make = torch.empty if p.n > 0 and (p.classes is None or compact) else torch.zeros
+    rows = p.count if compact else p.weight.shape[0]
+    return make((rows, p.d), dtype=p.weight.dtype, device=p.weight.device)
 
 
 def ceil_div(a: int, b: int) -> int:

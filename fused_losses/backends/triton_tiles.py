@@ -21,10 +21,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """`tiles[kernel, products]`; kernel: forward, forward_extra (bias or weighted), gradient,
-    gradient_extra, and owner_rows, owner_classes up to D = 128, owner_*wide up to 256; products:
-    half (16-bit operands), rounded (float32 in memory, bfloat16 products), tf32, tf32x3 (ieee
-    where the chip has no split products). No owner entry: the form with stored G is used."""
+    """`tiles[kernel, products]`; kernel: forward, forward_extra (bias, weighted, bends), gradient,
+    gradient_extra, gradient_bent (where bends and one of the others spill there), and owner_rows,
+    owner_classes up to D = 128, owner_*wide up to 256; products: half (16-bit operands), rounded
+    (float32 in memory, bfloat16 products), tf32, tf32x3 (ieee where the chip has no split
+    products). No owner entry: the form with stored G is used."""
 
     tiles: dict[tuple[str, str], Tile]
     chunk_bytes: int  # of W that two kernels in a row should find in L2
@@ -69,6 +70,8 @@ TABLES = {
         gradient=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
         # all: half 184, tf32 (mixed) and rounded 177, tf32x3 168
         gradient_extra=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
+        # 214; 128 x 128 spills
+        gradient_bent=same(Tile(128, 64, 64), "half"),
         # D=128: rows 128, classes 166 (rounded, all: 128, 244)
         owner_rows={"half": Tile(64, 64, 0, 8, 2), "rounded": Tile(32, 64, 0, 8, 2)},
         owner_classes=same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
@@ -89,6 +92,8 @@ TABLES = {
         gradient=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
         # all: half 254, tf32 (mixed) 252, rounded 254; tf32x3 at 128 x 128 spills 26 at D=500
         gradient_extra=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
+        # half 248, tf32 206, rounded 205; 128 x 128 spills
+        gradient_bent=wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
         # D=128: rows 107, classes 157 (rounded, all: 211, 225)
         owner_rows=same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
         owner_classes=same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
@@ -107,6 +112,8 @@ TABLES = {
         gradient=wide(Tile(128, 256, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
         # all: half 220, tf32 (mixed) 180, rounded 184, tf32x3 170
         gradient_extra=wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
+        # 184; 128 x 64 spills
+        gradient_bent=same(Tile(128, 32, 32), "tf32x3"),
         # D=128: rows 80, classes 113 (rounded, all: 90, 198; rows at 64 x 64 spill 12)
         owner_rows={"half": Tile(64, 64, 0, 8, 2), "rounded": Tile(64, 32, 0, 8, 2)},
         owner_classes=same(Tile(64, 64, 0, 8, 2), "half", "rounded"),
@@ -133,6 +140,7 @@ TABLES = {
         forward_extra=same(Tile(32, 16, 16), *ALL),
         gradient=same(Tile(16, 32, 16), *ALL),
         gradient_extra=same(Tile(32, 16, 16), *ALL),
+        gradient_bent=same(Tile(16, 16, 16), *ALL),
         owner_rows=same(Tile(16, 32, 0), "half", "rounded"),
         owner_classes=same(Tile(32, 16, 0), "half", "rounded"),
         owner_rows_wide=same(Tile(32, 16, 0), "half"),

@@ -40,6 +40,7 @@ def _(s: Launch) -> None:
     _tile(s)
     _score_columns(s, s.rows)
     s.read("positions", s.rows * s.parts)
+    s.read("bend", 4 * s.rows * s.parts, 0, 4 * s.rows)
     state = s.rows * s.parts
     for name in ("high", "mass", "best", "moment"):
         if s.first:
@@ -68,6 +69,7 @@ def _(s: Launch) -> None:
     warps = min(8, cdiv(s.length, WARP * (8 if s.out_type else 4)))
     for name in ("positions", "lse", "grad_lse", "grad_target", "grad_weighted"):
         s.read(name, s.rows * warps, 0, s.rows)
+    s.read("bend", 4 * s.rows * warps, 0, 4 * s.rows)
     s.write("sums", cdiv(s.rows, s.rows_a_sum) * s.length)
     s.work.scalar = 6 * times * s.rows * s.length
 

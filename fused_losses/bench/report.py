@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from fused_losses.bench import cases, distance_cases, measure, pair_cases
+from fused_losses.bench import cases, distance_cases, head_cases, measure, pair_cases
 from fused_losses.bench.cases import Case
 from fused_losses.bench.measure import Result
 from fused_losses.version import __version__
 
 CASES = (
     "margin_softmax",
+    "class_centers",
     *pair_cases.BY_SHAPE,
     "maxsim",
     *distance_cases.MATRICES,
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=_sizes(3), action="append", metavar="B,C,D",
                         help="batch, classes, width; may be repeated "
                         "(default 256,100000,512 and 128,1000000,512)")  # fmt: skip
+    parser.add_argument("--head", type=_sizes(3), default=(256, 200_000, 512), metavar="B,C,D",
+                        help="batch, classes and width of the large-class head "
+                        "(default 256,200000,512)")  # fmt: skip
     parser.add_argument("--case", choices=CASES, action="append", help="may be repeated "
                         "(default all)")  # fmt: skip
     parser.add_argument("--pairs", type=_sizes(2), default=(8192, 512), metavar="N,D",
@@ -86,6 +90,10 @@ def _planned(args: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...], i
             for dtype in _dtypes(args.device):
                 case = cases.margin_softmax(n, c, d, args.device, dtype=dtype)
                 yield f"B{n}_C{c}_D{d}{_suffix(dtype)}", shape, rounds, case
+    if "class_centers" in wanted:
+        n, c, d = args.head
+        case = head_cases.class_centers(n, c, d, args.device)
+        yield f"class_centers_B{n}_C{c}_D{d}", args.head, max(3, args.rounds // 2), case
     for name, make in pair_cases.BY_SHAPE.items():
         if name in wanted:
             n, d = args.pairs

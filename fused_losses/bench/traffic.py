@@ -157,6 +157,7 @@ def _(s: Launch) -> None:
     s.read("classes", s.programs * s.BN)
     _columns(s, columns, s.row_tiles)
     s.read("positions", s.n * tiles)
+    s.read("bend", 4 * s.n * tiles, 0, 4 * s.n)
     for name in ("peak", "total", "best", "moment"):
         s.write(name, s.n * tiles, 0, s.n * tiles)
     s.work.scalar = 6 * s.programs * s.BM * s.BN
@@ -216,6 +217,7 @@ def _(s: Launch) -> None:
 def _row_vectors(s: Launch, times: int) -> None:
     for name in ("positions", "lse", "grad_lse", "grad_target", "grad_weighted"):
         s.read(name, s.n * times)
+    s.read("bend", 4 * s.n * times, 0, 4 * s.n)
 
 
 @form("triton_gradients.gradient_tiles")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_losses.datasets.base import DataError, decode_picture
 from fused_losses.train.config import SPLITS, TrainConfig
 
 SUFFIXES = (".pgm", ".ppm", ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -43,30 +44,12 @@ def seed_from(*parts: object) -> int:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
-def _pillow() -> object:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise RuntimeError(
-            "reading pictures needs Pillow: pip install 'fused-losses[train]'"
-        ) from None
-    return Image
-
-
 def read_picture(path: Path, size: tuple[int, int], channels: int) -> Tensor:
     """One picture, resized. [channels, height, width] uint8"""
-    image_module = _pillow()
-    height, width = size
     try:
-        with image_module.open(path) as image:
-            image = image.convert("L" if channels == 1 else "RGB")
-            # averaging over the covered pixels: no aliasing when pictures shrink
-            image = image.resize((width, height), image_module.Resampling.BOX)
-            data = bytearray(image.tobytes())
-    except OSError as error:
-        raise RuntimeError(f"{path}: not a picture that can be read ({error})") from None
-    flat = torch.frombuffer(data, dtype=torch.uint8)
-    return flat.view(height, width, channels).permute(2, 0, 1).contiguous()
+        return decode_picture(path.read_bytes(), size, channels, str(path))
+    except (OSError, DataError) as error:
+        raise RuntimeError(str(error)) from None
 
 
 def _natural(path: Path) -> tuple[int, str]:

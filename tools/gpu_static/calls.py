@@ -39,6 +39,7 @@ def row_statistics(
     normalize: bool = True,
     extra: bool = False,  # bias and weights
     classes: int = 0,
+    bent: bool = False,  # scores; with classes compact gradients, too
     n: int = 1024,
     c: int = 1_000_000,
 ) -> None:
@@ -47,10 +48,11 @@ def row_statistics(
     bias = empty(c, dtype=dtype) if extra else None
     weights = empty(c) if extra else None
     operands = empty(n, d, dtype=dtype), empty(c, d, dtype=dtype)
-    inputs = Inputs(*operands, labels, ids, bias, weights, normalize, extra, precision)
+    bend = empty(4, n) if bent else None
+    inputs = Inputs(*operands, labels, ids, bias, weights, normalize, extra, precision, bend)
     triton.forward(inputs)
     grads = empty(n), empty(n), empty(n) if extra else None
-    triton.backward(inputs, empty(n), RowGradients(*grads), Needs(True, True, extra))
+    triton.backward(inputs, empty(n), RowGradients(*grads), Needs(True, True, extra, bent))
 
 
 def pairs(
@@ -198,6 +200,7 @@ TWO = dict(**MASKS, cols=True, exclude=3, skip_self=True)
 ATTEND = dict(attention=512, exclude=3, skip_self=True, **MASKS)
 CHOSEN = dict(everything=True, match="different", center=True)
 FULL = dict(extra=True, classes=100_000)
+BENT = dict(bent=True, **FULL)
 ODD = dict(n=4095, m=8191)  # rows of the output that are not whole vectors
 ONE_QUERY = (1, 32, 1000, 256)
 TF32 = dict(dtype=FP32, precision="tf32")
@@ -229,6 +232,15 @@ CALLS: dict[str, Call] = {
     "row_statistics D128": _call(row_statistics, *MAIN, d=128, **HALF),
     "row_statistics D128 everything": _call(row_statistics, d=128, **HALF, **FULL),
     "row_statistics D128 rounded": _call(row_statistics, *ALSO, d=128, **ROUNDED, extra=True),
+    "row_statistics D512 bent": _call(row_statistics, "sm_90", d=512, **HALF, bent=True),
+    "row_statistics D512 all bent": _call(row_statistics, *ALSO, d=512, **HALF, **BENT),
+    "row_statistics D500 bent": _call(row_statistics, "sm_80", d=500, **HALF, **BENT),
+    "row_statistics D512 fp32 bent": _call(row_statistics, "sm_100", d=512, **WIDE, **BENT),
+    "row_statistics D512 tf32 bent": _call(row_statistics, d=512, **TF32, **BENT),
+    "row_statistics D512 rounded bent": _call(row_statistics, d=512, **ROUNDED, **BENT),
+    "row_statistics D256 bent": _call(row_statistics, "sm_86", d=256, **HALF, bent=True),
+    "row_statistics D128 bent": _call(row_statistics, "sm_90", d=128, **HALF, **BENT),
+    "row_statistics D128 rounded bent": _call(row_statistics, d=128, **ROUNDED, **BENT),
     "pairs rows": _call(pairs, "sm_90", "sm_100", d=512, **HALF, biases=True),
     "pairs rows masks": _call(pairs, d=512, **HALF, **MASKS),
     "pairs two sides": _call(pairs, *MAIN, "sm_86", d=512, **HALF, biases=True, cols=True),

@@ -1,0 +1,110 @@
+"""A training step of a large-class head: loss, gradients and the update of the class centres.
+
+Rivals: the same in plain PyTorch with torch.optim.SGD on a dense gradient, and PartialFC's way,
+which gathers the drawn rows, scatters their gradient into a dense one, and steps over all rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_losses.bench.cases import MARGIN, SCALE, Case, backward, eager_arcface
+from fused_losses.bench.measure import Step
+from fused_losses.centers import ClassCenters
+from fused_losses.margins import ArcFace
+
+RATE = 0.1
+# the rate 0 keeps all tables equal: every provider does the whole update, and moves nothing
+SGD = dict(lr=0.0, momentum=0.9, weight_decay=5e-4)
+
+
+def _ours(x: Tensor, y: Tensor, head: ClassCenters) -> Step:
+    return lambda: backward(head(x, y))
+
+
+def _plain(x: Tensor, y: Tensor, table: Tensor, compiled: bool) -> Step:
+    weight = table.clone().requires_grad_()
+    optimizer = torch.optim.SGD([weight], **SGD)
+    loss = torch.compile(eager_arcface) if compiled else eager_arcface
+
+    def step() -> Tensor:
+        value = backward(loss(x, weight, y))
+        optimizer.step()
+        optimizer.zero_grad()
+        return value
+
+    return step
+
+
+def _partial(x: Tensor, y: Tensor, table: Tensor) -> Step:
+    weight = table.clone().requires_grad_()
+    optimizer = torch.optim.SGD([weight], **SGD)
+    generator = torch.Generator(x.device).manual_seed(0)
+    count = round(RATE * len(table))
+
+    def step() -> Tensor:
+        draw = torch.rand(len(weight), device=x.device, generator=generator)
+        index = draw.index_fill(0, y, 2.0).topk(count).indices.sort().values
+        value = backward(eager_arcface(x, weight[index], torch.searchsorted(index, y)))
+        optimizer.step()
+        optimizer.zero_grad()
+        return value
+
+    return step
+
+
+def class_centers(n: int, c: int, d: int, device: str, *, rivals: bool = True) -> Case:
+    """n rows against c classes; the rivals need several copies of the table."""
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(n, d, device=device)).requires_grad_()
+    y = torch.randint(0, c, (n,), device=device)
+    options: dict[str, Any] = dict(
+        margin=ArcFace(MARGIN, beyond_pi="none"),
+        scale=SCALE,
+        optimizer="sgd",
+        optimizer_options=SGD,
+        device=device,
+    )
+    heads = {
+        "fused fp32": {},
+        "fused bf16": dict(precision="bf16"),
+        "fused fp32, two sweeps (update='step')": dict(update="step"),
+        f"fused fp32, r={RATE}": dict(sample_rate=RATE),
+        f"fused fp32, r={RATE}, logQ": dict(sample_rate=RATE, log_q=True),
+        f"fused bf16 table and momentum, r={RATE}": dict(sample_rate=RATE, dtype=torch.bfloat16),
+    }
+    steps: dict[str, Step] = {}
+    table: Tensor | None = None
+    for name, more in heads.items():
+        head = ClassCenters(c, d, **options, **more)
+        table = head.weight if table is None else table
+        steps[name] = _ours(x, y, head)
+        if head.update_at == "step":
+            steps[name] = _then_step(steps[name], head)
+    if rivals:
+        steps["eager, dense SGD"] = _plain(x, y, table, compiled=False)
+        steps["torch.compile, dense SGD"] = _plain(x, y, table, compiled=True)
+        steps[f"PartialFC's way, r={RATE}"] = _partial(x, y, table)
+    return Case(
+        title=f"ClassCenters, a step with SGD and momentum, B={n}, C={c:,}, D={d}",
+        providers=steps,
+        ours=[name for name in steps if name.startswith("fused")],
+        leaves=[x],
+        flops=8 * n * c * d,
+        bytes=6 * 4 * c * d,
+        unlike=tuple(name for name in steps if f"r={RATE}" in name),
+        work="four products",
+    )
+
+
+def _then_step(step: Step, head: ClassCenters) -> Step:
+    def both() -> Tensor:
+        value = step()
+        head.optimizer.step()
+        return value
+
+    return both

@@ -1,0 +1,288 @@
+"""Checkpoints of a distributed run that no kill can spoil, written while training goes on.
+
+`torch.distributed.checkpoint` (DCP) writes each rank's part; a checkpoint is a folder that gets its
+name in one rename, after every rank's files have reached the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+COMPLETE = re.compile(r"step-(\d{8,})")
+PART = ".part"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the text names the ranks and their errors."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder that every rank can write to.
+
+    folder: made if it is not there. Checkpoint 12 is folder/step-00000012; what is being written
+        or removed ends in ".part" and is never read.
+    keep: complete checkpoints that stay; older ones go when a newer one is in its place.
+    process_group: the ranks that save and load together; default: all, or this process alone
+        without torch.distributed. A gloo group of its own is made from it, so that the writing
+        threads' messages never meet the training's: every rank must construct this at one point.
+
+    A state is a dict, nested as one likes, of tensors, DTensors and small plain values. Tensors
+    that are not DTensors count as alike on every rank and are written once. Every method but
+    `steps` is a collective call. Files hold pickles (DCP's metadata and plain values): load only
+    what you trust.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int = 2,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep: expected at least 1, got {keep}")
+        self.folder, self.keep = Path(folder), keep
+        self.group = _gloo_group(process_group)
+        self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        self._pending: Future[None] | None = None
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish-checkpoint")
+        # a name that no earlier process has used: what one that is still dying writes stays apart
+        self._token: str = self._from_first(uuid.uuid4().hex[:12])
+        self._first_does(self._tidy)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in increasing order, as this rank sees the folder."""
+        found = (COMPLETE.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(
+            int(match[1]) for match in found if match and (self._path(int(match[1]))).is_dir()
+        )
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, alike on every rank; None: there is none."""
+        return self._from_first(max(self.steps(), default=None) if self.rank == 0 else None)
+
+    def save(self, state: dict[str, Any], step: int, *, asynchronous: bool = True) -> None:
+        """Write checkpoint `step`; it exists for `latest` once every rank's files are on the disk.
+
+        asynchronous: return as soon as `state` is copied to host memory (as many bytes as this
+            rank's part); training may change its tensors at once. Otherwise nothing is copied and
+            the checkpoint is complete on return.
+        Waits for the save before, and raises `CheckpointError` where that one failed.
+        ValueError: the step is negative or has a checkpoint.
+        """
+        _check_state(state)
+        if step < 0:
+            raise ValueError(f"step: expected at least 0, got {step}")
+        self.wait()
+        if self._from_first(self.rank == 0 and self._path(step).exists()):
+            raise ValueError(f"step: {self._path(step)} exists; a checkpoint is never rewritten")
+        part = self.folder / f"{self._path(step).name}.{self._token}{PART}"
+        options = {
+            "storage_writer": dcp.FileSystemWriter(part, sync_files=True),
+            "process_group": self.group,
+            "no_dist": self.group is None,
+        }
+        with _quiet():
+            if asynchronous:
+                written = dcp.async_save(state, **options)
+                self._pending = self._publisher.submit(self._publish_after, written, part, step)
+                return
+            failure: BaseException | None = None
+            try:
+                dcp.save(state, **options)
+                self._publish(part, step)
+            except (Exception, dcp.CheckpointException) as error:
+                failure = error
+        self._agree(failure)
+
+    def wait(self) -> None:
+        """Until the save under way is complete; `CheckpointError` on every rank if it failed."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self._agree(pending.exception())
+
+    def load(self, state: dict[str, Any], step: int | None = None) -> int | None:
+        """Read checkpoint `step` (None: the newest) into `state`; the step; None if none exists.
+
+        Tensors are filled in place, plain values replaced. A DTensor takes its own rows whatever
+        the number of ranks that wrote them.
+        CheckpointError: there is no such checkpoint, or its files cannot be read.
+        ValueError: the state has a key or a shape that the checkpoint does not have.
+        """
+        _check_state(state)
+        self.wait()
+        step = self.latest() if step is None else step
+        if step is None:
+            return None
+        path = self._path(step)
+        failure: BaseException | None = None
+        try:
+            reader = dcp.FileSystemReader(path)
+            _check_fits(state, reader.read_metadata(), path)
+        except Exception as error:
+            failure = error
+        self._agree(failure)
+        try:
+            with _quiet():
+                dcp.load(
+                    state,
+                    storage_reader=reader,
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
+        except (Exception, dcp.CheckpointException) as error:
+            raise CheckpointError(f"{path}: {_one_line(error)}") from error
+        return step
+
+    def close(self) -> None:
+        """Wait for the save under way and end the threads."""
+        try:
+            self.wait()
+        finally:
+            self._publisher.shutdown()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # after an error other ranks may be gone, and waiting for them would hide it
+        if kind is None:
+            self.close()
+        else:
+            self._publisher.shutdown(wait=False)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _publish_after(self, written: Future[Metadata], part: Path, step: int) -> None:
+        written.result()
+        self._publish(part, step)
+
+    def _publish(self, part: Path, step: int) -> None:
+        """Give the checkpoint its name. DCP returns on rank 0 once all ranks' files are synced."""
+        if self.rank:
+            return
+        _sync_folder(part)
+        os.rename(part, self._path(step))
+        _sync_folder(self.folder)
+        for old in self.steps()[: -self.keep]:
+            self._remove(self._path(old))
+
+    def _remove(self, path: Path) -> None:
+        """Take the name away before the files: a kill in between leaves no half checkpoint."""
+        doomed = path.with_name(f"{path.name}.{self._token}.old{PART}")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _tidy(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f"step-*{PART}"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _first_does(self, work: Any) -> None:
+        failure: BaseException | None = None
+        if self.rank == 0:
+            try:
+                work()
+            except OSError as error:
+                failure = error
+        self._agree(failure)
+
+    def _from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
+
+    def _agree(self, failure: BaseException | None) -> None:
+        """Raise on every rank if any has failed; an error that all share keeps its kind."""
+        texts: list[str | None] = [None if failure is None else _one_line(failure)]
+        if self.group is not None:
+            mine = texts[0]
+            texts = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(texts, mine, group=self.group)
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+        if not failed:
+            return
+        if isinstance(failure, ValueError):
+            raise failure
+        raise CheckpointError(f"{self.folder}: " + "; ".join(failed)) from failure
+
+
+def _gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    if not isinstance(state, dict):
+        raise TypeError(f"state: expected a dict of tensors, got {type(state).__name__}")
+
+
+def _check_fits(state: dict[str, Any], saved: Metadata, path: Path) -> None:
+    """Every tensor of the state is in the checkpoint, with its shape: DCP's own text is a page."""
+    for key, value in _leaves(state):
+        if key not in saved.state_dict_metadata:
+            raise ValueError(f"state[{key!r}]: {path} has no such entry")
+        there = saved.state_dict_metadata[key]
+        if not isinstance(value, Tensor) or not isinstance(there, TensorStorageMetadata):
+            continue
+        if tuple(there.size) != tuple(value.shape):
+            raise ValueError(
+                f"state[{key!r}]: expected shape {tuple(there.size)} as in {path}, got "
+                f"shape {tuple(value.shape)}, {value.dtype}"
+            )
+
+
+def _leaves(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(key, value) with DCP's own names for nested entries; lists of plain values are leaves."""
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+    yield from flatten_state_dict(state)[0].items()
+
+
+def _sync_folder(path: Path) -> None:
+    """The names in a folder to the disk; fsync of a file does not write its name."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _one_line(error: BaseException) -> str:
+    """The cause that DCP collected from the ranks, or the error itself."""
+    if isinstance(error, dcp.CheckpointException):
+        told = (f"rank {rank}: {pair[0]!r}" for rank, pair in error.failures.items())
+        return "; ".join(told)
+    return f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's remark that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+__all__ = ["CheckpointError", "Checkpoints"]

@@ -1,0 +1,372 @@
+"""The sweep over one shard of the classes, a chunk of rows at a time.
+
+    forward: statistics of each row's scores against the classes here that take part
+    backward: the scores again, chunk by chunk; each chunk's gradient is used at once
+
+A chunk is one call of a streamed op on a view of the table or on indirect rows of it, so beyond the
+table there are the rows x, a chunk's gradient and the kernels' scratch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_losses import backends
+from fused_losses.class_rules import (
+    RULES,
+    ClassInputs,
+    class_gradients,
+    class_statistics,
+    class_targets,
+    merge,
+    nothing,
+)
+from fused_losses.inputs import Inputs
+from fused_losses.rows import accumulate_dtype
+from fused_losses.sweep import KEPT_PADDING, ROW_STATISTICS
+from fused_losses.validation import NO_TARGET
+
+Rows = Tensor | slice
+CHUNK_BYTES = 32 << 20  # of table rows in a chunk
+
+
+class Group(NamedTuple):
+    """Classes of this shard that take part with one chance."""
+
+    ids: Tensor | None  # [K] increasing rows of the shard, None: all of them
+    chance: float = 1.0  # of having been drawn, where that is corrected for
+
+
+class Sums(NamedTuple):
+    """Of each row over some classes: what merges over chunks and shards."""
+
+    statistics: Tensor  # [S, B] float64, of the classes that are not the row's own
+    targets: Tensor  # [B, L] float64, cosines with the row's own classes that live here, else 0
+    best: Tensor  # [B] the highest score of another class, -inf without
+
+
+class Engine(Protocol):
+    """The kernels under a chunk. x [B, D] unit rows, labels [B, L] rows of `weight` or -1."""
+
+    kinds: tuple[str, ...]  # how each statistic merges
+
+    def forward(
+        self, x: Tensor, weight: Tensor, labels: Tensor, ids: Tensor | None, values: Tensor | None
+    ) -> Sums: ...
+
+    def backward(
+        self,
+        grad: Sums,
+        statistics: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ids: Tensor | None,
+        values: Tensor | None,
+        need_x: bool,
+        need_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dx [B, D] and dweight [rows of weight or K, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class SoftmaxEngine:
+    """lse of scale psi(cos) over the other classes, by the compiled row statistics."""
+
+    scale: float
+    normalize: bool
+    precision: str
+    backend: str | None
+
+    kinds = ("lse",)
+
+    def _inputs(
+        self, x: Tensor, weight: Tensor, labels: Tensor, ids: Tensor | None, values: Tensor | None
+    ) -> tuple[str, Inputs]:
+        name, _ = backends.choose(
+            self.backend, x.device, weight.dtype, self.precision, "row_statistics", x.shape[1]
+        )
+        scaled = x * self.scale
+        if name in ("triton", "cuda") and scaled.dtype != weight.dtype:
+            scaled = scaled.to(weight.dtype)
+        bend = None if values is None else self._scaled_bend(values).to(x.dtype)
+        return name, Inputs(
+            scaled,
+            weight,
+            labels[:, 0].contiguous(),
+            ids,
+            normalize=self.normalize,
+            precision=self.precision,
+            bend=bend,
+        )
+
+    def _scaled_bend(self, values: Tensor) -> Tensor:
+        """From cosines to scores: s psi(z / s)."""
+        s = self.scale
+        factors = torch.tensor([s, s, 1.0, 1 / s], dtype=values.dtype, device=values.device)
+        return values * factors[:, None]
+
+    def forward(
+        self, x: Tensor, weight: Tensor, labels: Tensor, ids: Tensor | None, values: Tensor | None
+    ) -> Sums:
+        name, p = self._inputs(x, weight, labels, ids, values)
+        lse, target, _, _, best, _ = ROW_STATISTICS.op(name)(*p, 0)
+        wide = torch.float64
+        targets = (target.to(wide) / self.scale)[:, None]
+        return Sums(lse.to(wide)[None], targets, best.to(wide) / self.scale)
+
+    def backward(
+        self,
+        grad: Sums,
+        statistics: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ids: Tensor | None,
+        values: Tensor | None,
+        need_x: bool,
+        need_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        name, p = self._inputs(x, weight, labels, ids, values)
+        lse = statistics[0]
+        padded = -(-x.shape[0] // KEPT_PADDING) * KEPT_PADDING
+        kept = x.new_empty((0, padded), dtype=accumulate_dtype(weight.dtype))
+        dx, dweight, _ = ROW_STATISTICS.op(name, "_backward")(
+            grad.statistics[0].contiguous(),
+            (grad.targets[:, 0] / self.scale).contiguous(),
+            None,
+            *p[:6],
+            lse.contiguous(),
+            kept,
+            *p[6:],
+            ids is not None,
+            need_x,
+            need_weight,
+            False,
+        )
+        return dx * self.scale if need_x else None, dweight if need_weight else None
+
+
+@dataclass(frozen=True)
+class RuleEngine:
+    """Any rule of `fused_losses.class_rules`, by tiles; sub-centres and several labels a row."""
+
+    rule: str
+    params: tuple[float, ...]
+    softness: float
+    normalize: bool
+    precision: str
+    backend: str | None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return RULES[self.rule].kinds
+
+    def _inputs(
+        self, x: Tensor, weight: Tensor, labels: Tensor, ids: Tensor | None, values: Tensor | None
+    ) -> ClassInputs:
+        return ClassInputs(
+            x,
+            weight.reshape(-1, weight.shape[-1]),
+            labels,
+            ids,
+            values,
+            rule=self.rule,
+            params=self.params,
+            centers=weight.shape[1] if weight.dim() == 3 else 1,
+            softness=self.softness,
+            normalize=self.normalize,
+            precision=self.precision,
+        )
+
+    def forward(
+        self, x: Tensor, weight: Tensor, labels: Tensor, ids: Tensor | None, values: Tensor | None
+    ) -> Sums:
+        inputs = self._inputs(x, weight, labels, ids, values)
+        found = class_statistics(inputs, backend=self.backend)
+        wide = torch.float64
+        return Sums(found.statistics.to(wide), found.targets.to(wide), found.hardest_score.to(wide))
+
+    def backward(
+        self,
+        grad: Sums,
+        statistics: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ids: Tensor | None,
+        values: Tensor | None,
+        need_x: bool,
+        need_weight: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dx, dweight = class_gradients(
+            self._inputs(x, weight, labels, ids, values),
+            statistics,
+            grad.statistics,
+            grad.targets,
+            compact=True,
+            need_x=need_x,
+            need_weight=need_weight,
+            backend=self.backend,
+        )
+        if need_weight and weight.dim() == 3:
+            dweight = dweight.view(-1, *weight.shape[1:])
+        return dx if need_x else None, dweight if need_weight else None
+
+
+class Chunk(NamedTuple):
+    """What one call of a kernel is given."""
+
+    rows: Rows  # of the shard
+    weight: Tensor  # the view, or the table that `ids` reads
+    labels: Tensor  # [B, L] as the kernel counts them
+    ids: Tensor | None
+    chance: float
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's rows of the table, and where the batch's labels stand among them."""
+
+    weight: Tensor  # [c, D] or [c, K, D]
+    labels: Tensor  # [B, L] rows of this shard, -1: elsewhere
+    device: torch.device  # of the products; elsewhere than the table's, chunks move
+    chunk_bytes: int = CHUNK_BYTES
+    moves: bool = False  # even where the devices are the same
+
+    @property
+    def staged(self) -> bool:
+        return self.moves or self.weight.device != self.device
+
+    @property
+    def height(self) -> int:
+        """Rows of a chunk."""
+        row = math.prod(self.weight.shape[1:]) * self.weight.element_size()
+        return max(1, self.chunk_bytes // row)
+
+    def taken(self, rows: Tensor) -> Tensor:
+        """These rows as a table of their own on the products' device. [K, ...]"""
+        return self.weight.index_select(0, rows.to(self.weight.device)).to(self.device)
+
+    @torch.no_grad()
+    def targets(self, x: Tensor, softness: float, normalize: bool) -> Tensor:
+        """Cosines with the labels that live here, float64, 0 for the others. [B, L]
+
+        Time O(B L K D).
+        """
+        weight, labels = self.weight, self.labels
+        if self.staged:  # the batch's own rows alone move
+            own, position = labels.clamp_min(0).unique(return_inverse=True)
+            weight = self.taken(own) if weight.shape[0] else weight.to(self.device)
+            labels = torch.where(labels < 0, NO_TARGET, position)
+        if weight.shape[0] == 0:
+            return x.new_zeros(labels.shape, dtype=torch.float64)
+        inputs = ClassInputs(
+            x,
+            weight.reshape(-1, weight.shape[-1]),
+            labels,
+            centers=weight.shape[1] if weight.dim() == 3 else 1,
+            softness=softness,
+            normalize=normalize,
+        )
+        return class_targets(inputs).to(torch.float64)
+
+
+class ShardSweep:
+    """The chunks of a shard that lie with some groups of its rows."""
+
+    def __init__(self, shard: Shard, groups: list[Group], engine: Engine) -> None:
+        self.shard, self.groups, self.engine = shard, groups, engine
+
+    def chunks(self, first: int = 0, last: int | None = None) -> Iterator[Chunk]:
+        """The chunks, of the table's rows in [first, last) only."""
+        rows, height = self.shard.weight.shape[0], self.shard.height
+        last = rows if last is None else min(last, rows)
+        for ids, chance in self.groups:
+            begin, end = first, last
+            if ids is not None and (first, last) != (0, rows):
+                bounds = torch.tensor([first, last], device=ids.device)
+                begin, end = torch.searchsorted(ids, bounds).tolist()
+            elif ids is not None:
+                end = ids.shape[0]
+            for start in range(begin, end, height):
+                yield self._chunk(ids, start, min(start + height, end), chance)
+
+    def _chunk(self, ids: Tensor | None, start: int, stop: int, chance: float) -> Chunk:
+        shard, labels = self.shard, self.shard.labels
+        if ids is None:
+            part = shard.weight[start:stop].to(shard.device, non_blocking=True)
+            mine = (labels >= start) & (labels < stop)
+            within = torch.where(mine, labels - start, NO_TARGET)
+            return Chunk(slice(start, stop), part, within, None, chance)
+        rows = ids[start:stop]
+        position = torch.searchsorted(rows, labels).clamp_max(rows.shape[0] - 1)
+        mine = rows[position] == labels
+        if shard.staged:
+            within = torch.where(mine, position, NO_TARGET)
+            return Chunk(rows, shard.taken(rows), within, None, chance)
+        return Chunk(rows, shard.weight, torch.where(mine, labels, NO_TARGET), rows, chance)
+
+    def forward(self, x: Tensor, values: Tensor | None) -> Sums:
+        kinds, b = self.engine.kinds, x.shape[0]
+        wide = dict(dtype=torch.float64, device=x.device)
+        statistics = nothing(kinds, b, x.device)
+        targets = torch.zeros(self.shard.labels.shape, **wide)
+        best = torch.full((b,), -torch.inf, **wide)
+        for _, weight, labels, ids, chance in self.chunks():
+            found = self.engine.forward(x, weight, labels, ids, values)
+            part = found.statistics
+            if chance != 1:
+                part = _standing_for(part, kinds, 1 / chance)
+            statistics = merge(kinds, statistics, part)
+            targets += found.targets
+            best = torch.maximum(best, found.best)
+        return Sums(statistics, targets, best)
+
+    def gradients(
+        self,
+        grad: Sums,
+        statistics: Tensor,  # [S, B], of all shards
+        x: Tensor,
+        values: Tensor | None,
+        *,
+        need_x: bool,
+        need_weight: bool,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Iterator[tuple[Rows, Tensor | None, Tensor | None]]:
+        """Of each chunk: its rows, its share of dx [B, D] and dweight [rows, ...]."""
+        kinds = self.engine.kinds
+        for rows, weight, labels, ids, chance in self.chunks(first, last):
+            lse, of = statistics, grad
+            if chance != 1:
+                # exp(z + log(1 / chance) - lse), and a sum's terms 1 / chance times
+                lse = _standing_for(statistics, kinds, chance, kind="lse")
+                of = grad._replace(
+                    statistics=_standing_for(grad.statistics, kinds, 1 / chance, kind="sum")
+                )
+            part, dweight = self.engine.backward(
+                of, lse, x, weight, labels, ids, values, need_x, need_weight
+            )
+            yield rows, part, dweight
+
+
+def _standing_for(
+    statistics: Tensor, kinds: tuple[str, ...], times: float, kind: str | None = None
+) -> Tensor:
+    """Statistics of classes that each stand for `times` of them; of one kind only, if told."""
+    out = statistics.clone()
+    for row, of in zip(out, kinds, strict=True):
+        if kind in (None, of):
+            if of == "lse":
+                row += math.log(times)
+            else:
+                row *= times
+    return out

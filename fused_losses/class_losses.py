@@ -1,0 +1,443 @@
+"""Losses over classes with sub-centres, several labels a row, or no softmax; whole or sharded.
+
+A loss is a frozen value: which rule folds the negative classes (`fused_losses.class_rules`), and
+what it makes of a row's statistics and of the cosines of its labels, in ordinary PyTorch on small
+vectors. `class_loss` runs it in one process, `ClassCenters` over shards: the statistics merge.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_losses import validation
+from fused_losses.class_rules import (
+    ClassInputs,
+    class_statistics,
+    class_targets,
+    raised,
+)
+from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
+from fused_losses.rows import accumulate_dtype, unit_rows
+from fused_losses.softmax import GRADIENTS, meet, no_autocast
+from fused_losses.validation import NO_TARGET, describe
+
+
+class ClassLoss:
+    """What every loss has: the whole interface that `class_loss` and a sharded head ask for.
+
+    rule: a name in `class_rules.RULES`; softness: how a class's centres are pooled
+    (`class_rules.pool`), 0: the best one.
+    """
+
+    rule: str
+    softness: float = 0.0
+
+    def params(self) -> list[float]:
+        """The rule's."""
+        raise NotImplementedError
+
+    def values(self, targets: Tensor, present: Tensor) -> Tensor | None:
+        """Numbers of each row that the rule takes, [R, N] without gradient, or None.
+
+        targets [N, L]: cosines with the labels, 0 where there is none; present [N, L] bool.
+        """
+        return None
+
+    def row_loss(
+        self,
+        statistics: Tensor,
+        targets: Tensor,
+        present: Tensor,
+        classes: int,
+        norms: Tensor | None = None,
+    ) -> Tensor:
+        """Each row's loss [N], differentiable in statistics, targets and norms.
+
+        statistics [S, N] over all negatives that take part, of so many `classes`; targets, present
+        as above; norms [N]: |x| of the embeddings, for margins that use it. A row without labels
+        may have any finite loss: the caller leaves it out.
+        """
+        raise NotImplementedError
+
+
+def _positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, Tensor):  # whose gradient would be lost in the rule
+            raise TypeError(f"{name}: expected a float, got a tensor of {describe(number)}")
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name}: expected a finite value > 0, got {number}")
+
+
+def _present_sum(terms: Tensor, present: Tensor) -> Tensor:
+    return torch.where(present, terms, 0).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Softmax(ClassLoss):
+    """Cross entropy with a margin on the target, over classes of one centre or several.
+
+        mean over the row's labels p of  -log(e^{z_p} / (e^{z_p} + sum_neg e^{s psi(c_j)}))
+        z_p = s margin(c_p)
+
+    With one label that is margin softmax (sub-centre ArcFace: Deng et al., 2020); each of several
+    meets the negatives alone, not the other labels. margin: as in `margin_softmax`; one with a
+    `bend` moves the negatives by psi, and such a one, or one that uses the embeddings' norms,
+    takes one label a row. gradient: "exact" or "straight_through".
+    """
+
+    margin: Margin | None = ArcFace(0.5)
+    scale: float = 64.0
+    gradient: str = "exact"
+
+    rule = "softmax"
+
+    def __post_init__(self) -> None:
+        _positive(scale=self.scale)
+        validation.check_choice("gradient", self.gradient, GRADIENTS)
+
+    def params(self) -> list[float]:
+        return [self.scale]
+
+    def values(self, targets: Tensor, present: Tensor) -> Tensor | None:
+        if not hasattr(self.margin, "bend"):
+            return None
+        _one_label(self.margin, targets)
+        return bend_of(self.margin, targets[:, 0], present[:, 0])
+
+    def row_loss(
+        self,
+        statistics: Tensor,
+        targets: Tensor,
+        present: Tensor,
+        classes: int,
+        norms: Tensor | None = None,
+    ) -> Tensor:
+        moved = self._moved(targets, norms)
+        return _label_softmax(self.scale * moved, statistics[0], present) + self._penalty(norms)
+
+    def _moved(self, targets: Tensor, norms: Tensor | None) -> Tensor:
+        """[N, L] target cosines after the margin."""
+        if getattr(self.margin, "uses_norm", False):
+            _one_label(self.margin, targets)
+            if norms is None:
+                raise ValueError(f"norms: expected [N], which {self.margin} uses, got None")
+            norms = norms.to(targets.dtype)
+        moved = apply_margin(self.margin, targets.flatten(), norms, self.gradient)
+        return moved.view_as(targets)
+
+    def _penalty(self, norms: Tensor | None) -> Tensor | float:
+        return self.margin.penalty(norms) if hasattr(self.margin, "penalty") else 0.0
+
+
+def _one_label(margin: Margin | None, targets: Tensor) -> None:
+    if targets.shape[1] != 1:
+        raise ValueError(
+            f"labels: expected one a row with {type(margin).__name__}, got {targets.shape[1]}"
+        )
+
+
+def _label_softmax(z: Tensor, lse: Tensor, present: Tensor) -> Tensor:
+    """Mean over a row's labels of softplus(lse - z), [N]; z [N, L], lse [N] of the negatives."""
+    loss = -F.logsigmoid(z - lse[:, None])
+    # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
+    loss = torch.where(z == torch.inf, torch.nan, loss)
+    return _present_sum(loss, present) / present.sum(dim=1).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class SoftTriple(ClassLoss):
+    """Cross entropy over classes whose centres are pooled softly (Qian et al., 2019).
+
+        S'_c = sum_k softmax_k(c_ck / gamma) c_ck,     z_j = la (S'_j - margin [j = y])
+
+    Several labels a row as in `Softmax`. Defaults: pytorch-metric-learning's. The paper's second
+    term, which draws the centres of a class together, is a function of the weight alone and is
+    not here.
+    """
+
+    la: float = 20.0
+    gamma: float = 0.1
+    margin: float = 0.01
+
+    rule = "softmax"
+
+    def __post_init__(self) -> None:
+        _positive(la=self.la, gamma=self.gamma)
+
+    @property
+    def softness(self) -> float:
+        return self.gamma
+
+    def params(self) -> list[float]:
+        return [self.la]
+
+    def row_loss(
+        self,
+        statistics: Tensor,
+        targets: Tensor,
+        present: Tensor,
+        classes: int,
+        norms: Tensor | None = None,
+    ) -> Tensor:
+        return _label_softmax(self.la * (targets - self.margin), statistics[0], present)
+
+
+@dataclass(frozen=True)
+class SFace(ClassLoss):
+    """Cosines pulled and pushed with weights that fade by sigmoids of the angle (2205.12010).
+
+        loss = -s sum_labels sigmoid(k (theta_y - a)) c_y + s sum_neg sigmoid(k (b - theta_j)) c_j
+
+    The weights are detached. A cosine beyond +-1 by rounding counts as +-1 in its angle (the
+    authors' code gives NaN). Their run on CASIA has a = 0.87, b = 1.2.
+    """
+
+    scale: float = 64.0
+    k: float = 80.0
+    a: float = 0.8
+    b: float = 1.23
+
+    rule = "sface"
+
+    def __post_init__(self) -> None:
+        _positive(scale=self.scale, k=self.k)
+
+    def params(self) -> list[float]:
+        return [self.k, self.b]
+
+    def row_loss(
+        self,
+        statistics: Tensor,
+        targets: Tensor,
+        present: Tensor,
+        classes: int,
+        norms: Tensor | None = None,
+    ) -> Tensor:
+        angle = targets.detach().clamp(-1, 1).acos()
+        pull = torch.sigmoid(self.k * (angle - self.a)) * targets
+        return self.scale * (statistics[0] - _present_sum(pull, present))
+
+
+@dataclass(frozen=True)
+class SphereFace2(ClassLoss):
+    """A binary classifier a class instead of a softmax (Wen et al., 2022; additive margin "C").
+
+        g(c) = 2 ((c + 1) / 2)^t - 1,    z_y = r (g(c_y) - m) + b,    z_j = r (g(c_j) + m) + b
+        loss = lw / r (alpha sum_labels softplus(-z_y) + (1 - alpha) sum_neg softplus(z_j))
+
+    bias: a float, or a scalar tensor that may need a gradient; `balanced` gives the paper's start.
+    scale: r. gradient: "exact", or "straight_through": g's slope taken for 1 (opensphere).
+    """
+
+    bias: float | Tensor
+    scale: float = 40.0
+    margin: float = 0.4
+    t: float = 3.0
+    alpha: float = 0.7
+    lw: float = 50.0
+    gradient: str = "exact"
+
+    rule = "sphereface2"
+
+    def __post_init__(self) -> None:
+        _positive(scale=self.scale, lw=self.lw)
+        if not self.t >= 1:
+            raise ValueError(f"t: expected a value >= 1, got {self.t}")
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha: expected a value in (0, 1), got {self.alpha}")
+        if isinstance(self.bias, Tensor) and self.bias.numel() != 1:
+            raise ValueError(f"bias: expected one number, got {describe(self.bias)}")
+        validation.check_choice("gradient", self.gradient, GRADIENTS)
+
+    @classmethod
+    def balanced(
+        cls,
+        classes: int,
+        scale: float = 40.0,
+        margin: float = 0.4,
+        t: float = 3.0,
+        alpha: float = 0.7,
+        lw: float = 50.0,
+        gradient: str = "exact",
+    ) -> SphereFace2:
+        """With the bias at which the loss is smallest where every cosine is 0.
+
+        d loss / d b = 0: q (1 + e^{-v - b}) = 1 + e^{u + b} with u, v the scores of label and
+        negative without b and q = alpha / ((1 - alpha)(classes - 1)), a quadratic in e^b.
+        """
+        if classes < 2:
+            raise ValueError(f"classes: expected at least 2, got {classes}")
+        q = alpha / ((1 - alpha) * (classes - 1))
+        start = 2 * 0.5**t - 1
+        u, v = scale * (start - margin), scale * (start + margin)
+        root = math.sqrt((1 - q) ** 2 + 4 * q * math.exp(u - v))
+        bias = math.log(2 * q) - v - math.log(1 - q + root)
+        return cls(bias, scale, margin, t, alpha, lw, gradient)
+
+    def params(self) -> list[float]:
+        return [self.scale, self.margin, self.t, float(self.gradient == "straight_through")]
+
+    def values(self, targets: Tensor, present: Tensor) -> Tensor | None:
+        return self._bias(targets).detach().expand(1, targets.shape[0])
+
+    def _bias(self, like: Tensor) -> Tensor:
+        return torch.as_tensor(self.bias, dtype=like.dtype, device=like.device).reshape(())
+
+    def row_loss(
+        self,
+        statistics: Tensor,
+        targets: Tensor,
+        present: Tensor,
+        classes: int,
+        norms: Tensor | None = None,
+    ) -> Tensor:
+        bias = self._bias(targets)
+        g = raised(targets, self.t, self.gradient == "straight_through")
+        of_labels = _present_sum(-F.logsigmoid(self.scale * (g - self.margin) + bias), present)
+        # worth 0: the gradient of the negatives' sum in the bias is their second statistic
+        of_bias = (bias - bias.detach()) * statistics[1].detach()
+        of_negatives = statistics[0] + of_bias
+        return self.lw / self.scale * (self.alpha * of_labels + (1 - self.alpha) * of_negatives)
+
+
+@dataclass(frozen=True)
+class MLCD(ClassLoss):
+    """Multi-label cluster discrimination (2407.17331): two sums, one of the labels' classes.
+
+        loss = log(1 + sum_labels e^{-s c_p}) + log(1 + sum_neg e^{s c_j})
+
+    The paper leaves the scale inside its similarities, and there is no public training code: the
+    default is ours.
+    """
+
+    scale: float = 64.0
+
+    rule = "softmax"
+
+    def __post_init__(self) -> None:
+        _positive(scale=self.scale)
+
+    def params(self) -> list[float]:
+        return [self.scale]
+
+    def row_loss(
+        self,
+        statistics: Tensor,
+        targets: Tensor,
+        present: Tensor,
+        classes: int,
+        norms: Tensor | None = None,
+    ) -> Tensor:
+        z = (-self.scale * targets).masked_fill(~present, -torch.inf)
+        # the 1 is one more term, e^0
+        of_labels = torch.logsumexp(F.pad(z, (0, 1)), dim=1)
+        return of_labels - F.logsigmoid(-statistics[0])
+
+
+# ---- one process --------------------------------------------------------------------------------
+
+
+def class_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss: ClassLoss,
+    *,
+    normalize: bool = True,
+    classes: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """A class loss of the rows against all classes, without the N x C cosines.
+
+    Args:
+        embeddings: [N, D] float32, bfloat16, float16 or float64.
+        weight: [C, D] class centres, or [C, K, D] with K of each class, of the same dtype (under
+            torch.autocast the embeddings take the weight's).
+        labels: [N] or [N, L] int64 in [0, C), or `ignore_index`: nothing there.
+        loss: a value of this module.
+        normalize: divide rows of both sides by their norm; a row with norm <= 1e-12 counts as
+            zero and gets gradient zero. False: the products are taken for cosines as they are.
+        classes: [M] distinct ids of the classes that take part; every label must be among them.
+            Rows of `weight` are read in place, nothing but a tile is gathered.
+        ignore_index: a row all of whose labels are this has loss 0 and leaves gradients alone.
+        reduction: "mean" over the rows with a label (0 if there are none), "sum", "none" [N].
+        precision: "fp32", "tf32", "mixed" or "bf16"; see `fused_losses.functional`.
+
+    Returns the loss in float32 (float64 for float64 inputs). Differentiable in embeddings and
+    weight (and the tensors that a loss holds); any number of times on backend "reference", else
+    once. Raises ValueError, TypeError, IndexError for bad arguments; RuntimeError when the
+    backend cannot run the call. Time O(N C K D); memory beyond inputs and gradients O(N D) and a
+    few tiles of classes.
+    """
+    if not isinstance(loss, ClassLoss):
+        raise TypeError(f"loss: expected a ClassLoss, got {type(loss).__name__}")
+    labels = _checked(embeddings, weight, labels, ignore_index, reduction)
+    centers = weight.shape[1] if weight.dim() == 3 else 1
+    embeddings = meet(embeddings, weight)
+    if classes is not None:
+        validation.check_index_vector("classes", classes, None, embeddings)
+        if classes.shape[0] == 0:
+            raise ValueError("classes: expected at least one class id, got an empty tensor")
+        classes = torch.sort(classes.long()).values
+    if not torch.compiler.is_compiling():
+        validation.check_labels(labels, weight.shape[0], ignore_index=ignore_index)
+    # a stray -1 stays an error: it becomes -2
+    stray = torch.where(labels == NO_TARGET, NO_TARGET - 1, labels)
+    labels = torch.where(labels == ignore_index, NO_TARGET, stray)
+    present = labels != NO_TARGET
+    valid = present.any(dim=1)
+    with no_autocast(embeddings.device):
+        # an ignored row must not reach the gradients, not even with NaN
+        x = torch.where(valid[:, None], embeddings.to(accumulate_dtype(weight.dtype)), 0)
+        norms = torch.linalg.vector_norm(x, dim=1)
+        x = unit_rows(x) if normalize else x
+        inputs = ClassInputs(
+            x,
+            weight.flatten(0, -2),
+            labels,
+            classes,
+            rule=loss.rule,
+            params=loss.params(),
+            centers=centers,
+            softness=loss.softness,
+            normalize=normalize,
+            precision=precision,
+        )
+        with torch.no_grad():
+            values = loss.values(class_targets(inputs), present)
+        inputs = inputs._replace(values=values)
+        found = class_statistics(inputs, backend=backend)
+        rows = loss.row_loss(found.statistics, found.targets, present, inputs.taking_part, norms)
+        rows = torch.where(valid, rows, 0).to(x.dtype)
+        if reduction == "none":
+            return rows
+        total = rows.sum()
+        return total if reduction == "sum" else total / valid.sum().clamp_min(1)
+
+
+def _checked(
+    embeddings: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str
+) -> Tensor:
+    """Checks at the door; the labels as int64 [N, L]."""
+    if isinstance(weight, Tensor) and weight.dim() == 3:
+        if weight.shape[1] == 0:
+            raise ValueError(f"weight: expected [C, K >= 1, D], got {describe(weight)}")
+        validation.check_pair("embeddings", embeddings, "weight", weight[:, 0])
+    else:
+        validation.check_pair("embeddings", embeddings, "weight", weight)
+    n = embeddings.shape[0]
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[0] == n:
+        validation.check_index_vector("labels", labels.flatten(), None, embeddings)
+    else:
+        validation.check_index_vector("labels", labels, n, embeddings)
+        labels = labels[:, None]
+    return labels.long()

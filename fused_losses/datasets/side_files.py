@@ -1,0 +1,120 @@
+"""What was learnt from a large file, kept beside it so that it is learnt once.
+
+A side file holds a line (checksum of the rest; JSON: format, stamps, names), then int64 tensors. It
+counts only for the very files (size and time of change) that it was made from; any other, or a
+damaged one, is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FORMAT = "fused_losses.datasets 1"
+MAX_HEAD = 1 << 28
+
+Index = dict[str, Tensor]  # name -> [n] int64
+Cache = str | Path | bool | None  # True: beside the data; a folder; False or None: not kept
+
+
+def stamp(path: Path) -> list[int]:
+    """[size, time of change in ns]: what tells that a file is still the same."""
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
+
+
+def side_path(cache: Cache, path: Path) -> Path | None:
+    """Where the index of a data file is kept."""
+    if cache is None or cache is False:
+        return None
+    if cache is True:
+        return path.with_name(path.name + ".index")
+    # two shards of one name in two folders are two files
+    name = f"{path.name}-{zlib.crc32(str(path.resolve()).encode()):08x}.index"
+    return Path(cache) / name
+
+
+def remembered(
+    side: Path | None,
+    stamps: object,  # what JSON can hold; changes when the data does
+    make: Callable[[], tuple[Index, object]],
+) -> tuple[Index, object]:
+    """`make()`, or what it returned last time if the stamps are the same: tensors and a JSON value.
+
+    A folder that can't be written gives a warning, and the index is not kept.
+    """
+    if side is None:
+        return make()
+    found = _load(side, stamps)
+    if found is not None:
+        return found
+    tensors, extra = make()
+    try:
+        _save(side, stamps, tensors, extra)
+    except OSError as error:
+        warnings.warn(
+            f"{side}: the index cannot be kept ({error.strerror}); pass cache= a folder that can "
+            "be written",
+            stacklevel=3,
+        )
+    return tensors, extra
+
+
+def _save(side: Path, stamps: object, tensors: Index, extra: object) -> None:
+    """Written aside and renamed: a reader sees the old file, none, or the whole new one."""
+    head = {
+        "format": FORMAT,
+        "stamps": stamps,
+        "names": [[name, len(t)] for name, t in tensors.items()],
+        "extra": extra,
+    }
+    parts = [json.dumps(head).encode() + b"\n"]
+    parts += [memoryview(t.contiguous().numpy()).cast("B") for t in tensors.values()]
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    side.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=side.parent, prefix=side.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(b"%08x " % crc)
+            for part in parts:
+                file.write(part)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, side)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _load(side: Path, stamps: object) -> tuple[Index, object] | None:
+    """None where there is none that fits, whatever the reason."""
+    try:
+        with side.open("rb") as file:
+            expected, line = int(file.read(9), 16), file.readline(MAX_HEAD)
+            head, crc = json.loads(line), zlib.crc32(line)
+            if head["format"] != FORMAT or head["stamps"] != stamps:
+                return None
+            total = 8 * sum(count for _, count in head["names"])
+            if os.fstat(file.fileno()).st_size - file.tell() != total:
+                return None
+            tensors = {}
+            for name, count in head["names"]:
+                array = bytearray(file.read(8 * count))
+                crc = zlib.crc32(array, crc)
+                tensors[name] = (
+                    torch.frombuffer(array, dtype=torch.int64)
+                    if count
+                    else torch.zeros(0, dtype=torch.int64)
+                )
+            return (tensors, head["extra"]) if crc == expected else None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        return None

@@ -1,0 +1,69 @@
+"""The command line of the large-class trainer; every rank runs it, started by torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from fused_losses.centers.watch import EXIT_CODE, RankFailure
+from fused_losses.train.large.config import LargeConfig
+from fused_losses.train.options import add_options, given_options
+
+DESCRIPTION = """\
+Train an embedding with a sharded large-class head, one process a GPU (or a share of the CPU):
+
+  torchrun --standalone --nproc-per-node 2 --max-restarts 10 -m fused_losses.train.large
+
+A run that was killed goes on from its latest checkpoint when it is started again, on any number
+of processes. Writes config.json, log.jsonl (one line a step) and checkpoints to RUNS/NAME."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every field of `LargeConfig` as an option, and where the run lies."""
+    options = argparse.ArgumentParser(
+        prog="python -m fused_losses.train.large",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument("--name", required=True, help="folder of the run")
+    options.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+    add_options(options.add_argument_group("the run"), LargeConfig)
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 2 for a run that cannot be; other errors end the process with their traceback."""
+    try:
+        return _main(argv)
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # not by the interpreter's exit: it joins the checkpoints' threads, which may wait for ranks
+        # that are gone
+        os._exit(EXIT_CODE if isinstance(error, RankFailure) else 1)
+
+
+@record  # torchrun then shows the first error of all ranks
+def _main(argv: list[str] | None) -> int:
+    from fused_losses.train.large.loop import RunError, train
+
+    args = parser().parse_args(argv)
+    try:
+        config = LargeConfig(**given_options(args, LargeConfig))
+    except ValueError as error:
+        return _refuse(error)
+    try:
+        train(config, Path(args.runs) / args.name)
+    except RunError as error:
+        return _refuse(error)
+    return 0
+
+
+def _refuse(error: Exception) -> int:
+    print(f"fused_losses.train.large: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,129 @@
+"""What a large-class run is: every value that its numbers depend on, in one frozen record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fused_losses.train.config import AUGMENTATIONS, BACKENDS, MARGINS, PRECISIONS, SCHEDULES
+from fused_losses.train.options import check_choices, check_least, option
+
+SETS = ("synthetic", "folders", "recordio", "webdataset", "glyphs")
+OPTIMIZERS = ("sgd", "adamw")
+HEAD_OPTIMIZERS = ("sgd", "adamw", "adagrad")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEVICES = ("cpu", "cuda")
+PARALLEL = ("ddp", "fsdp2")
+
+# How state is kept and how a run is watched changes no loss.
+MAY_DIFFER = frozenset(
+    {"checkpoint_every", "keep", "readers", "interval", "timeout", "hang_timeout", "storage"}
+)
+
+
+@dataclass(frozen=True)
+class LargeConfig:
+    """One run. Field `a_b` is option `--a-b` of the command line, with the same default."""
+
+    data: str = option(
+        "synthetic",
+        "synthetic, folders:ROOT, recordio:PATH/train.rec, webdataset:PATTERN, glyphs or "
+        "glyphs:FONT_FOLDER",
+    )
+    classes: int = option(1000, "classes of synthetic; elsewhere pads the table to this many rows")
+    samples: int = option(8, "vectors of a class of synthetic")
+    features: int = option(64, "size of a vector of synthetic")
+    noise: float = option(0.5, "deviation of the vectors of synthetic from their class's mean")
+    image_size: int = option(32, "height and width of the pictures")
+    channels: int = option(1, "1 grey, 3 colour")
+    augment: str = option("none", "none, light (flip, shift), full", AUGMENTATIONS)
+    backbone: str = option(
+        "auto",
+        "mlp (vectors), small (pictures) or package.module:factory, called with num_classes=D; "
+        "auto: mlp for synthetic, else small",
+    )
+    backbone_args: str = option("{}", "JSON object of keyword arguments for the factory")
+    hidden: int = option(128, "hidden units of mlp")
+    embedding: int = option(128, "embedding size D")
+    margin: str = option("arcface", "margin on the target class", MARGINS)
+    margin_value: float | None = option(None, "the margin's size; default: its paper's")
+    scale: float = option(64.0, "scale s of the cosines")
+    sample_rate: float = option(1.0, "chance of another class to take part in a step")
+    log_q: bool = option(False, "make the sums over sampled classes unbiased")
+    sub_centers: int = option(1, "centres of a class")
+    head_optimizer: str = option("sgd", "optimiser of the table", HEAD_OPTIMIZERS)
+    head_lr: float = option(0.1, "peak learning rate of the table")
+    head_momentum: float = option(0.9, "momentum of the table's sgd")
+    head_weight_decay: float = option(0.0, "weight decay of the table")
+    dtype: str = option("float32", "of the table; float64 makes the whole run float64", DTYPES)
+    storage: str = option("", "folder for a memory-mapped table; empty: in memory")
+    backend: str = option("auto", "backend of the head", BACKENDS)
+    precision: str = option("fp32", "precision of the head's products", PRECISIONS)
+    steps: int = option(200, "steps")
+    batch_size: int = option(256, "pictures per step, of all ranks together")
+    optimizer: str = option("sgd", "optimiser of the backbone", OPTIMIZERS)
+    lr: float = option(0.1, "peak learning rate of the backbone")
+    momentum: float = option(0.9, "momentum of the backbone's sgd")
+    weight_decay: float = option(5e-4, "weight decay of the backbone")
+    schedule: str = option("cosine", "learning rates after the warm-up", SCHEDULES)
+    warmup: float = option(0.1, "share of the steps with linearly rising learning rates")
+    parallel: str = option("ddp", "how the backbone is spread over ranks", PARALLEL)
+    device: str = option("cpu", "cuda: each rank takes the GPU of its local rank", DEVICES)
+    threads: int = option(1, "CPU threads of a rank; more may order sums in another way")
+    seed: int = option(0, "seeds weights, data order, samples and augmentation")
+    readers: int = option(2, "threads of a rank that read pictures ahead")
+    checkpoint_every: int = option(50, "steps between checkpoints")
+    keep: int = option(2, "checkpoints that stay")
+    interval: float = option(1.0, "seconds between a rank's heartbeats")
+    timeout: float = option(30.0, "seconds without a heartbeat after which a rank is dead")
+    hang_timeout: float = option(600.0, "seconds without progress after which a rank hangs")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        counts = (
+            "classes", "samples", "features", "image_size", "hidden", "embedding", "sub_centers",
+            "steps", "batch_size", "threads", "readers", "checkpoint_every", "keep",
+        )  # fmt: skip
+        check_least(self, **dict.fromkeys(counts, 1))
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup: expected a share from 0 to 1, got {self.warmup}")
+        kind, _, place = self.data.partition(":")
+        if kind not in SETS or (not place and kind not in ("synthetic", "glyphs")):
+            raise ValueError(
+                f"data: expected synthetic, glyphs, or one of {', '.join(SETS[1:])} and where it "
+                f"lies after a colon, got {self.data!r}"
+            )
+        self.factory_args()
+
+    def factory_args(self) -> dict[str, Any]:
+        """`backbone_args` as a dictionary."""
+        try:
+            args = json.loads(self.backbone_args)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"backbone_args: expected a JSON object ({error})") from None
+        if not isinstance(args, dict):
+            raise ValueError(f"backbone_args: expected a JSON object, got {self.backbone_args!r}")
+        return args
+
+    def head_options(self) -> dict[str, float]:
+        """Hyper-parameters of the table's optimiser."""
+        options = {"lr": self.head_lr, "weight_decay": self.head_weight_decay}
+        return options | ({"momentum": self.head_momentum} if self.head_optimizer == "sgd" else {})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> LargeConfig:
+        return cls(**json.loads(path.read_text()))
+
+
+def differences(saved: LargeConfig, asked: LargeConfig) -> list[str]:
+    """What keeps `asked` from continuing `saved`, one sentence a field."""
+    return [
+        f"{f.name}: the run has {getattr(saved, f.name)!r}, asked for {getattr(asked, f.name)!r}"
+        for f in fields(LargeConfig)
+        if f.name not in MAY_DIFFER and getattr(saved, f.name) != getattr(asked, f.name)
+    ]

@@ -1,0 +1,60 @@
+"""Encoded pictures for the tests of data sets, and damage for their files."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_losses.datasets import DataError
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def pixels(number: int, size: tuple[int, int] = (6, 5)) -> Tensor:
+    """[3, height, width] uint8, another for every number."""
+    return torch.randint(
+        0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(number)
+    )
+
+
+def encode(picture: Tensor, form: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out, form)
+    return out.getvalue()
+
+
+def png(number: int) -> bytes:
+    """`pixels(number)`, without loss."""
+    return encode(pixels(number))
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    """Cut short, or with one to four bytes changed; most changes fall in the first kilobyte."""
+    draw = random.Random(seed)
+    if draw.random() < 0.3:
+        return data[: draw.randrange(len(data))]
+    out = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        reach = len(out) if draw.random() < 0.5 else min(len(out), 1024)
+        out[draw.randrange(reach)] = draw.choice([0, 1, 0x7F, 0x80, 0xFF, draw.randrange(256)])
+    return bytes(out)
+
+
+def outcome(read: object) -> object:
+    """What a reader gives, or "refused" for DataError; every other exception goes through."""
+    try:
+        return read()
+    except DataError as error:
+        assert str(error)
+        return "refused"
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path

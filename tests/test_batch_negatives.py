@@ -1,0 +1,400 @@
+"""UNPG: the authors' numbers, the materialised formula, exact quartiles of streamed pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import widest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fused_losses import batch_negatives, margin_softmax, margins
+from fused_losses.batch_negatives import UNPG, add_shared, shared_negatives, unpg_margin_softmax
+
+FOLDER = Path(__file__).parent / "golden" / "negatives"
+INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]
+GOLDENS = sorted(name for name in INDEX if name.startswith("unpg"))
+
+
+def pair_scores(x: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
+    """c_ab of every pair a < b of different labels, in a double loop."""
+    x = F.normalize(x) if normalize else x
+    n = len(x)
+    pairs = [(a, b) for a in range(n) for b in range(a + 1, n)]
+    found = [x[a] @ x[b] for a, b in pairs if labels[a] != labels[b] and -100 not in labels[[a, b]]]
+    return torch.stack(found) if found else x.new_zeros(0)
+
+
+def formula(scores: Tensor, scale: float, whisker: float) -> Tensor:
+    """lambda from the scores of all pairs."""
+    ordered = scores.detach().sort().values
+    q1, q3 = ordered[int(0.25 * len(ordered))], ordered[int(0.75 * len(ordered))]
+    reach = whisker * (q3 - q1)
+    kept = scores[(scores >= q1 - reach) & (scores <= q3 + reach)]
+    return (scale * kept).exp().sum().log()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a small batch passes several tiles, the last ones ragged."""
+    monkeypatch.setattr(batch_negatives, "TILE_SIDE", 16)
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_value_and_gradients_are_the_authors(name: str, backend: str) -> None:
+    with np.load(FOLDER / f"{name}.npz") as stored:
+        data = {key: torch.from_numpy(stored[key]) for key in stored.files}
+    params = INDEX[name]["params"]
+    arc = "ArcFace" in name
+    margin = margins.ArcFace(params["m"], "none") if arc else margins.CosFace(params["m"])
+    x, w = data["x"].requires_grad_(), data["w"].requires_grad_()
+    loss = unpg_margin_softmax(
+        x,
+        w,
+        data["labels"],
+        margin=margin,
+        scale=params["s"],
+        negatives=UNPG(params["wisk"]),
+        backend=backend,
+    )
+    loss.backward()
+    torch.testing.assert_close(loss, data["loss"], rtol=1e-11, atol=0)
+    torch.testing.assert_close(x.grad, data["grad_x"], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(w.grad, data["grad_w"], rtol=1e-9, atol=1e-11)
+
+    shared = shared_negatives(
+        x, data["labels"], scale=params["s"], whisker=params["wisk"], backend=backend
+    )
+    wanted = torch.logsumexp(params["s"] * data["sn_kept"], 0)
+    torch.testing.assert_close(shared, wanted, rtol=1e-13, atol=0)
+    assert len(data["sn_kept"]) < len(data["sn"])  # the filter filters
+
+
+class Case(NamedTuple):
+    n: int
+    classes: int
+    scale: float = 16.0
+    whisker: float = 1.5
+    normalize: bool = True
+    ignored: float = 0.0
+
+
+CASES = {
+    "two rows": Case(2, 50),
+    "three rows": Case(3, 50),
+    "a tile": Case(16, 5),
+    "ragged tiles": Case(37, 5, 64.0, 0.5),
+    "the box alone": Case(37, 5, whisker=0.0),
+    "ignored": Case(40, 5, ignored=0.3, whisker=0.5),
+    "products": Case(33, 6, 1.0, 0.7, normalize=False),
+}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradients_are_the_formula(name: str, backend: str) -> None:
+    case, dtype = CASES[name], widest(backend)
+    x = torch.randn(case.n, 7, dtype=dtype, requires_grad=True)
+    labels = torch.arange(case.n) % case.classes
+    labels[torch.rand(case.n) < case.ignored] = -100
+    scale = torch.tensor(case.scale, dtype=torch.float64, requires_grad=True)
+    got = shared_negatives(
+        x, labels, scale=scale, whisker=case.whisker, normalize=case.normalize, backend=backend
+    )
+    wide = x.detach().double().requires_grad_()
+    wanted = formula(pair_scores(wide, labels, case.normalize), scale, case.whisker)
+    tight = 1e-12 if dtype == torch.float64 else 3e-6
+    torch.testing.assert_close(got, wanted.to(got.dtype), rtol=tight, atol=tight)
+    found = torch.autograd.grad(3 * got, (x, scale))
+    truth = torch.autograd.grad(3 * wanted, (wide, scale))
+    for g, t in zip(found, truth, strict=True):
+        torch.testing.assert_close(g.double(), t, rtol=100 * tight, atol=10 * tight)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["generic", "ties", "zero", "tiny", "mixed", "near"])
+def test_quartiles_are_exact(kind: str, dtype: torch.dtype) -> None:
+    # integers and powers of two: products without rounding, so any order of the sum has these bits
+    n = 61
+    labels = torch.randint(4, (n,))
+    valid = torch.rand(n) < 0.9
+    step = 2.0**-11 if dtype == torch.float32 else 2.0**-26
+    x = {
+        "generic": torch.randint(-2000, 2000, (n, 3)).double(),
+        "ties": torch.randint(-1, 2, (n, 2)).double(),
+        "zero": torch.zeros(n, 2).double(),
+        "tiny": torch.randint(-9, 10, (n, 2)).double() * 2.0**-70,  # products are denormal
+        "mixed": torch.randint(-9, 10, (n, 1)) * 2.0 ** torch.randint(-30, 30, (n, 1)).double(),
+        # 1 + i j eps: all bits but the last few are alike, and zero below the first 16
+        "near": torch.stack([torch.ones(n), torch.randint(1, 9, (n,)) * step], 1).double(),
+    }[kind].to(dtype)
+    pairs = batch_negatives.Pairs(x, labels, valid)
+    got = batch_negatives._quartiles(pairs)
+    scores = x @ x.T
+    keep = ((labels[:, None] != labels) & valid[:, None] & valid).triu(1)
+    ordered = scores[keep].sort().values
+    assert got.dtype == dtype
+    assert torch.equal(got, ordered[[len(ordered) // 4, 3 * len(ordered) // 4]])
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quartiles_of_rounded_scores_have_the_bits_that_later_sweeps_see(
+    dtype: torch.dtype,
+) -> None:
+    x = F.normalize(torch.randn(53, 19, dtype=dtype))
+    pairs = batch_negatives.Pairs(x, torch.arange(53) % 7, torch.ones(53, dtype=torch.bool))
+    seen = torch.cat([t.cosine[t.negative] for t in batch_negatives._tiles(pairs)])
+    ordered = seen.sort().values
+    assert torch.equal(
+        batch_negatives._quartiles(pairs), ordered[[len(ordered) // 4, 3 * len(ordered) // 4]]
+    )
+
+
+def test_the_kept_interval_is_closed(backend: str) -> None:
+    # w = 0 keeps [q1, q3] with its ends: of 1 2 2 3 3 6 those from rank 1 to rank 4
+    x = torch.tensor([[1.0], [1.0], [2.0], [3.0]], dtype=widest(backend))
+    labels = torch.tensor([0, 1, 2, 3])
+    got = shared_negatives(x, labels, scale=1.0, whisker=0.0, normalize=False, backend=backend)
+    wanted = torch.tensor([2.0, 2.0, 3.0, 3.0]).logsumexp(0)
+    assert abs(got - wanted) < 1e-6
+
+
+def test_edges(backend: str) -> None:
+    x = torch.randn(6, 4, dtype=widest(backend), requires_grad=True)
+    same = torch.zeros(6, dtype=torch.int64)
+    for rows, labels in ((x, same), (x[:1], same[:1]), (x[:0], same[:0]), (x, same - 100)):
+        none = shared_negatives(rows, labels, scale=8.0, backend=backend)
+        assert none == -torch.inf
+        assert not torch.autograd.grad(none, x)[0].any()
+    w = torch.randn(1, 4, dtype=x.dtype, requires_grad=True)
+    loss = unpg_margin_softmax(x, w, same, backend=backend)  # no pair and no other class
+    assert loss == 0
+    assert all(not g.any() for g in torch.autograd.grad(loss, (x, w)))
+    labels = torch.tensor([0, 1, 2, 0, 1, -100])
+    bad = x.detach().clone()
+    bad[5, 1] = torch.nan
+    assert shared_negatives(bad, labels, scale=8.0, backend=backend).isfinite()
+    w = torch.randn(3, 4, dtype=x.dtype, requires_grad=True)
+    loss = unpg_margin_softmax(bad.requires_grad_(), w, labels, backend=backend)
+    assert all(g.isfinite().all() and g.any() for g in torch.autograd.grad(loss, (bad, w)))
+    bad = bad.detach().clone()
+    bad[2, 1] = torch.nan
+    assert shared_negatives(bad, labels, scale=8.0, backend=backend).isnan()
+
+
+def test_finite_where_the_exponential_overflows(streamed: str) -> None:
+    x = (1 + 0.1 * torch.randn(40, 8)).requires_grad_()
+    labels = torch.arange(40) % 9
+    got = shared_negatives(x, labels, scale=300.0, backend=streamed)
+    wide = x.detach().double()
+    wanted = formula(pair_scores(wide, labels), 300.0, 1.5)
+    assert abs(got - wanted) < 1e-3 and wanted > 100
+    assert torch.autograd.grad(got, x)[0].isfinite().all()
+
+
+def test_add_shared_is_logaddexp_and_keeps_gradients_finite() -> None:
+    for a, b in ((1.0, 2.0), (-torch.inf, 2.0), (1.0, -torch.inf), (-torch.inf, -torch.inf)):
+        lse = torch.tensor([a, 800.0], requires_grad=True)
+        shared = torch.tensor(b, requires_grad=True)
+        out = add_shared(lse, shared)
+        assert torch.equal(out[0], torch.logaddexp(torch.tensor(a), torch.tensor(b)))
+        for grad in torch.autograd.grad(out.sum(), (lse, shared)):
+            assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_margin_softmax_options_against_the_formula(reduction: str, backend: str) -> None:
+    dtype = widest(backend)
+    x = (9 * torch.randn(30, 6, dtype=dtype)).requires_grad_()
+    w = torch.randn(40, 6, dtype=dtype, requires_grad=True)
+    labels = torch.randint(40, (30,))
+    labels[::7] = -100
+    classes = torch.cat([labels[labels >= 0].unique(), torch.tensor([0, 5, 39])]).unique()
+    margin = margins.MagFace(l_a=1.0)  # it needs the norms, and adds a penalty
+    options = dict(margin=margin, scale=20.0, negatives=UNPG(0.8), classes=classes)
+    got = unpg_margin_softmax(x, w, labels, reduction=reduction, backend=backend, **options)
+
+    valid = labels >= 0
+    kept, ids = x[valid], labels[valid]
+    cosine = F.normalize(kept) @ F.normalize(w[classes]).T
+    is_target = ids[:, None] == classes
+    norm = kept.norm(dim=1)
+    moved = margin(cosine[is_target], norm)
+    z = 20.0 * cosine.masked_scatter(is_target, moved)
+    shared = formula(pair_scores(x, labels), 20.0, 0.8).expand(len(z), 1)
+    losses = torch.cat([z, shared], 1).logsumexp(1) - 20.0 * moved + margin.penalty(norm)
+    wanted = torch.zeros(30, dtype=dtype).masked_scatter(valid, losses)
+    wanted = {"mean": losses.mean(), "sum": losses.sum(), "none": wanted}[reduction]
+    tight = 1e-10 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(got, wanted, rtol=tight, atol=tight)
+    up = torch.rand_like(got)
+    found = torch.autograd.grad((got * up).sum(), (x, w))
+    truth = torch.autograd.grad((wanted * up).sum(), (x, w))
+    for g, t in zip(found, truth, strict=True):
+        torch.testing.assert_close(g, t, rtol=tight, atol=tight)
+
+
+def test_margins_that_bend_the_other_classes(backend: str) -> None:
+    dtype = widest(backend)
+    x, w = (torch.randn(n, 5, dtype=dtype, requires_grad=True) for n in (20, 30))
+    labels = torch.randint(30, (20,))
+    margin = margins.CurricularFace(0.5).eval()
+    margin.t.fill_(0.25)  # exact in its float32
+    loss = unpg_margin_softmax(x, w, labels, margin=margin, scale=16.0, backend=backend)
+    cosine = F.normalize(x) @ F.normalize(w).T
+    target = cosine.gather(1, labels[:, None])
+    hard = cosine > torch.cos(torch.acos(target.detach()) + 0.5)
+    assert hard.sum() > 30  # the others beside the targets
+    z = torch.where(hard, cosine * (0.25 + cosine), cosine)
+    z = 16.0 * z.scatter(1, labels[:, None], margin(target[:, 0])[:, None])
+    shared = formula(pair_scores(x, labels), 16.0, 1.5).expand(20, 1)
+    wanted = F.cross_entropy(torch.cat([z, shared], 1), labels)
+    tight = 1e-10 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(loss, wanted, rtol=tight, atol=tight)
+    found, truth = (torch.autograd.grad(value, (x, w)) for value in (loss, wanted))
+    for g, t in zip(found, truth, strict=True):
+        torch.testing.assert_close(g, t, rtol=100 * tight, atol=tight)
+    scale = torch.tensor(16.0, requires_grad=True)
+    if backend == "reference":
+        loss = unpg_margin_softmax(x, w, labels, margin=margin, scale=scale, backend=backend)
+        assert torch.autograd.grad(loss, scale)[0] != 0
+    else:
+        with pytest.raises(NotImplementedError, match="scale: its gradient"):
+            unpg_margin_softmax(x, w, labels, margin=margin, scale=scale, backend=backend)
+
+
+def test_without_pairs_it_is_margin_softmax(backend: str) -> None:
+    dtype = widest(backend)
+    x, w = torch.randn(5, 6, dtype=dtype), torch.randn(9, 6, dtype=dtype)
+    labels = torch.full((5,), 3)
+    margin = margins.ArcFace(0.3)
+    got = unpg_margin_softmax(x, w, labels, margin=margin, backend=backend)
+    wanted = margin_softmax(x, w, labels, margin=margin, backend=backend)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_half_precision_and_compile(streamed: str) -> None:
+    x = torch.randn(40, 16, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.arange(40) % 11
+    got = shared_negatives(x, labels, scale=16.0, backend=streamed)
+    wanted = formula(pair_scores(x.detach().double(), labels), 16.0, 1.5)
+    assert abs(got - wanted) < 1e-4  # the products are float32
+    assert torch.autograd.grad(got, x)[0].dtype == torch.bfloat16
+
+    x = torch.randn(40, 16, requires_grad=True)
+    run = torch.compile(UNPG(), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = run(x, labels, 16.0, backend=streamed)
+    eager = UNPG()(x, labels, 16.0, backend=streamed)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(torch.autograd.grad(compiled, x)[0], torch.autograd.grad(eager, x)[0])
+
+
+def test_op_is_registered_soundly(streamed: str) -> None:
+    x = F.normalize(torch.randn(12, 4, dtype=torch.float32)).requires_grad_()
+    scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    given = (x, torch.arange(12) % 3, torch.ones(12, dtype=torch.bool), scale, 1.5)
+    torch.library.opcheck(batch_negatives.SHARED_NEGATIVES.op(streamed), given)
+
+
+def test_derivatives_by_finite_differences_and_of_second_order() -> None:
+    labels = torch.arange(9) % 4
+    x = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+
+    def shared(x: Tensor, backend: str) -> Tensor:
+        return shared_negatives(x, labels, scale=5.0, whisker=0.5, backend=backend)
+
+    assert torch.autograd.gradcheck(lambda x: shared(x, "bounded"), x)
+    assert torch.autograd.gradgradcheck(lambda x: shared(x, "reference"), x)
+    (grad,) = torch.autograd.grad(shared(x, "bounded"), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.sum().backward()
+
+
+def test_same_bits_in_every_run(streamed: str) -> None:
+    x = torch.randn(700, 9, requires_grad=True)
+    labels = torch.arange(700) % 31
+    runs = []
+    for _ in range(2):
+        out = shared_negatives(x, labels, scale=32.0, backend=streamed)
+        runs.append((out, *torch.autograd.grad(out, x)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize(("dtype", "sweeps"), [(torch.float32, 4), (torch.float64, 6)])
+def test_memory_is_a_tile_and_sweeps_are_few(
+    dtype: torch.dtype, sweeps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_negatives, "TILE_SIDE", 64)
+    begun = []
+    tiles = batch_negatives._tiles
+    monkeypatch.setattr(batch_negatives, "_tiles", lambda p: begun.append(p) or tiles(p))
+    n, d = 512, 16
+    x = torch.randn(n, d, dtype=dtype)
+    pairs = batch_negatives.Pairs(x, torch.arange(n) % 7, torch.ones(n, dtype=torch.bool))
+    scale = torch.ones((), dtype=torch.float64)
+    with Largest() as seen:
+        found = batch_negatives._forward(pairs, scale, 1.5)
+        batch_negatives._backward(torch.ones_like(scale), pairs, scale, *found)
+    bins = 2 * (batch_negatives.BINS + 1)
+    assert seen.elements <= max(n * d, 64 * 64, bins) < n * n
+    assert len(begun) == sweeps
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, "embeddings: expected two dimensions", {"embeddings": torch.ones(4)}),
+        (TypeError, "labels: expected an integer", {"labels": torch.ones(2)}),
+        (ValueError, "labels: expected shape", {"labels": torch.ones(3).long()}),
+        (ValueError, "scale: expected", {"scale": 0.0}),
+        (TypeError, "scale: expected", {"scale": "64"}),
+        (ValueError, "whisker: expected", {"whisker": -0.1}),
+        (ValueError, "whisker: expected", {"whisker": float("nan")}),
+    ],
+)
+def test_bad_input(error: type[Exception], message: str, change: dict) -> None:
+    given = dict(embeddings=torch.ones(2, 4), labels=torch.ones(2).long(), scale=4.0)
+    with pytest.raises(error, match=message):
+        shared_negatives(**(given | change))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "negatives: expected a UNPG", {"negatives": 1.5}),
+        (ValueError, "gradient: expected", {"gradient": "none"}),
+        (ValueError, "scale: expected", {"scale": -1.0}),
+        (IndexError, "labels: expected class ids", {"labels": torch.full((2,), 3)}),
+    ],
+)
+def test_bad_input_of_the_softmax(error: type[Exception], message: str, change: dict) -> None:
+    given = dict(embeddings=torch.ones(2, 4), weight=torch.ones(3, 4), labels=torch.ones(2).long())
+    with pytest.raises(error, match=message):
+        unpg_margin_softmax(**(given | change))
+
+
+def test_bad_whisker() -> None:
+    with pytest.raises(ValueError, match="whisker: expected"):
+        UNPG(-1.0)

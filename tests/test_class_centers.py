@@ -1,0 +1,542 @@
+"""The large-class head in one process: against the losses it is made of, and torch's optimisers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_memory import COUNTER, told_by_child
+from torch import Tensor
+
+from fused_losses import class_losses, margins
+from fused_losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
+from fused_losses.batch_negatives import UNPG, unpg_margin_softmax
+from fused_losses.centers import ClassCenters
+from fused_losses.centers.sampling import sample
+from fused_losses.centers.shard import Group, Shard, ShardSweep, SoftmaxEngine
+from fused_losses.functional import margin_softmax
+
+N, C, D = 13, 57, 6
+
+
+def data(dtype: torch.dtype = torch.float64, labels: int = 0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(N, D, dtype=dtype, requires_grad=True)
+    y = torch.randint(0, C, (N, labels) if labels else (N,))
+    y[3] = -100
+    return x, y
+
+
+def head(**options: Any) -> ClassCenters:
+    defaults = dict(dtype=torch.float64, scale=16.0, chunk_bytes=10 * D * 8)
+    return ClassCenters(C, D, **{**defaults, **options})
+
+
+def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def same(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
+    for a, b in zip(found, expected, strict=True):
+        a = a.to_dense() if a.is_sparse else a
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+MARGINS = {
+    "none": lambda: None,
+    "arcface": lambda: margins.ArcFace(0.5),
+    "combined": lambda: margins.CombinedMargin(1.1, 0.2, 0.1),
+    "adaface": lambda: margins.AdaFace(),
+    "magface": lambda: margins.MagFace(l_a=0.5, u_a=4.0),
+}
+
+
+@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("gradient", ["exact", "straight_through"])
+def test_is_margin_softmax(name: str, gradient: str) -> None:
+    x, y = data()
+    found = head(margin=MARGINS[name](), gradient=gradient)
+    weight = found.weight.detach().clone().requires_grad_()
+    expected = margin_softmax(
+        x, weight, y, margin=MARGINS[name](), scale=16.0, gradient=gradient, backend="reference"
+    )
+    same(gradients(found(x, y), x, found.weight), gradients(expected, x, weight))
+
+
+LOSSES = {
+    "softmax of several labels": (lambda: class_losses.Softmax(margins.CosFace(0.2), 16.0), 1, 3),
+    "sub-centres": (lambda: class_losses.Softmax(margins.ArcFace(0.3), 16.0), 3, 1),
+    "soft triple": (lambda: class_losses.SoftTriple(), 3, 1),
+    "sface": (lambda: class_losses.SFace(), 1, 1),
+    "sphereface2": (lambda: class_losses.SphereFace2(0.3), 1, 1),
+    "mlcd": (lambda: class_losses.MLCD(16.0), 1, 4),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_is_class_loss(name: str) -> None:
+    make, centers, labels = LOSSES[name]
+    x, y = data(labels=labels)
+    found = head(margin=make(), sub_centers=centers)
+    weight = found.weight.detach().clone().requires_grad_()
+    expected = class_losses.class_loss(x, weight, y, make(), backend="reference")
+    same(gradients(found(x, y), x, found.weight), gradients(expected, x, weight))
+
+
+def test_sphereface2_bias_learns() -> None:
+    x, y = data()
+    answers = []
+    for sharded in (True, False):
+        bias = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        loss = class_losses.SphereFace2(bias)
+        found = head(margin=loss)
+        if sharded:
+            value = found(x, y)
+        else:
+            value = class_losses.class_loss(x, found.weight, y, loss, backend="reference")
+        answers.append(gradients(value, bias))
+    same(*answers)
+
+
+def test_adaptive_scale() -> None:
+    x, y = data()
+    found = head(margin=AdaptiveScale(smallest=2.0))
+    weight = found.weight.detach().clone().requires_grad_()
+    expected = adaptive_margin_softmax(x, weight, y, margin=AdaptiveScale(smallest=2.0))
+    same(gradients(found(x, y), x, found.weight), gradients(expected, x, weight))
+
+
+def test_shared_negatives() -> None:
+    x, y = data()
+    found = head(batch_negatives=UNPG(1.0))
+    weight = found.weight.detach().clone().requires_grad_()
+    expected = unpg_margin_softmax(
+        x, weight, y, margin=margins.ArcFace(), negatives=UNPG(1.0), scale=16.0, backend="reference"
+    )
+    same(gradients(found(x, y), x, found.weight), gradients(expected, x, weight))
+
+
+@pytest.mark.parametrize("log_q", [False, True])
+def test_sampled_is_the_loss_over_the_drawn_classes(log_q: bool) -> None:
+    x, y = data()
+    found = head(sample_rate=0.4, log_q=log_q, seed=5)
+    drawn = sample(0, C, 0.4, seed=5, step=0)
+    own = y[y >= 0].unique()
+    part = torch.cat([drawn, own]).unique()
+    weight = found.weight.detach().clone().requires_grad_()
+    bias = None
+    if log_q:
+        chance = torch.full((C,), 0.4, dtype=torch.float64).index_fill(0, own, 1.0)
+        bias = -chance.log()
+    expected = margin_softmax(
+        x, weight, y, scale=16.0, classes=part, bias=bias, backend="reference"
+    )
+    answer = gradients(found(x, y), x, found.weight)
+    assert answer[2].is_sparse and set(answer[2].coalesce().indices()[0].tolist()) == set(
+        part.tolist()
+    )
+    same(answer, gradients(expected, x, weight))
+    assert found.step_count == 1
+    found.eval()
+    full = margin_softmax(x, weight, y, scale=16.0, backend="reference")
+    torch.testing.assert_close(found(x, y), full, rtol=1e-10, atol=1e-10)
+    assert found.step_count == 1
+
+
+def test_the_corrected_sums_are_unbiased() -> None:
+    """The mean over many samples of sum exp z is that over all classes."""
+    x, y = data()
+    rows = torch.randn(C, D, dtype=torch.float64)
+    found = head(sample_rate=0.3, log_q=True, margin=None, scale=1.0, normalize=False)
+    with torch.no_grad():
+        found.weight.copy_(rows)
+    valid = y >= 0
+    z = (x @ rows.T).detach()[valid]
+    target = z.gather(1, y[valid, None])[:, 0]
+    others = (z.exp().sum(1) - target.exp()).log()
+    sums = []
+    for step in range(400):
+        found._version = step
+        taken: list[Tensor] = []
+        found._loss_of = lambda *a, taken=taken: _Recorder(taken)  # type: ignore[method-assign]
+        found(x, y)
+        sums.append(taken[0][valid].exp())
+    mean = torch.stack(sums).mean(0)
+    spread = torch.stack(sums).std(0) / 20
+    assert ((mean - others.exp()).abs() < 4.5 * spread).all()
+
+
+class _Recorder(class_losses.Softmax):
+    def __init__(self, taken: list[Tensor]) -> None:
+        super().__init__(None, 1.0)
+        object.__setattr__(self, "taken", taken)
+
+    def row_loss(self, statistics: Tensor, *rest: Any) -> Tensor:
+        self.taken.append(statistics[0].detach())
+        return super().row_loss(statistics, *rest)
+
+
+# ---- updates ------------------------------------------------------------------------------------
+
+SGD = dict(lr=0.3, momentum=0.9, weight_decay=0.01)
+OPTIMIZERS = {
+    "sgd": (SGD, torch.optim.SGD),
+    "nesterov": ({**SGD, "nesterov": True}, torch.optim.SGD),
+    "adamw": (dict(lr=0.01, weight_decay=0.1), torch.optim.AdamW),
+    "adagrad": (dict(lr=0.1), torch.optim.Adagrad),
+}
+
+
+def steps_apart(
+    name: str, rate: float, update: str, clip: float | None, count: int = 9
+) -> tuple[list[float], ClassCenters]:
+    settings, _ = OPTIMIZERS[name]
+    found = head(
+        sample_rate=rate,
+        optimizer="sgd" if name == "nesterov" else name,
+        optimizer_options=settings,
+        update=update,
+        max_grad_norm=clip,
+        seed=3,
+    )
+    schedule = torch.optim.lr_scheduler.ExponentialLR(found.optimizer, 0.9)
+    losses = []
+    for step in range(count):
+        x, y = batch(step)
+        loss = found(x, y)
+        loss.backward()
+        found.optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    found.settle()
+    return losses, found
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(N, D, dtype=torch.float64, generator=generator)
+    return x.requires_grad_(), torch.randint(0, C, (N,), generator=generator)
+
+
+def steps_together(
+    name: str, rate: float, clip: float | None, count: int = 9
+) -> tuple[list[float], Tensor]:
+    """The same with a dense gradient, zero for who takes no part, and torch's own optimiser."""
+    settings, kind = OPTIMIZERS[name]
+    weight = head(seed=3).weight.detach().clone().requires_grad_()
+    optimizer = kind([weight], **settings)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    losses = []
+    for step in range(count):
+        x, y = batch(step)
+        part = None
+        if rate < 1:
+            part = torch.cat([sample(0, C, rate, seed=3, step=step), y]).unique()
+        loss = margin_softmax(x, weight, y, scale=16.0, classes=part, backend="reference")
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_([weight], clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+    return losses, weight.detach()
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("update", ["backward", "step"])
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("name", ["sgd", "nesterov"])
+def test_sgd_inside_backward_is_torchs(
+    name: str, rate: float, update: str, clip: float | None
+) -> None:
+    losses, found = steps_apart(name, rate, update, clip)
+    expected, weight = steps_together(name, rate, clip)
+    torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.weight, weight, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adagrad"])
+def test_other_optimisers_inside_backward_are_torchs(name: str) -> None:
+    losses, found = steps_apart(name, 1.0, "backward", None)
+    expected, weight = steps_together(name, 1.0, None)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.weight, weight, rtol=1e-9, atol=1e-9)
+
+
+def test_backwards_add_up_until_a_step() -> None:
+    """Three batches in one step are one batch of all their rows, three times its mean."""
+    for rate in (1.0, 0.4):
+        options = dict(optimizer="sgd", optimizer_options=dict(lr=0.5), seed=2, sample_rate=rate)
+        apart, whole = head(update="step", **options), head(**options)
+        batches = [batch(step) for step in range(3)]
+        for x, y in batches:
+            (apart(x, y) / 3).backward()
+        assert torch.equal(apart.weight, whole.weight)
+        apart.optimizer.step()
+        # each other batch's classes are drawn ones to this one, or not: the full table has no doubt
+        if rate == 1:
+            whole(*(torch.cat(part) for part in zip(*batches, strict=True))).backward()
+            torch.testing.assert_close(apart.weight, whole.weight, rtol=1e-10, atol=1e-10)
+        else:
+            weight = whole.weight.clone().requires_grad_()
+            drawn = sample(0, C, rate, seed=2, step=0)
+            for x, y in batches:
+                part = torch.cat([drawn, y]).unique()
+                loss = margin_softmax(x, weight, y, scale=16.0, classes=part, backend="reference")
+                (loss / 3).backward()
+            expected = whole.weight - 0.5 * weight.grad
+            torch.testing.assert_close(apart.weight, expected, rtol=1e-10, atol=1e-10)
+        assert apart.step_count == 1
+
+
+def test_a_waiting_gradient_is_scaled_and_measured() -> None:
+    options = dict(optimizer="sgd", optimizer_options=dict(lr=1.0), update="step", seed=2)
+    found = head(**options)
+    before = found.weight.clone()
+    x, y = batch(0)
+    found(x, y).backward()
+    norm = found.grad_norm()
+    weight = before.clone().requires_grad_()
+    margin_softmax(x, weight, y, scale=16.0, backend="reference").backward()
+    assert norm == pytest.approx(weight.grad.norm().item(), rel=1e-10)
+    found.scale_grad(0.25)
+    assert found.grad_norm() == pytest.approx(norm / 4)
+    found.optimizer.step()
+    torch.testing.assert_close(found.weight, before - weight.grad / 4, rtol=1e-10, atol=1e-10)
+    found(x, y).backward()
+    found.optimizer.zero_grad()
+    after = found.weight.clone()
+    found.optimizer.step()
+    assert torch.equal(found.weight, after)
+
+
+def test_a_second_backward_of_an_updated_table_is_refused() -> None:
+    found = head(optimizer="sgd")
+    loss = found(*batch(0))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="updated after this forward"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="'step'"):
+        found.grad_norm()
+
+
+def test_a_frozen_backbone_still_moves_the_centres() -> None:
+    found = head(optimizer="sgd", optimizer_options=dict(lr=1.0))
+    before = found.weight.clone()
+    x, y = batch(0)
+    found(x.detach(), y).backward()
+    assert not torch.equal(found.weight, before) and found.step_count == 1
+
+
+def test_no_rows_and_no_labels() -> None:
+    found = head()
+    x = torch.zeros((0, D), dtype=torch.float64, requires_grad=True)
+    loss = found(x, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0 and x.grad.shape == (0, D) and found.weight.grad.abs().max() == 0
+    x = torch.full((3, D), torch.nan, dtype=torch.float64, requires_grad=True)
+    loss = found(x, torch.full((3,), -100))
+    loss.backward()
+    assert loss == 0 and x.grad.abs().max() == 0 and found.weight.grad.abs().max() == 0
+
+
+def test_what_a_step_knows_of_its_rows() -> None:
+    x, y = data()
+    found = head()
+    _, stats = found(x, y, return_stats=True)
+    _, expected = margin_softmax(
+        x, found.weight, y, scale=16.0, return_stats=True, backend="reference"
+    )
+    torch.testing.assert_close(stats.target_cosine, expected.target_cosine)
+    assert torch.equal(stats.hit, expected.hit) and not stats.hit[3]
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", None])
+def test_state_dict_goes_on_where_it_stopped(optimizer: str | None, rate: float) -> None:
+    def made(seed: int) -> ClassCenters:
+        settings = dict(lr=0.1, momentum=0.9) if optimizer == "sgd" else dict(lr=0.1)
+        return head(
+            optimizer=optimizer,
+            optimizer_options=settings if optimizer else None,
+            sample_rate=rate,
+            seed=6,
+        )
+
+    first, second = made(6), made(6)
+    with torch.no_grad():
+        second.weight.add_(1)
+    for step in range(3):
+        first(*batch(step)).backward()
+    second.load_state_dict(first.state_dict())
+    assert second.step_count == 3
+    losses = []
+    for found in (first, second):
+        losses.append([])
+        for step in range(3, 6):
+            loss = found(*batch(step))
+            loss.backward()
+            losses[-1].append(loss.item())
+    assert losses[0] == losses[1]
+
+
+def test_a_mapped_table_trains_as_one_in_memory(tmp_path: Path) -> None:
+    options = dict(optimizer="sgd", optimizer_options=SGD, sample_rate=0.5, seed=3)
+    tables = [head(**options), head(storage=tmp_path, **options)]
+    for step in range(4):
+        values = []
+        for found in tables:
+            loss = found(*batch(step))
+            loss.backward()
+            values.append(loss.item())
+        assert values[0] == values[1]
+    assert torch.equal(tables[0].weight, tables[1].weight)
+    size = C * D * 8
+    files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert files == {"weight-0-of-1.bin": size, "momentum_buffer-0-of-1.bin": size}
+
+
+@pytest.mark.parametrize("ids", [None, [0, 3, 4, 11, 30, 56]])
+def test_chunks_that_move_give_the_same(ids: list[int] | None) -> None:
+    """The path of a table on another device than the products', with both on this one."""
+    x, y = data()
+    x = torch.nn.functional.normalize(x.detach())
+    labels = torch.where(y < 0, -1, y)
+    rows = None if ids is None else torch.tensor(ids)
+    if rows is not None:
+        labels = torch.where(torch.isin(labels, rows), labels, -1)
+    answers = []
+    for moves in (False, True):
+        shard = Shard(head().weight.detach(), labels[:, None], x.device, 10 * D * 8, moves)
+        engine = SoftmaxEngine(16.0, True, "fp32", None)
+        sweep = ShardSweep(shard, [Group(rows)], engine)
+        found = sweep.forward(x, None)
+        parts = list(
+            sweep.gradients(found, found.statistics, x, None, need_x=True, need_weight=True)
+        )
+        answers.append(
+            [
+                *found,
+                sum(dx for _, dx, _ in parts),
+                torch.cat([dw for *_, dw in parts]),
+                shard.targets(x, 0.0, True),
+            ]
+        )
+    for here, moved in zip(*answers, strict=True):
+        torch.testing.assert_close(here, moved, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_tables_learn(dtype: torch.dtype) -> None:
+    """Steps far below the last digit of a 16-bit number arrive, in the mean."""
+    torch.manual_seed(0)
+    options = dict(optimizer_options=dict(lr=1e-3), sample_rate=0.5, scale=8.0, seed=1)
+    exact = head(optimizer="sgd", dtype=torch.float32, **options)
+    half = head(optimizer="sgd", dtype=dtype, **options)
+    with torch.no_grad():
+        exact.weight.copy_(torch.nn.functional.normalize(torch.randn(C, D)).to(dtype))
+        half.weight.copy_(exact.weight)
+    start = exact.weight.clone()
+    x, y = torch.randn(64, D), torch.randint(0, C, (64,))
+    for _ in range(200):
+        exact(x, y).backward()
+        half(x, y).backward()
+    moved = exact.weight - start
+    along = ((half.weight.float() - start) * moved).sum() / moved.square().sum()
+    assert along == pytest.approx(1, abs=0.1)
+
+
+# ---- the sample ---------------------------------------------------------------------------------
+
+
+def test_the_sample_is_even_and_knows_no_shards() -> None:
+    whole = sample(0, 5000, 0.3, seed=1, step=7)
+    parts = [sample(a, b - a, 0.3, seed=1, step=7) + a for a, b in ((0, 1234), (1234, 5000))]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(sample(0, 9, 1.0, seed=1, step=7), torch.arange(9))
+    assert sample(0, 9, 0.0, seed=1, step=7).numel() == 0
+    times = torch.zeros(300)
+    together = torch.zeros(300)  # how often with the next class: draws do not lean on each other
+    for step in range(3000):
+        taken = torch.zeros(300).index_fill(0, sample(0, 300, 0.25, seed=9, step=step), 1.0)
+        times += taken
+        together += taken * taken.roll(1)
+    deviation = (times / 3000 - 0.25).abs().max() / (0.25 * 0.75 / 3000) ** 0.5
+    pairs = (together / 3000 - 0.0625).abs().max() / (0.0625 * 0.9375 / 3000) ** 0.5
+    assert deviation < 4.5 and pairs < 4.5
+    with pytest.raises(ValueError, match="rate"):
+        sample(0, 9, 1.1, seed=1, step=7)
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+CHILD = (
+    COUNTER
+    + """
+from fused_losses.centers import ClassCenters
+
+def made(classes, **options):
+    head = ClassCenters(classes, 64, chunk_bytes=1 << 20, **options)
+    x, y = torch.randn(32, 64, requires_grad=True), torch.randint(0, classes, (32,))
+    head(x, y).backward()
+    return extra(lambda: head(x, y).backward())
+
+sgd = dict(optimizer="sgd", optimizer_options=dict(lr=0.1, momentum=0.9))
+cases = {"full": sgd, "sampled": {**sgd, "sample_rate": 0.1},
+         "clipped": {**sgd, "max_grad_norm": 1.0}, "apart": {**sgd, "update": "step"},
+         "sub-centres": {**sgd, "sub_centers": 2}}
+print(json.dumps({name: [made(c, **options) for c in (80_000, 320_000)]
+                  for name, options in cases.items()}))
+"""
+)
+
+
+def test_no_gradient_of_the_table_ever_exists() -> None:
+    """Beyond table and momentum: a few chunks, and a few numbers a class for the sample's ids."""
+    told = told_by_child(CHILD, None)
+    for name, (small, large) in told.items():
+        assert large < 12 << 20, (name, large)  # the smaller table has 20 MB
+        assert large - small < 240_000 * 16, (name, small, large)
+
+
+# ---- who says no --------------------------------------------------------------------------------
+
+BAD = [
+    (dict(sample_rate=0.0), ValueError, "sample_rate"),
+    (dict(scale=-1.0), ValueError, "scale"),
+    (dict(optimizer="lion"), ValueError, "optimizer"),
+    (dict(optimizer="sgd", optimizer_options=dict(beta=1)), TypeError, "beta"),
+    (dict(update="step"), ValueError, "optimizer"),
+    (dict(backend="reference"), ValueError, "margin_softmax"),
+    (dict(gradient_scale="mean"), ValueError, "gradient_scale"),
+    (dict(sub_centers=0), ValueError, "sub_centers"),
+    (dict(storage="pinned"), ValueError, "pinned"),
+    (dict(dtype=torch.int64), TypeError, "dtype"),
+    (dict(batch_negatives=UNPG(), margin=class_losses.SFace()), ValueError, "batch_negatives"),
+]
+
+
+@pytest.mark.parametrize("options, kind, name", BAD, ids=[str(row[0]) for row in BAD])
+def test_bad_options(options: dict[str, Any], kind: type[Exception], name: str) -> None:
+    if options.get("storage") == "pinned" and torch.accelerator.is_available():
+        pytest.skip("there is a GPU to read pinned memory")
+    with pytest.raises(kind, match=name):
+        head(**options)
+
+
+def test_bad_batches() -> None:
+    found = head()
+    x, y = data()
+    for given, kind, text in (
+        ((x[:, :3], y), ValueError, r"embeddings: expected \[n, 6\]"),
+        ((x.float(), y), TypeError, "float64"),
+        ((x, y[:3]), ValueError, "labels"),
+        ((x, y.float()), TypeError, "labels"),
+        ((x, torch.full((N,), C)), IndexError, f"labels: .*{C}"),
+        ((x, torch.full((N,), -1)), IndexError, "-1"),
+    ):
+        with pytest.raises(kind, match=text):
+            found(*given)

@@ -1,0 +1,497 @@
+"""Runs that are killed at random moments end as if nobody had touched them."""
+
+import dataclasses
+import json
+import multiprocessing as mp
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from fused_losses import datasets
+from fused_losses.centers.checkpoint import CheckpointError, Checkpoints
+from fused_losses.train.large.cli import main
+from fused_losses.train.large.config import LargeConfig
+from fused_losses.train.large.data import SyntheticVectors, hashed_normal
+from fused_losses.train.large.join import fresh_store
+from fused_losses.train.large.loop import LargeTraining, Log, RunError, train
+
+TESTS = Path(__file__).parent
+STEPS, KILLS, RANKS = 60, 10, 2
+# what a rank imports before its first step; DistributedDataParallel takes torch._dynamo
+PRELOAD = ["fused_losses.train.large.loop", "torch._dynamo", "pytest", "test_survival"]
+
+# ---- what runs in other processes ---------------------------------------------------------------
+
+
+class SlowNet(nn.Sequential):
+    """A backbone that tells its process's id, and is slow enough for a kill to hit a step."""
+
+    def __init__(self, num_classes: int, pids: str) -> None:
+        super().__init__(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, num_classes))
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        text = Path(pids, f"{os.environ['RANK']}.part")
+        text.write_text(f"{attempt} {os.getpid()}")
+        text.rename(text.with_suffix(".pid"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return super().forward(x)
+
+
+def launch(*arguments: str) -> None:
+    """torchrun's engine over forks of a process that has the imports: a restart is a second."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    mp.set_forkserver_preload(PRELOAD)
+    split = arguments.index("-m")
+    config, _, _ = config_from_args(parse_args([*arguments[:split], "-m", "unused"]))
+    config.start_method = "forkserver"
+    elastic_launch(config, main)(list(arguments[split + 2 :]))
+
+
+class Run:
+    """A training in processes of its own, and its files."""
+
+    def __init__(self, runs: Path, name: str, *, ranks: int, engine: str = "forks") -> None:
+        self.folder, self.pids = runs / name, runs / f"{name}.pids"
+        self.pids.mkdir(parents=True, exist_ok=True)
+        self.error = runs / f"{name}.err"
+        elastic = [
+            "--nnodes=1", f"--nproc-per-node={ranks}", f"--max-restarts={KILLS + 2}",
+            "--monitor-interval=0.05", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+            f"--rdzv-id={name}",
+        ]  # fmt: skip
+        training = [
+            "-m", "fused_losses.train.large", "--runs", str(runs), "--name", name,
+            "--backbone", "test_survival:SlowNet",
+            "--backbone-args", json.dumps({"pids": str(self.pids)}),
+            *"--classes 101 --features 12 --embedding 8 --batch-size 31 --dtype float64".split(),
+            *"--sample-rate 0.5 --head-weight-decay 5e-4 --checkpoint-every 3".split(),
+            "--steps", str(STEPS),
+        ]  # fmt: skip
+        start = (
+            ["-c", "import sys, test_survival; test_survival.launch(*sys.argv[1:])"]
+            if engine == "forks"
+            else ["-m", "torch.distributed.run"]
+        )
+        paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": "1",
+        }
+        with open(self.error, "w") as error:
+            self.process = subprocess.Popen(
+                [sys.executable, *start, *elastic, *training],
+                stdout=error,
+                stderr=error,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def log(self) -> list[dict]:
+        path = self.folder / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # the last line may be half written
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def losses(self) -> list[float]:
+        """The loss of every step; each stands in the log once, in order."""
+        log = self.log()
+        assert [line["step"] for line in log] == list(range(STEPS))
+        return [line["loss"] for line in log]
+
+    def ranks_of(self, attempt: int, ranks: int) -> list[int] | None:
+        """Process ids of the ranks of that attempt, once all have started."""
+        told = [path.read_text().split() for path in sorted(self.pids.glob("*.pid"))]
+        found = [int(pid) for number, pid in told if int(number) == attempt]
+        return found if len(found) == ranks else None
+
+    def wait_for(self, what: Callable[[], object], seconds: float = 150) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert self.process.poll() is None, self.error.read_text()[-4000:]
+            assert time.monotonic() < deadline, self.error.read_text()[-4000:]
+            time.sleep(0.002)
+
+    def finish(self, seconds: float = 150) -> None:
+        assert self.process.wait(seconds) == 0, self.error.read_text()[-4000:]
+
+    def kill(self) -> None:
+        """The launcher and all that it started."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, Run]]:
+    """An undisturbed run, and one to be killed, started together."""
+    folder = tmp_path_factory.mktemp("runs")
+    both = Run(folder, "undisturbed", ranks=RANKS), Run(folder, "killed", ranks=RANKS)
+    yield both
+    for run in both:
+        if run.process.poll() is None:
+            run.kill()
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def test_ten_kills_change_nothing(runs: tuple[Run, Run]) -> None:
+    undisturbed, run = runs
+    chance = random.Random()
+    # every other process group is young: killed while it starts, loads or writes its first steps
+    marks = sorted(chance.sample(range(4, STEPS - 6), KILLS))
+    for attempt, mark in enumerate(marks):
+        run.wait_for(lambda attempt=attempt: run.ranks_of(attempt, RANKS))
+        pids = run.ranks_of(attempt, RANKS)
+        if attempt % 3 != 2:
+            run.wait_for(lambda mark=mark: len(run.log()) >= mark)
+        time.sleep(chance.uniform(0, 0.05))
+        os.kill(chance.choice(pids), signal.SIGKILL)
+    run.finish()
+    undisturbed.finish()
+    assert run.ranks_of(KILLS, RANKS), "there were as many restarts as kills"
+    losses = run.losses()
+    assert losses == undisturbed.losses()
+    assert losses[-1] < losses[0]
+    left = {path.name for path in (run.folder / "checkpoints").iterdir()}
+    assert left == {f"step-{STEPS - 3:08d}", f"step-{STEPS:08d}"}
+
+
+def test_torchrun_goes_on_with_another_number_of_ranks(runs: tuple[Run, Run]) -> None:
+    undisturbed = runs[0]
+    folder = undisturbed.folder.parent
+    before = Run(folder, "resized", ranks=2, engine="torchrun")
+    before.wait_for(lambda: (before.folder / "checkpoints" / "step-00000006").exists())
+    before.kill()
+    done = len(before.log())
+    assert 6 <= done < STEPS
+    after = Run(folder, "resized", ranks=3, engine="torchrun")
+    after.finish()
+    undisturbed.finish()
+    expected, losses = torch.tensor([undisturbed.losses(), after.losses()], dtype=torch.float64)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+
+
+@pytest.fixture
+def no_group() -> Iterator[None]:
+    """Groups that an error has left behind are ended; a run ends its own."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+SMALL = LargeConfig(
+    classes=23, samples=3, features=6, hidden=8, embedding=5, batch_size=20, steps=9, readers=1,
+    checkpoint_every=2, warmup=0.2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"head_momentum": 0.8, "head_weight_decay": 1e-3, "sample_rate": 0.3, "log_q": True},
+        {"parallel": "fsdp2", "optimizer": "adamw", "lr": 1e-2, "head_optimizer": "adamw"},
+        {"head_optimizer": "adagrad", "sub_centers": 2, "margin": "cosface", "dtype": "bfloat16"},
+        {"dtype": "float64", "margin": "none", "schedule": "linear", "momentum": 0.0},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_stopped_run_goes_on_bitwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_group: None, options: dict
+) -> None:
+    config = dataclasses.replace(SMALL, **options)
+    expected = train(config, tmp_path / "whole")
+    assert len(expected) == 9 and all(loss > 0 for loss in expected)
+
+    class Stop(Exception):
+        pass
+
+    real = LargeTraining.step
+
+    def stop_in_step_7(self: LargeTraining, step: int, *rest: object) -> float:
+        if step == 7:
+            raise Stop
+        return real(self, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(LargeTraining, "step", stop_in_step_7)
+        train(config, tmp_path / "parts")
+    dist.destroy_process_group()
+    # what came after the newest complete checkpoint is done again: that of step 6, or of step 4
+    rest = train(config, tmp_path / "parts")
+    assert 3 <= len(rest) <= 5 and rest == expected[-len(rest) :]
+    log = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").open()]
+    assert [(line["step"], line["loss"]) for line in log] == list(enumerate(expected))
+    assert train(config, tmp_path / "parts") == []
+
+
+def write_pictures(folder: Path, form: str) -> str:
+    """Two classes of four grey pictures; what --data says of them."""
+    pictures = pytest.importorskip("PIL.Image")
+    records = []
+    for i in range(8):
+        path = folder / "pictures" / f"class {i // 4}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures.new("L", (40, 40), 100 * (i // 4) + i).save(path)
+        records.append((path.read_bytes(), i // 4))
+    if form == "folders":
+        return f"folders:{folder / 'pictures'}"
+    datasets.write_records(folder / "train.rec", records, size=(40, 40))
+    return f"recordio:{folder / 'train.rec'}"
+
+
+@pytest.mark.parametrize("form", ["folders", "recordio"])
+def test_pictures(tmp_path: Path, no_group: None, form: str) -> None:
+    data = write_pictures(tmp_path, form)
+    config = dataclasses.replace(
+        SMALL, data=data, classes=9, batch_size=6, steps=3, augment="light", margin="none"
+    )
+    losses = train(config, tmp_path / "run")
+    assert len(losses) == 3 and losses == train(config, tmp_path / "again")
+    # the table is padded to the classes asked for
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        table = {"head": {"weight": torch.empty(9, SMALL.embedding)}}
+        assert checkpoints.load(table) == 3
+
+
+def test_folder_of_another_run_is_refused(tmp_path: Path, no_group: None) -> None:
+    train(dataclasses.replace(SMALL, steps=1), tmp_path)
+    with pytest.raises(RunError, match="holds a run that differs\n  steps: the run has 1, asked"):
+        train(SMALL, tmp_path)
+    dist.destroy_process_group()
+    # what changes no loss may change
+    assert train(dataclasses.replace(SMALL, steps=1, keep=1), tmp_path) == []
+
+
+def test_log_keeps_the_steps_before_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log.jsonl"
+    whole = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(5))
+    path.write_text(whole + '{"step": 5, "lo')
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with Log(path, 3) as log:
+        log.write(3, 0.1, 0.01, 0.0)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [
+        (0, 0.5), (1, 0.5), (2, 0.5), (3, 0.1),
+    ]  # fmt: skip
+
+
+def test_command_line_names_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--name", "x", "--batch-size", "0"]) == 2
+    assert "batch_size: expected at least 1, got 0" in capsys.readouterr().err
+    assert main(["--name", "x", "--data", "folders"]) == 2
+    assert "data: expected synthetic, glyphs, or one of" in capsys.readouterr().err
+    assert main(["--name", "x", "--backbone-args", "[1]"]) == 2
+    assert "backbone_args: expected a JSON object, got '[1]'" in capsys.readouterr().err
+
+
+def test_synthetic_vectors_are_functions_of_their_index() -> None:
+    vectors = SyntheticVectors(classes=1000, samples=40, features=8, noise=0.5, seed=3)
+    indices = torch.arange(len(vectors))
+    x, labels = vectors.read(indices), vectors.labels[indices]
+    assert torch.equal(labels, indices % 1000) and x.dtype == torch.float32
+    assert torch.equal(vectors.read(indices[[5, 70]]), x[[5, 70]])
+    # within a class the noise alone; means of unit variance, none like another
+    means = x.view(40, 1000, 8).mean(0)
+    assert abs((x.view(40, 1000, 8) - means).std().item() - 0.5) < 0.01
+    assert abs(means.std().item() - 1.0) < 0.05 and abs(means.mean().item()) < 0.05
+    assert (means.T.corrcoef() - torch.eye(8)).abs().max() < 0.15
+    other = SyntheticVectors(classes=1000, samples=40, features=8, noise=0.5, seed=4)
+    assert (other.read(indices[:9]) != x[:9]).all()
+    assert torch.isfinite(hashed_normal(torch.arange(1 << 16), 4, seed=0)).all()
+
+
+def test_ranks_meet_in_a_store_with_the_leavings_of_dead_ones() -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        former: list[dist.Store] = []
+        for attempt in range(3):
+            # rank 0 comes last: the others find what an earlier attempt left
+            waiting = [pool.submit(fresh_store, store, rank, 3) for rank in (2, 1)]
+            time.sleep(0.02)
+            met = [fresh_store(store, 0, 3), *(future.result() for future in waiting)]
+            assert not any(each.check(["key"]) for each in met)
+            met[0].set("key", str(attempt))
+            assert [each.get("key") for each in met] == [str(attempt).encode()] * 3
+            former.append(met[0])
+        assert [each.get("key") for each in former] == [b"0", b"1", b"2"]
+    with pytest.raises(TimeoutError, match="ranks 1 of 2 did not come"):
+        fresh_store(store, 0, 2, timedelta(seconds=0.05))
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+def save_forever(folder: str, first: int) -> None:
+    torch.set_num_threads(1)
+    checkpoints = Checkpoints(folder)
+    state = {"table": torch.zeros(1 << 16), "small": {"step": 0}}
+    for step in range(first, 1 << 30):
+        state["table"].fill_(step)
+        state["small"]["step"] = step
+        checkpoints.save(state, step)
+
+
+def test_no_kill_leaves_a_half_checkpoint(tmp_path: Path) -> None:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(processes.PRELOAD)
+    chance, newest, in_the_middle = random.Random(), -1, 0
+    for _ in range(6):
+        process = context.Process(target=save_forever, args=(str(tmp_path), newest + 1))
+        process.start()
+        target = tmp_path / f"step-{newest + 3:08d}"
+        deadline = time.monotonic() + 60
+        while not target.exists():
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        in_the_middle += any(tmp_path.glob("*.part"))
+        with Checkpoints(tmp_path) as checkpoints:
+            assert not any(tmp_path.glob("*.part"))
+            state = {"table": torch.zeros(1 << 16), "small": {"step": 0}}
+            step = checkpoints.load(state)
+            assert step == max(checkpoints.steps()) > newest
+            assert bool((state["table"] == step).all()) and state["small"]["step"] == step
+            newest = step
+    assert in_the_middle > 0, "no kill hit a checkpoint that was being written"
+
+
+class Halt(Exception):
+    pass
+
+
+def test_unpublished_checkpoint_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"x": torch.ones(3)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, 1)
+        checkpoints.wait()
+        monkeypatch.setattr(Checkpoints, "_publish", lambda *_: (_ for _ in ()).throw(Halt()))
+        checkpoints.save(state, 2)
+        with pytest.raises(CheckpointError, match="Halt"):
+            checkpoints.wait()
+        assert checkpoints.latest() == 1
+    assert any(tmp_path.glob("step-00000002.*.part"))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert not any(tmp_path.glob("*.part"))
+
+
+def test_failed_save_raises_at_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(dcp.FileSystemWriter, "write_data", full)
+            checkpoints.save({"x": torch.ones(3)}, 1)
+            with pytest.raises(CheckpointError, match="rank 0: .*no space left on device"):
+                checkpoints.save({"x": torch.ones(3)}, 2)
+            with pytest.raises(CheckpointError, match="no space left on device"):
+                checkpoints.save({"x": torch.ones(3)}, 2, asynchronous=False)
+        assert checkpoints.latest() is None and checkpoints.load({"x": torch.ones(3)}) is None
+        checkpoints.save({"x": torch.ones(3)}, 2)
+        checkpoints.wait()
+        assert checkpoints.latest() == 2
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save({"net": {"w": torch.ones(3, 2)}}, 4, asynchronous=False)
+        with pytest.raises(ValueError, match=r"state\['net.b'\]: .*step-00000004 has no such"):
+            checkpoints.load({"net": {"b": torch.ones(3)}})
+        with pytest.raises(ValueError, match=r"state\['net.w'\]: .*\(3, 2\).* got shape \(3, 3\)"):
+            checkpoints.load({"net": {"w": torch.ones(3, 3)}})
+        with pytest.raises(CheckpointError, match="step-00000009"):
+            checkpoints.load({"net": {"w": torch.ones(3, 2)}}, 9)
+        with pytest.raises(ValueError, match="step-00000004 exists"):
+            checkpoints.save({}, 4)
+        with pytest.raises(ValueError, match="step: expected at least 0, got -1"):
+            checkpoints.save({}, -1)
+        with pytest.raises(TypeError, match="state: expected a dict of tensors, got Tensor"):
+            checkpoints.load(torch.ones(2))
+        data = next((tmp_path / "step-00000004").glob("*.distcp"))
+        data.write_bytes(data.read_bytes()[:-40])
+        with pytest.raises(CheckpointError, match="step-00000004"):
+            checkpoints.load({"net": {"w": torch.ones(3, 2)}})
+    with pytest.raises(ValueError, match="keep: expected at least 1, got 0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+CLASSES, DIM = 7, 3
+
+
+def sharded(rank: int, world: int, offset: float) -> tuple[Tensor, dict]:
+    """This rank's rows of a table, and a state that holds it beside what all ranks share."""
+    table = torch.arange(CLASSES * DIM, dtype=torch.float64).view(CLASSES, DIM) + offset
+    rows = -(-CLASSES // world)
+    local = table[rank * rows : (rank + 1) * rows].clone()
+    whole = DTensor.from_local(
+        local,
+        init_device_mesh("cpu", (world,)),
+        [Shard(0)],
+        run_check=False,
+        shape=table.shape,
+        stride=table.stride(),
+    )
+    shared = {"w": torch.full((2,), offset), "lr": offset}
+    return local, {"head": {"weight": whole}, "net": shared}
+
+
+def save_sharded(rank: int, world: int, folder: str) -> None:
+    local, state = sharded(rank, world, 100.0)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        for step in range(3):
+            checkpoints.save(state, step)
+            # training goes on at once: the checkpoint keeps the values at the call
+            local.add_(1)
+            state["net"]["w"].add_(1)
+    if world == 1:
+        return
+    with Checkpoints(f"{folder}/failing") as checkpoints:
+        if rank == 1:
+            dcp.FileSystemWriter.write_data = lambda *_: (_ for _ in ()).throw(OSError("full"))
+        checkpoints.save(state, 0)
+        with pytest.raises(CheckpointError, match="rank 1: .*full"):
+            checkpoints.wait()
+        assert checkpoints.latest() is None
+
+
+def load_sharded(rank: int, world: int, folder: str) -> None:
+    local, state = sharded(rank, world, 0.0)
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.steps() == [2] and checkpoints.load(state) == 2
+    expected, _ = sharded(rank, world, 102.0)
+    assert torch.equal(local, expected)
+    assert state["net"]["w"].tolist() == [102.0, 102.0] and state["net"]["lr"] == 100.0
+    assert not dist.is_initialized() or dist.get_world_size() == world
+
+
+def test_tables_are_read_by_any_number_of_ranks(tmp_path: Path) -> None:
+    processes.run(2, save_sharded, 2, str(tmp_path))
+    # of five ranks with two rows each the last has none
+    for world in (1, 3, 5):
+        processes.run(world, load_sharded, world, str(tmp_path))
