@@ -20,8 +20,9 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+# DATA=glyphs: the characters of the installed fonts; empty: the ORL faces
 train: venv
-	$(BIN)/fused-losses train
+	$(BIN)/fused-losses train $(if $(DATA),--data $(DATA))
 
 test: venv lint ctest cuda-host cuda-sanitize
 	FUSED_LOSSES_REQUIRE_CPU=1 FUSED_LOSSES_CUDA_ON_HOST=1 OMP_WAIT_POLICY=passive \

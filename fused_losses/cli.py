@@ -17,13 +17,16 @@ def main(argv: list[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="check every op and backend against float64")
     bench = commands.add_parser("bench", help="measure against eager, torch.compile and peers")
     roofline = commands.add_parser("roofline", help="bytes, FLOPs and bounds of every op on GPUs")
-    train = commands.add_parser("train", help="train a face embedding and evaluate it")
+    train = commands.add_parser(
+        "train", help="train an embedding (faces, or glyphs) and evaluate it"
+    )
     given = sys.argv[1:] if argv is None else argv
     # the options of a part live in that part, which is imported only when it is the one asked for
     if given[:1] == ["train"]:
         from fused_losses.train import cli as train_cli
 
-        train_cli.add_arguments(train)
+        recipe = train_cli.recipe(given)
+        recipe.add_arguments(train)
     if given[:1] == ["bench"]:
         from fused_losses.bench import report
 
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         model.add_arguments(roofline)
     args = parser.parse_args(given)
     if args.command == "train":
-        return train_cli.run(args)
+        return recipe.run(args)
     if args.command == "bench":
         return report.run(args)
     if args.command == "roofline":

@@ -35,12 +35,17 @@ def rounding_key(*numbers: int) -> int:
     return _signed(key)
 
 
-def random_bits(key: int, rows: Tensor, table: int, width: int) -> Tensor:
-    """[K, width] int32 of 32 random bits each for rows [K] int64 of a table; time O(K width)."""
-    z = (rows * TABLES + table) * _signed(_GOLDEN) + key
+def hashed(key: int, numbers: Tensor) -> Tensor:
+    """64 random bits for each of some integers under a key, splitmix64. int64, same shape"""
+    z = numbers * _signed(_GOLDEN) + key
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
-    z = z ^ (z >> 31 & (1 << 33) - 1)
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def random_bits(key: int, rows: Tensor, table: int, width: int) -> Tensor:
+    """[K, width] int32 of 32 random bits each for rows [K] int64 of a table; time O(K width)."""
+    z = hashed(key, rows * TABLES + table)
     columns = torch.arange(width, device=rows.device) * 0x9E3779B9
     # the low words: int32 wraps around as C's uint32_t does
     h = _low_word(z)[:, None] + _low_word(columns)

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from fused_losses import validation
@@ -33,6 +32,7 @@ from fused_losses.centers.shard import (
     SoftmaxEngine,
     Sums,
 )
+from fused_losses.centers.step import Batch, Sharded, Step
 from fused_losses.centers.storage import Storage, initialise_
 from fused_losses.class_losses import ClassLoss, Softmax
 from fused_losses.margins import ArcFace, Margin
@@ -79,90 +79,6 @@ class _Adaptive(ClassLoss):
         if self.training:
             moved = target - self.margin.margin_of(target, lse, self.scale, self.valid)
         return -F.logsigmoid(self.scale * moved - lse)
-
-
-class _Batch(NamedTuple):
-    """The rows of all ranks."""
-
-    counts: list[int]  # of each rank
-    first: int  # where this rank's begin
-    need_x: bool  # any rank's embeddings need a gradient
-    labels: Tensor  # [B, L] class ids, NO_TARGET: nothing there
-    local: Tensor  # [B, L] rows of this shard, NO_TARGET: nothing there, or elsewhere
-
-    @property
-    def present(self) -> Tensor:
-        return self.labels != NO_TARGET
-
-    @property
-    def valid(self) -> Tensor:
-        """[B] rows with a label."""
-        return self.present.any(dim=1)
-
-
-class _Step(NamedTuple):
-    """A forward: what its backward and a later update need, O(B D) and the drawn ids."""
-
-    at: int  # steps that the table had taken
-    batch: _Batch
-    x: Tensor  # [B, D] as multiplied
-    statistics: Tensor  # [S, B] of all shards
-    values: Tensor | None
-    sweep: ShardSweep
-
-
-class _Sharded(torch.autograd.Function):
-    """This rank's embeddings -> statistics, targets and norms of the rows of all ranks."""
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any,
-        embeddings: Tensor,
-        weight: Tensor,
-        head: ClassCenters,
-        step: _Step,
-        targets: Tensor,
-        gathered: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.head, ctx.step = head, step
-        ctx.save_for_backward(embeddings)
-        norms = torch.linalg.vector_norm(gathered.to(step.x.dtype), dim=1)
-        # views, or autograd would mark the step's own tensors
-        return step.statistics.clone(), targets.clone(), norms, gathered.view_as(gathered)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, d_statistics: Tensor, d_targets: Tensor, d_norms: Tensor, d_gathered: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        head, step = ctx.head, ctx.step
-        (embeddings,) = ctx.saved_tensors
-        with no_autocast(embeddings.device):
-            d_weight, on_the_way = head._backward(step, Sums(d_statistics, d_targets, d_norms))
-            dx = None
-            if on_the_way is not None:
-                own = slice(step.batch.first, step.batch.first + embeddings.shape[0])
-                alive = torch.where(step.batch.valid[own, None], embeddings, 0)
-                dx = _to_embeddings(
-                    alive, on_the_way.wait(), d_norms[own], d_gathered[own], head.normalize
-                )
-                if head.gradient_scale == "ddp_mean":
-                    dx = dx * head.ranks.world
-                dx = dx.to(embeddings.dtype)
-        return dx, d_weight, None, None, None, None
-
-
-def _to_embeddings(
-    embeddings: Tensor, dx: Tensor, d_norms: Tensor, d_gathered: Tensor, normalize: bool
-) -> Tensor:
-    """From the gradients of the rows as multiplied, of their norms and of themselves. [n, D]"""
-    with torch.enable_grad():
-        leaf = embeddings.detach().to(dx.dtype).requires_grad_()
-        norms = torch.linalg.vector_norm(leaf, dim=1)
-        rows = unit_rows(leaf) if normalize else leaf * 1
-        return torch.autograd.grad(
-            [rows, norms, leaf * 1], leaf, [dx, d_norms.to(dx), d_gathered.to(dx)]
-        )[0]
 
 
 class HeadOptimizer(torch.optim.Optimizer):
@@ -320,7 +236,7 @@ class ClassCenters(nn.Module):
         weight = place.zeros("weight", (self.num_local, *middle, embedding_dim), dtype)
         initialise_(weight, self.class_start, seed=seed)
         self._rows: RowOptimizer | None = None
-        self._pending: list[tuple[_Step, Sums]] = []
+        self._pending: list[tuple[Step, Sums]] = []
         self._grad_factor = 1.0
         self._version = 0  # training forwards, what draws the sample without an optimiser
         # backward runs also where no embedding needs a gradient
@@ -344,8 +260,8 @@ class ClassCenters(nn.Module):
         """The mean loss over all ranks' rows that have a label, the same on every rank; 0 of none.
 
         embeddings [n, D] of this rank · labels [n] or [n, L] int64 in [0, C), or `ignore_index`.
-        Every rank must call it, and its backward. In eval mode, or without gradients, all classes
-        take part and nothing changes. Raises ValueError, TypeError or IndexError for bad
+        Every rank must call it, and its backward. In eval mode all classes take part and nothing
+        changes; without gradients too, but for the averages that a margin keeps. Raises ValueError, TypeError or IndexError for bad
         arguments, on the other ranks a RuntimeError that names the rank.
         """
         training = self.training and torch.is_grad_enabled()
@@ -358,7 +274,7 @@ class ClassCenters(nn.Module):
             rows = torch.where(batch.valid[:, None], arriving.wait(), 0)
             step, loss, found = self._swept(batch, rows, groups, return_stats)
             leaf = self.weight if self._rows is None else self._anchor
-            statistics, targets, norms, rows = _Sharded.apply(
+            statistics, targets, norms, rows = Sharded.apply(
                 embeddings, leaf, self, step, found.targets, rows
             )
             statistics = self._with_pairs(statistics, rows, batch, loss)
@@ -375,7 +291,7 @@ class ClassCenters(nn.Module):
         hit = batch.valid & (found.targets[:, 0] > found.best)
         return total, HeadStats(cosine[own], hit[own])
 
-    def _gather(self, embeddings: Tensor, labels: Tensor) -> tuple[_Batch, Gathered]:
+    def _gather(self, embeddings: Tensor, labels: Tensor) -> tuple[Batch, Gathered]:
         """The ranks meet; the labels of all, and their embeddings on the way."""
         refusal: Exception | None = None
         said = (0, 0, 0, 0)
@@ -392,12 +308,12 @@ class ClassCenters(nn.Module):
         labels = Gathered(self.ranks, labels, counts).wait()
         place = labels - self.class_start
         local = torch.where((place >= 0) & (place < self.num_local), place, NO_TARGET)
-        batch = _Batch(counts, sum(counts[: self.ranks.rank]), need_x, labels, local)
+        batch = Batch(counts, sum(counts[: self.ranks.rank]), need_x, labels, local)
         return batch, Gathered(self.ranks, embeddings.detach(), counts)
 
     def _swept(
-        self, batch: _Batch, rows: Tensor, groups: list[Group], with_best: bool
-    ) -> tuple[_Step, ClassLoss, Sums]:
+        self, batch: Batch, rows: Tensor, groups: list[Group], with_best: bool
+    ) -> tuple[Step, ClassLoss, Sums]:
         """The sweep over this shard, its statistics merged with those of the others."""
         x = rows.to(accumulate_dtype(self.weight.dtype))
         x = (unit_rows(x) if self.normalize else x).contiguous()
@@ -406,10 +322,10 @@ class ClassCenters(nn.Module):
         sweep = ShardSweep(shard, groups, self._engine(loss, batch.labels.shape[1]))
         with torch.no_grad():
             found = self._merged(sweep.forward(x, values), sweep.engine.kinds, with_best)
-        return _Step(self.step_count, batch, x, found.statistics, values, sweep), loss, found
+        return Step(self.step_count, batch, x, found.statistics, values, sweep), loss, found
 
     def _with_pairs(
-        self, statistics: Tensor, rows: Tensor, batch: _Batch, loss: ClassLoss
+        self, statistics: Tensor, rows: Tensor, batch: Batch, loss: ClassLoss
     ) -> Tensor:
         """The statistics with `batch_negatives` among every row's negatives."""
         if self.batch_negatives is None:
@@ -541,7 +457,7 @@ class ClassCenters(nn.Module):
 
     # ---- backward -------------------------------------------------------------------------------
 
-    def _backward(self, step: _Step, grad: Sums) -> tuple[Tensor | None, Scattered | None]:
+    def _backward(self, step: Step, grad: Sums) -> tuple[Tensor | None, Scattered | None]:
         """The table's gradient for autograd (or its update), and dX on its way to its ranks."""
         if step.at != self.step_count and self._rows is not None:
             raise RuntimeError(
@@ -570,7 +486,7 @@ class ClassCenters(nn.Module):
         return None, on_the_way
 
     def _sweep(
-        self, step: _Step, grad: Sums, *, need_x: bool, need_weight: bool, **part: int
+        self, step: Step, grad: Sums, *, need_x: bool, need_weight: bool, **part: int
     ) -> Iterator[tuple[Rows, Tensor | None, Tensor | None]]:
         if not need_x and not need_weight:
             return iter(())
@@ -584,7 +500,7 @@ class ClassCenters(nn.Module):
             **part,
         )
 
-    def _dense_or_sparse(self, step: _Step, grad: Sums, dx: Tensor | None) -> Tensor | None:
+    def _dense_or_sparse(self, step: Step, grad: Sums, dx: Tensor | None) -> Tensor | None:
         """The gradient of a parameter: of every row, or of the rows that took part."""
         need = self.weight.requires_grad
         sampled = step.sweep.groups[0].ids is not None
@@ -624,7 +540,7 @@ class ClassCenters(nn.Module):
 
     # ---- updates apart from backward ------------------------------------------------------------
 
-    def _chunk_gradients(self, pending: list[tuple[_Step, Sums]]) -> Iterator[tuple[Rows, Tensor]]:
+    def _chunk_gradients(self, pending: list[tuple[Step, Sums]]) -> Iterator[tuple[Rows, Tensor]]:
         """The sum of some backwards' gradients, a chunk of rows at a time."""
         if len(pending) == 1:
             for rows, _, d_rows in self._sweep(*pending[0], need_x=False, need_weight=True):
@@ -652,14 +568,14 @@ class ClassCenters(nn.Module):
             if at.numel():
                 yield at + first, total[at].to(self.weight.dtype)
 
-    def _norm(self, pending: list[tuple[_Step, Sums]]) -> float:
+    def _norm(self, pending: list[tuple[Step, Sums]]) -> float:
         square = torch.zeros((), dtype=torch.float64, device=self.weight.device)
         for _, d_rows in self._chunk_gradients(pending):
             square += torch.linalg.vector_norm(d_rows, dtype=torch.float64).square().to(square)
         self.ranks.sum_(square)
         return math.sqrt(float(square))
 
-    def _clipping(self, pending: list[tuple[_Step, Sums]]) -> float:
+    def _clipping(self, pending: list[tuple[Step, Sums]]) -> float:
         """What the gradient is multiplied by, as torch.nn.utils.clip_grad_norm_ has it."""
         if self.max_grad_norm is None:
             return 1.0

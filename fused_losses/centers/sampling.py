@@ -10,27 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.rounding import _signed as signed
-from fused_losses.rounding import rounding_key
+from fused_losses.rounding import hashed, rounding_key
 
 BLOCK = 1 << 15  # classes hashed at a time
 _MASK = (1 << 63) - 1
-
-
-def _shift_(x: Tensor, bits: int) -> Tensor:
-    """A logical right shift of int64, which torch shifts arithmetically."""
-    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def hashed(ids: Tensor, key: int) -> Tensor:
-    """63 even bits of each id under a key, splitmix64. [K] int64 -> [K] int64 >= 0"""
-    x = (ids * signed(0x9E3779B97F4A7C15)).add_(key)
-    x ^= _shift_(x, 30)
-    x *= signed(0xBF58476D1CE4E5B9)
-    x ^= _shift_(x, 27)
-    x *= signed(0x94D049BB133111EB)
-    x ^= _shift_(x, 31)
-    return x.bitwise_and_(_MASK)
 
 
 def sample(
@@ -54,6 +37,6 @@ def sample(
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
         ids = torch.arange(first + start, first + stop, device=device)
-        drawn = hashed(ids, key) < bound if bound <= _MASK else torch.ones_like(ids, dtype=bool)
+        drawn = ids >= 0 if bound > _MASK else (hashed(key, ids) & _MASK) < bound
         found.append(ids[drawn] - first)
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=device)

@@ -5,18 +5,29 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fused_losses.train.config import TrainConfig
+from fused_losses.train.options import add_options, given_options
 
 DESCRIPTION = """\
 Train a face embedding with a margin-softmax head and judge it on people that it never saw.
 Writes config.json, checkpoint.pt, result.json, curves.json, curves.png and roc.png to
 RUNS/NAME. Stop it at any moment (Ctrl-C, SIGTERM, kill -9) and go on with --resume: the losses
-are bitwise the same."""
+are bitwise the same. With --data glyphs the options are others: ask --data glyphs --help."""
+
+
+def recipe(argv: list[str]) -> ModuleType:
+    """The module with `add_arguments` and `run` for the data set that the command line names."""
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--data", default="")
+    if finder.parse_known_args(argv)[0].data == "glyphs":
+        from fused_losses.train.glyphs import cli
+
+        return cli
+    return sys.modules[__name__]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,23 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--overwrite", action="store_true", help="start anew in RUNS/NAME")
     run.add_argument("--quiet", action="store_true", help="no progress, no table")
     options = parser.add_argument_group("what is trained (--resume keeps what the run has)")
-    for f in fields(TrainConfig):
-        flag = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"]
-        # SUPPRESS: what the user did not say must not override the run that is resumed
-        if isinstance(f.default, bool):
-            options.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-            )
-            continue
-        kind: Callable[[str], Any] = float if f.default is None else type(f.default)
-        options.add_argument(
-            flag,
-            type=kind,
-            choices=f.metadata["choices"],
-            default=argparse.SUPPRESS,
-            help=f"{text} (default: {f.default})" if f.default not in (None, "") else text,
-        )
+    add_options(options, TrainConfig)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from fused_losses.train.loop import Interrupted
     from fused_losses.train.run import CONFIG, train
 
-    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
+    given = given_options(args, TrainConfig)
     try:
         folder = _folder(Path(args.runs), args.name, given, resume=args.resume)
         saved = folder / CONFIG
@@ -98,6 +93,8 @@ def _folder(runs: Path, name: str | None, given: dict[str, Any], *, resume: bool
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m fused_losses.train`."""
+    given = sys.argv[1:] if argv is None else argv
+    chosen = recipe(given)
     parser = argparse.ArgumentParser(prog="fused-losses train")
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    chosen.add_arguments(parser)
+    return chosen.run(parser.parse_args(given))

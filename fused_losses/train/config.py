@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from fused_losses.train.options import check_choices, check_least, option
 
 # People are always split into this many folds; `folds` says how many of them are run.
 SPLITS = 4
@@ -17,6 +19,8 @@ MARGINS = (
     "magface",
     "elastic-arcface",
     "elastic-cosface",
+    "curricularface",
+    "mv-softmax",
     "none",
 )
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "bounded")
@@ -30,67 +34,50 @@ AMPS = ("off", "bf16")
 MAY_DIFFER = frozenset({"checkpoint_every", "compare"})
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field that carries its own --help text."""
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """One run. Field `a_b` is option `--a-b` of the command line, with the same default."""
 
-    data: str = _option("orl", "orl, or a folder that holds one folder of pictures per person")
-    image_size: str = _option("auto", "HEIGHTxWIDTH; auto: 56x46 for orl, 64x64 for a folder")
-    folds: int = _option(SPLITS, f"folds of people to run, 1 to {SPLITS}")
-    backbone: str = _option("small", "small, or package.module:factory (torchvision, timm style)")
-    backbone_args: str = _option("{}", "JSON object of keyword arguments for the factory")
-    channels: int = _option(0, "1 grey, 3 colour; 0: 1 for small, 3 for a factory")
-    embedding: int = _option(128, "embedding size D")
-    classes: int = _option(0, "pad the class table to this many rows with distractor identities")
-    margin: str = _option("arcface", "margin on the target class", MARGINS)
-    margin_value: float | None = _option(None, "the margin's size; default: its paper's")
-    scale: float = _option(30.0, "scale s of the cosines")
-    backend: str = _option("auto", "backend of the trained head", BACKENDS)
-    precision: str = _option("fp32", "precision of the head's products", PRECISIONS)
-    memory_budget: int = _option(0, "bytes of logits that the head may keep for its backward")
-    compare: bool = _option(True, "train a second time with the reference backend")
-    steps: int = _option(150, "steps per fold")
-    batch_size: int = _option(120, "pictures per step")
-    optimizer: str = _option("adamw", "optimiser of the backbone", OPTIMIZERS)
-    lr: float = _option(1e-3, "peak learning rate of the backbone")
-    head_lr: float = _option(0.1, "peak learning rate of the class table (SGD)")
-    head_momentum: float = _option(0.9, "momentum of the class table; 0 with --classes padding")
-    weight_decay: float = _option(0.05, "decoupled for adamw; the class table has none")
-    momentum: float = _option(0.9, "momentum of sgd")
-    schedule: str = _option("cosine", "learning rate after the warm-up", SCHEDULES)
-    warmup: float = _option(0.1, "share of the steps with a linearly rising learning rate")
-    augment: str = _option("full", "none, light (flip, shift), full", AUGMENTATIONS)
-    amp: str = _option("off", "autocast of the backbone", AMPS)
-    device: str = _option("cpu", "torch device")
-    threads: int = _option(0, "CPU threads; 0: torch's own choice, then kept by --resume")
-    seed: int = _option(0, "seeds weights, folds, data order and augmentation")
-    checkpoint_every: int = _option(
+    data: str = option("orl", "orl, or a folder that holds one folder of pictures per person")
+    image_size: str = option("auto", "HEIGHTxWIDTH; auto: 56x46 for orl, 64x64 for a folder")
+    folds: int = option(SPLITS, f"folds of people to run, 1 to {SPLITS}")
+    backbone: str = option("small", "small, or package.module:factory (torchvision, timm style)")
+    backbone_args: str = option("{}", "JSON object of keyword arguments for the factory")
+    channels: int = option(0, "1 grey, 3 colour; 0: 1 for small, 3 for a factory")
+    embedding: int = option(128, "embedding size D")
+    classes: int = option(0, "pad the class table to this many rows with distractor identities")
+    margin: str = option("arcface", "margin on the target class", MARGINS)
+    margin_value: float | None = option(None, "the margin's size; default: its paper's")
+    scale: float = option(30.0, "scale s of the cosines")
+    backend: str = option("auto", "backend of the trained head", BACKENDS)
+    precision: str = option("fp32", "precision of the head's products", PRECISIONS)
+    memory_budget: int = option(0, "bytes of logits that the head may keep for its backward")
+    compare: bool = option(True, "train a second time with the reference backend")
+    steps: int = option(150, "steps per fold")
+    batch_size: int = option(120, "pictures per step")
+    optimizer: str = option("adamw", "optimiser of the backbone", OPTIMIZERS)
+    lr: float = option(1e-3, "peak learning rate of the backbone")
+    head_lr: float = option(0.1, "peak learning rate of the class table (SGD)")
+    head_momentum: float = option(0.9, "momentum of the class table; 0 with --classes padding")
+    weight_decay: float = option(0.05, "decoupled for adamw; the class table has none")
+    momentum: float = option(0.9, "momentum of sgd")
+    schedule: str = option("cosine", "learning rate after the warm-up", SCHEDULES)
+    warmup: float = option(0.1, "share of the steps with a linearly rising learning rate")
+    augment: str = option("full", "none, light (flip, shift), full", AUGMENTATIONS)
+    amp: str = option("off", "autocast of the backbone", AMPS)
+    device: str = option("cpu", "torch device")
+    threads: int = option(0, "CPU threads; 0: torch's own choice, then kept by --resume")
+    seed: int = option(0, "seeds weights, folds, data order and augmentation")
+    checkpoint_every: int = option(
         0,
         "steps between checkpoints; 0: every step while the state is under 64 MiB (a kill loses "
         "at most the step under way), else once in 60 s and when interrupted",
     )
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            choices, value = f.metadata["choices"], getattr(self, f.name)
-            if choices and value not in choices:
-                raise ValueError(f"{f.name}: expected one of {', '.join(choices)}, got {value!r}")
-        for name, least in (
-            ("steps", 1),
-            ("batch_size", 2),
-            ("embedding", 1),
-            ("classes", 0),
-            ("memory_budget", 0),
-            ("threads", 0),
-            ("checkpoint_every", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_choices(self)
+        check_least(self, steps=1, batch_size=2, embedding=1, classes=0)
+        check_least(self, memory_budget=0, threads=0, checkpoint_every=0)
         if not 1 <= self.folds <= SPLITS:
             raise ValueError(f"folds: expected 1 to {SPLITS}, got {self.folds}")
         if not 0 <= self.warmup <= 1:

@@ -27,6 +27,8 @@ def make_margin(name: str, value: float | None) -> margins.Margin | None:
         "adaface": margins.AdaFace,
         "elastic-arcface": margins.ElasticArcFace,
         "elastic-cosface": margins.ElasticCosFace,
+        "curricularface": margins.CurricularFace,
+        "mv-softmax": lambda *value: margins.MVSoftmax("am", *value or (0.35,)),
     }[name]
     if value is not None:
         return kind(value)

@@ -81,7 +81,7 @@ def train(
     Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
     """
     folder = Path(folder)
-    with _locked(folder):
+    with locked(folder):
         config = _prepare(config, folder, resume=resume, overwrite=overwrite)
         random_state, threads = checkpoint.random_state(), torch.get_num_threads()
         torch.set_num_threads(config.threads)
@@ -94,7 +94,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Two processes must not write one run; the lock goes with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as file:

@@ -1,0 +1,111 @@
+"""Heads side by side on the same pictures: accuracy, time and memory, each in its own process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fused_losses.train.glyphs import report
+from fused_losses.train.glyphs.config import GlyphConfig
+
+HEADS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "r=0.3": {"sample_rate": 0.3},
+    "r=0.3 logQ": {"sample_rate": 0.3, "log_q": True},
+    "r=0.1": {"sample_rate": 0.1},
+    "r=0.1 logQ": {"sample_rate": 0.1, "log_q": True},
+    "reference": {"head": "reference"},
+}
+FILES = ("compare.json", "compare.md", "compare.png")
+
+
+def compare(
+    config: GlyphConfig,
+    folder: str | Path,
+    *,
+    quiet: bool = False,
+    heads: Iterable[str] = tuple(HEADS),
+) -> dict[str, dict[str, Any]]:
+    """Train each head as `config` says otherwise, in `folder`/heads, and write `FILES`.
+
+    Heads that are done are kept, one that was stopped goes on. Returns the figures of each.
+    Raises RuntimeError where a training fails.
+    """
+    folder = Path(folder)
+    found: dict[str, dict[str, Any]] = {}
+    for name in heads:
+        run = folder / "heads" / name.replace(" ", "-").replace("=", "")
+        result = run / "result.json"
+        changed = {"subset": 0, "sample_rate": 1.0, "log_q": False, "head": "centers"}
+        asked = config.with_changes(**{**changed, **HEADS[name]})
+        # always resumed: the child refuses a run of another configuration
+        _run(asked, run, quiet)
+        found[name] = json.loads(result.read_text())
+    write(folder, found)
+    if not quiet:
+        print(markdown(found), f"\nwritten to {folder}: {', '.join(FILES)}")
+    return found
+
+
+def _run(config: GlyphConfig, run: Path, quiet: bool) -> None:
+    command = [sys.executable, "-m", "fused_losses.train.glyphs", "--resume"]
+    command += ["--runs", str(run.parent), "--name", run.name, *options(config)]
+    if quiet:
+        command.append("--quiet")
+    status = subprocess.run(command).returncode
+    if status:
+        raise RuntimeError(f"compare: the training in {run} ended with status {status}")
+
+
+def options(config: GlyphConfig) -> list[str]:
+    """The command line of a configuration."""
+    words = []
+    for f in fields(GlyphConfig):
+        flag, value = "--" + f.name.replace("_", "-"), getattr(config, f.name)
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        elif value is not None:
+            words += [flag, str(value)]
+    return words
+
+
+def write(folder: Path, found: dict[str, dict[str, Any]]) -> None:
+    report.write_json(folder / "compare.json", found)
+    (folder / "compare.md").write_text(markdown(found) + "\n")
+    draw(folder / "compare.png", found)
+
+
+def markdown(found: dict[str, dict[str, Any]]) -> str:
+    """One row a head."""
+    titles = {**report.RECALLS, **report.COSTS}
+    lines = ["| head | " + " | ".join(titles.values()) + " |", "|---" * (len(titles) + 1) + "|"]
+    for name, one in found.items():
+        cells = [report.cell(key, one[key]) for key in titles]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, found: dict[str, dict[str, Any]]) -> None:
+    """Bars of recall, time and memory; no figure without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(10.0, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    shown = ("recall_at_1", "step_ms", "peak_memory_mib")
+    titles = {**report.RECALLS, **report.COSTS}
+    for axes, key in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        values = [one[key] for one in found.values()]
+        bars = axes.barh(list(found), values)
+        axes.bar_label(bars, [report.cell(key, value) for value in values], padding=2)
+        axes.set_title(titles[key])
+        axes.set_xlim(0, 1.4 * max(values))
+        axes.invert_yaxis()
+    figure.savefig(path, dpi=120)

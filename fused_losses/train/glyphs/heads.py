@@ -1,0 +1,73 @@
+"""The heads that the recipe compares: `ClassCenters`, and the dense table it must agree with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fused_losses.centers import ClassCenters
+from fused_losses.functional import margin_softmax
+from fused_losses.margins import Margin
+from fused_losses.train.glyphs.config import GlyphConfig
+from fused_losses.train.head import make_margin
+
+
+class ReferenceHead(nn.Module):
+    """weight [C, D] with a dense gradient: materialised logits and torch.optim.SGD."""
+
+    def __init__(
+        self, classes: int, dim: int, margin: Margin | None, scale: float, **options: float
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, dim))
+        self.optimizer = torch.optim.SGD([self.weight], **options)
+        self.margin, self.scale = margin, scale
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # [B, D], [B] -> scalar
+        self.optimizer.zero_grad(set_to_none=True)
+        return margin_softmax(
+            embeddings,
+            self.weight,
+            labels,
+            margin=self.margin,
+            scale=self.scale,
+            backend="reference",
+        )
+
+    def settle(self) -> None:
+        """Nothing waits."""
+
+    def get_extra_state(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def make_head(config: GlyphConfig, classes: int) -> ClassCenters | ReferenceHead:
+    """The configured head, whose first rows the training sets."""
+    margin = make_margin(config.margin, config.margin_value)
+    options = {
+        "lr": config.head_lr,
+        "momentum": config.head_momentum,
+        "weight_decay": config.head_weight_decay,
+    }
+    head: ClassCenters | ReferenceHead
+    if config.head == "reference":
+        head = ReferenceHead(classes, config.embedding, margin, config.scale, **options)
+    else:
+        head = ClassCenters(
+            classes,
+            config.embedding,
+            margin=margin,
+            scale=config.scale,
+            sample_rate=config.sample_rate,
+            log_q=config.log_q,
+            optimizer="sgd",
+            optimizer_options=options,
+            seed=config.seed,
+            # None and not "auto": `use_backend` and FUSED_LOSSES_BACKEND keep their say
+            backend=None if config.backend == "auto" else config.backend,
+            device=config.device,
+        )
+    return head.to(config.device)

@@ -1,0 +1,201 @@
+"""One training: pictures, network and head, a checkpoint now and then, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses.datasets.glyphs import Split
+from fused_losses.datasets.sampler import EpochBatches
+from fused_losses.train import checkpoint
+from fused_losses.train.data import seed_from
+from fused_losses.train.glyphs.config import GlyphConfig
+from fused_losses.train.glyphs.evaluation import embed, evaluate
+from fused_losses.train.glyphs.heads import make_head
+from fused_losses.train.glyphs.model import Changes, GlyphNet, change, normalize
+from fused_losses.train.loop import Interrupted, learning_rate_factor
+from fused_losses.train.memory import PeakMemory
+
+WARM_UP_CLASSES = 64
+MEASURED_BATCHES = 40
+
+
+class GlyphTraining:
+    """Everything that a step changes, and what a checkpoint must hold."""
+
+    def __init__(self, config: GlyphConfig, split: Split, *, name: str = "trained") -> None:
+        self.config, self.split, self.name = config, split, name
+        self.device = torch.device(config.device)
+        # equal for every head: they differ in what is compared alone
+        torch.manual_seed(seed_from("weights", config.seed))
+        self.net = GlyphNet(config.size, config.embedding).to(self.device)
+        self.head = make_head(config, split.train.classes)
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self._imprint()
+        n = len(split.train)
+        self.order = EpochBatches(
+            n, min(config.batch_size, n), seed=seed_from("order", config.seed), drop_last=True
+        )
+        self.losses: list[float] = []
+        self.step_ms: list[float] = []
+        self.head_ms: list[float] = []
+        self.peak_mib = 0.0
+
+    @torch.no_grad()
+    def _imprint(self) -> None:
+        """Each centre starts as the embedding of a drawing of its class (Qi et al., CVPR 2018).
+
+        From random centres most of the steps go by until a class was seen often enough to count;
+        rows of norm 1 besides: what a step turns a row by depends on its length.
+        """
+        train = self.split.train
+        rows = train.one_a_class()
+        generator = torch.Generator().manual_seed(seed_from("imprint", self.config.seed))
+        some = rows[torch.randperm(len(rows), generator=generator)]
+        # what BatchNorm divides by at evaluation is known from its first batches only
+        for part in some.split(self.config.batch_size)[:MEASURED_BATCHES]:
+            if len(part) == 1:
+                continue  # has no variance
+            self.net(normalize(train.read(part).to(self.device)))
+        self.head.weight.copy_(embed(self.net, train, rows))
+
+    @property
+    def done(self) -> int:
+        return len(self.losses)
+
+    def step(self) -> float:
+        """One batch: the loss before the update."""
+        start = time.perf_counter()
+        config, step = self.config, self.done
+        factor = learning_rate_factor(step, config)
+        for optimizer, peak in ((self.optimizer, config.lr), (self.head.optimizer, config.head_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+        rows = self.order.batch(step)
+        generator = torch.Generator().manual_seed(seed_from("change", config.seed, step))
+        pictures = change(self.split.train.read(rows).to(self.device), Changes(), generator)
+        embeddings = self.net(pictures)
+        gradient, value = self._head_step(embeddings, self.split.train.labels[rows])
+        embeddings.backward(gradient)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(value):
+            raise RuntimeError(f"the loss is {value} at step {step + 1}: lower lr or head_lr")
+        self.losses.append(value)
+        self.step_ms.append(1e3 * (time.perf_counter() - start))
+        return value
+
+    def _head_step(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+        """(gradient of the embeddings, loss); apart from the network, so that it can be timed."""
+        rows = embeddings.detach().requires_grad_()
+        start = time.perf_counter()
+        loss = self.head(rows, labels.to(self.device))
+        loss.backward()
+        self.head.optimizer.step()
+        value = loss.item()
+        self.head_ms.append(1e3 * (time.perf_counter() - start))
+        assert rows.grad is not None
+        return rows.grad, value
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "config": asdict(self.config),
+            "net": self.net.state_dict(),
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "step_ms": torch.tensor(self.step_ms, dtype=torch.float64),
+            "head_ms": torch.tensor(self.head_ms, dtype=torch.float64),
+            "peak_mib": self.peak_mib,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, kept in self.optimizer.state.items():
+            # the layout too: another order of elements may round otherwise
+            for key, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    kept[key] = torch.empty_like(parameter).copy_(value)
+        self.losses = state["losses"].tolist()
+        self.step_ms = state["step_ms"].tolist()
+        self.head_ms = state["head_ms"].tolist()
+        self.peak_mib = state["peak_mib"]
+
+    def run(
+        self,
+        path: Path,
+        *,
+        stop: Callable[[], int | None] = lambda: None,
+        after_step: Callable[[float], None] = lambda loss: None,
+        memory: PeakMemory,
+    ) -> None:
+        """The steps that are left, with a checkpoint at `path` when one is due or asked for."""
+        schedule = checkpoint.Schedule(self.config.checkpoint_every)
+        before = self.peak_mib
+        while self.done < self.config.steps:
+            loss = self.step()
+            self.peak_mib = max(before, memory.mib())
+            after_step(loss)
+            asked = stop()
+            # a state of millions of numbers a step would be most of the work: by the clock
+            if asked or schedule.due(self.done, checkpoint.SMALL_STATE + 1):
+                checkpoint.save(path, self.state())
+                schedule.written()
+            if asked:
+                raise Interrupted(asked)
+
+    def result(self) -> dict[str, Any]:
+        """The figures of a finished training, and its curve."""
+        self.head.settle()
+        return {
+            **self.recall(),
+            "step_ms": round(statistics.median(self.step_ms), 3),
+            "head_ms": round(statistics.median(self.head_ms), 3),
+            "peak_memory_mib": round(self.peak_mib, 1),
+            "classes": self.split.train.classes,
+            "losses": [round(loss, 6) for loss in self.losses],
+        }
+
+    def recall(self) -> dict[str, float]:
+        """The network and the table as they are now, judged by the held-out fonts."""
+        config, centres = self.config, self.head.weight.detach()
+        found = evaluate(self.net, self.split, centres, queries=config.queries, seed=config.seed)
+        return found.figures()
+
+
+def some_classes(split: Split, classes: int, seed: int) -> Split:
+    """The split with this many classes, drawn at random; 0: all."""
+    have = split.train.classes
+    if classes > have:
+        raise ValueError(f"classes: expected at most {have}, got {classes}")
+    if classes in (0, have):
+        return split
+    generator = torch.Generator().manual_seed(seed_from("classes", seed))
+    # those with a query first: without one a class is never judged
+    judged = torch.zeros(have, dtype=torch.bool)
+    judged[split.held_out.labels] = True
+    order = torch.randperm(have, generator=generator)
+    order = torch.cat([order[judged[order]], order[~judged[order]]])
+    chosen = order[:classes].sort().values
+    return split._replace(
+        train=split.train.of_classes(chosen), held_out=split.held_out.of_classes(chosen)
+    )
+
+
+def warm_up(config: GlyphConfig, split: Split) -> None:
+    """One thrown-away step: what libraries allocate once must not count for whoever is first."""
+    few = some_classes(split, min(WARM_UP_CLASSES, split.train.classes), config.seed)
+    GlyphTraining(config, few).step()

@@ -1,0 +1,105 @@
+"""What a run leaves to be read: result.json, curves.json, a figure and the table at its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fused_losses.train.checkpoint import write_atomically
+
+FILES = ("result.json", "curves.json", "curves.png")
+RECALLS = {
+    "recall_at_1": "recall at 1",
+    "recall_at_5": "recall at 5",
+    "recall_at_1_of_centres": "recall at 1 of the centres",
+}
+COSTS = {
+    "step_ms": "step (median, ms)",
+    "head_ms": "of it the head (median, ms)",
+    "peak_memory_mib": "peak memory (MiB)",
+}
+SIZES = {"classes": "classes", "queries": "queries"}
+
+
+def record(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """result.json: the training's figures on top, the others' under their names."""
+
+    def figures(name: str) -> dict[str, Any] | None:
+        found = results.get(name)
+        return found and {
+            key: value for key, value in found.items() if key not in ("losses", "untrained")
+        }
+
+    return {
+        **(figures("trained") or {}),
+        "untrained": results["trained"]["untrained"],
+        "subset": figures("subset"),
+        "reference": figures("reference"),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write(folder: Path, result: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
+    """Every file of the report; returns what could not be drawn, and why."""
+    curves = {name: found["losses"] for name, found in results.items()}
+    write_json(folder / "curves.json", {"loss": curves})
+    missing = draw_curves(folder / "curves.png", curves)
+    # last: where it stands, the run is complete
+    write_json(folder / "result.json", result)
+    return missing
+
+
+def draw_curves(path: Path, curves: dict[str, list[float]]) -> list[str]:
+    """The losses over the steps, smoothed; returns why there is no figure, if so."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return ["no figures: matplotlib is missing (pip install 'fused-losses[train]')"]
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(title="training loss", xlabel="step", ylabel="loss (moving mean)")
+    for name, losses in curves.items():
+        style = "--" if name == "reference" else "-"
+        axes.plot(range(1, len(losses) + 1), smoothed(losses), style, label=name)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return []
+
+
+def smoothed(losses: list[float], share: float = 0.02) -> list[float]:
+    """Each value's mean with those before it, over `share` of the curve."""
+    width = max(1, round(share * len(losses)))
+    out = []
+    for end in range(1, len(losses) + 1):
+        window = losses[max(0, end - width) : end]
+        out.append(sum(window) / len(window))
+    return out
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures side by side: the training and its start, then both heads on the subset."""
+    columns = {"trained": result, "untrained": result["untrained"]}
+    if result["subset"]:
+        columns["subset"] = result["subset"]
+        columns["reference"] = result["reference"]
+    lines = [f"{'':28}" + "".join(f"{name:>14}" for name in columns)]
+    for key, title in {**RECALLS, **COSTS, **SIZES}.items():
+        cells = (cell(key, one.get(key)) for one in columns.values())
+        lines.append(f"{title:28}" + "".join(f"{text:>14}" for text in cells))
+    return "\n".join(lines)
+
+
+def cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if key in RECALLS:
+        return f"{value:.4f}"
+    return f"{value:.1f}" if key in COSTS else str(value)
