@@ -29,7 +29,7 @@ from fused_losses.centers.cost_model import (
 from fused_losses.centers.sampling import sample
 
 DOCS = Path(__file__).parents[1] / "docs"
-PRICES = Profile("made up", 2e-9, 0.0, 3e-9, 5e-5, 3e-9, 5e-5)
+PRICES = Profile("made up", 2e-9, 1e-9, 3e-9, 5e-5, 3e-9, 5e-5, start=1e-3, overlapped=False)
 
 
 def test_counts_by_hand() -> None:
@@ -144,12 +144,17 @@ def test_more_costs_more(gpu: str, precision: str) -> None:
     assert step_seconds(slow[1], profile) < step_seconds(slow[0], profile)
 
 
+SIZES = (
+    (20_000, 32, 1.0), (60_000, 64, 1.0), (60_000, 64, 0.1), (90_000, 8, 1.0), (9_000, 256, 0.5),
+)  # fmt: skip
+
+
 def runs(noise: float, processors: int | None) -> list[dict]:
     """Steps that take what PRICES say, up to noise."""
     rng = random.Random(5)
     out = []
     for world in (1, 2, 3, 4):
-        for classes, batch, rate in ((20_000, 32, 1.0), (60_000, 64, 1.0), (60_000, 64, 0.1)):
+        for classes, batch, rate in SIZES:
             step = Step(classes, 64, batch, world, rate)
             seconds = step_seconds(step, replace(PRICES, processors=processors))
             out.append(
@@ -169,7 +174,7 @@ def runs(noise: float, processors: int | None) -> list[dict]:
 @pytest.mark.parametrize("processors", [None, 2])
 def test_calibration_finds_the_prices(processors: int | None) -> None:
     profile, found = checks(runs(0.0, processors), processors)
-    for price in ("flop", "link", "hop", "far_link", "far_hop"):
+    for price in (*cost_model.PRICED, "far_link", "far_hop"):
         assert math.isclose(getattr(profile, price), getattr(PRICES, price), rel_tol=1e-6), price
     for check in found:
         assert math.isclose(check.foretold, check.seconds, rel_tol=1e-6)
@@ -209,9 +214,9 @@ def test_prices_are_not_negative() -> None:
         ("sample_rate: expected", lambda: Step(5, sample_rate=0.0)),
         ("name: expected one of", lambda: gpu_profile("Z80")),
         ("precision: expected", lambda: gpu_profile("H100", "int4")),
-        ("at least 3 runs", lambda: calibrate(runs(0.0, None)[:2])),
-        ("missing \\['seconds'\\]", lambda: calibrate([_without("seconds")] * 3)),
-        ("seconds > 0", lambda: calibrate([runs(0.0, None)[0] | {"seconds": 0.0}] * 3)),
+        ("at least 5 runs", lambda: calibrate(runs(0.0, None)[:4])),
+        ("missing \\['seconds'\\]", lambda: calibrate([_without("seconds")] * 5)),
+        ("seconds > 0", lambda: calibrate([runs(0.0, None)[0] | {"seconds": 0.0}] * 5)),
     ],
 )
 def test_bad_input(message: str, call: object) -> None:
@@ -255,7 +260,7 @@ def test_page_and_plot_are_written(tmp_path: Path) -> None:
     stored.write_text(json.dumps({"machine": "an abacus", "processors": 2, "runs": measured}))
     cost_model.main(["--out", str(tmp_path)])
     text = (tmp_path / "simulation.md").read_text()
-    assert "12 runs on an abacus" in text
+    assert "20 runs on an abacus" in text
     rows = [line for line in text.splitlines() if line.startswith(("| 1 | 20,000", "| 4 | 60,000"))]
     assert len(rows) == 3
     first = (tmp_path / "simulation.svg").read_bytes()

@@ -75,7 +75,7 @@ def class_centers(n: int, c: int, d: int, device: str, *, rivals: bool = True) -
         "fused fp32, two sweeps (update='step')": dict(update="step"),
         f"fused fp32, r={RATE}": dict(sample_rate=RATE),
         f"fused fp32, r={RATE}, logQ": dict(sample_rate=RATE, log_q=True),
-        f"fused bf16 table and momentum, r={RATE}": dict(sample_rate=RATE, dtype=torch.bfloat16),
+        f"fused bf16 table, r={RATE}": dict(sample_rate=RATE, dtype=torch.bfloat16),
     }
     steps: dict[str, Step] = {}
     table: Tensor | None = None

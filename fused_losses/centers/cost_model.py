@@ -145,6 +145,8 @@ class Profile:
     far_hop: float
     node: int = 1 << 30  # ranks a node
     processors: int | None = None  # that all ranks share; None: each has its own
+    start: float = 0.0  # seconds of every step, whatever is in it
+    overlapped: bool = True  # products run beside memory traffic, and work beside messages
 
 
 def phase_seconds(step: Step, profile: Profile) -> dict[str, float]:
@@ -154,8 +156,9 @@ def phase_seconds(step: Step, profile: Profile) -> dict[str, float]:
     hops = profile.hop * _doublings(min(step.world, profile.node))
     hops += profile.far_hop * _doublings(nodes)
     link = profile.link if nodes == 1 else profile.far_link
+    together = max if profile.overlapped else lambda a, b: a + b * crowding
     return {
-        phase.name: max(phase.flop * profile.flop * crowding, phase.memory * profile.memory)
+        phase.name: together(phase.flop * profile.flop * crowding, phase.memory * profile.memory)
         + phase.received * link
         + phase.passes * hops
         for phase in phases(step)
@@ -167,10 +170,10 @@ def _doublings(ranks: int) -> int:
 
 
 def step_seconds(step: Step, profile: Profile) -> float:
-    """The step, the embeddings' gather beside the sample and its catching up."""
+    """The step; where work overlaps, the embeddings' gather beside the sample's catching up."""
     seconds = phase_seconds(step, profile)
     beside = min(seconds["gather embeddings"], seconds["draw the sample"] + seconds["catch up"])
-    return sum(seconds.values()) - beside
+    return profile.start + sum(seconds.values()) - (beside if profile.overlapped else 0.0)
 
 
 # ---- GPUs: data sheets and assumptions ----------------------------------------------------------
@@ -227,6 +230,7 @@ def gpu_profile(name: str, precision: str = "half") -> Profile:
 
 # ---- CPUs: measured steps -----------------------------------------------------------------------
 
+PRICED = ("flop", "memory", "link", "hop", "start")
 MEASURED = ("world", "classes", "dim", "batch", "sample_rate", "seconds", "bytes_sent")
 
 
@@ -244,24 +248,26 @@ def step_of(measurement: dict[str, Any]) -> Step:
 def calibrate(
     measurements: Sequence[dict[str, Any]], processors: int | None = None, name: str = "measured"
 ) -> Profile:
-    """Prices of a FLOP, a received byte and a message that fit measured steps best.
+    """Prices that fit measured steps best, of the fields of `Profile` in PRICED.
 
     Least squares of the relative errors, prices >= 0. processors: what all ranks share (None: each
-    has its own), so that W ranks of one thread each do their products W / processors times slower.
-    Memory traffic is in the price of a FLOP. Raises ValueError for fewer than three runs.
+    has its own), so that W ranks of one thread each do their work W / processors times slower.
+    A CPU's thread does one thing at a time: memory traffic adds to the products. Raises ValueError
+    for fewer than five runs.
     """
-    if len(measurements) < 3:
-        raise ValueError(f"measurements: expected at least 3 runs, got {len(measurements)}")
-    unit = Profile(name, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, processors=processors)
-    singles = (unit, replace(unit, flop=0.0, link=1.0), replace(unit, flop=0.0, hop=1.0))
+    least = len(PRICED)
+    if len(measurements) < least:
+        raise ValueError(f"measurements: expected at least {least} runs, got {len(measurements)}")
+    none = Profile(name, *[0.0] * 6, processors=processors, overlapped=False)
+    singles = [replace(none, **{price: 1.0}) for price in PRICED]
     steps = [step_of(m) for m in measurements]
     seconds = torch.tensor([m["seconds"] for m in measurements], dtype=torch.float64)
     counts = torch.tensor(
         [[step_seconds(step, p) for p in singles] for step in steps], dtype=torch.float64
     )
     prices = _nonnegative(counts / seconds[:, None], torch.ones_like(seconds))
-    flop, link, hop = prices.tolist()
-    return replace(unit, flop=flop, link=link, hop=hop, far_link=link, far_hop=hop)
+    found = replace(none, **dict(zip(PRICED, prices.tolist(), strict=True)))
+    return replace(found, far_link=found.link, far_hop=found.hop)
 
 
 def _nonnegative(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -300,7 +306,7 @@ def checks(
     for i, measured in enumerate(measurements):
         step = step_of(measured)
         others = [m for j, m in enumerate(measurements) if j != i]
-        foretold = calibrate(others, processors) if len(others) >= 3 else profile
+        foretold = calibrate(others, processors) if len(others) >= len(PRICED) else profile
         found.append(
             Check(
                 step,
@@ -497,8 +503,10 @@ def measured_lines(runs: dict[str, Any]) -> list[str]:
     lines = [
         f"{len(found)} runs on {runs['machine']}; `docs/simulation_runs.json`. Fitted: "
         f"{_three(1e-9 / profile.flop) if profile.flop else 'no price of a'} GFLOP/s of a rank, "
+        f"{_three(1e9 * profile.memory)} ns a byte of memory traffic, "
         f"{_three(1e9 * profile.link)} ns a byte received, {_three(1e6 * profile.hop)} us a "
-        "message. *Foretold*: by the prices that fit the other runs, without this one.",
+        f"message, {_three(1e3 * profile.start)} ms a step. *Foretold*: by the "
+        "prices that fit the other runs, without this one.",
         "",
         "| processes | classes | D | rows a process | sample rate | measured, ms | fitted, ms | "
         "foretold, ms | foretold / measured | bytes sent | of the formula |",

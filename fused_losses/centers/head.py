@@ -261,8 +261,9 @@ class ClassCenters(nn.Module):
 
         embeddings [n, D] of this rank · labels [n] or [n, L] int64 in [0, C), or `ignore_index`.
         Every rank must call it, and its backward. In eval mode all classes take part and nothing
-        changes; without gradients too, but for the averages that a margin keeps. Raises ValueError, TypeError or IndexError for bad
-        arguments, on the other ranks a RuntimeError that names the rank.
+        changes; without gradients too, but for the averages that a margin keeps.
+        Raises ValueError, TypeError or IndexError for bad arguments, on the other ranks a
+        RuntimeError that names the rank.
         """
         training = self.training and torch.is_grad_enabled()
         with no_autocast(embeddings.device):
