@@ -30,6 +30,7 @@ from fused_losses.streamed_op import PYTHON_BACKENDS, StreamedOp
 
 TILE_SIDE = 512  # rows and columns of a tile of pairs
 GPU_TILE_SIDE = 2048
+LIVE_BYTES = 96  # a pair of a tile at the peak (tests/test_batch_negatives.py)
 DIGIT = 16  # bits of a float that a sweep of the selection settles
 BINS = 1 << DIGIT
 
@@ -190,6 +191,10 @@ def _whiskers(quartiles: Tensor, whisker: float) -> tuple[Tensor, Tensor]:
 # ---- tiles of pairs -----------------------------------------------------------------------------
 
 
+def tile_side(device: torch.device) -> int:
+    return GPU_TILE_SIDE if device.type == "cuda" else TILE_SIDE
+
+
 class Tile(NamedTuple):
     rows: slice
     cols: slice
@@ -200,7 +205,7 @@ class Tile(NamedTuple):
 def _tiles(p: Pairs) -> Iterator[Tile]:
     """The upper triangle, cut alike in every sweep: a pair's bits depend on its tile alone."""
     n = p.x.shape[0]
-    side = GPU_TILE_SIDE if p.x.is_cuda else TILE_SIDE
+    side = tile_side(p.x.device)
     for i in range(0, n, side):
         for j in range(i, n, side):
             rows, cols = slice(i, min(i + side, n)), slice(j, min(j + side, n))

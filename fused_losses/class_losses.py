@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,15 @@ from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
 from fused_losses.rows import accumulate_dtype, unit_rows
 from fused_losses.softmax import GRADIENTS, meet, no_autocast
 from fused_losses.validation import NO_TARGET, describe
+
+
+class MergedRows(NamedTuple):
+    """What a loss is made of: of every row, over all classes that take part."""
+
+    statistics: Tensor  # [S, N] of the rule, over the negatives
+    targets: Tensor  # [N, L] cosines with the labels, 0 where there is none
+    present: Tensor  # [N, L] bool: there is a label
+    norms: Tensor | None = None  # [N] |x| of the embeddings, for margins that use it
 
 
 class ClassLoss:
@@ -48,19 +58,10 @@ class ClassLoss:
         """
         return None
 
-    def row_loss(
-        self,
-        statistics: Tensor,
-        targets: Tensor,
-        present: Tensor,
-        classes: int,
-        norms: Tensor | None = None,
-    ) -> Tensor:
+    def row_loss(self, rows: MergedRows) -> Tensor:
         """Each row's loss [N], differentiable in statistics, targets and norms.
 
-        statistics [S, N] over all negatives that take part, of so many `classes`; targets, present
-        as above; norms [N]: |x| of the embeddings, for margins that use it. A row without labels
-        may have any finite loss: the caller leaves it out.
+        A row without labels may have any finite loss: the caller leaves it out.
         """
         raise NotImplementedError
 
@@ -109,16 +110,11 @@ class Softmax(ClassLoss):
         _one_label(self.margin, targets)
         return bend_of(self.margin, targets[:, 0], present[:, 0])
 
-    def row_loss(
-        self,
-        statistics: Tensor,
-        targets: Tensor,
-        present: Tensor,
-        classes: int,
-        norms: Tensor | None = None,
-    ) -> Tensor:
-        moved = self._moved(targets, norms)
-        return _label_softmax(self.scale * moved, statistics[0], present) + self._penalty(norms)
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        moved = self._moved(rows.targets, rows.norms)
+        return _label_softmax(self.scale * moved, rows.statistics[0], rows.present) + self._penalty(
+            rows.norms
+        )
 
     def _moved(self, targets: Tensor, norms: Tensor | None) -> Tensor:
         """[N, L] target cosines after the margin."""
@@ -176,15 +172,10 @@ class SoftTriple(ClassLoss):
     def params(self) -> list[float]:
         return [self.la]
 
-    def row_loss(
-        self,
-        statistics: Tensor,
-        targets: Tensor,
-        present: Tensor,
-        classes: int,
-        norms: Tensor | None = None,
-    ) -> Tensor:
-        return _label_softmax(self.la * (targets - self.margin), statistics[0], present)
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        return _label_softmax(
+            self.la * (rows.targets - self.margin), rows.statistics[0], rows.present
+        )
 
 
 @dataclass(frozen=True)
@@ -210,17 +201,10 @@ class SFace(ClassLoss):
     def params(self) -> list[float]:
         return [self.k, self.b]
 
-    def row_loss(
-        self,
-        statistics: Tensor,
-        targets: Tensor,
-        present: Tensor,
-        classes: int,
-        norms: Tensor | None = None,
-    ) -> Tensor:
-        angle = targets.detach().clamp(-1, 1).acos()
-        pull = torch.sigmoid(self.k * (angle - self.a)) * targets
-        return self.scale * (statistics[0] - _present_sum(pull, present))
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        angle = rows.targets.detach().clamp(-1, 1).acos()
+        pull = torch.sigmoid(self.k * (angle - self.a)) * rows.targets
+        return self.scale * (rows.statistics[0] - _present_sum(pull, rows.present))
 
 
 @dataclass(frozen=True)
@@ -288,20 +272,13 @@ class SphereFace2(ClassLoss):
     def _bias(self, like: Tensor) -> Tensor:
         return torch.as_tensor(self.bias, dtype=like.dtype, device=like.device).reshape(())
 
-    def row_loss(
-        self,
-        statistics: Tensor,
-        targets: Tensor,
-        present: Tensor,
-        classes: int,
-        norms: Tensor | None = None,
-    ) -> Tensor:
-        bias = self._bias(targets)
-        g = raised(targets, self.t, self.gradient == "straight_through")
-        of_labels = _present_sum(-F.logsigmoid(self.scale * (g - self.margin) + bias), present)
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        bias = self._bias(rows.targets)
+        g = raised(rows.targets, self.t, self.gradient == "straight_through")
+        of_labels = _present_sum(-F.logsigmoid(self.scale * (g - self.margin) + bias), rows.present)
         # worth 0: the gradient of the negatives' sum in the bias is their second statistic
-        of_bias = (bias - bias.detach()) * statistics[1].detach()
-        of_negatives = statistics[0] + of_bias
+        of_bias = (bias - bias.detach()) * rows.statistics[1].detach()
+        of_negatives = rows.statistics[0] + of_bias
         return self.lw / self.scale * (self.alpha * of_labels + (1 - self.alpha) * of_negatives)
 
 
@@ -325,18 +302,11 @@ class MLCD(ClassLoss):
     def params(self) -> list[float]:
         return [self.scale]
 
-    def row_loss(
-        self,
-        statistics: Tensor,
-        targets: Tensor,
-        present: Tensor,
-        classes: int,
-        norms: Tensor | None = None,
-    ) -> Tensor:
-        z = (-self.scale * targets).masked_fill(~present, -torch.inf)
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        z = (-self.scale * rows.targets).masked_fill(~rows.present, -torch.inf)
         # the 1 is one more term, e^0
         of_labels = torch.logsumexp(F.pad(z, (0, 1)), dim=1)
-        return of_labels - F.logsigmoid(-statistics[0])
+        return of_labels - F.logsigmoid(-rows.statistics[0])
 
 
 # ---- one process --------------------------------------------------------------------------------
@@ -415,7 +385,7 @@ def class_loss(
             values = loss.values(class_targets(inputs), present)
         inputs = inputs._replace(values=values)
         found = class_statistics(inputs, backend=backend)
-        rows = loss.row_loss(found.statistics, found.targets, present, inputs.taking_part, norms)
+        rows = loss.row_loss(MergedRows(found.statistics, found.targets, present, norms))
         rows = torch.where(valid, rows, 0).to(x.dtype)
         if reduction == "none":
             return rows

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_losses import (
     backends,
+    batch_negatives,
     class_rules,
     distance_matrix,
     functional,
@@ -113,6 +114,25 @@ def _over_class_tiles(a: Arguments) -> Call:
         return around + tile
 
     return Call(weight, a["precision"], extra, operation="distance_products")
+
+
+def _shared_pairs(a: Arguments) -> Call:
+    """`shared_negatives`: tiles of the batch's own pairs."""
+    rows = a["embeddings"]
+    (n, d), dtype = rows.shape, rows.dtype
+
+    def extra(name: str) -> int:
+        side = min(batch_negatives.tile_side(rows.device), n)
+        pairs = n * n if name == "reference" else side * side
+        return 8 * n * d * _size(dtype) + SLACK + batch_negatives.LIVE_BYTES * pairs
+
+    return Call(rows, "fp32", extra, operation="pairs")
+
+
+def _with_shared_pairs(a: Arguments) -> Call:
+    """`unpg_margin_softmax`: one after the other."""
+    classes, shared = _over_classes(a), _shared_pairs(a)
+    return classes._replace(extra=lambda name: classes.extra(name) + shared.extra(name))
 
 
 def _over_either(a: Arguments) -> Call:
@@ -626,6 +646,8 @@ READERS: dict[Callable[..., Any], Reader] = {
     functional.margin_softmax: _over_either,
     functional.class_loss: _over_class_tiles,
     functional.adaptive_margin_softmax: _over_classes,
+    functional.shared_negatives: _shared_pairs,
+    functional.unpg_margin_softmax: _with_shared_pairs,
     functional.linear_cross_entropy: _over_classes,
     row_statistics: _over_classes,
     functional.info_nce: _info_nce,

@@ -21,6 +21,7 @@ INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]
 
 def problem(n: int, d: int, c: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     """Rows near their centres, some ignored."""
+    torch.manual_seed(0)  # the same of every backend: m is to be inside its bounds
     w = torch.randn(c, d, dtype=torch.float64)
     labels = torch.randint(c, (n,))
     x = w[labels] + 0.4 * torch.randn(n, d, dtype=torch.float64)
@@ -83,12 +84,12 @@ CASES = {
 def test_loss_is_the_formula(case: str, training: bool, backend: str) -> None:
     margin = CASES[case]
     x, w, labels = problem(41, 9, 130, widest(backend))
-    wanted, s, m = formula(x, w, labels, margin, training)
+    wanted, s, m = formula(x.double(), w.double(), labels, margin, training)
     tight = 1e-11 if x.dtype == torch.float64 else 2e-5
     options = dict(margin=margin, training=training, backend=backend)
     got = adaptive_margin_softmax(x, w, labels, reduction="none", **options)
     assert (got[labels == -100] == 0).all()
-    torch.testing.assert_close(got[labels != -100], wanted, rtol=tight, atol=tight)
+    torch.testing.assert_close(got[labels != -100].double(), wanted, rtol=tight, atol=tight)
     assert s == 600 if case == "smallest scale" else s > 32
     assert 0 < m < 1 if training else m == 0
 
@@ -99,7 +100,7 @@ def test_loss_is_the_formula(case: str, training: bool, backend: str) -> None:
         torch.testing.assert_close(g, t, rtol=100 * tight, atol=10 * tight)
     for reduction, value in (("mean", wanted.mean()), ("sum", wanted.sum())):
         got = adaptive_margin_softmax(x, w, labels, reduction=reduction, **options)
-        torch.testing.assert_close(got, value, rtol=tight, atol=tight)
+        torch.testing.assert_close(got.double(), value, rtol=tight, atol=tight)
 
 
 def test_some_classes_take_part(backend: str) -> None:
@@ -108,14 +109,14 @@ def test_some_classes_take_part(backend: str) -> None:
     position = torch.full((60,), -100)
     position[classes] = torch.arange(len(classes))
     moved = torch.where(labels < 0, -100, position[labels.clamp_min(0)])
-    wanted = formula(x, w[classes], moved, AdaptiveScale())[0].mean()
+    wanted = formula(x.double(), w[classes].double(), moved, AdaptiveScale())[0].mean()
     shuffled = classes[torch.randperm(len(classes))]
     got = adaptive_margin_softmax(x, w, labels, classes=shuffled, backend=backend)
-    torch.testing.assert_close(got, wanted, rtol=2e-5, atol=0)
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-5, atol=0)
     for g, t in zip(
         torch.autograd.grad(got, (x, w)), torch.autograd.grad(wanted, (x, w)), strict=True
     ):
-        torch.testing.assert_close(g, t, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(g, t, rtol=1e-3, atol=1e-4 * float(t.abs().max()))
 
 
 def test_the_median_row_has_probability_alpha_and_an_aligned_one_the_odds() -> None:

@@ -73,10 +73,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "labels: expected shape (6,), got shape (5,)",
     ),
-    "labels-two-dimensional": (
-        {"labels": torch.zeros(N, 1, dtype=torch.int64)},
+    "labels-three-dimensional": (
+        {"labels": torch.zeros(N, 1, 1, dtype=torch.int64)},
         ValueError,
-        "labels: expected shape (6,), got shape (6, 1)",
+        "labels: expected shape (6,), got shape (6, 1, 1)",
     ),
     "labels-elsewhere": (
         {"labels": torch.zeros(N, dtype=torch.int64, device="meta")},
@@ -129,10 +129,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "embeddings: expected two dimensions [N, D], got shape (5,)",
     ),
-    "weight-three-dimensional": (
-        {"weight": torch.randn(C, 3, D)},
+    "weight-four-dimensional": (
+        {"weight": torch.randn(C, 3, D, 1)},
         ValueError,
-        "weight: expected two dimensions [C, D], got shape (9, 3, 5)",
+        "weight: expected two dimensions [C, D], got shape (9, 3, 5, 1)",
     ),
     "weight-has-other-width": (
         {"weight": torch.randn(C, D + 1)},

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import widest
+from test_memory import COUNTER, told_by_child
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -398,3 +399,30 @@ def test_bad_input_of_the_softmax(error: type[Exception], message: str, change: 
 def test_bad_whisker() -> None:
     with pytest.raises(ValueError, match="whisker: expected"):
         UNPG(-1.0)
+
+
+CHILD = (
+    COUNTER
+    + """
+def run(n, backend):
+    x = torch.randn(n, 64).requires_grad_()
+    y = torch.randint(0, n // 4, (n,))
+    shared = fused_losses.shared_negatives
+    def step():
+        shared(x, y, scale=16.0, backend=backend).backward()
+    step()
+    x.grad = None
+    return extra(step) - x.grad.nbytes, fused_losses.explain(
+        shared, x, y, scale=16.0, backend=backend).peak_extra_bytes
+
+print(json.dumps({str(n): run(n, "bounded") for n in (700, 2100)}))
+"""
+)
+
+
+def test_peak_is_a_tiles_and_what_explain_says() -> None:
+    told = told_by_child(CHILD, None, OMP_WAIT_POLICY="passive")
+    for n, (peak, said) in told.items():
+        assert peak <= said, n
+    # 2,100 rows have 17 MB of pairs in float32
+    assert told["2100"][0] < told["700"][0] + 8 * 1400 * 64 * 4 < 2100**2 * 16

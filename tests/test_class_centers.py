@@ -173,9 +173,9 @@ class _Recorder(class_losses.Softmax):
         super().__init__(None, 1.0)
         object.__setattr__(self, "taken", taken)
 
-    def row_loss(self, statistics: Tensor, *rest: Any) -> Tensor:
-        self.taken.append(statistics[0].detach())
-        return super().row_loss(statistics, *rest)
+    def row_loss(self, rows: class_losses.MergedRows) -> Tensor:
+        self.taken.append(rows.statistics[0].detach())
+        return super().row_loss(rows)
 
 
 # ---- updates ------------------------------------------------------------------------------------

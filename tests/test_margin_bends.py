@@ -252,8 +252,11 @@ def test_narrow_dtypes(loss: str, dtype: torch.dtype, streamed: str) -> None:
 
     got, wanted = run(x, w, streamed), run(x.double(), w.double(), "reference")
     assert got[0].dtype == F32
-    assert abs(got[0] - wanted[0]) <= 1e-5 * wanted[0]
     room = {F32: 1e-5, BF16: 5e-3, FP16: 6e-4}[dtype]  # a gradient is rounded to the input's dtype
+    near = 1e-5
+    if streamed in ("triton", "cuda") and dtype != F32:  # tensor cores take the unit rows rounded
+        near, room = {BF16: (2e-2, 5e-2), FP16: (1e-3, 1e-2)}[dtype]
+    assert abs(got[0] - wanted[0]) <= near * wanted[0]
     for a, b in zip(got[1:], wanted[1:], strict=True):
         assert a.dtype == dtype
         assert relative_error(a.double().numpy(), b.numpy()) <= room

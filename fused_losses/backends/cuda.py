@@ -136,9 +136,16 @@ def _blocks(n: int, block: int) -> list[slice]:
     return [slice(top, min(top + block, n)) for top in range(0, n, block)]
 
 
+def _check_dtype(inputs: Inputs) -> None:
+    """What `backends.choose` refuses, for calls of the op itself."""
+    if inputs.weight.dtype not in ELEMENTS:
+        raise RuntimeError(f"cuda: {inputs.weight.dtype}: expected float32, bfloat16 or float16")
+
+
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
     check(inputs.labels, inputs.weight, inputs.classes)
+    _check_dtype(inputs)
     p = base.problem(inputs, gradient=False)
     n, device, weighted = p.n, p.x.device, inputs.weighted
     lse = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)

@@ -34,7 +34,7 @@ from fused_losses.centers.shard import (
 )
 from fused_losses.centers.step import Batch, Sharded, Step
 from fused_losses.centers.storage import Storage, initialise_
-from fused_losses.class_losses import ClassLoss, Softmax
+from fused_losses.class_losses import ClassLoss, MergedRows, Softmax
 from fused_losses.margins import ArcFace, Margin
 from fused_losses.rounding import rounding_key
 from fused_losses.rows import accumulate_dtype, unit_rows
@@ -66,15 +66,8 @@ class _Adaptive(ClassLoss):
     def params(self) -> list[float]:
         return [self.scale]
 
-    def row_loss(
-        self,
-        statistics: Tensor,
-        targets: Tensor,
-        present: Tensor,
-        classes: int,
-        norms: Tensor | None = None,
-    ) -> Tensor:
-        target, lse = targets[:, 0], statistics[0]
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        target, lse = rows.targets[:, 0], rows.statistics[0]
         moved = target
         if self.training:
             moved = target - self.margin.margin_of(target, lse, self.scale, self.valid)
@@ -280,7 +273,7 @@ class ClassCenters(nn.Module):
             )
             statistics = self._with_pairs(statistics, rows, batch, loss)
             with self._alike():
-                each = loss.row_loss(statistics, targets, batch.present, self.num_classes, norms)
+                each = loss.row_loss(MergedRows(statistics, targets, batch.present, norms))
             total = torch.where(batch.valid, each, 0).sum() / batch.valid.sum().clamp_min(1)
             total = total.to(step.x.dtype)
         if training and self._rows is None:

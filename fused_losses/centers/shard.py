@@ -51,23 +51,29 @@ class Sums(NamedTuple):
     best: Tensor  # [B] the highest score of another class, -inf without
 
 
+class Chunk(NamedTuple):
+    """What one call of a kernel is given."""
+
+    rows: Rows  # of the shard
+    weight: Tensor  # the view, or the table that `ids` reads
+    labels: Tensor  # [B, L] rows of `weight`, -1: not in this chunk
+    ids: Tensor | None
+    chance: float
+
+
 class Engine(Protocol):
-    """The kernels under a chunk. x [B, D] unit rows, labels [B, L] rows of `weight` or -1."""
+    """The kernels under a chunk; x [B, D] unit rows."""
 
     kinds: tuple[str, ...]  # how each statistic merges
 
-    def forward(
-        self, x: Tensor, weight: Tensor, labels: Tensor, ids: Tensor | None, values: Tensor | None
-    ) -> Sums: ...
+    def forward(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> Sums: ...
 
     def backward(
         self,
         grad: Sums,
         statistics: Tensor,
         x: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        ids: Tensor | None,
+        chunk: Chunk,
         values: Tensor | None,
         need_x: bool,
         need_weight: bool,
@@ -87,9 +93,8 @@ class SoftmaxEngine:
 
     kinds = ("lse",)
 
-    def _inputs(
-        self, x: Tensor, weight: Tensor, labels: Tensor, ids: Tensor | None, values: Tensor | None
-    ) -> tuple[str, Inputs]:
+    def _inputs(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> tuple[str, Inputs]:
+        weight = chunk.weight
         name, _ = backends.choose(
             self.backend, x.device, weight.dtype, self.precision, "row_statistics", x.shape[1]
         )
@@ -100,8 +105,8 @@ class SoftmaxEngine:
         return name, Inputs(
             scaled,
             weight,
-            labels[:, 0].contiguous(),
-            ids,
+            chunk.labels[:, 0].contiguous(),
+            chunk.ids,
             normalize=self.normalize,
             precision=self.precision,
             bend=bend,
@@ -113,10 +118,8 @@ class SoftmaxEngine:
         factors = torch.tensor([s, s, 1.0, 1 / s], dtype=values.dtype, device=values.device)
         return values * factors[:, None]
 
-    def forward(
-        self, x: Tensor, weight: Tensor, labels: Tensor, ids: Tensor | None, values: Tensor | None
-    ) -> Sums:
-        name, p = self._inputs(x, weight, labels, ids, values)
+    def forward(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> Sums:
+        name, p = self._inputs(x, chunk, values)
         lse, target, _, _, best, _ = ROW_STATISTICS.op(name)(*p, 0)
         wide = torch.float64
         targets = (target.to(wide) / self.scale)[:, None]
@@ -127,17 +130,15 @@ class SoftmaxEngine:
         grad: Sums,
         statistics: Tensor,
         x: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        ids: Tensor | None,
+        chunk: Chunk,
         values: Tensor | None,
         need_x: bool,
         need_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        name, p = self._inputs(x, weight, labels, ids, values)
+        name, p = self._inputs(x, chunk, values)
         lse = statistics[0]
         padded = -(-x.shape[0] // KEPT_PADDING) * KEPT_PADDING
-        kept = x.new_empty((0, padded), dtype=accumulate_dtype(weight.dtype))
+        kept = x.new_empty((0, padded), dtype=accumulate_dtype(p.weight.dtype))
         dx, dweight, _ = ROW_STATISTICS.op(name, "_backward")(
             grad.statistics[0].contiguous(),
             (grad.targets[:, 0] / self.scale).contiguous(),
@@ -146,7 +147,7 @@ class SoftmaxEngine:
             lse.contiguous(),
             kept,
             *p[6:],
-            ids is not None,
+            p.classes is not None,
             need_x,
             need_weight,
             False,
@@ -169,14 +170,13 @@ class RuleEngine:
     def kinds(self) -> tuple[str, ...]:
         return RULES[self.rule].kinds
 
-    def _inputs(
-        self, x: Tensor, weight: Tensor, labels: Tensor, ids: Tensor | None, values: Tensor | None
-    ) -> ClassInputs:
+    def _inputs(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> ClassInputs:
+        weight = chunk.weight
         return ClassInputs(
             x,
             weight.reshape(-1, weight.shape[-1]),
-            labels,
-            ids,
+            chunk.labels,
+            chunk.ids,
             values,
             rule=self.rule,
             params=self.params,
@@ -186,10 +186,8 @@ class RuleEngine:
             precision=self.precision,
         )
 
-    def forward(
-        self, x: Tensor, weight: Tensor, labels: Tensor, ids: Tensor | None, values: Tensor | None
-    ) -> Sums:
-        inputs = self._inputs(x, weight, labels, ids, values)
+    def forward(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> Sums:
+        inputs = self._inputs(x, chunk, values)
         found = class_statistics(inputs, backend=self.backend)
         wide = torch.float64
         return Sums(found.statistics.to(wide), found.targets.to(wide), found.hardest_score.to(wide))
@@ -199,15 +197,13 @@ class RuleEngine:
         grad: Sums,
         statistics: Tensor,
         x: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        ids: Tensor | None,
+        chunk: Chunk,
         values: Tensor | None,
         need_x: bool,
         need_weight: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         dx, dweight = class_gradients(
-            self._inputs(x, weight, labels, ids, values),
+            self._inputs(x, chunk, values),
             statistics,
             grad.statistics,
             grad.targets,
@@ -216,19 +212,9 @@ class RuleEngine:
             need_weight=need_weight,
             backend=self.backend,
         )
-        if need_weight and weight.dim() == 3:
-            dweight = dweight.view(-1, *weight.shape[1:])
+        if need_weight and chunk.weight.dim() == 3:
+            dweight = dweight.view(-1, *chunk.weight.shape[1:])
         return dx if need_x else None, dweight if need_weight else None
-
-
-class Chunk(NamedTuple):
-    """What one call of a kernel is given."""
-
-    rows: Rows  # of the shard
-    weight: Tensor  # the view, or the table that `ids` reads
-    labels: Tensor  # [B, L] as the kernel counts them
-    ids: Tensor | None
-    chance: float
 
 
 @dataclass(frozen=True)
@@ -320,11 +306,11 @@ class ShardSweep:
         statistics = nothing(kinds, b, x.device)
         targets = torch.zeros(self.shard.labels.shape, **wide)
         best = torch.full((b,), -torch.inf, **wide)
-        for _, weight, labels, ids, chance in self.chunks():
-            found = self.engine.forward(x, weight, labels, ids, values)
+        for chunk in self.chunks():
+            found = self.engine.forward(x, chunk, values)
             part = found.statistics
-            if chance != 1:
-                part = _standing_for(part, kinds, 1 / chance)
+            if chunk.chance != 1:
+                part = _standing_for(part, kinds, 1 / chunk.chance)
             statistics = merge(kinds, statistics, part)
             targets += found.targets
             best = torch.maximum(best, found.best)
@@ -344,18 +330,16 @@ class ShardSweep:
     ) -> Iterator[tuple[Rows, Tensor | None, Tensor | None]]:
         """Of each chunk: its rows, its share of dx [B, D] and dweight [rows, ...]."""
         kinds = self.engine.kinds
-        for rows, weight, labels, ids, chance in self.chunks(first, last):
-            lse, of = statistics, grad
+        for chunk in self.chunks(first, last):
+            lse, of, chance = statistics, grad, chunk.chance
             if chance != 1:
                 # exp(z + log(1 / chance) - lse), and a sum's terms 1 / chance times
                 lse = _standing_for(statistics, kinds, chance, kind="lse")
                 of = grad._replace(
                     statistics=_standing_for(grad.statistics, kinds, 1 / chance, kind="sum")
                 )
-            part, dweight = self.engine.backward(
-                of, lse, x, weight, labels, ids, values, need_x, need_weight
-            )
-            yield rows, part, dweight
+            part, dweight = self.engine.backward(of, lse, x, chunk, values, need_x, need_weight)
+            yield chunk.rows, part, dweight
 
 
 def _standing_for(
