@@ -191,8 +191,15 @@ inline TripletKernels triplet_table() {
 inline Kernels table(const char* capability, bool bf16) {
   const RowKernels rows = {table_forward_bytes, table_backward_bytes, table_forward,
                            table_backward};
-  return {capability,       bf16,           rows, pair_table(), maxsim_table(), topk_table(),
-          distance_table(), triplet_table(), row_update_table()};
+  return {capability,
+          bf16,
+          rows,
+          pair_table(),
+          maxsim_table(),
+          topk_table(),
+          distance_table(),
+          triplet_table(),
+          row_update_table()};
 }
 
 }  // namespace fused_losses::FL_ISA
