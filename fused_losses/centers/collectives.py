@@ -200,6 +200,8 @@ def meet(
     A rank whose own checks failed says so here, or the others would wait for it for ever.
     Raises RuntimeError on the other ranks, ValueError where batches do not fit each other.
     """
+    if ranks.world == 1:
+        return Meeting([rows], needs_gradient)
     told = [-1 if refused else rows, columns, labels, code + len(DTYPES) * needs_gradient]
     table = ranks.all_gather(torch.tensor(told, device=device)).tolist()
     kinds = [(d, each, str(DTYPES[code % len(DTYPES)])) for _, d, each, code in table]

@@ -272,7 +272,7 @@ class ClassCenters(nn.Module):
                 embeddings, leaf, self, step, found.targets, rows
             )
             statistics = self._with_pairs(statistics, rows, batch, loss)
-            with self._alike():
+            with self._alike(embeddings.device):
                 each = loss.row_loss(MergedRows(statistics, targets, batch.present, norms))
             total = torch.where(batch.valid, each, 0).sum() / batch.valid.sum().clamp_min(1)
             total = total.to(step.x.dtype)
@@ -352,11 +352,12 @@ class ClassCenters(nn.Module):
             validation.check_index_vector("labels", labels, n, embeddings)
             labels = labels[:, None]
         labels = labels.long()
-        validation.check_labels(labels, self.num_classes, ignore_index=self.ignore_index)
-        # a stray -1 is out of range unless it is the ignored one
+        # -1 is out of range unless it is the ignored one; a GPU's check does not wait for it
         stray = (labels == NO_TARGET) & (labels != self.ignore_index)
-        if bool(stray.any()):
+        if labels.device.type == "cpu" and bool(stray.any()):
             raise IndexError(f"labels: expected class ids in [0, {self.num_classes}), got -1")
+        labels = torch.where(stray, NO_TARGET - 1, labels)
+        validation.check_labels(labels, self.num_classes, ignore_index=self.ignore_index)
         return torch.where(labels == self.ignore_index, NO_TARGET, labels)
 
     def _groups(self, local: Tensor, training: bool) -> list[Group]:
@@ -439,15 +440,11 @@ class ClassCenters(nn.Module):
         return Sums(statistics, targets.contiguous(), top[-1] if with_best else found.best)
 
     @contextmanager
-    def _alike(self) -> Iterator[None]:
+    def _alike(self, device: torch.device) -> Iterator[None]:
         """The same random numbers on any number of ranks, for margins that draw some."""
-        with torch.random.fork_rng(devices=[self._device()] if self._device() else []):
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
             torch.manual_seed(rounding_key(self.seed, self.step_count) >> 1)
             yield
-
-    def _device(self) -> torch.device | None:
-        """The accelerator that random numbers come from, if any."""
-        return self.weight.device if self.weight.device.type != "cpu" else None
 
     # ---- backward -------------------------------------------------------------------------------
 
