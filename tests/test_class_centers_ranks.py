@@ -297,6 +297,23 @@ def test_a_dimension_of_a_mesh() -> None:
         assert each["shape"] == (C, D)
 
 
+def kept(rank: int, folder: str) -> list[float]:
+    """The average that CurricularFace keeps, before a save, and in another head after a load."""
+    import torch.distributed.checkpoint as checkpoint
+
+    first, second = make("curricular", **SGD), make("curricular", **SGD)
+    first(*own(rank, dist.get_world_size(), *batch("curricular"))).backward()
+    checkpoint.save(first.state(), checkpoint_id=folder)
+    checkpoint.load(second.state(), checkpoint_id=folder)
+    second.load()
+    return [float(first.margin.t), float(second.margin.t)]
+
+
+def test_state_has_what_a_margin_keeps(tmp_path: Any) -> None:
+    for before, after in processes.run(2, kept, str(tmp_path)):
+        assert before == after != 0
+
+
 def saved(rank: int, folder: str, classes: int) -> None:
     import torch.distributed.checkpoint as checkpoint
 

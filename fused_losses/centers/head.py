@@ -624,13 +624,19 @@ class ClassCenters(nn.Module):
         """What torch.distributed.checkpoint saves, and loads in place: call `load` after that.
 
         weight and each "optimizer.<name>" as a DTensor over the shards (a plain tensor without
-        process group), and "steps". They share the head's memory; every row has caught up.
+        process group), "margin.<name>" of the averages that a margin keeps, and "steps". They share
+        the head's memory; every row has caught up.
         """
         self.settle()
         tables = {"weight": self.weight.detach()}
         tables |= {f"optimizer.{name}": t for name, t in self.row_states().items()}
         self._steps = torch.tensor(self.step_count)
-        return {**{name: self._over_ranks(t) for name, t in tables.items()}, "steps": self._steps}
+        kept = self.margin.state_dict() if isinstance(self.margin, nn.Module) else {}
+        return {
+            **{name: self._over_ranks(t) for name, t in tables.items()},
+            **{f"margin.{name}": t for name, t in kept.items()},
+            "steps": self._steps,
+        }
 
     def load(self) -> None:
         """After the tensors of `state()` were loaded in place: goes on from there."""
