@@ -24,7 +24,7 @@ from fused_losses.class_rules import (
 )
 from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
 from fused_losses.rows import accumulate_dtype, unit_rows
-from fused_losses.softmax import GRADIENTS, meet, no_autocast
+from fused_losses.softmax import GRADIENTS, meet, no_autocast, no_target
 from fused_losses.validation import NO_TARGET, describe
 
 
@@ -359,9 +359,7 @@ def class_loss(
         classes = torch.sort(classes.long()).values
     if not torch.compiler.is_compiling():
         validation.check_labels(labels, weight.shape[0], ignore_index=ignore_index)
-    # a stray -1 stays an error: it becomes -2
-    stray = torch.where(labels == NO_TARGET, NO_TARGET - 1, labels)
-    labels = torch.where(labels == ignore_index, NO_TARGET, stray)
+    labels = no_target(labels, ignore_index)
     present = labels != NO_TARGET
     valid = present.any(dim=1)
     with no_autocast(embeddings.device):

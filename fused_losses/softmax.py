@@ -142,8 +142,8 @@ def margin_softmax(
         if name == "reference":
             if classes is not None:
                 validation.check_classes(classes, c)
-                no_target = torch.where(labels == ignore_index, validation.NO_TARGET, labels)
-                validation.check_labels_in_classes(no_target, classes)
+                marked = torch.where(labels == ignore_index, validation.NO_TARGET, labels)
+                validation.check_labels_in_classes(marked, classes)
             row_loss, cosine, logits = reference.margin_softmax(
                 embeddings,
                 weight,
@@ -167,7 +167,7 @@ def margin_softmax(
             row_loss, stats = _streamed(
                 embeddings,
                 weight,
-                _no_target(labels, ignore_index),
+                no_target(labels, ignore_index),
                 margin=margin,
                 scale=scale,
                 normalize=normalize,
@@ -371,7 +371,7 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-def _no_target(labels: Tensor, ignore_index: int) -> Tensor:
+def no_target(labels: Tensor, ignore_index: int) -> Tensor:
     """ignore_index -> NO_TARGET, while a stray -1 stays an error (it becomes -2)."""
     if ignore_index == validation.NO_TARGET:
         return labels

@@ -15,7 +15,7 @@ from fused_losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
 from fused_losses.batch_negatives import UNPG, unpg_margin_softmax
 from fused_losses.centers import ClassCenters
 from fused_losses.centers.sampling import sample
-from fused_losses.centers.shard import Group, Shard, ShardSweep, SoftmaxEngine
+from fused_losses.centers.shard import Gradients, Group, Shard, ShardSweep, SoftmaxEngine
 from fused_losses.functional import margin_softmax
 
 N, C, D = 13, 57, 6
@@ -415,7 +415,9 @@ def test_chunks_that_move_give_the_same(ids: list[int] | None) -> None:
         sweep = ShardSweep(shard, [Group(rows)], engine)
         found = sweep.forward(x, None)
         parts = list(
-            sweep.gradients(found, found.statistics, x, None, need_x=True, need_weight=True)
+            sweep.gradients(
+                Gradients(*found[:2]), found.statistics, x, None, need_x=True, need_weight=True
+            )
         )
         answers.append(
             [

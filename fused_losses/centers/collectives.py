@@ -87,7 +87,7 @@ class Ranks:
         elif process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
         self.group = process_group
-        self._mesh = None if device_mesh is None else device_mesh
+        self._mesh = device_mesh
         if device_mesh is not None and device_mesh.ndim > 1:
             self._mesh = device_mesh[mesh_dim]
         self.world = 1 if process_group is None else dist.get_world_size(process_group)

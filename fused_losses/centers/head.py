@@ -24,6 +24,7 @@ from fused_losses.centers.sampling import sample
 from fused_losses.centers.shard import (
     CHUNK_BYTES,
     Engine,
+    Gradients,
     Group,
     Rows,
     RuleEngine,
@@ -229,7 +230,7 @@ class ClassCenters(nn.Module):
         weight = place.zeros("weight", (self.num_local, *middle, embedding_dim), dtype)
         initialise_(weight, self.class_start, seed=seed)
         self._rows: RowOptimizer | None = None
-        self._pending: list[tuple[Step, Sums]] = []
+        self._pending: list[tuple[Step, Gradients]] = []
         self._grad_factor = 1.0
         self._version = 0  # training forwards, what draws the sample without an optimiser
         # backward runs also where no embedding needs a gradient
@@ -448,7 +449,7 @@ class ClassCenters(nn.Module):
 
     # ---- backward -------------------------------------------------------------------------------
 
-    def _backward(self, step: Step, grad: Sums) -> tuple[Tensor | None, Scattered | None]:
+    def _backward(self, step: Step, grad: Gradients) -> tuple[Tensor | None, Scattered | None]:
         """The table's gradient for autograd (or its update), and dX on its way to its ranks."""
         if step.at != self.step_count and self._rows is not None:
             raise RuntimeError(
@@ -477,7 +478,7 @@ class ClassCenters(nn.Module):
         return None, on_the_way
 
     def _sweep(
-        self, step: Step, grad: Sums, *, need_x: bool, need_weight: bool, **part: int
+        self, step: Step, grad: Gradients, *, need_x: bool, need_weight: bool, **part: int
     ) -> Iterator[tuple[Rows, Tensor | None, Tensor | None]]:
         if not need_x and not need_weight:
             return iter(())
@@ -491,7 +492,7 @@ class ClassCenters(nn.Module):
             **part,
         )
 
-    def _dense_or_sparse(self, step: Step, grad: Sums, dx: Tensor | None) -> Tensor | None:
+    def _dense_or_sparse(self, step: Step, grad: Gradients, dx: Tensor | None) -> Tensor | None:
         """The gradient of a parameter: of every row, or of the rows that took part."""
         need = self.weight.requires_grad
         sampled = step.sweep.groups[0].ids is not None
@@ -531,7 +532,9 @@ class ClassCenters(nn.Module):
 
     # ---- updates apart from backward ------------------------------------------------------------
 
-    def _chunk_gradients(self, pending: list[tuple[Step, Sums]]) -> Iterator[tuple[Rows, Tensor]]:
+    def _chunk_gradients(
+        self, pending: list[tuple[Step, Gradients]]
+    ) -> Iterator[tuple[Rows, Tensor]]:
         """The sum of some backwards' gradients, a chunk of rows at a time."""
         if len(pending) == 1:
             for rows, _, d_rows in self._sweep(*pending[0], need_x=False, need_weight=True):
@@ -559,14 +562,14 @@ class ClassCenters(nn.Module):
             if at.numel():
                 yield at + first, total[at].to(self.weight.dtype)
 
-    def _norm(self, pending: list[tuple[Step, Sums]]) -> float:
+    def _norm(self, pending: list[tuple[Step, Gradients]]) -> float:
         square = torch.zeros((), dtype=torch.float64, device=self.weight.device)
         for _, d_rows in self._chunk_gradients(pending):
             square += torch.linalg.vector_norm(d_rows, dtype=torch.float64).square().to(square)
         self.ranks.sum_(square)
         return math.sqrt(float(square))
 
-    def _clipping(self, pending: list[tuple[Step, Sums]]) -> float:
+    def _clipping(self, pending: list[tuple[Step, Gradients]]) -> float:
         """What the gradient is multiplied by, as torch.nn.utils.clip_grad_norm_ has it."""
         if self.max_grad_norm is None:
             return 1.0

@@ -51,6 +51,13 @@ class Sums(NamedTuple):
     best: Tensor  # [B] the highest score of another class, -inf without
 
 
+class Gradients(NamedTuple):
+    """Of the loss, in what `Sums` has of it."""
+
+    statistics: Tensor  # [S, B]
+    targets: Tensor  # [B, L]
+
+
 class Chunk(NamedTuple):
     """What one call of a kernel is given."""
 
@@ -70,7 +77,7 @@ class Engine(Protocol):
 
     def backward(
         self,
-        grad: Sums,
+        grad: Gradients,
         statistics: Tensor,
         x: Tensor,
         chunk: Chunk,
@@ -127,7 +134,7 @@ class SoftmaxEngine:
 
     def backward(
         self,
-        grad: Sums,
+        grad: Gradients,
         statistics: Tensor,
         x: Tensor,
         chunk: Chunk,
@@ -194,7 +201,7 @@ class RuleEngine:
 
     def backward(
         self,
-        grad: Sums,
+        grad: Gradients,
         statistics: Tensor,
         x: Tensor,
         chunk: Chunk,
@@ -318,7 +325,7 @@ class ShardSweep:
 
     def gradients(
         self,
-        grad: Sums,
+        grad: Gradients,
         statistics: Tensor,  # [S, B], of all shards
         x: Tensor,
         values: Tensor | None,

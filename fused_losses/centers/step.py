@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_losses.centers.shard import ShardSweep, Sums
+from fused_losses.centers.shard import Gradients, ShardSweep
 from fused_losses.rows import unit_rows
 from fused_losses.softmax import no_autocast
 from fused_losses.validation import NO_TARGET
@@ -74,7 +74,7 @@ class Sharded(torch.autograd.Function):
         head, step = ctx.head, ctx.step
         (embeddings,) = ctx.saved_tensors
         with no_autocast(embeddings.device):
-            d_weight, on_the_way = head._backward(step, Sums(d_statistics, d_targets, d_norms))
+            d_weight, on_the_way = head._backward(step, Gradients(d_statistics, d_targets))
             dx = None
             if on_the_way is not None:
                 own = slice(step.batch.first, step.batch.first + embeddings.shape[0])
