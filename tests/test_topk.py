@@ -126,6 +126,19 @@ def test_a_screen_never_changes_the_answer(metric: str, screen: str, streamed: s
         torch.testing.assert_close(found[0], reference[0], rtol=1e-6, atol=1e-12)
 
 
+def test_rows_that_a_bf16_screen_moves_the_furthest(streamed: str) -> None:
+    """Entries just below the middle of two bf16 numbers: every one loses all but 2^-8 of itself."""
+    if not can_screen("bf16", streamed):
+        return
+    x = torch.full((1, 256), 1.00389)
+    bank = torch.zeros(64, 256)
+    bank[0], bank[40] = 1.003, 1.00389
+    assert pairwise_topk(x, bank, 1, "dot", screen="bf16", backend=streamed)[1].item() == 40
+    rows = 1.00389 + 2e-5 * torch.rand(500, 256) - 1e-5
+    found = pairwise_topk(rows, rows, 10, "dot", screen="bf16", backend=streamed)[1]
+    assert torch.equal(found, pairwise_topk(rows, rows, 10, "dot", backend="reference")[1])
+
+
 def test_quantized_rows_are_the_bank(backend: str) -> None:
     x, y = torch.randn(6, 20, requires_grad=True), quantize_rows(torch.randn(90, 20))
     for metric in ("dot", "cosine", "euclidean"):

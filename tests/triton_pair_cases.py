@@ -202,6 +202,8 @@ def check(case: Case, seed: int = 0) -> None:
     forward_step, backward_step = PRECISION_STEP.get(case.precision, (STEP[case.dtype],) * 2)
     # 16-bit operands multiply exactly: what a float32 sum rounds is all of the forward's error
     forward_step = 2**-22 if case.precision in ("fp32", "mixed") else forward_step
+    # a score of the size of scale is rounded to its 2^-24, which exp makes relative
+    score_step = case.scale * 2**-25
     low = torch.bfloat16 if case.precision in ("mixed", "bf16") else case.dtype
     needs = ALL_NEEDS._replace(x_bias=p.x_bias is not None, y_bias=p.y_bias is not None)
     if case.triangle:
@@ -210,7 +212,7 @@ def check(case: Case, seed: int = 0) -> None:
     if case.values:
         got = backend.attention(values, p, case.positives)
         want = [t.detach() for t in truth.attention(values.double(), exact, case.positives)]
-        step = max(forward_step, STEP[case.dtype])
+        step = max(forward_step, STEP[case.dtype], score_step)
         for name, a, b in zip(("out", "lse"), got, want, strict=True):
             close(a, b, None, step if name == "out" else 4 * forward_step, name)
         grads = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in want]
@@ -233,8 +235,7 @@ def check(case: Case, seed: int = 0) -> None:
     eager = eager_error(case, low, want, eager)
     names = ["values"] if case.values else []
     names += ["x", "y", "scale", "x_bias", "y_bias"]
-    # a score of the size of scale is rounded to its 2^-24, which exp makes relative
-    step = max(backward_step, STEP[low], 2**-22, case.scale * 2**-25)
+    step = max(backward_step, STEP[low], 2**-22, score_step)
     # what the gradient of scale is the sum of: its terms may all but cancel
     dx = want[names.index("x")]
     summed = float((p.x.double().norm(dim=1) * dx.norm(dim=1)).sum() / case.scale) + 1e-3

@@ -22,9 +22,9 @@ from fused_losses.rows import ZERO_NORM, accumulate_dtype, row_dtype
 from fused_losses.selection import TopkInputs, listed_forward, scores_of
 
 BLOCK_BYTES = 4 << 20
-# unit roundoffs of what is multiplied and of what is added up
+# unit roundoffs of what is added up, and of what is multiplied
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
-EPSILON = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 @dataclass(frozen=True)
