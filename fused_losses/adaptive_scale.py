@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses import validation
+from fused_losses.base import validation
+from fused_losses.base.numerics import no_autocast
 from fused_losses.class_rows import class_rows
-from fused_losses.softmax import no_autocast
 
 BACKGROUNDS = ("sample", "median", "mean")
 

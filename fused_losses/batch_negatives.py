@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import backends, validation
+from fused_losses import backends
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype, unit_rows
+from fused_losses.base.validation import GRADIENTS, check_integers, check_rows, number
 from fused_losses.class_rows import class_rows
 from fused_losses.margins import CosFace, Margin, apply_margin
-from fused_losses.pair_front import check_integers, check_rows, number
-from fused_losses.rows import accumulate_dtype, row_dtype, unit_rows
-from fused_losses.softmax import GRADIENTS, no_autocast
 from fused_losses.streamed_op import PYTHON_BACKENDS, StreamedOp
 
 TILE_SIDE = 512  # rows and columns of a tile of pairs

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses import validation
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
+from fused_losses.base.validation import GRADIENTS, NO_TARGET, describe, meet, no_target
 from fused_losses.class_rules import (
     ClassInputs,
     class_statistics,
@@ -23,9 +25,6 @@ from fused_losses.class_rules import (
     raised,
 )
 from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
-from fused_losses.rows import accumulate_dtype, unit_rows
-from fused_losses.softmax import GRADIENTS, meet, no_autocast, no_target
-from fused_losses.validation import NO_TARGET, describe
 
 
 class MergedRows(NamedTuple):

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses import backends, validation
+from fused_losses import backends
 from fused_losses.backends import bounded, reference
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, unit_rows
+from fused_losses.base.validation import meet
 from fused_losses.margins import Margin, bend_of
-from fused_losses.rows import accumulate_dtype, unit_rows
-from fused_losses.softmax import meet
 from fused_losses.sweep import row_statistics
 
 

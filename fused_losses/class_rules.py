@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import backends, validation
+from fused_losses import backends
+from fused_losses.base import validation
+from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
+from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.distance_matrix import DISTANCE_MATRIX
-from fused_losses.rows import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
 from fused_losses.streamed_op import LIBRARY, PYTHON_BACKENDS, StreamedOp
-from fused_losses.validation import NO_TARGET, describe
 
 TILE_BYTES = 2 << 20  # of products and of weights in a tile, together
 GPU_TILE_BYTES = 16 << 20  # enough classes for every processor; a tile stays in L2

@@ -9,27 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses import validation
-from fused_losses.pair_front import (
-    by_label,
+from fused_losses.base import validation
+from fused_losses.base.integers import count_up, dense, dense_pair
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, softplus
+from fused_losses.base.validation import (
     check_batch,
     check_both,
     check_diagonal,
     check_integer_pair,
     check_rows,
-    count_up,
-    dense,
-    dense_pair,
     number,
-    reduced,
-    scored,
-    softplus,
-    triangle,
 )
+from fused_losses.pair_front import by_label, scored, triangle
 from fused_losses.pair_inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.pairs import PairStatistics, pair_statistics
-from fused_losses.rows import accumulate_dtype
-from fused_losses.softmax import no_autocast
 
 CONTRAST_FORMS = ("out", "in")
 DENOMINATORS = ("simclr", "pairs")

@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses import backends, validation
+from fused_losses import backends
 from fused_losses.backends import reference_distances
-from fused_losses.rows import accumulate_dtype
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.streamed_op import StreamedOp, refused
 
 PRODUCTS = ("dot", "sqeuclidean", "euclidean")

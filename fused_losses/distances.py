@@ -14,14 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import validation
 from fused_losses.backends import reference_distances
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, centered, no_autocast, root, row_dtype
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import describe, number
 from fused_losses.distance_matrix import FLAT, choose, distance_matrix
-from fused_losses.pair_front import centered, number
-from fused_losses.rows import accumulate_dtype, root, row_dtype
-from fused_losses.softmax import no_autocast
-from fused_losses.unit_norm import unit
-from fused_losses.validation import describe
 
 
 def pairwise_distance(

@@ -7,21 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from fused_losses import validation
-from fused_losses.pair_front import (
-    check_both,
-    check_rows,
-    merged,
-    number,
-    over_last,
-    scored,
-    triangle,
-)
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import check_both, check_rows, number
+from fused_losses.pair_front import scored, triangle
 from fused_losses.pair_inputs import NEGATIVE
 from fused_losses.pairs import pair_statistics
-from fused_losses.rows import accumulate_dtype
-from fused_losses.softmax import no_autocast
-from fused_losses.unit_norm import unit
 
 KERNELS = {"gaussian": "rbf", "laplacian": "euclidean"}
 

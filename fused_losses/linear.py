@@ -8,16 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses import backends, validation
-from fused_losses.rows import accumulate_dtype
-from fused_losses.softmax import (
-    check_smoothing,
-    kept_classes,
-    margin_softmax,
-    meet,
-    no_autocast,
-    row_weights,
-)
+from fused_losses import backends
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, no_autocast
+from fused_losses.base.validation import check_smoothing, meet
+from fused_losses.softmax import kept_classes, margin_softmax, row_weights
 from fused_losses.sweep import row_statistics
 
 

@@ -10,27 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses import validation
-from fused_losses.noise_contrastive import info_nce
-from fused_losses.pair_front import (
-    ByLabel,
-    by_label,
+from fused_losses.base import validation
+from fused_losses.base.integers import count_up
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    merged,
+    no_autocast,
+    reduced,
+    root,
+    softplus,
+)
+from fused_losses.base.validation import (
     check_batch,
     check_both,
     check_class_ids,
     check_integers,
-    count_up,
-    merged,
     number,
-    reduced,
-    scored,
-    softplus,
-    triangle,
 )
+from fused_losses.noise_contrastive import info_nce
+from fused_losses.pair_front import ByLabel, by_label, scored, triangle
 from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 from fused_losses.pairs import PairStatistics, pair_statistics
-from fused_losses.rows import accumulate_dtype, root
-from fused_losses.softmax import no_autocast
 
 
 def _batch(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_losses import validation
+from fused_losses.base import validation
 from fused_losses.mining import Pairs, Triplets, mine_pairs, mine_triplets
 
 STRATEGIES = {"hard": "hardest", "easy": "easiest", "semihard": "semihard", "all": "all"}

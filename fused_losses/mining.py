@@ -14,20 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import validation
+from fused_losses.base import validation
+from fused_losses.base.integers import dense, dense_pair
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
 from fused_losses.distance_matrix import distance_matrix
 from fused_losses.neighbors import pairwise_topk
-from fused_losses.pair_front import (
-    check_both,
-    check_integer_pair,
-    check_integers,
-    check_rows,
-    dense,
-    dense_pair,
-)
-from fused_losses.rows import accumulate_dtype, row_dtype
-from fused_losses.softmax import no_autocast
-from fused_losses.unit_norm import unit
 
 SIMILARITIES = ("dot", "cosine")
 DISTANCES = (

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses import validation
 from fused_losses.backends.reference_topk import allowed, best
+from fused_losses.base import validation
+from fused_losses.base.integers import dense_pair
+from fused_losses.base.numerics import accumulate_dtype, root
+from fused_losses.base.validation import check_integer_pair, check_integers
 from fused_losses.distance_matrix import FLAT
 from fused_losses.distances import METRICS, pairwise_distance, whitened
-from fused_losses.pair_front import check_integer_pair, check_integers, dense_pair
-from fused_losses.rows import accumulate_dtype, root
 from fused_losses.selection import (
     MATCHES,
     SCREENS,

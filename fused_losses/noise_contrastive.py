@@ -8,28 +8,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import validation
-from fused_losses.pair_front import (
+from fused_losses.base import validation
+from fused_losses.base.integers import count_up, dense, dense_pair
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    merged,
+    no_autocast,
+    over_last,
+    reduced,
+    softplus,
+)
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import (
     check_at_least,
     check_both,
     check_diagonal,
     check_integer_pair,
     check_integers,
-    count_up,
-    dense,
-    dense_pair,
-    merged,
     number,
-    over_last,
-    reduced,
-    scored,
-    softplus,
 )
+from fused_losses.pair_front import scored
 from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 from fused_losses.pairs import PairStatistics, pair_statistics
-from fused_losses.rows import accumulate_dtype
-from fused_losses.softmax import no_autocast
-from fused_losses.unit_norm import unit
 
 
 def info_nce(

@@ -28,8 +28,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import backends, validation
+from fused_losses import backends
 from fused_losses.backends import reference_pairs
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, row_dtype
+from fused_losses.base.validation import describe
 from fused_losses.pair_inputs import (
     BEFORE,
     BEST,
@@ -42,9 +45,7 @@ from fused_losses.pair_inputs import (
     PairNeeds,
     sorted_out,
 )
-from fused_losses.rows import accumulate_dtype, row_dtype
 from fused_losses.streamed_op import StreamedOp
-from fused_losses.validation import describe
 
 INPUTS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? x_bias, Tensor? y_bias, Tensor? x_labels, "

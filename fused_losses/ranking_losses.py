@@ -11,21 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses.pair_front import (
-    by_label,
-    check_at_least,
-    check_batch,
-    number,
-    reduced,
-    scored,
-    softplus,
-    triangle,
-)
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, row_dtype, softplus
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import check_at_least, check_batch, number
+from fused_losses.pair_front import by_label, scored, triangle
 from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs
 from fused_losses.pairs import pair_statistics
 from fused_losses.row_losses import row_losses
-from fused_losses.rows import accumulate_dtype, row_dtype
-from fused_losses.softmax import no_autocast
 from fused_losses.triplet_losses import (
     check_sides,
     class_sizes,
@@ -33,7 +25,6 @@ from fused_losses.triplet_losses import (
     over_terms,
     sides,
 )
-from fused_losses.unit_norm import unit
 
 
 def tuplet_margin(

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import backends, validation
+from fused_losses import backends
 from fused_losses.backends import reference_distances
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, row_dtype
+from fused_losses.base.validation import describe
 from fused_losses.distance_matrix import DISTANCE_MATRIX
 from fused_losses.row_rules import RULES, Block
-from fused_losses.rows import accumulate_dtype, row_dtype
 from fused_losses.streamed_op import PYTHON_BACKENDS, StreamedOp
-from fused_losses.validation import describe
 
 # a score's kind of distance matrix, and its sign
 SCORES = {

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.backends import cpu_triplets, cuda_triplets
-from fused_losses.rows import row_dtype
+from fused_losses.base.numerics import row_dtype
 
 TRIPLETS = ("all", "hard", "semihard", "easy")
 PICKS = ("hardest", "easiest", "semihard")

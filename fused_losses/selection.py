@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import backends, validation
-from fused_losses.rows import ZERO_NORM, accumulate_dtype, row_dtype
+from fused_losses import backends
+from fused_losses.base import validation
+from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
 from fused_losses.streamed_op import LIBRARY, PYTHON_BACKENDS, StreamedOp
 
 KINDS = ("dot", "cosine", "sqeuclidean")

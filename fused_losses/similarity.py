@@ -8,23 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_losses import validation
-from fused_losses.pair_front import (
-    SIMILARITIES,
+from fused_losses.base import validation
+from fused_losses.base.integers import dense_pair
+from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast
+from fused_losses.base.validation import (
     check_both,
     check_integer_pair,
     check_integers,
     check_rows,
-    dense_pair,
-    merged,
     number,
-    scored,
-    triangle,
 )
+from fused_losses.pair_front import SIMILARITIES, scored, triangle
 from fused_losses.pair_inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.pairs import PairStatistics, pair_attention, pair_statistics
-from fused_losses.rows import accumulate_dtype
-from fused_losses.softmax import no_autocast
 
 MATCHES = ("any", "same", "different", "both")
 ZEROS = ("same", "different")

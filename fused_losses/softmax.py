@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses import backends, validation
+from fused_losses import backends
 from fused_losses.backends import bounded, reference
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
+from fused_losses.base.validation import GRADIENTS, check_smoothing, meet, no_target
 from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
-from fused_losses.rows import accumulate_dtype, unit_rows
 from fused_losses.sweep import KEPT_PADDING, RowStatistics, row_statistics
-
-GRADIENTS = ("exact", "straight_through")
 
 
 class MarginSoftmaxStats(NamedTuple):
@@ -353,32 +352,6 @@ def _smoothed(
     return (1 - label_smoothing) * row_weight * loss + label_smoothing / taking_part * uniform
 
 
-def meet(
-    rows: Tensor,
-    weight: Tensor,
-    rows_name: str = "embeddings",
-    weight_name: str = "weight",
-) -> Tensor:
-    """One dtype for both sides: the caller's, or under autocast the weight's."""
-    if rows.dtype != weight.dtype and torch.is_autocast_enabled(rows.device.type):
-        return rows.to(weight.dtype)
-    validation.check_same_dtype(rows_name, rows, weight_name, weight)
-    return rows
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Our own casts decide; autocast must not lower the [N, D] work around the kernels."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def no_target(labels: Tensor, ignore_index: int) -> Tensor:
-    """ignore_index -> NO_TARGET, while a stray -1 stays an error (it becomes -2)."""
-    if ignore_index == validation.NO_TARGET:
-        return labels
-    stray = torch.where(labels == validation.NO_TARGET, validation.NO_TARGET - 1, labels)
-    return torch.where(labels == ignore_index, validation.NO_TARGET, stray)
-
-
 def kept_classes(memory_budget: int, x: Tensor, weight: Tensor, taking_part: int) -> int:
     """How many classes' scores fit in the budget, whole vectors a class."""
     needs = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -450,8 +423,3 @@ def _check_scale(scale: float | Tensor, embeddings: Tensor) -> None:
         validation.check_device("embeddings", embeddings, "scale", scale)
     elif not scale > 0:
         raise ValueError(f"scale: expected a value > 0, got {scale}")
-
-
-def check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
+from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.inputs import Inputs, Needs, RowGradients
-from fused_losses.rows import accumulate_dtype, row_dtype
 from fused_losses.streamed_op import StreamedFunction, StreamedOp
 
 FORWARD = (

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import validation
-from fused_losses.pair_front import centered, check_both, number, scored, squared_norms
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, centered, no_autocast, squared_norms
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import check_both, number
+from fused_losses.pair_front import scored
 from fused_losses.pair_inputs import NEGATIVE, PairInputs
 from fused_losses.pairs import pair_attention, pair_statistics
-from fused_losses.rows import accumulate_dtype
-from fused_losses.softmax import no_autocast
-from fused_losses.unit_norm import unit
 
 COSTS = ("cosine", "dot", "sqeuclidean")
 

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from fused_losses import validation
-from fused_losses.pair_front import check_both, merged, number, over_last, scored
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
+from fused_losses.base.validation import check_both, number
+from fused_losses.pair_front import scored
 from fused_losses.pairs import pair_attention
-from fused_losses.rows import accumulate_dtype
 from fused_losses.similarity import check_leading, check_values, one_by_one
-from fused_losses.softmax import no_autocast
 
 TRILINEAR_ROWS = 4096  # of (query, first key) pairs that one sweep takes
 

@@ -14,30 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses import backends, validation
-from fused_losses.pair_front import (
+from fused_losses import backends
+from fused_losses.base import validation
+from fused_losses.base.integers import count_up, dense, dense_pair
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    no_autocast,
+    reduced,
+    root,
+    row_dtype,
+    softplus,
+)
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import (
     check_at_least,
     check_both,
     check_class_ids,
     check_integers,
     check_rows,
-    count_up,
-    dense,
-    dense_pair,
     number,
-    reduced,
-    scored,
-    softplus,
-    triangle,
 )
+from fused_losses.pair_front import scored, triangle
 from fused_losses.pair_inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.pairs import PairStatistics, pair_statistics
 from fused_losses.row_losses import SCORES, RowInputs, row_losses
 from fused_losses.row_rules import PICKS, TRIPLETS
-from fused_losses.rows import accumulate_dtype, root, row_dtype
 from fused_losses.selection import TopkInputs, best_screen, select
-from fused_losses.softmax import no_autocast
-from fused_losses.unit_norm import unit
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 PER = ("pair", "triplet")

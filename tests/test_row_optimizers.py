@@ -14,9 +14,9 @@ from test_memory import COUNTER, MIB, told_by_child
 from torch import Tensor
 
 from fused_losses import backends, row_update
+from fused_losses.base.rounding import random_bits, rounding_key, stochastic
 from fused_losses.centers import optimizers
 from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
-from fused_losses.rounding import random_bits, rounding_key, stochastic
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 C, D = 23, 5

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_losses import row_update
 from fused_losses.backends import cuda_launch, table
-from fused_losses.rounding import rounding_key
+from fused_losses.base.rounding import rounding_key
 from fused_losses.row_update import adagrad_rows_, adamw_rows_, catch_up_rows_, sgd_rows_
 
 BACKENDS = ("reference", "bounded", "cpu", *CUDA)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_losses import unit_norm
-from fused_losses.unit_norm import unit
+from fused_losses.base import unit_norm
+from fused_losses.base.unit_norm import unit
 
 
 @pytest.mark.parametrize("ordered", [False, True])

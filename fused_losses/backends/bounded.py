@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses import validation
+from fused_losses.base import validation
+from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
 from fused_losses.inputs import Inputs, Needs, RowGradients
-from fused_losses.rows import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
 
 TILE_BYTES = 3 << 20  # of scores and of weights in a tile, together
 LIVE_TILES = 3.7  # how many such are alive at the peak, in backward (tests/test_memory.py)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.rows import accumulate_dtype
+from fused_losses.base.numerics import accumulate_dtype
 
 BLOCK_BYTES = 4 << 20  # of products, or of terms [rows, columns, D], in a block
 BLOCK_ROWS = 512

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_losses.rows import accumulate_dtype
+from fused_losses.base.numerics import accumulate_dtype
 
 BLOCK_BYTES = 4 << 20  # of products alive at once
 

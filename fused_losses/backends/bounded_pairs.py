@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.pair_inputs import (
     BEST,
     COUNT,
@@ -24,7 +25,6 @@ from fused_losses.pair_inputs import (
     Rule,
     sorted_out,
 )
-from fused_losses.rows import accumulate_dtype, row_dtype
 
 BLOCK_BYTES = 2 << 20  # of scores in a block
 LIVE_BLOCKS = 12  # how many such are alive at the peak (tests/test_pair_memory.py)

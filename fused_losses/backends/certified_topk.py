@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.backends.reference_topk import allowed, best, wide_rows
-from fused_losses.rows import ZERO_NORM, accumulate_dtype, row_dtype
+from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
 from fused_losses.selection import TopkInputs, listed_forward, scores_of
 
 BLOCK_BYTES = 4 << 20

@@ -39,8 +39,8 @@ from fused_losses.backends.pair_sweeps import (
     weight_unit,
 )
 from fused_losses.backends.triton import library_tf32
+from fused_losses.base.numerics import row_dtype
 from fused_losses.pair_inputs import REDUCTIONS, PairInputs, PairNeeds
-from fused_losses.rows import row_dtype
 
 TILE_BYTES = 16 << 20  # of all tiles of a block: with their operands they stay in L2 from sm_80 on
 WIDTH = 64  # tiles are a multiple of it wide: rows start on 16 bytes in every type

@@ -22,7 +22,7 @@ from fused_losses.backends import triton_launch as base
 from fused_losses.backends.certified_topk import Judge, Screen
 from fused_losses.backends.cuda_products import product
 from fused_losses.backends.triton_launch import ceil_div
-from fused_losses.rows import ZERO_NORM
+from fused_losses.base.numerics import ZERO_NORM
 from fused_losses.selection import KINDS, MATCHES, TopkInputs
 
 TILE_BYTES = 16 << 20  # of products: with a block of the bank, in the L2 of an A100 and later

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends.triton import accumulate, float16_scale
+from fused_losses.base.numerics import row_dtype
 from fused_losses.pair_inputs import (
     BEST,
     COUNT,
@@ -20,7 +21,6 @@ from fused_losses.pair_inputs import (
     PairInputs,
     PairNeeds,
 )
-from fused_losses.rows import row_dtype
 
 ROW_BLOCK = 4096  # rows of G stored at a time: 4096 x 512 is 128 tiles of 128 x 128, a full H100
 MAX_CHUNK = 16384  # columns; bounds the float32 sums of a chunk where N is small

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses.base.numerics import unit_rows
 from fused_losses.margins import Margin, apply_margin, bend_of
-from fused_losses.rows import unit_rows
 
 
 def unavailable() -> str | None:

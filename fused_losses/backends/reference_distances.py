@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_losses.rows import accumulate_dtype
+from fused_losses.base.numerics import accumulate_dtype
 
 
 def distance(kind: str, x: Tensor, y: Tensor, w: Tensor | None, p: float) -> Tensor:

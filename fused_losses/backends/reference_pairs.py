@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses.base.numerics import row_dtype
 from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs, Rule
-from fused_losses.rows import row_dtype
 
 
 def scores(p: PairInputs) -> Tensor:

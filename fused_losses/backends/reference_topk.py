@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.rows import row_dtype
+from fused_losses.base.numerics import row_dtype
 from fused_losses.selection import TopkInputs, scores_of
 
 

@@ -13,10 +13,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fused_losses import validation
 from fused_losses.backends import triton_launch as base
 from fused_losses.backends.triton_launch import Problem, ceil_div, from_column, kernels, norms
 from fused_losses.backends.triton_tiles import Tile
+from fused_losses.base import validation
 from fused_losses.inputs import Inputs, Needs, RowGradients
 
 PARTIAL_BYTES = 64 << 20

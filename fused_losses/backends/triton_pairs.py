@@ -47,9 +47,9 @@ from fused_losses.backends.triton import library_tf32
 from fused_losses.backends.triton_launch import Problem, ceil_div
 from fused_losses.backends.triton_pair_tiles import PAIR_TABLES
 from fused_losses.backends.triton_tiles import Tile
+from fused_losses.base.numerics import row_dtype
 from fused_losses.inputs import Inputs
 from fused_losses.pair_inputs import VALUE, PairInputs, PairNeeds
-from fused_losses.rows import row_dtype
 
 PARTIAL_BYTES = 16 << 20  # of a block's partials, which are read back while they are in L2
 SWEEP_ROWS = 8192  # rows of a forward block: 8 MiB at D = 512 in 16 bits stay in L2

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_losses import validation
 from fused_losses.backends import cuda_launch, triton_launch
+from fused_losses.base import validation
 
 # of a library's product, assumed: 128 x 256, which from sm_90 on two processors share (clusters
 # with multicast; `gpu_anchors.md` saw as much in Liger's): 256 x 256 as L2 sees it

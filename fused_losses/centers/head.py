@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fused_losses import validation
 from fused_losses.adaptive_scale import AdaptiveScale
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
+from fused_losses.base.rounding import rounding_key
+from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.batch_negatives import UNPG, add_shared
 from fused_losses.centers.collectives import DTYPES, Gathered, Ranks, Scattered, meet
 from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
@@ -37,10 +40,6 @@ from fused_losses.centers.step import Batch, Sharded, Step
 from fused_losses.centers.storage import Storage, initialise_
 from fused_losses.class_losses import ClassLoss, MergedRows, Softmax
 from fused_losses.margins import ArcFace, Margin
-from fused_losses.rounding import rounding_key
-from fused_losses.rows import accumulate_dtype, unit_rows
-from fused_losses.softmax import no_autocast
-from fused_losses.validation import NO_TARGET, describe
 
 GRADIENT_SCALES = ("ddp_mean", "global_sum")
 UPDATES = ("backward", "step")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fused_losses.validation import describe
+from fused_losses.base.validation import describe
 
 PARTIAL_FC_2 = re.compile(r"checkpoint_gpu_(\d+)\.pt")
 PARTIAL_FC_1 = re.compile(r"rank_(\d+)_softmax_weight\.pt")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends, row_update
-from fused_losses.rounding import rounding_key
+from fused_losses.base.rounding import rounding_key
+from fused_losses.base.validation import check_choice, describe
 from fused_losses.row_update import adagrad_rows_, adamw_rows_, catch_up_rows_, sgd_rows_
-from fused_losses.validation import check_choice, describe
 
 Factors = tuple[float, float, float, float]  # a, b, c, d of w, v = w + a w + b v, c w + d v
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]

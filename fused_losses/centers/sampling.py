@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.rounding import hashed, rounding_key
+from fused_losses.base.rounding import hashed, rounding_key
 
 BLOCK = 1 << 15  # classes hashed at a time
 _MASK = (1 << 63) - 1

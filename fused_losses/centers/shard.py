@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
+from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.validation import NO_TARGET
 from fused_losses.class_rules import (
     RULES,
     ClassInputs,
@@ -28,9 +30,7 @@ from fused_losses.class_rules import (
     nothing,
 )
 from fused_losses.inputs import Inputs
-from fused_losses.rows import accumulate_dtype
 from fused_losses.sweep import KEPT_PADDING, ROW_STATISTICS
-from fused_losses.validation import NO_TARGET
 
 Rows = Tensor | slice
 CHUNK_BYTES = 32 << 20  # of table rows in a chunk

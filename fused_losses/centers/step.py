@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fused_losses.base.numerics import no_autocast, unit_rows
+from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers.shard import Gradients, ShardSweep
-from fused_losses.rows import unit_rows
-from fused_losses.softmax import no_autocast
-from fused_losses.validation import NO_TARGET
 
 if TYPE_CHECKING:
     from fused_losses.centers.head import ClassCenters

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import metrics
+from fused_losses.base.unit_norm import unit
 from fused_losses.datasets.base import (
     MAX_ENCODED,
     DataError,
@@ -26,7 +27,6 @@ from fused_losses.datasets.base import (
 from fused_losses.datasets.pickled_numpy import Array, describe
 from fused_losses.datasets.pickled_values import read_pickled
 from fused_losses.metrics import VerificationAccuracy
-from fused_losses.unit_norm import unit
 
 
 @dataclass(frozen=True)

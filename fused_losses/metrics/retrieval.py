@@ -12,13 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import validation
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
 from fused_losses.distances import METRICS, pairwise_distance, pairwise_similarity
 from fused_losses.neighbors import MOST, pairwise_topk
-from fused_losses.pair_front import check_both, check_integer_pair, check_integers, check_rows
-from fused_losses.rows import accumulate_dtype, row_dtype
-from fused_losses.softmax import no_autocast
-from fused_losses.unit_norm import unit
 
 WEIGHTS = ("uniform", "exp", "softmax")
 LISTED = 1 << 21  # neighbours in a block

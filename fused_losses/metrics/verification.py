@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import validation
+from fused_losses.base import validation
+from fused_losses.base.integers import dense
+from fused_losses.base.numerics import accumulate_dtype, no_autocast
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import check_integers, check_rows
 from fused_losses.distance_matrix import distance_matrix
 from fused_losses.mining import DISTANCES, SIMILARITIES
-from fused_losses.pair_front import check_integers, check_rows, dense
-from fused_losses.rows import accumulate_dtype
-from fused_losses.softmax import no_autocast
-from fused_losses.unit_norm import unit
 
 BLOCK_BYTES = 2 << 20  # of scores in a block; about ten such are alive
 DIGIT = 16  # bits of a score that a pass settles

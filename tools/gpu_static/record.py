@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fused_losses import validation
 from fused_losses.backends import triton_launch
+from fused_losses.base import validation
 
 TYPES = {
     torch.float64: "*fp64",

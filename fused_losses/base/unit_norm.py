@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.rows import ZERO_NORM, accumulate_dtype
+from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype
 
 ROWS = 1024  # that are widened to the accumulation dtype at a time
 

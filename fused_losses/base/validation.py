@@ -7,6 +7,9 @@ import os
 import torch
 from torch import Tensor
 
+pass
+
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = ("fp32", "tf32", "mixed", "bf16")
 REDUCTIONS = ("mean", "sum", "none")
@@ -140,3 +143,146 @@ def check_labels_in_classes(labels: Tensor, classes: Tensor) -> None:
             f"{int(missing.sum())} labels are not, for example class "
             f"{int(labels[missing][0])}"
         )
+
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_rows(name: str, x: Tensor, precision: str) -> None:
+    """Embeddings [N, D]."""
+    check_matrix(name, x, "[N, D]")
+    check_choice("precision", precision, PRECISIONS)
+
+
+def check_both(
+    x_name: str, x: Tensor, y_name: str, y: Tensor, precision: str, rows: str = "M"
+) -> Tensor:
+    """Two sets of embeddings that meet in a product; x, under autocast in y's dtype."""
+    check_rows(x_name, x, precision)
+    check_matrix(y_name, y, f"[{rows}, D]")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"{y_name}: expected [{rows}, {x.shape[1]}] to match {x_name} [N, {x.shape[1]}], got "
+            f"{describe(y)}"
+        )
+    check_device(x_name, x, y_name, y)
+    if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type):
+        return x.to(y.dtype)
+    check_same_dtype(x_name, x, y_name, y)
+    return x
+
+
+def check_integers(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+    """An integer tensor on the device of `like`; None in the shape stands for any size."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected an integer tensor, got {describe(tensor)}")
+    fits = tensor.dim() == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = str(tuple("any" if s is None else s for s in shape)).replace("'", "")
+        raise ValueError(f"{name}: expected shape {wanted}, got {describe(tensor)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {describe(tensor)}")
+
+
+def check_integer_pair(
+    x_name: str,
+    x: Tensor | None,
+    y_name: str,
+    y: Tensor | None,
+    sizes: tuple[int, int],
+    like: Tensor,
+) -> None:
+    """Labels, ids or groups: both sides or none."""
+    if (x is None) != (y is None):
+        given, missing = (x_name, y_name) if y is None else (y_name, x_name)
+        raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
+    if x is not None:
+        check_integers(x_name, x, (sizes[0],), like)
+        check_integers(y_name, y, (sizes[1],), like)
+
+
+def check_diagonal(name: str, y: Tensor, n: int, offset: int) -> None:
+    """Row offset + i of y is the positive of row i."""
+    if not 0 <= offset <= y.shape[0] - n:
+        raise ValueError(
+            f"{name}: expected at least offset + N = {offset + n} rows with offset >= 0 (row "
+            f"offset + i is the positive of row i), got {describe(y)}, offset={offset}"
+        )
+
+
+def check_class_ids(name: str, labels: Tensor, classes: int) -> None:
+    """Every label in [0, classes): none is ignored. On a GPU as in `validation.check_labels`."""
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    bad = (labels < 0) | (labels >= classes)
+    if labels.is_cuda and os.environ.get("FUSED_LOSSES_VALIDATE") != "1":
+        torch._assert_async(~bad.any(), f"{name}: expected class ids in [0, {classes})")
+    elif bool(bad.any()):
+        wrong = labels[bad]
+        raise IndexError(
+            label_error(name, classes, int(wrong.min()), int(wrong.max()))
+            + f" in {wrong.numel()} of {labels.numel()} rows"
+        )
+
+
+def check_batch(embeddings: Tensor, labels: Tensor, reduction: str, precision: str) -> None:
+    """One batch [N, D] with its labels [N]."""
+    check_rows("embeddings", embeddings, precision)
+    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def number(name: str, value: float | Tensor, like: Tensor, *, positive: bool = True) -> Tensor:
+    """A float or a scalar tensor as float64 [], > 0 if so wanted; differentiable."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name}: expected a number or a scalar tensor, got {describe(value)}")
+        check_device("the embeddings", like, name, value)
+        # reading it on a GPU would make the host wait
+        readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if positive and readable and float(value.detach()) <= 0:
+            raise ValueError(f"{name}: expected a value > 0, got {float(value.detach())}")
+        return value.reshape(()).double()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number or a scalar tensor, got {type(value).__name__}")
+    if positive and not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a value > 0, got {value}")
+    return torch.full((), float(value), dtype=torch.float64, device=like.device)
+
+
+def check_at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ValueError(f"{name}: expected a value >= {low:g}, got {value}")
+
+
+GRADIENTS = ("exact", "straight_through")
+
+
+def meet(
+    rows: Tensor,
+    weight: Tensor,
+    rows_name: str = "embeddings",
+    weight_name: str = "weight",
+) -> Tensor:
+    """One dtype for both sides: the caller's, or under autocast the weight's."""
+    if rows.dtype != weight.dtype and torch.is_autocast_enabled(rows.device.type):
+        return rows.to(weight.dtype)
+    check_same_dtype(rows_name, rows, weight_name, weight)
+    return rows
+
+
+def no_target(labels: Tensor, ignore_index: int) -> Tensor:
+    """ignore_index -> NO_TARGET, while a stray -1 stays an error (it becomes -2)."""
+    if ignore_index == NO_TARGET:
+        return labels
+    stray = torch.where(labels == NO_TARGET, NO_TARGET - 1, labels)
+    return torch.where(labels == ignore_index, NO_TARGET, stray)
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")

@@ -1,0 +1,1 @@
+"""The ground of every room: checks, numbers, files. It imports torch alone."""

@@ -1,0 +1,96 @@
+"""Numbers, a row at a time, O(N D): dtypes, norms, sums in log space, means."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ZERO_NORM = 1e-12
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are held in: float32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_dtype(device: torch.device) -> torch.dtype:
+    """What the statistics of a row come in: float64 where the device has it."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """x / |x| a row; a row with |x| <= 1e-12 becomes zero and gets gradient zero. [N, D]"""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    # `not <=` and not `>`: a NaN norm must stay NaN
+    alive = ~(norm <= ZERO_NORM)
+    return torch.where(alive, x / torch.where(alive, norm, 1), 0)
+
+
+def root(v: Tensor) -> Tensor:
+    """The square root, 0 (with gradient 0) where v <= 0; a NaN stays one."""
+    positive = ~(v <= 0)
+    return torch.where(positive, torch.where(positive, v, 1).sqrt(), 0)
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """|x|^2 a row, [N], in the accumulation dtype."""
+    return x.to(accumulate_dtype(x.dtype)).square().sum(dim=1)
+
+
+def centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both moved by y's mean, so that |x|^2 - 2<x, y> + |y|^2 cancels less."""
+    about = (x if y is None else y).detach()
+    if about.shape[0] == 0:
+        return x, y
+    about = about.to(accumulate_dtype(x.dtype))
+    # a row with NaN must not reach the others
+    mean = about.mean(dim=0).nan_to_num(0, 0, 0)
+    if x.dtype in (torch.bfloat16, torch.float16):
+        # moving rounds anew, but where values are nearer to their mean than that is to 0
+        spread = (about - mean).square().mean(dim=0).sqrt()
+        mean = torch.where(mean.abs() > spread, mean, 0)
+    mean = mean.to(x.dtype)
+    return x - mean, None if y is None else y - mean
+
+
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + e^z), without F.softplus's cut at 20, which costs float64 its digits."""
+    return -F.logsigmoid(-z)
+
+
+def merged(first: Tensor, second: Tensor) -> Tensor:
+    """logaddexp whose first and second derivatives are finite also at -inf."""
+    top = torch.maximum(first, second).detach()
+    dead = top == -torch.inf
+    shift = torch.where(top.isinf(), 0, top)
+    mass = (first - shift).exp() + (second - shift).exp()
+    return torch.where(dead, -torch.inf, torch.where(dead, 1, mass).log() + shift)
+
+
+def over_last(z: Tensor, kept: Tensor | None = None) -> Tensor:
+    """logsumexp over the last dimension of what is kept; over nothing -inf, gradient 0."""
+    if kept is not None:
+        z = z.masked_fill(~kept, -torch.inf)
+    top = z.detach().amax(dim=-1, keepdim=True)
+    dead = top == -torch.inf
+    shift = torch.where(top.isinf(), 0, top)
+    mass = (z - shift).exp().sum(dim=-1, keepdim=True)
+    return torch.where(dead, -torch.inf, torch.where(dead, 1, mass).log() + shift).squeeze(-1)
+
+
+def reduced(loss: Tensor, counted: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """A loss a row -> its mean over the rows that count (0 over none), its sum, or itself."""
+    loss = torch.where(counted, loss, 0)
+    if reduction == "mean":
+        loss = loss.sum() / counted.sum().clamp_min(1)
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss.to(dtype)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Our own casts decide; autocast must not lower the [N, D] work around the kernels."""
+    return torch.autocast(device.type, enabled=False)
