@@ -62,8 +62,12 @@ from fused_losses.functional import (
     uniformity,
     unpg_margin_softmax,
 )
+from fused_losses.primitives.row_statistics.op import (
+    RowStatistics,
+    RowStatisticsFunction,
+    row_statistics,
+)
 from fused_losses.selection import QuantizedRows, quantize_rows
-from fused_losses.sweep import RowStatistics, RowStatisticsFunction, row_statistics
 from fused_losses.version import __version__
 
 __all__ = [

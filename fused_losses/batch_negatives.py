@@ -26,7 +26,7 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype,
 from fused_losses.base.validation import GRADIENTS, check_integers, check_rows, number
 from fused_losses.class_rows import class_rows
 from fused_losses.margins import CosFace, Margin, apply_margin
-from fused_losses.streamed_op import PYTHON_BACKENDS, StreamedOp
+from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
 
 TILE_SIDE = 512  # rows and columns of a tile of pairs
 GPU_TILE_SIDE = 2048

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.backends import bounded, reference
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, unit_rows
 from fused_losses.base.validation import meet
 from fused_losses.margins import Margin, bend_of
-from fused_losses.sweep import row_statistics
+from fused_losses.primitives.row_statistics import bounded, reference
+from fused_losses.primitives.row_statistics.op import row_statistics
 
 
 class ClassRows(NamedTuple):

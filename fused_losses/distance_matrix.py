@@ -33,7 +33,7 @@ from fused_losses import backends
 from fused_losses.backends import reference_distances
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
-from fused_losses.streamed_op import StreamedOp, refused
+from fused_losses.primitives.op import StreamedOp, refused
 
 PRODUCTS = ("dot", "sqeuclidean", "euclidean")
 FLAT = ("hamming", "jaccard")  # no gradient: the derivative is 0 wherever it exists
@@ -213,7 +213,7 @@ def _fake_backward(
 
 
 def _python(direction: str, backend: str, *arguments: Any) -> Any:
-    module = backends.module(f"{backend}_distances")
+    module = backends.flat(f"{backend}_distances")
     with torch.autocast(arguments[0].device.type, enabled=False):
         return (module.backward if direction else module.forward)(*arguments)
 

@@ -23,8 +23,8 @@ from fused_losses import (
 )
 from fused_losses.class_losses import ClassLoss
 from fused_losses.late_interaction import maxsim
+from fused_losses.primitives.row_statistics.op import row_statistics
 from fused_losses.selection import LISTED_BYTES, QuantizedRows
-from fused_losses.sweep import row_statistics
 from fused_losses.trilinear import TRILINEAR_ROWS
 
 SLACK = 1 << 18  # of small tensors
@@ -157,7 +157,11 @@ def _over_classes(a: Arguments) -> Call:
             return around + 8 * n * taking_part * size + 2 * c * d * size
         budget = a.get("memory_budget", 0) if name == "cpu" else 0
         kept = min(budget, n * taking_part * size)
-        return around + kept + backends.module(name).extra_bytes(n, d, dtype, precision)
+        return (
+            around
+            + kept
+            + backends.module("row_statistics", name).extra_bytes(n, d, dtype, precision)
+        )
 
     return Call(weight, precision, extra)
 
@@ -171,8 +175,8 @@ def _sweep_bytes(
     if name == "reference":
         return REFERENCE_MATRICES * n * m * _size(dtype)
     if name == "cpu":
-        return backends.module(name).pair_extra_bytes(n, m, d, dtype, precision, width)
-    return backends.module(f"{name}_pairs").extra_bytes(n, m, d + width, dtype, precision)
+        return backends.capability(name).pair_extra_bytes(n, m, d, dtype, precision, width)
+    return backends.flat(f"{name}_pairs").extra_bytes(n, m, d + width, dtype, precision)
 
 
 def _over_pairs(
@@ -313,11 +317,11 @@ def _maxsim(a: Arguments) -> Call:
         if name == "reference":
             return around + 4 * tokens * found * size
         if name == "cpu":
-            module = backends.module(name)
+            module = backends.capability(name)
             return around + module.maxsim_extra_bytes(tokens, found, d, dtype, precision)
-        block = backends.module("bounded_maxsim").BLOCK_BYTES
+        block = backends.flat("bounded_maxsim").BLOCK_BYTES
         if name == "cuda":
-            block = max(block, backends.module("cuda_maxsim").TILE_BYTES)
+            block = max(block, backends.flat("cuda_maxsim").TILE_BYTES)
         widened = 2 * (tokens + found) * d * 4 if dtype.itemsize == 2 else 0
         return around + 5 * block + 4 * tokens * d * size + widened
 
@@ -378,16 +382,16 @@ def _matrix_bytes(
     if name == "reference":
         return (TERMS.get(kind, 8) * d + 4) * n * m * size
     if name == "cpu":
-        module = backends.module(name)
+        module = backends.capability(name)
         return module.distance_extra_bytes(n, m, d, dtype, kind, precision, gradient)
     if name == "triton":
-        return backends.module("triton_distances").extra_bytes(n, m, d, dtype, precision)
+        return backends.flat("triton_distances").extra_bytes(n, m, d, dtype, precision)
     if name == "cuda":
-        return backends.module("cuda_distances").extra_bytes(n, m, d, dtype, kind)
+        return backends.flat("cuda_distances").extra_bytes(n, m, d, dtype, kind)
     if kind == "dot":
         # plain products
         return 8 * (n + m) * d if dtype.itemsize == 2 else 0
-    module = backends.module("bounded_distances")
+    module = backends.flat("bounded_distances")
     block = max(d, n * m * (1 if kind in distance_matrix.PRODUCTS else d)) * size
     spare = max(0, module.BLOCK_BYTES - block) * module.LIVE_BLOCKS[kind]
     found = module.extra_bytes(n, m, d, dtype, kind) - spare
@@ -459,15 +463,15 @@ def _topk_bytes(
     # numbers for labels and ids
     around = 64 * (n + m)
     if name == "cpu":
-        return around + backends.module(name).topk_extra_bytes(n, d, k, dtype, triangle, late)
-    block = backends.module("certified_topk").BLOCK_BYTES
+        return around + backends.capability(name).topk_extra_bytes(n, d, k, dtype, triangle, late)
+    block = backends.flat("certified_topk").BLOCK_BYTES
     kept = k + max(16, k // 2)
     size = _size(dtype)
     if name == "triton":
-        module = backends.module("triton_topk")
+        module = backends.flat("triton_topk")
         around += max(module.PARTIAL_BYTES, 8 * n * kept) + 3 * module.BLOCK_BYTES
     if name == "cuda":
-        module = backends.module("cuda_topk")
+        module = backends.flat("cuda_topk")
         around += max(module.PARTIAL_BYTES, 64 * n * kept) + 3 * module.TILE_BYTES
         around += 2 * module.BANK_BYTES
     return around + SCREEN_BLOCKS * block + 3 * n * d * size + 2 * m * size + 72 * n * kept

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import torch
 
 from fused_losses import backends
-from fused_losses.backends import cpu, cuda_launch
+from fused_losses.backends.cpu import capability as cpu
+from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.version import __version__
 
 

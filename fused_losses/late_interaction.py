@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
-from fused_losses.streamed_op import StreamedOp
+from fused_losses.primitives.op import StreamedOp
 
 FORWARD = (
     "(Tensor queries, Tensor documents, Tensor query_offsets, Tensor document_offsets, "
@@ -200,7 +200,7 @@ def _fake_backward(
 
 
 def _python(direction: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    module = backends.module(f"{backend}_maxsim")
+    module = backends.flat(f"{backend}_maxsim")
     with torch.autocast(arguments[0].device.type, enabled=False):
         return (module.backward if direction else module.forward)(*arguments)
 

@@ -45,7 +45,7 @@ from fused_losses.pair_inputs import (
     PairNeeds,
     sorted_out,
 )
-from fused_losses.streamed_op import StreamedOp
+from fused_losses.primitives.op import StreamedOp
 
 INPUTS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? x_bias, Tensor? y_bias, Tensor? x_labels, "
@@ -289,7 +289,7 @@ def _padded(found: tuple, p: PairInputs) -> tuple[Tensor, ...]:
 
 def python_op(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
     """Runs an op of a backend written in Python, its arguments sorted out."""
-    module = backends.module(f"{backend}_pairs")
+    module = backends.flat(f"{backend}_pairs")
     before, p, after = sorted_out(kind, arguments)
     # a product inside a kernel is ours to round, also where autocast surrounds the backward
     with torch.autocast(p.x.device.type, enabled=False):

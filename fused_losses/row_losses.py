@@ -23,8 +23,8 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.base.validation import describe
 from fused_losses.distance_matrix import DISTANCE_MATRIX
+from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
 from fused_losses.row_rules import RULES, Block
-from fused_losses.streamed_op import PYTHON_BACKENDS, StreamedOp
 
 # a score's kind of distance matrix, and its sign
 SCORES = {

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.backends import cuda_launch
+from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.base.rounding import random_bits, stochastic
 from fused_losses.base.validation import describe
-from fused_losses.streamed_op import LIBRARY
+from fused_losses.primitives.op import LIBRARY
 
 BLOCK_BYTES = 1 << 20  # of weights in a block of rows, widened
 NAMES = ("reference", "bounded", "cpu", "cuda")

@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
-from fused_losses.streamed_op import LIBRARY, PYTHON_BACKENDS, StreamedOp
+from fused_losses.primitives.op import LIBRARY, PYTHON_BACKENDS, StreamedOp
 
 KINDS = ("dot", "cosine", "sqeuclidean")
 MATCHES = ("any", "same", "different")
@@ -108,7 +108,7 @@ def select(inputs: TopkInputs, backend: str | None = None) -> tuple[Tensor, Tens
     inputs = inputs._replace(x=inputs.x.detach(), y=inputs.y.detach())
     with torch.autocast(inputs.x.device.type, enabled=False):
         if name == "reference":
-            return backends.module("reference_topk").select(inputs)
+            return backends.flat("reference_topk").select(inputs)
         return getattr(torch.ops.fused_losses, f"pair_topk_{name}").default(*inputs)
 
 
@@ -125,7 +125,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _python(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    return lambda *a: backends.module(f"{backend}_topk").select(TopkInputs(*a))
+    return lambda *a: backends.flat(f"{backend}_topk").select(TopkInputs(*a))
 
 
 for _name in (*PYTHON_BACKENDS, *(() if backends.unavailable("cpu") else ("cpu",))):

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.backends import bounded, reference
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import GRADIENTS, check_smoothing, meet, no_target
+from fused_losses.losses import reference as losses_reference
 from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
-from fused_losses.sweep import KEPT_PADDING, RowStatistics, row_statistics
+from fused_losses.primitives.row_statistics import bounded
+from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING
+from fused_losses.primitives.row_statistics.op import RowStatistics, row_statistics
 
 
 class MarginSoftmaxStats(NamedTuple):
@@ -143,7 +145,7 @@ def margin_softmax(
                 validation.check_classes(classes, c)
                 marked = torch.where(labels == ignore_index, validation.NO_TARGET, labels)
                 validation.check_labels_in_classes(marked, classes)
-            row_loss, cosine, logits = reference.margin_softmax(
+            row_loss, cosine, logits = losses_reference.margin_softmax(
                 embeddings,
                 weight,
                 labels,

@@ -20,8 +20,8 @@ from triton_oracle import DTYPE_STEP
 
 from fused_losses import backends
 from fused_losses.distance_matrix import FLAT, PRODUCTS, distance_matrix
-from fused_losses.inputs import Inputs, Needs, RowGradients
 from fused_losses.pair_inputs import PairNeeds, Rule
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from fused_losses.row_rules import RULES, TRIPLETS, Block
 from fused_losses.row_update import adamw_rows_, sgd_rows_
 from fused_losses.selection import TopkInputs, quantize_rows, select
@@ -55,7 +55,7 @@ BENT = dict(**EVERYTHING, bend="jump")  # and where there are classes a compact 
 
 def rows(case: oracle.Case) -> Callable[[], None]:
     def check() -> None:
-        backend = backends.module("cuda")
+        backend = backends.module("row_statistics", "cuda")
         data = oracle.call(case)
         args, grads = data["args"], data["grads"]
         out = backend.forward(Inputs(**args))
@@ -111,7 +111,7 @@ def pairs(case: object) -> Callable[[], None]:
     def check() -> None:
         import triton_pair_cases as cases
 
-        backend, truth = backends.module("cuda_pairs"), cases.truth
+        backend, truth = backends.flat("cuda_pairs"), cases.truth
         with narrow_tiles(backend):
             run(backend, truth, cases)
 
@@ -203,7 +203,7 @@ def maxsim(case: object, **sizes: int) -> Callable[[], None]:
     def check() -> None:
         import triton_maxsim_cases as cases
 
-        backend = backends.module("cuda_maxsim")
+        backend = backends.flat("cuda_maxsim")
         texts = cases.inputs(case)
         with changed(backend, **sizes):
             scores, index = backend.forward(*texts, case.precision)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_losses.backends import cuda_launch
+from fused_losses.backends.cuda import launch as cuda_launch
 
 CSRC = Path(__file__).parents[1] / "csrc"
 KERNELS = CSRC / "tests/cuda_harness/kernels.cu"

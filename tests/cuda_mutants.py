@@ -87,7 +87,7 @@ def noticed(fault: int, cases: list) -> bool:
     if child == 0:
         signal.alarm(SECONDS)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        from fused_losses.backends import cuda_launch
+        from fused_losses.backends.cuda import launch as cuda_launch
 
         ctypes.c_int.in_dll(cuda_launch.library(), "fused_losses_mutant").value = fault
         for case in cases:

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_losses.backends import cuda_launch
+from fused_losses.backends.cuda import launch as cuda_launch
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 SHARED = CSRC.parents[1] / "shared"

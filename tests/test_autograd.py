@@ -17,8 +17,8 @@ from oracles import relative_error
 from torch import Tensor
 
 import fused_losses
-from fused_losses import margins, row_statistics
-from fused_losses.sweep import RowStatisticsFunction, op
+from fused_losses import margins
+from fused_losses.primitives.row_statistics.op import RowStatisticsFunction, op, row_statistics
 
 N, D, C = 7, 5, 13
 

@@ -11,7 +11,7 @@ import torch
 
 import fused_losses
 from fused_losses import backends
-from fused_losses.backends import cpu
+from fused_losses.backends.cpu import capability as cpu
 
 CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fused_losses import backends
-from fused_losses.backends import cuda_launch
+from fused_losses.backends.cuda import capability as cuda_capability
+from fused_losses.backends.cuda import launch as cuda_launch
 
 CPU = torch.device("cpu")
 on_host = pytest.mark.skipif(
@@ -30,9 +31,9 @@ def test_extent_reaches_from_the_first_to_the_last_element() -> None:
 
 
 def test_what_it_cannot_take_has_a_reason() -> None:
-    assert "float64" in cuda_launch.reasons_against(CPU, torch.float64, "fp32")[-1]
+    assert "float64" in cuda_capability.reasons_against(CPU, torch.float64, "fp32")[-1]
     elsewhere = torch.device("meta")
-    assert "device meta" in cuda_launch.reasons_against(elsewhere, torch.float32, "fp32")[0]
+    assert "device meta" in cuda_capability.reasons_against(elsewhere, torch.float32, "fp32")[0]
 
 
 @pytest.mark.parametrize("host", ["0", "1"])

@@ -10,8 +10,9 @@ import torch
 from conftest import CUDA, require
 from torch import Tensor
 
-from fused_losses.backends import cuda, cuda_products
-from fused_losses.backends.cuda_launch import ELEMENTS, launch
+from fused_losses.backends.cuda.launch import ELEMENTS, launch
+from fused_losses.backends.gpu import library_products as cuda_products
+from fused_losses.primitives.row_statistics import cuda
 
 pytestmark = pytest.mark.skipif(not CUDA, reason="FUSED_LOSSES_CUDA_ON_HOST=1 executes the kernels")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -21,10 +21,10 @@ from oracles import relative_error
 from torch import Tensor
 
 import fused_losses
-from fused_losses import margins, row_statistics
-from fused_losses.backends import reference
+from fused_losses import margins
 from fused_losses.margins import ArcFace, CosFace, CurricularFace, InterclassFilter, MVSoftmax
-from fused_losses.sweep import op
+from fused_losses.primitives.row_statistics import reference
+from fused_losses.primitives.row_statistics.op import op, row_statistics
 
 F64, F32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,7 +15,7 @@ from conftest import CUDA, require, widest
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.backends import cpu
+from fused_losses.backends.cpu import capability as cpu
 from fused_losses.pair_inputs import PairInputs, Rule
 from fused_losses.pairs import PAIR_ATTENTION, PAIR_STATISTICS, pair_attention, pair_statistics
 

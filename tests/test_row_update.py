@@ -12,7 +12,9 @@ from conftest import CUDA, require
 from torch import Tensor
 
 from fused_losses import row_update
-from fused_losses.backends import cuda_launch, table
+from fused_losses.backends import table
+from fused_losses.backends.cuda import capability as cuda_capability
+from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.base.rounding import rounding_key
 from fused_losses.row_update import adagrad_rows_, adamw_rows_, catch_up_rows_, sgd_rows_
 
@@ -143,7 +145,7 @@ def test_is_torch_optim_on_the_rows(
     rule: str, options: dict[str, Any], dtypes: tuple, backend: str
 ) -> None:
     if dtypes[0] == FP64 and backend == "cuda":
-        pytest.skip(cuda_launch.reasons_against(torch.device("cpu"), FP64, "fp32")[-1])
+        pytest.skip(cuda_capability.reasons_against(torch.device("cpu"), FP64, "fp32")[-1])
     if rule not in ON_CUDA and backend == "cuda":
         pytest.skip(f"{rule} has no CUDA kernel")
     weight, state, grad = dtypes

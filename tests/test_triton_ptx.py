@@ -16,8 +16,8 @@ import torch
 import triton_oracle as oracle
 from triton_oracle import DTYPE_STEP, Case, call
 
-from fused_losses.backends import triton as backend
-from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_statistics import triton as backend
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from tools.gpu_static import record
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -16,9 +16,12 @@ from torch import Tensor
 from triton_oracle import CASES, DTYPE_STEP, LOW, PRECISIONS, Case, call
 
 import fused_losses.backends
-from fused_losses.backends import triton, triton_launch
-from fused_losses.inputs import Inputs, Needs, RowGradients
-from fused_losses.sweep import row_statistics
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.triton import capability as triton_capability
+from fused_losses.backends.triton import launch as triton_launch
+from fused_losses.primitives.row_statistics import triton
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_statistics.op import row_statistics
 
 STEPS = 6  # a few: sums of a few dozen rounded terms
 
@@ -92,7 +95,7 @@ def test_row_statistics(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     data = call(case)
     lse = check_forward(case, data["args"])[0]
     for form, processors in (("stored G", 10**6), ("owners", 0)):
-        monkeypatch.setattr(triton_launch, "processors", lambda device, p=processors: p)
+        monkeypatch.setattr(gpu_device, "processors", lambda device, p=processors: p)
         check_backward(case, data, lse, form)
 
 
@@ -148,7 +151,7 @@ def test_resident_rows(case: Case, dtype: torch.dtype, monkeypatch: pytest.Monke
     assert "forward_resident" in ran and "forward_tiles" not in ran
     # several segments of several spans
     monkeypatch.setattr(triton, "PARTIAL_BYTES", 3 * 4 * 64 * 2)
-    monkeypatch.setattr(triton_launch, "processors", lambda device: 12)
+    monkeypatch.setattr(gpu_device, "processors", lambda device: 12)
     check_forward(case, call(case)["args"])
     assert "merge_tiles" in ran or case.c < 50
 
@@ -172,7 +175,7 @@ def test_splits_fill_the_processors() -> None:
         splits = triton._splits(tiles, row_tiles, 132)
         assert 1 <= splits <= tiles
         if tiles >= 132:
-            rounds = triton.ceil_div(row_tiles * splits, 132)
+            rounds = gpu_device.ceil_div(row_tiles * splits, 132)
             assert row_tiles * splits >= 0.75 * rounds * 132
 
 
@@ -246,11 +249,11 @@ def test_offsets_past_two_to_the_31() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     grads = [torch.randn(3), torch.randn(3), None]
     for processors in (10**6, 0):
-        triton_launch.processors, saved = lambda device, p=processors: p, triton_launch.processors
+        gpu_device.processors, saved = lambda device, p=processors: p, gpu_device.processors
         try:
             results = [backward(dict(x=t, weight=t, **shared), grads, got[0]) for t in (near, far)]
         finally:
-            triton_launch.processors = saved
+            gpu_device.processors = saved
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True) if a is not None)
 
 
@@ -270,6 +273,8 @@ def test_wired_as_a_backend() -> None:
 
 def test_reasons_are_sentences() -> None:
     cpu = torch.device("cpu")
-    assert triton.reasons_against(cpu, torch.float32, "fp32") == []
-    assert "float64" in triton.reasons_against(cpu, torch.float64, "fp32")[0]
-    assert "CPU" in triton.reasons_against(torch.device("cuda"), torch.float32, "fp32")[0]
+    assert triton_capability.reasons_against(cpu, torch.float32, "fp32") == []
+    assert "float64" in triton_capability.reasons_against(cpu, torch.float64, "fp32")[0]
+    assert (
+        "CPU" in triton_capability.reasons_against(torch.device("cuda"), torch.float32, "fp32")[0]
+    )

@@ -1,7 +1,8 @@
 """Which backend runs: `auto` takes the best that can; a forced one that cannot says why.
 
-A backend is a module of this folder with `unavailable()` (why it cannot run here at all, or None)
-and `reasons_against(device, dtype, precision)` (why it cannot take this call; empty: it can).
+A backend is a folder here, whose `capability` has `unavailable()` (why it cannot run here at all,
+or None) and `reasons_against(device, dtype, precision)` (why it cannot take this call; empty: it
+can). What it computes stands with each primitive: `primitives/<primitive>/<backend>.py`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,24 @@ _forced: list[str] = []
 _warned: set[str] = set()
 
 
-def module(name: str) -> ModuleType:
+def capability(name: str) -> ModuleType:
+    """What says whether a backend can run."""
+    return importlib.import_module(f"{__name__}.{name}.capability")
+
+
+def module(primitive: str, backend: str) -> ModuleType:
+    """A backend's form of a primitive."""
+    return importlib.import_module(f"fused_losses.primitives.{primitive}.{backend}")
+
+
+def flat(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
 @lru_cache
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all, or None. Asked once per process."""
-    return module(name).unavailable()
+    return capability(name).unavailable()
 
 
 def available() -> dict[str, str]:
@@ -67,7 +78,7 @@ def reasons_against(
 ) -> list[str]:
     """Every reason why this backend cannot take such a call; empty when it can."""
     why = unavailable(name)
-    return [why] if why else module(name).reasons_against(device, dtype, precision)
+    return [why] if why else capability(name).reasons_against(device, dtype, precision)
 
 
 # what torch.compiler.assume_constant_result sets, without its import of torch._dynamo (seconds):

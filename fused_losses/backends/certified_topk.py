@@ -138,7 +138,7 @@ def certified(p: TopkInputs, screen: Screen, candidates: Candidates) -> tuple[Te
     if 0 in (*p.x.shape[:1], *p.y.shape[:1], p.k):
         return nothing(p)
     on_device = p.x.is_cuda and not backends.unavailable("cuda")
-    judge = backends.module("cuda_topk").judge(p) if on_device else IN_TORCH
+    judge = backends.flat("cuda_topk").judge(p) if on_device else IN_TORCH
     return judged(p, screen, *candidates(p, screen), judge)
 
 

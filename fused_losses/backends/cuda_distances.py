@@ -21,10 +21,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_losses.backends import triton_launch as base
-from fused_losses.backends.cuda_launch import ELEMENTS, launch
-from fused_losses.backends.cuda_products import ROUNDED, add_product, product
-from fused_losses.backends.triton_launch import ceil_div
+from fused_losses.backends.cuda.launch import ELEMENTS, launch
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.library_products import ROUNDED, add_product, product
 from fused_losses.distance_matrix import KINDS, PRODUCTS
 
 TILE = 64  # rows of a side that a kernel takes at once
@@ -157,7 +157,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _blocks(n: int, m: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    size = BLOCK[base.architecture(device)]
+    size = BLOCK[gpu_device.architecture(device)]
     for i in range(0, n, size):
         for j in range(0, m, size):
             yield slice(i, min(i + size, n)), slice(j, min(j + size, m))
@@ -274,7 +274,7 @@ def _gradient(
     add, splits = to is not None, 1
     if to is None:
         # few rows are split over as many blocks as fill the GPU; their sums are added at last
-        splits = 4 * base.processors(own.device) // (ceil_div(n, TILE) * ceil_div(d, TILE))
+        splits = 4 * gpu_device.processors(own.device) // (ceil_div(n, TILE) * ceil_div(d, TILE))
         splits = max(1, min(splits, PARTIAL_BYTES // (4 * n * d), ceil_div(m, TILE)))
     span = ceil_div(ceil_div(m, splits), TILE) * TILE
     splits = ceil_div(m, span)

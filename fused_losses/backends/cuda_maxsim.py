@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.backends import cuda_launch
-from fused_losses.backends.cuda_products import low_dtype, product, scores_precision
+from fused_losses.backends.cuda import launch as cuda_launch
+from fused_losses.backends.gpu.library_products import low_dtype, product, scores_precision
 
 TILE_BYTES = 16 << 20  # with its operands it stays in L2 from sm_80 on
 ROW_BLOCK = 4096

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses.backends import cuda_launch
 from fused_losses.backends.bounded_pairs import both_sides
-from fused_losses.backends.cuda_products import low_dtype, product, scores_precision
+from fused_losses.backends.cuda import launch as cuda_launch
+from fused_losses.backends.gpu.library_products import low_dtype, product, scores_precision
+from fused_losses.backends.gpu.products import library_tf32
 from fused_losses.backends.pair_sweeps import (
     MAX_CHUNK,
     ROW_BLOCK,
@@ -38,7 +39,6 @@ from fused_losses.backends.pair_sweeps import (
     weight_base,
     weight_unit,
 )
-from fused_losses.backends.triton import library_tf32
 from fused_losses.base.numerics import row_dtype
 from fused_losses.pair_inputs import REDUCTIONS, PairInputs, PairNeeds
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.backends import certified_topk, cuda_launch
-from fused_losses.backends import triton_launch as base
+from fused_losses.backends import certified_topk
 from fused_losses.backends.certified_topk import Judge, Screen
-from fused_losses.backends.cuda_products import product
-from fused_losses.backends.triton_launch import ceil_div
+from fused_losses.backends.cuda import launch as cuda_launch
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.library_products import product
 from fused_losses.base.numerics import ZERO_NORM
 from fused_losses.selection import KINDS, MATCHES, TopkInputs
 
@@ -219,7 +220,7 @@ class _Lists:
         if keep > MANY:
             self.keys = torch.empty(tile.shape, dtype=torch.int64, device=tile.device)
         # parts of a row's columns, a warp each, where there are too few rows to fill the GPU
-        enough = 4 * WARPS * base.processors(tile.device) // tall
+        enough = 4 * WARPS * gpu_device.processors(tile.device) // tall
         self.parts = max(1, min(enough, wide // (2 * LANES * NEIGHBOURS), MOST_PARTS))
         if self.keys is not None:
             self.parts = 1
@@ -296,7 +297,7 @@ def _exact(
     if listed is None:
         # one row alone should fill the GPU
         fitting = PARTIAL_BYTES // (16 * n * p.k)
-        splits = max(1, min(fitting, ceil_div(m, SPLIT), 8 * base.processors(p.x.device)))
+        splits = max(1, min(fitting, ceil_div(m, SPLIT), 8 * gpu_device.processors(p.x.device)))
         if splits > 1:
             parts = torch.empty((n, splits, p.k, 2), dtype=torch.int64, device=p.x.device)
     inverse = None

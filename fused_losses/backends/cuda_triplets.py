@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.backends import cuda_launch
+from fused_losses.backends.cuda import launch as cuda_launch
 
 KINDS = ("all", "hard", "semihard")  # as csrc/triplets.h numbers them
 MOST_COLUMNS = 2**30  # the kernel counts in 32 bits

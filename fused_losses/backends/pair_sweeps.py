@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_losses.backends.triton import accumulate, float16_scale
+from fused_losses.backends.gpu.products import accumulate, float16_scale
 from fused_losses.base.numerics import row_dtype
 from fused_losses.pair_inputs import (
     BEST,

@@ -12,7 +12,16 @@ locks, a fixed order of sums. Offsets of rows are 64-bit.
 import triton
 import triton.language as tl
 
-from .triton_kernels import NOWHERE, bound, load, multiply, operand, products, rounded, row_offsets
+from fused_losses.backends.triton.tile_math import (
+    NOWHERE,
+    bound,
+    load,
+    multiply,
+    operand,
+    products,
+    rounded,
+    row_offsets,
+)
 
 # d^2 / (a + b) below which a distance is summed from differences: the product is off by 2^-22 / it
 NEAR = tl.constexpr(1.0 / 16.0)

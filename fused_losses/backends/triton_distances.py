@@ -20,10 +20,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fused_losses.backends import triton_launch as base
-from fused_losses.backends.triton_launch import Problem, ceil_div
-from fused_losses.backends.triton_tiles import ALL, Tile, changed, same, wide
-from fused_losses.inputs import Inputs
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.triton import launch as base
+from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
+from fused_losses.primitives.row_statistics.gpu import Problem
+from fused_losses.primitives.row_statistics.inputs import Inputs
+from fused_losses.primitives.row_statistics.triton_tiles import ALL, changed, same, wide
 
 KINDS = ("dot", "sqeuclidean", "euclidean")
 NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
@@ -93,14 +97,14 @@ def problem(x: Tensor, y: Tensor, precision: str, gradient: bool = False) -> Pro
     nothing = x.new_empty(0, dtype=torch.int32)
     # the operands of a row_statistics without bias, normalisation or classes
     inputs = Inputs(x, y, nothing, None, None, None, False, False, precision)
-    p = base.problem(inputs, False)
+    p = row_statistics_gpu.problem(inputs, False)
     if not gradient:
         return p
     if p.low == torch.bfloat16:
         return replace(p, bf16=True, products="half" if x.dtype == p.low else "rounded")
     if p.low == torch.float16:
         # as tf32, which holds a float16: G has no bounds that a float16 could be scaled to
-        dot = "tf32" if base.architecture(x.device) in NVIDIA else p.dot
+        dot = "tf32" if gpu_device.architecture(x.device) in NVIDIA else p.dot
         return replace(p, products="tf32", dot=dot)
     return p
 
@@ -110,7 +114,7 @@ def pick(tiles: dict[str, Tiles], p: Problem, kernel: str, others: tuple[int, ..
 
     Those take more address registers. `others`: further strides and sizes that count.
     """
-    row = tiles[base.architecture(p.x.device)]
+    row = tiles[gpu_device.architecture(p.x.device)]
     tile = row[kernel, p.products]
     even = p.d % min(tile.depth, _width(p.d)) == 0
     plain = all(stride % 16 == 0 for stride in (p.d, p.x.stride(0), p.weight.stride(0), *others))
@@ -174,7 +178,7 @@ def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precisi
         tile,
     )
     if near_rows is not None:
-        piece = NEAR[base.architecture(x.device)]
+        piece = NEAR[gpu_device.architecture(x.device)]
         down, across = tile.rows // piece.rows, tile.columns // piece.columns
         base.launch(
             kernels().near_distances,
@@ -243,7 +247,7 @@ def _gradient(
     depth = min(tile.depth, _width(d))
     depth_tiles, row_tiles = ceil_div(d, depth), ceil_div(n, tile.rows)
     # few rows are split over as many programs as fill the GPU; their sums are added at last
-    splits = 2 * base.processors(own.device) // (depth_tiles * row_tiles)
+    splits = 2 * gpu_device.processors(own.device) // (depth_tiles * row_tiles)
     splits = min(splits, PARTIAL_BYTES // (4 * n * d), ceil_div(m, tile.columns))
     span = ceil_div(ceil_div(m, max(splits, 1)), tile.columns) * tile.columns
     splits = ceil_div(m, span)

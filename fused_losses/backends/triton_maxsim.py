@@ -16,11 +16,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fused_losses.backends import triton_launch as base
-from fused_losses.backends.triton import float16_scale
-from fused_losses.backends.triton_launch import Problem, ceil_div
-from fused_losses.backends.triton_tiles import ALL, Tile, changed, same, wide
-from fused_losses.inputs import Inputs
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.products import float16_scale
+from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.triton import launch as base
+from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
+from fused_losses.primitives.row_statistics.gpu import Problem
+from fused_losses.primitives.row_statistics.inputs import Inputs
+from fused_losses.primitives.row_statistics.triton_tiles import ALL, changed, same, wide
 
 BEST_BYTES = 32 << 20
 WHOLE = 128  # of D: what ColBERT and its kin have; a query tile is then read once
@@ -98,11 +102,11 @@ def _problem(queries: Tensor, documents: Tensor, precision: str) -> Problem:
     nothing = queries.new_empty(0, dtype=torch.int32)
     # the operands of a row_statistics without bias, normalisation or classes
     inputs = Inputs(queries, documents, nothing, None, None, None, False, False, precision)
-    return base.problem(inputs, gradient=False)
+    return row_statistics_gpu.problem(inputs, gradient=False)
 
 
 def _table(p: Problem) -> Tiles:
-    return TILES[base.architecture(p.x.device)]
+    return TILES[gpu_device.architecture(p.x.device)]
 
 
 def _plain(p: Problem) -> bool:

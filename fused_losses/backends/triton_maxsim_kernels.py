@@ -8,8 +8,16 @@ of a document are its last token again: equal, and later, so never chosen. Offse
 import triton
 import triton.language as tl
 
-from .triton_gradients import narrow
-from .triton_kernels import NOWHERE, bound, load, multiply, operand, products, row_offsets
+from fused_losses.backends.triton.tile_math import (
+    NOWHERE,
+    bound,
+    load,
+    multiply,
+    narrow,
+    operand,
+    products,
+    row_offsets,
+)
 
 
 @triton.jit

@@ -10,8 +10,7 @@ input that is None costs nothing.
 import triton
 import triton.language as tl
 
-from .triton_gradients import narrow
-from .triton_kernels import products, row_offsets
+from fused_losses.backends.triton.tile_math import narrow, products, row_offsets
 
 # classes and statistics, as in `pair_inputs`
 POSITIVE = tl.constexpr(0)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fused_losses.backends.triton_tiles import ALL, TABLES, Table, Tile, changed, same, wide
+from fused_losses.backends.gpu.tiles import Table, Tile
+from fused_losses.primitives.row_statistics.triton_tiles import ALL, TABLES, changed, same, wide
 
 DS_BYTES = {"sm_80": 16 << 20, "sm_90": 16 << 20, "sm_100": 32 << 20}
 

@@ -20,8 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.backends import triton_launch as base
 from fused_losses.backends.bounded_pairs import both_sides
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.products import library_tf32
+from fused_losses.backends.gpu.tiles import Tile
 from fused_losses.backends.pair_sweeps import (
     MAX_CHUNK,
     ROW_BLOCK,
@@ -43,13 +46,13 @@ from fused_losses.backends.pair_sweeps import (
     weight_base,
     weight_unit,
 )
-from fused_losses.backends.triton import library_tf32
-from fused_losses.backends.triton_launch import Problem, ceil_div
+from fused_losses.backends.triton import launch as base
 from fused_losses.backends.triton_pair_tiles import PAIR_TABLES
-from fused_losses.backends.triton_tiles import Tile
 from fused_losses.base.numerics import row_dtype
-from fused_losses.inputs import Inputs
 from fused_losses.pair_inputs import VALUE, PairInputs, PairNeeds
+from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
+from fused_losses.primitives.row_statistics.gpu import Problem
+from fused_losses.primitives.row_statistics.inputs import Inputs
 
 PARTIAL_BYTES = 16 << 20  # of a block's partials, which are read back while they are in L2
 SWEEP_ROWS = 8192  # rows of a forward block: 8 MiB at D = 512 in 16 bits stay in L2
@@ -144,8 +147,8 @@ def sweep(p: PairInputs, gradient: bool) -> Sweep:
     nothing = p.x.new_empty(0, dtype=torch.int32)
     # the operands of a row_statistics without bias, normalisation or classes
     inputs = Inputs(p.x, p.y, nothing, None, None, None, False, False, p.precision)
-    operands = base.problem(inputs, gradient)
-    operands = replace(operands, table=PAIR_TABLES[base.architecture(p.x.device)])
+    operands = row_statistics_gpu.problem(inputs, gradient)
+    operands = replace(operands, table=PAIR_TABLES[gpu_device.architecture(p.x.device)])
 
     p, scale = kernel_form(p)
     return Sweep(p, operands, scale)

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends import certified_topk
-from fused_losses.backends import triton_launch as base
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.triton import launch as base
 from fused_losses.backends.triton_distances import Tiles, pick, problem
-from fused_losses.backends.triton_launch import Problem, ceil_div
-from fused_losses.backends.triton_tiles import ALL, Tile, same, wide
+from fused_losses.primitives.row_statistics.gpu import Problem
+from fused_losses.primitives.row_statistics.triton_tiles import ALL, same, wide
 from fused_losses.selection import TopkInputs
 
 FUSED = 128  # candidates a row that stay in registers
@@ -168,10 +171,12 @@ def _sizes(p: Problem, tile: Tile) -> dict[str, int]:
 
 def _streamed(p: Problem, operands: tuple, flags: dict, keep: int) -> Tensor:
     """The best of each row, packed. [N, keep]"""
-    few = keep <= FEW and ("best_few", p.products) in TILES[base.architecture(p.x.device)]
+    few = keep <= FEW and ("best_few", p.products) in TILES[gpu_device.architecture(p.x.device)]
     tile = pick(TILES, p, "best_few" if few else "best")
     row_tiles = ceil_div(p.n, tile.rows)
-    splits = min(2 * base.processors(p.x.device) // row_tiles, PARTIAL_BYTES // (8 * p.n * keep))
+    splits = min(
+        2 * gpu_device.processors(p.x.device) // row_tiles, PARTIAL_BYTES // (8 * p.n * keep)
+    )
     span = ceil_div(ceil_div(p.count, max(splits, 1)), tile.columns) * tile.columns
     splits = ceil_div(p.count, span)
     to = torch.empty((p.n, splits, keep), dtype=torch.int64, device=p.x.device)
@@ -190,7 +195,7 @@ def _streamed(p: Problem, operands: tuple, flags: dict, keep: int) -> Tensor:
 
 def _stored(p: Problem, operands: tuple, flags: dict, keep: int) -> Tensor:
     """The best of each row, packed, by blocks of keys. [N, keep]"""
-    tile = TILES[base.architecture(p.x.device)]["keys", p.products]
+    tile = TILES[gpu_device.architecture(p.x.device)]["keys", p.products]
     exclude = operands[-1]
     width = ceil_div(min(p.count, max(4 * keep, 8192)), tile.columns) * tile.columns
     height = min(p.n, max(1, BLOCK_BYTES // (8 * width)))

@@ -11,8 +11,15 @@ A key and its column are one int64, larger for a larger key and, of equals, for 
 import triton
 import triton.language as tl
 
-from .triton_kernels import NOWHERE, bound, load, multiply, operand, row_offsets
-from .triton_pair_kernels import equal
+from fused_losses.backends.triton.tile_math import (
+    NOWHERE,
+    bound,
+    load,
+    multiply,
+    operand,
+    row_offsets,
+)
+from fused_losses.backends.triton_pair_kernels import equal
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the least finite float32
 

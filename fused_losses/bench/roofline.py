@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from fused_losses.backends import (
     cuda_topk,
-    triton,
     triton_distances,
     triton_maxsim,
     triton_pairs,
@@ -29,8 +28,9 @@ from fused_losses.backends import (
 from fused_losses.bench import cuda_traffic  # noqa: F401 (its closed forms)
 from fused_losses.bench.peaks import PEAKS, PEERS, Peak
 from fused_losses.bench.traffic import L2_SHARE, Cache, Trace, Work
-from fused_losses.inputs import Inputs, Needs, RowGradients
 from fused_losses.pair_inputs import PairInputs, PairNeeds
+from fused_losses.primitives.row_statistics import triton
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from fused_losses.selection import TopkInputs
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_losses.backends import cuda_launch, triton_launch
+from fused_losses.backends.cuda import launch as cuda_launch
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.base import validation
 
 # of a library's product, assumed: 128 x 256, which from sm_90 on two processors share (clusters
@@ -150,7 +152,7 @@ def _columns(s: Launch, columns: int, times: int) -> None:
     s.read("column_weight", columns * times)
 
 
-@form("triton_kernels.forward_tiles")
+@form("row_statistics.forward_tiles")
 def _(s: Launch) -> None:
     tiles, columns = s.programs // s.row_tiles, s.count - s.first
     _tile_products(s, "x", "w", (0, s.n), (s.first, columns), s.d, s.programs)
@@ -163,7 +165,7 @@ def _(s: Launch) -> None:
     s.work.scalar = 6 * s.programs * s.BM * s.BN
 
 
-@form("triton_kernels.forward_resident")
+@form("row_statistics.forward_resident")
 def _(s: Launch) -> None:
     splits, columns = s.programs // s.row_tiles, s.count - s.first
     rows, d = 2 * s.BM, s.DEPTH * s.BK
@@ -180,7 +182,7 @@ def _(s: Launch) -> None:
     s.work.scalar = 6 * swept * rows
 
 
-@form("triton_kernels.inverse_norms")
+@form("row_statistics.inverse_norms")
 def _(s: Launch) -> None:
     rows = s.programs * s.BN
     s.read("w", rows * s.d, 0, s.count * s.stride_w)
@@ -194,14 +196,14 @@ def _merge(s: Launch) -> None:
         s.read(name, s.groups * s.n, 0, s.groups * s.n)
 
 
-@form("triton_kernels.merge_tiles")
+@form("row_statistics.merge_tiles")
 def _(s: Launch) -> None:
     _merge(s)
     for name in ("to_peak", "to_total", "to_best", "to_moment"):
         s.write(name, s.n)
 
 
-@form("triton_kernels.forward_rows")
+@form("row_statistics.forward_rows")
 def _(s: Launch) -> None:
     _merge(s)
     rows = s.programs * s.BM
@@ -220,7 +222,7 @@ def _row_vectors(s: Launch, times: int) -> None:
     s.read("bend", 4 * s.n * times, 0, 4 * s.n)
 
 
-@form("triton_gradients.gradient_tiles")
+@form("row_statistics.gradient_tiles")
 def _(s: Launch) -> None:
     tiles, columns = s.programs // s.row_tiles, s.count - s.first
     _tile_products(s, "x", "w", (0, s.n), (s.first, columns), s.d, s.programs)
@@ -233,7 +235,7 @@ def _(s: Launch) -> None:
     s.work.scalar = 6 * s.programs * s.BM * s.BN
 
 
-@form("triton_gradients.finish_weight")
+@form("row_statistics.finish_weight")
 def _(s: Launch) -> None:
     rows, columns = s.programs * s.BN, s.count - s.first
     times = 2 if s.has("inverse") else 1
@@ -250,7 +252,7 @@ def _(s: Launch) -> None:
     s.work.scalar = 5 * rows * s.d
 
 
-@form("triton_gradients.owner_rows")
+@form("row_statistics.owner_rows")
 def _(s: Launch) -> None:
     swept, splits = s.programs * s.steps * s.BN, s.programs // s.row_tiles
     s.read("x", s.programs * s.BM * s.d, 0, s.n * s.stride_x)
@@ -263,7 +265,7 @@ def _(s: Launch) -> None:
     s.work.scalar = 6 * swept * s.BM
 
 
-@form("triton_gradients.owner_classes")
+@form("row_statistics.owner_classes")
 def _(s: Launch) -> None:
     columns, swept = s.programs * s.BN, s.programs * cdiv(s.n, s.BM) * s.BM
     s.read("w", columns * s.d * (2 if s.NORMALIZE else 1), 0, s.count * s.stride_w)
@@ -305,7 +307,7 @@ def _pair_tiles(s: Launch) -> tuple[int, int, int]:
     return high, wide, tiles
 
 
-@form("triton_pair_kernels.statistics_tiles")
+@form("pairs.statistics_tiles")
 def _(s: Launch) -> None:
     high, wide, tiles = _pair_tiles(s)
     classes = s.row_part.shape[1]
@@ -314,7 +316,7 @@ def _(s: Launch) -> None:
     s.work.scalar = (8 + 6 * s.has("column_part")) * classes * s.programs * s.BM * s.BN
 
 
-@form("triton_pair_kernels.merge_tiles")
+@form("pairs.merge_tiles")
 def _(s: Launch) -> None:
     s.read("part", 4 * s.CLASSES * s.groups * s.length)
     state = 4 * s.CLASSES * s.length
@@ -322,7 +324,7 @@ def _(s: Launch) -> None:
     s.write("state", state, 0, state)
 
 
-@form("triton_pair_kernels.gradient_tiles")
+@form("pairs.gradient_tiles")
 def _(s: Launch) -> None:
     high, wide, tiles = _pair_tiles(s)
     kinds, vectors = 2 if s.has("x_labels") else 1, 4 if s.REDUCTION == "lse" else 2
@@ -332,7 +334,7 @@ def _(s: Launch) -> None:
     s.work.scalar = (8 + 6 * s.has("column_vectors")) * kinds * s.programs * s.BM * s.BN
 
 
-@form("triton_pair_kernels.attention_tiles")
+@form("pairs.attention_tiles")
 def _(s: Launch) -> None:
     high, wide, tiles = _pair_tiles(s)
     s.read("base", 2 * high * tiles)
@@ -360,7 +362,7 @@ def _keys(s: Launch, rows: tuple[int, int], columns: tuple[int, int], tiles: int
     s.work.scalar = 5 * tiles * s.BM * s.BN
 
 
-@form("triton_topk_kernels.best_columns")
+@form("topk.best_columns")
 def _(s: Launch) -> None:
     last = s.m - (s.splits - 1) * s.span
     tiles = s.row_tiles * ((s.splits - 1) * cdiv(s.span, s.BN) + cdiv(last, s.BN))
@@ -368,7 +370,7 @@ def _(s: Launch) -> None:
     s.write("to", s.n * s.splits * s.keep)
 
 
-@form("triton_topk_kernels.key_tiles")
+@form("topk.key_tiles")
 def _(s: Launch) -> None:
     rows = s.first_row, s.row_end - s.first_row
     columns = s.first, min(s.programs // s.row_tiles * s.BN, s.m - s.first)
@@ -376,14 +378,14 @@ def _(s: Launch) -> None:
     s.write("to", rows[1] * columns[1])
 
 
-@form("triton_distance_kernels.row_squares")
+@form("distances.row_squares")
 def _(s: Launch) -> None:
     s.read("x", s.programs * s.BM * s.d, 0, s.n * s.stride_x)
     s.write("squares", s.n)
     s.work.scalar = 2 * s.n * s.d
 
 
-@form("triton_distance_kernels.distance_tiles")
+@form("distances.distance_tiles")
 def _(s: Launch) -> None:
     _tile_products(s, "x", "y", (0, s.n), (0, s.m), s.d, s.programs)
     s.read("x_squares", s.programs * s.BM, 0, s.n)
@@ -393,13 +395,13 @@ def _(s: Launch) -> None:
     s.work.scalar = 5 * s.programs * s.BM * s.BN
 
 
-@form("triton_distance_kernels.near_distances")
+@form("distances.near_distances")
 def _(s: Launch) -> None:
     """Where no pair is near."""
     s.read("near_rows", s.programs * s.BM)
 
 
-@form("triton_distance_kernels.product_gradients")
+@form("distances.product_gradients")
 def _(s: Launch) -> None:
     parts = s.programs // s.depth_tiles
     splits = parts // s.row_tiles
@@ -418,13 +420,13 @@ def _(s: Launch) -> None:
     s.work.scalar = 8 * swept * s.BM * s.depth_tiles
 
 
-@form("triton_distance_kernels.near_gradients")
+@form("distances.near_gradients")
 def _(s: Launch) -> None:
     """Where no pair is near."""
     s.read("near_range", 2 * s.programs)
 
 
-@form("triton_maxsim_kernels.token_maxima")
+@form("maxsim.token_maxima")
 def _(s: Launch) -> None:
     """Documents of one length."""
     documents = s.programs // s.row_tiles
@@ -441,7 +443,7 @@ def _(s: Launch) -> None:
     s.work.scalar = 4 * s.programs * tiles * s.BM * s.BN
 
 
-@form("triton_maxsim_kernels.token_sums")
+@form("maxsim.token_sums")
 def _(s: Launch) -> None:
     s.read("best", s.chunk * s.tokens, 0, s.chunk * s.tokens)
     s.read("offsets", 2 * s.programs)
@@ -453,7 +455,7 @@ def _choices(s: Launch, times: int) -> None:
         s.read(name, s.tokens * each * times)
 
 
-@form("triton_maxsim_kernels.query_gradients")
+@form("maxsim.query_gradients")
 def _(s: Launch) -> None:
     """Where every token has chosen."""
     _choices(s, s.depth_tiles)
@@ -463,7 +465,7 @@ def _(s: Launch) -> None:
     s.work.scalar = 2 * s.tokens * s.count * s.d
 
 
-@form("triton_maxsim_kernels.document_gradients")
+@form("maxsim.document_gradients")
 def _(s: Launch) -> None:
     """Documents of one length, where every token has chosen."""
     length = s.ddocuments.shape[0] // s.count
@@ -680,20 +682,20 @@ class Trace(TorchDispatchMode):
     @contextmanager
     def running(self) -> Iterator[Trace]:
         """The host code believes in a GPU of the trace's architecture."""
-        saved = triton_launch.launch, triton_launch.architecture, triton_launch.processors
+        saved = triton_launch.launch, gpu_device.architecture, gpu_device.processors
         checks = {n: getattr(validation, n) for n in dir(validation) if n.startswith("check_")}
         # by-name imports of them, too
         doubles = {cuda_launch.launch: self.cuda, cuda_launch.on_host: lambda: False}
         patched = [
             (module, key, value)
             for name, module in list(sys.modules.items())
-            if name.startswith("fused_losses.backends.cuda")
+            if name.startswith("fused_losses.primitives.row_statistics.cuda")
             for key, value in list(vars(module).items())
             if value is cuda_launch.launch or value is cuda_launch.on_host
         ]
         triton_launch.launch = self.triton
-        triton_launch.architecture = lambda device: self.arch
-        triton_launch.processors = lambda device: self.processors
+        gpu_device.architecture = lambda device: self.arch
+        gpu_device.processors = lambda device: self.processors
         for module, key, value in patched:
             setattr(module, key, doubles[value])
         for n in checks:
@@ -702,7 +704,7 @@ class Trace(TorchDispatchMode):
             with self:
                 yield self
         finally:
-            triton_launch.launch, triton_launch.architecture, triton_launch.processors = saved
+            triton_launch.launch, gpu_device.architecture, gpu_device.processors = saved
             for module, key, value in patched:
                 setattr(module, key, value)
             for n, f in checks.items():
@@ -711,7 +713,7 @@ class Trace(TorchDispatchMode):
 
 def triton_work(kernel: Any, programs: int, args: tuple, constants: dict) -> Work:
     """The closed form's view of one launch."""
-    name = f"{kernel.fn.__module__.rsplit('.', 1)[1]}.{kernel.fn.__name__}"
+    name = f"{kernel.fn.__module__.split('.')[-2]}.{kernel.fn.__name__}"
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     launch = Launch(name, programs, values)
     FORMS[name](launch)

@@ -29,8 +29,8 @@ from fused_losses.class_rules import (
     merge,
     nothing,
 )
-from fused_losses.inputs import Inputs
-from fused_losses.sweep import KEPT_PADDING, ROW_STATISTICS
+from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING, Inputs
+from fused_losses.primitives.row_statistics.op import ROW_STATISTICS
 
 Rows = Tensor | slice
 CHUNK_BYTES = 32 << 20  # of table rows in a chunk

@@ -6,7 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from fused_losses.backends import cuda_launch
+from fused_losses.backends.cuda import launch as cuda_launch
 from tools.gpu_static import cuda_library, page, sweep
 from tools.gpu_static.record import AMD, NVIDIA
 

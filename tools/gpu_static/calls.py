@@ -14,15 +14,10 @@ from typing import Any
 
 import torch
 
-from fused_losses.backends import (
-    triton,
-    triton_distances,
-    triton_maxsim,
-    triton_pairs,
-    triton_topk,
-)
-from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.backends import triton_distances, triton_maxsim, triton_pairs, triton_topk
 from fused_losses.pair_inputs import PairInputs, PairNeeds, Rule
+from fused_losses.primitives.row_statistics import triton
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from tools.gpu_static.record import AMD, Compilation, launches
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -1,7 +1,7 @@
 """What the Triton launchers would give a GPU: their launches, recorded for one architecture.
 
 The host code runs as it is, on tensors without data or on CPU tensors;
-`fused_losses.backends.triton_launch.launch` alone is replaced.
+`fused_losses.backends.triton.launch.launch` alone is replaced.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from fused_losses.backends import triton_launch
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.base import validation
 
 TYPES = {
@@ -33,24 +34,24 @@ def table_row(arch: str) -> str:
     """The row of the tile tables that a device of this architecture uses."""
     if not arch.startswith("sm_"):
         return arch
-    return triton_launch.table_row(divmod(int(arch[3:]), 10))
+    return gpu_device.table_row(divmod(int(arch[3:]), 10))
 
 
 @contextmanager
 def on(arch: str, launch: Callable, processors: int = 132) -> Iterator[None]:
     """The host code believes in a GPU of this architecture and launches through `launch`."""
-    saved = triton_launch.launch, triton_launch.architecture, triton_launch.processors
+    saved = triton_launch.launch, gpu_device.architecture, gpu_device.processors
     checks = validation.check_labels, validation.check_classes, validation.check_labels_in_classes
     row = table_row(arch)
     triton_launch.launch = launch
-    triton_launch.architecture = lambda device: row
-    triton_launch.processors = lambda device: processors
+    gpu_device.architecture = lambda device: row
+    gpu_device.processors = lambda device: processors
     validation.check_labels = validation.check_classes = lambda *a, **k: None
     validation.check_labels_in_classes = lambda *a, **k: None
     try:
         yield
     finally:
-        triton_launch.launch, triton_launch.architecture, triton_launch.processors = saved
+        triton_launch.launch, gpu_device.architecture, gpu_device.processors = saved
         validation.check_labels, validation.check_classes = checks[:2]
         validation.check_labels_in_classes = checks[2]
 

@@ -14,20 +14,10 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
-from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 
 TILE_BYTES = 3 << 20  # of scores and of weights in a tile, together
 LIVE_TILES = 3.7  # how many such are alive at the peak, in backward (tests/test_memory.py)
-
-
-def unavailable() -> str | None:
-    return None
-
-
-def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
-    if precision != "fp32":
-        return [f"precision={precision!r}: the pure-PyTorch path has float32 accuracy only"]
-    return []
 
 
 def tile_classes(n: int, d: int, element_size: int) -> int:
@@ -121,7 +111,7 @@ def _targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tens
 
 
 def forward(p: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
+    """lse, target, weighted_sum, hardest, hardest_score (`row_statistics`)."""
     check(p.labels, p.weight, p.classes)
     x = p.x.to(accumulate_dtype(p.x.dtype))
     n = x.shape[0]

@@ -21,14 +21,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses.backends import cuda_launch
-from fused_losses.backends import triton_launch as base
-from fused_losses.backends.bounded import check
-from fused_losses.backends.cuda_launch import ELEMENTS, launch, reasons_against, unavailable
-from fused_losses.backends.cuda_products import add_product, low_dtype, product, scores_precision
-from fused_losses.backends.triton import add_rows, float16_scale, library_tf32
-from fused_losses.backends.triton_launch import Problem, ceil_div
-from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.backends.cuda import launch as cuda_launch
+from fused_losses.backends.cuda.capability import reasons_against, unavailable
+from fused_losses.backends.cuda.launch import ELEMENTS, launch
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.library_products import (
+    add_product,
+    low_dtype,
+    product,
+    scores_precision,
+)
+from fused_losses.backends.gpu.products import add_rows, float16_scale, library_tf32
+from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
+from fused_losses.primitives.row_statistics.bounded import check
+from fused_losses.primitives.row_statistics.gpu import Problem
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 
 __all__ = ["backward", "extra_bytes", "forward", "reasons_against", "unavailable"]
 
@@ -143,10 +151,10 @@ def _check_dtype(inputs: Inputs) -> None:
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
+    """lse, target, weighted_sum, hardest, hardest_score (`row_statistics`)."""
     check(inputs.labels, inputs.weight, inputs.classes)
     _check_dtype(inputs)
-    p = base.problem(inputs, gradient=False)
+    p = row_statistics_gpu.problem(inputs, gradient=False)
     n, device, weighted = p.n, p.x.device, inputs.weighted
     lse = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
     target = torch.zeros_like(lse)
@@ -155,10 +163,10 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hardest_score = torch.full((n,), -torch.inf, device=device)
     if n == 0 or p.count == 0:
         return lse, target, weighted_sum, hardest, hardest_score
-    sizes = SIZES[base.architecture(device)]
+    sizes = SIZES[gpu_device.architecture(device)]
     block = min(n, sizes.rows)
     chunk = sizes.chunk(block, p.count)
-    parts = min(ceil_div(16 * base.processors(device), block), chunk // sizes.part)
+    parts = min(ceil_div(16 * gpu_device.processors(device), block), chunk // sizes.part)
     parts = max(1, min(parts, MOST_PARTS))
     high = torch.empty((parts, n), device=device)
     mass = torch.empty((parts, n), dtype=torch.float64, device=device)
@@ -228,9 +236,9 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each None where it is not needed."""
     x, bias, weighted, precision = inputs.x, inputs.bias, inputs.weighted, inputs.precision
-    p = base.problem(inputs, gradient=True)
+    p = row_statistics_gpu.problem(inputs, gradient=True)
     compact = needs.compact and p.classes is not None
-    dweight = base.weight_gradient(p, compact) if needs.weight else None
+    dweight = row_statistics_gpu.weight_gradient(p, compact) if needs.weight else None
     make = torch.empty if p.classes is None and p.n > 0 else torch.zeros
     dbias = make(bias.shape, device=x.device) if needs.bias and bias is not None else None
     if p.n == 0 or p.count == 0:
@@ -262,7 +270,7 @@ def _sweep(
     compact: bool,  # dweight has a row for each of `classes`
 ) -> Tensor | None:
     n, d, low, device = p.n, p.d, p.low, p.x.device
-    sizes = SIZES[base.architecture(device)]
+    sizes = SIZES[gpu_device.architecture(device)]
     block = min(n, sizes.rows)
     # dx has few tiles: its classes are split over as many products as fill the GPU, added at last
     splits = max(1, min(16, sizes.split_rows // block)) if n == block else 1

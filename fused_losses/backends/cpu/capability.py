@@ -48,11 +48,6 @@ def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) ->
     return reasons
 
 
-def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
-    """Peak memory of forward and backward beyond inputs and gradients."""
-    return extension().workspace_bytes(n, d, dtype == torch.float64, precision != "fp32")
-
-
 # ---- the sweep over pairs, as csrc/cpu/pair_blocks.h and pair_gradients.h cut it -----------------
 
 TILE_COLUMNS, BLOCK_COLUMNS, BLOCK_ROWS, DEPTH_CHUNK = 192, 1152, 1920, 512

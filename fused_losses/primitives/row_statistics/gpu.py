@@ -1,61 +1,16 @@
-"""What the Triton launchers share: one call's inputs as kernels want them, and the one launch.
-
-Every launch goes through `launch`, so that a test can compile or execute exactly what a GPU gets.
-"""
+"""One call as the kernels of both GPU backends read it."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_losses.backends.triton_tiles import TABLES, Table, Tile
-from fused_losses.inputs import Inputs
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def kernels() -> tuple[ModuleType, ModuleType]:
-    from fused_losses.backends import triton_gradients, triton_kernels
-
-    return triton_kernels, triton_gradients
-
-
-def architecture(device: torch.device) -> str:
-    """Which row of the tile tables a device uses."""
-    if device.type == "cpu":
-        return "interpret"
-    if torch.version.hip:
-        return "gfx942"
-    return table_row(torch.cuda.get_device_capability(device))
-
-
-def table_row(capability: tuple[int, int]) -> str:
-    """The row of the tile tables of an NVIDIA GPU."""
-    # 8.6, 8.9 and 12 (which has not the instructions of sm_100) compile to tighter code than 8.0
-    other = "sm_80" if capability == (8, 0) else "sm_86"
-    return {9: "sm_90", 10: "sm_100"}.get(capability[0], other)
-
-
-def processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def launch(kernel: Any, programs: int, args: tuple, constants: dict[str, Any], tile: Tile) -> None:
-    if interpreted():
-        import triton.language as tl
-
-        # the interpreter of Triton 3.6 cannot use its own integers as loop bounds under numpy 2.4
-        args = tuple(tl.constexpr(a) if isinstance(a, int) else a for a in args)
-    kernel[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
+from fused_losses.backends.gpu.device import architecture
+from fused_losses.backends.gpu.tiles import Table, Tile
+from fused_losses.primitives.row_statistics.inputs import Inputs
+from fused_losses.primitives.row_statistics.triton_tiles import TABLES
 
 
 @dataclass(frozen=True)
@@ -152,25 +107,3 @@ def weight_gradient(p: Problem, compact: bool) -> Tensor:
     make = torch.empty if p.n > 0 and (p.classes is None or compact) else torch.zeros
     rows = p.count if compact else p.weight.shape[0]
     return make((rows, p.d), dtype=p.weight.dtype, device=p.weight.device)
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def from_column(tensor: Tensor | None, first: int) -> Tensor | None:
-    return None if tensor is None else tensor[first:]
-
-
-def norms(p: Problem, inverse: Tensor, first: int, end: int) -> None:
-    """1/|w_j| of columns [first, end), which also brings their rows into L2."""
-    classes = from_column(p.classes, first)
-    weight = p.weight[first:] if classes is None else p.weight
-    tile = Tile(0, 16, 128, 4, 1)
-    launch(
-        kernels()[0].inverse_norms,
-        ceil_div(end - first, tile.columns),
-        (weight, classes, inverse, weight.stride(0), end - first, p.d),
-        dict(BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth)),
-        tile,
-    )

@@ -6,18 +6,21 @@ float32, and in the backward one chunk of G and of dW. Never N x C.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fused_losses.backends import triton_launch as base
-from fused_losses.backends.triton_launch import Problem, ceil_div, from_column, kernels, norms
-from fused_losses.backends.triton_tiles import Tile
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.device import ceil_div, from_column
+from fused_losses.backends.gpu.products import accumulate, add_rows, float16_scale, library_tf32
+from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.triton import launch as base
+from fused_losses.backends.triton.launch import launch
 from fused_losses.base import validation
-from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
+from fused_losses.primitives.row_statistics.gpu import Problem
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 
 PARTIAL_BYTES = 64 << 20
 SPLIT_ROWS = 2048  # of the parts of dx, together: float32 sums that each chunk reads and writes
@@ -27,35 +30,6 @@ MAX_CHUNK = 16384  # classes; bounds the chunk of dW where N is small
 # of shared memory take 128 rows, the rest of the other 128, and two tiles of 32 classes
 HELD = {1: 0, 2: 0, 3: 1, 4: 3}
 ROWS_IN_TILES = 8  # 256 rows are as many bytes as eight tiles of 32 classes
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def unavailable() -> str | None:
-    """Why no call can run here, or None."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if base.interpreted():
-        return None
-    if not torch.cuda.is_available():
-        return "no CUDA GPU (TRITON_INTERPRET=1 runs the kernels on CPU tensors)"
-    return None
-
-
-def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
-    """Why this call cannot run, one sentence a reason."""
-    reasons = []
-    if dtype not in DTYPES:
-        reasons.append(f"dtype {dtype}: the kernels take float32, bfloat16 and float16")
-    if base.interpreted():
-        if device.type != "cpu":
-            reasons.append(f"device {device}: TRITON_INTERPRET=1 runs on CPU tensors only")
-    elif device.type != "cuda":
-        reasons.append(f"device {device}: the kernels run on a GPU (or TRITON_INTERPRET=1)")
-    elif not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-        reasons.append("the kernels need tensor cores of compute capability 8.0 or newer")
-    elif precision == "tf32" and torch.version.hip:
-        reasons.append("precision='tf32': not on this GPU; use fp32, mixed or bf16")
-    return reasons
 
 
 def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
@@ -72,10 +46,10 @@ def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """lse, target, weighted_sum, hardest, hardest_score of `fused_losses.sweep`."""
+    """lse, target, weighted_sum, hardest, hardest_score (`row_statistics`)."""
     x, _, labels, _, bias, _, normalize, weighted, *_ = inputs
     check(labels, inputs.weight, inputs.classes)
-    p = base.problem(inputs, gradient=False)
+    p = row_statistics_gpu.problem(inputs, gradient=False)
     forward_kernels = kernels()[0]
     n, count, new = p.n, p.count, dict(dtype=torch.float32, device=x.device)
     lse = torch.full((n,), -torch.inf, **new)
@@ -93,7 +67,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if resident is not None:
         in_l2 = p.table.chunk_bytes // (p.d * x.element_size()) if normalize else count
         most = ceil_div(min(count, max(in_l2, span)), span)
-        span *= ceil_div(most, _splits(most, row_tiles, base.processors(x.device)))
+        span *= ceil_div(most, _splits(most, row_tiles, gpu_device.processors(x.device)))
     parts = 3 if weighted else 2
     # spans whose partials are alive at once; several such segments are merged into one row each
     segment = max(1, PARTIAL_BYTES // (4 * (parts + 1) * n))
@@ -202,9 +176,9 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each None where it is not needed."""
     x, bias, weighted, precision = inputs.x, inputs.bias, inputs.weighted, inputs.precision
-    p = base.problem(inputs, gradient=True)
+    p = row_statistics_gpu.problem(inputs, gradient=True)
     compact = needs.compact and p.classes is not None
-    dweight = base.weight_gradient(p, compact) if needs.weight else None
+    dweight = row_statistics_gpu.weight_gradient(p, compact) if needs.weight else None
     make = torch.empty_like if p.classes is None and p.n > 0 else torch.zeros_like
     dbias = make(p.bias) if needs.bias and bias is not None else None
     if p.n == 0 or p.count == 0:
@@ -219,7 +193,7 @@ def backward(
     rows = [lse.contiguous(), *grads]
     owner = _owner_tiles(p, bias is not None or weighted)
     # a class tile a processor at least, else the library products fill the GPU better
-    if owner is not None and p.count >= owner[1].columns * base.processors(x.device):
+    if owner is not None and p.count >= owner[1].columns * gpu_device.processors(x.device):
         dx = _owners(p, owner, rows, unscale, needs.x, dweight, dbias, compact)
     else:
         with library_tf32(precision == "tf32" and x.is_cuda):
@@ -227,30 +201,6 @@ def backward(
     if dx is not None:
         dx = (dx if unscale is None else dx * unscale).to(x.dtype)
     return dx, dweight, dbias
-
-
-def float16_scale(grads: list[Tensor | None], column_weight: Tensor | None) -> Tensor:
-    """A power of two that brings the largest gradient to 16: float16 starts at 6e-8."""
-    largest = [g.abs().max() for g in grads if g is not None]
-    if column_weight is not None and grads[2] is not None:
-        largest.append(largest[2] * column_weight.abs().max())
-    exponent = torch.stack(largest).max().log2().floor()
-    return torch.exp2(torch.where(exponent.isfinite(), (4 - exponent).clamp(-100, 100), 0))
-
-
-@contextmanager
-def library_tf32(wanted: bool) -> Iterator[None]:
-    """float32 library products in the precision that the caller asked for, whatever the global."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before, now = matmul.fp32_precision, "tf32" if wanted else "ieee"
-    matmul.fp32_precision = now
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 def _owner_tiles(p: Problem, extra: bool) -> tuple[Tile, Tile] | None:
@@ -303,7 +253,7 @@ def _owners(
     tile = owner[0]
     row_tiles, tiles = ceil_div(p.n, tile.rows), ceil_div(p.count, tile.columns)
     # four programs a processor; each adds its classes into its own dx
-    steps = ceil_div(tiles, max(1, ceil_div(4 * base.processors(p.x.device), row_tiles)))
+    steps = ceil_div(tiles, max(1, ceil_div(4 * gpu_device.processors(p.x.device), row_tiles)))
     splits = ceil_div(tiles, steps)
     parts = torch.empty((splits, p.n, p.d), dtype=torch.float32, device=p.x.device)
     base.launch(
@@ -314,16 +264,6 @@ def _owners(
         tile,
     )
     return parts.sum(0)
-
-
-def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
-    """total = beta total + a b over a batch, float32 sums whatever the operands."""
-    if a.dtype == torch.float32:
-        total.baddbmm_(a, b, beta=beta)
-    elif a.is_cuda:
-        torch.baddbmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
-    else:
-        total.baddbmm_(a.float(), b.float(), beta=beta)
 
 
 def _chunks(
@@ -408,17 +348,6 @@ def _chunks(
     return None if dx is None else dx.sum(0)
 
 
-def add_rows(dx: Tensor, g: Tensor, w: Tensor, piece: int) -> None:
-    """dx[s] += G W over the s-th piece of the classes; the rest of a ragged chunk to the first."""
-    height, length = g.shape
-    full = length // piece
-    if full:
-        split = g[:, : full * piece].unflatten(1, (full, piece)).transpose(0, 1)
-        accumulate(dx[:full], split, w[: full * piece].unflatten(0, (full, piece)))
-    if length > full * piece:
-        accumulate(dx[:1], g[None, :, full * piece :], w[None, full * piece :])
-
-
 def _finish(
     p: Problem,
     gradient: Tensor | None,
@@ -441,5 +370,26 @@ def _finish(
         + (p.weight.stride(0), p.d, width)
         + (first, end, p.d, height),
         dict(BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth), COMPACT=compact),
+        tile,
+    )
+
+
+def kernels() -> tuple[ModuleType, ModuleType]:
+    from fused_losses.primitives.row_statistics import triton_backward as triton_gradients
+    from fused_losses.primitives.row_statistics import triton_forward as triton_kernels
+
+    return triton_kernels, triton_gradients
+
+
+def norms(p: Problem, inverse: Tensor, first: int, end: int) -> None:
+    """1/|w_j| of columns [first, end), which also brings their rows into L2."""
+    classes = from_column(p.classes, first)
+    weight = p.weight[first:] if classes is None else p.weight
+    tile = Tile(0, 16, 128, 4, 1)
+    launch(
+        kernels()[0].inverse_norms,
+        ceil_div(end - first, tile.columns),
+        (weight, classes, inverse, weight.stride(0), end - first, p.d),
+        dict(BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth)),
         tile,
     )

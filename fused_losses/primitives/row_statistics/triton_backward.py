@@ -10,25 +10,16 @@ registers where D fits in one tile. No atomics: the owner of an output adds it u
 import triton
 import triton.language as tl
 
-from .triton_kernels import (
-    bent,
-    column_values,
+from fused_losses.backends.triton.tile_math import (
     inverse_norm,
     load,
     multiply,
+    narrow,
     operand,
     products,
-    row_bends,
     row_offsets,
 )
-
-
-@triton.jit
-def narrow(g, DTYPE: tl.constexpr):
-    """Rounds G to the dtype of its products; float16 saturates instead of overflowing to inf."""
-    if DTYPE == tl.float16:
-        g = tl.where(g > 65504.0, 65504.0, tl.where(g < -65504.0, -65504.0, g))
-    return g.to(DTYPE)
+from fused_losses.primitives.row_statistics.triton_forward import bent, column_values, row_bends
 
 
 @triton.jit

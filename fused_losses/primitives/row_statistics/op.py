@@ -22,23 +22,15 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
-from fused_losses.inputs import Inputs, Needs, RowGradients
-from fused_losses.streamed_op import StreamedFunction, StreamedOp
-
-FORWARD = (
-    "(Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
-    "Tensor? column_weight, bool normalize, bool weighted, str precision, Tensor? bend, "
-    "SymInt kept_classes) "
-    "-> (Tensor lse, Tensor target, Tensor weighted_sum, Tensor hardest, Tensor hardest_score, "
-    "Tensor kept)"
+from fused_losses.primitives.op import StreamedFunction, StreamedOp
+from fused_losses.primitives.row_statistics.inputs import (
+    BACKWARD,
+    FORWARD,
+    KEPT_PADDING,
+    Inputs,
+    backward_arguments,
+    gradient_shape,
 )
-BACKWARD = (
-    "(Tensor grad_lse, Tensor grad_target, Tensor? grad_weighted, Tensor x, Tensor weight, "
-    "Tensor labels, Tensor? classes, Tensor? bias, Tensor? column_weight, Tensor lse, "
-    "Tensor kept, bool normalize, bool weighted, str precision, Tensor? bend, bool compact, "
-    "bool need_x, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
-)
-KEPT_PADDING = 64  # scores are kept in rows of whole vectors
 
 
 class RowStatistics(NamedTuple):
@@ -165,23 +157,8 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _backward_arguments(
-    arguments: tuple,
-) -> tuple[Inputs, Tensor, Tensor, RowGradients, Needs]:
-    """The backward op's arguments, in its schema's order, sorted out: inputs, lse, kept, ..."""
-    p = Inputs(*arguments[3:9], *arguments[11:15])
-    needs = Needs(*arguments[16:], compact=arguments[15])
-    return p, arguments[9], arguments[10], RowGradients(*arguments[:3]), needs
-
-
-def gradient_shape(p: Inputs, needs: Needs) -> tuple[int, int]:
-    """Of the weight: its own, or with `compact` a row for each class that takes part."""
-    part = needs.compact and p.classes is not None
-    return (p.classes.shape[0] if part else p.weight.shape[0], p.weight.shape[1])
-
-
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    p, _, _, _, needs = _backward_arguments(arguments)
+    p, _, _, _, needs = backward_arguments(arguments)
     return (
         p.x.new_empty(p.x.shape if needs.x else 0),
         p.weight.new_empty(gradient_shape(p, needs) if needs.weight else 0),
@@ -190,7 +167,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _python_forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    module: ModuleType = backends.module(backend)
+    module: ModuleType = backends.module("row_statistics", backend)
     p = Inputs(*arguments[:-1])
     # a product inside a kernel is ours to round, also where autocast surrounds the backward
     with torch.autocast(p.x.device.type, enabled=False):
@@ -201,8 +178,8 @@ def _python_forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _python_backward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    module: ModuleType = backends.module(backend)
-    p, lse, _, grads, needs = _backward_arguments(arguments)
+    module: ModuleType = backends.module("row_statistics", backend)
+    p, lse, _, grads, needs = backward_arguments(arguments)
     narrow = accumulate_dtype(p.weight.dtype)
     grads = grads._replace(lse=grads.lse.to(narrow), target=grads.target.to(narrow))
     with torch.autocast(p.weight.device.type, enabled=False):

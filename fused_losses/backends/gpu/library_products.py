@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.backends.triton import library_tf32
+from fused_losses.backends.gpu.products import library_tf32
 
 ROUNDED = ("mixed", "bf16")
 

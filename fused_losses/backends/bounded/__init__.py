@@ -1,0 +1,1 @@
+"""Pure PyTorch with bounded memory, where no compiled backend can run."""

@@ -1,0 +1,1 @@
+"""The CUDA C++ kernels: whether they can run, and their launches."""

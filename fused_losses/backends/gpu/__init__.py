@@ -1,0 +1,1 @@
+"""What Triton and CUDA share: devices, library products, tiles."""

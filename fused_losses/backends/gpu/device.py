@@ -1,0 +1,36 @@
+"""What a launcher asks of a device: its row in the tile tables, its processors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def architecture(device: torch.device) -> str:
+    """Which row of the tile tables a device uses."""
+    if device.type == "cpu":
+        return "interpret"
+    if torch.version.hip:
+        return "gfx942"
+    return table_row(torch.cuda.get_device_capability(device))
+
+
+def table_row(capability: tuple[int, int]) -> str:
+    """The row of the tile tables of an NVIDIA GPU."""
+    # 8.6, 8.9 and 12 (which has not the instructions of sm_100) compile to tighter code than 8.0
+    other = "sm_80" if capability == (8, 0) else "sm_86"
+    return {9: "sm_90", 10: "sm_100"}.get(capability[0], other)
+
+
+def processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def from_column(tensor: Tensor | None, first: int) -> Tensor | None:
+    return None if tensor is None else tensor[first:]

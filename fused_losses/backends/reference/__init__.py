@@ -1,0 +1,1 @@
+"""Materialised PyTorch: the truth."""

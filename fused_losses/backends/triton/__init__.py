@@ -1,0 +1,1 @@
+"""The Triton kernels: whether they can run, their launches, what their tiles share."""

@@ -1,0 +1,1 @@
+"""Statistics of each row's scores over all classes, the target apart."""

@@ -1,0 +1,12 @@
+"""What the compiled kernels of `row_statistics` need."""
+
+from __future__ import annotations
+
+import torch
+
+from fused_losses.backends.cpu.capability import extension
+
+
+def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
+    """Peak memory of forward and backward beyond inputs and gradients."""
+    return extension().workspace_bytes(n, d, dtype == torch.float64, precision != "fp32")

@@ -1,0 +1,72 @@
+"""What the streamed primitive is given, passed whole between the layers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """One call of the primitive (`fused_losses.primitives.row_statistics`)."""
+
+    x: Tensor  # [N, D]
+    weight: Tensor  # [C, D]
+    labels: Tensor  # [N], -1: no target
+    classes: Tensor | None = None  # [K], increasing
+    bias: Tensor | None = None  # [C]
+    column_weight: Tensor | None = None  # [C]
+    normalize: bool = False
+    weighted: bool = False
+    precision: str = "fp32"
+    bend: Tensor | None = None  # [4, N]: threshold, then the polynomial above it
+
+
+class RowGradients(NamedTuple):
+    """The gradients that come in, [N] each."""
+
+    lse: Tensor
+    target: Tensor
+    weighted: Tensor | None
+
+
+class Needs(NamedTuple):
+    """The gradients that are asked for."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    compact: bool = False  # the weight's gradient has the rows of `classes` only, [K, D]
+
+
+FORWARD = (
+    "(Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? bias, "
+    "Tensor? column_weight, bool normalize, bool weighted, str precision, Tensor? bend, "
+    "SymInt kept_classes) "
+    "-> (Tensor lse, Tensor target, Tensor weighted_sum, Tensor hardest, Tensor hardest_score, "
+    "Tensor kept)"
+)
+
+BACKWARD = (
+    "(Tensor grad_lse, Tensor grad_target, Tensor? grad_weighted, Tensor x, Tensor weight, "
+    "Tensor labels, Tensor? classes, Tensor? bias, Tensor? column_weight, Tensor lse, "
+    "Tensor kept, bool normalize, bool weighted, str precision, Tensor? bend, bool compact, "
+    "bool need_x, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+
+KEPT_PADDING = 64  # scores are kept in rows of whole vectors
+
+
+def backward_arguments(
+    arguments: tuple,
+) -> tuple[Inputs, Tensor, Tensor, RowGradients, Needs]:
+    """The backward op's arguments, in its schema's order, sorted out: inputs, lse, kept, ..."""
+    p = Inputs(*arguments[3:9], *arguments[11:15])
+    needs = Needs(*arguments[16:], compact=arguments[15])
+    return p, arguments[9], arguments[10], RowGradients(*arguments[:3]), needs
+
+
+def gradient_shape(p: Inputs, needs: Needs) -> tuple[int, int]:
+    """Of the weight: its own, or with `compact` a row for each class that takes part."""
+    part = needs.compact and p.classes is not None
+    return (p.classes.shape[0] if part else p.weight.shape[0], p.weight.shape[1])
