@@ -1,4 +1,4 @@
-// The cpu ops of the k best columns (schema: fused_losses/selection.py) and of triplets
+// The cpu ops of the k best columns (schema: fused_losses/primitives/topk/op.py) and of triplets
 // (fused_losses/backends/cpu_triplets.py).
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -34,7 +34,6 @@ from fused_losses.functional import (
     logsumexp_similarity,
     margin_loss,
     margin_softmax,
-    maxsim,
     mine_pairs,
     mine_triplets,
     mmd,
@@ -62,12 +61,14 @@ from fused_losses.functional import (
     uniformity,
     unpg_margin_softmax,
 )
+from fused_losses.primitives.maxsim.op import maxsim
 from fused_losses.primitives.row_statistics.op import (
     RowStatistics,
     RowStatisticsFunction,
     row_statistics,
 )
-from fused_losses.selection import QuantizedRows, quantize_rows
+from fused_losses.primitives.topk.inputs import QuantizedRows
+from fused_losses.primitives.topk.op import quantize_rows
 from fused_losses.version import __version__
 
 __all__ = [

@@ -24,7 +24,7 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
 from fused_losses.base.validation import NO_TARGET, describe
-from fused_losses.distance_matrix import DISTANCE_MATRIX
+from fused_losses.primitives.distances.op import DISTANCE_MATRIX
 from fused_losses.primitives.op import LIBRARY, PYTHON_BACKENDS, StreamedOp
 
 TILE_BYTES = 2 << 20  # of products and of weights in a tile, together

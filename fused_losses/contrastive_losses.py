@@ -21,8 +21,8 @@ from fused_losses.base.validation import (
     number,
 )
 from fused_losses.pair_front import by_label, scored, triangle
-from fused_losses.pair_inputs import NEGATIVE, POSITIVE, Rule
-from fused_losses.pairs import PairStatistics, pair_statistics
+from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
+from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
 
 CONTRAST_FORMS = ("out", "in")
 DENOMINATORS = ("simclr", "pairs")

@@ -1,7 +1,7 @@
 """Distances and similarities of every pair of rows, as matrices. [..., N, M]
 
-A metric is a transformation of the rows, a kind of `fused_losses.distance_matrix`, and a function
-of its result; `METRICS` and `SIMILARITIES` say which.
+A metric is a transformation of the rows, a kind of `primitives.distances`, and a function of its
+result; `METRICS` and `SIMILARITIES` say which.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.backends import reference_distances
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, centered, no_autocast, root, row_dtype
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import describe, number
-from fused_losses.distance_matrix import FLAT, choose, distance_matrix
+from fused_losses.primitives.distances import reference as reference_distances
+from fused_losses.primitives.distances.inputs import FLAT
+from fused_losses.primitives.distances.op import choose, distance_matrix
 
 
 def pairwise_distance(

@@ -14,17 +14,20 @@ from fused_losses import (
     backends,
     batch_negatives,
     class_rules,
-    distance_matrix,
     functional,
     mining,
     neighbors,
-    pairs,
     row_losses,
 )
 from fused_losses.class_losses import ClassLoss
-from fused_losses.late_interaction import maxsim
+from fused_losses.primitives.distances import inputs as distances_inputs
+from fused_losses.primitives.distances import op as distance_matrix
+from fused_losses.primitives.maxsim.op import maxsim
+from fused_losses.primitives.pairs import op as pairs
 from fused_losses.primitives.row_statistics.op import row_statistics
-from fused_losses.selection import LISTED_BYTES, QuantizedRows
+from fused_losses.primitives.topk import certified
+from fused_losses.primitives.topk.inputs import QuantizedRows
+from fused_losses.primitives.topk.listed import LISTED_BYTES
 from fused_losses.trilinear import TRILINEAR_ROWS
 
 SLACK = 1 << 18  # of small tensors
@@ -175,8 +178,8 @@ def _sweep_bytes(
     if name == "reference":
         return REFERENCE_MATRICES * n * m * _size(dtype)
     if name == "cpu":
-        return backends.capability(name).pair_extra_bytes(n, m, d, dtype, precision, width)
-    return backends.flat(f"{name}_pairs").extra_bytes(n, m, d + width, dtype, precision)
+        return backends.module("pairs", name).extra_bytes(n, m, d, dtype, precision, width)
+    return backends.module("pairs", name).extra_bytes(n, m, d + width, dtype, precision)
 
 
 def _over_pairs(
@@ -317,11 +320,11 @@ def _maxsim(a: Arguments) -> Call:
         if name == "reference":
             return around + 4 * tokens * found * size
         if name == "cpu":
-            module = backends.capability(name)
-            return around + module.maxsim_extra_bytes(tokens, found, d, dtype, precision)
-        block = backends.flat("bounded_maxsim").BLOCK_BYTES
+            module = backends.module("maxsim", name)
+            return around + module.extra_bytes(tokens, found, d, dtype, precision)
+        block = backends.module("maxsim", "bounded").BLOCK_BYTES
         if name == "cuda":
-            block = max(block, backends.flat("cuda_maxsim").TILE_BYTES)
+            block = max(block, backends.module("maxsim", "cuda").TILE_BYTES)
         widened = 2 * (tokens + found) * d * 4 if dtype.itemsize == 2 else 0
         return around + 5 * block + 4 * tokens * d * size + widened
 
@@ -332,7 +335,7 @@ def _maxsim(a: Arguments) -> Call:
 
 # what a metric's rows are compared by
 KIND_OF = {
-    **{name: name for name in distance_matrix.KINDS},
+    **{name: name for name in distances_inputs.KINDS},
     **dict.fromkeys(("cosine", "correlation", "snr", "lorentz", "rbf"), "sqeuclidean"),
     **dict.fromkeys(("angular", "hellinger", "poincare", "mahalanobis"), "euclidean"),
     **dict.fromkeys(("polynomial", "sigmoid"), "dot"),
@@ -382,17 +385,17 @@ def _matrix_bytes(
     if name == "reference":
         return (TERMS.get(kind, 8) * d + 4) * n * m * size
     if name == "cpu":
-        module = backends.capability(name)
-        return module.distance_extra_bytes(n, m, d, dtype, kind, precision, gradient)
+        module = backends.module("distances", name)
+        return module.extra_bytes(n, m, d, dtype, kind, precision, gradient)
     if name == "triton":
-        return backends.flat("triton_distances").extra_bytes(n, m, d, dtype, precision)
+        return backends.module("distances", "triton").extra_bytes(n, m, d, dtype, precision)
     if name == "cuda":
-        return backends.flat("cuda_distances").extra_bytes(n, m, d, dtype, kind)
+        return backends.module("distances", "cuda").extra_bytes(n, m, d, dtype, kind)
     if kind == "dot":
         # plain products
         return 8 * (n + m) * d if dtype.itemsize == 2 else 0
-    module = backends.flat("bounded_distances")
-    block = max(d, n * m * (1 if kind in distance_matrix.PRODUCTS else d)) * size
+    module = backends.module("distances", "bounded")
+    block = max(d, n * m * (1 if kind in distances_inputs.PRODUCTS else d)) * size
     spare = max(0, module.BLOCK_BYTES - block) * module.LIVE_BLOCKS[kind]
     found = module.extra_bytes(n, m, d, dtype, kind) - spare
     return found if gradient else found // 2
@@ -417,7 +420,7 @@ def _distances(what: str) -> Reader:
         each = min(sets) > 1
         rows, columns = (n, m) if each else (n * sets[0], m * sets[1])
         copies = ROWS.get(metric, 0.0) + (0.0 if x.is_contiguous() and y.is_contiguous() else 2.0)
-        if a.get("w") is not None and kind not in distance_matrix.WEIGHTED:
+        if a.get("w") is not None and kind not in distances_inputs.WEIGHTED:
             # rows about their mean, times the weights
             copies += 4.0
         if x.dtype == torch.bool and a.get("w") is not None:
@@ -432,7 +435,7 @@ def _distances(what: str) -> Reader:
 
         def extra(name: str) -> int:
             sizes = (rows, columns, d)
-            differentiable = kind not in distance_matrix.FLAT
+            differentiable = kind not in distances_inputs.FLAT
             found = _matrix_bytes(name, *sizes, x.dtype, kind, a["precision"], differentiable)
             return around + found
 
@@ -463,15 +466,15 @@ def _topk_bytes(
     # numbers for labels and ids
     around = 64 * (n + m)
     if name == "cpu":
-        return around + backends.capability(name).topk_extra_bytes(n, d, k, dtype, triangle, late)
-    block = backends.flat("certified_topk").BLOCK_BYTES
+        return around + backends.module("topk", name).extra_bytes(n, d, k, dtype, triangle, late)
+    block = certified.BLOCK_BYTES
     kept = k + max(16, k // 2)
     size = _size(dtype)
     if name == "triton":
-        module = backends.flat("triton_topk")
+        module = backends.module("topk", "triton")
         around += max(module.PARTIAL_BYTES, 8 * n * kept) + 3 * module.BLOCK_BYTES
     if name == "cuda":
-        module = backends.flat("cuda_topk")
+        module = backends.module("topk", "cuda")
         around += max(module.PARTIAL_BYTES, 64 * n * kept) + 3 * module.TILE_BYTES
         around += 2 * module.BANK_BYTES
     return around + SCREEN_BLOCKS * block + 3 * n * d * size + 2 * m * size + 72 * n * kept

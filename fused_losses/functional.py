@@ -23,7 +23,6 @@ from fused_losses.kernel_means import (
     mmd,
     uniformity,
 )
-from fused_losses.late_interaction import maxsim
 from fused_losses.linear import linear_cross_entropy
 from fused_losses.metric_losses import (
     circle,
@@ -38,6 +37,7 @@ from fused_losses.metric_losses import (
 from fused_losses.mining import Pairs, Triplets, mine_pairs, mine_triplets
 from fused_losses.neighbors import pairwise_topk
 from fused_losses.noise_contrastive import info_nce
+from fused_losses.primitives.maxsim.op import maxsim
 from fused_losses.ranking_losses import (
     angular,
     fast_ap,

@@ -12,8 +12,8 @@ from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, ov
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_rows, number
 from fused_losses.pair_front import scored, triangle
-from fused_losses.pair_inputs import NEGATIVE
-from fused_losses.pairs import pair_statistics
+from fused_losses.primitives.pairs.inputs import NEGATIVE
+from fused_losses.primitives.pairs.op import pair_statistics
 
 KERNELS = {"gaussian": "rbf", "laplacian": "euclidean"}
 

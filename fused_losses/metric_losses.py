@@ -29,8 +29,8 @@ from fused_losses.base.validation import (
 )
 from fused_losses.noise_contrastive import info_nce
 from fused_losses.pair_front import ByLabel, by_label, scored, triangle
-from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs, Rule
-from fused_losses.pairs import PairStatistics, pair_statistics
+from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
+from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
 
 
 def _batch(

@@ -19,8 +19,8 @@ from fused_losses.base.integers import dense, dense_pair
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
-from fused_losses.distance_matrix import distance_matrix
 from fused_losses.neighbors import pairwise_topk
+from fused_losses.primitives.distances.op import distance_matrix
 
 SIMILARITIES = ("dot", "cosine")
 DISTANCES = (

@@ -10,22 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses.backends.reference_topk import allowed, best
 from fused_losses.base import validation
 from fused_losses.base.integers import dense_pair
 from fused_losses.base.numerics import accumulate_dtype, root
 from fused_losses.base.validation import check_integer_pair, check_integers
-from fused_losses.distance_matrix import FLAT
 from fused_losses.distances import METRICS, pairwise_distance, whitened
-from fused_losses.selection import (
-    MATCHES,
-    SCREENS,
-    QuantizedRows,
-    TopkInputs,
-    best_screen,
-    listed,
-    select,
-)
+from fused_losses.primitives.distances.inputs import FLAT
+from fused_losses.primitives.topk.inputs import MATCHES, SCREENS, QuantizedRows, TopkInputs
+from fused_losses.primitives.topk.listed import listed
+from fused_losses.primitives.topk.op import best_screen, select
+from fused_losses.primitives.topk.reference import allowed, best
 
 BLOCK_BYTES = 8 << 20  # of a block, for the metrics that no product screens
 BYTES_A_PAIR = 48  # a distance and what sorting it takes

@@ -28,8 +28,8 @@ from fused_losses.base.validation import (
     number,
 )
 from fused_losses.pair_front import scored
-from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs, Rule
-from fused_losses.pairs import PairStatistics, pair_statistics
+from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
+from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
 
 
 def info_nce(

@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_losses.base.integers import dense
 from fused_losses.base.numerics import accumulate_dtype, centered, squared_norms
 from fused_losses.base.unit_norm import unit
-from fused_losses.pair_inputs import PairInputs
+from fused_losses.primitives.pairs.inputs import PairInputs
 
 SIMILARITIES = ("dot", "cosine", "rbf", "euclidean")
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.backends import reference_distances
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.base.validation import describe
-from fused_losses.distance_matrix import DISTANCE_MATRIX
+from fused_losses.primitives.distances import reference as reference_distances
+from fused_losses.primitives.distances.op import DISTANCE_MATRIX
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
 from fused_losses.row_rules import RULES, Block
 

@@ -19,8 +19,8 @@ from fused_losses.base.validation import (
     number,
 )
 from fused_losses.pair_front import SIMILARITIES, scored, triangle
-from fused_losses.pair_inputs import NEGATIVE, POSITIVE, Rule
-from fused_losses.pairs import PairStatistics, pair_attention, pair_statistics
+from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
+from fused_losses.primitives.pairs.op import PairStatistics, pair_attention, pair_statistics
 
 MATCHES = ("any", "same", "different", "both")
 ZEROS = ("same", "different")

@@ -12,8 +12,8 @@ from fused_losses.base.numerics import accumulate_dtype, centered, no_autocast, 
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, number
 from fused_losses.pair_front import scored
-from fused_losses.pair_inputs import NEGATIVE, PairInputs
-from fused_losses.pairs import pair_attention, pair_statistics
+from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
+from fused_losses.primitives.pairs.op import pair_attention, pair_statistics
 
 COSTS = ("cosine", "dot", "sqeuclidean")
 

@@ -35,11 +35,12 @@ from fused_losses.base.validation import (
     number,
 )
 from fused_losses.pair_front import scored, triangle
-from fused_losses.pair_inputs import NEGATIVE, POSITIVE, Rule
-from fused_losses.pairs import PairStatistics, pair_statistics
+from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
+from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
+from fused_losses.primitives.topk.inputs import TopkInputs
+from fused_losses.primitives.topk.op import best_screen, select
 from fused_losses.row_losses import SCORES, RowInputs, row_losses
 from fused_losses.row_rules import PICKS, TRIPLETS
-from fused_losses.selection import TopkInputs, best_screen, select
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 PER = ("pair", "triplet")

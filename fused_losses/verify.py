@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_losses import backends, distance_matrix, functional
+from fused_losses import backends, functional
 from fused_losses.class_losses import MLCD, ClassLoss, SFace, SphereFace2
-from fused_losses.late_interaction import maxsim
 from fused_losses.margins import ArcFace, CosFace, MVSoftmax
+from fused_losses.primitives.distances import inputs as distances_inputs
+from fused_losses.primitives.distances import op as distance_matrix
+from fused_losses.primitives.maxsim.op import maxsim
 from fused_losses.version import __version__
 
 FLOOR = {
@@ -231,8 +233,8 @@ OPS: dict[str, Callable[..., Tensor]] = {
     "maxsim": _maxsim,
     **{
         f"distances, {kind}": _distances(kind)
-        for kind in distance_matrix.KINDS
-        if kind not in distance_matrix.FLAT
+        for kind in distances_inputs.KINDS
+        if kind not in distances_inputs.FLAT
     },
     "all_triplets": _over_a_batch(functional.all_triplets, normalize=True, margin=0.2),
     "all_triplets, smooth": _over_a_batch(functional.all_triplets, normalize=True, smooth=True),
@@ -246,8 +248,8 @@ OPS: dict[str, Callable[..., Tensor]] = {
 }
 
 # no products to round, and no Triton kernels
-WITHOUT_PRODUCTS = {f"distances, {k}" for k in distance_matrix.KINDS} - {
-    f"distances, {k}" for k in distance_matrix.PRODUCTS
+WITHOUT_PRODUCTS = {f"distances, {k}" for k in distances_inputs.KINDS} - {
+    f"distances, {k}" for k in distances_inputs.PRODUCTS
 }
 # what has no gradient and one right answer: the error is the share of elements that are not it
 EXACT: dict[str, Callable[..., Tensor]] = {
@@ -255,7 +257,7 @@ EXACT: dict[str, Callable[..., Tensor]] = {
     "topk, bf16 screen": _neighbours("euclidean", "bf16"),
     "topk, own rows": _neighbours("dot", "fp32", own=True),
     "batch-hard mining": _mined,
-    **{f"distances, {kind}": _counted(kind) for kind in distance_matrix.FLAT},
+    **{f"distances, {kind}": _counted(kind) for kind in distances_inputs.FLAT},
 }
 
 

@@ -19,12 +19,14 @@ from torch import Tensor
 from triton_oracle import DTYPE_STEP
 
 from fused_losses import backends
-from fused_losses.distance_matrix import FLAT, PRODUCTS, distance_matrix
-from fused_losses.pair_inputs import PairNeeds, Rule
+from fused_losses.primitives.distances.inputs import FLAT, PRODUCTS
+from fused_losses.primitives.distances.op import distance_matrix
+from fused_losses.primitives.pairs.inputs import PairNeeds, Rule
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.topk.inputs import TopkInputs
+from fused_losses.primitives.topk.op import quantize_rows, select
 from fused_losses.row_rules import RULES, TRIPLETS, Block
 from fused_losses.row_update import adamw_rows_, sgd_rows_
-from fused_losses.selection import TopkInputs, quantize_rows, select
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -111,7 +113,7 @@ def pairs(case: object) -> Callable[[], None]:
     def check() -> None:
         import triton_pair_cases as cases
 
-        backend, truth = backends.flat("cuda_pairs"), cases.truth
+        backend, truth = backends.module("pairs", "cuda"), cases.truth
         with narrow_tiles(backend):
             run(backend, truth, cases)
 
@@ -203,7 +205,7 @@ def maxsim(case: object, **sizes: int) -> Callable[[], None]:
     def check() -> None:
         import triton_maxsim_cases as cases
 
-        backend = backends.flat("cuda_maxsim")
+        backend = backends.module("maxsim", "cuda")
         texts = cases.inputs(case)
         with changed(backend, **sizes):
             scores, index = backend.forward(*texts, case.precision)

@@ -76,7 +76,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses import functional as fl
-from fused_losses.backends import bounded_pairs
+from fused_losses.primitives.pairs import bounded as bounded_pairs
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,16 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from fused_losses.backends import triton_distances, triton_maxsim, triton_pairs, triton_topk
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.bench.traffic import triton_work
-from fused_losses.pair_inputs import PairInputs, PairNeeds, Rule
+from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.maxsim import triton as triton_maxsim
+from fused_losses.primitives.pairs import triton as triton_pairs
+from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds, Rule
 from fused_losses.primitives.row_statistics import triton
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.topk import triton as triton_topk
 
 Counts = dict[str, list[int]]  # kernel -> bytes loaded, bytes stored, FLOPs of products
 

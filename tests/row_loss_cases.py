@@ -18,7 +18,7 @@ from pair_formulas import batch
 from fused_losses import ranking_losses as rl
 from fused_losses import row_losses
 from fused_losses import triplet_losses as tl
-from fused_losses.backends import bounded_pairs
+from fused_losses.primitives.pairs import bounded as bounded_pairs
 
 TOWERS = ("x", "y")
 UNIT = {"normalize": True}

@@ -10,8 +10,12 @@ import torch
 from conftest import CUDA, require
 from torch import Tensor
 
-from fused_losses.backends import bounded_topk, certified_topk, cuda_topk, reference_topk
-from fused_losses.selection import KINDS, TopkInputs, quantize_rows
+from fused_losses.primitives.topk import bounded as bounded_topk
+from fused_losses.primitives.topk import certified as certified_topk
+from fused_losses.primitives.topk import cuda as cuda_topk
+from fused_losses.primitives.topk import reference as reference_topk
+from fused_losses.primitives.topk.inputs import KINDS, TopkInputs
+from fused_losses.primitives.topk.op import quantize_rows
 
 if not CUDA:
     pytest.skip("FUSED_LOSSES_CUDA_ON_HOST=1 runs the CUDA kernels", allow_module_level=True)

@@ -21,9 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_losses
 from fused_losses import backends
-from fused_losses import distance_matrix as primitive
-from fused_losses.backends import bounded_distances
-from fused_losses.distance_matrix import DISTANCE_MATRIX, FLAT, KINDS, PRODUCTS, distance_matrix
 from fused_losses.distances import (
     METRICS,
     SIMILARITIES,
@@ -31,6 +28,10 @@ from fused_losses.distances import (
     pairwise_distance,
     pairwise_similarity,
 )
+from fused_losses.primitives.distances import bounded as bounded_distances
+from fused_losses.primitives.distances import op as primitive
+from fused_losses.primitives.distances.inputs import FLAT, KINDS, PRODUCTS
+from fused_losses.primitives.distances.op import DISTANCE_MATRIX, distance_matrix
 
 F64 = torch.float64
 DTYPES = [F64, torch.float32, torch.bfloat16, torch.float16]
@@ -797,7 +798,7 @@ CHILD = (
     COUNTER
     + """
 from fused_losses.backends import bounded_distances as b
-from fused_losses.distance_matrix import FLAT
+from fused_losses.primitives.distances import FLAT
 b.BLOCK_BYTES = 1 << 20
 torch.set_num_threads(1)
 def run(kind, n, d, spread):

@@ -17,10 +17,13 @@ from typing import Any
 
 import pytest
 
-from fused_losses.backends import triton_distances, triton_maxsim, triton_pair_tiles, triton_topk
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.triton import launch as triton_launch
+from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.maxsim import triton as triton_maxsim
+from fused_losses.primitives.pairs import triton_tiles as triton_pair_tiles
 from fused_losses.primitives.row_statistics import triton_tiles
+from fused_losses.primitives.topk import triton as triton_topk
 from tools.gpu_static import cuda_library, machine_code, page, rules, sweep
 from tools.gpu_static.calls import CALLS, compilations
 from tools.gpu_static.machine_code import Figures

@@ -9,8 +9,7 @@ import torch
 from conftest import CUDA, require
 from torch import Tensor
 
-from fused_losses import maxsim
-from fused_losses.late_interaction import MAXSIM
+from fused_losses.primitives.maxsim.op import MAXSIM, maxsim
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 

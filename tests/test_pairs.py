@@ -16,8 +16,13 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.backends.cpu import capability as cpu
-from fused_losses.pair_inputs import PairInputs, Rule
-from fused_losses.pairs import PAIR_ATTENTION, PAIR_STATISTICS, pair_attention, pair_statistics
+from fused_losses.primitives.pairs.inputs import PairInputs, Rule
+from fused_losses.primitives.pairs.op import (
+    PAIR_ATTENTION,
+    PAIR_STATISTICS,
+    pair_attention,
+    pair_statistics,
+)
 
 TENSORS = ("x", "y", "scale", "x_bias", "y_bias")
 RULES = (Rule(), Rule(-2.0, 0.3), Rule(0.0), Rule(3.0, 0.2, 1.1), Rule(-3.0, 0.5, 1.2))

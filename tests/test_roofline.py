@@ -74,7 +74,7 @@ def cuda_rows(dtype: torch.dtype, bent: bool = False) -> None:
 
 
 def cuda_sums(dtype: torch.dtype) -> None:
-    from fused_losses.backends import cuda_distances
+    from fused_losses.primitives.distances import cuda as cuda_distances
 
     x, y = torch.randn(64, 48).to(dtype), torch.randn(128, 48).to(dtype)
     cuda_distances.forward(x, y, None, "cityblock", 1.0, "fp32")

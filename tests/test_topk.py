@@ -9,9 +9,12 @@ import torch
 from conftest import require
 from torch import Tensor
 
-from fused_losses import backends, pairwise_distance, pairwise_topk, quantize_rows
-from fused_losses.backends import bounded_topk, certified_topk
-from fused_losses.selection import LISTED, TopkInputs, select
+from fused_losses import backends, pairwise_distance, pairwise_topk
+from fused_losses.primitives.topk import bounded as bounded_topk
+from fused_losses.primitives.topk import certified as certified_topk
+from fused_losses.primitives.topk.inputs import TopkInputs
+from fused_losses.primitives.topk.listed import LISTED
+from fused_losses.primitives.topk.op import quantize_rows, select
 
 PRODUCTS = ("dot", "euclidean", "sqeuclidean", "cosine", "angular")
 OTHERS = ("cityblock", "chebyshev", "canberra", "poincare", "snr", "jensenshannon")

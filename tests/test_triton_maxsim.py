@@ -24,7 +24,7 @@ from triton_maxsim_cases import (  # noqa: E402
     inputs,
 )
 
-from fused_losses.backends import triton_maxsim as backend  # noqa: E402
+from fused_losses.primitives.maxsim import triton as backend  # noqa: E402
 from tools.gpu_static import record  # noqa: E402
 
 if backend.base.interpreted():

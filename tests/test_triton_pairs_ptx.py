@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from fused_losses.backends import reference_pairs as truth
-from fused_losses.backends import triton_pairs as backend
-from fused_losses.pair_inputs import NEGATIVE, PairNeeds, Rule
+from fused_losses.primitives.pairs import reference as truth
+from fused_losses.primitives.pairs import triton as backend
+from fused_losses.primitives.pairs.inputs import NEGATIVE, PairNeeds, Rule
 from tools.gpu_static import record
 
 pytest.importorskip("triton")

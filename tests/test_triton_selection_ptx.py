@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fused_losses.backends import triton_distances, triton_topk
+from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.topk import triton as triton_topk
 from tools.gpu_static import record
 
 pytest.importorskip("triton")

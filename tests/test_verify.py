@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_losses import distance_matrix, verify
+from fused_losses import verify
+from fused_losses.primitives.distances import inputs as distances_inputs
 
 Op = Callable[..., Tensor]
 
@@ -27,7 +28,7 @@ def only(monkeypatch: pytest.MonkeyPatch, name: str, op: Op) -> list[verify.Row]
 
 def test_the_table_names_every_kind_of_distance() -> None:
     named = {*verify.OPS, *verify.EXACT}
-    assert {f"distances, {kind}" for kind in distance_matrix.KINDS} <= named
+    assert {f"distances, {kind}" for kind in distances_inputs.KINDS} <= named
     assert set(verify.JUMPS) <= set(verify.OPS)
 
 

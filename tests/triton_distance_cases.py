@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_losses.backends import triton_distances as backend
+from fused_losses.primitives.distances import triton as backend
 
 STEPS = 8  # a few: sums of a few dozen rounded terms
 # of products of 16-bit rows, which are exact, a float32 sum's rounding is all of the error

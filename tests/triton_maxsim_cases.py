@@ -19,8 +19,8 @@ from test_maxsim import (  # noqa: F401
 from torch import Tensor
 
 import fused_losses.backends
-from fused_losses import maxsim
-from fused_losses.backends import triton_maxsim as backend
+from fused_losses.primitives.maxsim import triton as backend
+from fused_losses.primitives.maxsim.op import maxsim
 
 STEPS = 8  # a few: sums of a few dozen rounded terms
 # exact products of 16-bit tokens: what a float32 sum rounds is all of the forward's error

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import fused_losses.backends
-from fused_losses.backends import reference_pairs as truth
-from fused_losses.backends import triton_pairs as backend
-from fused_losses.pair_inputs import (
+from fused_losses.primitives.pairs import reference as truth
+from fused_losses.primitives.pairs import triton as backend
+from fused_losses.primitives.pairs.inputs import (
     BEST,
     COUNT,
     NEGATIVE,
@@ -29,7 +29,7 @@ from fused_losses.pair_inputs import (
     PairNeeds,
     Rule,
 )
-from fused_losses.pairs import pair_attention, pair_statistics
+from fused_losses.primitives.pairs.op import pair_attention, pair_statistics
 
 STEPS = 8  # a few: sums of a few dozen rounded terms
 STEP = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_losses.backends import bounded_topk
-from fused_losses.backends import triton_topk as backend
-from fused_losses.selection import KINDS, TopkInputs
+from fused_losses.primitives.topk import bounded as bounded_topk
+from fused_losses.primitives.topk import triton as backend
+from fused_losses.primitives.topk.inputs import KINDS, TopkInputs
 
 STEP = {"fp32": 2**-22, "tf32": 2**-10, "bf16": 2**-8}
 

@@ -35,10 +35,6 @@ def module(primitive: str, backend: str) -> ModuleType:
     return importlib.import_module(f"fused_losses.primitives.{primitive}.{backend}")
 
 
-def flat(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name}")
-
-
 @lru_cache
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all, or None. Asked once per process."""

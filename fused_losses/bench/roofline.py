@@ -18,20 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_losses.backends import (
-    cuda_topk,
-    triton_distances,
-    triton_maxsim,
-    triton_pairs,
-    triton_topk,
-)
 from fused_losses.bench import cuda_traffic  # noqa: F401 (its closed forms)
 from fused_losses.bench.peaks import PEAKS, PEERS, Peak
 from fused_losses.bench.traffic import L2_SHARE, Cache, Trace, Work
-from fused_losses.pair_inputs import PairInputs, PairNeeds
+from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.maxsim import triton as triton_maxsim
+from fused_losses.primitives.pairs import triton as triton_pairs
+from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
 from fused_losses.primitives.row_statistics import triton
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
-from fused_losses.selection import TopkInputs
+from fused_losses.primitives.topk import cuda as cuda_topk
+from fused_losses.primitives.topk import triton as triton_topk
+from fused_losses.primitives.topk.inputs import TopkInputs
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Call = Callable[[], Any]

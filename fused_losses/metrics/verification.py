@@ -16,8 +16,8 @@ from fused_losses.base.integers import dense
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_integers, check_rows
-from fused_losses.distance_matrix import distance_matrix
 from fused_losses.mining import DISTANCES, SIMILARITIES
+from fused_losses.primitives.distances.op import distance_matrix
 
 BLOCK_BYTES = 2 << 20  # of scores in a block; about ten such are alive
 DIGIT = 16  # bits of a score that a pass settles

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
-from fused_losses.backends import triton_distances, triton_maxsim, triton_pairs, triton_topk
-from fused_losses.pair_inputs import PairInputs, PairNeeds, Rule
+from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.maxsim import triton as triton_maxsim
+from fused_losses.primitives.pairs import triton as triton_pairs
+from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds, Rule
 from fused_losses.primitives.row_statistics import triton
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.topk import triton as triton_topk
 from tools.gpu_static.record import AMD, Compilation, launches
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

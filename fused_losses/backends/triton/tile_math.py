@@ -104,3 +104,12 @@ def narrow(g, DTYPE: tl.constexpr):
     if DTYPE == tl.float16:
         g = tl.where(g > 65504.0, 65504.0, tl.where(g < -65504.0, -65504.0, g))
     return g.to(DTYPE)
+
+
+@triton.jit
+def equal(x_vector, y_vector, rows, columns, row_end, column_end):
+    """Where the integers of row and column are equal. [BM, BN]"""
+    # not volatile: that loads each column's integer by an address of its own, and spills
+    left = tl.load(x_vector + rows, mask=rows < row_end, other=0)
+    right = tl.load(y_vector + columns, mask=columns < column_end, other=0)
+    return left[:, None] == right[None, :]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import row_dtype
-from fused_losses.selection import TopkInputs, scores_of
+from fused_losses.primitives.topk.inputs import TopkInputs
+from fused_losses.primitives.topk.listed import scores_of
 
 
 def allowed(p: TopkInputs, rows: slice, cols: slice) -> Tensor:

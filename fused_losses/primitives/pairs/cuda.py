@@ -1,4 +1,4 @@
-"""The sweep over pairs on the CUDA C++ kernels, as `fused_losses.pairs` defines it.
+"""The sweep over pairs on the CUDA C++ kernels, as `fused_losses.primitives.pairs` defines it.
 
 A library product makes a tile of scores that stays in L2; kernels turn it into statistics, into G
 or into attention weights, in place where those are float32, and library products take them from
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses.backends.bounded_pairs import both_sides
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu.library_products import low_dtype, product, scores_precision
 from fused_losses.backends.gpu.products import library_tf32
-from fused_losses.backends.pair_sweeps import (
+from fused_losses.base.numerics import row_dtype
+from fused_losses.primitives.pairs.bounded import both_sides
+from fused_losses.primitives.pairs.gpu import (
     MAX_CHUNK,
     ROW_BLOCK,
     Block,
@@ -39,8 +40,7 @@ from fused_losses.backends.pair_sweeps import (
     weight_base,
     weight_unit,
 )
-from fused_losses.base.numerics import row_dtype
-from fused_losses.pair_inputs import REDUCTIONS, PairInputs, PairNeeds
+from fused_losses.primitives.pairs.inputs import REDUCTIONS, PairInputs, PairNeeds
 
 TILE_BYTES = 16 << 20  # of all tiles of a block: with their operands they stay in L2 from sm_80 on
 WIDTH = 64  # tiles are a multiple of it wide: rows start on 16 bytes in every type
@@ -168,7 +168,7 @@ def tiles(
 
 
 def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tensor]:
-    """rows and columns of `fused_losses.pairs`, [4, 2, N] and [4, 2, M or 0]."""
+    """rows and columns of `fused_losses.primitives.pairs`, [4, 2, N] and [4, 2, M or 0]."""
     s, both = sweep(p, gradient=False), p.triangle or cols
     new = dict(dtype=row_dtype(p.x.device), device=p.x.device)
     rows = nothing_yet(s.n, new)
@@ -228,7 +228,7 @@ def statistics_backward(
 
 
 def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, Tensor]:
-    """out [N, Dv] and lse [N] of `fused_losses.pairs.pair_attention`, in one sweep."""
+    """out [N, Dv] and lse [N] of `pair_attention`, in one sweep."""
     p, kind = attending(p, positives)
     s = sweep(p, gradient=False)
     new = dict(device=p.x.device)

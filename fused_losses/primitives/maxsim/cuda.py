@@ -1,4 +1,4 @@
-"""MaxSim on the CUDA C++ kernels, as `fused_losses.late_interaction` defines it.
+"""MaxSim on the CUDA C++ kernels, as `fused_losses.primitives.maxsim` defines it.
 
 Forward: a library product makes a tile of query tokens against document tokens that stays in L2;
 kernels take each document's maxima from it and sum them over a query. Backward: each owner of a
@@ -27,7 +27,7 @@ def forward(
     document_offsets: Tensor,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """scores [Q, B] and index [query tokens, B] of `fused_losses.late_interaction`."""
+    """scores [Q, B] and index [query tokens, B] of `fused_losses.primitives.maxsim`."""
     tokens, found = queries.shape[0], documents.shape[0]
     query_count, count = query_offsets.shape[0] - 1, document_offsets.shape[0] - 1
     new = dict(dtype=torch.float32, device=queries.device)

@@ -17,14 +17,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.backends import certified_topk
-from fused_losses.backends.certified_topk import Judge, Screen
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.library_products import product
 from fused_losses.base.numerics import ZERO_NORM
-from fused_losses.selection import KINDS, MATCHES, TopkInputs
+from fused_losses.primitives.topk import certified as certified_topk
+from fused_losses.primitives.topk.certified import Judge, Screen
+from fused_losses.primitives.topk.inputs import KINDS, MATCHES, TopkInputs
 
 TILE_BYTES = 16 << 20  # of products: with a block of the bank, in the L2 of an A100 and later
 HOST_TILE_BYTES = 1 << 20  # in the host execution: several tiles of few rows
@@ -44,7 +44,7 @@ ELEMENTS = {**cuda_launch.ELEMENTS, torch.float64: 4}
 
 
 def select(p: TopkInputs) -> tuple[Tensor, Tensor]:
-    """As `fused_losses.selection.select`; a screen's codes are not read: y itself is."""
+    """As `fused_losses.primitives.topk.op.select`; a screen's codes are not read: y itself is."""
     if 0 in (*p.x.shape[:1], *p.y.shape[:1], p.k):
         return certified_topk.nothing(p)
     with torch.no_grad():

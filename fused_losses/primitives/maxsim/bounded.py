@@ -44,7 +44,7 @@ def forward(
     document_offsets: Tensor,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """scores [Q, B] and index [query tokens, B] of `fused_losses.late_interaction`."""
+    """scores [Q, B] and index [query tokens, B] of `fused_losses.primitives.maxsim`."""
     dtype = accumulate_dtype(queries.dtype)
     x, count = queries.to(dtype), document_offsets.shape[0] - 1
     index = torch.full((len(x), count), -1, dtype=torch.int32, device=x.device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.base.numerics import row_dtype
-from fused_losses.pair_inputs import NEGATIVE, POSITIVE, PairInputs, Rule
+from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 
 
 def scores(p: PairInputs) -> Tensor:

@@ -1,4 +1,4 @@
-"""The sweep over pairs on Triton, as `fused_losses.pairs` defines it.
+"""The sweep over pairs on Triton, as `fused_losses.primitives.pairs` defines it.
 
 Forward: partial statistics of every tile (at most PARTIAL_BYTES at a time), merged in float64.
 Backward: a chunk of G at a time, and library products of it. Memory beyond the outputs: those two,
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.backends.bounded_pairs import both_sides
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.products import library_tf32
 from fused_losses.backends.gpu.tiles import Tile
-from fused_losses.backends.pair_sweeps import (
+from fused_losses.backends.triton import launch as base
+from fused_losses.base.numerics import row_dtype
+from fused_losses.primitives.pairs.bounded import both_sides
+from fused_losses.primitives.pairs.gpu import (
     MAX_CHUNK,
     ROW_BLOCK,
     Block,
@@ -46,10 +48,8 @@ from fused_losses.backends.pair_sweeps import (
     weight_base,
     weight_unit,
 )
-from fused_losses.backends.triton import launch as base
-from fused_losses.backends.triton_pair_tiles import PAIR_TABLES
-from fused_losses.base.numerics import row_dtype
-from fused_losses.pair_inputs import VALUE, PairInputs, PairNeeds
+from fused_losses.primitives.pairs.inputs import VALUE, PairInputs, PairNeeds
+from fused_losses.primitives.pairs.triton_tiles import PAIR_TABLES
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics.gpu import Problem
 from fused_losses.primitives.row_statistics.inputs import Inputs
@@ -59,7 +59,7 @@ SWEEP_ROWS = 8192  # rows of a forward block: 8 MiB at D = 512 in 16 bits stay i
 
 
 def kernels() -> ModuleType:
-    from fused_losses.backends import triton_pair_kernels
+    from fused_losses.primitives.pairs import triton_forward as triton_pair_kernels
 
     return triton_pair_kernels
 
@@ -158,7 +158,7 @@ def sweep(p: PairInputs, gradient: bool) -> Sweep:
 
 
 def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tensor]:
-    """rows and columns of `fused_losses.pairs`, [4, 2, N] and [4, 2, M or 0]."""
+    """rows and columns of `fused_losses.primitives.pairs`, [4, 2, N] and [4, 2, M or 0]."""
     s = sweep(p, gradient=False)
     new = dict(dtype=row_dtype(p.x.device), device=p.x.device)
     rows = nothing_yet(s.n, new)
@@ -280,7 +280,7 @@ def statistics_backward(
 
 
 def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, Tensor]:
-    """out [N, Dv] and lse [N] of `fused_losses.pairs.pair_attention`."""
+    """out [N, Dv] and lse [N] of `fused_losses.primitives.pairs.op.pair_attention`."""
     p, kind = attending(p, positives)
     lse = statistics(p, "lse", cols=False)[0][VALUE, kind].contiguous()
     s = sweep(p, gradient=False)

@@ -15,7 +15,7 @@ from fused_losses.base.numerics import accumulate_dtype
 
 
 def distance(kind: str, x: Tensor, y: Tensor, w: Tensor | None, p: float) -> Tensor:
-    """`fused_losses.distance_matrix` in the dtype of its inputs or float32.
+    """`fused_losses.primitives.distances` in the dtype of its inputs or float32.
 
     D >= 1: x [..., N, D], y [..., M, D], w [D] or (scaled) [..., M, D] -> [..., N, M].
     """

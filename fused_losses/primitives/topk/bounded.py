@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.backends.certified_topk import certified, prepared, products_of_blocks
-from fused_losses.selection import TopkInputs
+from fused_losses.primitives.topk.certified import certified, prepared, products_of_blocks
+from fused_losses.primitives.topk.inputs import TopkInputs
 
 
 def select(p: TopkInputs) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.backends.reference_topk import allowed, best, wide_rows
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
-from fused_losses.selection import TopkInputs, listed_forward, scores_of
+from fused_losses.primitives.topk.inputs import TopkInputs
+from fused_losses.primitives.topk.listed import listed_forward, scores_of
+from fused_losses.primitives.topk.reference import allowed, best, wide_rows
 
 BLOCK_BYTES = 4 << 20
 # unit roundoffs of what is added up, and of what is multiplied
@@ -138,7 +139,7 @@ def certified(p: TopkInputs, screen: Screen, candidates: Candidates) -> tuple[Te
     if 0 in (*p.x.shape[:1], *p.y.shape[:1], p.k):
         return nothing(p)
     on_device = p.x.is_cuda and not backends.unavailable("cuda")
-    judge = backends.flat("cuda_topk").judge(p) if on_device else IN_TORCH
+    judge = backends.module("topk", "cuda").judge(p) if on_device else IN_TORCH
     return judged(p, screen, *candidates(p, screen), judge)
 
 

@@ -16,15 +16,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fused_losses.backends import certified_topk
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.tiles import Tile
 from fused_losses.backends.triton import launch as base
-from fused_losses.backends.triton_distances import Tiles, pick, problem
+from fused_losses.primitives.distances.triton import Tiles, pick, problem
 from fused_losses.primitives.row_statistics.gpu import Problem
 from fused_losses.primitives.row_statistics.triton_tiles import ALL, same, wide
-from fused_losses.selection import TopkInputs
+from fused_losses.primitives.topk import certified as certified_topk
+from fused_losses.primitives.topk.inputs import TopkInputs
 
 FUSED = 128  # candidates a row that stay in registers
 FEW = 32  # that leave room for a wider tile: best_few
@@ -85,13 +85,13 @@ TILES["sm_86"] = TILES["sm_80"]
 
 
 def kernels() -> ModuleType:
-    from fused_losses.backends import triton_topk_kernels
+    from fused_losses.primitives.topk import triton_kernels as triton_topk_kernels
 
     return triton_topk_kernels
 
 
 def select(p: TopkInputs) -> tuple[Tensor, Tensor]:
-    """As `fused_losses.selection.select`; a screen's codes are not read: y itself is."""
+    """As `fused_losses.primitives.topk.op.select`; a screen's codes are not read: y itself is."""
     rounded = torch.bfloat16 if p.screen == "bf16" else None
     with torch.no_grad():
         prepared = certified_topk.prepared(p, rounded)

@@ -19,7 +19,7 @@ from fused_losses.backends.triton.tile_math import (
     operand,
     row_offsets,
 )
-from fused_losses.backends.triton_pair_kernels import equal
+from fused_losses.primitives.pairs.triton_terms import equal
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the least finite float32
 

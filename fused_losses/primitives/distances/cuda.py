@@ -25,7 +25,7 @@ from fused_losses.backends.cuda.launch import ELEMENTS, launch
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.library_products import ROUNDED, add_product, product
-from fused_losses.distance_matrix import KINDS, PRODUCTS
+from fused_losses.primitives.distances.inputs import KINDS, PRODUCTS
 
 TILE = 64  # rows of a side that a kernel takes at once
 # rows of a side in a block of pairs: 16 MiB of float32, which the L2 of sm_80 keeps
@@ -81,7 +81,7 @@ def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, kind: str) -> int:
 
 
 def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> Tensor:
-    """out [N, M] float32 of `fused_losses.distance_matrix`."""
+    """out [N, M] float32 of `fused_losses.primitives.distances`."""
     kind = _simplified(kind, p)
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
     if min(n, m, d) == 0:

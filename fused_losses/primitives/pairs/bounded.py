@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
-from fused_losses.pair_inputs import (
+from fused_losses.primitives.pairs.inputs import (
     BEST,
     COUNT,
     NEGATIVE,
@@ -175,7 +175,7 @@ def _nothing(p: PairInputs, size: int, reduction: str) -> Tensor:
 
 
 def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tensor]:
-    """rows and columns of `fused_losses.pairs`, [4, 2, N] and [4, 2, M or 0]."""
+    """rows and columns of `fused_losses.primitives.pairs`, [4, 2, N] and [4, 2, M or 0]."""
     p = both_sides(p)
     both = cols or p.triangle
     sides = [_nothing(p, p.x.shape[0], reduction)]
@@ -295,7 +295,7 @@ def statistics_backward(
 
 
 def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, Tensor]:
-    """out [N, Dv] and lse [N] of `fused_losses.pairs.pair_attention`."""
+    """out [N, Dv] and lse [N] of `fused_losses.primitives.pairs.op.pair_attention`."""
     dtype = accumulate_dtype(p.x.dtype)
     n, kind = p.x.shape[0], POSITIVE if positives else NEGATIVE
     out = values.new_zeros((n, values.shape[1]), dtype=dtype)

@@ -81,7 +81,7 @@ NEAR["interpret"] = Tile(16, 16, 16, 8, 1)
 
 
 def kernels() -> ModuleType:
-    from fused_losses.backends import triton_distance_kernels
+    from fused_losses.primitives.distances import triton_kernels as triton_distance_kernels
 
     return triton_distance_kernels
 
@@ -145,7 +145,7 @@ def squares(p: Problem, rows: Tensor, bf16: bool) -> Tensor:
 
 
 def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> Tensor:
-    """out [N, M] float32 of `fused_losses.distance_matrix`; w and p belong to other kinds."""
+    """out [N, M] float32 of `fused_losses.primitives.distances`; w and p belong to other kinds."""
     _check(kind)
     a = problem(x, y, precision)
     n, m = a.n, a.count

@@ -10,6 +10,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.primitives.maxsim.reference import scores
 from fused_losses.primitives.op import StreamedOp
 
 FORWARD = (
@@ -83,7 +84,7 @@ def maxsim(
     arguments = (flat_queries, flat_documents, query_offsets, document_offsets)
     with torch.autocast(queries.device.type, enabled=False):
         if name == "reference":
-            return _reference(*arguments)
+            return scores(*arguments)
         return MAXSIM(name, *arguments, precision)[0]
 
 
@@ -141,24 +142,6 @@ def _flatten(name: str, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Te
     return tokens[mask], _offsets(mask.sum(dim=1))
 
 
-def _reference(
-    queries: Tensor, documents: Tensor, query_offsets: Tensor, document_offsets: Tensor
-) -> Tensor:
-    """The formula with every product at once, in the dtype of its inputs or float32."""
-    dtype = accumulate_dtype(queries.dtype)
-    products = queries.to(dtype) @ documents.to(dtype).T
-    best = [
-        products[:, a:b].max(dim=1).values if b > a else products[:, a:b].sum(dim=1)
-        for a, b in zip(document_offsets.tolist(), document_offsets[1:].tolist(), strict=False)
-    ]
-    best = torch.stack(best, dim=1) if best else products[:, :0]
-    sums = [
-        best[a:b].sum(dim=0)
-        for a, b in zip(query_offsets.tolist(), query_offsets[1:].tolist(), strict=False)
-    ]
-    return torch.stack(sums) if sums else best[:0]
-
-
 # ---- the op: autograd and registration ----------------------------------------------------------
 
 
@@ -200,7 +183,7 @@ def _fake_backward(
 
 
 def _python(direction: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    module = backends.flat(f"{backend}_maxsim")
+    module = backends.module("maxsim", backend)
     with torch.autocast(arguments[0].device.type, enabled=False):
         return (module.backward if direction else module.forward)(*arguments)
 

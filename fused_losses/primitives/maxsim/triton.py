@@ -1,4 +1,4 @@
-"""MaxSim on Triton, as `fused_losses.late_interaction` defines it.
+"""MaxSim on Triton, as `fused_losses.primitives.maxsim` defines it.
 
 Forward: the maxima of every query token for a run of documents (at most BEST_BYTES at a time), then
 their sums. Backward: each owner of a gradient adds it up. Memory beyond the outputs: those maxima,
@@ -93,7 +93,7 @@ TILES["interpret"] = _tiles(
 
 
 def kernels() -> ModuleType:
-    from fused_losses.backends import triton_maxsim_kernels
+    from fused_losses.primitives.maxsim import triton_kernels as triton_maxsim_kernels
 
     return triton_maxsim_kernels
 
@@ -121,7 +121,7 @@ def forward(
     document_offsets: Tensor,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """scores [Q, B] and index [query tokens, B] of `fused_losses.late_interaction`."""
+    """scores [Q, B] and index [query tokens, B] of `fused_losses.primitives.maxsim`."""
     p = _problem(queries, documents, precision)
     tokens, count = p.n, document_offsets.shape[0] - 1
     query_count = query_offsets.shape[0] - 1

@@ -1,0 +1,1 @@
+"""Every row against every other, by kind of distance."""

@@ -1,0 +1,219 @@
+"""The primitive of distances: every x_i against every y_j, by kind. [N, M]
+
+    dot             <x, y>
+    sqeuclidean     |x - y|^2             euclidean   |x - y|
+    cityblock       sum |x - y|           minkowski   (sum |x - y|^p)^(1/p), p > 0
+    chebyshev       max |x - y|
+    canberra        sum w |x - y| / (|x| + |y|), 0/0 = 0, w [D] or None: 1
+    braycurtis      sum |x - y| / sum |x + y|, 0/0 = 0
+    jensenshannon   sqrt(1/2 sum [x log(x/m) + y log(y/m)]), m = (x + y)/2; 0 log 0 = 0
+    kl              sum x log(x/y); x = 0: 0; y = 0 < x: inf
+    hamming         sum w [x != y] / sum w
+    jaccard         sum w [x != y] / sum w [x != 0 or y != 0], 0/0 = 0
+    scaled          sqrt(sum_k w_jk (x_k - y_k)^2), w [M, D] >= 0
+
+Other metrics are these of transformed rows (`fused_losses.distances`). The first three are made of
+products; where |x|^2 + |y|^2 - 2<x, y> would cancel, the distance and its gradient are taken from
+x - y itself, so that equal rows are at distance 0.
+
+Where a kind has a kink the gradient is 0 (chebyshev: of the first coordinate that attains the
+maximum; jensenshannon, kl: 0 for an entry that is 0; kl: 0 through a term that is inf), and at
+distance 0 it is 0. A NaN in a row makes its distances NaN, and in jensenshannon and kl a negative
+entry does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses import backends
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.primitives.distances import reference as reference_distances
+from fused_losses.primitives.distances.inputs import (
+    BACKWARD,
+    FLAT,
+    FORWARD,
+    KINDS,
+    PRODUCTS,
+    WEIGHTED,
+)
+from fused_losses.primitives.op import StreamedOp, refused
+
+
+def distance_matrix(
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [M, D]
+    w: Tensor | None = None,  # [D], or [M, D] for "scaled"
+    *,
+    kind: str,
+    p: float = 2.0,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """The kind's matrix (module docstring), [N, M] float32, float64 for float64 inputs.
+
+    Args:
+        x, y: [N, D], [M, D] of one dtype, float32, bfloat16, float16 or float64; bool too for
+            hamming and jaccard. They need not be contiguous.
+        w: weights >= 0, for canberra, hamming, jaccard and scaled only.
+        p: the exponent of minkowski.
+        precision: of the products, where there are any; else it changes nothing.
+
+    Differentiable in x, y and (canberra, scaled) w; dot, sqeuclidean and euclidean any number of
+    times in x and y. hamming and jaccard have no gradient: the result needs none.
+    Raises ValueError or TypeError for arguments that do not fit; RuntimeError where the backend
+    cannot run the call; NotImplementedError for a second derivative of the other kinds.
+    Time O(N M D); memory beyond inputs, result and their gradients O((N + M) D) plus a block.
+    """
+    _check(x, y, w, kind, p, precision)
+    precision = precision if kind in PRODUCTS else "fp32"
+    name, _ = choose(backend, x.device, x.dtype, precision, kind)
+    dtype = accumulate_dtype(x.dtype)
+    if x.shape[1] == 0:
+        # no coordinate: every sum is 0, and so is every gradient
+        return x.to(dtype).sum(dim=1)[:, None] + y.to(dtype).sum(dim=1)
+    if w is not None:
+        w = w.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        if name == "reference":
+            return reference_distances.distance(kind, x, y, w, p)
+        return DISTANCE_MATRIX(name, x, y, w, kind, p, precision)
+
+
+def choose(
+    backend: str | None, device: torch.device, dtype: torch.dtype, precision: str, kind: str
+) -> tuple[str, dict[str, list[str]]]:
+    """As `backends.choose`; Triton has the kinds made of products only."""
+    operation = operation_of(kind)
+    if kind not in PRODUCTS:
+        precision = "fp32"
+        if backends.requested(backend) == "triton":
+            raise RuntimeError(
+                f"backend='triton' cannot run kind {kind!r}: its kernels have "
+                f"{', '.join(PRODUCTS)}, which are made of products; use backend='auto', which "
+                "takes the best path for this kind, or backend='bounded'"
+            )
+    return backends.choose(backend, device, dtype, precision, operation)
+
+
+def operation_of(kind: str) -> str:
+    """What the dispatch table calls this kind."""
+    return "distance_products" if kind in PRODUCTS else "distance_sums"
+
+
+def _check(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> None:
+    validation.check_choice("kind", kind, KINDS)
+    validation.check_choice("precision", precision, validation.PRECISIONS)
+    for name, rows, shape in (("x", x, "[N, D]"), ("y", y, "[M, D]")):
+        if kind in FLAT and isinstance(rows, Tensor) and rows.dtype == torch.bool:
+            if rows.dim() != 2:
+                raise ValueError(
+                    f"{name}: expected two dimensions {shape}, got {validation.describe(rows)}"
+                )
+        else:
+            validation.check_matrix(name, rows, shape)
+    d = x.shape[1]
+    if y.shape[1] != d:
+        raise ValueError(f"y: expected [M, {d}] as x has, got {validation.describe(y)}")
+    validation.check_device("x", x, "y", y)
+    validation.check_same_dtype("x", x, "y", y)
+    if kind == "minkowski" and not 0 < p < float("inf"):
+        raise ValueError(f"p: expected a finite value > 0, got {p}")
+    if kind == "scaled":
+        if w is None:
+            raise ValueError(
+                f"w: expected weights [{y.shape[0]}, {d}] with kind='scaled', got None"
+            )
+        validation.check_matrix("w", w, "[M, D]")
+        validation.check_device("x", x, "w", w)
+        if w.shape != y.shape:
+            raise ValueError(f"w: expected {tuple(y.shape)} as y, got {validation.describe(w)}")
+    elif kind in WEIGHTED and w is not None:
+        validation.check_vector("w", w, d, "one a coordinate", x)
+    elif w is not None:
+        raise ValueError(
+            f"w: expected None with kind={kind!r} (weights are for {', '.join(WEIGHTED)}, "
+            f"scaled), got {validation.describe(w)}"
+        )
+
+
+# ---- the op: autograd and registration ----------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, y, w, *rest = inputs
+    ctx.rest = rest
+    ctx.set_materialize_grads(False)
+    if rest[0] in FLAT:
+        ctx.mark_non_differentiable(output)
+    else:
+        ctx.save_for_backward(x, y, w, output)
+
+
+def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+    if grads[0] is None or ctx.rest[0] in FLAT:
+        return (None,) * 6
+    x, y, w, out = ctx.saved_tensors
+    needs = (needed[0], needed[1], needed[2] and w is not None)
+    found = backward_op(grads[0], out, x, y, w, *ctx.rest, *needs)
+    some = (g if need else None for g, need in zip(found, needs, strict=True))
+    return (*some, None, None, None)
+
+
+def _setup_second(ctx: Any, inputs: tuple, output: tuple) -> None:
+    grad, out, x, y, _, kind, _, _, *needs = inputs
+    ctx.kind, ctx.needs = kind, needs
+    ctx.set_materialize_grads(False)
+    if kind in PRODUCTS:
+        ctx.save_for_backward(grad, out, x, y)
+
+
+def _second(ctx: Any, *grads: Tensor | None) -> tuple:
+    """The backward's own derivative, in PyTorch operations that can be differentiated further."""
+    if ctx.kind not in PRODUCTS:
+        return refused(f"distance_matrix, kind={ctx.kind!r}")(ctx, *grads)
+    from fused_losses.primitives.distances import bounded as bounded_distances
+
+    asked = [g if need else None for g, need in zip(grads[:2], ctx.needs[:2], strict=True)]
+    with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+        found = bounded_distances.second(*asked, *ctx.saved_tensors, ctx.kind)
+    # grad, out, x, y, then w, kind, p, precision and the three needs
+    return (*found, *(None,) * 7)
+
+
+def _fake_forward(x: Tensor, y: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((x.shape[0], y.shape[0]), dtype=accumulate_dtype(x.dtype))
+
+
+def _fake_backward(
+    grad: Tensor, out: Tensor, x: Tensor, y: Tensor, w: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(
+        x.new_empty(0) if t is None or not need else t.new_empty(t.shape)
+        for t, need in zip((x, y, w), rest[-3:], strict=True)
+    )
+
+
+def _python(direction: str, backend: str, *arguments: Any) -> Any:
+    module = backends.module("distances", backend)
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return (module.backward if direction else module.forward)(*arguments)
+
+
+DISTANCE_MATRIX = StreamedOp(
+    name="distance_matrix",
+    forward=FORWARD,
+    backward=BACKWARD,
+    setup_context=_setup_context,
+    gradients=_gradients,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    python=_python,
+    second=_second,
+    second_setup=_setup_second,
+)
+DISTANCE_MATRIX.define()

@@ -1,0 +1,1 @@
+"""The largest product a query token finds in each document, summed."""

@@ -1,0 +1,1 @@
+"""Statistics of the rows and columns of a score matrix over pairs, and attention by it."""

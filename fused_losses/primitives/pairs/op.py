@@ -1,0 +1,309 @@
+"""The streamed primitive over pairs: statistics of a score matrix's rows and columns, never stored.
+
+    u_ij = scale <x_i, y_j> + a_i + b_j          s_ij = psi(u_ij)             (the score)
+    each pair is positive, negative or left out                               (the pairs)
+    z_ij = factor_c (s_ij - center_c) w_ij       for its class c              (`Rule`)
+    value_ci = log sum_j exp z_ij, or sum_j f(z_ij)   over row i's pairs of class c (the reduction)
+    total_ci = sum_j z_ij    count_ci    best_ci = max_j z_ij
+
+and the same for columns, from the same sweep. Positives have sums of their own, so a loss near
+zero keeps its digits: 1 - p = sigmoid(lse_negative - lse_positive).
+
+psi: "linear" s = u; "root" s = -sqrt(max(-u, 0)): with u = -|x - y|^2 minus the distance.
+Labels equal: positive, else negative (no labels: all negative). Left out: equal ids, different
+groups, listed in `exclude`, i == j with skip_self, or outside the window: row i's statistics leave
+out s_ij <= low and s_ij >= high, with (positive low, positive high, negative low, negative high) =
+x_window[:, i]; y_window says the same for the columns' statistics.
+
+triangle: y is x, only i < j is computed and each pair counts in the rows of both its ends (x_bias
+and x_window stand for both sides); half the work where the scores are symmetric.
+
+Backward recomputes the scores: G_ij = dz_ij/du_ij (gradient of z_ij through row i and column j).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses import backends
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, row_dtype
+from fused_losses.base.validation import describe
+from fused_losses.primitives.op import StreamedOp
+from fused_losses.primitives.pairs import reference as reference_pairs
+from fused_losses.primitives.pairs.inputs import (
+    BEFORE,
+    BEST,
+    COUNT,
+    REDUCTIONS,
+    SCHEMAS,
+    SCORES,
+    TOTAL,
+    VALUE,
+    PairInputs,
+    PairNeeds,
+    sorted_out,
+)
+
+# where among PairInputs the tensors stand that may need a gradient, as in PairNeeds
+DIFFERENTIABLE = (0, 1, 2, 3, 4)
+PAIRED = ("labels", "ids", "groups")  # compared across the sides
+
+
+class PairStatistics(NamedTuple):
+    """Statistics of each row (or column), [2, N] each: positives first, then negatives.
+
+    value and total are differentiable. All in float64 where the device has it.
+    """
+
+    value: Tensor  # log sum exp z (-inf over no pairs), or sum f(z)
+    total: Tensor  # sum of z
+    count: Tensor  # pairs
+    best: Tensor  # the largest z, -inf over no pairs
+
+
+def pair_statistics(
+    inputs: PairInputs, *, reduction: str = "lse", cols: bool = False, backend: str | None = None
+) -> tuple[PairStatistics, PairStatistics | None]:
+    """One sweep: statistics of the rows, and with cols=True of the columns (module docstring).
+
+    Differentiable in x, y, scale and the biases. reduction: "lse", "softplus" or "relu".
+    Raises ValueError or TypeError for inputs that do not fit each other. Time O(N M D), half with
+    triangle; memory O((N + M) D) plus a block. Second derivatives run on
+    the pure-PyTorch path, whichever backend ran the first.
+    """
+    _check(inputs)
+    validation.check_choice("reduction", reduction, REDUCTIONS)
+    name = _backend(inputs, backend)
+    if name == "reference":
+        rows, columns = reference_pairs.statistics(inputs, reduction, cols)
+    else:
+        rows, columns = PAIR_STATISTICS(name, *_flat(inputs), reduction, cols)
+    return _named(rows), _named(columns) if cols else None
+
+
+def pair_attention(
+    values: Tensor, inputs: PairInputs, *, positives: bool = False, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """sum_j softmax_j(z_ij) values_j over row i's negatives (or positives), and its logsumexp.
+
+    values [M, Dv] of x's dtype -> out [N, Dv] in the accumulation dtype (a row without pairs: 0),
+    lse [N] (without pairs: -inf). Both differentiable in values, x, y, scale and the biases.
+    Raises ValueError with triangle: rows attend to every other row. Time O(N M (D + Dv)); memory
+    O((N + M)(D + Dv)) plus a block.
+    """
+    if inputs.triangle:
+        raise ValueError("triangle: expected False, attention needs the pairs of both orders")
+    _check(inputs)
+    name = _backend(inputs, backend)
+    if name == "reference":
+        return reference_pairs.attention(values, inputs, positives)
+    return PAIR_ATTENTION(name, values, *_flat(inputs), positives)
+
+
+def _backend(p: PairInputs, backend: str | None) -> str:
+    return backends.choose(backend, p.x.device, p.x.dtype, p.precision, "pairs", p.x.shape[1])[0]
+
+
+def _check(p: PairInputs) -> None:
+    """What kernels rely on; the losses say more of their own arguments."""
+    validation.check_matrix("x", p.x, "[N, D]")
+    validation.check_matrix("y", p.y, "[M, D]")
+    if p.x.shape[1] != p.y.shape[1]:
+        raise ValueError(f"y: expected [M, {p.x.shape[1]}] as x has, got {describe(p.y)}")
+    validation.check_device("x", p.x, "y", p.y)
+    validation.check_same_dtype("x", p.x, "y", p.y)
+    validation.check_choice("score", p.score, SCORES)
+    for side, rows in (("x", p.x),) if p.triangle else (("x", p.x), ("y", p.y)):
+        n = rows.shape[0]
+        for name in ("bias", "labels", "ids", "groups", "window"):
+            field, vector = f"{side}_{name}", getattr(p, f"{side}_{name}")
+            if vector is None:
+                continue
+            shape = (4, n) if name == "window" else (n,)
+            if tuple(vector.shape) != shape:
+                raise ValueError(f"{field}: expected shape {shape}, got {describe(vector)}")
+            validation.check_device("x", p.x, field, vector)
+            if name in PAIRED and vector.dtype != torch.int32:
+                raise TypeError(f"{field}: expected int32, got {describe(vector)}")
+    for name in () if p.triangle else PAIRED:
+        if (getattr(p, f"x_{name}") is None) != (getattr(p, f"y_{name}") is None):
+            raise ValueError(f"x_{name}, y_{name}: expected both or neither, got one")
+
+
+def _flat(p: PairInputs) -> PairInputs:
+    return p._replace(positive=list(p.positive), negative=list(p.negative))
+
+
+def _named(statistics: Tensor) -> PairStatistics:
+    return PairStatistics(
+        statistics[VALUE],
+        statistics[TOTAL],
+        statistics[COUNT].detach(),
+        statistics[BEST].detach(),
+    )
+
+
+# ---- autograd: each kind has a first tensor block, the inputs, and what follows them ------------
+
+
+def _setup_context(ctx: Any, arguments: tuple, output: tuple) -> None:
+    tensors = [a if isinstance(a, Tensor) else None for a in arguments]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.rest = [None if isinstance(a, Tensor) else a for a in arguments]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(kind: str, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+    """Gradients of the forward op's arguments, in their order."""
+    count = len(ctx.rest)
+    # read once: a checkpoint unpacks what was saved a single time
+    saved = ctx.saved_tensors
+    arguments = [
+        rest if tensor is None else tensor
+        for tensor, rest in zip(saved[:count], ctx.rest, strict=True)
+    ]
+    output = saved[count:]
+    at = BEFORE[kind]
+    # of statistics value and total only: the others are counts
+    part = slice(2) if kind == "pair_statistics" else slice(None)
+    grads = [
+        torch.zeros_like(o[part]) if g is None else g[part].contiguous()
+        for g, o in zip(grads, output, strict=True)
+    ]
+    needs = [needed[i] for i in range(at)] + [needed[at + i] for i in DIFFERENTIABLE]
+    triangle = arguments[at + PairInputs._fields.index("triangle")]
+    if triangle:
+        needs[at + 1] = needs[at + 4] = False
+    out = backward_op(*grads, *output, *arguments, *needs)
+    out = [g if need else None for g, need in zip(out, needs, strict=True)]
+    return (*out, *[None] * (count - len(out)))
+
+
+def _setup_second(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in inputs])
+    ctx.rest = [None if isinstance(a, Tensor) else a for a in inputs]
+
+
+def _second(kind: str, ctx: Any, *grads: Tensor | None) -> tuple:
+    """The backward op's own derivative, through the pure-PyTorch path, tile by tile."""
+    from fused_losses.primitives.pairs import bounded as bounded_pairs
+
+    arguments = [
+        rest if tensor is None else tensor
+        for tensor, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)
+    ]
+    wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {i: arguments[i].view_as(arguments[i]) for i in wanted}
+        replaced = [leaves.get(i, a) for i, a in enumerate(arguments)]
+        outputs = bounded_pairs.differentiable_backward(kind, replaced)
+        pairs = [
+            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            list(leaves.values()),
+            [g for _, g in pairs],
+            allow_unused=True,
+            create_graph=further,
+        )
+    out: list[Tensor | None] = [None] * len(arguments)
+    for i, g in zip(leaves, found, strict=True):
+        out[i] = g
+    return tuple(out)
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def _fake_statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _, p, (_, cols) = sorted_out("pair_statistics", arguments)
+    new = dict(dtype=row_dtype(p.x.device))
+    rows = p.x.new_empty((4, 2, p.x.shape[0]), **new)
+    return rows, p.x.new_empty((4, 2, p.y.shape[0] if cols else 0), **new)
+
+
+def _fake_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    (values,), p, _ = sorted_out("pair_attention", arguments)
+    n = p.x.shape[0]
+    out = p.x.new_empty((n, values.shape[1]), dtype=accumulate_dtype(p.x.dtype))
+    return out, p.x.new_empty(n, dtype=row_dtype(p.x.device))
+
+
+def _empty_gradients(p: PairInputs, needs: PairNeeds) -> tuple[Tensor, ...]:
+    like = (p.x, p.y, p.scale, p.x_bias, p.y_bias)
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else p.x.new_empty(0)
+        for t, need in zip(like, needs, strict=True)
+    )
+
+
+def _fake_statistics_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    _, p, (_, _, *needs) = sorted_out("pair_statistics_backward", arguments)
+    return _empty_gradients(p, PairNeeds(*needs))
+
+
+def _fake_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    before, p, (_, need_values, *needs) = sorted_out("pair_attention_backward", arguments)
+    values = before[-1]
+    dvalues = values.new_empty(values.shape if need_values else 0)
+    return dvalues, *_empty_gradients(p, PairNeeds(*needs))
+
+
+_FAKES = {
+    "pair_statistics": _fake_statistics,
+    "pair_statistics_backward": _fake_statistics_backward,
+    "pair_attention": _fake_attention,
+    "pair_attention_backward": _fake_attention_backward,
+}
+
+
+def _padded(found: tuple, p: PairInputs) -> tuple[Tensor, ...]:
+    """Python backends say None for what was not asked; an op must return tensors."""
+    return tuple(p.x.new_empty(0) if g is None else g for g in found)
+
+
+def python_op(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    """Runs an op of a backend written in Python, its arguments sorted out."""
+    module = backends.module("pairs", backend)
+    before, p, after = sorted_out(kind, arguments)
+    # a product inside a kernel is ours to round, also where autocast surrounds the backward
+    with torch.autocast(p.x.device.type, enabled=False):
+        if kind == "pair_statistics":
+            return module.statistics(p, *after)
+        if kind == "pair_attention":
+            return module.attention(*before, p, *after)
+        if kind == "pair_statistics_backward":
+            reduction, cols, *needs = after
+            found = module.statistics_backward(*before, p, reduction, cols, PairNeeds(*needs))
+            return _padded(found, p)
+        positives, need_values, *needs = after
+        found = module.attention_backward(*before, p, positives, need_values, PairNeeds(*needs))
+        return _padded(found, p)
+
+
+def _streamed(kind: str) -> StreamedOp:
+    """Both ops differ only in what comes before and after PairInputs."""
+    return StreamedOp(
+        name=kind,
+        forward=SCHEMAS[kind],
+        backward=SCHEMAS[f"{kind}_backward"],
+        setup_context=_setup_context,
+        gradients=lambda *a: _gradients(kind, *a),
+        fake_forward=_FAKES[kind],
+        fake_backward=_FAKES[f"{kind}_backward"],
+        python=lambda direction, backend, *a: python_op(kind + direction, backend, *a),
+        second=lambda ctx, *grads: _second(kind, ctx, *grads),
+        second_setup=_setup_second,
+    )
+
+
+PAIR_STATISTICS = _streamed("pair_statistics")
+PAIR_ATTENTION = _streamed("pair_attention")
+PAIR_STATISTICS.define()
+PAIR_ATTENTION.define()

@@ -1,0 +1,56 @@
+"""What a selection is given, passed whole between the layers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+KINDS = ("dot", "cosine", "sqeuclidean")
+
+MATCHES = ("any", "same", "different")
+
+SCREENS = ("auto", "fp32", "bf16")
+
+
+class QuantizedRows(NamedTuple):
+    """Rows in int8: row j is scale[j] codes[j], and within error[j] of what it was made from."""
+
+    codes: Tensor  # [M, D] int8
+    scale: Tensor  # [M] float32
+    error: Tensor  # [M] float32, Euclidean
+
+    def dequantize(self) -> Tensor:
+        """[M, D] float32."""
+        return self.codes * self.scale[:, None]
+
+
+class TopkInputs(NamedTuple):
+    """One call, in the order of the op's schema."""
+
+    x: Tensor  # [N, D]
+    y: Tensor  # [M, D], any floating point type, or int8 with y_scale
+    y_scale: Tensor | None = None  # [M] float32
+    codes: Tensor | None = None  # [M, D] int8, read in the place of y by the screen
+    codes_scale: Tensor | None = None  # [M] float32
+    codes_error: Tensor | None = None  # [M] float32
+    x_labels: Tensor | None = None  # [N] int32
+    y_labels: Tensor | None = None  # [M] int32
+    x_ids: Tensor | None = None  # [N] int32; equal ids: the pair is left out
+    y_ids: Tensor | None = None  # [M] int32
+    exclude: Tensor | None = None  # [N, E] int32 columns left out, -1: none
+    kind: str = "dot"
+    k: int = 1
+    largest: bool = True
+    match: str = "any"
+    skip_self: bool = False  # leave out i == j
+    symmetric: bool = False  # y is x
+    screen: str = "fp32"
+
+
+SCHEMA = (
+    "(Tensor x, Tensor y, Tensor? y_scale, Tensor? codes, Tensor? codes_scale, "
+    "Tensor? codes_error, Tensor? x_labels, Tensor? y_labels, Tensor? x_ids, Tensor? y_ids, "
+    "Tensor? exclude, str kind, int k, bool largest, str match, bool skip_self, bool symmetric, "
+    "str screen) -> (Tensor keys, Tensor index)"
+)

@@ -1,0 +1,140 @@
+"""The scores of listed pairs, with their gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
+from fused_losses.primitives.op import StreamedOp
+
+LISTED_BYTES = 4 << 20  # of gathered rows alive at once
+
+
+def listed(x: Tensor, y: Tensor, index: Tensor, kind: str, y_scale: Tensor | None = None) -> Tensor:
+    """The scores of listed pairs (i, index[i, l]), differentiable in x and y. [N, k]
+
+    kind: "dot", "cosine" or "sqeuclidean"; NaN where the index is negative, with gradient 0. y in
+    int8 goes with its y_scale [M]. Sums in float64 where the device has it. Time O(N k D), memory
+    O(N k) and a block.
+    """
+    return LISTED("bounded", x, y, y_scale, index, kind)
+
+
+def _rows_at_once(index: Tensor, d: int) -> int:
+    return max(1, LISTED_BYTES // (max(1, index.shape[1]) * max(d, 1) * 8))
+
+
+def _gathered(y: Tensor, y_scale: Tensor | None, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of y, zero where the index is negative. [n, k, D]"""
+    if y.shape[0] == 0:
+        return torch.zeros((*index.shape, y.shape[1]), dtype=dtype, device=y.device)
+    at = index.clamp_min(0)
+    rows = y[at].to(dtype)
+    if y_scale is not None:
+        rows = rows * y_scale[at, None].to(dtype)
+    # what a masked pair holds must not reach the sums, not even as 0 * inf
+    return torch.where(index[..., None] < 0, 0, rows)
+
+
+def _norms(x: Tensor) -> Tensor:
+    """1 / |x|, 0 for a zero row."""
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    alive = ~(norm <= ZERO_NORM)
+    return torch.where(alive, 1 / torch.where(alive, norm, 1), 0)
+
+
+def scores_of(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    """x [n, D] against its own rows y [n, k, D] -> [n, k]; the same bits for equal rows of y."""
+    if kind == "sqeuclidean":
+        return (x[:, None] - y).square().sum(dim=-1)
+    product = (x[:, None] * y).sum(dim=-1)
+    return product if kind == "dot" else product * _norms(x)[:, None] * _norms(y)
+
+
+def listed_forward(
+    x: Tensor, y: Tensor, y_scale: Tensor | None, index: Tensor, kind: str
+) -> Tensor:
+    dtype = row_dtype(x.device)
+    out = x.new_empty(index.shape, dtype=dtype)
+    step = _rows_at_once(index, x.shape[1])
+    for i in range(0, x.shape[0], step):
+        at = index[i : i + step]
+        rows = scores_of(x[i : i + step].to(dtype), _gathered(y, y_scale, at, dtype), kind)
+        out[i : i + step] = torch.where(at < 0, torch.nan, rows)
+    return out
+
+
+def _listed_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    y_scale: Tensor | None,
+    index: Tensor,
+    kind: str,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = row_dtype(x.device)
+    dx = torch.zeros_like(x) if need_x else x.new_empty(0)
+    # sums of many rows of a narrow type would stall
+    dy = torch.zeros_like(y, dtype=accumulate_dtype(y.dtype)) if need_y else y.new_empty(0)
+    step = _rows_at_once(index, x.shape[1])
+    for i in range(0, x.shape[0], step):
+        at = index[i : i + step]
+        g = torch.where(at < 0, 0, grad[i : i + step].to(dtype))[..., None]
+        a, b = x[i : i + step].to(dtype)[:, None], _gathered(y, y_scale, at, dtype)
+        if kind == "sqeuclidean":
+            da = 2 * g * (a - b)
+            db = -da
+        elif kind == "dot":
+            da, db = g * b, g * a
+        else:
+            a_inverse, b_inverse = _norms(a)[..., None], _norms(b)[..., None]
+            u, v = a * a_inverse, b * b_inverse
+            cosine = (u * v).sum(dim=-1, keepdim=True)
+            da, db = g * (v - cosine * u) * a_inverse, g * (u - cosine * v) * b_inverse
+        if need_x:
+            dx[i : i + step] = da.sum(dim=1).to(x.dtype)
+        if need_y:
+            kept = at.flatten() >= 0
+            dy.index_add_(0, at.flatten()[kept], db.to(dy.dtype).flatten(0, 1)[kept])
+    return dx, dy.to(y.dtype)
+
+
+def _listed_python(direction: str, backend: str, *arguments: Any) -> Any:
+    return (_listed_backward if direction else listed_forward)(*arguments)
+
+
+def _listed_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.kind = inputs[4]
+
+
+def _listed_gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+    dx, dy = backward_op(grads[0].contiguous(), *ctx.saved_tensors, ctx.kind, *needed[:2])
+    return dx if needed[0] else None, dy if needed[1] else None, None, None, None
+
+
+LISTED = StreamedOp(
+    name="listed_pairs",
+    forward="(Tensor x, Tensor y, Tensor? y_scale, Tensor index, str kind) -> Tensor",
+    backward=(
+        "(Tensor grad, Tensor x, Tensor y, Tensor? y_scale, Tensor index, str kind, bool need_x, "
+        "bool need_y) -> (Tensor dx, Tensor dy)"
+    ),
+    setup_context=_listed_setup,
+    gradients=_listed_gradients,
+    fake_forward=lambda x, y, y_scale, index, kind: x.new_empty(
+        index.shape, dtype=row_dtype(x.device)
+    ),
+    fake_backward=lambda grad, x, y, y_scale, index, kind, need_x, need_y: (
+        x.new_empty(x.shape if need_x else 0),
+        y.new_empty(y.shape if need_y else 0),
+    ),
+    python=_listed_python,
+    python_backends=("bounded",),
+)
+LISTED.define()

@@ -1,0 +1,88 @@
+"""The k best columns of each row, streamed: nearest neighbours, hard negatives, retrieval.
+
+The primitive is `select`: scores <x, y>, their cosine or |x - y|^2. A product screens the pairs,
+and whatever a bound on its rounding cannot rule out is scored again in float64: the answer is that
+of the scores in float64 on every backend and at every precision of the screen, with ties going to
+the lowest index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses import backends
+from fused_losses.base import validation
+from fused_losses.base.numerics import row_dtype
+from fused_losses.primitives.op import LIBRARY, PYTHON_BACKENDS
+from fused_losses.primitives.topk.inputs import SCHEMA, QuantizedRows, TopkInputs
+
+
+def quantize_rows(y: Tensor, *, rows: int = 8_192) -> QuantizedRows:
+    """Rounds rows [M, D] to int8, each with its own scale, a run of `rows` at a time.
+
+    As `y` of `pairwise_topk` they are the bank itself; as `screen` they are read in the place of a
+    larger bank, whose rows are then read for the few candidates only: the answer stays exact.
+    Raises ValueError, TypeError unless y is a floating point matrix. Time O(M D).
+    """
+    validation.check_matrix("y", y, "[M, D]")
+    m, d = y.shape
+    codes = torch.empty((m, d), dtype=torch.int8, device=y.device)
+    scale = torch.empty(m, dtype=torch.float32, device=y.device)
+    error = torch.empty_like(scale)
+    for i in range(0, m, rows):
+        part = y[i : i + rows].to(row_dtype(y.device))
+        step = (part.abs().amax(dim=1) / 127 if d else part.sum(dim=1)).float()
+        wide = step.to(part.dtype)[:, None]
+        code = torch.where(wide > 0, part / torch.where(wide > 0, wide, 1), 0).round()
+        code = code.nan_to_num(0, 127, -127).clamp(-127, 127)
+        codes[i : i + rows], scale[i : i + rows] = code.to(torch.int8), step
+        # a bound must not be rounded down
+        error[i : i + rows] = (part - code * wide).square().sum(dim=1).sqrt() * (1 + 1e-6)
+    return QuantizedRows(codes, scale, error)
+
+
+def select(inputs: TopkInputs, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """The k best columns of each row: keys [N, k] float64 and indices [N, k] int64, no gradient.
+
+    keys are <x, y>, the cosine or |x - y|^2, best first; where a row has fewer than k candidates
+    the index is -1 and the key NaN. A pair whose score is NaN is no candidate. Time O(N M D), half
+    for the kernels where symmetric with skip_self; memory O(N k) and a few blocks.
+    """
+    narrow = inputs.screen == "bf16"
+    # a screen of float64 rows may be narrow, too: the answer is not
+    dtype = torch.float32 if narrow else inputs.x.dtype
+    name, _ = backends.choose(
+        backend, inputs.x.device, dtype, "bf16" if narrow else "fp32", "topk", inputs.x.shape[1]
+    )
+    inputs = inputs._replace(x=inputs.x.detach(), y=inputs.y.detach())
+    with torch.autocast(inputs.x.device.type, enabled=False):
+        if name == "reference":
+            return backends.module("topk", "reference").select(inputs)
+        return getattr(torch.ops.fused_losses, f"pair_topk_{name}").default(*inputs)
+
+
+def best_screen(x: Tensor, backend: str | None) -> str:
+    """The fastest products to screen with that can run here."""
+    refused = backends.reasons_against("cpu", x.device, torch.float32, "bf16")
+    return "bf16" if backends.requested(backend) in ("auto", "cpu") and not refused else "fp32"
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    p = TopkInputs(*arguments)
+    keys = p.x.new_empty((p.x.shape[0], p.k), dtype=row_dtype(p.x.device))
+    return keys, torch.empty_like(keys, dtype=torch.int64)
+
+
+def _python(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda *a: backends.module("topk", backend).select(TopkInputs(*a))
+
+
+for _name in (*PYTHON_BACKENDS, *(() if backends.unavailable("cpu") else ("cpu",))):
+    LIBRARY.define(f"pair_topk_{_name}{SCHEMA}")
+    torch.library.register_fake(f"fused_losses::pair_topk_{_name}", _fake)
+    if _name != "cpu":
+        LIBRARY.impl(f"pair_topk_{_name}", _python(_name), "CompositeExplicitAutograd")
