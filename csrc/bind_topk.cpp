@@ -1,5 +1,5 @@
 // The cpu ops of the k best columns (schema: fused_losses/primitives/topk/op.py) and of triplets
-// (fused_losses/backends/cpu_triplets.py).
+// (fused_losses/primitives/row_rules/cpu.py).
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

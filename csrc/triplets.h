@@ -1,5 +1,5 @@
 // Sums over all triplets of a row of scores, by counting, without torch
-// (fused_losses/row_rules.py).
+// (fused_losses/primitives/row_rules/rules.py).
 //
 //   loss = sum over positives p, negatives n of max(0, d_p - d_n + margin), over those of a kind:
 //   hard: d_n <= d_p, semihard: d_n > d_p. Its slope in d_p is the number of the triplets of p that

@@ -3,7 +3,6 @@
 from fused_losses import backends, class_losses, functional, margins, metrics, miners
 from fused_losses.adaptive_scale import AdaptiveScale
 from fused_losses.backends import use_backend
-from fused_losses.batch_negatives import UNPG
 from fused_losses.centers import ClassCenters
 from fused_losses.explain import Plan, explain
 from fused_losses.functional import (
@@ -18,7 +17,6 @@ from fused_losses.functional import (
     cauchy_schwarz_qmi,
     centroid_triplet,
     circle,
-    class_loss,
     contrastive,
     fast_ap,
     generalized_lifted_structure,
@@ -48,7 +46,6 @@ from fused_losses.functional import (
     proxy_anchor,
     proxy_nca,
     ranked_list,
-    shared_negatives,
     sigmoid_contrastive,
     similarity_attention,
     sinkhorn,
@@ -59,14 +56,16 @@ from fused_losses.functional import (
     triplet_margin,
     tuplet_margin,
     uniformity,
-    unpg_margin_softmax,
 )
+from fused_losses.losses.class_loss import class_loss
+from fused_losses.losses.unpg import UNPG, unpg_margin_softmax
 from fused_losses.primitives.maxsim.op import maxsim
 from fused_losses.primitives.row_statistics.op import (
     RowStatistics,
     RowStatisticsFunction,
     row_statistics,
 )
+from fused_losses.primitives.shared_negatives.op import shared_negatives
 from fused_losses.primitives.topk.inputs import QuantizedRows
 from fused_losses.primitives.topk.op import quantize_rows
 from fused_losses.version import __version__

@@ -1,7 +1,7 @@
 """Losses over classes with sub-centres, several labels a row, or no softmax; whole or sharded.
 
-A loss is a frozen value: which rule folds the negative classes (`fused_losses.class_rules`), and
-what it makes of a row's statistics and of the cosines of its labels, in ordinary PyTorch on small
+A loss is a frozen value: which rule folds the negative classes (`primitives.class_rules`), and what
+it makes of a row's statistics and of the cosines of its labels, in ordinary PyTorch on small
 vectors. `class_loss` runs it in one process, `ClassCenters` over shards: the statistics merge.
 """
 
@@ -16,15 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
-from fused_losses.base.validation import GRADIENTS, NO_TARGET, describe, meet, no_target
-from fused_losses.class_rules import (
-    ClassInputs,
-    class_statistics,
-    class_targets,
-    raised,
-)
+from fused_losses.base.validation import GRADIENTS, describe
 from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
+from fused_losses.primitives.class_rules.rules import raised
 
 
 class MergedRows(NamedTuple):
@@ -306,105 +300,3 @@ class MLCD(ClassLoss):
         # the 1 is one more term, e^0
         of_labels = torch.logsumexp(F.pad(z, (0, 1)), dim=1)
         return of_labels - F.logsigmoid(-rows.statistics[0])
-
-
-# ---- one process --------------------------------------------------------------------------------
-
-
-def class_loss(
-    embeddings: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    loss: ClassLoss,
-    *,
-    normalize: bool = True,
-    classes: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """A class loss of the rows against all classes, without the N x C cosines.
-
-    Args:
-        embeddings: [N, D] float32, bfloat16, float16 or float64.
-        weight: [C, D] class centres, or [C, K, D] with K of each class, of the same dtype (under
-            torch.autocast the embeddings take the weight's).
-        labels: [N] or [N, L] int64 in [0, C), or `ignore_index`: nothing there.
-        loss: a value of this module.
-        normalize: divide rows of both sides by their norm; a row with norm <= 1e-12 counts as
-            zero and gets gradient zero. False: the products are taken for cosines as they are.
-        classes: [M] distinct ids of the classes that take part; every label must be among them.
-            Rows of `weight` are read in place, nothing but a tile is gathered.
-        ignore_index: a row all of whose labels are this has loss 0 and leaves gradients alone.
-        reduction: "mean" over the rows with a label (0 if there are none), "sum", "none" [N].
-        precision: "fp32", "tf32", "mixed" or "bf16"; see `fused_losses.functional`.
-
-    Returns the loss in float32 (float64 for float64 inputs). Differentiable in embeddings and
-    weight (and the tensors that a loss holds); any number of times on backend "reference", else
-    once. Raises ValueError, TypeError, IndexError for bad arguments; RuntimeError when the
-    backend cannot run the call. Time O(N C K D); memory beyond inputs and gradients O(N D) and a
-    few tiles of classes.
-    """
-    if not isinstance(loss, ClassLoss):
-        raise TypeError(f"loss: expected a ClassLoss, got {type(loss).__name__}")
-    labels = _checked(embeddings, weight, labels, ignore_index, reduction)
-    centers = weight.shape[1] if weight.dim() == 3 else 1
-    embeddings = meet(embeddings, weight)
-    if classes is not None:
-        validation.check_index_vector("classes", classes, None, embeddings)
-        if classes.shape[0] == 0:
-            raise ValueError("classes: expected at least one class id, got an empty tensor")
-        classes = torch.sort(classes.long()).values
-    if not torch.compiler.is_compiling():
-        validation.check_labels(labels, weight.shape[0], ignore_index=ignore_index)
-    labels = no_target(labels, ignore_index)
-    present = labels != NO_TARGET
-    valid = present.any(dim=1)
-    with no_autocast(embeddings.device):
-        # an ignored row must not reach the gradients, not even with NaN
-        x = torch.where(valid[:, None], embeddings.to(accumulate_dtype(weight.dtype)), 0)
-        norms = torch.linalg.vector_norm(x, dim=1)
-        x = unit_rows(x) if normalize else x
-        inputs = ClassInputs(
-            x,
-            weight.flatten(0, -2),
-            labels,
-            classes,
-            rule=loss.rule,
-            params=loss.params(),
-            centers=centers,
-            softness=loss.softness,
-            normalize=normalize,
-            precision=precision,
-        )
-        with torch.no_grad():
-            values = loss.values(class_targets(inputs), present)
-        inputs = inputs._replace(values=values)
-        found = class_statistics(inputs, backend=backend)
-        rows = loss.row_loss(MergedRows(found.statistics, found.targets, present, norms))
-        rows = torch.where(valid, rows, 0).to(x.dtype)
-        if reduction == "none":
-            return rows
-        total = rows.sum()
-        return total if reduction == "sum" else total / valid.sum().clamp_min(1)
-
-
-def _checked(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str
-) -> Tensor:
-    """Checks at the door; the labels as int64 [N, L]."""
-    if isinstance(weight, Tensor) and weight.dim() == 3:
-        if weight.shape[1] == 0:
-            raise ValueError(f"weight: expected [C, K >= 1, D], got {describe(weight)}")
-        validation.check_pair("embeddings", embeddings, "weight", weight[:, 0])
-    else:
-        validation.check_pair("embeddings", embeddings, "weight", weight)
-    n = embeddings.shape[0]
-    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[0] == n:
-        validation.check_index_vector("labels", labels.flatten(), None, embeddings)
-    else:
-        validation.check_index_vector("labels", labels, n, embeddings)
-        labels = labels[:, None]
-    return labels.long()

@@ -10,21 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import (
-    backends,
-    batch_negatives,
-    class_rules,
-    functional,
-    mining,
-    neighbors,
-    row_losses,
-)
+from fused_losses import backends, functional, mining, neighbors
 from fused_losses.class_losses import ClassLoss
+from fused_losses.primitives.class_rules import bounded as class_tiles
 from fused_losses.primitives.distances import inputs as distances_inputs
 from fused_losses.primitives.distances import op as distance_matrix
 from fused_losses.primitives.maxsim.op import maxsim
 from fused_losses.primitives.pairs import op as pairs
+from fused_losses.primitives.row_rules import bounded as row_rules_bounded
 from fused_losses.primitives.row_statistics.op import row_statistics
+from fused_losses.primitives.shared_negatives import bounded as shared_negatives_bounded
 from fused_losses.primitives.topk import certified
 from fused_losses.primitives.topk.inputs import QuantizedRows
 from fused_losses.primitives.topk.listed import LISTED_BYTES
@@ -110,9 +105,9 @@ def _over_class_tiles(a: Arguments) -> Call:
         if name == "reference":
             matrices = REFERENCE_MATRICES * n * taking_part * centers * 8
             return around + matrices + n * labels * taking_part + 4 * weight.numel() * size
-        tile = class_rules.extra_bytes(n, d, centers, weight.dtype, rows.device)
+        tile = class_tiles.extra_bytes(n, d, centers, weight.dtype, rows.device)
         if name in ("triton", "cuda"):
-            many = class_rules.tile_bytes(rows.device) // (centers * (n + d) * size) * centers
+            many = class_tiles.tile_bytes(rows.device) // (centers * (n + d) * size) * centers
             tile += _matrix_bytes(name, n, max(many, 1), d, weight.dtype, "dot", a["precision"])
         return around + tile
 
@@ -125,9 +120,9 @@ def _shared_pairs(a: Arguments) -> Call:
     (n, d), dtype = rows.shape, rows.dtype
 
     def extra(name: str) -> int:
-        side = min(batch_negatives.tile_side(rows.device), n)
+        side = min(shared_negatives_bounded.tile_side(rows.device), n)
         pairs = n * n if name == "reference" else side * side
-        return 8 * n * d * _size(dtype) + SLACK + batch_negatives.LIVE_BYTES * pairs
+        return 8 * n * d * _size(dtype) + SLACK + shared_negatives_bounded.LIVE_BYTES * pairs
 
     return Call(rows, "fp32", extra, operation="pairs")
 
@@ -554,7 +549,7 @@ def _row_bytes(name: str, n: int, m: int, like: Tensor, precision: str, blocks: 
     d, dtype, size = like.shape[1], like.dtype, _size(like.dtype)
     if name == "reference":
         return (8 * d + REFERENCE_MATRICES) * n * m * size
-    tall = min(n, max(1, row_losses.block_bytes(like.device) // (max(m, 1) * size)))
+    tall = min(n, max(1, row_rules_bounded.block_bytes(like.device) // (max(m, 1) * size)))
     around = blocks * tall * m * size + 2 * (n + m) * d * size
     gradient = blocks > CHOICE_BLOCKS
     return around + _matrix_bytes(name, tall, m, d, dtype, "euclidean", precision, gradient)

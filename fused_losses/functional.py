@@ -6,8 +6,6 @@ the gradients) or "bf16" (bf16 products, float32 sums). What a device cannot do 
 """
 
 from fused_losses.adaptive_scale import adaptive_margin_softmax
-from fused_losses.batch_negatives import shared_negatives, unpg_margin_softmax
-from fused_losses.class_losses import class_loss
 from fused_losses.contrastive_losses import (
     nt_xent,
     sigmoid_contrastive,
@@ -24,6 +22,8 @@ from fused_losses.kernel_means import (
     uniformity,
 )
 from fused_losses.linear import linear_cross_entropy
+from fused_losses.losses.class_loss import class_loss
+from fused_losses.losses.unpg import unpg_margin_softmax
 from fused_losses.metric_losses import (
     circle,
     generalized_lifted_structure,
@@ -38,6 +38,7 @@ from fused_losses.mining import Pairs, Triplets, mine_pairs, mine_triplets
 from fused_losses.neighbors import pairwise_topk
 from fused_losses.noise_contrastive import info_nce
 from fused_losses.primitives.maxsim.op import maxsim
+from fused_losses.primitives.shared_negatives.op import shared_negatives
 from fused_losses.ranking_losses import (
     angular,
     fast_ap,

@@ -17,7 +17,7 @@ from fused_losses.base.validation import check_at_least, check_batch, number
 from fused_losses.pair_front import by_label, scored, triangle
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs
 from fused_losses.primitives.pairs.op import pair_statistics
-from fused_losses.row_losses import row_losses
+from fused_losses.primitives.row_rules.op import row_losses
 from fused_losses.triplet_losses import (
     check_sides,
     class_sizes,

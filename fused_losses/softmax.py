@@ -203,7 +203,8 @@ def _class_loss(
     gradient: str,
     shared: dict[str, Any],
 ) -> Tensor:
-    from fused_losses.class_losses import Softmax, class_loss  # which import this module
+    from fused_losses.class_losses import Softmax
+    from fused_losses.losses.class_loss import class_loss  # which import this module
 
     of_class = isinstance(getattr(margin, "rule", None), str)
     loss = margin if of_class else Softmax(margin, scale, gradient)

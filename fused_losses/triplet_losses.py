@@ -37,10 +37,10 @@ from fused_losses.base.validation import (
 from fused_losses.pair_front import scored, triangle
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
+from fused_losses.primitives.row_rules.inputs import PICKS, SCORES, TRIPLETS, RowInputs
+from fused_losses.primitives.row_rules.op import row_losses
 from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.primitives.topk.op import best_screen, select
-from fused_losses.row_losses import SCORES, RowInputs, row_losses
-from fused_losses.row_rules import PICKS, TRIPLETS
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 PER = ("pair", "triplet")

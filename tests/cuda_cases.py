@@ -22,10 +22,11 @@ from fused_losses import backends
 from fused_losses.primitives.distances.inputs import FLAT, PRODUCTS
 from fused_losses.primitives.distances.op import distance_matrix
 from fused_losses.primitives.pairs.inputs import PairNeeds, Rule
+from fused_losses.primitives.row_rules.inputs import TRIPLETS, Block
+from fused_losses.primitives.row_rules.rules import RULES
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.primitives.topk.op import quantize_rows, select
-from fused_losses.row_rules import RULES, TRIPLETS, Block
 from fused_losses.row_update import adamw_rows_, sgd_rows_
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

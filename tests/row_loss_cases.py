@@ -16,9 +16,9 @@ from pair_cases import Case, require_pairs
 from pair_formulas import batch
 
 from fused_losses import ranking_losses as rl
-from fused_losses import row_losses
 from fused_losses import triplet_losses as tl
 from fused_losses.primitives.pairs import bounded as bounded_pairs
+from fused_losses.primitives.row_rules import bounded as row_rules_bounded
 
 TOWERS = ("x", "y")
 UNIT = {"normalize": True}
@@ -226,7 +226,7 @@ def require_rows(name: str) -> str:
 @contextmanager
 def small_row_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several ragged blocks also at these sizes."""
-    monkeypatch.setattr(row_losses, "BLOCK_BYTES", 5 * 29 * 8)
+    monkeypatch.setattr(row_rules_bounded, "BLOCK_BYTES", 5 * 29 * 8)
     monkeypatch.setattr(bounded_pairs, "BLOCK_ROWS", 8)
     monkeypatch.setattr(bounded_pairs, "BLOCK_BYTES", 8 * 16 * 4)
     yield

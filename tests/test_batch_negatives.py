@@ -16,8 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_losses import batch_negatives, margin_softmax, margins
-from fused_losses.batch_negatives import UNPG, add_shared, shared_negatives, unpg_margin_softmax
+from fused_losses import margin_softmax, margins
+from fused_losses.losses.unpg import UNPG, unpg_margin_softmax
+from fused_losses.primitives.shared_negatives import bounded as shared_tiles
+from fused_losses.primitives.shared_negatives import inputs as shared_negatives_inputs
+from fused_losses.primitives.shared_negatives import op as batch_negatives
+from fused_losses.primitives.shared_negatives.op import add_shared, shared_negatives
 
 FOLDER = Path(__file__).parent / "golden" / "negatives"
 INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]
@@ -45,7 +49,7 @@ def formula(scores: Tensor, scale: float, whisker: float) -> Tensor:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small batch passes several tiles, the last ones ragged."""
-    monkeypatch.setattr(batch_negatives, "TILE_SIDE", 16)
+    monkeypatch.setattr(shared_tiles, "TILE_SIDE", 16)
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -137,8 +141,8 @@ def test_quartiles_are_exact(kind: str, dtype: torch.dtype) -> None:
         # 1 + i j eps: all bits but the last few are alike, and zero below the first 16
         "near": torch.stack([torch.ones(n), torch.randint(1, 9, (n,)) * step], 1).double(),
     }[kind].to(dtype)
-    pairs = batch_negatives.Pairs(x, labels, valid)
-    got = batch_negatives._quartiles(pairs)
+    pairs = shared_negatives_inputs.Pairs(x, labels, valid)
+    got = shared_tiles._quartiles(pairs)
     scores = x @ x.T
     keep = ((labels[:, None] != labels) & valid[:, None] & valid).triu(1)
     ordered = scores[keep].sort().values
@@ -152,11 +156,12 @@ def test_quartiles_of_rounded_scores_have_the_bits_that_later_sweeps_see(
     dtype: torch.dtype,
 ) -> None:
     x = F.normalize(torch.randn(53, 19, dtype=dtype))
-    pairs = batch_negatives.Pairs(x, torch.arange(53) % 7, torch.ones(53, dtype=torch.bool))
-    seen = torch.cat([t.cosine[t.negative] for t in batch_negatives._tiles(pairs)])
+    pairs = shared_negatives_inputs.Pairs(x, torch.arange(53) % 7, torch.ones(53, dtype=torch.bool))
+    seen = torch.cat([t.cosine[t.negative] for t in shared_tiles._tiles(pairs)])
     ordered = seen.sort().values
     assert torch.equal(
-        batch_negatives._quartiles(pairs), ordered[[len(ordered) // 4, 3 * len(ordered) // 4]]
+        shared_tiles._quartiles(pairs),
+        ordered[[len(ordered) // 4, 3 * len(ordered) // 4]],
     )
 
 
@@ -347,18 +352,18 @@ class Largest(TorchDispatchMode):
 def test_memory_is_a_tile_and_sweeps_are_few(
     dtype: torch.dtype, sweeps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_negatives, "TILE_SIDE", 64)
+    monkeypatch.setattr(shared_tiles, "TILE_SIDE", 64)
     begun = []
-    tiles = batch_negatives._tiles
-    monkeypatch.setattr(batch_negatives, "_tiles", lambda p: begun.append(p) or tiles(p))
+    tiles = shared_tiles._tiles
+    monkeypatch.setattr(shared_tiles, "_tiles", lambda p: begun.append(p) or tiles(p))
     n, d = 512, 16
     x = torch.randn(n, d, dtype=dtype)
-    pairs = batch_negatives.Pairs(x, torch.arange(n) % 7, torch.ones(n, dtype=torch.bool))
+    pairs = shared_negatives_inputs.Pairs(x, torch.arange(n) % 7, torch.ones(n, dtype=torch.bool))
     scale = torch.ones((), dtype=torch.float64)
     with Largest() as seen:
-        found = batch_negatives._forward(pairs, scale, 1.5)
-        batch_negatives._backward(torch.ones_like(scale), pairs, scale, *found)
-    bins = 2 * (batch_negatives.BINS + 1)
+        found = shared_tiles.forward(pairs, scale, 1.5)
+        shared_tiles.backward(torch.ones_like(scale), pairs, scale, *found)
+    bins = 2 * (shared_tiles.BINS + 1)
     assert seen.elements <= max(n * d, 64 * 64, bins) < n * n
     assert len(begun) == sweeps
 

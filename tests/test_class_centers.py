@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fused_losses import class_losses, margins
 from fused_losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
-from fused_losses.batch_negatives import UNPG, unpg_margin_softmax
 from fused_losses.centers import ClassCenters
 from fused_losses.centers.sampling import sample
 from fused_losses.centers.shard import Gradients, Group, Shard, ShardSweep, SoftmaxEngine
 from fused_losses.functional import margin_softmax
+from fused_losses.losses import class_loss
+from fused_losses.losses.unpg import UNPG, unpg_margin_softmax
 
 N, C, D = 13, 57, 6
 
@@ -81,7 +82,7 @@ def test_is_class_loss(name: str) -> None:
     x, y = data(labels=labels)
     found = head(margin=make(), sub_centers=centers)
     weight = found.weight.detach().clone().requires_grad_()
-    expected = class_losses.class_loss(x, weight, y, make(), backend="reference")
+    expected = class_loss.class_loss(x, weight, y, make(), backend="reference")
     same(gradients(found(x, y), x, found.weight), gradients(expected, x, weight))
 
 
@@ -95,7 +96,7 @@ def test_sphereface2_bias_learns() -> None:
         if sharded:
             value = found(x, y)
         else:
-            value = class_losses.class_loss(x, found.weight, y, loss, backend="reference")
+            value = class_loss.class_loss(x, found.weight, y, loss, backend="reference")
         answers.append(gradients(value, bias))
     same(*answers)
 

@@ -16,25 +16,14 @@ from conftest import MEASURED, require, widest
 from test_memory import COUNTER, MIB, told_by_child
 from torch import Tensor
 
-from fused_losses import class_rules, margin_softmax, margins
-from fused_losses.class_losses import (
-    MLCD,
-    ClassLoss,
-    SFace,
-    Softmax,
-    SoftTriple,
-    SphereFace2,
-    class_loss,
-)
-from fused_losses.class_rules import (
-    CLASS_RULES,
-    RULES,
-    ClassInputs,
-    class_gradients,
-    class_statistics,
-    class_targets,
-    merge,
-)
+from fused_losses import margin_softmax, margins
+from fused_losses.class_losses import MLCD, ClassLoss, SFace, Softmax, SoftTriple, SphereFace2
+from fused_losses.losses.class_loss import class_loss
+from fused_losses.primitives.class_rules import bounded as class_rules_bounded
+from fused_losses.primitives.class_rules.bounded import class_targets
+from fused_losses.primitives.class_rules.inputs import ClassInputs
+from fused_losses.primitives.class_rules.op import CLASS_RULES, class_gradients, class_statistics
+from fused_losses.primitives.class_rules.rules import RULES, merge
 
 N, D, C, K, L = 7, 5, 19, 3, 4
 FOLDER = Path(__file__).parent / "golden"
@@ -43,8 +32,8 @@ FOLDER = Path(__file__).parent / "golden"
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, the last one shorter, at the sizes of these tests."""
-    monkeypatch.setattr(class_rules, "TILE_BYTES", 700)
-    monkeypatch.setattr(class_rules, "GPU_TILE_BYTES", 700)
+    monkeypatch.setattr(class_rules_bounded, "TILE_BYTES", 700)
+    monkeypatch.setattr(class_rules_bounded, "GPU_TILE_BYTES", 700)
 
 
 # ---- literal formulas, in float64; nothing of the package ----------------------------------------
@@ -748,7 +737,7 @@ CHILD = (
     COUNTER
     + """
 from fused_losses.class_losses import *
-from fused_losses.class_rules import extra_bytes
+from fused_losses.primitives.class_rules import extra_bytes
 
 def run(made, centers, n, d, c, backend):
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_losses import class_losses, margins
 from fused_losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
 from fused_losses.functional import margin_softmax
+from fused_losses.losses import class_loss
 
 N, C, D = 7, 11, 5
 
@@ -42,7 +43,7 @@ def test_is_the_class_loss(name: str, backend: str | None) -> None:
     margin, loss, centers, labels = FORMS[name]
     x, w, y = inputs(centers, labels)
     found = margin_softmax(x, w, y, margin=margin, scale=16.0, backend=backend)
-    expected = class_losses.class_loss(x, w, y, loss, backend="reference")
+    expected = class_loss.class_loss(x, w, y, loss, backend="reference")
     for a, b in zip(
         (found, *torch.autograd.grad(found, (x, w))),
         (expected, *torch.autograd.grad(expected, (x, w))),

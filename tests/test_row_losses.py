@@ -17,10 +17,11 @@ from row_loss_cases import BACKENDS, BY_NAME, ROWS, require_rows, small_row_bloc
 from torch import Tensor
 
 from fused_losses import ranking_losses as rl
-from fused_losses import row_rules
 from fused_losses import triplet_losses as tl
-from fused_losses.row_losses import ROW_LOSSES, RowInputs, row_losses
-from fused_losses.row_rules import RULES
+from fused_losses.primitives.row_rules import triplets as row_rules_triplets
+from fused_losses.primitives.row_rules.inputs import RowInputs
+from fused_losses.primitives.row_rules.op import ROW_LOSSES, row_losses
+from fused_losses.primitives.row_rules.rules import RULES
 
 cases = partial(pytest.mark.parametrize, "case", ROWS, ids=lambda case: case.name)
 ALONE = [case for case in ROWS if case.make is batch]
@@ -101,7 +102,7 @@ def test_is_its_formula_over_whole_blocks(
 def test_triplets_are_counted_by_sorting(
     case: Case, shape: str, exact_streamed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_rules, "FEW", 0)
+    monkeypatch.setattr(row_rules_triplets, "FEW", 0)
     check_formula(case, shape, exact_streamed)
 
 

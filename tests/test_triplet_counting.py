@@ -8,8 +8,9 @@ from conftest import CUDA
 from row_loss_cases import require_rows
 from torch import Tensor
 
-from fused_losses.backends import cuda_triplets
-from fused_losses.row_rules import RULES, TRIPLETS, Block
+from fused_losses.primitives.row_rules import cuda as cuda_triplets
+from fused_losses.primitives.row_rules.inputs import TRIPLETS, Block
+from fused_losses.primitives.row_rules.rules import RULES
 
 RULE = RULES["triplets"]
 KINDS = ("all", "hard", "semihard")

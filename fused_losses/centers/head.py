@@ -20,7 +20,6 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.rounding import rounding_key
 from fused_losses.base.validation import NO_TARGET, describe
-from fused_losses.batch_negatives import UNPG, add_shared
 from fused_losses.centers.collectives import DTYPES, Gathered, Ranks, Scattered, meet
 from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
 from fused_losses.centers.sampling import sample
@@ -39,7 +38,9 @@ from fused_losses.centers.shard import (
 from fused_losses.centers.step import Batch, Sharded, Step
 from fused_losses.centers.storage import Storage, initialise_
 from fused_losses.class_losses import ClassLoss, MergedRows, Softmax
+from fused_losses.losses.unpg import UNPG
 from fused_losses.margins import ArcFace, Margin
+from fused_losses.primitives.shared_negatives.op import add_shared
 
 GRADIENT_SCALES = ("ddp_mean", "global_sum")
 UPDATES = ("backward", "step")

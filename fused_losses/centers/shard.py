@@ -20,15 +20,10 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.validation import NO_TARGET
-from fused_losses.class_rules import (
-    RULES,
-    ClassInputs,
-    class_gradients,
-    class_statistics,
-    class_targets,
-    merge,
-    nothing,
-)
+from fused_losses.primitives.class_rules.bounded import class_targets
+from fused_losses.primitives.class_rules.inputs import ClassInputs
+from fused_losses.primitives.class_rules.op import class_gradients, class_statistics
+from fused_losses.primitives.class_rules.rules import RULES, merge, nothing
 from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING, Inputs
 from fused_losses.primitives.row_statistics.op import ROW_STATISTICS
 
@@ -164,7 +159,7 @@ class SoftmaxEngine:
 
 @dataclass(frozen=True)
 class RuleEngine:
-    """Any rule of `fused_losses.class_rules`, by tiles; sub-centres and several labels a row."""
+    """Any rule of `primitives.class_rules`, by tiles; sub-centres and several labels a row."""
 
     rule: str
     params: tuple[float, ...]

@@ -11,61 +11,20 @@ and a few blocks. Backward computes the scores again; its gradient is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, row_dtype
+from fused_losses.base.numerics import row_dtype
 from fused_losses.base.validation import describe
-from fused_losses.primitives.distances import reference as reference_distances
-from fused_losses.primitives.distances.op import DISTANCE_MATRIX
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
-from fused_losses.row_rules import RULES, Block
-
-# a score's kind of distance matrix, and its sign
-SCORES = {
-    "euclidean": ("euclidean", 1),
-    "sqeuclidean": ("sqeuclidean", 1),
-    "dot": ("dot", 1),
-    "minus_dot": ("dot", -1),
-}
-BLOCK_BYTES = 2 << 20  # of scores in a block
-GPU_BLOCK_BYTES = 16 << 20  # enough rows for every processor; a block stays in L2
-
-INPUTS = (
-    "Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? x_groups, Tensor? y_groups, "
-    "Tensor? values, str rule, float[] params, str score, bool skip_self, str precision"
-)
-FORWARD = f"({INPUTS}) -> Tensor statistics"
-BACKWARD = (
-    f"(Tensor grad, {INPUTS}, bool need_x, bool need_y, bool need_values) "
-    "-> (Tensor dx, Tensor dy, Tensor dvalues)"
-)
-
-
-class RowInputs(NamedTuple):
-    """One call, in the order of the op's schema."""
-
-    x: Tensor  # [N, D]
-    y: Tensor  # [M, D], of x's dtype
-    x_labels: Tensor  # [N] int32; equal labels: a positive pair, else a negative one
-    y_labels: Tensor  # [M] int32
-    x_groups: Tensor | None = None  # [N] int32; different groups: the pair is left out
-    y_groups: Tensor | None = None  # [M] int32
-    values: Tensor | None = None  # [N, K] in `row_dtype`, numbers of each row that the rule takes
-    rule: str = "triplets"  # a name in `row_rules.RULES`
-    params: tuple[float, ...] | list[float] = ()
-    score: str = "euclidean"  # a name in SCORES
-    skip_self: bool = False  # leave out i == j
-    precision: str = "fp32"
-
-
-def block_bytes(device: torch.device) -> int:
-    return GPU_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
+from fused_losses.primitives.row_rules.bounded import backward, forward
+from fused_losses.primitives.row_rules.inputs import BACKWARD, FORWARD, SCORES, RowInputs
+from fused_losses.primitives.row_rules.reference import reference
+from fused_losses.primitives.row_rules.rules import RULES
 
 
 def row_losses(inputs: RowInputs, *, backend: str | None = None) -> Tensor:
@@ -85,7 +44,7 @@ def row_losses(inputs: RowInputs, *, backend: str | None = None) -> Tensor:
     )
     with torch.autocast(inputs.x.device.type, enabled=False):
         if name == "reference":
-            return _reference(inputs)
+            return reference(inputs)
         # kernels need a coordinate
         return ROW_LOSSES(name if inputs.x.shape[1] else "bounded", *inputs)
 
@@ -124,92 +83,15 @@ def _check(p: RowInputs) -> None:
         validation.check_device("x", p.x, "values", p.values)
 
 
-def _block(p: RowInputs, score: Tensor, rows: slice) -> Block:
-    """The block of these rows: its classes of pairs beside its scores."""
-    same = p.x_labels[rows, None] == p.y_labels
-    other = ~same
-    if p.x_groups is not None:
-        together = p.x_groups[rows, None] == p.y_groups
-        same, other = same & together, other & together
-    if p.skip_self:
-        i = torch.arange(rows.start, rows.stop, device=score.device)
-        apart = i[:, None] != torch.arange(score.shape[1], device=score.device)
-        same, other = same & apart, other & apart
-    values = None if p.values is None else p.values[rows]
-    return Block(score, same, other, values, list(p.params))
-
-
-def _reference(p: RowInputs) -> Tensor:
-    """The rule's formula on the whole matrix, of every difference of two rows at once."""
-    kind, sign = SCORES[p.score]
-    score = sign * reference_distances.distance(kind, p.x, p.y, None, 2.0)
-    return RULES[p.rule].formula(_block(p, score, slice(0, p.x.shape[0])))
-
-
 # ---- blocks of rows -----------------------------------------------------------------------------
-
-
-def _cuts(p: RowInputs) -> Iterator[slice]:
-    n, m = p.x.shape[0], p.y.shape[0]
-    size = accumulate_dtype(p.x.dtype).itemsize
-    tall = max(1, block_bytes(p.x.device) // (max(m, 1) * size))
-    for i in range(0, n, tall):
-        yield slice(i, min(i + tall, n))
-
-
-def _scores(backend: str, p: RowInputs, x: Tensor, y: Tensor) -> Tensor:
-    """Scores [B, M] of rows x, before their sign."""
-    return DISTANCE_MATRIX.op(backend)(x, y, None, SCORES[p.score][0], 2.0, p.precision)
-
-
-def _forward(backend: str, p: RowInputs) -> Tensor:
-    rule, dtype = RULES[p.rule], accumulate_dtype(p.x.dtype)
-    x, y, sign = p.x.to(dtype), p.y.to(dtype), SCORES[p.score][1]
-    size = (p.x.shape[0], rule.size(list(p.params)))
-    out = p.x.new_empty(size, dtype=row_dtype(p.x.device))
-    for rows in _cuts(p):
-        score = _scores(backend, p, x[rows], y)
-        out[rows] = rule.on(backend).forward(_block(p, -score if sign < 0 else score, rows))
-    return out
-
-
-def _backward(
-    backend: str, grad: Tensor, p: RowInputs, need_x: bool, need_y: bool, need_values: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    rule, dtype = RULES[p.rule], accumulate_dtype(p.x.dtype)
-    x, y = p.x.to(dtype), p.y.to(dtype)
-    kind, sign = SCORES[p.score]
-    dx = torch.empty_like(x) if need_x else p.x.new_empty(0)
-    dy = torch.zeros_like(y) if need_y else p.y.new_empty(0)
-    dvalues = torch.zeros_like(p.values) if need_values else p.x.new_empty(0)
-    backward = DISTANCE_MATRIX.op(backend, "_backward")
-    for rows in _cuts(p):
-        score = _scores(backend, p, x[rows], y)
-        slope, of_values = rule.on(backend).gradient(
-            _block(p, -score if sign < 0 else score, rows), grad[rows].to(dtype)
-        )
-        slope = -slope if sign < 0 else slope
-        given = (slope.to(dtype), score, x[rows], y, None, kind, 2.0, p.precision)
-        of_x, of_y, _ = backward(*given, need_x, need_y, False)
-        if need_x:
-            dx[rows] = of_x
-        if need_y:
-            dy += of_y
-        if need_values and of_values is not None:
-            dvalues[rows] = of_values.to(dvalues.dtype)
-    return (
-        dx.to(p.x.dtype) if need_x else dx,
-        dy.to(p.y.dtype) if need_y else dy,
-        dvalues,
-    )
 
 
 def _python(direction: str, backend: str, *arguments: Any) -> Any:
     with torch.autocast(arguments[0].device.type, enabled=False):
         if not direction:
-            return _forward(backend, RowInputs(*arguments))
+            return forward(backend, RowInputs(*arguments))
         grad, *inputs = arguments
-        return _backward(backend, grad, RowInputs(*inputs[:FIELDS]), *inputs[FIELDS:])
+        return backward(backend, grad, RowInputs(*inputs[:FIELDS]), *inputs[FIELDS:])
 
 
 # ---- the op: autograd and registration ----------------------------------------------------------

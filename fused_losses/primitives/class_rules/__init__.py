@@ -1,0 +1,1 @@
+"""Tiles of classes folded by a rule: sub-centres, several labels a row, sigmoids."""

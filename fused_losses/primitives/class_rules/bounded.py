@@ -1,0 +1,274 @@
+"""Folds over classes on tiles of products, in PyTorch, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
+from fused_losses.base.validation import NO_TARGET
+from fused_losses.primitives.class_rules.inputs import ClassInputs, ClassStatistics
+from fused_losses.primitives.class_rules.rules import RULES, merge, nothing
+from fused_losses.primitives.distances.op import DISTANCE_MATRIX
+
+TILE_BYTES = 2 << 20  # of products and of weights in a tile, together
+
+GPU_TILE_BYTES = 16 << 20  # enough classes for every processor; a tile stays in L2
+
+LIVE_TILES = 8.0  # how many such are alive at the peak, in backward (tests/test_class_losses.py)
+
+
+def tile_bytes(device: torch.device | None) -> int:
+    return GPU_TILE_BYTES if device is not None and device.type == "cuda" else TILE_BYTES
+
+
+def tile_classes(p: ClassInputs) -> int:
+    """How many classes a tile has, one at least."""
+    return max(1, tile_bytes(p.x.device) // _class_bytes(*p.x.shape, p.centers, p.dtype))
+
+
+def _class_bytes(n: int, d: int, centers: int, dtype: torch.dtype) -> int:
+    return max(1, centers * (n + d) * dtype.itemsize)
+
+
+def extra_bytes(
+    n: int, d: int, centers: int, dtype: torch.dtype, device: torch.device | None = None
+) -> int:
+    """Peak memory of forward and backward beyond inputs, outputs and gradients."""
+    wide = accumulate_dtype(dtype)
+    tile = max(tile_bytes(device), _class_bytes(n, d, centers, wide))
+    return int(LIVE_TILES * tile) + 4 * n * d * wide.itemsize
+
+
+class _Tile(NamedTuple):
+    """A run of T classes against every row."""
+
+    part: slice  # of the classes that take part
+    rows: slice | Tensor  # of weight, T K
+    weight: Tensor  # [T K, D] as multiplied
+    norm: Tensor | None  # [T K, 1]
+    product: Tensor  # [N, T K]
+    cosine: Tensor  # [N, T]
+    column: Tensor  # [N, L] of each label in this tile, T: it is in another one
+
+    @property
+    def positive(self) -> Tensor:
+        """[N, T] bool: the class is among the row's labels."""
+        n, size = self.cosine.shape
+        marks = self.cosine.new_zeros((n, size + 1), dtype=torch.bool)
+        return marks.scatter_(1, self.column, True)[:, :size]
+
+
+def pool(product: Tensor, softness: float) -> Tensor:
+    """A class's cosine from those of its centres, [..., K] -> [...].
+
+    softness 0: the highest (of equal ones the first, which also gets the gradient); else their mean
+    by softmax(product / softness), SoftTriple's relaxed similarity (Qian et al., 2019).
+    """
+    if product.shape[-1] == 1:
+        return product[..., 0]
+    if softness == 0:
+        return product.max(dim=-1).values
+    return (torch.softmax(product / softness, dim=-1) * product).sum(dim=-1)
+
+
+def _spread(grad: Tensor, tile: _Tile, p: ClassInputs) -> Tensor:
+    """dL/dcosine [N, T] -> dL/dproduct [N, T K]."""
+    if p.centers == 1:
+        return grad
+    product = tile.product.unflatten(1, (-1, p.centers))
+    if p.softness == 0:
+        best = product.max(dim=-1, keepdim=True).indices
+        return torch.zeros_like(product).scatter_(-1, best, grad[..., None]).flatten(1)
+    share = torch.softmax(product / p.softness, dim=-1)
+    share *= 1 + (product - tile.cosine[..., None]) / p.softness
+    return share.mul_(grad[..., None]).flatten(1)
+
+
+def _places(p: ClassInputs) -> Tensor:
+    """[N, L]: where each label stands among the classes that take part; -1: nowhere."""
+    if p.classes is None:
+        return p.labels
+    if p.classes.numel() == 0:
+        return torch.full_like(p.labels, NO_TARGET)
+    place = torch.searchsorted(p.classes, p.labels).clamp_max(p.classes.numel() - 1)
+    return torch.where(p.classes[place] == p.labels, place, NO_TARGET)
+
+
+def _weight_rows(p: ClassInputs, part: slice) -> slice | Tensor:
+    k = p.centers
+    if p.classes is None:
+        return slice(part.start * k, part.stop * k)
+    ids = p.classes[part]
+    return ids if k == 1 else (ids[:, None] * k + torch.arange(k, device=ids.device)).flatten()
+
+
+def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_Tile]:
+    """The classes that take part, a tile at a time, against the rows x (p.x as accumulated)."""
+    if x.shape[0] == 0:
+        return
+    step, place = tile_classes(p), _places(p)
+    dot = DISTANCE_MATRIX.op(backend)
+    for start in range(0, p.taking_part, step):
+        part = slice(start, min(start + step, p.taking_part))
+        size = part.stop - start
+        rows = _weight_rows(p, part)
+        weight = p.weight[rows].to(x.dtype)
+        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True) if p.normalize else None
+        weight = unit_rows(weight) if p.normalize else weight
+        product = dot(x, weight, None, "dot", 2.0, p.precision)
+        cosine = pool(product.unflatten(1, (size, p.centers)), p.softness)
+        column = place - start
+        column = torch.where((column < 0) | (column >= size), size, column)
+        yield _Tile(part, rows, weight, norm, product, cosine, column)
+
+
+def _values(p: ClassInputs, dtype: torch.dtype) -> Tensor | None:
+    return None if p.values is None else p.values.to(dtype)[:, :, None]
+
+
+def _fold(kind: str, term: Tensor, positive: Tensor) -> Tensor:
+    """A tile's part of a statistic, [N] in `row_dtype`."""
+    wide = row_dtype(term.device)
+    if kind == "sum":
+        return term.masked_fill(positive, 0).sum(dim=1).to(wide)
+    term = term.masked_fill(positive, -torch.inf)
+    top = term.amax(dim=1)
+    top = torch.where(top.isfinite(), top, 0)
+    # the maximum apart: a float32 logarithm would end at its sixth digit before the point
+    total = term.sub_(top[:, None]).exp_().sum(dim=1)
+    return top.to(wide) + total.to(wide).log()
+
+
+def _targets(
+    x: Tensor, weight: Tensor, labels: Tensor, centers: int, softness: float, normalize: bool
+) -> Tensor:
+    """<x_i, w_y> pooled over the centres, [N, L] in `row_dtype`; 0 where the label is -1.
+
+    Summed in that dtype, as the target of `row_statistics` is. So many at a time that the gathered
+    rows are a tile.
+    """
+    wide = row_dtype(x.device)
+    flat = labels.flatten()
+    out = torch.zeros_like(flat, dtype=wide)
+    if weight.shape[0] == 0:
+        return out.view_as(labels)
+    weight = weight.unflatten(0, (-1, centers))
+    step = max(1, tile_bytes(x.device) // (32 * max(x.shape[1] * centers, 1)))
+    for start in range(0, flat.shape[0], step):
+        of = torch.arange(start, min(start + step, flat.shape[0]), device=x.device)
+        w = weight[flat[of].clamp_min(0)].to(wide)
+        w = unit_rows(w) if normalize else w
+        rows = x[of // labels.shape[1]].to(wide)
+        out[of] = pool((w * rows[:, None]).sum(dim=2), softness)
+    return torch.where(labels < 0, 0, out.view_as(labels))
+
+
+def class_targets(p: ClassInputs) -> Tensor:
+    """Cosines of the rows with their labels, [N, L] in `row_dtype`, 0 where the label is -1.
+
+    Without gradient: for values that the rule needs before the sweep, which gives them again with
+    one. Labels must be in range. Time O(N L K D), memory a tile.
+    """
+    op = torch.ops.fused_losses.class_targets.default
+    return op(p.x.detach(), p.weight.detach(), p.labels, p.centers, p.softness, p.normalize)
+
+
+def _check_ids(p: ClassInputs) -> None:
+    """Labels and classes in range, before anything is read by them."""
+    count = p.weight.shape[0] // p.centers
+    validation.check_labels(p.labels, count if p.taking_part else 0)
+    if p.classes is not None and p.taking_part and not p.labels.is_cuda:
+        validation.check_classes(p.classes, count)
+        validation.check_labels_in_classes(p.labels.flatten(), p.classes)
+
+
+def forward(backend: str, p: ClassInputs) -> ClassStatistics:
+    _check_ids(p)
+    rule, params = RULES[p.rule], list(p.params)
+    x = p.x.to(p.dtype)
+    n, values = x.shape[0], _values(p, x.dtype)
+    statistics = nothing(rule.kinds, n, x.device)
+    hardest = torch.full((n,), -1, device=x.device)
+    hardest_score = x.new_full((n,), -torch.inf)
+    for tile in _tiles(backend, p, x):
+        positive = tile.positive
+        terms = rule.terms(tile.cosine, values, params)
+        found = [_fold(kind, term, positive) for kind, term in zip(rule.kinds, terms, strict=True)]
+        statistics = merge(rule.kinds, statistics, torch.stack(found))
+        best = tile.cosine.masked_fill(positive, -torch.inf).max(dim=1)
+        better = best.values > hardest_score
+        place = best.indices + tile.part.start
+        hardest = torch.where(better, place if p.classes is None else p.classes[place], hardest)
+        hardest_score = torch.where(better, best.values, hardest_score)
+    targets = _targets(p.x, p.weight, p.labels, p.centers, p.softness, p.normalize)
+    return ClassStatistics(statistics, targets, hardest, hardest_score)
+
+
+def _tile_gradient(
+    p: ClassInputs, tile: _Tile, grads: Tensor, merged: Tensor, grad_targets: Tensor
+) -> Tensor:
+    """dL/dcosine [N, T] of a tile, from the merged statistics [S, N] and their gradients.
+
+    A row without negatives has lse = -inf, and infinities here that are masked.
+    """
+    rule, params = RULES[p.rule], list(p.params)
+    values = _values(p, tile.cosine.dtype)
+    terms = rule.terms(tile.cosine, values, params) if "lse" in rule.kinds else ()
+    parts = []
+    for s, slope in enumerate(rule.slopes(tile.cosine, values, params)):
+        part = grads[s, :, None] * slope
+        if rule.kinds[s] == "lse":
+            part = (terms[s] - merged[s, :, None]).exp_().mul_(part)
+        parts.append(part)
+    total = sum(parts[1:], start=parts[0]).masked_fill_(tile.positive, 0)
+    # labels of other tiles add 0 to the last column
+    inside = tile.column < total.shape[1]
+    column = tile.column.clamp_max(total.shape[1] - 1)
+    return total.scatter_add_(1, column, torch.where(inside, grad_targets, 0))
+
+
+def backward(
+    backend: str,
+    grad_statistics: Tensor,
+    grad_targets: Tensor,
+    statistics: Tensor,
+    p: ClassInputs,
+    compact: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    x = p.x.to(p.dtype)
+    dx = torch.zeros_like(x) if need_x else p.x.new_empty(0)
+    dweight = p.weight.new_zeros(gradient_shape(p, compact) if need_weight else 0)
+    compact = compact and p.classes is not None
+    merged, grads = statistics.to(x.dtype), grad_statistics.to(x.dtype)
+    of_targets = grad_targets.to(x.dtype)
+    backward = DISTANCE_MATRIX.op(backend, "backward")
+    for tile in _tiles(backend, p, x) if need_x or need_weight else ():
+        g = _spread(_tile_gradient(p, tile, grads, merged, of_targets), tile, p)
+        given = (g, tile.product, x, tile.weight, None, "dot", 2.0, p.precision)
+        of_x, of_weight, _ = backward(*given, need_x, need_weight, False)
+        if need_x:
+            dx += of_x
+        if need_weight:
+            if tile.norm is not None:
+                of_weight = _through_norm(of_weight, tile.weight, tile.norm)
+            part = slice(tile.part.start * p.centers, tile.part.stop * p.centers)
+            dweight[part if compact else tile.rows] = of_weight.to(dweight.dtype)
+    return (dx.to(p.x.dtype) if need_x else dx), dweight
+
+
+def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """dL/dw of dL/du, u = w / |w|; 0 for a zero row."""
+    along = (grad * unit).sum(dim=1, keepdim=True)
+    return ((grad - along * unit) / norm).masked_fill_(norm <= ZERO_NORM, 0)
+
+
+def gradient_shape(p: ClassInputs, compact: bool) -> tuple[int, int]:
+    rows, d = p.weight.shape
+    return (p.taking_part * p.centers, d) if compact else (rows, d)

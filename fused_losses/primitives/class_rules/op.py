@@ -1,0 +1,203 @@
+"""The streamed primitive of class losses: tiles of classes folded by a rule, written in PyTorch.
+
+    c_ij = pool_k <x_i, w_jk>                      a class's cosine, over its K centres
+    statistic_si = sum_j term_s(c_ij)              or log sum_j exp term_s(c_ij), over the negatives
+    targets_il = c_i,y_il                          the classes of the row's own labels
+
+A rule says what the terms are; a class that is none of a row's labels is its negative. Statistics
+of tiles, and of shards of the classes, merge by `merge`, and the gradient of a tile needs nothing
+but the merged ones: the same op serves one process and a sharded head. It is for losses that
+`row_statistics` cannot express (sub-centres, several labels a row, no softmax): their rule runs in
+PyTorch on a tile, its products on the backend. Tiles are computed again in backward; nothing N x C.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses import backends
+from fused_losses.base import validation
+from fused_losses.base.numerics import row_dtype
+from fused_losses.base.validation import describe
+from fused_losses.primitives.class_rules.bounded import _targets, backward, forward, gradient_shape
+from fused_losses.primitives.class_rules.inputs import (
+    BACKWARD,
+    FORWARD,
+    ClassInputs,
+    ClassStatistics,
+)
+from fused_losses.primitives.class_rules.reference import reference
+from fused_losses.primitives.class_rules.rules import RULES
+from fused_losses.primitives.op import LIBRARY, PYTHON_BACKENDS, StreamedOp
+
+# ---- what the op is given -----------------------------------------------------------------------
+
+
+def class_statistics(inputs: ClassInputs, *, backend: str | None = None) -> ClassStatistics:
+    """The rule's statistics and the cosines of the labels, differentiable in x and weight.
+
+    Raises ValueError, TypeError or IndexError for inputs that do not fit each other;
+    NotImplementedError for a second derivative, but on "reference". Labels must be among `classes`.
+    Time O(N M K D) and the rule's own; memory O(N D) and a few tiles (`extra_bytes`).
+    """
+    _check(inputs)
+    inputs = inputs._replace(params=[float(p) for p in inputs.params])
+    name = _choose(inputs, backend)
+    with torch.autocast(inputs.x.device.type, enabled=False):
+        if name == "reference":
+            return reference(inputs)
+        return ClassStatistics(*CLASS_RULES(name, *inputs))
+
+
+def class_gradients(
+    inputs: ClassInputs,
+    statistics: Tensor,  # [S, N], merged over all shards
+    grad_statistics: Tensor,  # [S, N]
+    grad_targets: Tensor,  # [N, L]
+    *,
+    compact: bool = False,
+    need_x: bool = True,
+    need_weight: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dx [N, D] and dweight of one shard, by hand: for heads that merge statistics over ranks.
+
+    dweight is [C K, D], or with `compact` and `classes` [M K, D], the rows of these classes;
+    what is not needed is empty. Time and memory as `class_statistics`, and dweight.
+    """
+    inputs = inputs._replace(params=[float(p) for p in inputs.params])
+    name = _choose(inputs, backend)
+    if name == "reference":
+        raise ValueError("backend: expected a streamed one, got 'reference', which autograd serves")
+    op = CLASS_RULES.op(name, "backward")
+    return op(grad_statistics, grad_targets, statistics, *inputs, compact, need_x, need_weight)
+
+
+def _choose(p: ClassInputs, backend: str | None) -> str:
+    width = p.x.shape[1]
+    name, _ = backends.choose(
+        backend, p.x.device, p.weight.dtype, p.precision, "distance_products", width
+    )
+    # kernels need a coordinate
+    return name if width or name == "reference" else "bounded"
+
+
+def _check(p: ClassInputs) -> None:
+    """What the tiles rely on; the losses say more of their own arguments."""
+    validation.check_matrix("x", p.x, "[N, D]")
+    validation.check_matrix("weight", p.weight, "[C K, D]")
+    n = p.x.shape[0]
+    if p.x.shape[1] != p.weight.shape[1]:
+        raise ValueError(
+            f"weight: expected [C K, {p.x.shape[1]}] as x has, got {describe(p.weight)}"
+        )
+    if p.x.dtype not in (p.weight.dtype, p.dtype):
+        raise TypeError(
+            f"x: expected {p.weight.dtype} or {p.dtype} beside weight, got {describe(p.x)}"
+        )
+    validation.check_device("x", p.x, "weight", p.weight)
+    validation.check_choice("rule", p.rule, tuple(RULES))
+    validation.check_choice("precision", p.precision, validation.PRECISIONS)
+    if p.centers < 1 or p.weight.shape[0] % p.centers:
+        raise ValueError(
+            f"centers: expected a divisor of weight's {p.weight.shape[0]} rows, got {p.centers}"
+        )
+    if not p.softness >= 0:
+        raise ValueError(f"softness: expected a value >= 0, got {p.softness}")
+    if p.labels.dtype != torch.int64:
+        raise TypeError(f"labels: expected int64 class ids, got {describe(p.labels)}")
+    if p.labels.dim() != 2 or p.labels.shape[0] != n:
+        raise ValueError(f"labels: expected shape ({n}, L), got {describe(p.labels)}")
+    rule = RULES[p.rule]
+    if len(p.params) != rule.params:
+        raise ValueError(f"params: expected {rule.params} of {p.rule!r}, got {len(p.params)}")
+    given = 0 if p.values is None else p.values.shape[0]
+    if given not in rule.values or (p.values is not None and tuple(p.values.shape) != (given, n)):
+        wanted = " or ".join(f"({r}, {n})" if r else "None" for r in rule.values)
+        got = "None" if p.values is None else describe(p.values)
+        raise ValueError(f"values: expected {wanted} with rule {p.rule!r}, got {got}")
+
+
+# ---- the op: autograd and registration ----------------------------------------------------------
+
+FIELDS = len(ClassInputs._fields)
+TENSORS = ClassInputs._fields.index("rule")  # how many fields, the first ones, are tensors
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    statistics, _, hardest, hardest_score = output
+    ctx.mark_non_differentiable(hardest, hardest_score)
+    ctx.save_for_backward(*inputs[:TENSORS], statistics)
+    ctx.rest = inputs[TENSORS:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+    *tensors, statistics = ctx.saved_tensors
+    of_statistics, of_targets = grads[:2]
+    none = (None,) * (FIELDS - 2)
+    if of_statistics is None and of_targets is None:
+        return None, None, *none
+    if of_statistics is None:
+        of_statistics = torch.zeros_like(statistics)
+    if of_targets is None:
+        of_targets = torch.zeros_like(tensors[2], dtype=statistics.dtype)
+    dx, dweight = backward_op(
+        of_statistics.contiguous(), of_targets.contiguous(), statistics, *tensors, *ctx.rest,
+        False, *needed[:2],
+    )  # fmt: skip
+    return dx if needed[0] else None, dweight if needed[1] else None, *none
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    p = ClassInputs(*arguments)
+    n, wide = p.x.shape[0], row_dtype(p.x.device)
+    return (
+        p.x.new_empty((len(RULES[p.rule].kinds), n), dtype=wide),
+        p.x.new_empty(p.labels.shape, dtype=wide),
+        p.labels.new_empty(n),
+        p.x.new_empty(n, dtype=p.dtype),
+    )
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    p, (compact, need_x, need_weight) = ClassInputs(*arguments[3:-3]), arguments[-3:]
+    return (
+        p.x.new_empty(p.x.shape if need_x else 0),
+        p.weight.new_empty(gradient_shape(p, compact) if need_weight else 0),
+    )
+
+
+def _python(direction: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        if not direction:
+            return tuple(forward(backend, ClassInputs(*arguments)))
+        return backward(backend, *arguments[:3], ClassInputs(*arguments[3:-3]), *arguments[-3:])
+
+
+CLASS_RULES = StreamedOp(
+    name="class_rules",
+    forward=FORWARD,
+    backward=BACKWARD,
+    setup_context=_setup_context,
+    gradients=_gradients,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    python=_python,
+    # rules are Python on the CPU too, its products are the compiled op's
+    python_backends=(*PYTHON_BACKENDS, "cpu"),
+)
+CLASS_RULES.define()
+
+LIBRARY.define(
+    "class_targets(Tensor x, Tensor weight, Tensor labels, int centers, float softness, "
+    "bool normalize) -> Tensor"
+)
+LIBRARY.impl("class_targets", _targets, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fused_losses::class_targets",
+    lambda x, weight, labels, *_: x.new_empty(labels.shape, dtype=row_dtype(x.device)),
+)

@@ -1,0 +1,114 @@
+"""The rules of a fold over classes: terms of a score and their slopes, one entry of `RULES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses.base.numerics import row_dtype
+
+Terms = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor, ...]]
+
+Slopes = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor | float, ...]]
+
+
+class Rule(NamedTuple):
+    """What a cosine of a negative class adds to the row's statistics.
+
+    terms(c [N, T], values [R, N, 1] or None, params) gives one [N, T] a statistic, in PyTorch that
+    autograd follows; slopes gives their derivatives in c (of an lse a number will do). values and
+    params carry no gradient.
+    """
+
+    kinds: tuple[str, ...]  # of each statistic: "lse" or "sum"
+    terms: Terms
+    slopes: Slopes
+    params: int  # how many
+    values: tuple[int, ...]  # how many rows of them it may have
+
+
+def bent(c: Tensor, values: Tensor | None) -> Tensor:
+    """psi(c): c up to the row's threshold t, p + q c + r c^2 above it; values = t, p, q, r."""
+    if values is None:
+        return c
+    t, p, q, r = values
+    return torch.where(c <= t, c, p + c * (q + r * c))
+
+
+def _softmax_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor]:
+    return (params[0] * bent(c, values),)
+
+
+def _softmax_slopes(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor | float]:
+    if values is None:
+        return (params[0],)
+    t, _, q, r = values
+    return (params[0] * torch.where(c <= t, 1, q + 2 * r * c),)
+
+
+def _sface_weight(c: Tensor, params: list[float]) -> Tensor:
+    k, b = params
+    # rounding takes a cosine beyond 1, where acos is NaN
+    return torch.sigmoid(k * (b - c.detach().clamp(-1, 1).acos()))
+
+
+def _sface_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor]:
+    return (_sface_weight(c, params) * c,)
+
+
+def _sface_slopes(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor]:
+    return (_sface_weight(c, params),)
+
+
+def raised(c: Tensor, t: float, straight_through: bool) -> Tensor:
+    """2 ((c + 1) / 2)^t - 1, SphereFace2's map of a cosine; straight_through: with slope 1."""
+    value = 2 * ((c + 1) / 2).clamp_min(0) ** t - 1
+    return c + (value - c).detach() if straight_through else value
+
+
+def _sphereface2_score(c: Tensor, values: Tensor, params: list[float]) -> Tensor:
+    scale, margin, t, straight_through = params
+    return scale * (raised(c, t, bool(straight_through)) + margin) + values[0]
+
+
+def _sphereface2_terms(c: Tensor, values: Tensor, params: list[float]) -> tuple[Tensor, Tensor]:
+    """softplus(z), and its slope in the bias."""
+    z = _sphereface2_score(c, values, params)
+    return -torch.nn.functional.logsigmoid(-z), torch.sigmoid(z)
+
+
+def _sphereface2_slopes(c: Tensor, values: Tensor, params: list[float]) -> tuple[Tensor, Tensor]:
+    scale, _, t, straight_through = params
+    share = torch.sigmoid(_sphereface2_score(c, values, params))
+    of_score: Tensor | float = scale
+    if not straight_through:
+        of_score = scale * t * ((c + 1) / 2).clamp_min(0) ** (t - 1)
+    return share * of_score, share * (1 - share) * of_score
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        # params: scale; values: none, or the bend's four
+        "softmax": Rule(("lse",), _softmax_terms, _softmax_slopes, 1, (0, 4)),
+        # params: k, b
+        "sface": Rule(("sum",), _sface_terms, _sface_slopes, 2, (0,)),
+        # params: scale, margin, t, whether straight through; values: the bias
+        "sphereface2": Rule(("sum", "sum"), _sphereface2_terms, _sphereface2_slopes, 4, (1,)),
+    }
+)
+
+
+def merge(kinds: tuple[str, ...], a: Tensor, b: Tensor) -> Tensor:
+    """Statistics [S, N] over two disjoint sets of classes -> those over both."""
+    merged = (torch.logaddexp if kind == "lse" else torch.add for kind in kinds)
+    return torch.stack([both(a[s], b[s]) for s, both in enumerate(merged)])
+
+
+def nothing(kinds: tuple[str, ...], n: int, device: torch.device) -> Tensor:
+    """Statistics [S, N] over no classes at all."""
+    start = [-torch.inf if kind == "lse" else 0.0 for kind in kinds]
+    return torch.tensor(start, dtype=row_dtype(device), device=device)[:, None].repeat(1, n)

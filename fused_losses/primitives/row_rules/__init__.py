@@ -1,0 +1,1 @@
+"""Each row of scores folded into a few numbers by a rule."""

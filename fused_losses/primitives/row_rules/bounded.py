@@ -1,0 +1,76 @@
+"""Folds over rows on blocks of scores, in PyTorch, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_losses.base.numerics import accumulate_dtype, row_dtype
+from fused_losses.primitives.distances.op import DISTANCE_MATRIX
+from fused_losses.primitives.row_rules.inputs import SCORES, RowInputs, block
+from fused_losses.primitives.row_rules.rules import RULES
+
+BLOCK_BYTES = 2 << 20  # of scores in a block
+
+GPU_BLOCK_BYTES = 16 << 20  # enough rows for every processor; a block stays in L2
+
+
+def block_bytes(device: torch.device) -> int:
+    return GPU_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
+
+
+def _cuts(p: RowInputs) -> Iterator[slice]:
+    n, m = p.x.shape[0], p.y.shape[0]
+    size = accumulate_dtype(p.x.dtype).itemsize
+    tall = max(1, block_bytes(p.x.device) // (max(m, 1) * size))
+    for i in range(0, n, tall):
+        yield slice(i, min(i + tall, n))
+
+
+def _scores(backend: str, p: RowInputs, x: Tensor, y: Tensor) -> Tensor:
+    """Scores [B, M] of rows x, before their sign."""
+    return DISTANCE_MATRIX.op(backend)(x, y, None, SCORES[p.score][0], 2.0, p.precision)
+
+
+def forward(backend: str, p: RowInputs) -> Tensor:
+    rule, dtype = RULES[p.rule], accumulate_dtype(p.x.dtype)
+    x, y, sign = p.x.to(dtype), p.y.to(dtype), SCORES[p.score][1]
+    size = (p.x.shape[0], rule.size(list(p.params)))
+    out = p.x.new_empty(size, dtype=row_dtype(p.x.device))
+    for rows in _cuts(p):
+        score = _scores(backend, p, x[rows], y)
+        out[rows] = rule.on(backend).forward(block(p, -score if sign < 0 else score, rows))
+    return out
+
+
+def backward(
+    backend: str, grad: Tensor, p: RowInputs, need_x: bool, need_y: bool, need_values: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rule, dtype = RULES[p.rule], accumulate_dtype(p.x.dtype)
+    x, y = p.x.to(dtype), p.y.to(dtype)
+    kind, sign = SCORES[p.score]
+    dx = torch.empty_like(x) if need_x else p.x.new_empty(0)
+    dy = torch.zeros_like(y) if need_y else p.y.new_empty(0)
+    dvalues = torch.zeros_like(p.values) if need_values else p.x.new_empty(0)
+    backward = DISTANCE_MATRIX.op(backend, "backward")
+    for rows in _cuts(p):
+        score = _scores(backend, p, x[rows], y)
+        slope, of_values = rule.on(backend).gradient(
+            block(p, -score if sign < 0 else score, rows), grad[rows].to(dtype)
+        )
+        slope = -slope if sign < 0 else slope
+        given = (slope.to(dtype), score, x[rows], y, None, kind, 2.0, p.precision)
+        of_x, of_y, _ = backward(*given, need_x, need_y, False)
+        if need_x:
+            dx[rows] = of_x
+        if need_y:
+            dy += of_y
+        if need_values and of_values is not None:
+            dvalues[rows] = of_values.to(dvalues.dtype)
+    return (
+        dx.to(p.x.dtype) if need_x else dx,
+        dy.to(p.y.dtype) if need_y else dy,
+        dvalues,
+    )

@@ -1,0 +1,109 @@
+"""What a fold over rows is given, and what a rule is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses.base.numerics import row_dtype
+
+TRIPLETS = ("all", "hard", "semihard", "easy")
+
+PICKS = ("hardest", "easiest", "semihard")
+
+
+class Block(NamedTuple):
+    """Some rows against every column."""
+
+    score: Tensor  # [B, M]
+    positive: Tensor  # [B, M] bool
+    negative: Tensor  # [B, M] bool, disjoint
+    values: Tensor | None  # [B, K] further numbers of each row
+    params: list[float]
+
+    @property
+    def wide(self) -> torch.dtype:
+        return row_dtype(self.score.device)
+
+
+class Compiled(NamedTuple):
+    """forward and gradient of a rule by a backend's kernels."""
+
+    forward: Callable[[Block], Tensor]
+    gradient: Callable[[Block, Tensor], tuple[Tensor, Tensor | None]]
+
+
+class Rule(NamedTuple):
+    """A row's statistics and their gradient.
+
+    formula is plain differentiable PyTorch, any memory; forward gives the same in the memory of a
+    few blocks; gradient(block, grad [B, S]) gives dL/dscore [B, M] and dL/dvalues [B, K] or None.
+    gradient None: the statistics are indices and counts.
+    """
+
+    size: Callable[[list[float]], int]  # S
+    formula: Callable[[Block], Tensor]  # [B, S]
+    forward: Callable[[Block], Tensor]
+    gradient: Callable[[Block, Tensor], tuple[Tensor, Tensor | None]] | None
+    compiled: Mapping[str, Compiled] = MappingProxyType({})  # of a backend
+
+    def on(self, backend: str) -> Rule | Compiled:
+        """Whose forward and gradient run."""
+        return self.compiled.get(backend, self)
+
+
+# a score's kind of distance matrix, and its sign
+SCORES = {
+    "euclidean": ("euclidean", 1),
+    "sqeuclidean": ("sqeuclidean", 1),
+    "dot": ("dot", 1),
+    "minus_dot": ("dot", -1),
+}
+
+INPUTS = (
+    "Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? x_groups, Tensor? y_groups, "
+    "Tensor? values, str rule, float[] params, str score, bool skip_self, str precision"
+)
+
+FORWARD = f"({INPUTS}) -> Tensor statistics"
+
+BACKWARD = (
+    f"(Tensor grad, {INPUTS}, bool need_x, bool need_y, bool need_values) "
+    "-> (Tensor dx, Tensor dy, Tensor dvalues)"
+)
+
+
+class RowInputs(NamedTuple):
+    """One call, in the order of the op's schema."""
+
+    x: Tensor  # [N, D]
+    y: Tensor  # [M, D], of x's dtype
+    x_labels: Tensor  # [N] int32; equal labels: a positive pair, else a negative one
+    y_labels: Tensor  # [M] int32
+    x_groups: Tensor | None = None  # [N] int32; different groups: the pair is left out
+    y_groups: Tensor | None = None  # [M] int32
+    values: Tensor | None = None  # [N, K] in `row_dtype`, numbers of each row that the rule takes
+    rule: str = "triplets"  # a name in `row_rules.RULES`
+    params: tuple[float, ...] | list[float] = ()
+    score: str = "euclidean"  # a name in SCORES
+    skip_self: bool = False  # leave out i == j
+    precision: str = "fp32"
+
+
+def block(p: RowInputs, score: Tensor, rows: slice) -> Block:
+    """The block of these rows: its classes of pairs beside its scores."""
+    same = p.x_labels[rows, None] == p.y_labels
+    other = ~same
+    if p.x_groups is not None:
+        together = p.x_groups[rows, None] == p.y_groups
+        same, other = same & together, other & together
+    if p.skip_self:
+        i = torch.arange(rows.start, rows.stop, device=score.device)
+        apart = i[:, None] != torch.arange(score.shape[1], device=score.device)
+        same, other = same & apart, other & apart
+    values = None if p.values is None else p.values[rows]
+    return Block(score, same, other, values, list(p.params))

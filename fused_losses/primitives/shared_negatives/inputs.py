@@ -1,0 +1,24 @@
+"""What the batch's shared negatives are given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+INPUTS = "Tensor x, Tensor labels, Tensor valid, Tensor scale, float whisker"
+
+FORWARD = f"({INPUTS}) -> (Tensor lse, Tensor low, Tensor high)"
+
+BACKWARD = (
+    "(Tensor grad, Tensor x, Tensor labels, Tensor valid, Tensor scale, Tensor lse, Tensor low, "
+    "Tensor high, bool need_x, bool need_scale) -> (Tensor dx, Tensor dscale)"
+)
+
+
+class Pairs(NamedTuple):
+    """A batch whose pairs of different labels are meant."""
+
+    x: Tensor  # [N, D] in the accumulation dtype
+    labels: Tensor  # [N] integers
+    valid: Tensor  # [N] bool: the others are in no pair

@@ -1,0 +1,129 @@
+"""UNPG: pairs of different classes in the batch, as negatives that every row's softmax shares.
+
+    c_ab = cos(x_a, x_b)         over the n pairs a < b of different labels
+    kept: q1 - w (q3 - q1) <= c_ab <= q3 + w (q3 - q1), q1 and q3 the sorted c at [n / 4], [3 n / 4]
+    lambda = log sum_kept exp(scale c_ab)
+    loss_i = log(sum_j exp z_ij + exp lambda) - z_iy        z: any margin softmax's logits
+
+The quartiles are exact, without the pairs in memory: a radix selection on the floats' bits, 16 bits
+a sweep, counts the pairs tile by tile. Every sweep computes a pair from the same tile, to the same
+bits. (Jung et al., Unified Negative Pair Generation toward Well-discriminative Feature Space for
+Face Recognition, 2022.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses import backends
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype, unit_rows
+from fused_losses.base.validation import check_integers, check_rows, number
+from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
+from fused_losses.primitives.shared_negatives.bounded import backward, forward
+from fused_losses.primitives.shared_negatives.inputs import BACKWARD, FORWARD, Pairs
+from fused_losses.primitives.shared_negatives.reference import reference
+
+
+def _check_whisker(whisker: float) -> None:
+    if not whisker >= 0:
+        raise ValueError(f"whisker: expected a value >= 0, got {whisker}")
+
+
+def shared_negatives(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    scale: float | Tensor,
+    whisker: float = 1.5,
+    normalize: bool = True,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    """lambda of the module docstring, [] in float64 (float32 where the device lacks it).
+
+    Differentiable in embeddings and scale; the quartiles only choose and have no gradient.
+    -inf without a pair. A NaN row makes it NaN; rows labelled `ignore_index` take no part.
+    scale > 0, whisker >= 0 (w). normalize=False: products instead of cosines.
+    Raises TypeError or ValueError for bad arguments; NotImplementedError for a second derivative,
+    but on "reference". Time O(N^2 D) for each of 4 sweeps (6 in float64), one of them backward's;
+    memory O(N D) plus a tile, on "reference" O(N^2).
+    """
+    check_rows("embeddings", embeddings, "fp32")
+    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
+    scale = number("scale", scale, embeddings)
+    _check_whisker(whisker)
+    name, _ = backends.choose(
+        backend, embeddings.device, embeddings.dtype, "fp32", "pairs", embeddings.shape[1]
+    )
+    with no_autocast(embeddings.device):
+        valid = labels != ignore_index
+        # an ignored row must not reach the gradients, not even with NaN
+        x = embeddings.to(accumulate_dtype(embeddings.dtype))
+        x = torch.where(valid[:, None], x, 0)
+        pairs = Pairs(unit_rows(x) if normalize else x, labels, valid)
+        if name == "reference":
+            return reference(pairs, scale, whisker)
+        return SHARED_NEGATIVES(name, *pairs, scale, float(whisker))[0]
+
+
+def add_shared(lse: Tensor, shared: Tensor) -> Tensor:
+    """log(exp lse_i + exp lambda): the shared negatives among each row's. [N], [] -> [N]
+
+    Differentiable, also where neither has a term (-inf).
+    """
+    none = (lse == -torch.inf) & (shared == -torch.inf)
+    some = torch.logaddexp(torch.where(none, 0, lse), shared)
+    return torch.where(none, -torch.inf, some)
+
+
+# ---- the op: autograd and registration ----------------------------------------------------------
+
+
+def _python(direction: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    with torch.autocast(arguments[1].device.type, enabled=False):
+        if not direction:
+            *pairs, scale, whisker = arguments
+            return forward(Pairs(*pairs), scale, whisker)
+        grad, x, labels, valid, *rest, need_x, need_scale = arguments
+        dx, dscale = backward(grad, Pairs(x, labels, valid), *rest)
+        return dx if need_x else x.new_empty(0), dscale if need_scale else dscale.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+    if grads[0] is None:
+        return (None,) * 5
+    dx, dscale = backward_op(grads[0], *ctx.saved_tensors, needed[0], needed[3])
+    return dx if needed[0] else None, None, None, dscale if needed[3] else None, None
+
+
+def _fake_forward(x: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((), dtype=row_dtype(x.device)), x.new_empty(()), x.new_empty(())
+
+
+def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    scale, need_x, need_scale = rest[2], *rest[-2:]
+    return x.new_empty(x.shape if need_x else 0), scale.new_empty(() if need_scale else 0)
+
+
+SHARED_NEGATIVES = StreamedOp(
+    name="shared_negatives",
+    forward=FORWARD,
+    backward=BACKWARD,
+    setup_context=_setup_context,
+    gradients=_gradients,
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    python=_python,
+    # products of the library and comparisons: nothing here is compiled
+    python_backends=(*PYTHON_BACKENDS, "cpu"),
+)
+SHARED_NEGATIVES.define()
