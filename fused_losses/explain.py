@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses import backends, functional, mining, neighbors
+from fused_losses import backends, functional
 from fused_losses.class_losses import ClassLoss
+from fused_losses.mining import batch as mining_batch
+from fused_losses.pairwise import topk as neighbors
 from fused_losses.primitives.class_rules import bounded as class_tiles
 from fused_losses.primitives.distances import inputs as distances_inputs
 from fused_losses.primitives.distances import op as distance_matrix
@@ -23,7 +25,7 @@ from fused_losses.primitives.shared_negatives import bounded as shared_negatives
 from fused_losses.primitives.topk import certified
 from fused_losses.primitives.topk.inputs import QuantizedRows
 from fused_losses.primitives.topk.listed import LISTED_BYTES
-from fused_losses.trilinear import TRILINEAR_ROWS
+from fused_losses.similarity.trilinear import TRILINEAR_ROWS
 
 SLACK = 1 << 18  # of small tensors
 ROW_BYTES = 200  # of vectors a row, of one sweep over classes
@@ -529,7 +531,7 @@ def _mining(a: Arguments) -> Call:
         return call._replace(extra=lambda name: copied + 128 * n + call.extra(name))
 
     def extra(name: str) -> int:
-        tall = min(n, max(1, mining.BLOCK_BYTES // (size * max(m, 1))))
+        tall = min(n, max(1, mining_batch.BLOCK_BYTES // (size * max(m, 1))))
         blocks = MINED_BLOCKS * tall * m * size + 64 * (n + m) + SLACK
         precision = a["precision"]
         return copied + blocks + _matrix_bytes(name, tall, m, d, x.dtype, kind, precision, False)

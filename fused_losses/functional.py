@@ -5,15 +5,49 @@ Every function takes `backend=` (None: `use_backend`, FUSED_LOSSES_BACKEND, else
 the gradients) or "bf16" (bf16 products, float32 sums). What a device cannot do is refused.
 """
 
-from fused_losses.adaptive_scale import adaptive_margin_softmax
-from fused_losses.contrastive_losses import (
+from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
+from fused_losses.losses.centroids import centroid_triplet, prototype_triplet
+from fused_losses.losses.class_loss import class_loss
+from fused_losses.losses.contrastive import (
     nt_xent,
     sigmoid_contrastive,
     soft_nearest_neighbor,
     supervised_contrastive,
 )
-from fused_losses.distances import pairwise_distance, pairwise_similarity
-from fused_losses.kernel_means import (
+from fused_losses.losses.info_nce import info_nce
+from fused_losses.losses.linear_cross_entropy import linear_cross_entropy
+from fused_losses.losses.margin_pairs import contrastive, margin_loss, snr_contrastive
+from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.losses.margin_softmax_stats import MarginSoftmaxStats
+from fused_losses.losses.neighbours import icnn
+from fused_losses.losses.pair_weighting import (
+    circle,
+    generalized_lifted_structure,
+    lifted_structure,
+    multi_similarity,
+    n_pairs,
+    orthogonal_projection,
+)
+from fused_losses.losses.proxies import proxy_anchor, proxy_nca
+from fused_losses.losses.ranking import angular, fast_ap, histogram, ranked_list, tuplet_margin
+from fused_losses.losses.triplets import (
+    all_triplets,
+    batch_easy_hard_triplet,
+    batch_hard_triplet,
+    harmonic_triplet,
+    triplet_margin,
+)
+from fused_losses.losses.unpg import unpg_margin_softmax
+from fused_losses.losses.variance import intra_pair_variance
+from fused_losses.mining.lists import Pairs, Triplets
+from fused_losses.mining.pairs import mine_pairs
+from fused_losses.mining.triplets import mine_triplets
+from fused_losses.pairwise.distance import pairwise_distance, pairwise_similarity
+from fused_losses.pairwise.topk import pairwise_topk
+from fused_losses.primitives.maxsim.op import maxsim
+from fused_losses.primitives.shared_negatives.op import shared_negatives
+from fused_losses.similarity.attention import logsumexp_similarity, similarity_attention
+from fused_losses.similarity.kernel_means import (
     cauchy_schwarz_divergence,
     cauchy_schwarz_qmi,
     hsic,
@@ -21,49 +55,8 @@ from fused_losses.kernel_means import (
     mmd,
     uniformity,
 )
-from fused_losses.linear import linear_cross_entropy
-from fused_losses.losses.class_loss import class_loss
-from fused_losses.losses.unpg import unpg_margin_softmax
-from fused_losses.metric_losses import (
-    circle,
-    generalized_lifted_structure,
-    lifted_structure,
-    multi_similarity,
-    n_pairs,
-    orthogonal_projection,
-    proxy_anchor,
-    proxy_nca,
-)
-from fused_losses.mining import Pairs, Triplets, mine_pairs, mine_triplets
-from fused_losses.neighbors import pairwise_topk
-from fused_losses.noise_contrastive import info_nce
-from fused_losses.primitives.maxsim.op import maxsim
-from fused_losses.primitives.shared_negatives.op import shared_negatives
-from fused_losses.ranking_losses import (
-    angular,
-    fast_ap,
-    histogram,
-    icnn,
-    intra_pair_variance,
-    ranked_list,
-    tuplet_margin,
-)
-from fused_losses.similarity import logsumexp_similarity, similarity_attention
-from fused_losses.softmax import MarginSoftmaxStats, margin_softmax
-from fused_losses.transport import Transport, sinkhorn
-from fused_losses.trilinear import trilinear_attention
-from fused_losses.triplet_losses import (
-    all_triplets,
-    batch_easy_hard_triplet,
-    batch_hard_triplet,
-    centroid_triplet,
-    contrastive,
-    harmonic_triplet,
-    margin_loss,
-    prototype_triplet,
-    snr_contrastive,
-    triplet_margin,
-)
+from fused_losses.similarity.sinkhorn import Transport, sinkhorn
+from fused_losses.similarity.trilinear import trilinear_attention
 
 __all__ = [
     "MarginSoftmaxStats",

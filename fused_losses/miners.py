@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses.base import validation
-from fused_losses.mining import Pairs, Triplets, mine_pairs, mine_triplets
+from fused_losses.mining.lists import Pairs, Triplets
+from fused_losses.mining.pairs import mine_pairs
+from fused_losses.mining.triplets import mine_triplets
 
 STRATEGIES = {"hard": "hardest", "easy": "easiest", "semihard": "semihard", "all": "all"}
 Indices = tuple[Tensor, ...]

@@ -15,8 +15,9 @@ import torch
 from pair_cases import Case, require_pairs
 from pair_formulas import batch
 
-from fused_losses import ranking_losses as rl
-from fused_losses import triplet_losses as tl
+from fused_losses.losses import centroids, margin_pairs, neighbours, variance
+from fused_losses.losses import ranking as rl
+from fused_losses.losses import triplets as tl
 from fused_losses.primitives.pairs import bounded as bounded_pairs
 from fused_losses.primitives.row_rules import bounded as row_rules_bounded
 
@@ -91,37 +92,40 @@ ROWS = [
     chosen("semihard_easy", positive="semihard", negative="easiest", reduction="sum"),
     chosen("hard_easy_ref", f.two_batches, positive="hardest", negative="easiest"),
     Case(
-        "centroid_triplet", batch, lambda t, **o: tl.centroid_triplet(*ALONE(t), **o), f.centroids
+        "centroid_triplet",
+        batch,
+        lambda t, **o: centroids.centroid_triplet(*ALONE(t), **o),
+        f.centroids,
     ),
     Case(
         "centroid_triplet_of_queries",
         batch,
-        lambda t, **o: tl.centroid_triplet(*ALONE(t), centroid_anchors=False, **o),
+        lambda t, **o: centroids.centroid_triplet(*ALONE(t), centroid_anchors=False, **o),
         lambda t: f.centroids(t, False),
     ),
     Case(
         "prototype_triplet",
         f.prototypes,
-        lambda t, **o: tl.prototype_triplet(t.x, t.w, t.labels, **o),
+        lambda t, **o: centroids.prototype_triplet(t.x, t.w, t.labels, **o),
         f.prototype_triplets,
         ("x", "w"),
     ),
     Case(
         "contrastive",
         batch,
-        lambda t, **o: tl.contrastive(*ALONE(t), **CONTRASTIVE, **o),
+        lambda t, **o: margin_pairs.contrastive(*ALONE(t), **CONTRASTIVE, **o),
         f.contrastive,
     ),
     Case(
         "contrastive_none",
         batch,
-        lambda t, **o: tl.contrastive(*ALONE(t), **CONTRASTIVE, reduction="none", **o),
+        lambda t, **o: margin_pairs.contrastive(*ALONE(t), **CONTRASTIVE, reduction="none", **o),
         lambda t: f.contrastive(t, reduction="none"),
     ),
     Case(
         "contrastive_ref",
         f.two_batches,
-        lambda t, **o: tl.contrastive(*REF(t), **CONTRASTIVE, reduction="none", **o),
+        lambda t, **o: margin_pairs.contrastive(*REF(t), **CONTRASTIVE, reduction="none", **o),
         lambda t: f.contrastive(t, True, "none"),
         TOWERS,
     ),
@@ -129,7 +133,7 @@ ROWS = [
         Case(
             f"margin_loss_{beta}_{per}",
             f.bounded_batch,
-            lambda t, beta=beta, per=per, **o: tl.margin_loss(
+            lambda t, beta=beta, per=per, **o: margin_pairs.margin_loss(
                 *ALONE(t), beta=getattr(t, beta), per=per, **MARGIN, **o
             ),
             lambda t, beta=beta, per=per: f.wu_margin(t, beta, per),
@@ -141,17 +145,22 @@ ROWS = [
     Case(
         "margin_loss_none",
         f.bounded_batch,
-        lambda t, **o: tl.margin_loss(
+        lambda t, **o: margin_pairs.margin_loss(
             *ALONE(t), beta=t.class_beta, per="triplet", reduction="none", **MARGIN, **o
         ),
         lambda t: f.wu_margin(t, "class_beta", "triplet", "none"),
         ("x", "class_beta"),
     ),
-    Case("snr_contrastive", batch, lambda t, **o: tl.snr_contrastive(*ALONE(t), **SNR, **o), f.snr),
+    Case(
+        "snr_contrastive",
+        batch,
+        lambda t, **o: margin_pairs.snr_contrastive(*ALONE(t), **SNR, **o),
+        f.snr,
+    ),
     Case(
         "snr_contrastive_ref",
         f.two_batches,
-        lambda t, **o: tl.snr_contrastive(*REF(t), **SNR, **o),
+        lambda t, **o: margin_pairs.snr_contrastive(*REF(t), **SNR, **o),
         lambda t: f.snr(t, True),
         TOWERS,
     ),
@@ -200,12 +209,14 @@ ROWS = [
     Case(
         "intra_pair_variance",
         batch,
-        lambda t, **o: rl.intra_pair_variance(
+        lambda t, **o: variance.intra_pair_variance(
             *ALONE(t), positive_eps=0.05, negative_eps=0.03, **UNIT, **o
         ),
         f.intra_pair_variance,
     ),
-    Case("icnn", batch, lambda t, **o: rl.icnn(*ALONE(t), neighbors=3, window=5, **o), f.icnn),
+    Case(
+        "icnn", batch, lambda t, **o: neighbours.icnn(*ALONE(t), neighbors=3, window=5, **o), f.icnn
+    ),
 ]
 BY_NAME = {case.name: case for case in ROWS}
 BACKENDS = ("reference", "bounded", "cpu")  # that take float64

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import widest
 from torch import Tensor
 
-from fused_losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax, lower_median
+from fused_losses.losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax, lower_median
 
 FOLDER = Path(__file__).parent / "golden" / "negatives"
 INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]

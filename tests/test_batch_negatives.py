@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_losses import margin_softmax, margins
+from fused_losses import margins
+from fused_losses.losses.margin_softmax import margin_softmax
 from fused_losses.losses.unpg import UNPG, unpg_margin_softmax
 from fused_losses.primitives.shared_negatives import bounded as shared_tiles
 from fused_losses.primitives.shared_negatives import inputs as shared_negatives_inputs

@@ -11,12 +11,12 @@ from test_memory import COUNTER, told_by_child
 from torch import Tensor
 
 from fused_losses import class_losses, margins
-from fused_losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
 from fused_losses.centers import ClassCenters
 from fused_losses.centers.sampling import sample
 from fused_losses.centers.shard import Gradients, Group, Shard, ShardSweep, SoftmaxEngine
-from fused_losses.functional import margin_softmax
 from fused_losses.losses import class_loss
+from fused_losses.losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
+from fused_losses.losses.margin_softmax import margin_softmax
 from fused_losses.losses.unpg import UNPG, unpg_margin_softmax
 
 N, C, D = 13, 57, 6

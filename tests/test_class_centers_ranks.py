@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_losses import class_losses, margins
-from fused_losses.adaptive_scale import AdaptiveScale
 from fused_losses.centers import ClassCenters, step_traffic
+from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.unpg import UNPG
 
 C, D = 23, 6

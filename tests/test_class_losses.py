@@ -16,9 +16,10 @@ from conftest import MEASURED, require, widest
 from test_memory import COUNTER, MIB, told_by_child
 from torch import Tensor
 
-from fused_losses import margin_softmax, margins
+from fused_losses import margins
 from fused_losses.class_losses import MLCD, ClassLoss, SFace, Softmax, SoftTriple, SphereFace2
 from fused_losses.losses.class_loss import class_loss
+from fused_losses.losses.margin_softmax import margin_softmax
 from fused_losses.primitives.class_rules import bounded as class_rules_bounded
 from fused_losses.primitives.class_rules.bounded import class_targets
 from fused_losses.primitives.class_rules.inputs import ClassInputs

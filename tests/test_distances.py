@@ -21,13 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_losses
 from fused_losses import backends
-from fused_losses.distances import (
-    METRICS,
-    SIMILARITIES,
-    WEIGHTED,
-    pairwise_distance,
-    pairwise_similarity,
-)
+from fused_losses.pairwise.distance import SIMILARITIES, pairwise_distance, pairwise_similarity
+from fused_losses.pairwise.metrics import METRICS, WEIGHTED
 from fused_losses.primitives.distances import bounded as bounded_distances
 from fused_losses.primitives.distances import op as primitive
 from fused_losses.primitives.distances.inputs import FLAT, KINDS, PRODUCTS

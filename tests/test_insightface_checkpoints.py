@@ -17,7 +17,7 @@ from fused_losses.centers.insightface import (
     import_checkpoints,
     shard,
 )
-from fused_losses.functional import margin_softmax
+from fused_losses.losses.margin_softmax import margin_softmax
 
 CLASSES, DIM, STEPS = 11, 3, 2
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fused_losses import miners
 from fused_losses.miners import CrossBatchMemory
-from fused_losses.mining import mine_pairs, mine_triplets
+from fused_losses.mining.pairs import mine_pairs
+from fused_losses.mining.triplets import mine_triplets
 
 NAMES = {"hard": "hardest", "easy": "easiest", "semihard": "semihard", "all": "all"}
 

@@ -10,8 +10,12 @@ import torch
 from conftest import widest
 from torch import Tensor
 
-from fused_losses import mining
-from fused_losses.mining import Pairs, Triplets, mine_pairs, mine_triplets
+from fused_losses.mining import batch as mining_batch
+from fused_losses.mining import pairs as mining_pairs
+from fused_losses.mining import triplets as mining
+from fused_losses.mining.lists import Pairs, Triplets
+from fused_losses.mining.pairs import mine_pairs
+from fused_losses.mining.triplets import mine_triplets
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 CHOICES = [c for c in itertools.product(mining.CHOICES, repeat=2) if c != ("semihard", "semihard")]
@@ -116,7 +120,7 @@ def check(found: Triplets, want: list, d: Tensor, dtype: torch.dtype = torch.flo
 
 @pytest.fixture(params=[1, 1 << 30], ids=["row by row", "one block"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(mining, "BLOCK_BYTES", request.param)
+    monkeypatch.setattr(mining_batch, "BLOCK_BYTES", request.param)
     return request.param
 
 
@@ -130,7 +134,7 @@ def test_every_choice(positive: str, negative: str, metric: str, backend: str) -
     x, labels = batch(23, 5, 5, dtype)
     d = matrix(x, x, metric)
     same, different = allowed(labels, labels, True)
-    sign = -1 if metric in mining.SIMILARITIES else 1
+    sign = -1 if metric in mining_batch.SIMILARITIES else 1
     want = triplets_by_loops(d, sign, same, different, positive, negative)
     given = dict(positive=positive, negative=negative, metric=metric, backend=backend)
     check(mine_triplets(x, labels, **given), want, d, dtype)
@@ -460,7 +464,7 @@ def test_distance_weighted_draws_do_not_depend_on_blocks(monkeypatch, backend: s
     x, labels = batch(60, 6, 7)
     found = []
     for size in (1, 7 * 60 * 8, 1 << 30):
-        monkeypatch.setattr(mining, "BLOCK_BYTES", size)
+        monkeypatch.setattr(mining_batch, "BLOCK_BYTES", size)
         generator = torch.Generator().manual_seed(11)
         given = dict(strategy="distance_weighted", generator=generator, backend=backend)
         found.append(mine_pairs(x, labels, **given))
@@ -481,7 +485,7 @@ def test_distance_weighted_without_a_near_negative(backend: str) -> None:
 
 def test_no_pairs(backend: str) -> None:
     x = torch.randn(5, 3)
-    for strategy in mining.STRATEGIES:
+    for strategy in mining_pairs.STRATEGIES:
         for labels in (torch.zeros(5).long(), torch.arange(5)):
             found = mine_pairs(x, labels, strategy=strategy, backend=backend)
             assert found.positive_distance.dtype == torch.float32

@@ -15,8 +15,9 @@ from pair_cases import BACKENDS
 from row_loss_cases import require_rows
 from torch import Tensor
 
-from fused_losses import ranking_losses as rl
-from fused_losses import triplet_losses as tl
+from fused_losses.losses import centroids, margin_pairs, neighbours, variance
+from fused_losses.losses import ranking as rl
+from fused_losses.losses import triplets as tl
 
 FOLDER = Path(__file__).parent / "golden" / "pairs"
 INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]
@@ -47,16 +48,16 @@ GOLDENS: dict[str, Callable[..., Tensor]] = {
     "pml_TripletMarginLoss_batchhard": lambda x, y, **o: over_nonzero(
         tl.batch_hard_triplet(x, y, margin=0.2, reduction="none", **UNIT, **o)
     ),
-    "pml_ContrastiveLoss": lambda x, y, **o: tl.contrastive(x, y, **UNIT, **o),
-    "pml_SignalToNoiseRatioContrastiveLoss": lambda x, y, **o: tl.snr_contrastive(
+    "pml_ContrastiveLoss": lambda x, y, **o: margin_pairs.contrastive(x, y, **UNIT, **o),
+    "pml_SignalToNoiseRatioContrastiveLoss": lambda x, y, **o: margin_pairs.snr_contrastive(
         x, y, **UNIT, **o
     ),
     "ctl_batchhard_margin0.5": lambda x, y, **o: tl.batch_hard_triplet(x, y, margin=0.5, **o),
-    "ctl_centroid": lambda x, y, **o: tl.centroid_triplet(x, y, **o),
+    "ctl_centroid": lambda x, y, **o: centroids.centroid_triplet(x, y, **o),
     "pml_AngularLoss": lambda x, y, **o: rl.angular(x, y, normalize_negatives=False, **UNIT, **o),
-    "pml_IntraPairVarianceLoss": lambda x, y, **o: rl.intra_pair_variance(x, y, **UNIT, **o),
+    "pml_IntraPairVarianceLoss": lambda x, y, **o: variance.intra_pair_variance(x, y, **UNIT, **o),
     "pml_HistogramLoss": lambda x, y, **o: rl.histogram(x, y, bins=20, **UNIT, **o),
-    "icnn_full": lambda x, y, **o: rl.icnn(x, y, neighbors=4, window=6, **o),
+    "icnn_full": lambda x, y, **o: neighbours.icnn(x, y, neighbors=4, window=6, **o),
 }
 # the authors' small numbers in divisors are others than ours
 LOOSE = {"icnn_full": 1e-6}

@@ -16,8 +16,9 @@ from pair_formulas import Inputs, batch
 from row_loss_cases import BACKENDS, BY_NAME, ROWS, require_rows, small_row_blocks
 from torch import Tensor
 
-from fused_losses import ranking_losses as rl
-from fused_losses import triplet_losses as tl
+from fused_losses.losses import centroids, margin_pairs, neighbours, variance
+from fused_losses.losses import ranking as rl
+from fused_losses.losses import triplets as tl
 from fused_losses.primitives.row_rules import triplets as row_rules_triplets
 from fused_losses.primitives.row_rules.inputs import RowInputs
 from fused_losses.primitives.row_rules.op import ROW_LOSSES, row_losses
@@ -161,8 +162,9 @@ def test_no_columns_and_no_rows(backend: str) -> None:
         x, y = torch.randn(n, 4, requires_grad=True), torch.randn(m, 4, requires_grad=True)
         sides = (x, torch.arange(n), y, torch.arange(m))
         for loss in (
-            tl.all_triplets, tl.batch_hard_triplet, tl.contrastive, tl.margin_loss,
-            tl.snr_contrastive, rl.tuplet_margin, rl.fast_ap,
+            tl.all_triplets, tl.batch_hard_triplet, margin_pairs.contrastive,
+            margin_pairs.margin_loss,
+            margin_pairs.snr_contrastive, rl.tuplet_margin, rl.fast_ap,
         ):  # fmt: skip
             value = loss(*sides, backend=backend)
             grads = torch.autograd.grad(value, (x, y), allow_unused=True)
@@ -404,21 +406,37 @@ X, L = torch.randn(4, 3), torch.arange(4)
             ValueError,
             "negative: expected another",
         ),
-        (lambda: tl.centroid_triplet(X, L[:2]), ValueError, "labels: expected shape"),
-        (lambda: tl.prototype_triplet(X, X[:2], L), IndexError, "labels: expected class ids"),
-        (lambda: tl.margin_loss(X, L, beta=torch.ones(2)), IndexError, "labels: expected class"),
-        (lambda: tl.margin_loss(X, L, beta="1"), TypeError, "beta: expected a number"),
-        (lambda: tl.margin_loss(X, L, per="row"), ValueError, "per: expected one of"),
-        (lambda: tl.snr_contrastive(X, L, zero_mean_weight=-1), ValueError, "zero_mean_weight: e"),
+        (lambda: centroids.centroid_triplet(X, L[:2]), ValueError, "labels: expected shape"),
+        (
+            lambda: centroids.prototype_triplet(X, X[:2], L),
+            IndexError,
+            "labels: expected class ids",
+        ),
+        (
+            lambda: margin_pairs.margin_loss(X, L, beta=torch.ones(2)),
+            IndexError,
+            "labels: expected class",
+        ),
+        (lambda: margin_pairs.margin_loss(X, L, beta="1"), TypeError, "beta: expected a number"),
+        (lambda: margin_pairs.margin_loss(X, L, per="row"), ValueError, "per: expected one of"),
+        (
+            lambda: margin_pairs.snr_contrastive(X, L, zero_mean_weight=-1),
+            ValueError,
+            "zero_mean_weight: e",
+        ),
         (lambda: rl.tuplet_margin(X, L, scale=0.0), ValueError, "scale: expected a value > 0"),
         (lambda: rl.angular(X, L, alpha=90.0), ValueError, "alpha: expected degrees"),
         (lambda: rl.ranked_list(X, L, imbalance=2.0), ValueError, "imbalance: expected a value in"),
         (lambda: rl.fast_ap(X, L, bins=0), ValueError, "bins: expected a value >= 1"),
         (lambda: rl.fast_ap(X, L, bins=2.5), TypeError, "bins: expected an integer"),
         (lambda: rl.histogram(X, L, bins=True), TypeError, "bins: expected an integer"),
-        (lambda: rl.intra_pair_variance(X, L, positive_eps=-1), ValueError, "positive_eps: expe"),
-        (lambda: rl.icnn(X, L, neighbors=7), ValueError, "window: expected a value >= 7"),
-        (lambda: rl.icnn(X, L, window=2.0), TypeError, "window: expected an integer"),
+        (
+            lambda: variance.intra_pair_variance(X, L, positive_eps=-1),
+            ValueError,
+            "positive_eps: expe",
+        ),
+        (lambda: neighbours.icnn(X, L, neighbors=7), ValueError, "window: expected a value >= 7"),
+        (lambda: neighbours.icnn(X, L, window=2.0), TypeError, "window: expected an integer"),
     ],
 )
 def test_bad_input(call: Callable[[], Tensor], error: type, words: str) -> None:

@@ -9,7 +9,9 @@ import torch
 from conftest import require
 from torch import Tensor
 
-from fused_losses import backends, pairwise_distance, pairwise_topk
+from fused_losses import backends
+from fused_losses.pairwise.distance import pairwise_distance
+from fused_losses.pairwise.topk import pairwise_topk
 from fused_losses.primitives.topk import bounded as bounded_topk
 from fused_losses.primitives.topk import certified as certified_topk
 from fused_losses.primitives.topk.inputs import TopkInputs

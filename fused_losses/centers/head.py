@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fused_losses.adaptive_scale import AdaptiveScale
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.rounding import rounding_key
@@ -38,6 +37,7 @@ from fused_losses.centers.shard import (
 from fused_losses.centers.step import Batch, Sharded, Step
 from fused_losses.centers.storage import Storage, initialise_
 from fused_losses.class_losses import ClassLoss, MergedRows, Softmax
+from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.unpg import UNPG
 from fused_losses.margins import ArcFace, Margin
 from fused_losses.primitives.shared_negatives.op import add_shared

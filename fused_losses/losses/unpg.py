@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.numerics import no_autocast
 from fused_losses.base.validation import GRADIENTS, number
-from fused_losses.class_rows import class_rows
+from fused_losses.losses.class_rows import class_rows
 from fused_losses.margins import CosFace, Margin, apply_margin
 from fused_losses.primitives.shared_negatives.op import _check_whisker, add_shared, shared_negatives
 

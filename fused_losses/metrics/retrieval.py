@@ -16,8 +16,9 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
-from fused_losses.distances import METRICS, pairwise_distance, pairwise_similarity
-from fused_losses.neighbors import MOST, pairwise_topk
+from fused_losses.pairwise.distance import pairwise_distance, pairwise_similarity
+from fused_losses.pairwise.metrics import METRICS
+from fused_losses.pairwise.topk import MOST, pairwise_topk
 
 WEIGHTS = ("uniform", "exp", "softmax")
 LISTED = 1 << 21  # neighbours in a block

@@ -16,7 +16,7 @@ from fused_losses.base.integers import dense
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_integers, check_rows
-from fused_losses.mining import DISTANCES, SIMILARITIES
+from fused_losses.mining.batch import DISTANCES, SIMILARITIES
 from fused_losses.primitives.distances.op import distance_matrix
 
 BLOCK_BYTES = 2 << 20  # of scores in a block; about ten such are alive

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_losses import margins
-from fused_losses.functional import margin_softmax
+from fused_losses.losses.margin_softmax import margin_softmax
 from fused_losses.train.config import TrainConfig
 
 

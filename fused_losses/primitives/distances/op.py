@@ -12,7 +12,7 @@
     jaccard         sum w [x != y] / sum w [x != 0 or y != 0], 0/0 = 0
     scaled          sqrt(sum_k w_jk (x_k - y_k)^2), w [M, D] >= 0
 
-Other metrics are these of transformed rows (`fused_losses.distances`). The first three are made of
+Other metrics are these of transformed rows (`pairwise.metrics`). The first three are made of
 products; where |x|^2 + |y|^2 - 2<x, y> would cancel, the distance and its gradient are taken from
 x - y itself, so that equal rows are at distance 0.
 

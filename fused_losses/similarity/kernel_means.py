@@ -11,7 +11,7 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_rows, number
-from fused_losses.pair_front import scored, triangle
+from fused_losses.losses.scored_pairs import scored, triangle
 from fused_losses.primitives.pairs.inputs import NEGATIVE
 from fused_losses.primitives.pairs.op import pair_statistics
 

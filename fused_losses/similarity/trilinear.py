@@ -10,9 +10,9 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
 from fused_losses.base.validation import check_both, number
-from fused_losses.pair_front import scored
+from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.pairs.op import pair_attention
-from fused_losses.similarity import check_leading, check_values, one_by_one
+from fused_losses.similarity.attention import check_leading, check_values, one_by_one
 
 TRILINEAR_ROWS = 4096  # of (query, first key) pairs that one sweep takes
 

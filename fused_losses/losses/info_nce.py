@@ -27,7 +27,7 @@ from fused_losses.base.validation import (
     check_integers,
     number,
 )
-from fused_losses.pair_front import scored
+from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
 

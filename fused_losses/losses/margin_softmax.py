@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +13,11 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import GRADIENTS, check_smoothing, meet, no_target
 from fused_losses.losses import reference as losses_reference
+from fused_losses.losses.margin_softmax_stats import MarginSoftmaxStats, blanked, reference_stats
 from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
 from fused_losses.primitives.row_statistics import bounded
 from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING
 from fused_losses.primitives.row_statistics.op import RowStatistics, row_statistics
-
-
-class MarginSoftmaxStats(NamedTuple):
-    """What a margin softmax knows of each row, detached; [N] each; ignored rows 0, -1, False."""
-
-    logsumexp: Tensor  # log of the softmax denominator, margin included
-    target_cosine: Tensor  # before the margin
-    # where the margin bends other classes, the highest is so as bent, and its cosine the bent one
-    hardest_class: Tensor  # int64 id of the highest other class; -1 if there is none
-    hardest_cosine: Tensor  # its cosine
-    hit: Tensor  # bool: the target scores above every other class, margin left out
 
 
 def margin_softmax(
@@ -160,7 +150,7 @@ def margin_softmax(
                 gradient=gradient,
             )
             stats = (
-                _reference_stats(cosine, logits, labels, classes, scale, bias, ignore_index)
+                reference_stats(cosine, logits, labels, classes, scale, bias, ignore_index)
                 if return_stats
                 else None
             )
@@ -220,7 +210,9 @@ def _adaptive(
     gradient: str,
     shared: dict[str, Any],
 ) -> Tensor:
-    from fused_losses.adaptive_scale import adaptive_margin_softmax  # which imports this module
+    from fused_losses.losses.adaptive_scale import (
+        adaptive_margin_softmax,  # which imports this module
+    )
 
     return adaptive_margin_softmax(embeddings, weight, labels, margin=margin, **shared)
 
@@ -293,7 +285,7 @@ def _streamed(
         loss = loss + margin.penalty(norm)
     with torch.no_grad():
         hardest_bias = 0.0 if bias is None else bias.to(accumulate)[stats.hardest.clamp_min(0)]
-        told = _told(
+        told = blanked(
             valid,
             logsumexp,
             target_cosine,
@@ -325,14 +317,6 @@ def _bend(
     cosine = bounded.targets(x.detach(), weight.detach(), labels, normalize)
     t, p, q, r = bend_of(margin, cosine, valid)
     return torch.stack((t * scale, p * scale, q, r / scale)).to(x.dtype)
-
-
-def _told(valid: Tensor, *columns: Tensor) -> MarginSoftmaxStats:
-    """The stats, detached, with ignored rows blank: 0, no class, no hit."""
-    blank = (0.0, 0.0, -1, 0.0, False)
-    return MarginSoftmaxStats(
-        *(torch.where(valid, c.detach(), b) for c, b in zip(columns, blank, strict=True))
-    )
 
 
 def _smoothed(
@@ -384,35 +368,6 @@ def _reduce(
         return loss.sum()
     total = row_weights(labels, ignore_index, class_weight, loss).sum()
     return loss.sum() / torch.where(total == 0, 1, total)
-
-
-def _reference_stats(
-    cosine: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    classes: Tensor | None,
-    scale: float | Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-) -> MarginSoftmaxStats:
-    with torch.no_grad():
-        ids = torch.arange(cosine.shape[1], device=cosine.device) if classes is None else classes
-        valid = labels != ignore_index
-        is_target = (labels[:, None] == ids) & valid[:, None]
-        factor = scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale
-        plain = cosine * factor + (0 if bias is None else bias[ids])
-        best = plain.masked_fill(is_target, -torch.inf).max(dim=1)
-        alone = best.values == -torch.inf
-        target = torch.where(is_target, cosine, 0).sum(1)
-        hardest = cosine.gather(1, best.indices[:, None])[:, 0]
-        return _told(
-            valid,
-            torch.logsumexp(logits, dim=1),
-            target,
-            torch.where(alone, -1, ids[best.indices]),
-            torch.where(alone, -torch.inf, hardest),
-            torch.where(is_target, plain, 0).sum(1) > best.values,
-        )
 
 
 def _check_scale(scale: float | Tensor, embeddings: Tensor) -> None:

@@ -12,8 +12,8 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.validation import check_smoothing, meet
+from fused_losses.losses.margin_softmax import kept_classes, margin_softmax, row_weights
 from fused_losses.primitives.row_statistics.op import row_statistics
-from fused_losses.softmax import kept_classes, margin_softmax, row_weights
 
 
 def linear_cross_entropy(

@@ -14,17 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, row_dtype, softplus
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_at_least, check_batch, number
-from fused_losses.pair_front import by_label, scored, triangle
-from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs
+from fused_losses.losses.scored_pairs import by_label
+from fused_losses.losses.sides import check_sides, class_sizes, over_terms, sides
+from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
 from fused_losses.primitives.pairs.op import pair_statistics
 from fused_losses.primitives.row_rules.op import row_losses
-from fused_losses.triplet_losses import (
-    check_sides,
-    class_sizes,
-    listed_distances,
-    over_terms,
-    sides,
-)
 
 
 def tuplet_margin(
@@ -279,122 +273,3 @@ def histogram(
         positives, negatives = (size.sum().clamp_min(1) for size in class_sizes(both))
         loss = (far / negatives * (near / positives).cumsum(dim=0)).sum()
         return loss.to(accumulate_dtype(embeddings.dtype))
-
-
-def intra_pair_variance(
-    embeddings: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    *,
-    positive_eps: float = 0.01,
-    negative_eps: float = 0.01,
-    normalize: bool = False,
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """Pairs on the wrong side of their class's mean similarity, s = <x_i, x_j>; one number.
-
-        mean_P [(1 - positive_eps) mean_P s - s]+^2 + mean_N [s - (1 + negative_eps) mean_N s]+^2
-
-    embeddings [N, D] (norm 1 in the paper), labels [N] integers; the means are over all pairs of
-    two rows, 0 over none, and are differentiated.
-
-    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(N^2 D), in two sweeps; memory O(N D) and a few blocks. Paper: Yu et al., Deep Metric
-    Learning with Intra-Pair Variance, 2020 (as in pytorch-metric-learning).
-    """
-    check_batch(embeddings, labels, "mean", precision)
-    check_at_least("positive_eps", positive_eps, 0)
-    check_at_least("negative_eps", negative_eps, 0)
-    with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, None, None)
-        # the score is -s
-        inputs = both.rows("cosine", precision, normalize)
-        one = number("scale", 1.0, embeddings)
-        pairs = triangle(scored(inputs.x, None, one, precision=precision))
-        stats, _ = pair_statistics(
-            pairs._replace(x_labels=both.x_labels), reduction="relu", backend=backend
-        )
-        count = stats.count.sum(dim=1).clamp_min(1)
-        means = stats.total.sum(dim=1) / count
-        ones = torch.ones_like(stats.total[0])
-        values = torch.stack(
-            [
-                ones,
-                -(1 - positive_eps) * means[POSITIVE] * ones,
-                -(1 + negative_eps) * means[NEGATIVE] * ones,
-            ],
-            dim=1,
-        )
-        inputs = inputs._replace(rule="hinges", params=(2,), values=values)
-        sums = row_losses(inputs, backend=backend).sum(dim=0)
-        loss = sums[0] / count[POSITIVE] + sums[2] / count[NEGATIVE]
-        return loss.to(accumulate_dtype(embeddings.dtype))
-
-
-def icnn(
-    embeddings: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    *,
-    neighbors: int = 4,
-    window: int = 6,
-    normalize: bool = False,
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """Improved class nearest neighbours: -log of a score of each row's nearest rows; one number.
-
-        score = (lambda + gamma) / 2;   lambda = (same + different) / 2
-        gamma: how many of the k nearest rows are of the same class, as a share of k
-        same: 1 - mean over them of d / r, divided by the row's largest where that is above 1
-        different: mean over those of another class of d / (the largest of any row)
-
-    d Euclidean; k = neighbors; r is the farthest row of another class among the k nearest or,
-    without one there, the nearest among the first `window`, without one there infinite. Means are
-    taken in a row, then over the rows that have such neighbours; without any `same` and
-    `different` are 1. embeddings [N, D], labels [N] integers, 1 <= neighbors <= window. Divisors
-    have 1e-6 added. The choice of neighbours is not differentiated, and a row is no neighbour of
-    itself.
-
-    Returns float32 (float64 for float64 inputs), differentiable to any order. Raises ValueError,
-    TypeError for bad arguments. Time O(N^2 D); memory O(N window D) and a few blocks. Papers:
-    Garcia Ramirez et al., 2021; Mendez-Ruiz et al., SuSana Distancia is all you need, 2023.
-    """
-    check_batch(embeddings, labels, "mean", precision)
-    for name, value in (("neighbors", neighbors), ("window", window)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-        check_at_least(name, value, 1)
-    check_at_least("window", window, neighbors)
-    with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, None, None)
-        dtype = accumulate_dtype(embeddings.dtype)
-        if embeddings.shape[0] == 0:
-            return both.x.to(dtype).sum()
-        inputs = both.rows("euclidean", precision, normalize)._replace(
-            rule="nearest", params=(window,)
-        )
-        index = row_losses(inputs, backend=backend).long()
-        d = listed_distances(inputs.x, inputs.x, index, "euclidean")
-        real = index >= 0
-        alike = both.x_labels[index.clamp_min(0)] == both.x_labels[:, None]
-        first = torch.arange(window, device=index.device) < neighbors
-        same, other = real & alike & first, real & ~alike
-        beyond = torch.where(other, d, torch.inf).amin(dim=1, keepdim=True)
-        other = other & first
-        within = torch.where(other, d, 0).amax(dim=1, keepdim=True)
-        radius = torch.where(other.any(dim=1, keepdim=True), within, beyond)
-        near = torch.where(same, d / (radius + 1e-6), 0)
-        near = near / near.amax(dim=1, keepdim=True).clamp_min(1)
-        far = torch.where(other, d, 0)
-        far = far / (far.amax() + 1e-6)
-        apart = _mean_of_means(far, other)
-        score = (1 - _mean_of_means(near, same)) + torch.where(other.any(), apart, 1)
-        gamma = same.sum(dim=1).to(dtype).mean() / neighbors
-        return -((score / 2 + gamma) / 2).log()
-
-
-def _mean_of_means(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean over rows that have any of their means under the mask (values 0 elsewhere)."""
-    count = mask.sum(dim=1)
-    means = values.sum(dim=1) / count.clamp_min(1)
-    return means.sum() / (count > 0).sum().clamp_min(1)

@@ -18,7 +18,7 @@ from fused_losses.base.validation import (
     check_rows,
     number,
 )
-from fused_losses.pair_front import SIMILARITIES, scored, triangle
+from fused_losses.losses.scored_pairs import SIMILARITIES, scored, triangle
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_attention, pair_statistics
 

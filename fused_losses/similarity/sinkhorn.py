@@ -11,7 +11,7 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, centered, no_autocast, squared_norms
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, number
-from fused_losses.pair_front import scored
+from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
 from fused_losses.primitives.pairs.op import pair_attention, pair_statistics
 

@@ -14,7 +14,9 @@ from fused_losses.base import validation
 from fused_losses.base.integers import dense_pair
 from fused_losses.base.numerics import accumulate_dtype, root
 from fused_losses.base.validation import check_integer_pair, check_integers
-from fused_losses.distances import METRICS, pairwise_distance, whitened
+from fused_losses.pairwise.distance import pairwise_distance
+from fused_losses.pairwise.metrics import METRICS
+from fused_losses.pairwise.whitening import whitened
 from fused_losses.primitives.distances.inputs import FLAT
 from fused_losses.primitives.topk.inputs import MATCHES, SCREENS, QuantizedRows, TopkInputs
 from fused_losses.primitives.topk.listed import listed

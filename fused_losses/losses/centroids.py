@@ -1,0 +1,129 @@
+"""Losses against the mean of a class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.integers import count_up, dense
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import check_at_least, check_both, check_class_ids, check_integers
+from fused_losses.losses.sides import SMALLEST_SQUARE, Sides, check_sides
+from fused_losses.losses.triplets import _chosen, _violated
+from fused_losses.primitives.row_rules.inputs import RowInputs
+
+
+def centroid_triplet(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    margin: float | None = 0.5,
+    centroid_anchors: bool = True,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Batch-hard triplets of rows and leave-one-out centroids of their classes.
+
+    In round r the r-th row of each class meets the classes' centroids c, each the mean of its
+    class's other rows. embeddings [N, D], labels [N] integers; a class of one row takes no part.
+
+    centroid_anchors: True (the authors' code): rows and centroids of a round are one batch, each
+    an anchor, positive and negative in turn; d = sqrt(max(|.|^2, 1e-12)). False (the paper): rows
+    are the anchors, centroids the positives and negatives. reduction: "mean" over the anchors with
+    a negative in their round (classes of equal size: the mean of the rounds' means), "sum", "none"
+    [2 N] or [N]: rows, then centroids. margin None: log(1 + e^.).
+
+    Returns float32 (float64 for float64 inputs), differentiable to any order. Raises ValueError,
+    TypeError for bad arguments. Time O(N^2 D), memory O(N D) and a few blocks.
+    Paper: Wieczorek et al., On the Unreasonable Effectiveness of Centroids, 2021.
+    """
+    check_sides(embeddings, labels, None, None, reduction, precision)
+    if margin is not None:
+        check_at_least("margin", margin, 0)
+    with no_autocast(embeddings.device):
+        dtype = accumulate_dtype(embeddings.dtype)
+        x = embeddings.to(dtype)
+        x = unit(x) if normalize else x
+        numbers = dense(labels)
+        others, rank = _leave_one_out(x, labels)
+        # -1 and -2 meet nothing
+        x_groups = torch.where(rank < 0, -1, rank)
+        y_groups = torch.where(rank < 0, -2, rank)
+        if centroid_anchors:
+            x = y = torch.cat([x, others])
+            numbers = numbers.repeat(2)
+            x_groups, y_groups = x_groups.repeat(2), y_groups.repeat(2)
+        else:
+            y = others
+        inputs = RowInputs(
+            x, y, numbers, numbers, x_groups, y_groups, skip_self=centroid_anchors,
+            precision=precision,
+        )  # fmt: skip
+        near, far, found = _chosen(inputs, "hardest", "hardest", "sqeuclidean", backend)
+        near, far = (d.clamp_min(SMALLEST_SQUARE).sqrt() for d in (near, far))
+        return reduced(_violated(near, far, margin), found, reduction, dtype)
+
+
+def _leave_one_out(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each row's class without it [N, D], and its place in its class [N] int32.
+
+    The place is -1 and the mean 0 where there is no other.
+    """
+    n = x.shape[0]
+    # numbers below N, whatever the labels
+    numbers, order = labels.sort(stable=True)
+    places = torch.arange(n, device=x.device)
+    first = torch.searchsorted(numbers, numbers)
+    size = torch.searchsorted(numbers, numbers, right=True) - first
+    sums = torch.zeros_like(x).index_add(0, first, x.index_select(0, order))
+    others = sums.index_select(0, first) - x.index_select(0, order)
+    others = others / (size - 1).clamp_min(1)[:, None]
+    alone = size == 1
+    others = torch.where(alone[:, None], 0, others)
+    back = order.argsort()
+    rank = torch.where(alone, -1, places - first).int()
+    return others.index_select(0, back), rank.index_select(0, back)
+
+
+def prototype_triplet(
+    embeddings: Tensor,  # [N, D]
+    prototypes: Tensor,  # [C, D]
+    labels: Tensor,  # [N]
+    *,
+    margin: float = 0.5,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """A row's own prototype against the nearest other one, d = sqrt(|x - p|^2 + eps).
+
+        loss_i = [d(x_i, p_y) - min_{c != y} d(x_i, p_c) + margin]+
+
+    embeddings [N, D], prototypes [C, D] (class means of a support set), labels [N] in [0, C).
+    reduction: "mean" over the rows (over none with one class: 0), "sum", "none" [N].
+
+    Returns float32 (float64 for float64 inputs), differentiable to any order. Raises ValueError,
+    TypeError, IndexError for bad arguments. Time O(N C D); memory O((N + C) D) and a few blocks.
+    Paper: Mendez-Ruiz et al., SuSana Distancia is all you need, 2023.
+    """
+    embeddings = check_both("embeddings", embeddings, "prototypes", prototypes, precision, "C")
+    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
+    check_class_ids("labels", labels, prototypes.shape[0])
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    check_at_least("margin", margin, 0)
+    check_at_least("eps", eps, 0)
+    with no_autocast(embeddings.device):
+        both = Sides(
+            embeddings, prototypes, labels.int(), count_up(prototypes.shape[0], embeddings), False
+        )
+        inputs = both.rows("sqeuclidean", precision)
+        near, far, found = _chosen(inputs, "hardest", "hardest", "sqeuclidean", backend)
+        # over nothing the root has no use for its slope
+        near, far = (torch.where(found, d + eps, 1).sqrt() for d in (near, far))
+        loss = _violated(near, far, margin)
+        return reduced(loss, found, reduction, accumulate_dtype(embeddings.dtype))

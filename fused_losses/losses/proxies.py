@@ -1,0 +1,114 @@
+"""Losses against a proxy a class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.integers import count_up
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, softplus
+from fused_losses.base.validation import check_both, check_class_ids, check_integers, number
+from fused_losses.losses.pair_weighting import _both
+from fused_losses.losses.scored_pairs import scored
+from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
+from fused_losses.primitives.pairs.op import pair_statistics
+
+
+def _check_proxies(
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, reduction: str, precision: str
+) -> Tensor:
+    embeddings = check_both("embeddings", embeddings, "proxies", proxies, precision, rows="C")
+    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    check_class_ids("labels", labels, proxies.shape[0])
+    return embeddings
+
+
+def proxy_nca(
+    embeddings: Tensor,  # [N, D]
+    proxies: Tensor,  # [C, D]
+    labels: Tensor,  # [N]
+    *,
+    scale: float | Tensor = 1.0,
+    positive_in_denominator: bool = True,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Proxy-NCA: softmax over -scale |x_i - w_c|^2.
+
+        loss_i = log sum_c e^z_ic - z_iy;   positive_in_denominator=False: over c != y (the paper)
+
+    embeddings [N, D], proxies [C, D] (both of norm 1 in the paper), labels [N] in [0, C), scale > 0
+    (a number or a scalar tensor, which may need a gradient). True is what
+    pytorch-metric-learning computes. reduction: "mean", "sum", "none" [N].
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError, IndexError for bad
+    arguments. Time O(N C D); memory O((N + C) D). Paper: Movshovitz-Attias et al., 2017.
+    """
+    embeddings = _check_proxies(embeddings, proxies, labels, reduction, precision)
+    scale = number("scale", scale, embeddings)
+    with no_autocast(embeddings.device):
+        inputs = scored(
+            embeddings, proxies, scale, similarity="rbf", normalize=normalize, precision=precision
+        )
+        stats, _ = pair_statistics(
+            inputs._replace(x_labels=labels.int(), y_labels=count_up(proxies.shape[0], embeddings)),
+            backend=backend,
+        )
+        # with one class alone there is nothing to tell apart
+        counted = _both(stats)
+        gap = torch.where(counted, stats.value[NEGATIVE] - stats.value[POSITIVE], 0)
+        loss = torch.where(counted, softplus(gap) if positive_in_denominator else gap, 0)
+        everything = torch.ones_like(counted)
+        return reduced(loss, everything, reduction, accumulate_dtype(embeddings.dtype))
+
+
+def proxy_anchor(
+    embeddings: Tensor,  # [N, D]
+    proxies: Tensor,  # [C, D]
+    labels: Tensor,  # [N]
+    *,
+    alpha: float = 32.0,
+    margin: float = 0.1,
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Proxy-anchor loss: the proxies are the anchors, s = <w_c, x_i>.
+
+        attract_c = log(1 + sum_{y_i = c} e^(-alpha (s - margin)))
+        repel_c = log(1 + sum_{y_i != c} e^(alpha (s + margin)))
+
+    embeddings [N, D], proxies [C, D] (both of norm 1 in the paper), labels [N] in [0, C),
+    alpha > 0. reduction: "mean" (the paper): attract's over the proxies whose class is there, plus
+    repel's over all of them; "sum" and "none" [C]: of attract + repel.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError, IndexError for bad
+    arguments. Time O(N C D); memory O((N + C) D). Paper: Kim et al., 2020.
+    """
+    embeddings = _check_proxies(embeddings, proxies, labels, reduction, precision)
+    number("alpha", alpha, embeddings)
+    with no_autocast(embeddings.device):
+        one = number("scale", 1.0, embeddings)
+        # the sums are the proxies', so the proxies are the rows
+        inputs = scored(proxies, embeddings, one, normalize=normalize, precision=precision)
+        stats, _ = pair_statistics(
+            inputs._replace(
+                x_labels=count_up(proxies.shape[0], embeddings),
+                y_labels=labels.int(),
+                positive=Rule(-alpha, margin),
+                negative=Rule(alpha, -margin),
+            ),
+            backend=backend,
+        )
+        attract, repel = softplus(stats.value)
+        dtype = accumulate_dtype(embeddings.dtype)
+        present = stats.count[POSITIVE] > 0
+        everything = torch.ones_like(present)
+        if reduction != "mean":
+            return reduced(attract + repel, everything, reduction, dtype)
+        return reduced(attract, present, "mean", dtype) + reduced(repel, everything, "mean", dtype)

@@ -1,0 +1,359 @@
+"""Losses over triplets, and over pairs against a margin, without listing them.
+
+d is the distance by name: "euclidean" |x - y|, "sqeuclidean" |x - y|^2 or "cosine" 1 - <x, y> of
+unit rows. Equal labels make a positive; where a batch meets itself a row is not its own positive.
+A row without a positive or without a negative has no triplet: it is left out of every mean over
+triplets, and with reduction="none" its loss is 0. Losses over pairs take the pairs that it has.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_losses import backends
+from fused_losses.base import validation
+from fused_losses.base.integers import dense_pair
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    no_autocast,
+    reduced,
+    root,
+    softplus,
+)
+from fused_losses.base.validation import (
+    check_at_least,
+    check_both,
+    check_class_ids,
+    check_integers,
+    number,
+)
+from fused_losses.losses.sides import DISTANCES, Sides, check_sides, over_terms, sides
+from fused_losses.primitives.row_rules.inputs import PICKS, SCORES, TRIPLETS, RowInputs
+from fused_losses.primitives.row_rules.op import row_losses
+from fused_losses.primitives.topk.inputs import TopkInputs
+from fused_losses.primitives.topk.op import best_screen, select
+
+
+def all_triplets(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    ref_embeddings: Tensor | None = None,  # [M, D]
+    ref_labels: Tensor | None = None,  # [M]
+    *,
+    margin: float = 0.05,
+    triplets: str = "all",
+    smooth: bool = False,
+    distance: str = "euclidean",
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """The sum over all triplets (a, p, n) of [d_ap - d_an + margin]+, by counting.
+
+    Args:
+        embeddings, labels: [N, D], [N] integers, the anchors. ref_embeddings, ref_labels: [M, D],
+            [M], where positives and negatives come from; without them the batch itself.
+        margin: >= 0.
+        triplets: "all"; "hard": d_an <= d_ap; "semihard": d_ap < d_an <= d_ap + margin; "easy":
+            d_an > d_ap + margin, with smooth=True only (the hinge is 0 there). The choice is not
+            differentiated.
+        smooth: log(1 + e^(d_ap - d_an + margin)) in the place of the hinge.
+        distance: "euclidean", "sqeuclidean", "cosine" (of rows of norm 1; FaceNet: sqeuclidean,
+            margin 0.2, semihard, normalize=True).
+        reduction: "mean" over the triplets whose loss is not 0 (pytorch-metric-learning), "sum",
+            "none" [N]: the sum of each anchor's.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    A row's gradient is counts: of the negatives that violate a positive, and the reverse.
+    Time O(N M D), and O(M P) a row with P <= 32 positives, else O(M log M); smooth: O(M P). Memory
+    O((N + M) D) and a few blocks. Paper: Schroff et al., FaceNet, 2015.
+    """
+    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    check_at_least("margin", margin, 0)
+    validation.check_choice("triplets", triplets, TRIPLETS)
+    validation.check_choice("distance", distance, DISTANCES)
+    if triplets == "easy" and not smooth:
+        raise ValueError("triplets: expected smooth=True with 'easy', whose hinges are all 0")
+    with no_autocast(embeddings.device):
+        both = sides(embeddings, labels, ref_embeddings, ref_labels)
+        inputs = both.rows(distance, precision, normalize)
+        return _over_triplets(inputs, margin, triplets, smooth, reduction, backend)
+
+
+def _over_triplets(
+    inputs: RowInputs,
+    margin: float,
+    triplets: str,
+    smooth: bool,
+    reduction: str,
+    backend: str | None,
+) -> Tensor:
+    params = (margin, TRIPLETS.index(triplets), smooth)
+    inputs = inputs._replace(rule="triplets", params=params)
+    total, count = row_losses(inputs, backend=backend).unbind(dim=1)
+    return over_terms(total, count, reduction, accumulate_dtype(inputs.x.dtype))
+
+
+def harmonic_triplet(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    frozen: Tensor,  # [M, D]
+    frozen_labels: Tensor | None = None,  # [M]
+    *,
+    margin: float = 0.2,
+    triplets: str = "semihard",
+    distance: str = "sqeuclidean",
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """`all_triplets` of a new model's rows among themselves and an old model's, which stay put.
+
+    embeddings [N, D], labels [N] integers: the new model's, the anchors. frozen [M, D]: the old
+    model's, further positives and negatives without a gradient; frozen_labels [M] (None: frozen
+    are the same samples). A row is not its own positive, but its old version is. Other arguments,
+    result, errors and cost as in `all_triplets`, with N + M columns.
+    """
+    embeddings = check_both("embeddings", embeddings, "frozen", frozen, precision)
+    frozen_labels = labels if frozen_labels is None else frozen_labels
+    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
+    check_integers("frozen_labels", frozen_labels, (frozen.shape[0],), embeddings)
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    validation.check_choice("triplets", triplets, TRIPLETS[:3])
+    validation.check_choice("distance", distance, DISTANCES)
+    check_at_least("margin", margin, 0)
+    with no_autocast(embeddings.device):
+        numbers, others = dense_pair(labels, frozen_labels)
+        columns = torch.cat([embeddings, frozen.detach()])
+        both = Sides(embeddings, columns, numbers, torch.cat([numbers, others]), True)
+        inputs = both.rows(distance, precision, normalize)
+        return _over_triplets(inputs, margin, triplets, False, reduction, backend)
+
+
+# ---- listed triplets ----------------------------------------------------------------------------
+
+
+def triplet_margin(
+    anchor: Tensor,  # [T, D]
+    positive: Tensor,  # [T, D]
+    negative: Tensor,  # [T, D]
+    *,
+    triplets: tuple[Tensor, Tensor, Tensor] | None = None,  # [T] each
+    margin: float = 1.0,
+    p: float = 2.0,
+    eps: float = 1e-6,
+    swap: bool = False,
+    smooth: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """`torch.nn.functional.triplet_margin_loss` of listed triplets: [d_ap - d_an + margin]+.
+
+    Args:
+        anchor, positive, negative: [T, D]; or with triplets any number of rows each.
+        triplets: three integer tensors [T], the rows of anchor, positive and negative of each
+            triplet: triplet_margin(x, x, x, triplets=mined).
+        margin: > 0. p: of the norm. eps: added to each difference, as torch does.
+        swap: d_pn in the place of d_an where it is smaller. smooth: log(1 + e^.), not the hinge.
+        reduction: "mean" over the triplets (0 over none), "sum", "none" [T].
+
+    Returns float32 (float64 for float64 inputs); differentiable to any order. Raises ValueError,
+    TypeError, IndexError for bad arguments. Time and memory O(T D).
+    """
+    parts = dict(anchor=anchor, positive=positive, negative=negative)
+    for name, rows in parts.items():
+        validation.check_matrix(name, rows, "[T, D]")
+        if rows.shape[1] != anchor.shape[1]:
+            raise ValueError(
+                f"{name}: expected [T, {anchor.shape[1]}] as anchor has, got "
+                f"{validation.describe(rows)}"
+            )
+        validation.check_device("anchor", anchor, name, rows)
+        validation.check_same_dtype("anchor", anchor, name, rows)
+    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    for name, value in (("margin", margin), ("p", p)):
+        number(name, value, anchor)
+    check_at_least("eps", eps, 0)
+    if triplets is None:
+        for name, rows in parts.items():
+            if rows.shape != anchor.shape:
+                raise ValueError(
+                    f"{name}: expected shape {tuple(anchor.shape)} as anchor has, got "
+                    f"{validation.describe(rows)}"
+                )
+    else:
+        if not isinstance(triplets, tuple | list) or len(triplets) != 3:
+            raise TypeError("triplets: expected (anchor, positive, negative) indices, three of [T]")
+        for name, index in zip(parts, triplets, strict=True):
+            size = triplets[0].shape[0] if isinstance(triplets[0], Tensor) else None
+            check_integers(f"triplets, {name}", index, (size,), anchor)
+            check_class_ids(f"triplets, {name}", index, parts[name].shape[0])
+    with no_autocast(anchor.device):
+        dtype = accumulate_dtype(anchor.dtype)
+        a, near, far = (rows.to(dtype) for rows in parts.values())
+        if triplets is not None:
+            a, near, far = (
+                rows.index_select(0, index.long())
+                for rows, index in zip((a, near, far), triplets, strict=True)
+            )
+        d_near, d_far = (F.pairwise_distance(a, rows, p, eps) for rows in (near, far))
+        if swap:
+            d_far = torch.minimum(d_far, F.pairwise_distance(near, far, p, eps))
+        violation = d_near - d_far + margin
+        loss = softplus(violation) if smooth else F.relu(violation)
+        return reduced(loss, torch.ones_like(loss, dtype=torch.bool), reduction, dtype)
+
+
+# ---- one positive and one negative a row --------------------------------------------------------
+
+
+def listed_distances(x: Tensor, y: Tensor, index: Tensor, distance: str) -> Tensor:
+    """d(x_i, y_index[i, l]), of an index < 0 with row 0; differentiable to any order. [N, L]"""
+    dtype = accumulate_dtype(x.dtype)
+    near = y.index_select(0, index.clamp_min(0).flatten()).to(dtype)
+    near = near.view(*index.shape, y.shape[1])
+    x = x.to(dtype)[:, None]
+    if distance == "cosine":
+        return 1 - (x * near).sum(dim=2)
+    squared = (x - near).square().sum(dim=2)
+    return squared if distance == "sqeuclidean" else root(squared)
+
+
+def _chosen(
+    inputs: RowInputs, positive: str, negative: str, distance: str, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d of each row's chosen positive and negative, [N] each, and which rows have both."""
+    formula = backends.requested(backend) == "reference"
+    extreme = "semihard" not in (positive, negative) and inputs.x_groups is None
+    if extreme and not formula:
+        index = _extremes(inputs, positive == "hardest", negative == "hardest", backend)
+    else:
+        params = (PICKS.index(positive), PICKS.index(negative))
+        inputs = inputs._replace(rule="chosen", params=params)
+        index = row_losses(inputs, backend=backend).long()
+    if inputs.y.shape[0] == 0:
+        nothing = inputs.x.to(accumulate_dtype(inputs.x.dtype)).sum(dim=1) * 0
+        return nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool)
+    found = (index >= 0).all(dim=1)
+    near, far = listed_distances(inputs.x, inputs.y, index, distance).unbind(dim=1)
+    if extreme and not formula:
+        # a NaN among a row's candidates would have been the extreme one
+        near = torch.where(inputs.y.detach().isnan().any(), torch.nan, near)
+    return torch.where(found, near, 0), torch.where(found, far, 0), found
+
+
+def _extremes(inputs: RowInputs, farthest: bool, nearest: bool, backend: str | None) -> Tensor:
+    """The columns of each row's extreme positive and negative, -1 over none. [N, 2]"""
+    kind, sign = SCORES[inputs.score]
+    # NaN is put back by the distances of what is chosen
+    x = inputs.x.detach().nan_to_num(0, torch.inf, -torch.inf)
+    same = inputs.y is inputs.x
+    y = x if same else inputs.y.detach().nan_to_num(0, torch.inf, -torch.inf)
+
+    def best(match: str, far: bool) -> Tensor:
+        return select(
+            TopkInputs(
+                x,
+                y,
+                x_labels=inputs.x_labels,
+                y_labels=inputs.y_labels,
+                kind="dot" if kind == "dot" else "sqeuclidean",
+                k=1,
+                largest=far == (sign > 0),
+                match=match,
+                skip_self=inputs.skip_self,
+                symmetric=same,
+                screen=best_screen(x, backend),
+            ),
+            backend,
+        )[1]
+
+    return torch.cat([best("same", farthest), best("different", not nearest)], dim=1)
+
+
+def _violated(near: Tensor, far: Tensor, margin: float | None) -> Tensor:
+    """The hinge, or without a margin softplus. [N]"""
+    return softplus(near - far) if margin is None else F.relu(near - far + margin)
+
+
+def batch_hard_triplet(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    ref_embeddings: Tensor | None = None,  # [M, D]
+    ref_labels: Tensor | None = None,  # [M]
+    *,
+    margin: float | None = None,
+    distance: str = "euclidean",
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Each row's farthest positive against its nearest negative, the first of equal ones.
+
+        loss_i = [max_P d - min_N d + margin]+;   margin=None: log(1 + e^(max_P d - min_N d))
+
+    embeddings [N, D], labels [N] integers, and ref_embeddings [M, D], ref_labels [M] where the
+    positives and negatives are not the batch itself. reduction: "mean" over the rows that have
+    both, "sum", "none" [N].
+
+    Returns float32 (float64 for float64 inputs), differentiable to any order. Raises ValueError,
+    TypeError for bad arguments. Time O(N M D); memory O((N + M) D) and a few blocks.
+    Paper: Hermans et al., In Defense of the Triplet Loss, 2017.
+    """
+    return batch_easy_hard_triplet(
+        embeddings,
+        labels,
+        ref_embeddings,
+        ref_labels,
+        positive="hardest",
+        negative="hardest",
+        margin=margin,
+        distance=distance,
+        normalize=normalize,
+        reduction=reduction,
+        precision=precision,
+        backend=backend,
+    )
+
+
+def batch_easy_hard_triplet(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    ref_embeddings: Tensor | None = None,  # [M, D]
+    ref_labels: Tensor | None = None,  # [M]
+    *,
+    positive: str = "easiest",
+    negative: str = "semihard",
+    margin: float | None = 0.05,
+    distance: str = "euclidean",
+    normalize: bool = False,
+    reduction: str = "mean",
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """One positive and one negative a row, chosen each its own way; else `batch_hard_triplet`.
+
+    positive: "hardest" (farthest), "easiest" (nearest) or "semihard": the farthest that is nearer
+    than the chosen negative. negative: "hardest" (nearest), "easiest" or "semihard": the nearest
+    that is farther than the chosen positive. Not both "semihard". A row without such a pair is
+    left out as well. Paper: Xuan et al., Improved Embeddings with Easy Positive Triplet Mining,
+    2020.
+    """
+    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    validation.check_choice("positive", positive, PICKS)
+    validation.check_choice("negative", negative, PICKS)
+    validation.check_choice("distance", distance, DISTANCES)
+    if margin is not None:
+        check_at_least("margin", margin, 0)
+    if positive == negative == "semihard":
+        raise ValueError("negative: expected another choice beside positive='semihard'")
+    with no_autocast(embeddings.device):
+        both = sides(embeddings, labels, ref_embeddings, ref_labels)
+        inputs = both.rows(distance, precision, normalize)
+        near, far, found = _chosen(inputs, positive, negative, distance, backend)
+        loss = _violated(near, far, margin)
+        return reduced(loss, found, reduction, accumulate_dtype(embeddings.dtype))

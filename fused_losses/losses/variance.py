@@ -1,0 +1,71 @@
+"""Losses on the variance of a class's pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_losses.base.numerics import accumulate_dtype, no_autocast
+from fused_losses.base.validation import check_at_least, check_batch, number
+from fused_losses.losses.scored_pairs import scored, triangle
+from fused_losses.losses.sides import sides
+from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE
+from fused_losses.primitives.pairs.op import pair_statistics
+from fused_losses.primitives.row_rules.op import row_losses
+
+
+def intra_pair_variance(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    *,
+    positive_eps: float = 0.01,
+    negative_eps: float = 0.01,
+    normalize: bool = False,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """Pairs on the wrong side of their class's mean similarity, s = <x_i, x_j>; one number.
+
+        mean_P [(1 - positive_eps) mean_P s - s]+^2 + mean_N [s - (1 + negative_eps) mean_N s]+^2
+
+    embeddings [N, D] (norm 1 in the paper), labels [N] integers; the means are over all pairs of
+    two rows, 0 over none, and are differentiated.
+
+    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
+    Time O(N^2 D), in two sweeps; memory O(N D) and a few blocks. Paper: Yu et al., Deep Metric
+    Learning with Intra-Pair Variance, 2020 (as in pytorch-metric-learning).
+    """
+    check_batch(embeddings, labels, "mean", precision)
+    check_at_least("positive_eps", positive_eps, 0)
+    check_at_least("negative_eps", negative_eps, 0)
+    with no_autocast(embeddings.device):
+        both = sides(embeddings, labels, None, None)
+        # the score is -s
+        inputs = both.rows("cosine", precision, normalize)
+        one = number("scale", 1.0, embeddings)
+        pairs = triangle(scored(inputs.x, None, one, precision=precision))
+        stats, _ = pair_statistics(
+            pairs._replace(x_labels=both.x_labels), reduction="relu", backend=backend
+        )
+        count = stats.count.sum(dim=1).clamp_min(1)
+        means = stats.total.sum(dim=1) / count
+        ones = torch.ones_like(stats.total[0])
+        values = torch.stack(
+            [
+                ones,
+                -(1 - positive_eps) * means[POSITIVE] * ones,
+                -(1 + negative_eps) * means[NEGATIVE] * ones,
+            ],
+            dim=1,
+        )
+        inputs = inputs._replace(rule="hinges", params=(2,), values=values)
+        sums = row_losses(inputs, backend=backend).sum(dim=0)
+        loss = sums[0] / count[POSITIVE] + sums[2] / count[NEGATIVE]
+        return loss.to(accumulate_dtype(embeddings.dtype))
+
+
+def _mean_of_means(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean over rows that have any of their means under the mask (values 0 elsewhere)."""
+    count = mask.sum(dim=1)
+    means = values.sum(dim=1) / count.clamp_min(1)
+    return means.sum() / (count > 0).sum().clamp_min(1)

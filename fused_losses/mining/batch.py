@@ -1,0 +1,198 @@
+"""One batch or two sides to mine, checked, and its distances by blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.integers import dense, dense_pair
+from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
+from fused_losses.primitives.distances.op import distance_matrix
+
+SIMILARITIES = ("dot", "cosine")
+
+DISTANCES = (
+    "euclidean",
+    "sqeuclidean",
+    "cityblock",
+    "chebyshev",
+    "minkowski",
+    "canberra",
+    "braycurtis",
+)
+
+BLOCK_BYTES = 2 << 20  # of distances in a block; about ten such are alive
+
+
+class MiningBatch(NamedTuple):
+    """One call, checked. z = sign * distance: smaller is nearer, whatever the metric."""
+
+    x: Tensor  # [N, D]
+    y: Tensor  # [M, D]
+    x_labels: Tensor  # [N] int32
+    y_labels: Tensor  # [M] int32
+    x_ids: Tensor | None  # [N] int32
+    y_ids: Tensor | None  # [M] int32
+    own: bool  # y is x
+    kind: str  # of the distance matrix
+    sign: int
+    p: float
+    precision: str
+    backend: str | None
+
+
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if math.isnan(value):
+        raise ValueError(f"{name}: expected a number, got {value}")
+
+
+def check_range(name: str, bounds: tuple[float, float] | None) -> None:
+    if bounds is None:
+        return
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(f"{name}: expected (low, high), got {bounds!r}")
+    for bound in bounds:
+        check_number(name, bound)
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"{name}: expected low <= high, got {bounds!r}")
+
+
+def checked_batch(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_embeddings: Tensor | None,
+    ref_labels: Tensor | None,
+    ids: Tensor | None,
+    ref_ids: Tensor | None,
+    metric: str,
+    p: float,
+    normalize: bool,
+    precision: str,
+    backend: str | None,
+) -> MiningBatch:
+    validation.check_choice("metric", metric, (*DISTANCES, *SIMILARITIES))
+    check_number("p", p)
+    if p != 2.0 and metric != "minkowski":
+        raise ValueError(f"p: expected no value with metric={metric!r}, got {p}")
+    if not 0 < p < math.inf:
+        raise ValueError(f"p: expected a finite value > 0, got {p}")
+    own = ref_embeddings is None or ref_embeddings is embeddings
+    if ref_embeddings is None and ref_labels is not None:
+        raise ValueError("ref_embeddings: expected a tensor beside ref_labels, got None")
+    if own:
+        check_rows("embeddings", embeddings, precision)
+        x = y = embeddings
+        ref_labels = labels if ref_labels is None else ref_labels
+        ref_ids = ids if ref_ids is None else ref_ids
+    else:
+        x = check_both("embeddings", embeddings, "ref_embeddings", ref_embeddings, precision)
+        y = ref_embeddings
+        if ref_labels is None:
+            raise ValueError("ref_labels: expected a tensor beside ref_embeddings, got None")
+    sizes = (x.shape[0], y.shape[0])
+    check_integers("labels", labels, sizes[:1], x)
+    check_integers("ref_labels", ref_labels, sizes[1:], x)
+    check_integer_pair("ids", ids, "ref_ids", ref_ids, sizes, x)
+    with torch.no_grad():
+        x, y = x.detach(), y.detach()
+        if normalize or metric == "cosine":
+            # unit rows rounded to a narrow type would be mined by other cosines
+            x = unit(x.to(accumulate_dtype(x.dtype)))
+            y = x if own else unit(y.to(accumulate_dtype(y.dtype)))
+        elif own:
+            y = x
+        if ref_labels is labels:
+            x_labels = y_labels = dense(labels)
+        else:
+            x_labels, y_labels = dense_pair(labels, ref_labels)
+        x_ids, y_ids = dense_pair(ids, ref_ids)
+    kind = "dot" if metric == "cosine" else metric
+    sign = -1 if metric in SIMILARITIES else 1
+    return MiningBatch(
+        *(x, y, x_labels, y_labels, x_ids, y_ids, own, kind, sign),
+        *(float(p), precision, backend),
+    )
+
+
+def widened(batch: MiningBatch) -> MiningBatch:
+    """The same in the accumulation dtype."""
+    x = batch.x.to(accumulate_dtype(batch.x.dtype))
+    return batch._replace(x=x, y=x if batch.own else batch.y.to(x.dtype))
+
+
+class MiningBlock(NamedTuple):
+    """Some rows against every column."""
+
+    start: int
+    distance: Tensor  # [B, M], the metric's own
+    z: Tensor  # [B, M] sign * distance, finite where a pair takes part
+    positive: Tensor  # [B, M] bool
+    negative: Tensor  # [B, M] bool
+
+
+def matrix(batch: MiningBatch, rows: Tensor) -> Tensor:
+    return distance_matrix(
+        *(rows, batch.y),
+        kind=batch.kind,
+        p=batch.p,
+        precision=batch.precision,
+        backend=batch.backend,
+    )
+
+
+def rows_at_once(batch: MiningBatch) -> int:
+    size = 8 if batch.x.dtype == torch.float64 else 4
+    return max(1, BLOCK_BYTES // (size * max(1, batch.y.shape[0])))
+
+
+def blocks(batch: MiningBatch) -> Iterator[MiningBlock]:
+    n, m = batch.x.shape[0], batch.y.shape[0]
+    step = rows_at_once(batch)
+    columns = torch.arange(m, device=batch.x.device)
+    for start in range(0, n if m else 0, step):
+        rows = slice(start, min(start + step, n))
+        distance = matrix(batch, batch.x[rows])
+        same = batch.x_labels[rows, None] == batch.y_labels
+        taken = ~distance.isnan()
+        if batch.own:
+            taken &= columns != torch.arange(start, rows.stop, device=columns.device)[:, None]
+        if batch.x_ids is not None:
+            taken &= batch.x_ids[rows, None] != batch.y_ids
+        # finite, for infinity stands for pairs that do not take part
+        top = torch.finfo(distance.dtype).max
+        z = (batch.sign * distance).clamp(-top, top)
+        yield MiningBlock(start, distance, z, same & taken, ~same & taken)
+
+
+def within(block: MiningBlock, mask: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    if bounds is None:
+        return mask
+    return mask & (block.distance >= bounds[0]) & (block.distance <= bounds[1])
+
+
+def extreme(z: Tensor, mask: Tensor, *, farthest: bool) -> tuple[Tensor, Tensor]:
+    """The first column with the largest or smallest z of the mask [B], and whether there is one."""
+    if farthest:
+        return torch.where(mask, z, -torch.inf).argmax(dim=1), mask.any(dim=1)
+    return torch.where(mask, z, torch.inf).argmin(dim=1), mask.any(dim=1)
+
+
+def ranked(z: Tensor, mask: Tensor, which: str, k: int, *, farthest: bool) -> Tensor:
+    """The k columns of the mask with the largest or smallest z, as a mask; the lowest of equals."""
+    if which == "all":
+        return mask
+    if k == 1:
+        index, some = extreme(z, mask, farthest=farthest)
+        return torch.zeros_like(mask).scatter(1, index[:, None], some[:, None])
+    key = torch.where(mask, -z if farthest else z, torch.inf)
+    order = key.sort(dim=1, stable=True).indices[:, :k]
+    return torch.zeros_like(mask).scatter(1, order, mask.gather(1, order))

@@ -1,0 +1,212 @@
+"""Mining: the triplets and pairs that a loss is worth taking over, of a batch or against a memory.
+
+d is a distance, or the negative of a similarity ("dot", "cosine"): smaller is nearer. Of one label:
+a positive; of another: a negative. A row is never its own positive, and pairs with equal ids are
+left out. Distances are computed a block of rows at a time; nothing is differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.numerics import no_autocast
+from fused_losses.mining.batch import (
+    MiningBatch,
+    MiningBlock,
+    blocks,
+    check_number,
+    check_range,
+    checked_batch,
+    extreme,
+    ranked,
+    within,
+)
+from fused_losses.mining.lists import Keep, Lines, Triplets, every, gathered_triplets, lines, places
+from fused_losses.pairwise.topk import pairwise_topk
+
+CHOICES = ("hardest", "easiest", "semihard", "all")
+RANKS = ("all", "hardest", "easiest")
+RULES = ("all", "hard", "semihard", "easy")
+
+
+def mine_triplets(
+    embeddings: Tensor,  # [N, D]
+    labels: Tensor,  # [N]
+    ref_embeddings: Tensor | None = None,  # [M, D]; None: embeddings
+    ref_labels: Tensor | None = None,  # [M]
+    *,
+    positive: str = "hardest",
+    negative: str = "hardest",
+    triplets: str = "all",
+    margin: float | None = None,
+    positive_range: tuple[float, float] | None = None,
+    negative_range: tuple[float, float] | None = None,
+    metric: str = "euclidean",
+    p: float = 2.0,
+    normalize: bool = False,
+    ids: Tensor | None = None,  # [N]
+    ref_ids: Tensor | None = None,  # [M]
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Triplets:
+    """Triplets (anchor a, positive p, negative n) of a batch, or of a batch and a memory.
+
+    Args:
+        embeddings, labels: [N, D] and integers [N], the anchors. ref_embeddings, ref_labels:
+            [M, D], [M], where positives and negatives are looked for; None: the batch itself.
+        positive: which positives of an anchor: "hardest" the farthest, "easiest" the nearest,
+            "semihard" for each negative that is taken the farthest one nearer than it, "all".
+        negative: "hardest" the nearest, "easiest" the farthest, "semihard" for each positive that
+            is taken the nearest one farther than it, "all". Not both sides can be "semihard".
+        triplets, margin: which of those are kept, by g = d(a, n) - d(a, p): "all" with g <= margin
+            (None: every one), "hard" with g <= 0, "semihard" with g > 0 (both g <= margin, too),
+            "easy" with g > margin (None: 0).
+        positive_range, negative_range: (low, high): pairs at a distance outside do not take part.
+        metric: a distance, euclidean, sqeuclidean, cityblock, chebyshev, minkowski (with p),
+            canberra or braycurtis; or a similarity, dot or cosine, where larger is nearer.
+        normalize: divide the rows by their norms first.
+        ids, ref_ids: integers; rows with equal ids are never paired.
+
+    positive = negative = "hardest" is batch-hard mining. positive="all" with a margin: with
+    negative="hardest" FaceNet's pairs, "semihard" its semi-hard negatives, "all" every triplet that
+    violates the margin. Of equal distances the lowest index is taken. A pair at a NaN distance is
+    never taken. Nothing is differentiated: the distances need no gradient.
+
+    Returns `Triplets`. Raises ValueError, TypeError for arguments that do not fit.
+    Time O(N M D), and O(N M log M) for "semihard", O(N P M) for all of both sides with P positives
+    a row; memory beyond what is returned O((N + M) D) and a few blocks.
+    Papers: Schroff et al., FaceNet, 2015; Hermans et al., 2017; Xuan et al., 2020 (easy positives).
+    """
+    validation.check_choice("positive", positive, CHOICES)
+    validation.check_choice("negative", negative, CHOICES)
+    validation.check_choice("triplets", triplets, RULES)
+    if positive == negative == "semihard":
+        raise ValueError(
+            "negative: expected 'hardest', 'easiest' or 'all' with positive='semihard' (each would "
+            "be chosen by the other), got 'semihard'"
+        )
+    check_range("positive_range", positive_range)
+    check_range("negative_range", negative_range)
+    if margin is not None:
+        check_number("margin", margin)
+    batch = checked_batch(
+        *(embeddings, labels, ref_embeddings, ref_labels, ids, ref_ids),
+        *(metric, p, normalize, precision, backend),
+    )
+    with torch.no_grad(), no_autocast(embeddings.device):
+        keep = _rule(triplets, margin)
+        ranked = {"hardest", "easiest"}
+        if positive in ranked and negative in ranked and positive_range is negative_range is None:
+            return _one_each(batch, positive, negative, keep)
+        ranges = (positive_range, negative_range)
+        sides = (positive, negative, ranges, keep)
+        lines = (line for block in blocks(batch) for line in _block_triplets(block, *sides))
+        return gathered_triplets(batch, lines)
+
+
+# ---- triplets -----------------------------------------------------------------------------------
+
+
+def _rule(triplets: str, margin: float | None) -> Keep | None:
+    """Which g are kept; None: every one."""
+    if triplets == "easy":
+        return lambda g: g > (margin or 0.0)
+    if triplets == "semihard":
+        return lambda g: (g > 0) if margin is None else (g > 0) & (g <= margin)
+    if triplets == "hard":
+        limit = 0.0 if margin is None else min(0.0, margin)
+        return lambda g: g <= limit
+    return None if margin is None else lambda g: g <= margin
+
+
+def _one_each(batch: MiningBatch, positive: str, negative: str, keep: Keep | None) -> Triplets:
+    """The hardest or easiest of either side: two streamed selections, no block of distances."""
+
+    def best(match: str, farthest: bool) -> tuple[Tensor, Tensor]:
+        values, index = pairwise_topk(
+            *(batch.x, None if batch.own else batch.y, 1, batch.kind),
+            p=batch.p,
+            largest=farthest == (batch.sign > 0),
+            x_labels=batch.x_labels,
+            y_labels=batch.y_labels,
+            match=match,
+            x_ids=batch.x_ids,
+            y_ids=batch.y_ids,
+            skip_self=batch.own,
+            backend=batch.backend,
+        )
+        return values[:, 0], index[:, 0]
+
+    near, p = best("same", positive == "hardest")
+    far, n = best("different", negative == "easiest")
+    kept = (p >= 0) & (n >= 0)
+    if keep is not None:
+        kept &= keep(batch.sign * (far - near))
+    anchor = kept.nonzero()[:, 0]
+    found = (anchor, p, n, near, far)
+    if len(anchor) < len(kept):
+        found = (anchor, p[anchor], n[anchor], near[anchor], far[anchor])
+    out = Triplets(*found)
+    out.left_out = len(kept) - len(anchor)
+    return out
+
+
+def _block_triplets(
+    block: MiningBlock,
+    positive: str,
+    negative: str,
+    ranges: tuple[tuple[float, float] | None, tuple[float, float] | None],
+    keep: Keep | None,
+) -> Iterator[Lines]:
+    z = block.z
+    same = within(block, block.positive, ranges[0])
+    different = within(block, block.negative, ranges[1])
+    if positive == "all" and negative == "all":
+        yield from every(block, same, different, keep)
+        return
+    far, near = positive == "hardest", negative == "easiest"
+    if negative == "semihard":
+        i, p = ranked(z, same, positive, 1, farthest=far).nonzero(as_tuple=True)
+        n, found = _next_farther(z, different, i, p)
+    elif positive == "semihard":
+        i, n = ranked(z, different, negative, 1, farthest=near).nonzero(as_tuple=True)
+        p, found = _next_nearer(z, same, i, n)
+    elif negative == "all":
+        i, n = different.nonzero(as_tuple=True)
+        index, some = extreme(z, same, farthest=far)
+        p, found = index[i], some[i]
+    else:
+        i, p = ranked(z, same, positive, 1, farthest=far).nonzero(as_tuple=True)
+        index, some = extreme(z, different, farthest=near)
+        n, found = index[i], some[i]
+    if keep is not None:
+        found = found & keep(z[i, n] - z[i, p])
+    i, p, n = i[found], p[found], n[found]
+    if positive == "semihard" and negative == "all":
+        # the list stands in the order of its negatives
+        m = z.shape[1]
+        order = ((i * m + p) * m + n).argsort()
+        i, p, n = i[order], p[order], n[order]
+    yield lines(block, i, p, n)
+
+
+def _next_farther(z: Tensor, mask: Tensor, i: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest column of the mask farther than p, of each pair (i, p); whether there is one."""
+    values, order = torch.where(mask, z, torch.inf).sort(dim=1, stable=True)
+    place = places(values, i, z[i, p], right=True)
+    found = place < mask.sum(dim=1)[i]
+    return order[i, place.clamp_max(z.shape[1] - 1)], found
+
+
+def _next_nearer(z: Tensor, mask: Tensor, i: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """The farthest column of the mask nearer than n, of each pair (i, n); whether there is one."""
+    values, order = torch.where(mask, z, torch.inf).sort(dim=1, stable=True)
+    place = places(values, i, z[i, n]) - 1
+    found = place >= 0
+    # of equal ones the first
+    first = places(values, i, values[i, place.clamp_min(0)])
+    return order[i, first], found

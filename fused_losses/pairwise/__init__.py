@@ -1,0 +1,1 @@
+"""Distances, similarities and nearest neighbours of rows, by metric."""

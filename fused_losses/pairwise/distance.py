@@ -1,0 +1,199 @@
+"""Distances and similarities of every pair of rows, as matrices. [..., N, M]
+
+A metric is a transformation of the rows, a kind of `primitives.distances`, and a function of its
+result; `METRICS` and `SIMILARITIES` say which.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.numerics import no_autocast, row_dtype
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import describe, number
+from fused_losses.pairwise.metrics import (
+    METRICS,
+    PLAIN,
+    WEIGHTED,
+    Call,
+    _check_values,
+    _jensenshannon,
+    _mahalanobis,
+    _minkowski,
+)
+from fused_losses.pairwise.whitening import wide
+from fused_losses.primitives.distances.inputs import FLAT
+
+
+def pairwise_distance(
+    x: Tensor,  # [..., N, D]
+    y: Tensor | None = None,  # [..., M, D]
+    metric: str = "euclidean",
+    *,
+    p: float = 2.0,
+    w: Tensor | None = None,  # [D]
+    VI: Tensor | None = None,  # [D, D]
+    covariance: Tensor | None = None,  # [D, D]
+    variance: Tensor | None = None,  # [..., M, D]
+    base: float | None = None,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """The distance of every row of x to every row of y, [..., N, M]; y None: of x to itself.
+
+    Args:
+        x, y: float32, bfloat16, float16 or float64, alike; bool too for hamming and jaccard.
+            Leading dimensions broadcast.
+        metric: SciPy's meaning where SciPy has it: euclidean, sqeuclidean, cityblock, minkowski,
+            chebyshev, cosine, correlation, canberra, braycurtis, hamming, jaccard, jensenshannon,
+            mahalanobis. Others:
+            hellinger   |sqrt x - sqrt y| / sqrt 2, entries >= 0
+            kl          sum x log(x/y), rows not normalised
+            angular     arccos(cos) / pi, in [0, 1]
+            snr         var(y - x) / var(x) over the coordinates, x the anchor
+            poincare    arccosh(1 + 2 |x - y|^2 / ((1 - |x|^2)(1 - |y|^2))), |x|, |y| < 1
+            lorentz     arccosh(-<x, y>_L) of points (time, space...) with <x, x>_L = -1
+        p: minkowski's exponent > 0; inf is chebyshev.
+        w: weights >= 0 of the coordinates, for the metrics that have them in SciPy.
+        VI, covariance, variance: mahalanobis's, one of them: the inverse covariance (SciPy's
+            name), the covariance, or variances > 0 of each row of y (a diagonal each). None of
+            them: the covariance of the rows of x and y together, as SciPy.
+        base: of jensenshannon's logarithm; None: e.
+        precision: of the products, in the metrics that are made of them.
+
+    Returns float32, float64 for float64 inputs; equal rows are at distance 0 exactly.
+    Differentiable in the tensors (hamming and jaccard: none), with gradient 0 at distance 0; again
+    where a metric is made of products: euclidean, sqeuclidean, cosine, correlation, angular,
+    hellinger, snr, poincare, lorentz, mahalanobis (but not with variance).
+    A negative entry gives NaN in hellinger, jensenshannon and kl, a row of sum 0 in jensenshannon,
+    a row outside the ball in poincare. A row of zeros has cosine 0 with every other row in
+    cosine, correlation and angular (SciPy: NaN), and is at 0 from another row of zeros.
+    Raises ValueError, TypeError for bad arguments, RuntimeError where the backend cannot run.
+    Time O(N M D); memory beyond the result, its like in the gradient, and a few [N, M] where a
+    metric is a function of another: O((N + M) D) plus a block.
+    """
+    validation.check_choice("metric", metric, METRICS)
+    x, y = _rows(x, y, precision, bools=metric in FLAT)
+    d = x.shape[-1]
+    if w is not None:
+        if metric not in WEIGHTED:
+            raise ValueError(
+                f"w: expected None, metric={metric!r} has no weights (SciPy gives them to "
+                f"{', '.join(WEIGHTED)})"
+            )
+        validation.check_vector("w", w, d, "one a coordinate", x)
+        _check_values("w", w, lambda v: v >= 0, "values >= 0")
+        w = w.to(row_dtype(x.device))
+    if metric != "minkowski" and p != 2.0:
+        raise ValueError(f"p: expected no value with metric={metric!r}, got {p}")
+    if metric != "jensenshannon" and base is not None:
+        raise ValueError(f"base: expected None with metric={metric!r}, got {base}")
+    shapes = dict(VI=VI, covariance=covariance, variance=variance)
+    given = [name for name, value in shapes.items() if value is not None]
+    if given and metric != "mahalanobis":
+        raise ValueError(f"{given[0]}: expected None with metric={metric!r}, got a tensor")
+    if len(given) > 1:
+        raise ValueError(f"{given[1]}: expected one of VI, covariance and variance, got {given}")
+    call = Call(x, y, w, precision, backend)
+    with no_autocast(x.device):
+        if metric == "minkowski":
+            return _minkowski(call, p)
+        if metric == "jensenshannon":
+            return _jensenshannon(call, base)
+        if metric == "mahalanobis":
+            return _mahalanobis(call, VI, covariance, variance)
+        return PLAIN[metric](call)
+
+
+def pairwise_similarity(
+    x: Tensor,  # [..., N, D]
+    y: Tensor | None = None,  # [..., M, D]
+    similarity: str = "cosine",
+    *,
+    gamma: float | Tensor | None = None,
+    degree: float = 3,
+    coef0: float | Tensor = 1.0,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> Tensor:
+    """The similarity of every row of x with every row of y, [..., N, M]; y None: x with itself.
+
+    Args:
+        x, y: float32, bfloat16, float16 or float64, alike. Leading dimensions broadcast.
+        similarity: "dot" <x, y>, "cosine", "rbf" exp(-gamma |x - y|^2),
+            "laplacian" exp(-gamma sum |x - y|), "polynomial" (gamma <x, y> + coef0)^degree,
+            "sigmoid" tanh(gamma <x, y> + coef0).
+        gamma: None: 1 / D; a number or a scalar tensor, which may need a gradient; > 0 for rbf and
+            laplacian. coef0: a number or a scalar tensor.
+
+    Returns float32, float64 for float64 inputs; rbf and laplacian of equal rows are 1 exactly.
+    Differentiable, and again but for laplacian. Raises ValueError, TypeError for bad arguments,
+    RuntimeError where the backend cannot run.
+    Time O(N M D); memory beyond the result: O((N + M) D), a block, and one or two [N, M].
+    """
+    validation.check_choice("similarity", similarity, SIMILARITIES)
+    x, y = _rows(x, y, precision, bools=False)
+    if isinstance(degree, bool) or not isinstance(degree, int | float):
+        raise TypeError(f"degree: expected a number, got {type(degree).__name__}")
+    gamma = 1 / max(x.shape[-1], 1) if gamma is None else gamma
+    gamma = number("gamma", gamma, x, positive=similarity in ("rbf", "laplacian"))
+    coef0 = number("coef0", coef0, x, positive=False)
+    call = Call(x, y, None, precision, backend)
+    with no_autocast(x.device):
+        if similarity == "dot":
+            return call.matrix("dot", x, y)
+        if similarity == "cosine":
+            return call.matrix("dot", *call.both(lambda r: unit(wide(r))))
+        if similarity == "rbf":
+            return (-gamma * call.matrix("sqeuclidean", x, y)).exp()
+        if similarity == "laplacian":
+            return (-gamma * call.matrix("cityblock", x, y)).exp()
+        inner = gamma * call.matrix("dot", x, y) + coef0
+        return inner.tanh() if similarity == "sigmoid" else inner**degree
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor, y: Tensor | None, precision: str, bools: bool) -> tuple[Tensor, Tensor]:
+    """Both sides, checked; one tensor for both is one set of rows."""
+    validation.check_choice("precision", precision, validation.PRECISIONS)
+    for name, rows, shape in (("x", x, "[..., N, D]"), ("y", y, "[..., M, D]")):
+        if name == "y" and y is None:
+            continue
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{name}: expected a tensor {shape}, got {type(rows).__name__}")
+        if rows.dtype not in validation.FLOATS and not (bools and rows.dtype == torch.bool):
+            extra = " or bool" if bools else ""
+            raise TypeError(
+                f"{name}: expected a floating point tensor {shape} (float32, bfloat16, float16, "
+                f"float64{extra}), got {describe(rows)}"
+            )
+        if rows.dim() < 2:
+            raise ValueError(
+                f"{name}: expected at least two dimensions {shape}, got {describe(rows)}"
+            )
+    if y is None or y is x:
+        return x, x
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"y: expected [..., M, {x.shape[-1]}] as x has, got {describe(y)}")
+    try:
+        torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"y: expected leading dimensions that broadcast with {tuple(x.shape[:-2])}, got "
+            f"{describe(y)}"
+        ) from None
+    validation.check_device("x", x, "y", y)
+    if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type):
+        x = x.to(y.dtype)
+    validation.check_same_dtype("x", x, "y", y)
+    return x, y
+
+
+# ---- metrics ------------------------------------------------------------------------------------
+
+
+SIMILARITIES = ("dot", "cosine", "rbf", "laplacian", "polynomial", "sigmoid")

@@ -1,0 +1,296 @@
+"""The metrics: a transformation of the rows, a kind of distance, a function of its result."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, root, row_dtype
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import describe
+from fused_losses.pairwise.whitening import about_mean, whitened, wide
+from fused_losses.primitives.distances import reference as reference_distances
+from fused_losses.primitives.distances.op import choose, distance_matrix
+
+
+def _check_values(
+    name: str, tensor: Tensor, good: Callable[[Tensor], Tensor], expected: str
+) -> None:
+    """Like `validation.check_labels`; NaN is let through: it makes what depends on it NaN."""
+    if torch.compiler.is_compiling() or tensor.numel() == 0:
+        return
+    tensor = tensor.detach()
+    bad = ~(good(tensor) | tensor.isnan())
+    if tensor.is_cuda and os.environ.get("FUSED_LOSSES_VALIDATE") != "1":
+        torch._assert_async(~bad.any(), f"{name}: expected {expected}")
+    elif bool(bad.any()):
+        raise ValueError(f"{name}: expected {expected}, got {float(tensor[bad][0])}")
+
+
+class Call(NamedTuple):
+    """What a metric is computed from."""
+
+    x: Tensor  # [..., N, D]
+    y: Tensor  # [..., M, D], x itself where there is one set of rows
+    w: Tensor | None  # [D]
+    precision: str
+    backend: str | None
+
+    def both(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """f of the rows of both sides."""
+        x = f(self.x)
+        return x, x if self.y is self.x else f(self.y)
+
+    def weighted(self, power: float) -> tuple[Tensor, Tensor]:
+        """Rows times w^power; as they are without weights."""
+        if self.w is None:
+            return self.x, self.y
+        factor = _power(self.w, power).to(accumulate_dtype(self.x.dtype))
+        return self.both(lambda r: wide(r) * factor)
+
+    def matrix(
+        self, kind: str, x: Tensor, y: Tensor, w: Tensor | None = None, p: float = 2.0
+    ) -> Tensor:
+        """`distance_matrix` over broadcast leading dimensions, [..., N, M]."""
+        options = dict(kind=kind, p=p, precision=self.precision, backend=self.backend)
+        lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        (n, d), m = x.shape[-2:], y.shape[-2]
+        of_rows = w is not None and w.dim() > 1  # a weight a row of y
+        if x.dim() == 2 and y.dim() == 2:
+            return distance_matrix(x, y, w, **options)
+        # where only one side has several sets of rows, one matrix holds them all
+        if y.shape[:-2].numel() == 1:
+            w = w.reshape(m, d) if of_rows else w
+            return distance_matrix(x.reshape(-1, d), y.reshape(m, d), w, **options).reshape(
+                *lead, n, m
+            )
+        if x.shape[:-2].numel() == 1:
+            w = w.reshape(-1, d) if of_rows else w
+            whole = distance_matrix(x.reshape(n, d), y.reshape(-1, d), w, **options)
+            return whole.reshape(n, -1, m).transpose(0, 1).reshape(*lead, n, m)
+        if 0 in lead:
+            # nothing, that is still a function of both
+            return (wide(x).sum() + wide(y).sum()).expand(*lead, n, m)
+        if d > 0 and (n == 1 or m == 1):
+            # the differences of all pairs are no larger than the rows themselves
+            return self._by_formula(kind, x, y, w, p)
+        flat = [
+            t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
+            for t in ((x, y, w) if of_rows else (x, y))
+        ]
+        rest = () if of_rows else (w,)
+        found = [distance_matrix(*items, *rest, **options) for items in zip(*flat, strict=True)]
+        return torch.stack(found).reshape(*lead, n, m)
+
+    def _by_formula(self, kind: str, x: Tensor, y: Tensor, w: Tensor | None, p: float) -> Tensor:
+        # refused as the kernels would be
+        choose(self.backend, x.device, x.dtype, self.precision, kind)
+        w = None if w is None else w.to(accumulate_dtype(x.dtype))
+        return reference_distances.distance(kind, x, y, w, p)
+
+
+def _power(v: Tensor, power: float) -> Tensor:
+    """v^power, 0 (with gradient 0) where v is 0, NaN where it is negative."""
+    positive = ~(v <= 0)
+    powers = torch.where(positive, v, 1) ** power
+    return torch.where(positive, powers, torch.where(v < 0, torch.nan, 0.0).to(v.dtype))
+
+
+def _moved(x: Tensor, w: Tensor | None = None) -> Tensor:
+    """Rows moved by their own (weighted) mean."""
+    x = wide(x)
+    if w is None:
+        return x - x.mean(dim=-1, keepdim=True)
+    share = (w / w.sum()).to(x.dtype)
+    return x - (x * share).sum(dim=-1, keepdim=True)
+
+
+def _lp(kind: str, power: float) -> Callable[[Call], Tensor]:
+    """A norm of the difference: weights scale the coordinates by w^power."""
+
+    def metric(call: Call) -> Tensor:
+        if call.w is not None:
+            call = call._replace(**dict(zip("xy", about_mean(call.x, call.y), strict=True)))
+        return call.matrix(kind, *call.weighted(power))
+
+    return metric
+
+
+def _minkowski(call: Call, p: float) -> Tensor:
+    if isinstance(p, bool) or not isinstance(p, int | float):
+        raise TypeError(f"p: expected a number, got {type(p).__name__}")
+    if not p > 0:
+        raise ValueError(f"p: expected a value > 0, got {p}")
+    if p == math.inf:
+        return _chebyshev(call)
+    known = {1: "cityblock", 2: "euclidean"}
+    if p in known:
+        return PLAIN[known[p]](call)
+    return call.matrix("minkowski", *call.weighted(1 / p), p=float(p))
+
+
+def _chebyshev(call: Call) -> Tensor:
+    if call.w is None:
+        return call.matrix("chebyshev", call.x, call.y)
+    # SciPy: a weight says only whether its coordinate takes part
+    part = call.w > 0
+    return call.matrix("chebyshev", *call.both(lambda r: torch.where(part, r, 0)))
+
+
+def _direction(x: Tensor) -> Tensor:
+    """Unit rows with one more coordinate: 1 for rows of zeros, which are then orthogonal to all."""
+    u = unit(wide(x))
+    return torch.cat([u, (u == 0).all(dim=-1, keepdim=True).to(u.dtype)], dim=-1)
+
+
+def _cosine(call: Call) -> Tensor:
+    """|u - v|^2 / 2 = 1 - cos without cancellation."""
+    call = call._replace(**dict(zip("xy", call.weighted(0.5), strict=True)))
+    return call.matrix("sqeuclidean", *call.both(lambda r: _direction(r) * math.sqrt(0.5)))
+
+
+def _correlation(call: Call) -> Tensor:
+    x, y = call.both(lambda r: _moved(r, call.w))
+    return _cosine(call._replace(x=x, y=y))
+
+
+def _angular(call: Call) -> Tensor:
+    chord = call.matrix("euclidean", *call.both(lambda r: _direction(r) / 2))
+    # arcsin has no derivative at 1, where rows are opposite
+    inside = ~(chord >= 1)
+    angle = torch.where(inside, torch.where(inside, chord, 0).asin(), math.pi / 2)
+    return 2 / math.pi * angle
+
+
+def _canberra(call: Call) -> Tensor:
+    return call.matrix("canberra", call.x, call.y, call.w)
+
+
+def _braycurtis(call: Call) -> Tensor:
+    return call.matrix("braycurtis", *call.weighted(1.0))
+
+
+def _hamming(call: Call) -> Tensor:
+    return call.matrix("hamming", call.x, call.y, call.w)
+
+
+def _jaccard(call: Call) -> Tensor:
+    def support(r: Tensor) -> Tensor:
+        """SciPy's: which entries are not 0; a NaN stays one."""
+        return r if r.dtype == torch.bool else torch.where(r.isnan(), r, (r != 0).to(r.dtype))
+
+    return call.matrix("jaccard", *call.both(support), call.w)
+
+
+def _hellinger(call: Call) -> Tensor:
+    return call.matrix("euclidean", *call.both(lambda r: _power(wide(r) / 2, 0.5)))
+
+
+def _jensenshannon(call: Call, base: float | None) -> Tensor:
+    if base is not None and not (base > 0 and base != 1 and base < math.inf):
+        raise ValueError(f"base: expected a value > 0 other than 1, got {base}")
+
+    def distribution(r: Tensor) -> Tensor:
+        r = wide(r)
+        r = torch.where(r < 0, torch.nan, r)
+        return r / r.sum(dim=-1, keepdim=True)
+
+    found = call.matrix("jensenshannon", *call.both(distribution))
+    return found if base is None else found / math.log(base) ** 0.5
+
+
+def _kl(call: Call) -> Tensor:
+    return call.matrix("kl", call.x, call.y)
+
+
+def _snr(call: Call) -> Tensor:
+    x, y = call.both(_moved)
+    apart = call.matrix("sqeuclidean", x, y)
+    power = x.square().sum(dim=-1, keepdim=True)
+    flat = power == 0
+    found = apart / torch.where(flat, 1, power)
+    # a constant anchor: inf, but for rows that are constant too
+    return torch.where(flat & (apart > 0), torch.inf, found)
+
+
+def _poincare(call: Call) -> Tensor:
+    def inverse(r: Tensor) -> Tensor:
+        """1 / sqrt(1 - |r|^2), a row, NaN outside the ball."""
+        room = 1 - r.to(row_dtype(r.device)).square().sum(dim=-1)
+        inside = ~(room <= 0)
+        factor = torch.where(inside, torch.where(inside, room, 1).rsqrt(), torch.nan)
+        return factor.to(accumulate_dtype(r.dtype))
+
+    a, b = call.both(inverse)
+    apart = call.matrix("euclidean", call.x, call.y)
+    return 2 * (apart * a.unsqueeze(-1) * b.unsqueeze(-2)).asinh()
+
+
+def _lorentz(call: Call) -> Tensor:
+    if call.x.shape[-1] == 0:
+        raise ValueError(f"x: expected a time coordinate, got {describe(call.x)}")
+    t, u = call.both(lambda r: wide(r)[..., 0])
+    apart = call.matrix("sqeuclidean", *call.both(lambda r: r[..., 1:]))
+    # |x - y|^2 of the Minkowski form, 4 sinh^2(distance / 2)
+    chord = root(apart - (t.unsqueeze(-1) - u.unsqueeze(-2)).square())
+    return 2 * (chord / 2).asinh()
+
+
+def _mahalanobis(
+    call: Call, VI: Tensor | None, covariance: Tensor | None, variance: Tensor | None
+) -> Tensor:
+    if variance is not None:
+        return _diagonal(call, variance)
+    return call.matrix("euclidean", *whitened(call.x, call.y, VI, covariance))
+
+
+def _diagonal(call: Call, variance: Tensor) -> Tensor:
+    y = call.y
+    if not isinstance(variance, Tensor) or not variance.is_floating_point():
+        got = describe(variance) if isinstance(variance, Tensor) else type(variance).__name__
+        raise TypeError(f"variance: expected a floating point tensor [..., M, D], got {got}")
+    if variance.shape not in (y.shape, y.shape[-2:]):
+        raise ValueError(
+            f"variance: expected shape {tuple(y.shape)}, one a coordinate of each row of y, got "
+            f"{describe(variance)}"
+        )
+    validation.check_device("x", call.x, "variance", variance)
+    _check_values("variance", variance, lambda v: v > 0, "values > 0")
+    w = 1 / variance.to(accumulate_dtype(y.dtype)).expand(y.shape)
+    return call.matrix("scaled", call.x, y, w)
+
+
+PLAIN: dict[str, Callable[[Call], Tensor]] = {
+    "euclidean": _lp("euclidean", 0.5),
+    "sqeuclidean": _lp("sqeuclidean", 0.5),
+    "cityblock": _lp("cityblock", 1.0),
+    "chebyshev": _chebyshev,
+    "cosine": _cosine,
+    "correlation": _correlation,
+    "canberra": _canberra,
+    "braycurtis": _braycurtis,
+    "hamming": _hamming,
+    "jaccard": _jaccard,
+    "hellinger": _hellinger,
+    "kl": _kl,
+    "angular": _angular,
+    "snr": _snr,
+    "poincare": _poincare,
+    "lorentz": _lorentz,
+}
+
+METRICS = tuple(
+    "euclidean sqeuclidean cityblock minkowski chebyshev cosine correlation canberra braycurtis "
+    "hamming jaccard hellinger jensenshannon kl mahalanobis angular snr poincare lorentz".split()
+)
+
+WEIGHTED = tuple(
+    "euclidean sqeuclidean cityblock minkowski chebyshev cosine correlation canberra braycurtis "
+    "hamming jaccard".split()
+)

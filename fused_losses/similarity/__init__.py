@@ -1,0 +1,1 @@
+"""Similarity without its matrix: attention, kernels, transport."""
