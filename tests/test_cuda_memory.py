@@ -26,7 +26,7 @@ CHILD = (
     COUNTER
     + """
 from fused_losses import functional as f
-from fused_losses.primitives.maxsim import maxsim
+from fused_losses.primitives.maxsim.op import maxsim
 torch.set_num_threads(1)
 calls, sizes = json.loads(sys.argv[1])
 

@@ -96,7 +96,7 @@ CHILD = (
     COUNTER
     + """
 from fused_losses import functional as f
-from fused_losses.primitives.maxsim import maxsim
+from fused_losses.primitives.maxsim.op import maxsim
 
 def tokens(t):
     return t.view(-1, 16, t.shape[1])

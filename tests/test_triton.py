@@ -6,7 +6,6 @@ import pytest
 import triton_interpreted
 
 from fused_losses.backends.triton import capability as triton_capability
-from fused_losses.primitives.row_statistics import triton
 
 
 def test_interpreted() -> None:
@@ -17,7 +16,7 @@ def test_interpreted() -> None:
 def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(triton, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton_capability, "find_spec", lambda name: object())
     assert "no CUDA GPU" in triton_capability.unavailable()
-    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_capability, "find_spec", lambda name: None)
     assert triton_capability.unavailable() == "triton is not installed"
