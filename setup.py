@@ -81,7 +81,7 @@ def compile_cuda(compiler: str, folder: Path, out: Path) -> None:
         flags.append("--compress-mode=size")  # a third of the size
 
     def compile_one(source: Path) -> str:
-        made = str(folder / f"{source.stem}.cuda.o")
+        made = str(folder / "-".join(source.with_suffix(".cuda.o").parts))
         command = [compiler, *flags, "-c", str(source), "-o", made]
         if subprocess.run(command).returncode != 0:
             hint = "FUSED_LOSSES_NO_CUDA=1 installs without the CUDA C++ kernels"
@@ -89,7 +89,7 @@ def compile_cuda(compiler: str, folder: Path, out: Path) -> None:
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sorted(Path("csrc/cuda").glob("*.cu"))))
+        objects = list(pool.map(compile_one, sorted(Path("csrc/cuda").rglob("*.cu"))))
     out.parent.mkdir(parents=True, exist_ok=True)
     link = [compiler, "-shared", "-cudart", "static", *codes, *objects, "-o", str(out)]
     subprocess.run(link, check=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fused_losses.backends.cuda import launch as cuda_launch
 
 CSRC = Path(__file__).parents[1] / "csrc"
 KERNELS = CSRC / "tests/cuda_harness/kernels.cu"
-SIMULATOR = CSRC / "cuda/host/simulator.cpp"
+SIMULATOR = sorted((CSRC / "cuda/host").glob("*.cpp"))
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
 SANITIZE = ("-g1", "-fsanitize=address,undefined,bounds-strict", "-fno-sanitize-recover=all")
 FAULTS = (
@@ -206,10 +206,10 @@ KERNELS_TABLE = (
 )
 
 
-def build(source: Path, out: Path, *flags: str) -> None:
-    """One kernel source, built for the host."""
-    files = ["-xc++", str(source), str(SIMULATOR)]
-    command = ["g++", *FLAGS, *flags, "-shared", *files, "-o", str(out), "-ldl"]
+def build(sources: Iterable[Path], out: Path, *flags: str) -> None:
+    """Kernel sources, built for the host."""
+    files = [str(file) for file in (*sources, *SIMULATOR)]
+    command = ["g++", *FLAGS, *flags, "-shared", "-xc++", *files, "-o", str(out), "-ldl"]
     subprocess.run(command, check=True)
 
 

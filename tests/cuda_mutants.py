@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,11 +23,11 @@ CUDA = cuda_harness.CSRC / "cuda"
 BESIDE = {"row_statistics": ("gather",)}
 SEEDS = ("0", "1", "2")
 SECONDS = 20  # of a fault, or it hangs
-PREAMBLE = """#include "platform.h"
+DECLARATION = """#include "platform.h"
 extern "C" __attribute__((visibility("default"))) int fused_losses_mutant;
-int fused_losses_mutant = -1;
 static inline int planted(int fault) { return fused_losses_mutant == fault; }
 """
+DEFINITION = "int fused_losses_mutant = -1;\n"
 VALUE = r"[A-Za-z_][\w.]*(?:->\w+|\[\w+\])*"
 EXTENT = r"(?!k[A-Z]|N\b)" + VALUE  # not a constant: registers, which only a sanitizer sees
 BARRIER = re.compile(r"(__syncthreads|__syncwarp)\(\);")
@@ -43,21 +42,21 @@ COMPILE_TIME = ("constexpr", "static_assert", "template", "#", "//")
 @dataclass(frozen=True)
 class Fault:
     kind: str
+    file: str
     line: int
     text: str
 
 
-def plant(text: str) -> tuple[str, list[Fault]]:
-    """The source with all faults, and what they are: no barrier, one further, <= for <."""
-    faults: list[Fault] = []
+def plant(file: Path, faults: list[Fault]) -> str:
+    """The file with all faults, added to those before: no barrier, one further, <= for <."""
     in_host = False
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(file.read_text().splitlines(), 1):
         if line and not line[0].isspace() and not line.startswith("}"):
             in_host = bool(HOST.search(line))
 
         def note(kind: str, n: int = number, shown: str = line.strip()) -> int:
-            faults.append(Fault(kind, n, shown))
+            faults.append(Fault(kind, file.name, n, shown))
             return len(faults) - 1
 
         if not in_host and not line.lstrip().startswith(COMPILE_TIME) and "constexpr" not in line:
@@ -67,17 +66,22 @@ def plant(text: str) -> tuple[str, list[Fault]]:
                 lambda m: f"(planted({note('<=')}) ? {m[1]} <= {m[2]} : {m[1]} < {m[2]})", line
             )
         lines.append(line)
-    return PREAMBLE + "\n".join(lines) + "\n", faults
+    return "\n".join(lines) + "\n"
 
 
 def build(source: str, folder: Path) -> tuple[Path, list[Fault]]:
-    text, faults = plant((CUDA / f"{source}.cu").read_text())
-    planted, out = folder / f"{source}.cu", folder / f"lib{source}.so"
-    planted.write_text(text)
-    others = [str(CUDA / f"{name}.cu") for name in BESIDE.get(source, ())]
-    files = [str(planted), *others, str(cuda_harness.SIMULATOR)]
-    command = ["g++", *cuda_harness.FLAGS, "-shared", "-xc++", *files, "-o", str(out), "-ldl"]
-    subprocess.run(command, check=True)
+    """The library of one source, a file or a folder of them, with all faults; and the faults."""
+    faults: list[Fault] = []
+    home = CUDA / source
+    for file in sorted(home.iterdir()) if home.is_dir() else [home.with_suffix(".cu")]:
+        (folder / file.name).write_text(plant(file, faults))
+    declared, defined, out = folder / "declared.h", folder / "defined.cu", folder / "planted.so"
+    declared.write_text(DECLARATION)
+    defined.write_text(DEFINITION)
+    others = [CUDA / f"{name}.cu" for name in BESIDE.get(source, ())]
+    # what a planted file includes from beside it is planted, too; the rest is where it was
+    flags = (f"-I{home}", "-include", str(declared))
+    cuda_harness.build([*folder.glob("*.cu"), *others], out, *flags)
     return out, faults
 
 

@@ -67,7 +67,7 @@ class Module:
 @cache
 def modules(sources: tuple[Path, ...], arch: str, folder: Path) -> tuple[Module, ...]:
     def compiled(source: Path) -> Module:
-        out = folder / f"{source.stem}.{arch}.ptx"
+        out = folder / f"{source.parent.name}-{source.stem}.{arch}.ptx"
         flags = ["-std=c++20", "-O3", "-lineinfo", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
         flags.append(f'-DFUSED_LOSSES_ARCHITECTURES="{arch}"')
         target = f"-arch={arch.replace('sm', 'compute')}"

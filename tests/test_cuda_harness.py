@@ -19,7 +19,7 @@ PLANTED = [(k, fault) for k in KERNELS_TABLE for fault in k.faults]
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("harness") / "libharness.so"
-    harness.build(harness.KERNELS, out)
+    harness.build([harness.KERNELS], out)
     return out
 
 
@@ -55,7 +55,7 @@ def test_planted_faults_show(kernel: Kernel, fault: str, monkeypatch: pytest.Mon
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sanitized") / "libharness.so"
-    harness.build(harness.KERNELS, out, *harness.SANITIZE)
+    harness.build([harness.KERNELS], out, *harness.SANITIZE)
     return out
 
 

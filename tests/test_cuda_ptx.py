@@ -22,7 +22,7 @@ import cuda_harness  # noqa: E402
 from cuda_cases import CASES  # noqa: E402
 
 ARCHITECTURES = ("sm_80", "sm_90")
-SOURCES = tuple(sorted((cuda_ptx.CSRC / "cuda").glob("*.cu")))
+SOURCES = tuple(sorted((cuda_ptx.CSRC / "cuda").rglob("*.cu")))
 # a shuffle that reads a lane out of its own mask is undefined; the emulator gives its value
 NOT_SEEN = {"foreign lane"}
 
@@ -49,7 +49,7 @@ def test_kernels(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The library of the kernels with faults in the place of the project's."""
     out = tmp_path / "libharness.so"
-    cuda_harness.build(cuda_harness.KERNELS, out)
+    cuda_harness.build([cuda_harness.KERNELS], out)
     monkeypatch.setenv("FUSED_LOSSES_CUDA_LIBRARY", str(out))
     cuda_harness.forget()
     yield tmp_path

@@ -5,8 +5,8 @@
 //   - global memory is touched by `ld`, `st` and atomics only: the host checks and counts them;
 //   - shared memory is declared by FL_SHARED or is `dynamic_shared()`;
 //   - kernels take one plain struct and are launched by `launch` alone;
-//   - each file has its own namespace in fused_losses::cuda, which must not be anonymous: names in
-//     the PTX are those of the host build, and files link into one library;
+//   - each file, or folder of files, has its own namespace in fused_losses::cuda, which must not be
+//     anonymous: names in the PTX are those of the host build, and files link into one library;
 //   - no array of two dimensions of a struct with default member initialisers: nvcc 13.0 starts
 //     all rows but the first at 0.
 #pragma once

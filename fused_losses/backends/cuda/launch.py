@@ -1,6 +1,6 @@
 """The CUDA C++ kernels from Python: one function, `launch`, and the library behind it.
 
-The library has plain functions (csrc/cuda/*.cu, FL_EXPORT), each with one struct of arguments whose
+The library has plain functions (csrc/cuda/, FL_EXPORT), each with one struct of arguments whose
 fields it describes itself. On a GPU the library is the one that nvcc built. With
 FUSED_LOSSES_CUDA_ON_HOST=1 it is the same sources built for the host (`make cuda-host`): they
 run on CPU tensors, checked and slowly (csrc/cuda/host/simulator.h).
