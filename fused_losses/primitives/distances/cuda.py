@@ -31,7 +31,7 @@ TILE = 64  # rows of a side that a kernel takes at once
 # rows of a side in a block of pairs: 16 MiB of float32, which the L2 of sm_80 keeps
 BLOCK = {"sm_80": 2048, "sm_86": 2048, "sm_90": 2048, "sm_100": 2048, "interpret": 128}
 PARTIAL_BYTES = 32 << 20  # of a gradient's parts, where few rows are split over many blocks
-# csrc/cuda/distances.cu numbers the kinds as KINDS does, and these two after them
+# csrc/cuda/distances/sums.cu numbers the kinds as KINDS does, and these two after them
 SUM_OF_SIZES, LARGEST = len(KINDS), len(KINDS) + 1
 TERMS = (
     "sign",
