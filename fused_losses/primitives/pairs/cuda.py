@@ -45,7 +45,7 @@ from fused_losses.primitives.pairs.inputs import REDUCTIONS, PairInputs, PairNee
 TILE_BYTES = 16 << 20  # of all tiles of a block: with their operands they stay in L2 from sm_80 on
 WIDTH = 64  # tiles are a multiple of it wide: rows start on 16 bytes in every type
 HOST_ROWS, HOST_BYTES = 160, 128 << 10  # in the host execution: several ragged blocks of few pairs
-SEGMENT = 128  # rows that a block of threads goes down: csrc/cuda/pairs.cu
+SEGMENT = 128  # rows that a block of threads goes down: csrc/cuda/pairs/tile.h
 
 
 def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
