@@ -1,4 +1,4 @@
-"""The top-k on the CUDA C++ kernels (csrc/cuda/topk.cu): products screen, double decides.
+"""The top-k on the CUDA C++ kernels (csrc/cuda/topk/): products screen, double decides.
 
 Columns go by in blocks: their lengths, a library product into a tile that stays in L2, and an
 epilogue that moves whatever beats the worst of a row's list into it. The bank is read from DRAM
