@@ -3,7 +3,7 @@
 The classes go by in chunks, and rows in blocks, so that the tile of scores [block, chunk], float32,
 stays in L2 (SIZES). Forward: score_rows merges the tile into each row's state. Backward:
 gradient_rows turns the tile into G in place, then dx += G W and dW = G^T x are library products.
-The kernels: csrc/cuda/row_statistics.cu, gather.cu. Memory never N x C; of C values the gradients
+The kernels: csrc/cuda/row_statistics/, gather.cu. Memory never N x C; of C values the gradients
 alone; rows of W are copied by the chunk, where `classes` gathers them or a product needs a cast.
 
 Between L2 and the processors a score costs, beside what products read of x and W, 8 bytes in the
