@@ -11,7 +11,7 @@ from torch import Tensor
 
 class CudaCase(NamedTuple):
     name: str
-    source: str  # the .cu that it is about
+    source: str  # the .cu, or the folder of them, that it is about
     check: Callable[[], None]
 
 
