@@ -16,10 +16,13 @@ from cuda_triton_cases import BF16, FP16, FP32, TRITON_CASES
 from torch import Tensor
 from triton_oracle import DTYPE_STEP
 
-from fused_losses.distance_matrix import FLAT, PRODUCTS, distance_matrix
-from fused_losses.row_rules import RULES, TRIPLETS, Block
+from fused_losses.primitives.distances.inputs import FLAT, PRODUCTS
+from fused_losses.primitives.distances.op import distance_matrix
+from fused_losses.primitives.row_rules.inputs import TRIPLETS, Block
+from fused_losses.primitives.row_rules.rules import RULES
+from fused_losses.primitives.topk.inputs import TopkInputs
+from fused_losses.primitives.topk.op import quantize_rows, select
 from fused_losses.row_update import adamw_rows_, sgd_rows_
-from fused_losses.selection import TopkInputs, quantize_rows, select
 
 # ---- distances ---------------------------------------------------------------------------------
 

@@ -147,7 +147,7 @@ def unnoticed(source: str, folder: Path) -> dict:
     import torch
     from cuda_cases import CASES
 
-    from fused_losses.backends import cuda_launch
+    from fused_losses.backends.cuda import launch as cuda_launch
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is full of NaN

@@ -15,8 +15,8 @@ from cuda_case import CudaCase, near
 from triton_oracle import DTYPE_STEP
 
 from fused_losses import backends
-from fused_losses.inputs import Inputs, Needs, RowGradients
-from fused_losses.pair_inputs import PairNeeds, Rule
+from fused_losses.primitives.pairs.inputs import PairNeeds, Rule
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -29,7 +29,7 @@ BENT = dict(**EVERYTHING, bend="jump")  # and where there are classes a compact 
 
 def rows(case: oracle.Case) -> Callable[[], None]:
     def check() -> None:
-        backend = backends.module("cuda")
+        backend = backends.module("row_statistics", "cuda")
         data = oracle.call(case)
         args, grads = data["args"], data["grads"]
         out = backend.forward(Inputs(**args))
@@ -85,7 +85,7 @@ def pairs(case: object) -> Callable[[], None]:
     def check() -> None:
         import triton_pair_cases as cases
 
-        backend, truth = backends.module("cuda_pairs"), cases.truth
+        backend, truth = backends.module("pairs", "cuda"), cases.truth
         with narrow_tiles(backend):
             run(backend, truth, cases)
 
@@ -177,7 +177,7 @@ def maxsim(case: object, **sizes: int) -> Callable[[], None]:
     def check() -> None:
         import triton_maxsim_cases as cases
 
-        backend = backends.module("cuda_maxsim")
+        backend = backends.module("maxsim", "cuda")
         texts = cases.inputs(case)
         with changed(backend, **sizes):
             scores, index = backend.forward(*texts, case.precision)
