@@ -119,7 +119,7 @@ class Build(BuildExtension):
 
 extension = CppExtension(
     "fused_losses._C",
-    [str(p) for p in sorted(Path("csrc").glob("bind*.cpp"))],
+    [str(p) for p in sorted(Path("csrc/bind").glob("*.cpp"))],
     include_dirs=[str(Path(__file__).parent / "csrc")],
     # torch brings the OpenMP runtime; ATen/Parallel.h is serial without this flag
     extra_compile_args=["-std=c++20", "-O2", "-fopenmp"],

@@ -584,7 +584,7 @@ def _define(
             continue
         op = f"{rule}_rows_{name}"
         LIBRARY.define(op + schema)
-        if name != "cpu":  # which csrc/bind_row_update.cpp implements
+        if name != "cpu":  # which csrc/bind/row_update.cpp implements
             LIBRARY.impl(op, run(name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fused_losses::{op}", lambda *arguments: None)
 

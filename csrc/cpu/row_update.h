@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../row_update.h"
-#include "tiles.h"
+#include "row_statistics/tiles.h"
 
 namespace fused_losses::FL_ISA {
 

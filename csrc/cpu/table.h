@@ -1,12 +1,12 @@
 // Fills the table of one instruction set from the templates.
 #pragma once
 
-#include "backward.h"
-#include "distances.h"
+#include "row_statistics/backward.h"
+#include "distances/distances.h"
 #include "maxsim.h"
-#include "pair_attention.h"
+#include "pairs/attention.h"
 #include "row_update.h"
-#include "topk.h"
+#include "topk/topk.h"
 #include "triplets.h"
 
 namespace fused_losses::FL_ISA {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../triplets.h"
-#include "pair_tile.h"
+#include "pairs/tile.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -4,8 +4,8 @@
 // rows go by in chunks whose sums are added up outside, which is also what keeps float sums exact.
 #pragma once
 
-#include "../distances.h"
-#include "distance_metrics.h"
+#include "../../distances.h"
+#include "metrics.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -6,7 +6,7 @@
 // comes.
 #pragma once
 
-#include "distance_forward.h"
+#include "forward.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -1,4 +1,4 @@
-// The cpu ops of the matrix of distances; bind.cpp registers them.
+// The cpu ops of the matrix of distances; module.cpp registers them.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>

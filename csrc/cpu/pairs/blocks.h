@@ -11,8 +11,8 @@
 #include <atomic>
 #include <cstring>
 
-#include "../pairs.h"
-#include "tiles.h"
+#include "../../pairs.h"
+#include "../row_statistics/tiles.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -9,8 +9,8 @@
 #include <thread>
 #include <vector>
 
-#include "../topk.h"
-#include "pair_tile.h"
+#include "../../topk.h"
+#include "../pairs/tile.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -9,8 +9,8 @@
 #include <limits>
 #include <utility>
 
-#include "../kernels.h"
-#include "product.h"
+#include "../../kernels.h"
+#include "../product.h"
 
 namespace fused_losses::FL_ISA {
 

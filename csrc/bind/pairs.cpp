@@ -1,4 +1,4 @@
-// The cpu ops of the sweep over pairs; bind.cpp registers them.
+// The cpu ops of the sweep over pairs; module.cpp registers them.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vecdot.h>

@@ -3,8 +3,8 @@
 
 #include <limits>
 
-#include "../rules/pairs.h"
-#include "pair_blocks.h"
+#include "../../rules/pairs.h"
+#include "blocks.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -1,8 +1,8 @@
 // The distances that are sums over coordinates: the rules of ../rules/distances.h on vectors.
 #pragma once
 
-#include "../rules/distances.h"
-#include "distance_math.h"
+#include "../../rules/distances.h"
+#include "math.h"
 
 namespace fused_losses::FL_ISA {
 

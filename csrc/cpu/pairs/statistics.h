@@ -1,7 +1,7 @@
 // Forward of the sweep over pairs: online maxima, rows and columns from one product.
 #pragma once
 
-#include "pair_tile.h"
+#include "tile.h"
 
 namespace fused_losses::FL_ISA {
 

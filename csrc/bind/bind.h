@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 namespace fused_losses {
 
@@ -20,13 +20,13 @@ void advise_huge(const at::Tensor& t);
 at::Tensor scratch(size_t bytes);
 void* aligned(const at::Tensor& buffer);
 
-// The ops of the sweep over pairs (schemas: fused_losses/primitives/pairs/op.py), bind_pairs.cpp.
+// The ops of the sweep over pairs (schemas: fused_losses/pairs.py), pairs.cpp.
 void register_pairs(torch::Library& m);
 
-// The k best columns (schema: fused_losses/primitives/topk/op.py), bind_topk.cpp.
+// The k best columns (schema: fused_losses/selection.py), topk.cpp.
 void register_topk(torch::Library& m);
 
-// The matrix of distances (schema: fused_losses/primitives/distances/op.py), bind_distances.cpp.
+// The matrix of distances (schema: fused_losses/distance_matrix.py), distances.cpp.
 void register_distances(torch::Library& m);
 
 // Steps of an optimiser on some rows (schemas: fused_losses/row_update.py), bind_row_update.cpp.

@@ -1,7 +1,7 @@
 // Fills the table of the distances from the templates.
 #pragma once
 
-#include "distance_products.h"
+#include "products_backward.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -1,7 +1,7 @@
 // Backward of the sweep over pairs: a block of G at a time, then its two products.
 #pragma once
 
-#include "pair_statistics.h"
+#include "statistics.h"
 
 namespace fused_losses::FL_ISA {
 

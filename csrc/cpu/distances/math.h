@@ -3,8 +3,8 @@
 
 #include <limits>
 
-#include "../rules/numerics.h"
-#include "pair_tile.h"
+#include "../../rules/numerics.h"
+#include "../pairs/tile.h"
 
 namespace fused_losses::FL_ISA {
 
