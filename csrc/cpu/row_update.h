@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../row_update.h"
-#include "row_statistics/tiles.h"
+#include "rows.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -1,10 +1,11 @@
 // Fills the table of one instruction set from the templates.
 #pragma once
 
-#include "row_statistics/backward.h"
 #include "distances/distances.h"
 #include "maxsim.h"
 #include "pairs/attention.h"
+#include "pairs/gradients.h"
+#include "row_statistics/backward.h"
 #include "row_update.h"
 #include "topk/topk.h"
 #include "triplets.h"

@@ -6,7 +6,7 @@
 // comes.
 #pragma once
 
-#include "forward.h"
+#include "sweep.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -1,7 +1,10 @@
 // Fills the table of the distances from the templates.
 #pragma once
 
+#include "bits.h"
+#include "products.h"
 #include "products_backward.h"
+#include "sums.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -6,8 +6,8 @@
 // of the products and added as they are written.
 #pragma once
 
+#include "../pairs/backward.h"
 #include "backward.h"
-#include "../pairs/gradients.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -1,7 +1,7 @@
 // Attention over one class of pairs: softmax of the terms times values, forward and backward.
 #pragma once
 
-#include "gradients.h"
+#include "backward.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -12,7 +12,7 @@
 #include <cstring>
 
 #include "../../pairs.h"
-#include "../row_statistics/tiles.h"
+#include "../rows.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -1,0 +1,251 @@
+// Blocks of G = dL/du of pairs, and the two products of each: what every backward shares.
+#pragma once
+
+#include "statistics.h"
+
+namespace fused_losses::FL_ISA {
+
+// What a backward holds besides its tiles' own vectors; attention adds values and weights.
+template <class PS, class PG, class T>
+struct PairBackwardPlan {
+  using WordS = typename PS::Word;
+  using WordG = typename PG::Word;
+  int64_t tile_rows, block_rows, block_columns, depth, y_words, x_words, wide;
+  bool sums;  // row and column sums of G are wanted
+  WordS *left, *panels;
+  WordG *y_rows, *x_turned;
+  GradientBlock<PG> g;
+  T *dy_turned, *dx;
+  T *row_sums, *column_sums;  // [column tile][block rows], [row tile][block columns]
+  T* vectors;                 // what the tile's functor prepared, [vector_count]
+  size_t shared_bytes, thread_bytes;
+  char* buffer;
+
+  struct Thread {
+    T *products, *terms, *slope, *gradient;
+    Code<T>* codes;
+    T *row_factor, *column_factor;
+    Thread(Arena& arena, int64_t tile_rows)
+        : products(arena.take<T>(tile_rows * kTileColumns)),
+          terms(arena.take<T>(tile_rows * kTileColumns)),
+          slope(arena.take<T>(tile_rows * kTileColumns)),
+          gradient(arena.take<T>(tile_rows * kTileColumns)),
+          codes(arena.take<Code<T>>(tile_rows * kTileColumns)),
+          row_factor(arena.take<T>(tile_rows + 64)),
+          column_factor(arena.take<T>(kTileColumns + 64)) {}
+  };
+
+  PairBackwardPlan(const PairProblem& p, const PairBackwardOut& out, int64_t vector_count,
+                   Arena& arena)
+      : g(prepare(p, arena)) {
+    const int64_t n = p.rows.count;
+    sums = out.dx_bias || out.dy_bias;
+    left = arena.take<WordS>(PS::kPair == 2 ? n * depth : 0);
+    panels = arena.take<WordS>(block_columns * depth);
+    wide = round_up(p.d, kPanel<PG>);
+    y_words = words<PG>(block_columns);
+    y_rows = arena.take<WordG>(y_words * wide);
+    x_words = turned_stride(words<PG>(n));
+    const bool turn = out.dy || p.triangle;
+    x_turned = arena.take<WordG>(turn ? p.d * x_words : 0);
+    dy_turned = arena.take<T>(turn ? p.d * block_columns : 0);
+    // dscale is read off dx, so there is always one
+    dx = arena.take<T>(out.dx ? 0 : n * p.d);
+    row_sums = arena.take<T>(sums ? ceil_div(block_columns, kTileColumns) * block_rows : 0);
+    column_sums = arena.take<T>(sums ? ceil_div(block_rows, tile_rows) * block_columns : 0);
+    vectors = arena.take<T>(vector_count);
+    shared_bytes = arena.used();
+    Arena scratch(nullptr);
+    Thread thread(scratch, tile_rows);
+    thread_bytes = scratch.used();
+  }
+
+  Thread thread(int index) const {
+    Arena arena(buffer + shared_bytes + index * thread_bytes);
+    return Thread(arena, tile_rows);
+  }
+
+ private:
+  GradientBlock<PG> prepare(const PairProblem& p, Arena& arena) {
+    buffer = static_cast<char*>(arena.base());
+    tile_rows = pair_tile_rows(p.d);
+    depth = words<PS>(p.d);
+    block_rows = even_blocks(p.rows.count, kBackwardRows / tile_rows * tile_rows, tile_rows);
+    block_columns = even_blocks(p.columns.count, kBlockColumns, kPanel<PG>);
+    return GradientBlock<PG>(arena, block_rows, block_columns);
+  }
+};
+
+// y of a block as the right operand of G y, a task a panel of columns of d.
+template <class PG, class T>
+inline void pack_right(const T* y, int64_t rows, int64_t d, int64_t panel, int64_t y_words,
+                       typename PG::Word* out) {
+  constexpr int64_t kWide = kPanel<PG>;
+  const int64_t first = panel * kWide, wide = std::min(kWide, d - first);
+  const auto row = [&](int64_t k) { return y + k * d + first; };
+  typename PG::Word* to = out + panel * y_words * kWide;
+  pack_rows<PG, T>(row, rows, wide, y_words * kWide, to);
+  // past the last row G is zero, but 0 * NaN is not
+  std::fill(to + words<PG>(rows) * kWide, to + y_words * kWide, 0);
+}
+
+// Row sums of a tile of G into rows[i], column sums into columns[j].
+template <class T>
+inline void tile_sums(const T* g, int64_t ld, int64_t rows, int64_t columns, T* row_sums,
+                      T* column_sums) {
+  std::fill(column_sums, column_sums + columns, T(0));
+  for (int64_t i = 0; i < rows; ++i) {
+    T total = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+      total += g[i * ld + j];
+      column_sums[j] += g[i * ld + j];
+    }
+    row_sums[i] = total;
+  }
+}
+
+// The blocks of a backward: gradient(thread scratch, tile, ld, row in block, column in block)
+// leaves dL/du of a tile in th.gradient (or finds that the tile has none, and sets skip);
+// `begin_columns` and `end_block` see each block of columns and each block.
+template <class PS, class PG, class T, class Gradient, class Begin, class Block, class End>
+void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
+                    const PairBackwardOut& out, const Parallel& parallel, Gradient&& gradient,
+                    Begin&& begin_columns, Block&& end_block, End&& end_columns) {
+  using WordS = typename PS::Word;
+  const int64_t n = p.rows.count, m = p.columns.count, d = p.d;
+  const T* x = static_cast<const T*>(p.rows.data);
+  const T* y = static_cast<const T*>(p.columns.data);
+  T* dx = out.dx ? static_cast<T*>(out.dx) : plan.dx;
+  T* dx_bias = static_cast<T*>(out.dx_bias);
+  T* dy_bias = p.triangle ? dx_bias : static_cast<T*>(out.dy_bias);
+  const bool turn = out.dy || p.triangle;
+  const bool direct = out.dx || out.dscale || dx_bias;
+  const WordS* left = plan.left;
+  if constexpr (PS::kPair != 2) left = x;
+  std::fill(dx_bias, dx_bias + (dx_bias ? n : 0), T(0));
+  if (!p.triangle) std::fill(dy_bias, dy_bias + (dy_bias ? m : 0), T(0));
+  on_tasks(parallel, ceil_div(n, 64), [&](int, int64_t task) {
+    const int64_t i = task * 64, rows = std::min<int64_t>(64, n - i);
+    std::fill(dx + i * d, dx + (i + rows) * d, T(0));
+    if constexpr (PS::kPair == 2) narrow_rows<PS>(x + i * d, rows, d, plan.left + i * plan.depth);
+    if (turn) turn_rows<PG>(x + i * d, rows, d, plan.x_turned + i / PG::kPair, plan.x_words);
+  });
+  const int64_t strip = std::max<int64_t>(kRows, std::min<int64_t>(192, d));
+  for (int64_t j0 = 0; j0 < m; j0 += plan.block_columns) {
+    const int64_t width = std::min(plan.block_columns, m - j0);
+    const int64_t panels = ceil_div(width, kPanel<PS>), right = ceil_div(d, kPanel<PG>);
+    on_tasks(parallel, panels + right, [&](int, int64_t k) {
+      if (k < panels) {
+        const int64_t j = j0 + k * kPanel<PS>;
+        pack_panel<PS>(y + j * d, m - j, d, plan.panels + k * plan.depth * kPanel<PS>);
+        return;
+      }
+      pack_right<PG>(y + j0 * d, width, d, k - panels, plan.y_words, plan.y_rows);
+    });
+    if (turn) {
+      on_tasks(parallel, d, [&](int, int64_t e) {
+        std::fill_n(plan.dy_turned + e * plan.block_columns, plan.block_columns, T(0));
+      });
+    }
+    begin_columns(j0, width);
+    const int64_t column_tiles = ceil_div(width, kTileColumns);
+    for (int64_t i0 = 0; i0 < n && !(p.triangle && i0 >= j0 + width); i0 += plan.block_rows) {
+      const int64_t tall = std::min(plan.block_rows, n - i0);
+      const int64_t row_tiles = ceil_div(tall, plan.tile_rows);
+      on_tasks(parallel, row_tiles * column_tiles, [&](int thread, int64_t task) {
+        auto th = plan.thread(thread);
+        const int64_t bi = task / column_tiles, bj = task % column_tiles;
+        const int64_t i = bi * plan.tile_rows, j = bj * kTileColumns;
+        PairTile t(p, i0 + i, std::min(plan.tile_rows, tall - i), j0 + j,
+                   std::min(kTileColumns, width - j), kPanel<PS>);
+        T* row_sums = plan.row_sums + bj * plan.block_rows + i;
+        T* column_sums = plan.column_sums + bi * plan.block_columns + j;
+        const int64_t ld = round_up(t.columns, kPanel<PS>);
+        if (!t.skip) {
+          multiply_tile<PS>(left + (i0 + i) * plan.depth, t.rows, plan.depth,
+                            plan.panels + j * plan.depth, ld, th.products, ld);
+        }
+        gradient(th, t, ld, i, j);
+        if (t.skip) {
+          plan.g.put_zero(i, j, t.rows, t.columns);
+          std::fill(row_sums, row_sums + (plan.sums ? t.rows : 0), T(0));
+          std::fill(column_sums, column_sums + (plan.sums ? t.columns : 0), T(0));
+          return;
+        }
+        plan.g.put(th.gradient, ld, i, j, t.rows, t.columns);
+        if (plan.sums) tile_sums(th.gradient, ld, t.rows, t.columns, row_sums, column_sums);
+      });
+      const int64_t all = ceil_div(width, kPanel<PG>);
+      on_tasks(parallel, direct ? row_tiles : 0, [&](int, int64_t bi) {
+        const int64_t i = bi * plan.tile_rows, rows = std::min(plan.tile_rows, tall - i);
+        // with a triangle the panels left of the strip hold nothing
+        const int64_t before = p.triangle ? std::max<int64_t>(0, i0 + i - j0) / kPanel<PG> : 0;
+        add_rows<PG>(plan.g, i, rows, before, all, plan.y_rows, plan.y_words, d, dx + (i0 + i) * d);
+        for (int64_t bj = 0; dx_bias && bj < column_tiles; ++bj) {
+          for (int64_t r = 0; r < rows; ++r) {
+            dx_bias[i0 + i + r] += plan.row_sums[bj * plan.block_rows + i + r];
+          }
+        }
+      });
+      if (turn) {
+        constexpr int64_t kGroup = 3;
+        const int64_t strips = ceil_div(d, strip), groups = ceil_div(all, kGroup);
+        on_tasks(parallel, strips * groups, [&](int, int64_t task) {
+          const int64_t e = task / groups * strip, first = task % groups * kGroup;
+          const int64_t last = std::min(first + kGroup, all);
+          // with a triangle the rows below the group's last column hold nothing
+          const int64_t end = std::max<int64_t>(0, j0 + last * kPanel<PG> - i0);
+          const int64_t rows = p.triangle ? std::min(tall, round_up(end, PG::kPair)) : tall;
+          if (rows <= 0) return;
+          add_columns<PG>(plan.g, rows, first, last, plan.x_turned + i0 / PG::kPair, plan.x_words,
+                          e, std::min(strip, d - e), plan.dy_turned, plan.block_columns);
+        });
+      }
+      for (int64_t bi = 0; dy_bias && bi < row_tiles; ++bi) {
+        for (int64_t j = 0; j < width; ++j) {
+          dy_bias[j0 + j] += plan.column_sums[bi * plan.block_columns + j];
+        }
+      }
+      end_block(i0, tall, width);
+    }
+    end_columns(j0, width);
+    if (!turn) continue;
+    T* dy = p.triangle ? dx : static_cast<T*>(out.dy);
+    const T scale = p.triangle ? T(1) : static_cast<T>(p.scale);
+    on_tasks(parallel, ceil_div(width, 64), [&](int, int64_t task) {
+      const int64_t end = std::min(width, task * 64 + 64);
+      for (int64_t e0 = 0; e0 < d; e0 += 16) {
+        for (int64_t j = task * 64; j < end; ++j) {
+          T* to = dy + (j0 + j) * d;
+          for (int64_t e = e0; e < std::min(e0 + 16, d); ++e) {
+            const T value = plan.dy_turned[e * plan.block_columns + j] * scale;
+            to[e] = p.triangle ? to[e] + value : value;
+          }
+        }
+      }
+    });
+  }
+  // <x, G y> before the scale; a fixed chunk of rows a sum, added up in order
+  const int64_t chunk = ceil_div(n, 256), chunks = ceil_div(n, std::max<int64_t>(chunk, 1));
+  double parts[256] = {};
+  on_tasks(parallel, chunks, [&](int, int64_t task) {
+    double total = 0;
+    const int64_t end = std::min(n, (task + 1) * chunk);
+    for (int64_t i = task * chunk; i < end; ++i) {
+      T row = 0;
+      for (int64_t e = 0; e < d; ++e) {
+        row += x[i * d + e] * dx[i * d + e];
+        dx[i * d + e] *= static_cast<T>(p.scale);
+      }
+      total += row;
+    }
+    parts[task] = total;
+  });
+  if (!out.dscale) return;
+  double total = 0;
+  for (int64_t k = 0; k < chunks; ++k) total += parts[k];
+  // each end of a pair has counted it once
+  *out.dscale = p.triangle ? total / 2 : total;
+}
+
+}  // namespace fused_losses::FL_ISA

@@ -1,0 +1,252 @@
+// The products that screen: strips of the bank against panels of queries, all pairs or a triangle.
+#pragma once
+
+#include "selector.h"
+
+namespace fused_losses::FL_ISA {
+
+#if defined(__AVX512F__)
+inline uint32_t not_less(Floats a, Floats b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
+}
+#elif defined(__AVX2__)
+inline uint32_t not_less(Floats a, Floats b) {
+  return static_cast<uint32_t>(
+      _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)));
+}
+#else
+inline uint32_t not_less(Floats a, Floats b) {
+  uint32_t mask = 0;
+  for (int l = 0; l < kLanes<float>; ++l) mask |= uint32_t(!(a[l] < b[l])) << l;
+  return mask;
+}
+#endif
+
+// Queries [first, first + count) into panels, with what their keys need.
+template <class P>
+void pack_queries(const TopkProblem& p, const TopkPlan<P>& plan, const Screened& screen,
+                  int64_t first, int64_t count, const Parallel& parallel) {
+  constexpr int64_t kWide = kPanel<P>;
+  on_tasks(parallel, ceil_div(plan.queries, kWide), [&](int thread, int64_t task) {
+    auto t = plan.thread(p, thread);
+    const int64_t real = std::clamp<int64_t>(count - task * kWide, 0, kWide);
+    for (int64_t l = 0; l < kWide; ++l) {
+      const int64_t q = task * kWide + l;
+      plan.floor[q] = kNone<double>;
+      plan.count[q] = plan.lock[q] = 0;
+      plan.beta[q] = plan.size[q] = 0;
+      if (l >= real) continue;
+      const int64_t i = first + (plan.triangle ? plan.order[q] : q);
+      float* out = t.gathered + l * p.d;
+      read_row(p.x, i, p.d, out);
+      const auto square = [](auto a, auto b) { return (a - b) * (a - b); };
+      double squared;
+      if (p.x.type == Type::kFloat32) {
+        squared = sum_of(out, plan.center, p.d, square);
+      } else {
+        read_row(p.x, i, p.d, t.scratch);
+        squared = sum_of(t.scratch, plan.center, p.d, square);
+      }
+      plan.size[q] = static_cast<float>(std::sqrt(squared) * (1 + 1e-6));
+      const bool distance = p.affinity == Affinity::kSquaredDistance;
+      if (distance) plan.beta[q] = p.largest ? squared : -squared;
+      screen.move(out);
+      if (p.largest == distance) {
+        for (int64_t e = 0; e < p.d; ++e) out[e] = -out[e];
+      }
+    }
+    pack_panel<P>(t.gathered, real, p.d, plan.panels + task * kWide * plan.depth);
+  });
+}
+
+// Six rows of the bank against a panel of queries.
+template <class P, bool kTriangle>
+struct Strip {
+  using Word = typename P::Word;
+  static constexpr int64_t kWide = kPanel<P>;
+  static constexpr int kSides = kTriangle ? 2 : 1;
+  using MaskWord = uint64_t;  // lanes that may be candidates, 16 bits a vector
+  static_assert(kVectors <= 4 && kLanes<float> <= 16);
+  const TopkProblem& p;
+  const TopkPlan<P>& plan;
+  Selector<P>& s;
+  int64_t first, count;  // the block of queries
+
+  // Rows bank, bank + 1, ... by their pointers a, terms m and o; `real` of the six exist.
+  [[gnu::always_inline]] void run(const Word* const* a, int64_t bank, int64_t real, const float* m,
+                                  const float* o, int64_t lane) {
+    const float* limit = s.t.limit + lane;
+    float row_limit[kRows];
+    for (int r = 0; kTriangle && r < kRows; ++r) {
+      row_limit[r] = r < real ? s.t.limit[bank + r] : std::numeric_limits<float>::infinity();
+    }
+    MaskWord words[kSides * kRows] = {}, any = 0;
+    multiply<P, true>(
+        a, 1, plan.panels + lane * plan.depth, plan.depth, [&](int r, int v, Floats sum) {
+          const int64_t at = v * kLanes<float>;
+          store(s.t.sums + r * kWide + at, sum);
+          words[r] |= MaskWord(not_less(sum * m[r] + o[r], load(limit + at))) << (16 * v);
+          if constexpr (kTriangle) {
+            const Floats other =
+                sum * load(plan.multiplier + lane + at) + load(plan.offset + lane + at);
+            words[kRows + r] |= MaskWord(not_less(other, Floats{} + row_limit[r])) << (16 * v);
+          }
+        });
+    for (MaskWord w : words) any |= w;
+    if (any) scan(words, bank, real, m, o, lane);
+  }
+
+  [[gnu::noinline]] void scan(const MaskWord* words, int64_t bank, int64_t real, const float* m,
+                              const float* o, int64_t lane) {
+    for (int r = 0; r < real; ++r) {
+      const float* sums = s.t.sums + r * kWide;
+      const int64_t c = bank + r, j = kTriangle ? plan.order[c] : c;
+      const int64_t from = kTriangle ? plan.from[c] : 0, to = kTriangle ? plan.to[c] : count;
+      for_each(words[r], [&](int64_t at) {
+        const int64_t q = lane + at;
+        if (q < from || q >= to) return;
+        s.offer(q, first + (kTriangle ? plan.order[q] : q), j, sums[at] * m[r] + o[r]);
+      });
+      if constexpr (kTriangle) {
+        for_each(words[kRows + r], [&](int64_t at) {
+          const int64_t q = lane + at;
+          if (q < from || q >= to) return;
+          s.offer(c, j, plan.order[q], sums[at] * plan.multiplier[q] + plan.offset[q]);
+        });
+      }
+    }
+  }
+
+  template <class F>
+  static void for_each(MaskWord word, F&& body) {
+    for (; word; word &= word - 1) {
+      const int bit = __builtin_ctzll(word);
+      body(bit / 16 * kLanes<float> + bit % 16);
+    }
+  }
+};
+
+template <class P>
+void topk_rectangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screened& screen,
+                    int64_t first, int64_t count, std::vector<Selector<P>>& selectors,
+                    const Parallel& parallel) {
+  using Word = typename P::Word;
+  constexpr int64_t kWide = kPanel<P>;
+  const bool in_place = screen.in_place();
+  on_tasks(parallel, ceil_div(p.m, plan.tile), [&](int thread, int64_t task) {
+    Selector<P>& s = selectors[thread];
+    const int64_t j0 = task * plan.tile, rows = std::min(plan.tile, p.m - j0);
+    const Word* at[384 + kRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      Word* to = s.t.rows + r * plan.depth;
+      const float* row = s.t.row;
+      if (in_place) {
+        row = screen.place(j0 + r);
+      } else {
+        screen.read(j0 + r, s.t.row);
+      }
+      at[r] = to;
+      if constexpr (P::kPair == 2) {
+        narrow_row<P>(row, p.d, to);
+      } else if (in_place) {
+        at[r] = row;
+      } else {
+        std::copy(row, row + p.d, to);
+      }
+      const RowTerms terms = screen.terms(j0 + r, row);
+      s.t.multiplier[r] = terms.m;
+      s.t.offset[r] = terms.a;
+      s.grow(terms.slope, terms.extra, terms.m);
+    }
+    for (int64_t r = rows; r < rows + kRows; ++r) {
+      at[r] = at[rows - 1];
+      s.t.multiplier[r] = 0;
+      s.t.offset[r] = kNone<float>;
+    }
+    for (int64_t q = 0; q < count; ++q) s.limit(q);
+    Strip<P, false> strip = {p, plan, s, first, count};
+    for (int64_t lane = 0; lane < count; lane += kWide) {
+      for (int64_t r = 0; r < rows; r += kRows) {
+        strip.run(at + r, j0 + r, std::min<int64_t>(kRows, rows - r), s.t.multiplier + r,
+                  s.t.offset + r, lane);
+      }
+    }
+  });
+}
+
+template <class P>
+void topk_triangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screened& screen,
+                   std::vector<Selector<P>>& selectors, const Parallel& parallel) {
+  using Word = typename P::Word;
+  constexpr int64_t kWide = kPanel<P>;
+  const bool in_place = P::kPair == 1 && screen.in_place();
+  constexpr int64_t kRowsAtOnce = 256;
+  std::vector<RowTerms> most(ceil_div(p.n, kRowsAtOnce), RowTerms{0, 0, 0, 0});
+  on_tasks(parallel, ceil_div(p.n, kRowsAtOnce), [&](int thread, int64_t task) {
+    auto t = plan.thread(p, thread);
+    for (int64_t c = task * kRowsAtOnce; c < std::min((task + 1) * kRowsAtOnce, p.n); ++c) {
+      const float* row = t.row;
+      if (in_place) {
+        row = screen.place(plan.order[c]);
+      } else {
+        screen.read(plan.order[c], t.row);
+        if constexpr (P::kPair == 2) {
+          narrow_row<P>(t.row, p.d, plan.left + c * plan.depth);
+        } else {
+          std::copy(t.row, t.row + p.d, plan.left + c * plan.depth);
+        }
+      }
+      const RowTerms terms = screen.terms(plan.order[c], row);
+      plan.multiplier[c] = terms.m;
+      plan.offset[c] = terms.a;
+      RowTerms& m = most[task];
+      m.slope = m.slope >= terms.slope ? m.slope : terms.slope;
+      m.extra = m.extra >= terms.extra ? m.extra : terms.extra;
+      m.m = m.m >= std::abs(terms.m) ? m.m : std::abs(terms.m);
+    }
+  });
+  std::fill(plan.multiplier + p.n, plan.multiplier + plan.queries, 0.0f);
+  std::fill(plan.offset + p.n, plan.offset + plan.queries, 0.0f);
+  const auto in_order = [&](int64_t c) -> const Word* {
+    if constexpr (P::kPair == 1) return screen.place(plan.order[c]);
+    return nullptr;
+  };
+  const int64_t tile = std::min<int64_t>(plan.tile, 192);
+  const int64_t runs = ceil_div(p.n, kTopkColumns);
+  std::vector<uint8_t> ready(selectors.size(), 0);
+  on_tasks(parallel, ceil_div(p.n, tile) * runs, [&](int thread, int64_t task) {
+    const int64_t c0 = task / runs * tile, c1 = std::min(c0 + tile, p.n);
+    const int64_t q0 = task % runs * kTopkColumns, q1 = std::min(q0 + kTopkColumns, p.n);
+    if (plan.from[c0] >= q1 || plan.to[c1 - 1] <= q0) return;
+    Selector<P>& s = selectors[thread];
+    if (!ready[thread]) {
+      for (const RowTerms& m : most) s.grow(m.slope, m.extra, m.m);
+      for (int64_t q = 0; q < plan.queries; ++q) {
+        s.t.limit[q] = q < p.n ? kNone<float> : std::numeric_limits<float>::infinity();
+      }
+      ready[thread] = 1;
+    }
+    for (int64_t q = c0; q < c1; ++q) s.limit(q);
+    for (int64_t q = q0; q < q1; ++q) s.limit(q);
+    const Word* a[192 + kRows];
+    float m[192 + kRows], o[192 + kRows];
+    for (int64_t r = 0; r < c1 - c0 + kRows; ++r) {
+      const bool real = c0 + r < c1;
+      const int64_t c = real ? c0 + r : c1 - 1;
+      a[r] = in_place ? in_order(c) : plan.left + c * plan.depth;
+      m[r] = real ? plan.multiplier[c] : 0;
+      o[r] = real ? plan.offset[c] : kNone<float>;
+    }
+    Strip<P, true> strip = {p, plan, s, 0, p.n};
+    for (int64_t lane = q0; lane < q1; lane += kWide) {
+      const int64_t end = std::min(lane + kWide, q1);
+      for (int64_t c = c0; c < c1; c += kRows) {
+        const int64_t real = std::min<int64_t>(kRows, c1 - c), r = c - c0;
+        if (plan.from[c] >= end || plan.to[c + real - 1] <= lane) continue;
+        strip.run(a + r, c, real, m + r, o + r, lane);
+      }
+    }
+  });
+}
+
+}  // namespace fused_losses::FL_ISA
