@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <tuple>
+#include <string>
 
 #include "../kernels.h"
 
@@ -16,20 +16,38 @@ Parallel torch_threads();
 // Large pages for large outputs: a fresh gradient is gigabytes of page faults otherwise.
 void advise_huge(const at::Tensor& t);
 
-// Scratch of so many bytes, and its first address that is aligned to 64.
+// Scratch of so many bytes, what it takes, and its first address that is aligned to 64.
 at::Tensor scratch(size_t bytes);
+size_t scratch_bytes(size_t bytes);
 void* aligned(const at::Tensor& buffer);
 
-// The ops of the sweep over pairs (schemas: fused_losses/pairs.py), pairs.cpp.
+// 16-bit elements are widened to float, and their gradients are float before they are narrowed.
+constexpr size_t kWidened = sizeof(float);
+
+// Each file's ops, whose schemas are the Python side's, and the peak of what their calls allocate
+// beyond inputs, outputs and gradients: by the plans that the kernels themselves allocate by, on
+// torch's number of threads. `item`: bytes of an element of the inputs.
+void register_row_statistics(torch::Library& m);
+size_t row_workspace(int64_t n, int64_t d, bool is_double, bool bf16);
+
+// `width`: of an attention's values, 0: none.
 void register_pairs(torch::Library& m);
+size_t pair_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& precision,
+                      int64_t width);
 
-// The k best columns (schema: fused_losses/selection.py), topk.cpp.
-void register_topk(torch::Library& m);
+void register_maxsim(torch::Library& m);
+size_t maxsim_workspace(int64_t query_tokens, int64_t document_tokens, int64_t d, int64_t item,
+                        const std::string& precision);
 
-// The matrix of distances (schema: fused_losses/distance_matrix.py), distances.cpp.
 void register_distances(torch::Library& m);
+size_t distance_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& kind,
+                          const std::string& precision, bool gradient);
 
-// Steps of an optimiser on some rows (schemas: fused_losses/row_update.py), bind_row_update.cpp.
+// `symmetric`: rows against themselves without i == j; `codes`: a narrow copy screens.
+void register_topk(torch::Library& m);
+size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes);
+
+void register_triplets(torch::Library& m);
 void register_row_update(torch::Library& m);
 
 }  // namespace fused_losses

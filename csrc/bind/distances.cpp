@@ -4,8 +4,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -152,6 +154,29 @@ std::tuple<Tensor, Tensor, Tensor> distances_backward(const Tensor& grad_in, con
 void register_distances(torch::Library& m) {
   m.impl("distance_matrix_cpu", &distances);
   m.impl("distance_matrix_cpu_backward", &distances_backward);
+}
+
+size_t distance_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& kind,
+                          const std::string& precision, bool gradient) {
+  DistanceProblem p = {};
+  p.n = n, p.m = m, p.d = d;
+  p.kind = distance_of(kind);
+  p.is_double = item == sizeof(double);
+  p.precision = precision_of(precision);
+  const DistanceKernels& kernels = best_kernels().distances;
+  const int threads = torch_threads().threads;
+  size_t most = kernels.forward_bytes(p, threads);
+  if (item == sizeof(bool)) {
+    p.is_bool = true;  // unless they have weights
+    most = std::max(most, kernels.forward_bytes(p, threads));
+  }
+  const bool weights = p.kind == Distance::kCanberra || p.kind == Distance::kScaled;
+  double wanted;
+  const DistanceBackwardOut out = {&wanted, &wanted, weights ? &wanted : nullptr};
+  if (gradient) most = std::max(most, kernels.backward_bytes(p, out, threads));
+  const int64_t rows = n + m + (p.kind == Distance::kScaled ? m : 0);
+  const size_t widened = item == 2 ? (gradient ? 2 : 1) * kWidened * rows * d : 0;
+  return scratch_bytes(most) + widened;
 }
 
 }  // namespace fused_losses

@@ -5,9 +5,11 @@
 #include <ATen/ops/sub.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -284,78 +286,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return std::tuple_cat(std::tuple(dvalues.to(values_in.scalar_type())), g.as(x, y, scale));
 }
 
-MaxSimProblem maxsim_problem(const Tensor& queries, const Tensor& documents,
-                             const Tensor& query_offsets, const Tensor& document_offsets,
-                             c10::string_view precision) {
-  TORCH_CHECK_VALUE(
-      queries.dim() == 2 && documents.dim() == 2 && queries.size(1) == documents.size(1),
-      "maxsim: expected tokens [Tq, D] and [Td, D], got ", queries.sizes(), " and ",
-      documents.sizes());
-  const auto check = [](const Tensor& t, int64_t tokens, const char* name) {
-    TORCH_CHECK_VALUE(
-        t.dim() == 1 && t.numel() > 0 && t.scalar_type() == at::kLong && t.is_contiguous(), name,
-        ": expected int64 offsets, got ", t.scalar_type(), " ", t.sizes());
-    const int64_t *o = t.const_data_ptr<int64_t>(), n = t.numel() - 1;
-    bool fine = o[0] == 0 && o[n] == tokens;
-    for (int64_t i = 0; i < n; ++i) fine = fine && o[i] <= o[i + 1];
-    TORCH_CHECK_VALUE(fine, name, ": expected offsets that grow from 0 to ", tokens);
-  };
-  check(query_offsets, queries.size(0), "query_offsets");
-  check(document_offsets, documents.size(0), "document_offsets");
-  return {queries.const_data_ptr(),
-          documents.const_data_ptr(),
-          query_offsets.const_data_ptr<int64_t>(),
-          document_offsets.const_data_ptr<int64_t>(),
-          query_offsets.numel() - 1,
-          document_offsets.numel() - 1,
-          queries.size(1),
-          queries.scalar_type() == at::kDouble,
-          precision_of(precision)};
-}
-
-// float or double, as kernels read tokens.
-Tensor as_read(const Tensor& t) {
-  return t.to(t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous();
-}
-
-std::tuple<Tensor, Tensor> maxsim(const Tensor& queries_in, const Tensor& documents_in,
-                                  const Tensor& query_offsets, const Tensor& document_offsets,
-                                  c10::string_view precision) {
-  const Tensor queries = as_read(queries_in), documents = as_read(documents_in);
-  const MaxSimProblem p =
-      maxsim_problem(queries, documents, query_offsets, document_offsets, precision);
-  const Tensor scores = at::empty({p.query_count, p.document_count}, queries.options());
-  const Tensor index =
-      at::empty({p.query_tokens(), p.document_count}, queries.options().dtype(at::kInt));
-  advise_huge(index);
-  const MaxSimKernels& kernels = best_kernels().maxsim;
-  const Parallel parallel = torch_threads();
-  const Tensor buffer = scratch(kernels.forward_bytes(p, parallel.threads));
-  kernels.forward(p, scores.data_ptr(), index.data_ptr<int32_t>(), aligned(buffer), parallel);
-  return {scores, index};
-}
-
-std::tuple<Tensor, Tensor> maxsim_backward(const Tensor& grad_in, const Tensor& index,
-                                           const Tensor& queries_in, const Tensor& documents_in,
-                                           const Tensor& query_offsets,
-                                           const Tensor& document_offsets, bool need_queries,
-                                           bool need_documents) {
-  const Tensor queries = as_read(queries_in), documents = as_read(documents_in);
-  const MaxSimProblem p =
-      maxsim_problem(queries, documents, query_offsets, document_offsets, "fp32");
-  const Tensor grad = grad_in.to(queries.scalar_type()).contiguous();
-  const auto like = [](const Tensor& t, bool need) {
-    const Tensor out = need ? at::empty(t.sizes(), t.options()) : nothing(t);
-    advise_huge(out);
-    return out;
-  };
-  const Tensor dq = like(queries, need_queries), dd = like(documents, need_documents);
-  best_kernels().maxsim.backward(p, grad.const_data_ptr(), index.const_data_ptr<int32_t>(),
-                                 need_queries ? dq.data_ptr() : nullptr,
-                                 need_documents ? dd.data_ptr() : nullptr, torch_threads());
-  return {dq.to(queries_in.scalar_type()), dd.to(documents_in.scalar_type())};
-}
-
 }  // namespace
 
 void register_pairs(torch::Library& m) {
@@ -363,8 +293,40 @@ void register_pairs(torch::Library& m) {
   m.impl("pair_statistics_cpu_backward", &statistics_backward);
   m.impl("pair_attention_cpu", &attention);
   m.impl("pair_attention_cpu_backward", &attention_backward);
-  m.impl("maxsim_cpu", &maxsim);
-  m.impl("maxsim_cpu_backward", &maxsim_backward);
+}
+
+size_t pair_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& precision,
+                      int64_t width) {
+  PairProblem p = {};
+  p.rows.count = n;
+  p.columns.count = m;
+  p.d = d;
+  p.both = true;
+  p.is_double = item == sizeof(double);
+  p.precision = precision_of(precision);
+  const PairKernels& kernels = best_kernels().pairs;
+  const int threads = torch_threads().threads;
+  double wanted;
+  const PairBackwardOut everything = {&wanted, &wanted, &wanted, &wanted, &wanted};
+  PairBackwardOut without_rows = everything;
+  without_rows.dx = nullptr;
+  size_t most = 0, shift = 0;
+  for (const PairBackwardOut& out : {everything, without_rows}) {
+    if (width > 0) {
+      const AttentionIn in = {nullptr, width, false};
+      most = std::max({most, kernels.attention_bytes(p, in, threads),
+                       kernels.attention_backward_bytes(p, in, out, true, threads)});
+      shift = 3 * sizeof(double) * n;  // products of a row, and what is taken from them
+    }
+    for (const bool triangle : {false, n == m}) {
+      p.triangle = triangle;
+      most = std::max(
+          {most, kernels.forward_bytes(p, threads), kernels.backward_bytes(p, out, threads)});
+    }
+    p.triangle = false;
+  }
+  const size_t widened = item == 2 ? 2 * kWidened * (n + m) * (d + width) : 0;
+  return scratch_bytes(most) + shift + widened;
 }
 
 }  // namespace fused_losses

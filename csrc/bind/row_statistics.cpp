@@ -1,21 +1,14 @@
-// The ops of the cpu backend and the module's build information: the one file that sees torch.
-#include <ATen/Parallel.h>
+// The cpu ops of the row statistics (schemas: fused_losses/sweep.py); module.cpp registers them.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/library.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -26,12 +19,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-void run_on_threads(int count, void (*body)(void*, int), void* context) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
-  });
-}
 
 // Torch's own product on views; c is column-major, so the row-major view of it is transposed.
 template <class T>
@@ -49,8 +36,9 @@ void host_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, in
 }
 
 Parallel parallel_for_classes(int64_t k) {
+  const Parallel all = torch_threads();
   const int64_t most = std::max<int64_t>(1, k / 24);
-  return {static_cast<int>(std::min<int64_t>(at::get_num_threads(), most)), run_on_threads};
+  return {static_cast<int>(std::min<int64_t>(all.threads, most)), all.run};
 }
 
 Tensor dense_rows(const Tensor& t) {
@@ -228,8 +216,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   return {dx, dw, db};
 }
 
-// Bytes of scratch that forward or backward takes, whichever is more, with many classes.
-size_t workspace_bytes(int64_t n, int64_t d, bool is_double, bool bf16) {
+}  // namespace
+
+// With many classes.
+size_t row_workspace(int64_t n, int64_t d, bool is_double, bool bf16) {
   Problem p = {};
   p.x.type = p.w.type = is_double ? Type::kFloat64 : Type::kFloat32;
   p.n = n;
@@ -239,87 +229,14 @@ size_t workspace_bytes(int64_t n, int64_t d, bool is_double, bool bf16) {
   p.gemm = {host_gemm<float>, host_gemm<double>};
   p.precision = bf16 ? Precision::kBFloat16 : Precision::kFull;
   const Kernels& kernels = best_kernels();
-  const int threads = at::get_num_threads();
-  return std::max(kernels.rows.forward_bytes(p, threads),
-                  kernels.rows.backward_bytes(p, threads, true, true));
+  const int threads = torch_threads().threads;
+  return scratch_bytes(std::max(kernels.rows.forward_bytes(p, threads),
+                                kernels.rows.backward_bytes(p, threads, true, true)));
 }
 
-}  // namespace
-
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Type::kFloat32;
-    case at::kDouble:
-      return Type::kFloat64;
-    case at::kBFloat16:
-      return Type::kBFloat16;
-    case at::kHalf:
-      return Type::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, "expected a floating point tensor, got ", t.scalar_type());
-  }
-}
-
-Precision precision_of(c10::string_view name) {
-  const bool known = name == "fp32" || name == "mixed" || name == "bf16";
-  TORCH_CHECK_VALUE(known, "precision: expected fp32, mixed or bf16 on a CPU, got ", name);
-  if (name == "fp32") return Precision::kFull;
-  TORCH_CHECK(best_kernels().bf16, "precision: this CPU has no AVX512_BF16 products");
-  return name == "mixed" ? Precision::kMixed : Precision::kBFloat16;
-}
-
-Parallel torch_threads() { return {at::get_num_threads(), run_on_threads}; }
-
-void advise_huge([[maybe_unused]] const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const auto begin = round_up(reinterpret_cast<uintptr_t>(t.data_ptr()), kHuge);
-  const auto end = reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes();
-  if (end > begin + 4 * kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-Tensor scratch(size_t bytes) {
-  const auto options = at::TensorOptions().dtype(at::kByte);
-  const Tensor buffer = at::empty({static_cast<int64_t>(bytes) + 64}, options);
-  advise_huge(buffer);
-  return buffer;
-}
-
-void* aligned(const Tensor& buffer) {
-  return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.data_ptr()), 64));
-}
-
-// The schemas are the Python side's (fused_losses/primitives/op.py).
-TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
+void register_row_statistics(torch::Library& m) {
   m.impl("row_statistics_cpu", &forward);
   m.impl("row_statistics_cpu_backward", &backward);
-  register_pairs(m);
-  register_topk(m);
-  register_distances(m);
-  register_row_update(m);
 }
 
 }  // namespace fused_losses
-
-PYBIND11_MODULE(_C, m) {
-  using namespace fused_losses;
-  m.doc() = "Build information of the compiled kernels, and what tests need to steer them.";
-  m.def(
-      "capability", [] { return std::string(best_kernels().capability); },
-      "The instruction set that runs: default, avx2, avx512 or avx512_bf16.");
-  m.def("has_bf16", [] { return best_kernels().bf16; }, "Whether bf16 products can run.");
-  m.def(
-      "force_capability",
-      [](std::optional<std::string> name) {
-        TORCH_CHECK_VALUE(force_kernels(name ? name->c_str() : nullptr), "capability: cannot run ",
-                          *name, " on this CPU");
-      },
-      "Run another instruction set of this CPU (for tests); None: the best again.");
-  m.def("workspace_bytes", &workspace_bytes, "Scratch bytes of a call, forward or backward.");
-  m.def("build", [] {
-    return std::vector<std::pair<std::string, std::string>>{{"compiler", __VERSION__},
-                                                            {"c++", std::to_string(__cplusplus)}};
-  });
-}

@@ -1,5 +1,4 @@
-// The cpu ops of the k best columns (schema: fused_losses/primitives/topk/op.py) and of triplets
-// (fused_losses/primitives/row_rules/cpu.py).
+// The cpu op of the k best columns (schema: fused_losses/selection.py); module.cpp registers it.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -54,6 +53,11 @@ Match match_of(c10::string_view match) {
   return Match::kDifferent;
 }
 
+// About what the candidates may take: a fixed size, or that of the queries.
+size_t candidate_bytes(int64_t n, int64_t d) {
+  return std::max<size_t>(16 << 20, sizeof(float) * n * d);
+}
+
 std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const OptionalTensor& y_scale,
                                 const OptionalTensor& codes, const OptionalTensor& codes_scale,
                                 const OptionalTensor& codes_error, const OptionalTensor& x_labels,
@@ -105,7 +109,7 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const Optio
   p.skip_self = skip_self;
   p.symmetric = symmetric;
   p.bf16 = screen == "bf16" && best_kernels().bf16;
-  p.most_bytes = std::max<size_t>(16 << 20, size_t(n) * p.d * 4);
+  p.most_bytes = candidate_bytes(n, p.d);
   const Tensor keys = at::empty({n, k}, x.options().dtype(at::kDouble));
   const Tensor index = at::empty({n, k}, x.options().dtype(at::kLong));
   const TopkKernels& kernels = best_kernels().topk;
@@ -115,63 +119,24 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const Optio
   return {keys, index};
 }
 
-TripletProblem triplet_problem(const Tensor& score, const Tensor& positive, const Tensor& negative,
-                               double margin, c10::string_view kind) {
-  TORCH_CHECK_TYPE(score.scalar_type() == at::kFloat || score.scalar_type() == at::kDouble,
-                   "score: expected float32 or float64, got ", score.scalar_type());
-  TORCH_CHECK_VALUE(score.dim() == 2, "score: expected [rows, columns], got ", score.sizes());
-  for (const Tensor* mask : {&positive, &negative}) {
-    TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool && mask->sizes() == score.sizes(),
-                      "positive, negative: expected bool ", score.sizes(), ", got ",
-                      mask->scalar_type(), " ", mask->sizes());
-  }
-  TORCH_CHECK_VALUE(score.is_contiguous() && positive.is_contiguous() && negative.is_contiguous(),
-                    "score, positive, negative: expected contiguous tensors");
-  TORCH_CHECK_VALUE(kind == "all" || kind == "hard" || kind == "semihard",
-                    "kind: expected all, hard or semihard, got ", kind);
-  return {score.const_data_ptr(),
-          positive.const_data_ptr<bool>(),
-          negative.const_data_ptr<bool>(),
-          score.size(0),
-          score.size(1),
-          margin,
-          kind == "all"    ? Triplet::kAll
-          : kind == "hard" ? Triplet::kHard
-                           : Triplet::kSemihard,
-          score.scalar_type() == at::kDouble};
-}
-
-Tensor triplets(const Tensor& score, const Tensor& positive, const Tensor& negative, double margin,
-                c10::string_view kind) {
-  const TripletProblem p = triplet_problem(score, positive, negative, margin, kind);
-  const Tensor out = at::empty({p.rows, 2}, score.options().dtype(at::kDouble));
-  const TripletKernels& kernels = best_kernels().triplets;
-  const Parallel parallel = torch_threads();
-  const Tensor buffer = scratch(kernels.bytes(p, parallel.threads));
-  kernels.forward(p, out.data_ptr<double>(), aligned(buffer), parallel);
-  return out;
-}
-
-Tensor triplets_slope(const Tensor& grad, const Tensor& score, const Tensor& positive,
-                      const Tensor& negative, double margin, c10::string_view kind) {
-  const TripletProblem p = triplet_problem(score, positive, negative, margin, kind);
-  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef({p.rows}), "grad: expected [", p.rows,
-                    "], got ", grad.sizes());
-  const Tensor given = grad.to(score.scalar_type()).contiguous();
-  const Tensor out = at::empty(score.sizes(), score.options());
-  const TripletKernels& kernels = best_kernels().triplets;
-  const Parallel parallel = torch_threads();
-  const Tensor buffer = scratch(kernels.bytes(p, parallel.threads));
-  kernels.backward(p, given.const_data_ptr(), out.data_ptr(), aligned(buffer), parallel);
-  return out;
-}
-
 }  // namespace
 
-void register_topk(torch::Library& m) {
-  m.impl("pair_topk_cpu", &topk);
-  m.impl("row_triplets_cpu", &triplets);
-  m.impl("row_triplets_cpu_slope", &triplets_slope);
+void register_topk(torch::Library& m) { m.impl("pair_topk_cpu", &topk); }
+
+size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes) {
+  const int8_t code = 0;
+  TopkProblem p = {};
+  p.x.type = p.y.type = item == sizeof(double) ? Type::kFloat64 : Type::kFloat32;
+  if (codes) p.codes.rows.data = &code;
+  p.n = n, p.d = d, p.k = k;
+  p.skip_self = p.symmetric = symmetric;
+  p.most_bytes = candidate_bytes(n, d);
+  const TopkKernels& kernels = best_kernels().topk;
+  const int threads = torch_threads().threads;
+  size_t most = kernels.bytes(p, threads);
+  p.bf16 = best_kernels().bf16;
+  most = std::max(most, kernels.bytes(p, threads));
+  return scratch_bytes(most) + (item == 2 ? kWidened * n * d : 0);
 }
 
 }  // namespace fused_losses

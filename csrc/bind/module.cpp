@@ -1,0 +1,118 @@
+// The ops of the cpu backend, the module's build information, and what all ops share.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bind.h"
+
+namespace fused_losses {
+namespace {
+
+using at::Tensor;
+
+void run_on_threads(int count, void (*body)(void*, int), void* context) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
+  });
+}
+
+}  // namespace
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Type::kFloat32;
+    case at::kDouble:
+      return Type::kFloat64;
+    case at::kBFloat16:
+      return Type::kBFloat16;
+    case at::kHalf:
+      return Type::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "expected a floating point tensor, got ", t.scalar_type());
+  }
+}
+
+Precision precision_of(c10::string_view name) {
+  const bool known = name == "fp32" || name == "mixed" || name == "bf16";
+  TORCH_CHECK_VALUE(known, "precision: expected fp32, mixed or bf16 on a CPU, got ", name);
+  if (name == "fp32") return Precision::kFull;
+  TORCH_CHECK(best_kernels().bf16, "precision: this CPU has no AVX512_BF16 products");
+  return name == "mixed" ? Precision::kMixed : Precision::kBFloat16;
+}
+
+Parallel torch_threads() { return {at::get_num_threads(), run_on_threads}; }
+
+void advise_huge([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const auto begin = round_up(reinterpret_cast<uintptr_t>(t.data_ptr()), kHuge);
+  const auto end = reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes();
+  if (end > begin + 4 * kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Room for the first aligned address.
+size_t scratch_bytes(size_t bytes) { return bytes + 64; }
+
+Tensor scratch(size_t bytes) {
+  const auto options = at::TensorOptions().dtype(at::kByte);
+  const Tensor buffer = at::empty({static_cast<int64_t>(scratch_bytes(bytes))}, options);
+  advise_huge(buffer);
+  return buffer;
+}
+
+void* aligned(const Tensor& buffer) {
+  return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.data_ptr()), 64));
+}
+
+// The schemas are the Python side's (fused_losses/streamed_op.py).
+TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
+  register_row_statistics(m);
+  register_pairs(m);
+  register_maxsim(m);
+  register_topk(m);
+  register_distances(m);
+  register_triplets(m);
+  register_row_update(m);
+}
+
+}  // namespace fused_losses
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fused_losses;
+  m.doc() = "Build information of the compiled kernels, and what tests need to steer them.";
+  m.def(
+      "capability", [] { return std::string(best_kernels().capability); },
+      "The instruction set that runs: default, avx2, avx512 or avx512_bf16.");
+  m.def("has_bf16", [] { return best_kernels().bf16; }, "Whether bf16 products can run.");
+  m.def(
+      "force_capability",
+      [](std::optional<std::string> name) {
+        TORCH_CHECK_VALUE(force_kernels(name ? name->c_str() : nullptr), "capability: cannot run ",
+                          *name, " on this CPU");
+      },
+      "Run another instruction set of this CPU (for tests); None: the best again.");
+  // What a call allocates beyond inputs, outputs and gradients, on torch's number of threads: of
+  // forward or backward, whichever is more. `item`: bytes of an element of the inputs.
+  m.def("row_workspace", &row_workspace);
+  m.def("pair_workspace", &pair_workspace);
+  m.def("maxsim_workspace", &maxsim_workspace);
+  m.def("distance_workspace", &distance_workspace);
+  m.def("topk_workspace", &topk_workspace);
+  m.def("build", [] {
+    return std::vector<std::pair<std::string, std::string>>{{"compiler", __VERSION__},
+                                                            {"c++", std::to_string(__cplusplus)}};
+  });
+}
