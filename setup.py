@@ -1,35 +1,22 @@
-"""Builds the C++ extension, the kernels once per instruction set, and with nvcc the CUDA library.
-
-No kernel sees torch's headers. CMake builds the same kernels with their tests.
-"""
+"""Builds the C++ extension and, with nvcc, the CUDA library, by CMakeLists.txt."""
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+import cmake
+import ninja
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from torch.utils.cpp_extension import include_paths, library_paths
 
-CPU = Path("csrc/cpu")
-COMMON = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-math-errno"]
-COMMON += ["-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-AVX512 += ["-mprefer-vector-width=512"]
-ON_X86 = platform.machine() in ("x86_64", "AMD64")
-# A source built without its flags compiles to an empty table: that instruction set is left out.
-FLAGS = {
-    "dispatch": [],
-    "generic": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"] if ON_X86 else [],
-    "avx512": AVX512 if ON_X86 else [],
-    "avx512_bf16": [*AVX512, "-mavx512bf16"] if ON_X86 else [],
-}
-
-
+HERE = Path(__file__).parent.resolve()
+BUILD = HERE / "build" / "compiled"  # kept: what has not changed is not compiled again
+CUDA_LIBRARY = "libfused_losses_cuda.so"
 COMPILER = os.environ.get("CXX", "c++")
 
 
@@ -43,11 +30,6 @@ def wanted() -> bool:
     return True
 
 
-# What the CUDA library has machine code for; the last also as PTX, for what comes after it.
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-CUDA_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-
-
 def nvcc() -> str | None:
     """The CUDA compiler, or None: then the package has no CUDA kernels."""
     if os.environ.get("FUSED_LOSSES_NO_CUDA") == "1":
@@ -58,71 +40,69 @@ def nvcc() -> str | None:
     return found
 
 
-def told(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def architectures(editable: bool) -> str | None:
+    """Those that are asked for; else of a checkout those of its GPUs, of a wheel "": all of ours.
+
+    None: a checkout without a GPU, where minutes of compiling would serve nobody.
+    """
+    asked = os.environ.get("FUSED_LOSSES_CUDA_ARCHITECTURES", "")
+    if asked or not editable:
+        return asked
+    gpus = range(torch.cuda.device_count())
+    found = sorted(
+        {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, gpus)}
+    )
+    if not found:
+        hint = "FUSED_LOSSES_CUDA_ARCHITECTURES=80 builds them"
+        print(f"fused_losses: no GPU: a checkout without CUDA C++ kernels; {hint}", file=sys.stderr)
+    return ";".join(map(str, found)) or None
 
 
-def architectures(compiler: str) -> list[str]:
-    """Those that are asked for, else those of ours that this nvcc knows."""
-    asked = os.environ.get("FUSED_LOSSES_CUDA_ARCHITECTURES")
-    if asked:
-        return asked.split(";")
-    known = told(compiler, "--list-gpu-arch").split()
-    return [a for a in ARCHITECTURES if f"compute_{a}" in known]
+def compiled(target: str) -> None:
+    program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+    subprocess.run([program, "--build", BUILD, "--parallel", "--target", target], check=True)
 
 
-def compile_cuda(compiler: str, folder: Path, out: Path) -> None:
-    """Every .cu once for all architectures, linked into one library of plain functions."""
-    targets = architectures(compiler)
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in targets]
-    codes.append(f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}")
-    flags = [*CUDA_FLAGS, f'-DFUSED_LOSSES_ARCHITECTURES="{" ".join(targets)}"', *codes]
-    if "--compress-mode" in told(compiler, "--help"):
-        flags.append("--compress-mode=size")  # a third of the size
-
-    def compile_one(source: Path) -> str:
-        made = str(folder / "-".join(source.with_suffix(".cuda.o").parts))
-        command = [compiler, *flags, "-c", str(source), "-o", made]
-        if subprocess.run(command).returncode != 0:
-            hint = "FUSED_LOSSES_NO_CUDA=1 installs without the CUDA C++ kernels"
-            raise RuntimeError(f"nvcc failed on {source}: C++20 needs CUDA 12 or later; {hint}")
-        return made
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sorted(Path("csrc/cuda").rglob("*.cu"))))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    link = [compiler, "-shared", "-cudart", "static", *codes, *objects, "-o", str(out)]
-    subprocess.run(link, check=True)
-
-
-class Build(BuildExtension):
-    def build_extensions(self) -> None:
-        folder = Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
-        debug = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else []
-
-        def compile_one(name: str) -> str:
-            out = folder / f"{name}.o"
-            source = str(CPU / f"{name}.cpp")
-            command = [COMPILER, *COMMON, *FLAGS[name], *debug, "-c", source, "-o", str(out)]
-            subprocess.run(command, check=True)
-            return str(out)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self.extensions[0].extra_objects = list(pool.map(compile_one, FLAGS))
-        super().build_extensions()
+class Build(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        out = Path(self.get_ext_fullpath(extension.name))
+        out.parent.mkdir(parents=True, exist_ok=True)
         compiler = nvcc()
-        if compiler:
-            beside = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
-            compile_cuda(compiler, folder, beside / "libfused_losses_cuda.so")
+        targets = architectures(self.editable_mode) if compiler else None
+        settings = {
+            "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
+            "CMAKE_CXX_COMPILER": shutil.which(COMPILER),
+            "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG") == "1" else "Release",
+            "FUSED_LOSSES_TORCH": ";".join([*include_paths(), sysconfig.get_path("include")]),
+            "FUSED_LOSSES_TORCH_LIBRARIES": ";".join(library_paths()),
+            "FUSED_LOSSES_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "FUSED_LOSSES_CUDA": "OFF" if targets is None else "ON",
+            "FUSED_LOSSES_CUDA_ARCHITECTURES": targets or "",
+        }
+        program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+        given = [f"-D{name}={value}" for name, value in settings.items()]
+        subprocess.run([program, "-S", HERE, "-B", BUILD, "-G", "Ninja", *given], check=True)
+        compiled("fused_losses_extension")
+        shutil.copy2(BUILD / out.name, out)
+        if targets is None:
+            return
+        try:
+            compiled("fused_losses_cuda")
+        except subprocess.CalledProcessError as error:
+            hint = "FUSED_LOSSES_NO_CUDA=1 installs without the CUDA C++ kernels"
+            raise RuntimeError(f"nvcc failed: C++20 needs CUDA 12 or later; {hint}") from error
+        shutil.copy2(BUILD / CUDA_LIBRARY, out.parent)
+
+    def copy_extensions_to_source(self) -> None:
+        """Of a checkout, which then has the CUDA library too."""
+        super().copy_extensions_to_source()
+        for library in Path(self.build_lib).rglob(CUDA_LIBRARY):
+            shutil.copy2(library, HERE / "fused_losses")
 
 
-extension = CppExtension(
+extension = Extension(
     "fused_losses._C",
-    [str(p) for p in sorted(Path("csrc/bind").glob("*.cpp"))],
-    include_dirs=[str(Path(__file__).parent / "csrc")],
-    # torch brings the OpenMP runtime; ATen/Parallel.h is serial without this flag
-    extra_compile_args=["-std=c++20", "-O2", "-fopenmp"],
-    depends=[str(p) for p in sorted(Path("csrc").rglob("*.[hc]*"))],
+    sources=[],
+    depends=["CMakeLists.txt", *(str(p) for p in sorted(Path("csrc").rglob("*")) if p.is_file())],
 )
 setup(ext_modules=[extension] if wanted() else [], cmdclass={"build_ext": Build})
