@@ -2,7 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') CMakeLists.txt setup.py pyproject.toml
+# as setup.py has it: the kernels are compiled once for the package and for their tests
+BUILD := build/compiled
+CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+  -DCMAKE_BUILD_TYPE=Release
 
 .PHONY: venv train test ctest cuda-host cuda-sanitize gpu-static bench lint clean
 
@@ -28,32 +32,38 @@ test: venv lint ctest cuda-host cuda-sanitize
 	FUSED_LOSSES_REQUIRE_CPU=1 FUSED_LOSSES_CUDA_ON_HOST=1 OMP_WAIT_POLICY=passive \
 	  $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 40
 
-# the kernels without Python: their own tests under ctest
+# the kernels without Python: their own tests under ctest; CTEST="-L ^avx2$$": of one instruction set
 ctest: $(VENV)/.installed
-	$(BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release > build-cmake.log 2>&1 \
+	$(CONFIGURE) > build-cmake.log 2>&1 \
 	  || { cat build-cmake.log; exit 1; }
 	@rm -f build-cmake.log
-	$(BIN)/cmake --build build/cmake --parallel 2
-	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+	$(BIN)/cmake --build $(BUILD) --parallel 2
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure $(CTEST)
 
 # the CUDA kernels built for the host, which executes them with checks (backend "cuda" on CPU tensors)
 cuda-host: $(VENV)/.installed
-	$(BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release > /dev/null
-	$(BIN)/cmake --build build/cmake --target fused_losses_cuda_host --parallel 2
+	$(CONFIGURE) > /dev/null
+	$(BIN)/cmake --build $(BUILD) --target fused_losses_cuda_host --parallel 2
 
 # the same with AddressSanitizer and UndefinedBehaviorSanitizer, over every kernel's small cases
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 cuda-sanitize: venv
-	$(BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release > /dev/null
-	$(BIN)/cmake --build build/cmake --target fused_losses_cuda_sanitize --parallel 2
+	$(CONFIGURE) > /dev/null
+	$(BIN)/cmake --build $(BUILD) --target fused_losses_cuda_sanitize --parallel 2
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	  FUSED_LOSSES_CUDA_ON_HOST=1 \
-	  FUSED_LOSSES_CUDA_LIBRARY=build/cmake/csrc/cuda/host/libfused_losses_cuda_sanitize.so \
+	  FUSED_LOSSES_CUDA_LIBRARY=$(BUILD)/csrc/cuda/host/libfused_losses_cuda_sanitize.so \
 	  $(BIN)/python -m pytest tests/test_cuda_cases.py
 
 # what every GPU kernel compiles to, without a GPU: writes docs/gpu_static.md, fails on a spill
 gpu-static: venv
+ifneq ($(shell which nvcc),)
+	$(CONFIGURE) -DFUSED_LOSSES_CUDA=ON > /dev/null
+	$(BIN)/cmake --build $(BUILD) --target fused_losses_cuda
+	FUSED_LOSSES_CUDA_LIBRARY=$(BUILD)/libfused_losses_cuda.so $(BIN)/python -m tools.gpu_static
+else
 	$(BIN)/python -m tools.gpu_static
+endif
 
 bench: venv
 	@mkdir -p runs/bench

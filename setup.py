@@ -7,8 +7,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import cmake
-import ninja
 import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -58,9 +56,20 @@ def architectures(editable: bool) -> str | None:
     return ";".join(map(str, found)) or None
 
 
-def compiled(target: str) -> None:
-    program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
-    subprocess.run([program, "--build", BUILD, "--parallel", "--target", target], check=True)
+def program(name: str) -> str:
+    """Of the environment that runs this, which may not be an active one, or of the system."""
+    folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+    found = shutil.which(name, path=os.pathsep.join(folders))
+    if found is None:
+        raise RuntimeError(f"fused_losses: no {name}: `pip install cmake ninja`")
+    return found
+
+
+def compiled(target: str) -> Path:
+    """Brings a target up to date; the folder that it is in."""
+    command = [program("cmake"), "--build", str(BUILD), "--parallel", "--target", target]
+    subprocess.run(command, check=True)
+    return BUILD
 
 
 class Build(build_ext):
@@ -70,7 +79,7 @@ class Build(build_ext):
         compiler = nvcc()
         targets = architectures(self.editable_mode) if compiler else None
         settings = {
-            "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
+            "CMAKE_MAKE_PROGRAM": program("ninja"),
             "CMAKE_CXX_COMPILER": shutil.which(COMPILER),
             "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG") == "1" else "Release",
             "FUSED_LOSSES_TORCH": ";".join([*include_paths(), sysconfig.get_path("include")]),
@@ -79,19 +88,17 @@ class Build(build_ext):
             "FUSED_LOSSES_CUDA": "OFF" if targets is None else "ON",
             "FUSED_LOSSES_CUDA_ARCHITECTURES": targets or "",
         }
-        program = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
         given = [f"-D{name}={value}" for name, value in settings.items()]
-        subprocess.run([program, "-S", HERE, "-B", BUILD, "-G", "Ninja", *given], check=True)
-        compiled("fused_losses_extension")
-        shutil.copy2(BUILD / out.name, out)
+        configure = [program("cmake"), "-S", str(HERE), "-B", str(BUILD), "-G", "Ninja", *given]
+        subprocess.run(configure, check=True)
+        shutil.copy2(compiled("fused_losses_extension") / out.name, out)
         if targets is None:
             return
         try:
-            compiled("fused_losses_cuda")
+            shutil.copy2(compiled("fused_losses_cuda") / CUDA_LIBRARY, out.parent)
         except subprocess.CalledProcessError as error:
             hint = "FUSED_LOSSES_NO_CUDA=1 installs without the CUDA C++ kernels"
             raise RuntimeError(f"nvcc failed: C++20 needs CUDA 12 or later; {hint}") from error
-        shutil.copy2(BUILD / CUDA_LIBRARY, out.parent)
 
     def copy_extensions_to_source(self) -> None:
         """Of a checkout, which then has the CUDA library too."""

@@ -1,4 +1,4 @@
-"""What the cpu backend tells of its memory, at several numbers of threads, against every allocation.
+"""What the cpu backend tells of its memory against every allocation, at 1, 2 and 16 threads.
 
 As test_memory.py, of the primitives alone: `*_extra_bytes` beside the peak of a call.
 """
