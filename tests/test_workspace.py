@@ -45,8 +45,9 @@ def made(what, dtype):
         call = lambda: f.logsumexp_similarity(y, None, backend="cpu")
         return (y,), call, cpu.pair_extra_bytes(M, M, D, dtype)
     if what == "attention":
-        call = lambda: f.similarity_attention(x, y, y, backend="cpu")
-        return (x, y), call, cpu.pair_extra_bytes(N, M, D, dtype, width=D)
+        values = y.detach().clone().requires_grad_()
+        call = lambda: f.similarity_attention(x, y, values, backend="cpu")
+        return (x, y, values), call, cpu.pair_extra_bytes(N, M, D, dtype, width=D)
     if what == "maxsim":
         tokens = (x.view(-1, 10, D), y.view(-1, 15, D))
         call = lambda: maxsim(*tokens, backend="cpu")
