@@ -26,8 +26,11 @@ CHILD = (
     COUNTER
     + """
 from fused_losses import functional as f
-from fused_losses.backends import cpu
-from fused_losses.late_interaction import maxsim
+from fused_losses.primitives.distances import cpu as distances
+from fused_losses.primitives.maxsim import cpu as maxsims
+from fused_losses.primitives.maxsim.op import maxsim
+from fused_losses.primitives.pairs import cpu as pairs
+from fused_losses.primitives.topk import cpu as topk
 
 N, M, D, K = 700, 1500, 96, 24
 DISTANCES = ("dot", "euclidean", "cityblock", "canberra", "braycurtis", "hamming")
@@ -40,29 +43,29 @@ def made(what, dtype):
         x.requires_grad_(what != "pairs-columns"), y.requires_grad_()
     if what in ("pairs", "pairs-columns"):
         call = lambda: f.logsumexp_similarity(x, y, cols=True, backend="cpu")
-        return (x, y), call, cpu.pair_extra_bytes(N, M, D, dtype)
+        return (x, y), call, pairs.extra_bytes(N, M, D, dtype)
     if what == "triangle":
         call = lambda: f.logsumexp_similarity(y, None, backend="cpu")
-        return (y,), call, cpu.pair_extra_bytes(M, M, D, dtype)
+        return (y,), call, pairs.extra_bytes(M, M, D, dtype)
     if what == "attention":
         values = y.detach().clone().requires_grad_()
         call = lambda: f.similarity_attention(x, y, values, backend="cpu")
-        return (x, y, values), call, cpu.pair_extra_bytes(N, M, D, dtype, width=D)
+        return (x, y, values), call, pairs.extra_bytes(N, M, D, dtype, width=D)
     if what == "maxsim":
         tokens = (x.view(-1, 10, D), y.view(-1, 15, D))
         call = lambda: maxsim(*tokens, backend="cpu")
-        told = cpu.maxsim_extra_bytes(N, M, D, dtype)
+        told = maxsims.extra_bytes(N, M, D, dtype)
         return (x, y), call, told + 4 * N * (M // 15)  # and the index
     if what in DISTANCES:
         kind, op = what, f.pairwise_similarity if what == "dot" else f.pairwise_distance
         gradient = what != "hamming" and dtype != torch.bool
         call = lambda: op(x, y, kind, backend="cpu")
-        return (x, y), call, cpu.distance_extra_bytes(N, M, D, dtype, kind, gradient=gradient)
+        return (x, y), call, distances.extra_bytes(N, M, D, dtype, kind, gradient=gradient)
     own = what == "topk-self"
     other = None if own else fused_losses.quantize_rows(y) if what == "topk-codes" else y
     call = lambda: f.pairwise_topk(y if own else x, other, K, "dot", skip_self=own, backend="cpu")
     n = M if own else N
-    return (x, y), call, cpu.topk_extra_bytes(n, D, K, dtype, own, what == "topk-codes")
+    return (x, y), call, topk.extra_bytes(n, D, K, dtype, own, what == "topk-codes")
 
 def run(what, dtype):
     leaves, call, told = made(what, getattr(torch, dtype))

@@ -1,4 +1,4 @@
-// The cpu ops of the row statistics (schemas: fused_losses/sweep.py); module.cpp registers them.
+// The cpu ops of the row statistics (schemas: primitives/row_statistics); module.cpp registers them.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>

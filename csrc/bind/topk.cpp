@@ -1,4 +1,4 @@
-// The cpu op of the k best columns (schema: fused_losses/selection.py); module.cpp registers it.
+// The cpu op of the k best columns (schema: primitives/topk); module.cpp registers it.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

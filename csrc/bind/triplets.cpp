@@ -1,4 +1,4 @@
-// The cpu ops of triplets (schemas: fused_losses/backends/cpu_triplets.py); module.cpp registers
+// The cpu ops of triplets (schemas: fused_losses/primitives/row_rules/cpu.py); module.cpp registers
 // them.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -56,7 +56,8 @@ class Screened {
       : p_(p), center_(center), rows_(p.codes.rows.data ? p.codes.rows : p.y) {
     scale_ = p.codes.rows.data ? p.codes.scale : p.y_scale;
     const double unit = 0x1p-24;
-    each_ = float((2 * p.d + 16) * unit + (bf16 ? 2.02 * 0x1p-9 : 0));
+    // both factors are rounded to 8 bits: (1 + 2^-8)^2 - 1
+    each_ = float((2 * p.d + 16) * unit + (bf16 ? 2.01 * 0x1p-8 : 0));
   }
 
   bool in_place() const { return rows_.type == Type::kFloat32 && !center_; }

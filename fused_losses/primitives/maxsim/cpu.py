@@ -1,16 +1,15 @@
-"""What the compiled kernels of MaxSim need."""
+"""What the compiled kernels of MaxSim need, told by the plan that they allocate by."""
 
 from __future__ import annotations
 
 import torch
 
-from fused_losses.backends.cpu.blocks import QUERY_BYTES
+from fused_losses.backends.cpu.capability import extension
 
 
 def extra_bytes(
     query_tokens: int, document_tokens: int, d: int, dtype: torch.dtype, precision: str = "fp32"
 ) -> int:
-    """The same of MaxSim, besides the index that its forward keeps."""
-    narrowed = 2 * document_tokens * d if precision == "bf16" else 0
-    widened = 8 * (query_tokens + document_tokens) * d if dtype.itemsize == 2 else 0
-    return torch.get_num_threads() * max(QUERY_BYTES, 256 * d) + narrowed + widened
+    """Peak memory beyond inputs and gradients, besides the index that the forward keeps."""
+    tokens = (query_tokens, document_tokens)
+    return extension().maxsim_workspace(*tokens, d, dtype.itemsize, precision)

@@ -9,4 +9,4 @@ from fused_losses.backends.cpu.capability import extension
 
 def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
     """Peak memory of forward and backward beyond inputs and gradients."""
-    return extension().workspace_bytes(n, d, dtype == torch.float64, precision != "fp32")
+    return extension().row_workspace(n, d, dtype == torch.float64, precision != "fp32")
