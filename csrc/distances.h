@@ -1,5 +1,5 @@
 // The matrix of distances, without torch: out[i][j] = the distance of x's row i from y's row j, and
-// its gradient. The meaning of each kind: fused_losses/primitives/distances/op.py.
+// its gradient. The meaning of each kind: primitives/distances.
 #pragma once
 
 #include "common.h"

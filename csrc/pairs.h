@@ -1,4 +1,4 @@
-// The sweep over pairs, without torch: what a caller fills in (the maths: fused_losses/primitives/pairs/op.py).
+// The sweep over pairs, without torch: what a caller fills in (the maths: primitives/pairs).
 //
 //   s_ij = psi(scale <x_i, y_j> + a_i + b_j),  z_ij = factor_c (s_ij - center_c) w_ij,
 //   forward: value, total, count and best of each class of pairs, for rows and for columns

@@ -1,4 +1,4 @@
-// The k best columns of each row by a score, exactly, without torch (fused_losses/primitives/topk/op.py).
+// The k best columns of each row by a score, exactly, without torch (primitives/topk).
 //
 // A cheap product screens: a pair whose score cannot reach the k-th best so far, by a bound on the
 // rounding of that product, is dropped; what remains is scored again in double. The answer is the

@@ -77,7 +77,7 @@ void* aligned(const Tensor& buffer) {
   return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.data_ptr()), 64));
 }
 
-// The schemas are the Python side's (fused_losses/primitives/op.py).
+// The schemas are the Python side's (primitives/op.py).
 TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   register_row_statistics(m);
   register_pairs(m);

@@ -1,4 +1,5 @@
-// The cpu ops of the row statistics (schemas: primitives/row_statistics); module.cpp registers them.
+// The cpu ops of the row statistics (schemas: primitives/row_statistics); module.cpp registers
+// them.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>

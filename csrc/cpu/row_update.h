@@ -12,7 +12,8 @@ namespace fused_losses::FL_ISA {
 constexpr int64_t kRowBlock = 512;              // columns that are widened at once
 constexpr int64_t kRowWork = int64_t(1) << 15;  // elements that are worth a thread
 
-// ---- stochastic rounding, as fused_losses/base/rounding.py has it ------------------------------------
+// ---- stochastic rounding, as fused_losses/base/rounding.py has it
+// ------------------------------------
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
 

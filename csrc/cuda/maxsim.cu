@@ -1,4 +1,4 @@
-// MaxSim on tiles of products (fused_losses/primitives/maxsim/op.py, backends/cuda_maxsim.py): query
+// MaxSim on tiles of products (primitives/maxsim, backends/cuda_maxsim.py): query
 // tokens are rows, document tokens columns, [rows, stride] float made by the library, still in L2.
 //
 // Where documents begin only the device knows, so a tile may cut the one at either end: `open_best`

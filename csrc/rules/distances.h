@@ -1,7 +1,7 @@
 // The distances that are sums over coordinates, and their gradients: one struct a metric, with
 // `add` for a coordinate of a pair and `finish` for its sums; one struct a term, what a pair adds
 // to the gradient of its own coordinate. The CPU's kernels and CUDA's run these; a new metric is
-// one more struct. The meaning of each kind: fused_losses/primitives/distances/op.py.
+// one more struct. The meaning of each kind: primitives/distances.
 #pragma once
 
 #include <cmath>

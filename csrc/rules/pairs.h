@@ -1,5 +1,5 @@
 // What a pair's product becomes, once for the CPU's vectors and for a GPU's threads: the score, the
-// term of its class, the reductions and their derivatives (the maths: fused_losses/primitives/pairs/op.py).
+// term of its class, the reductions and their derivatives (the maths: primitives/pairs).
 //
 // Math says on what: Value, a number or a vector of them; Scalar, its element; exp, sqrt and
 // log1p_unit of a Value. A policy of one instruction set makes functions of that set alone.

@@ -1,4 +1,4 @@
-// The sweep over pairs on tiles of products (the maths: fused_losses/primitives/pairs/op.py,
+// The sweep over pairs on tiles of products (the maths: primitives/pairs,
 // backends/cuda_pairs.py).
 //
 // A tile is a block of rows against a block of columns, [rows, stride] float, made by the library
