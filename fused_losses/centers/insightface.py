@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fused_losses.base.files import write_atomically
 from fused_losses.base.validation import describe
 
 PARTIAL_FC_2 = re.compile(r"checkpoint_gpu_(\d+)\.pt")
@@ -148,8 +149,6 @@ def export_checkpoints(
     A collective call of the head's ranks; file r is written by rank r modulo their number, which
     holds one file's rows in memory. The paths are those of all files.
     """
-    from fused_losses.train.checkpoint import write_atomically  # the trainer imports the heads
-
     folder = Path(folder)
     if world < 1:
         raise ValueError(f"world: expected at least 1, got {world}")

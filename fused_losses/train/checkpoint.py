@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_losses.base.files import write_atomically
+
 SMALL_STATE = 64 * 2**20  # bytes up to which every step is written
 LARGE_STATE_SECONDS = 60.0
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """After this the file holds all that `write` wrote; if anything fails, what it held before."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def save(path: Path, state: Any) -> None:
