@@ -13,10 +13,11 @@ from conftest import require
 from test_memory import COUNTER, MIB, told_by_child
 from torch import Tensor
 
-from fused_losses import backends, row_update
+from fused_losses import backends
 from fused_losses.base.rounding import random_bits, rounding_key, stochastic
 from fused_losses.centers import optimizers
 from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
+from fused_losses.primitives.row_update import op as row_update
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 C, D = 23, 5
@@ -399,7 +400,7 @@ def test_mapped_rows_that_take_no_part_are_not_touched(
 CHILD = (
     COUNTER
     + """
-from fused_losses import row_update
+from fused_losses.primitives.row_update import op as row_update
 from fused_losses.centers.optimizers import make_row_optimizer
 row_update.BLOCK_BYTES = 1 << 17
 

@@ -11,11 +11,11 @@ import torch
 from conftest import CUDA, require
 from torch import Tensor
 
-from fused_losses import row_update
 from fused_losses.backends import table
 from fused_losses.backends.cuda import capability as cuda_capability
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.base.rounding import rounding_key
+from fused_losses.primitives.row_update import op as row_update
 from fused_losses.row_update import adagrad_rows_, adamw_rows_, catch_up_rows_, sgd_rows_
 
 BACKENDS = ("reference", "bounded", "cpu", *CUDA)

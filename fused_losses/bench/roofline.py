@@ -297,7 +297,7 @@ def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterato
 
 def update_op(count: int, d: int) -> Iterator[Op]:
     """sgd with momentum on the rows that took part."""
-    from fused_losses.row_update import Sgd, _sgd_on_kernel
+    from fused_losses.primitives.row_update.op import Sgd, _sgd_on_kernel
 
     weight, momentum = empty(1_000_000, d), empty(1_000_000, d)
     grad, rows = empty(count, d), empty(count, dtype=torch.int64)

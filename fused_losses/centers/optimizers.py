@@ -18,10 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses import backends, row_update
+from fused_losses import backends
 from fused_losses.base.rounding import rounding_key
 from fused_losses.base.validation import check_choice, describe
-from fused_losses.row_update import adagrad_rows_, adamw_rows_, catch_up_rows_, sgd_rows_
+from fused_losses.primitives.row_update.op import (
+    adagrad_rows_,
+    adamw_rows_,
+    catch_up_rows_,
+    check_rows,
+    sgd_rows_,
+    state_dtypes,
+)
 
 Factors = tuple[float, float, float, float]  # a, b, c, d of w, v = w + a w + b v, c w + d v
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
@@ -101,7 +108,7 @@ class RowOptimizer:
             raise ValueError(
                 f"weight: expected a contiguous table [C, ...], got {describe(weight)}"
             )
-        allowed = row_update.state_dtypes(weight.dtype)
+        allowed = state_dtypes(weight.dtype)
         self._state_dtype = allowed[0] if state_dtype is None else state_dtype
         if self._state_dtype not in allowed:
             told = " or ".join(map(str, allowed))
@@ -148,7 +155,7 @@ class RowOptimizer:
         if self._open is None:
             raise RuntimeError("update: expected begin() before")
         at, grad = self._indices(rows), _flat(grad)
-        row_update.check_rows(at, grad.shape[0], self._weight)
+        check_rows(at, grad.shape[0], self._weight)
         self._check_turn(at)
         self._step(at, grad, self._open, self._options(self.steps + 1, 1))
         self.last.index_fill_(0, at, self.steps + 1)

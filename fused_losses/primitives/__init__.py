@@ -1,1 +1,1 @@
-"""The streamed work over a score matrix: one folder a primitive, with all its forms."""
+"""The fused operations: one folder each, with its row through all backends."""

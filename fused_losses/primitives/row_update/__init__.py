@@ -1,0 +1,1 @@
+"""Steps of an optimiser on some rows of a table, in place."""
