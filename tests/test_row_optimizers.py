@@ -17,7 +17,7 @@ from fused_losses import backends
 from fused_losses.base.rounding import random_bits, rounding_key, stochastic
 from fused_losses.centers import optimizers
 from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
-from fused_losses.primitives.row_update import op as row_update
+from fused_losses.primitives.row_update import bounded
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 C, D = 23, 5
@@ -32,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several ragged blocks also at these sizes."""
-    monkeypatch.setattr(row_update, "BLOCK_BYTES", 3 * D * 8)
+    monkeypatch.setattr(bounded, "BLOCK_BYTES", 3 * D * 8)
     monkeypatch.setattr(optimizers, "ROWS", 7)
 
 
@@ -378,7 +378,7 @@ def resident(path: Path) -> int:
 def test_mapped_rows_that_take_no_part_are_not_touched(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_update, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(bounded, "BLOCK_BYTES", 1 << 20)
     count, width = 4096, 1024
 
     def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -400,9 +400,9 @@ def test_mapped_rows_that_take_no_part_are_not_touched(
 CHILD = (
     COUNTER
     + """
-from fused_losses.primitives.row_update import op as row_update
+from fused_losses.primitives.row_update import bounded
 from fused_losses.centers.optimizers import make_row_optimizer
-row_update.BLOCK_BYTES = 1 << 17
+bounded.BLOCK_BYTES = 1 << 17
 
 def run(rule, options, count):
     weight = torch.randn(count, 64)
@@ -503,7 +503,7 @@ def test_the_bits_do_not_depend_on_blocks_or_shards(
     once = run_narrow(rule, seed=3)
     for other in (run_narrow(rule, 3, tall=False), run_narrow(rule, 3, shards=3)):
         assert all(torch.equal(a, b) for a, b in zip(once, other, strict=True))
-    monkeypatch.setattr(row_update, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(bounded, "BLOCK_BYTES", 1)
     again = run_narrow(rule, 3)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     assert not torch.equal(once[0], run_narrow(rule, 4)[0])

@@ -15,7 +15,7 @@ from fused_losses.backends import table
 from fused_losses.backends.cuda import capability as cuda_capability
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.base.rounding import rounding_key
-from fused_losses.primitives.row_update import op as row_update
+from fused_losses.primitives.row_update import bounded
 from fused_losses.row_update import adagrad_rows_, adamw_rows_, catch_up_rows_, sgd_rows_
 
 BACKENDS = ("reference", "bounded", "cpu", *CUDA)
@@ -63,7 +63,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several ragged blocks also at these sizes."""
-    monkeypatch.setattr(row_update, "BLOCK_BYTES", 3 * 24 * 4)
+    monkeypatch.setattr(bounded, "BLOCK_BYTES", 3 * 24 * 4)
 
 
 class Step(NamedTuple):

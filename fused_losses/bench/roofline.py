@@ -297,13 +297,14 @@ def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterato
 
 def update_op(count: int, d: int) -> Iterator[Op]:
     """sgd with momentum on the rows that took part."""
-    from fused_losses.primitives.row_update.op import Sgd, _sgd_on_kernel
+    from fused_losses.primitives.row_update import cuda
+    from fused_losses.primitives.row_update.inputs import Sgd
 
     weight, momentum = empty(1_000_000, d), empty(1_000_000, d)
     grad, rows = empty(count, d), empty(count, dtype=torch.int64)
 
     def own() -> None:
-        _sgd_on_kernel(Sgd(weight, rows, grad, momentum, None, 0.1, 0.9, 0.0, 0.0, False, False))
+        cuda.run(Sgd(weight, rows, grad, momentum, None, 0.1, 0.9, 0.0, 0.0, False, False))
 
     def plain() -> None:
         step = momentum[rows].mul(0.9).add(grad)

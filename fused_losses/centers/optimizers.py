@@ -25,7 +25,7 @@ from fused_losses.primitives.row_update.op import (
     adagrad_rows_,
     adamw_rows_,
     catch_up_rows_,
-    check_rows,
+    check_distinct_rows,
     sgd_rows_,
     state_dtypes,
 )
@@ -155,7 +155,7 @@ class RowOptimizer:
         if self._open is None:
             raise RuntimeError("update: expected begin() before")
         at, grad = self._indices(rows), _flat(grad)
-        check_rows(at, grad.shape[0], self._weight)
+        check_distinct_rows(at, grad.shape[0], self._weight)
         self._check_turn(at)
         self._step(at, grad, self._open, self._options(self.steps + 1, 1))
         self.last.index_fill_(0, at, self.steps + 1)

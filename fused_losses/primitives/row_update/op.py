@@ -11,116 +11,30 @@ blocks of rows. docs/row_update.md.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, row_dtype
-from fused_losses.base.rounding import random_bits, stochastic
+from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.validation import describe
 from fused_losses.primitives.op import LIBRARY
+from fused_losses.primitives.row_update import bounded, cuda, reference
+from fused_losses.primitives.row_update.inputs import (
+    FACTORS,
+    Adagrad,
+    Adamw,
+    CatchUp,
+    RowStep,
+    Sgd,
+)
 
-BLOCK_BYTES = 1 << 20  # of weights in a block of rows, widened
-NAMES = ("reference", "bounded", "cpu", "cuda")
-ON_CUDA = ("sgd", "adamw")  # the rules with a CUDA kernel
-FACTORS = 4  # of a row that catches up
-
-_ROWS = "(Tensor(a!) weight, Tensor rows, Tensor grad, "
-_RATE = "Tensor? lr_tensor, float lr, "
-_ROUNDING = "int? rounding_key=None, int row_offset=0) -> ()"
-SGD = (
-    f"{_ROWS}Tensor(b!)? momentum_buffer, {_RATE}float momentum, float dampening, "
-    f"float weight_decay, bool nesterov, bool maximize, {_ROUNDING}"
-)
-ADAMW = (
-    f"{_ROWS}Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_RATE}Tensor? step_tensor, float step, "
-    f"float beta1, float beta2, float eps, float weight_decay, bool maximize, {_ROUNDING}"
-)
-ADAGRAD = (
-    f"{_ROWS}Tensor(b!) sum, float lr, float eps, float weight_decay, "
-    f"float initial_accumulator_value, bool maximize, {_ROUNDING}"
-)
-CATCH_UP = (
-    "(Tensor(a!) weight, Tensor rows, Tensor factors, Tensor(b!)? momentum_buffer, " + _ROUNDING
-)
+IN_PYTHON = {"reference": reference.run, "bounded": bounded.run, "cuda": cuda.run}
 
 Number = float | Tensor
-
-
-class Sgd(NamedTuple):
-    """One call, in the order of the op's schema."""
-
-    weight: Tensor
-    rows: Tensor
-    grad: Tensor
-    momentum_buffer: Tensor | None
-    lr_tensor: Tensor | None  # for lr
-    lr: float
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
-    rounding_key: int | None = None
-    row_offset: int = 0
-
-
-class Adamw(NamedTuple):
-    """One call, in the order of the op's schema."""
-
-    weight: Tensor
-    rows: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    lr_tensor: Tensor | None  # for lr
-    lr: float
-    step_tensor: Tensor | None  # for step
-    step: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    maximize: bool
-    rounding_key: int | None = None
-    row_offset: int = 0
-
-
-class Adagrad(NamedTuple):
-    """One call, in the order of the op's schema."""
-
-    weight: Tensor
-    rows: Tensor
-    grad: Tensor
-    sum: Tensor
-    lr: float
-    eps: float
-    weight_decay: float
-    initial: float
-    maximize: bool
-    rounding_key: int | None = None
-    row_offset: int = 0
-
-
-class CatchUp(NamedTuple):
-    """One call, in the order of the op's schema."""
-
-    weight: Tensor
-    rows: Tensor
-    grad: Tensor  # the factors, which take its place
-    momentum_buffer: Tensor | None
-    rounding_key: int | None = None
-    row_offset: int = 0
-
-
-Call = Sgd | Adamw | Adagrad | CatchUp
 
 
 @torch.no_grad()
@@ -162,8 +76,8 @@ def sgd_rows_(
         raise ValueError(f"momentum_buffer: expected {wanted}")
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError("nesterov: expected a momentum, and dampening=0")
-    _op("sgd", weight, backend, rounding_key)(
-        *Sgd(
+    _run(
+        Sgd(
             weight,
             rows,
             grad,
@@ -176,7 +90,8 @@ def sgd_rows_(
             maximize,
             rounding_key,
             row_offset,
-        )
+        ),
+        backend,
     )
 
 
@@ -213,8 +128,8 @@ def adamw_rows_(
         raise ValueError(f"betas: expected two values in [0, 1), got {betas}")
     if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"step: expected a count from 1 on, got {step}")
-    _op("adamw", weight, backend, rounding_key)(
-        *Adamw(
+    _run(
+        Adamw(
             weight,
             rows,
             grad,
@@ -228,7 +143,8 @@ def adamw_rows_(
             maximize,
             rounding_key,
             row_offset,
-        )
+        ),
+        backend,
     )
 
 
@@ -263,18 +179,21 @@ def adagrad_rows_(
         weight_decay=weight_decay,
         initial_accumulator_value=initial_accumulator_value,
     )
-    _op("adagrad", weight, backend, rounding_key)(
-        weight,
-        rows,
-        grad,
-        sum,
-        lr,
-        eps,
-        weight_decay,
-        initial_accumulator_value,
-        maximize,
-        rounding_key,
-        row_offset,
+    _run(
+        Adagrad(
+            weight,
+            rows,
+            grad,
+            sum,
+            lr,
+            eps,
+            weight_decay,
+            initial_accumulator_value,
+            maximize,
+            rounding_key,
+            row_offset,
+        ),
+        backend,
     )
 
 
@@ -303,10 +222,8 @@ def catch_up_rows_(
             f"factors: expected [{rows.shape[0]}, {FACTORS}] float64, got {describe(factors)}"
         )
     validation.check_device("weight", weight, "factors", factors)
-    check_rows(rows, factors.shape[0], weight)
-    _op("catch_up", weight, backend, rounding_key)(
-        weight, rows, factors, momentum_buffer, rounding_key, row_offset
-    )
+    check_distinct_rows(rows, factors.shape[0], weight)
+    _run(CatchUp(weight, rows, factors, momentum_buffer, rounding_key, row_offset), backend)
 
 
 # ---- at the door --------------------------------------------------------------------------------
@@ -320,7 +237,7 @@ def _check(weight: Tensor, rows: Tensor, grad: Tensor, states: dict[str, Tensor]
     validation.check_device("weight", weight, "grad", grad)
     if (grad.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise TypeError(f"grad: expected float64 where weight is, and only there, got {grad.dtype}")
-    check_rows(rows, grad.shape[0], weight)
+    check_distinct_rows(rows, grad.shape[0], weight)
 
 
 def _check_tables(weight: Tensor, states: dict[str, Tensor]) -> None:
@@ -349,7 +266,7 @@ def state_dtypes(weight: torch.dtype) -> tuple[torch.dtype, ...]:
     return tuple(dict.fromkeys((wide, *narrow)))
 
 
-def check_rows(rows: Tensor, count: int, weight: Tensor) -> None:
+def check_distinct_rows(rows: Tensor, count: int, weight: Tensor) -> None:
     """Raises for what is not `count` distinct rows of weight, int64."""
     validation.check_index_vector("rows", rows, count, weight)
     if rows.dtype != torch.int64:
@@ -393,203 +310,40 @@ def _rate(name: str, value: Number, weight: Tensor) -> tuple[Tensor | None, floa
     return value.detach().reshape(()), 0.0
 
 
-def _op(rule: str, weight: Tensor, backend: str | None, rounding_key: int | None) -> Any:
+# ---- the ops ------------------------------------------------------------------------------------
+
+
+def _run(p: RowStep, backend: str | None) -> None:
     name = backends.requested(backend)
     if name == "triton":
         raise RuntimeError(
             "backend='triton' cannot run this call: rows are updated on cuda, cpu and bounded"
         )
-    if rule not in ON_CUDA or rounding_key is not None:
+    if p.rule not in cuda.RULES or p.rounding_key is not None:
         if name == "cuda":
-            what = f"{rule}_rows_" if rule not in ON_CUDA else "stochastic rounding"
+            what = f"{p.rule}_rows_" if p.rule not in cuda.RULES else "stochastic rounding"
             raise RuntimeError(f"backend='cuda' cannot run this call: no CUDA kernel has {what}")
-        if name == "auto" and weight.device.type != "cpu":
+        if name == "auto" and p.weight.device.type != "cpu":
             name = "bounded"
     name, _ = backends.choose(
-        name, weight.device, weight.dtype, "fp32", "row_update", weight.shape[1]
+        name, p.weight.device, p.weight.dtype, "fp32", "row_update", p.weight.shape[1]
     )
-    return getattr(torch.ops.fused_losses, f"{rule}_rows_{name}").default
+    getattr(torch.ops.fused_losses, f"{p.rule}_rows_{name}").default(*p)
 
 
-# ---- in PyTorch ---------------------------------------------------------------------------------
+def _define(rule: type[RowStep], backend: str) -> None:
+    op = f"{rule.rule}_rows_{backend}"
+    LIBRARY.define(op + rule.schema)
+    if backend in IN_PYTHON:  # csrc/bind_row_update.cpp implements the others
+        run: Callable[[RowStep], None] = IN_PYTHON[backend]
+        LIBRARY.impl(op, lambda *given: run(rule(*given)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_losses::{op}", lambda *given: None)
 
 
-def _on_blocks(
-    name: str, p: Call, tables: list[Tensor], step: Callable[..., tuple[Tensor, ...]]
-) -> None:
-    """step(grad, rows of the tables) gives their new values."""
-    dtype = accumulate_dtype(p.weight.dtype)
-    height = p.rows.shape[0]
-    if name == "bounded":
-        height = BLOCK_BYTES // max(1, p.weight.shape[1] * dtype.itemsize)
-    height = max(1, height)
-    for at, g in zip(p.rows.split(height), p.grad.split(height), strict=True):
-        old = [t.index_select(0, at).to(dtype) for t in tables]
-        for slot, new in enumerate(step(g.to(dtype), *old)):
-            tables[slot].index_copy_(0, at, _narrowed(p, new, tables[slot].dtype, at, slot))
-
-
-def _narrowed(p: Call, new: Tensor, dtype: torch.dtype, at: Tensor, slot: int) -> Tensor:
-    if p.rounding_key is None or dtype.itemsize != 2:
-        return new.to(dtype)
-    bits = random_bits(p.rounding_key, at + p.row_offset, slot, new.shape[1])
-    return stochastic(new, dtype, bits)
-
-
-def _sgd_in_blocks(name: str, p: Sgd) -> None:
-    lr = p.lr if p.lr_tensor is None else p.lr_tensor.to(accumulate_dtype(p.weight.dtype))
-
-    def step(g: Tensor, w: Tensor, v: Tensor | None = None) -> tuple[Tensor, ...]:
-        g = -g if p.maximize else g
-        if p.weight_decay != 0:  # 0 times an infinite weight is NaN
-            g = g + p.weight_decay * w
-        if v is None:
-            return (w - lr * g,)
-        v = p.momentum * v + (1 - p.dampening) * g
-        return w - lr * (g + p.momentum * v if p.nesterov else v), v
-
-    tables = [p.weight] if p.momentum_buffer is None else [p.weight, p.momentum_buffer]
-    _on_blocks(name, p, tables, step)
-
-
-def _adamw_in_blocks(name: str, p: Adamw) -> None:
-    lr = p.lr if p.lr_tensor is None else p.lr_tensor.to(accumulate_dtype(p.weight.dtype))
-    first, second = _debias(p, p.beta1), _debias(p, p.beta2)
-
-    def step(g: Tensor, w: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        g = -g if p.maximize else g
-        m = m + (1 - p.beta1) * (g - m)
-        v = p.beta2 * v + (1 - p.beta2) * g * g
-        change = lr / first * m / (v.sqrt() / second**0.5 + p.eps)
-        return w - (change + _decay(lr, p.weight_decay, w)), m, v
-
-    _on_blocks(name, p, [p.weight, p.exp_avg, p.exp_avg_sq], step)
-
-
-def _adagrad_in_blocks(name: str, p: Adagrad) -> None:
-    def step(g: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        g = -g if p.maximize else g
-        s = s + g * g
-        change = p.lr * g / ((s + p.initial).sqrt() + p.eps)
-        return w - (change + _decay(p.lr, p.weight_decay, w)), s
-
-    _on_blocks(name, p, [p.weight, p.sum], step)
-
-
-def _decay(lr: Number, weight_decay: float, w: Tensor) -> Tensor | float:
-    """Part of one change: 1 - lr weight_decay would round a small decay alike in every step."""
-    return lr * weight_decay * w if weight_decay != 0 else 0.0
-
-
-def _catch_up_in_blocks(name: str, p: CatchUp) -> None:
-    def product(factor: Tensor, t: Tensor) -> Tensor:
-        return torch.where(factor == 0, 0, factor * t)  # 0 times an infinite weight is NaN
-
-    def step(f: Tensor, w: Tensor, v: Tensor | None = None) -> tuple[Tensor, ...]:
-        a, b, c, d = f[:, :, None].unbind(1)
-        if v is None:
-            return (w + product(a, w),)
-        return w + (product(a, w) + product(b, v)), product(c, w) + product(d, v)
-
-    tables = [p.weight] if p.momentum_buffer is None else [p.weight, p.momentum_buffer]
-    _on_blocks(name, p, tables, step)
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -math.inf
-
-
-def _debias(p: Adamw, beta: float) -> Number:
-    """1 - beta^step, without its cancellation."""
-    if p.step_tensor is None:
-        return -math.expm1(p.step * _log(beta))
-    step = p.step_tensor.to(row_dtype(p.step_tensor.device))
-    return (-torch.expm1(step * _log(beta))).to(accumulate_dtype(p.weight.dtype))
-
-
-# ---- on the CUDA kernels ------------------------------------------------------------------------
-
-
-def _sgd_on_kernel(p: Sgd) -> None:
-    numbers = dict(momentum=p.momentum, share=1 - p.dampening, nesterov=p.nesterov)
-    _launch("sgd_rows", p, {"weight": p.weight, "buffer": p.momentum_buffer}, numbers)
-
-
-def _adamw_on_kernel(p: Adamw) -> None:
-    numbers = dict(
-        step_at=_float32(p.step_tensor),
-        step=p.step,
-        share1=1 - p.beta1,
-        share2=1 - p.beta2,
-        beta2=p.beta2,
-        log_beta1=_log(p.beta1),
-        log_beta2=_log(p.beta2),
-        eps=p.eps,
-    )
-    tables = {"weight": p.weight, "first": p.exp_avg, "second": p.exp_avg_sq}
-    _launch("adamw_rows", p, tables, numbers)
-
-
-def _float32(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.to(torch.float32)
-
-
-def _launch(
-    kernel: str, p: Sgd | Adamw, tables: dict[str, Tensor | None], numbers: dict[str, Any]
-) -> None:
-    narrow = p.grad.shape[1] <= 1 or p.grad.stride(1) == 1
-    matrices = {**tables, "grad": p.grad if narrow else p.grad.contiguous()}
-    described = {}
-    for name, t in matrices.items():
-        described[f"{name}_stride"] = 0 if t is None else t.stride(0)
-        described[f"{name}_type"] = 0 if t is None else cuda_launch.ELEMENTS[t.dtype]
-    cuda_launch.launch(
-        kernel,
-        **matrices,
-        **described,
-        **numbers,
-        rows=p.rows.contiguous(),
-        lr_at=_float32(p.lr_tensor),
-        lr=p.lr,
-        table=p.weight.shape[0],
-        count=p.rows.shape[0],
-        width=p.weight.shape[1],
-        weight_decay=p.weight_decay,
-        maximize=p.maximize,
-    )
-    for t in tables.values():
-        # what autograd keeps of it is stale now
-        if t is not None and not t.is_inference():
-            torch.autograd.graph.increment_version(t)
-
-
-# ---- the ops ------------------------------------------------------------------------------------
-
-
-def _define(
-    rule: str,
-    schema: str,
-    inputs: type[Call],
-    in_blocks: Callable[..., None],
-    on_kernel: Callable[..., None] | None = None,
-) -> None:
-    def run(name: str) -> Callable[..., None]:
-        if name == "cuda":
-            return lambda *arguments: on_kernel(inputs(*arguments))
-        return lambda *arguments: in_blocks(name, inputs(*arguments))
-
-    for name in NAMES:
-        missing = name == "cpu" and backends.unavailable("cpu")
-        if missing or (name == "cuda" and on_kernel is None):
-            continue
-        op = f"{rule}_rows_{name}"
-        LIBRARY.define(op + schema)
-        if name != "cpu":  # which csrc/bind_row_update.cpp implements
-            LIBRARY.impl(op, run(name), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fused_losses::{op}", lambda *arguments: None)
-
-
-_define("sgd", SGD, Sgd, _sgd_in_blocks, _sgd_on_kernel)
-_define("adamw", ADAMW, Adamw, _adamw_in_blocks, _adamw_on_kernel)
-_define("adagrad", ADAGRAD, Adagrad, _adagrad_in_blocks)
-_define("catch_up", CATCH_UP, CatchUp, _catch_up_in_blocks)
+for _rule in (Sgd, Adamw, Adagrad, CatchUp):
+    _define(_rule, "reference")
+    _define(_rule, "bounded")
+    if not backends.unavailable("cpu"):
+        _define(_rule, "cpu")
+    if _rule.rule in cuda.RULES:
+        _define(_rule, "cuda")
