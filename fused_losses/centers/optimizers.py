@@ -1,8 +1,7 @@
 """Optimisers over the rows of a table, lazy: a step costs what the rows that take part cost.
 
 A row that took no part gets what it missed in closed form when it is next read (`catch_up`) or
-when the table is saved (`settle`). What a missed step does to weight and momentum is linear and
-the same for all rows, so the steps since a row's last one are one product of 2 x 2 matrices.
+when the table is saved (`settle`): fused_losses.centers.history.
 
 "sgd" is torch.optim.SGD on a dense gradient with zeros, step for step. "adamw" is
 torch.optim.SparseAdam (moments change only where the row takes part, bias is corrected by the
@@ -21,6 +20,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base.rounding import rounding_key
 from fused_losses.base.validation import check_choice, describe
+from fused_losses.centers.history import Factors, History
 from fused_losses.primitives.row_update.op import (
     adagrad_rows_,
     adamw_rows_,
@@ -30,52 +30,12 @@ from fused_losses.primitives.row_update.op import (
     state_dtypes,
 )
 
-Factors = tuple[float, float, float, float]  # a, b, c, d of w, v = w + a w + b v, c w + d v
 Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
-Group = dict[str, Any]
+ParamGroup = dict[str, Any]
 
-IDENTITY: Factors = (0.0, 0.0, 0.0, 1.0)
 HISTORY = 4096  # steps that are remembered; then every row catches up
 ROWS = 1 << 16  # that catch up at once
 CHOOSING = ("cpu",)  # devices on which rows that are behind are picked; elsewhere that would wait
-
-
-class History:
-    """Products of the latest steps' matrices: what a row does that last took part in step t.
-
-    w's own factor is kept less 1: a small decay is not lost beside it. Memory O(steps), time
-    O(steps) a step.
-    """
-
-    def __init__(self) -> None:
-        self.clear(0)
-
-    def clear(self, step: int) -> None:
-        """No row has missed a step that changes anything, up to this one."""
-        self.start = step
-        self.idle = True  # every step so far was the identity
-        self._products = torch.tensor([IDENTITY], dtype=torch.float64)
-
-    def __len__(self) -> int:
-        return len(self._products) - 1
-
-    def push(self, factors: Factors) -> None:
-        """The next step's matrix."""
-        a, b, c, d = factors
-        old = self._products
-        new = torch.empty(len(old) + 1, 4, dtype=torch.float64)
-        new[:-1, 0] = a + old[:, 0] + a * old[:, 0] + b * old[:, 2]
-        new[:-1, 1] = (1 + a) * old[:, 1] + b * old[:, 3]
-        new[:-1, 2] = c * (1 + old[:, 0]) + d * old[:, 2]
-        new[:-1, 3] = c * old[:, 1] + d * old[:, 3]
-        new[-1] = torch.tensor(IDENTITY, dtype=torch.float64)
-        self._products = new
-        self.idle = self.idle and factors == IDENTITY
-
-    def since(self, last: Tensor) -> Tensor:
-        """[K, 4] float64, the factors of rows whose last steps are [K] int64."""
-        at = (last - self.start).clamp(0, len(self))
-        return self._products.to(last.device).index_select(0, at)
 
 
 class RowOptimizer:
@@ -92,7 +52,7 @@ class RowOptimizer:
     IndexError for what does not fit, RuntimeError for calls out of order.
     """
 
-    options: Group = {}  # hyper-parameters and their defaults
+    options: ParamGroup = {}  # hyper-parameters and their defaults
 
     def __init__(
         self,
@@ -121,28 +81,28 @@ class RowOptimizer:
         self.last = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
         self._allocate = allocate or self._zeros
         self._history = History()
-        self._open: Group | None = None
+        self._open: ParamGroup | None = None
         self._seed = seed
         narrow = 2 in (weight.dtype.itemsize, self._state_dtype.itemsize)
         self._stochastic = narrow if stochastic_rounding is None else stochastic_rounding
 
     # ---- what a rule is ----
 
-    def _missed(self, group: Group) -> Factors:
+    def _missed(self, group: ParamGroup) -> Factors:
         """What the open step does to a row with gradient 0."""
         raise NotImplementedError
 
-    def _step(self, rows: Tensor, grad: Tensor, group: Group, options: Group) -> None:
+    def _step(self, rows: Tensor, grad: Tensor, group: ParamGroup, options: ParamGroup) -> None:
         """The open step of some rows."""
         raise NotImplementedError
 
-    def _check(self, group: Group) -> None:
+    def _check(self, group: ParamGroup) -> None:
         """Raises for hyper-parameters out of range."""
         _at_least_0(group, "lr", "weight_decay")
 
     # ---- steps ----
 
-    def begin(self, group: Group) -> None:
+    def begin(self, group: ParamGroup) -> None:
         """Opens step steps + 1; hyper-parameters that group does not have are the defaults."""
         if self._open is not None:
             raise RuntimeError("begin: the step before has not ended")
@@ -241,7 +201,7 @@ class RowOptimizer:
     def _zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._weight.device)
 
-    def _options(self, step: int, phase: int) -> Group:
+    def _options(self, step: int, phase: int) -> ParamGroup:
         """What every function of row_update takes."""
         key = rounding_key(self._seed, step, phase) if self._stochastic else None
         # a forced "triton" or "cuda" is meant for the loss: not every rule has such a kernel
@@ -254,7 +214,7 @@ class RowOptimizer:
             return rows
         return torch.arange(*rows.indices(len(self.last)), device=self.last.device)
 
-    def _checked(self, group: Group) -> Group:
+    def _checked(self, group: ParamGroup) -> ParamGroup:
         unknown = [name for name in group if name not in self.options]
         if unknown:
             raise TypeError(
@@ -296,16 +256,16 @@ class RowSgd(RowOptimizer):
         super().end()
         self._moving = moving
 
-    def _check(self, group: Group) -> None:
+    def _check(self, group: ParamGroup) -> None:
         super()._check(group)
         _at_least_0(group, "momentum")
         if group["nesterov"] and group["dampening"] != 0:
             raise ValueError(f"dampening: expected 0 with nesterov, got {group['dampening']}")
 
-    def _share(self, group: Group) -> float:
+    def _share(self, group: ParamGroup) -> float:
         return 1 - group["dampening"] if self._moving else 1.0
 
-    def _missed(self, group: Group) -> Factors:
+    def _missed(self, group: ParamGroup) -> Factors:
         lr, mu, decay = group["lr"], group["momentum"], group["weight_decay"]
         if mu == 0:  # the buffer, if there is one, rests
             return (-lr * decay, 0.0, 0.0, 1.0)
@@ -314,7 +274,7 @@ class RowSgd(RowOptimizer):
             return (-lr * (decay + mu * into), -lr * mu * mu, into, mu)
         return (-lr * into, -lr * mu, into, mu)
 
-    def _step(self, rows: Tensor, grad: Tensor, group: Group, options: Group) -> None:
+    def _step(self, rows: Tensor, grad: Tensor, group: ParamGroup, options: ParamGroup) -> None:
         moving = group["momentum"] != 0
         buffer = self._state("momentum_buffer") if moving else None
         nesterov = group["nesterov"] and moving
@@ -339,16 +299,16 @@ class RowAdamw(RowOptimizer):
         for name in ("exp_avg", "exp_avg_sq"):
             self._state(name)
 
-    def _check(self, group: Group) -> None:
+    def _check(self, group: ParamGroup) -> None:
         super()._check(group)
         _at_least_0(group, "eps")
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas: expected two values in [0, 1), got {group['betas']}")
 
-    def _missed(self, group: Group) -> Factors:
+    def _missed(self, group: ParamGroup) -> Factors:
         return (-group["lr"] * group["weight_decay"], 0.0, 0.0, 1.0)
 
-    def _step(self, rows: Tensor, grad: Tensor, group: Group, options: Group) -> None:
+    def _step(self, rows: Tensor, grad: Tensor, group: ParamGroup, options: ParamGroup) -> None:
         moments = self._state("exp_avg"), self._state("exp_avg_sq")
         adamw_rows_(
             _flat(self._weight), rows, grad, *moments, step=self.steps + 1, **group, **options
@@ -377,23 +337,27 @@ class RowAdagrad(RowOptimizer):
         super().__init__(weight, **settings)
         self._state("sum")
 
-    def _check(self, group: Group) -> None:
+    def _check(self, group: ParamGroup) -> None:
         super()._check(group)
         _at_least_0(group, "lr_decay", "initial_accumulator_value", "eps")
 
-    def _rate(self, group: Group) -> float:
+    def _rate(self, group: ParamGroup) -> float:
         return group["lr"] / (1 + self.steps * group["lr_decay"])
 
-    def _missed(self, group: Group) -> Factors:
+    def _missed(self, group: ParamGroup) -> Factors:
         return (-self._rate(group) * group["weight_decay"], 0.0, 0.0, 1.0)
 
-    def _step(self, rows: Tensor, grad: Tensor, group: Group, options: Group) -> None:
+    def _step(self, rows: Tensor, grad: Tensor, group: ParamGroup, options: ParamGroup) -> None:
         given = {name: value for name, value in group.items() if name != "lr_decay"}
         given["lr"] = self._rate(group)
         adagrad_rows_(_flat(self._weight), rows, grad, self._state("sum"), **given, **options)
 
 
-RULES: dict[str, type[RowOptimizer]] = {"sgd": RowSgd, "adamw": RowAdamw, "adagrad": RowAdagrad}
+OPTIMIZERS: dict[str, type[RowOptimizer]] = {
+    "sgd": RowSgd,
+    "adamw": RowAdamw,
+    "adagrad": RowAdagrad,
+}
 
 
 def make_row_optimizer(
@@ -407,8 +371,8 @@ def make_row_optimizer(
     **defaults: Any,
 ) -> RowOptimizer:
     """The optimiser "sgd", "adamw" or "adagrad" over the rows of a table; see `RowOptimizer`."""
-    check_choice("optimizer", name, tuple(RULES))
-    return RULES[name](
+    check_choice("optimizer", name, tuple(OPTIMIZERS))
+    return OPTIMIZERS[name](
         weight,
         state_dtype=state_dtype,
         stochastic_rounding=stochastic_rounding,
@@ -423,7 +387,7 @@ def _flat(table: Tensor) -> Tensor:
     return table.flatten(1)
 
 
-def _at_least_0(group: Group, *names: str) -> None:
+def _at_least_0(group: ParamGroup, *names: str) -> None:
     for name in names:
         if not group[name] >= 0:
             raise ValueError(f"{name}: expected a value >= 0, got {group[name]}")
