@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_losses import class_losses, margins
 from fused_losses.centers import ClassCenters
 from fused_losses.centers.sampling import sample
-from fused_losses.centers.shard import Gradients, Group, Shard, ShardSweep, SoftmaxEngine
+from fused_losses.centers.shard import ClassGroup, Gradients, Shard, ShardSweep, SoftmaxEngine
 from fused_losses.losses import class_loss
 from fused_losses.losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
 from fused_losses.losses.margin_softmax import margin_softmax
@@ -159,9 +159,9 @@ def test_the_corrected_sums_are_unbiased() -> None:
     others = (z.exp().sum(1) - target.exp()).log()
     sums = []
     for step in range(400):
-        found._version = step
+        found.set_extra_state({"steps": step, "optimizer": {}})
         taken: list[Tensor] = []
-        found._loss_of = lambda *a, taken=taken: _Recorder(taken)  # type: ignore[method-assign]
+        found.margin = _Recorder(taken)
         found(x, y)
         sums.append(taken[0][valid].exp())
     mean = torch.stack(sums).mean(0)
@@ -413,7 +413,7 @@ def test_chunks_that_move_give_the_same(ids: list[int] | None) -> None:
     for moves in (False, True):
         shard = Shard(head().weight.detach(), labels[:, None], x.device, 10 * D * 8, moves)
         engine = SoftmaxEngine(16.0, True, "fp32", None)
-        sweep = ShardSweep(shard, [Group(rows)], engine)
+        sweep = ShardSweep(shard, [ClassGroup(rows)], engine)
         found = sweep.forward(x, None)
         parts = list(
             sweep.gradients(

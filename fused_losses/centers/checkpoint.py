@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 COMPLETE = re.compile(r"step-(\d{8,})")
@@ -255,8 +256,6 @@ def _check_fits(state: dict[str, Any], saved: Metadata, path: Path) -> None:
 
 def _leaves(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """(key, value) with DCP's own names for nested entries; lists of plain values are leaves."""
-    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-
     yield from flatten_state_dict(state)[0].items()
 
 

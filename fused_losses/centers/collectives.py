@@ -22,8 +22,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
 OLD_NAMES = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"}
 
 
@@ -178,14 +176,14 @@ class Scattered:
         return self._out[: self._own]
 
 
-class Meeting(NamedTuple):
+class BatchShapes(NamedTuple):
     """What the ranks told each other before a step."""
 
     rows: list[int]  # of each rank
     needs_gradient: bool  # any rank's embeddings
 
 
-def meet(
+def exchange_shapes(
     ranks: Ranks,
     refused: bool,
     rows: int,
@@ -194,14 +192,14 @@ def meet(
     code: int,
     needs_gradient: bool,
     device: torch.device,
-) -> Meeting:
+) -> BatchShapes:
     """All ranks say what they bring: rows, D, labels a row, dtype (in DTYPES).
 
     A rank whose own checks failed says so here, or the others would wait for it for ever.
     Raises RuntimeError on the other ranks, ValueError where batches do not fit each other.
     """
     if ranks.world == 1:
-        return Meeting([rows], needs_gradient)
+        return BatchShapes([rows], needs_gradient)
     told = [-1 if refused else rows, columns, labels, code + len(DTYPES) * needs_gradient]
     table = ranks.all_gather(torch.tensor(told, device=device)).tolist()
     kinds = [(d, each, str(DTYPES[code % len(DTYPES)])) for _, d, each, code in table]
@@ -214,4 +212,4 @@ def meet(
                 f"ranks, got {kinds[rank]} on rank {rank} and {kinds[ranks.rank]} on rank "
                 f"{ranks.rank}"
             )
-    return Meeting([n for n, *_ in table], any(code >= len(DTYPES) for *_, code in table))
+    return BatchShapes([n for n, *_ in table], any(code >= len(DTYPES) for *_, code in table))

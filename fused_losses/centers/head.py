@@ -2,102 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.rounding import rounding_key
-from fused_losses.base.validation import NO_TARGET, describe
-from fused_losses.centers.collectives import DTYPES, Gathered, Ranks, Scattered, meet
-from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
-from fused_losses.centers.sampling import sample
-from fused_losses.centers.shard import (
-    CHUNK_BYTES,
-    Engine,
-    Gradients,
-    Group,
-    Rows,
-    RuleEngine,
-    Shard,
-    ShardSweep,
-    SoftmaxEngine,
-    Sums,
-)
-from fused_losses.centers.step import Batch, Sharded, Step
+from fused_losses.base.validation import NO_TARGET
+from fused_losses.centers.batch import GlobalBatch, gather_batch
+from fused_losses.centers.collectives import Ranks
+from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
+from fused_losses.centers.optimizers import make_row_optimizer
+from fused_losses.centers.sampling import groups
+from fused_losses.centers.shard import CHUNK_BYTES, ClassGroup, Shard, ShardSweep, Sums
+from fused_losses.centers.state import fill_states, named_tensors
+from fused_losses.centers.statistics import HeadStats, over_shards
+from fused_losses.centers.step import SavedForward, Sharded
 from fused_losses.centers.storage import Storage, initialise_
-from fused_losses.class_losses import ClassLoss, MergedRows, Softmax
+from fused_losses.centers.update import AutogradUpdates, RowUpdates
+from fused_losses.class_losses import ClassLoss, MergedRows
 from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.unpg import UNPG
-from fused_losses.margins import ArcFace, Margin
+from fused_losses.margins import ArcFace
 from fused_losses.primitives.shared_negatives.op import add_shared
 
 GRADIENT_SCALES = ("ddp_mean", "global_sum")
 UPDATES = ("backward", "step")
-
-
-class HeadStats(NamedTuple):
-    """What a step knows of this rank's rows, detached; ignored rows 0 and False."""
-
-    target_cosine: Tensor  # [n] float64, of the first label, before the margin
-    hit: Tensor  # [n] bool: that label scores above every other class that took part
-
-
-@dataclass(frozen=True)
-class _Adaptive(ClassLoss):
-    """AdaptiveScale in a batch whose scale is known."""
-
-    margin: AdaptiveScale
-    scale: float
-    valid: Tensor
-    training: bool
-
-    rule = "softmax"
-
-    def params(self) -> list[float]:
-        return [self.scale]
-
-    def row_loss(self, rows: MergedRows) -> Tensor:
-        target, lse = rows.targets[:, 0], rows.statistics[0]
-        moved = target
-        if self.training:
-            moved = target - self.margin.margin_of(target, lse, self.scale, self.valid)
-        return -F.logsigmoid(self.scale * moved - lse)
-
-
-class HeadOptimizer(torch.optim.Optimizer):
-    """The head's updates behind torch's interface: hyper-parameters for learning-rate schedules.
-
-    With update="backward" a step has been taken when backward returns, with the hyper-parameters
-    that stood then, and `step` does nothing; with update="step" it is taken here.
-    """
-
-    def __init__(self, head: ClassCenters, defaults: dict[str, Any]) -> None:
-        self._head = head
-        super().__init__([head.weight], dict(defaults))
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._head._take_pending()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the backwards since the last step (update="step")."""
-        self._head._pending.clear()
 
 
 class ClassCenters(nn.Module):
@@ -156,7 +93,7 @@ class ClassCenters(nn.Module):
         num_classes: int,
         embedding_dim: int,
         *,
-        margin: Margin | ClassLoss | AdaptiveScale | None = ArcFace(0.5),  # noqa: B008 (frozen)
+        margin: HeadMargin = ArcFace(0.5),  # noqa: B008 (frozen)
         scale: float = 64.0,
         normalize: bool = True,
         gradient: str = "exact",
@@ -212,13 +149,12 @@ class ClassCenters(nn.Module):
         self.num_classes, self.embedding_dim = num_classes, embedding_dim
         self.margin, self.scale, self.normalize = margin, scale, normalize
         self.gradient, self.sample_rate, self.log_q = gradient, sample_rate, log_q
-        self.sub_centers, self.update_at, self.max_grad_norm = sub_centers, update, max_grad_norm
-        self.gradient_scale, self.batch_negatives = gradient_scale, batch_negatives
+        self.sub_centers, self.batch_negatives = sub_centers, batch_negatives
+        self.gradient_scale = gradient_scale
         self.seed, self.ignore_index, self.chunk_bytes = seed, ignore_index, chunk_bytes
         self.precision, self.backend = precision, backend
-        if not isinstance(margin, ClassLoss | AdaptiveScale):
-            Softmax(margin, scale, gradient)  # its own checks
-        if batch_negatives is not None and self._loss_of(1.0).rule != "softmax":
+        loss = loss_of(margin, scale, gradient)  # its own checks
+        if batch_negatives is not None and loss.rule != "softmax":
             raise ValueError("batch_negatives: expected a softmax loss beside it")
 
         self.ranks = Ranks(process_group, device_mesh, mesh_dim)
@@ -229,22 +165,20 @@ class ClassCenters(nn.Module):
         middle = () if sub_centers == 1 else (sub_centers,)
         weight = place.zeros("weight", (self.num_local, *middle, embedding_dim), dtype)
         initialise_(weight, self.class_start, seed=seed)
-        self._rows: RowOptimizer | None = None
-        self._pending: list[tuple[Step, Gradients]] = []
-        self._grad_factor = 1.0
-        self._version = 0  # training forwards, what draws the sample without an optimiser
         # backward runs also where no embedding needs a gradient
         self._anchor = torch.zeros((), requires_grad=True)
+        self._updates: AutogradUpdates | RowUpdates
         if optimizer is None:
             self.weight = nn.Parameter(weight)
-            self.optimizer = None
+            self._updates = AutogradUpdates(self.ranks)
         else:
             self.register_buffer("weight", weight)
-            self._rows = make_row_optimizer(
+            rows = make_row_optimizer(
                 optimizer, weight, seed=seed, allocate=place.zeros, **(optimizer_options or {})
             )
-            self._rows.row_offset = self.class_start
-            self.optimizer = HeadOptimizer(self, self._rows.defaults)
+            rows.row_offset = self.class_start
+            self._updates = RowUpdates(rows, weight, self.ranks, at=update, max_norm=max_grad_norm)
+        self.optimizer = self._updates.optimizer
 
     # ---- forward --------------------------------------------------------------------------------
 
@@ -261,24 +195,32 @@ class ClassCenters(nn.Module):
         """
         training = self.training and torch.is_grad_enabled()
         with no_autocast(embeddings.device):
-            batch, arriving = self._gather(embeddings, labels)
+            batch, arriving = gather_batch(
+                self.ranks,
+                embeddings,
+                labels,
+                self.weight,
+                class_start=self.class_start,
+                num_classes=self.num_classes,
+                ignore_index=self.ignore_index,
+            )
             # while the embeddings are on their way
-            groups = self._groups(batch.local, training)
-            self._catch_up(groups)
+            taking_part = self._groups(batch.local, training)
+            self._updates.catch_up(taking_part, self.weight.device)
             # an ignored row must not reach the gradients, not even with NaN
             rows = torch.where(batch.valid[:, None], arriving.wait(), 0)
-            step, loss, found = self._swept(batch, rows, groups, return_stats)
-            leaf = self.weight if self._rows is None else self._anchor
+            saved, loss, found = self._swept(batch, rows, taking_part, return_stats)
+            leaf = self.weight if self.optimizer is None else self._anchor
             statistics, targets, norms, rows = Sharded.apply(
-                embeddings, leaf, self, step, found.targets, rows
+                embeddings, leaf, self._updates.backward, saved, found.targets, rows
             )
             statistics = self._with_pairs(statistics, rows, batch, loss)
             with self._alike(embeddings.device):
                 each = loss.row_loss(MergedRows(statistics, targets, batch.present, norms))
             total = torch.where(batch.valid, each, 0).sum() / batch.valid.sum().clamp_min(1)
-            total = total.to(step.x.dtype)
-        if training and self._rows is None:
-            self._version += 1
+            total = total.to(saved.x.dtype)
+        if training:
+            self._updates.count_forward()
         if not return_stats:
             return total
         own = slice(batch.first, batch.first + embeddings.shape[0])
@@ -286,41 +228,39 @@ class ClassCenters(nn.Module):
         hit = batch.valid & (found.targets[:, 0] > found.best)
         return total, HeadStats(cosine[own], hit[own])
 
-    def _gather(self, embeddings: Tensor, labels: Tensor) -> tuple[Batch, Gathered]:
-        """The ranks meet; the labels of all, and their embeddings on the way."""
-        refusal: Exception | None = None
-        said = (0, 0, 0, 0)
-        try:
-            labels = self._checked(embeddings, labels)
-            code = DTYPES.index(embeddings.dtype)
-            said = (*embeddings.shape, labels.shape[1], code)
-        except (ValueError, TypeError, IndexError) as error:
-            refusal = error
-        needs = torch.is_grad_enabled() and embeddings.requires_grad
-        counts, need_x = meet(self.ranks, refusal is not None, *said, needs, embeddings.device)
-        if refusal is not None:
-            raise refusal
-        labels = Gathered(self.ranks, labels, counts).wait()
-        place = labels - self.class_start
-        local = torch.where((place >= 0) & (place < self.num_local), place, NO_TARGET)
-        batch = Batch(counts, sum(counts[: self.ranks.rank]), need_x, labels, local)
-        return batch, Gathered(self.ranks, embeddings.detach(), counts)
-
     def _swept(
-        self, batch: Batch, rows: Tensor, groups: list[Group], with_best: bool
-    ) -> tuple[Step, ClassLoss, Sums]:
+        self, batch: GlobalBatch, rows: Tensor, taking_part: list[ClassGroup], with_best: bool
+    ) -> tuple[SavedForward, ClassLoss, Sums]:
         """The sweep over this shard, its statistics merged with those of the others."""
         x = rows.to(accumulate_dtype(self.weight.dtype))
         x = (unit_rows(x) if self.normalize else x).contiguous()
         shard = Shard(self.weight.detach(), batch.local, rows.device, self.chunk_bytes)
         loss, values = self._loss_and_values(shard, x, batch.present, batch.valid)
-        sweep = ShardSweep(shard, groups, self._engine(loss, batch.labels.shape[1]))
+        engine = engine_of(
+            loss,
+            plain=self.sub_centers == 1 and batch.labels.shape[1] == 1,
+            normalize=self.normalize,
+            precision=self.precision,
+            backend=self.backend,
+        )
+        sweep = ShardSweep(shard, taking_part, engine)
         with torch.no_grad():
-            found = self._merged(sweep.forward(x, values), sweep.engine.kinds, with_best)
-        return Step(self.step_count, batch, x, found.statistics, values, sweep), loss, found
+            found = over_shards(self.ranks, sweep.forward(x, values), engine.kinds, with_best)
+        saved = SavedForward(
+            self.step_count,
+            batch,
+            x,
+            found.statistics,
+            values,
+            sweep,
+            need_weight=self.weight.requires_grad,
+            normalize=self.normalize,
+            dx_scale=self.ranks.world if self.gradient_scale == "ddp_mean" else 1,
+        )
+        return saved, loss, found
 
     def _with_pairs(
-        self, statistics: Tensor, rows: Tensor, batch: Batch, loss: ClassLoss
+        self, statistics: Tensor, rows: Tensor, batch: GlobalBatch, loss: ClassLoss
     ) -> Tensor:
         """The statistics with `batch_negatives` among every row's negatives."""
         if self.batch_negatives is None:
@@ -335,65 +275,22 @@ class ClassCenters(nn.Module):
         )
         return add_shared(statistics[0], shared.to(statistics.dtype))[None]
 
-    def _checked(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        validation.check_matrix("embeddings", embeddings, "[n, D]")
-        n = embeddings.shape[0]
-        if embeddings.shape[1] != self.embedding_dim:
-            raise ValueError(
-                f"embeddings: expected [n, {self.embedding_dim}], got {describe(embeddings)}"
-            )
-        if (embeddings.dtype == torch.float64) != (self.weight.dtype == torch.float64):
-            raise TypeError(
-                f"embeddings: expected float64 where the table is, and only there: it is "
-                f"{self.weight.dtype}, got {describe(embeddings)}"
-            )
-        if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[0] == n:
-            validation.check_index_vector("labels", labels.flatten(), None, embeddings)
-        else:
-            validation.check_index_vector("labels", labels, n, embeddings)
-            labels = labels[:, None]
-        labels = labels.long()
-        # -1 is out of range unless it is the ignored one; a GPU's check does not wait for it
-        stray = (labels == NO_TARGET) & (labels != self.ignore_index)
-        if labels.device.type == "cpu" and bool(stray.any()):
-            raise IndexError(f"labels: expected class ids in [0, {self.num_classes}), got -1")
-        labels = torch.where(stray, NO_TARGET - 1, labels)
-        validation.check_labels(labels, self.num_classes, ignore_index=self.ignore_index)
-        return torch.where(labels == self.ignore_index, NO_TARGET, labels)
-
-    def _groups(self, local: Tensor, training: bool) -> list[Group]:
+    def _groups(self, local: Tensor, training: bool) -> list[ClassGroup]:
         """The rows of this shard that take part."""
         if not training or self.sample_rate == 1:
-            return [Group(None)]
-        own = local[local != NO_TARGET].unique()
-        drawn = sample(
+            return [ClassGroup(None)]
+        return groups(
+            local,
             self.class_start,
             self.num_local,
             self.sample_rate,
+            log_q=self.log_q,
             seed=self.seed,
             step=self.step_count,
-            device=local.device,
         )
-        if not self.log_q:
-            return [Group(torch.cat([own, drawn]).unique())]
-        others = drawn[~torch.isin(drawn, own, assume_unique=True)]
-        return [Group(own), Group(others, self.sample_rate)]
 
-    def _catch_up(self, groups: list[Group]) -> None:
-        if self._rows is None:
-            return
-        for ids, _ in groups:
-            if ids is None:
-                self._rows.settle()
-            else:
-                self._rows.catch_up(ids.to(self.weight.device))
-
-    def _loss_of(self, scale: float, valid: Tensor | None = None) -> ClassLoss:
-        if isinstance(self.margin, ClassLoss):
-            return self.margin
-        if isinstance(self.margin, AdaptiveScale):
-            return _Adaptive(self.margin, scale, valid, self.training)
-        return Softmax(self.margin, self.scale, self.gradient)
+    def _loss_of(self, scale: float, valid: Tensor) -> ClassLoss:
+        return loss_of(self.margin, scale, self.gradient, valid=valid, training=self.training)
 
     def _loss_and_values(
         self, shard: Shard, x: Tensor, present: Tensor, valid: Tensor
@@ -414,32 +311,6 @@ class ClassCenters(nn.Module):
         with torch.no_grad():
             return loss, loss.values(targets, present)
 
-    def _engine(self, loss: ClassLoss, labels: int) -> Engine:
-        plain = self.sub_centers == 1 and labels == 1
-        shared = (self.normalize, self.precision, self.backend)
-        if plain and loss.rule == "softmax" and loss.softness == 0:
-            return SoftmaxEngine(loss.params()[0], *shared)
-        return RuleEngine(loss.rule, tuple(loss.params()), loss.softness, *shared)
-
-    def _merged(self, found: Sums, kinds: tuple[str, ...], with_best: bool) -> Sums:
-        """Statistics over all shards, by the maximum and the sum of O(B) numbers."""
-        if self.ranks.world == 1:
-            return found
-        is_lse = torch.tensor([kind == "lse" for kind in kinds], device=found.best.device)
-        own = found.statistics[is_lse]
-        top = torch.cat([own, found.best[None]]) if with_best else own.clone()
-        if top.shape[0]:
-            self.ranks.maximum_(top)
-        shift = top[: own.shape[0]]
-        shift = torch.where(shift > -torch.inf, shift, 0)
-        statistics = found.statistics.clone()
-        statistics[is_lse] = (own - shift).exp()
-        together = torch.cat([statistics, found.targets.T])
-        self.ranks.sum_(together)
-        statistics, targets = together[: len(kinds)].clone(), together[len(kinds) :].T
-        statistics[is_lse] = statistics[is_lse].log() + shift
-        return Sums(statistics, targets.contiguous(), top[-1] if with_best else found.best)
-
     @contextmanager
     def _alike(self, device: torch.device) -> Iterator[None]:
         """The same random numbers on any number of ranks, for margins that draw some."""
@@ -447,181 +318,52 @@ class ClassCenters(nn.Module):
             torch.manual_seed(rounding_key(self.seed, self.step_count) >> 1)
             yield
 
-    # ---- backward -------------------------------------------------------------------------------
+    # ---- updates ---------------------------------------------------------------------------------
 
-    def _backward(self, step: Step, grad: Gradients) -> tuple[Tensor | None, Scattered | None]:
-        """The table's gradient for autograd (or its update), and dX on its way to its ranks."""
-        if step.at != self.step_count and self._rows is not None:
-            raise RuntimeError(
-                "the class centres were updated after this forward: its backward came twice, or "
-                "after another one's; update='step' lets several backwards add up"
-            )
-        dx = torch.zeros_like(step.x) if step.batch.need_x else None
-        if self._rows is None:
-            d_weight = self._dense_or_sparse(step, grad, dx)
-            return d_weight, dx if dx is None else Scattered(self.ranks, dx, step.batch.counts)
-        if self.update_at == "step":
-            self._pending.append((step, grad))
-            for _, part, _ in self._sweep(step, grad, need_x=step.batch.need_x, need_weight=False):
-                dx += part
-            return None, dx if dx is None else Scattered(self.ranks, dx, step.batch.counts)
-        factor = self._clipping([(step, grad)])
-        self._rows.begin(self._group())
-        for rows, part, d_rows in self._sweep(
-            step, grad, need_x=step.batch.need_x, need_weight=True
-        ):
-            if dx is not None:
-                dx += part
-            self._update(rows, d_rows, factor)
-        on_the_way = None if dx is None else Scattered(self.ranks, dx, step.batch.counts)
-        self._rows.end()
-        return None, on_the_way
+    @property
+    def update_at(self) -> str:
+        """When the rows step: "backward" or "step"."""
+        return self._updates.at
 
-    def _sweep(
-        self, step: Step, grad: Gradients, *, need_x: bool, need_weight: bool, **part: int
-    ) -> Iterator[tuple[Rows, Tensor | None, Tensor | None]]:
-        if not need_x and not need_weight:
-            return iter(())
-        return step.sweep.gradients(
-            grad,
-            step.statistics,
-            step.x,
-            step.values,
-            need_x=need_x,
-            need_weight=need_weight,
-            **part,
-        )
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What the table's gradient is scaled down to; None: it is not."""
+        return self._updates.max_norm
 
-    def _dense_or_sparse(self, step: Step, grad: Gradients, dx: Tensor | None) -> Tensor | None:
-        """The gradient of a parameter: of every row, or of the rows that took part."""
-        need = self.weight.requires_grad
-        sampled = step.sweep.groups[0].ids is not None
-        dense = torch.zeros_like(self.weight) if need and not sampled else None
-        parts: list[tuple[Tensor, Tensor]] = []
-        for rows, part, d_rows in self._sweep(
-            step, grad, need_x=step.batch.need_x, need_weight=need
-        ):
-            if dx is not None:
-                dx += part
-            if dense is not None:
-                dense[rows] = d_rows.to(dense.device)
-            elif need:
-                parts.append((rows.to(self.weight.device), d_rows.to(self.weight.device)))
-        if not need or dense is not None:
-            return dense
-        ids = torch.cat([rows for rows, _ in parts]) if parts else torch.empty(0, dtype=torch.int64)
-        values = (
-            torch.cat([d for _, d in parts])
-            if parts
-            else self.weight.new_empty((0, *self.weight.shape[1:]))
-        )
-        return torch.sparse_coo_tensor(ids[None], values, self.weight.shape, check_invariants=False)
-
-    def _group(self) -> dict[str, Any]:
-        """The hyper-parameters of now, as a schedule has left them."""
-        group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
-        return {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()}
-
-    def _update(self, rows: Rows, d_rows: Tensor, factor: float) -> None:
-        d_rows = d_rows.to(self.weight.device)
-        if factor != 1:
-            d_rows = d_rows * factor
-        if isinstance(rows, Tensor):
-            rows = rows.to(self.weight.device)
-        self._rows.update(rows, d_rows)
-
-    # ---- updates apart from backward ------------------------------------------------------------
-
-    def _chunk_gradients(
-        self, pending: list[tuple[Step, Gradients]]
-    ) -> Iterator[tuple[Rows, Tensor]]:
-        """The sum of some backwards' gradients, a chunk of rows at a time."""
-        if len(pending) == 1:
-            for rows, _, d_rows in self._sweep(*pending[0], need_x=False, need_weight=True):
-                yield rows, d_rows
-            return
-        height = pending[0][0].sweep.shard.height
-        for first in range(0, self.num_local, height):
-            last = min(first + height, self.num_local)
-            total = torch.zeros_like(
-                self.weight[first:last], dtype=accumulate_dtype(self.weight.dtype)
-            )
-            touched = torch.zeros(last - first, dtype=torch.bool, device=total.device)
-            for step, grad in pending:
-                for rows, _, d_rows in self._sweep(
-                    step, grad, need_x=False, need_weight=True, first=first, last=last
-                ):
-                    if isinstance(rows, slice):
-                        total[rows.start - first : rows.stop - first] += d_rows.to(total)
-                        touched[rows.start - first : rows.stop - first] = True
-                    else:
-                        at = rows.to(total.device) - first
-                        total.index_add_(0, at, d_rows.to(total))
-                        touched[at] = True
-            at = touched.nonzero()[:, 0]
-            if at.numel():
-                yield at + first, total[at].to(self.weight.dtype)
-
-    def _norm(self, pending: list[tuple[Step, Gradients]]) -> float:
-        square = torch.zeros((), dtype=torch.float64, device=self.weight.device)
-        for _, d_rows in self._chunk_gradients(pending):
-            square += torch.linalg.vector_norm(d_rows, dtype=torch.float64).square().to(square)
-        self.ranks.sum_(square)
-        return math.sqrt(float(square))
-
-    def _clipping(self, pending: list[tuple[Step, Gradients]]) -> float:
-        """What the gradient is multiplied by, as torch.nn.utils.clip_grad_norm_ has it."""
-        if self.max_grad_norm is None:
-            return 1.0
-        return min(1.0, self.max_grad_norm / (self._norm(pending) + 1e-6))
+    @max_grad_norm.setter
+    def max_grad_norm(self, norm: float | None) -> None:
+        self._updates.max_norm = norm
 
     def grad_norm(self) -> float:
         """The norm of the gradient that waits for `optimizer.step()`, over all shards.
 
         With update="step", on every rank alike. One sweep for its scores and its gradient.
         """
-        self._check_waits()
-        return abs(self._grad_factor) * self._norm(self._pending)
+        return self._waiting().norm()
 
     def scale_grad(self, factor: float) -> None:
         """Multiplies the gradient that waits for `optimizer.step()`, to clip or to unscale it."""
-        self._check_waits()
-        self._grad_factor *= factor
+        self._waiting().scale(factor)
 
-    def _check_waits(self) -> None:
-        if self.update_at != "step":
+    def _waiting(self) -> RowUpdates:
+        if not isinstance(self._updates, RowUpdates) or self.update_at != "step":
             raise RuntimeError("update: expected 'step' for a gradient that waits, got 'backward'")
-
-    @torch.no_grad()
-    def _take_pending(self) -> None:
-        if not self._pending:
-            return
-        factor = self._grad_factor
-        if self.max_grad_norm is not None:
-            norm = abs(factor) * self._norm(self._pending)
-            factor *= min(1.0, self.max_grad_norm / (norm + 1e-6))
-        self._rows.begin(self._group())
-        for rows, d_rows in self._chunk_gradients(self._pending):
-            self._update(rows, d_rows, factor)
-        self._rows.end()
-        self._pending.clear()
-        self._grad_factor = 1.0
+        return self._updates
 
     # ---- state ----------------------------------------------------------------------------------
 
     @property
     def step_count(self) -> int:
         """Steps that the table has taken; without an optimiser, training forwards."""
-        return self._version if self._rows is None else self._rows.steps
+        return self._updates.steps
 
     def settle(self) -> None:
         """Every row catches up with the steps that it took no part in; before reading `weight`."""
-        if self._rows is not None:
-            self._rows.settle()
+        self._updates.settle()
 
     def row_states(self) -> dict[str, Tensor]:
         """The optimiser's states of this shard, [c, ...] each, in place."""
-        return {} if self._rows is None else self._rows.states
+        return self._updates.states
 
     def state(self) -> dict[str, Tensor]:
         """What torch.distributed.checkpoint saves, and loads in place: call `load` after that.
@@ -631,51 +373,23 @@ class ClassCenters(nn.Module):
         the head's memory; every row has caught up.
         """
         self.settle()
-        tables = {"weight": self.weight.detach()}
-        tables |= {f"optimizer.{name}": t for name, t in self.row_states().items()}
         self._steps = torch.tensor(self.step_count)
-        kept = self.margin.state_dict() if isinstance(self.margin, nn.Module) else {}
-        return {
-            **{name: self._over_ranks(t) for name, t in tables.items()},
-            **{f"margin.{name}": t for name, t in kept.items()},
-            "steps": self._steps,
-        }
+        named = named_tensors(
+            self.weight, self.row_states(), self.margin, self.ranks, self.num_classes
+        )
+        return {**named, "steps": self._steps}
 
     def load(self) -> None:
         """After the tensors of `state()` were loaded in place: goes on from there."""
-        self._set_steps(int(self._steps))
-
-    def _set_steps(self, steps: int) -> None:
-        self._pending.clear()
-        self._grad_factor = 1.0
-        if self._rows is None:
-            self._version = steps
-        else:
-            self._rows.load(steps)
-
-    def _over_ranks(self, local: Tensor) -> Tensor:
-        if self.ranks.group is None:
-            return local
-        from torch.distributed import tensor as distributed
-
-        shape = torch.Size((self.num_classes, *local.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
-        mesh, rows = self.ranks.device_mesh(local.device), [distributed.Shard(0)]
-        return distributed.DTensor.from_local(local, mesh, rows, shape=shape, stride=stride)
+        self._updates.load(int(self._steps))
 
     def get_extra_state(self) -> dict[str, Any]:
         self.settle()
         return {"steps": self.step_count, "optimizer": dict(self.row_states())}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        own = self.row_states()
-        if set(state["optimizer"]) != set(own):
-            raise ValueError(
-                f"optimizer: expected the states {sorted(own)}, got {sorted(state['optimizer'])}"
-            )
-        for name, tensor in own.items():
-            tensor.copy_(state["optimizer"][name])
-        self._set_steps(state["steps"])
+        fill_states(self.row_states(), state["optimizer"])
+        self._updates.load(state["steps"])
 
     def extra_repr(self) -> str:
         shard = f"{self.class_start}:{self.class_start + self.num_local}"

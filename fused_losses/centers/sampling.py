@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.rounding import hashed, rounding_key
+from fused_losses.base.validation import NO_TARGET
+from fused_losses.centers.shard import ClassGroup
 
 BLOCK = 1 << 15  # classes hashed at a time
 _MASK = (1 << 63) - 1
@@ -40,3 +42,25 @@ def sample(
         drawn = ids >= 0 if bound > _MASK else (hashed(key, ids) & _MASK) < bound
         found.append(ids[drawn] - first)
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=device)
+
+
+def groups(
+    local: Tensor,  # rows of the shard, NO_TARGET: elsewhere
+    first: int,
+    count: int,
+    rate: float,
+    *,
+    log_q: bool,
+    seed: int,
+    step: int,
+) -> list[ClassGroup]:
+    """The rows of the shard [first, first + count) that take part: the batch's and those drawn.
+
+    log_q: those drawn are a group of their own, with their chance.
+    """
+    own = local[local != NO_TARGET].unique()
+    drawn = sample(first, count, rate, seed=seed, step=step, device=local.device)
+    if not log_q:
+        return [ClassGroup(torch.cat([own, drawn]).unique())]
+    others = drawn[~torch.isin(drawn, own, assume_unique=True)]
+    return [ClassGroup(own), ClassGroup(others, rate)]

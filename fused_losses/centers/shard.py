@@ -31,7 +31,7 @@ Rows = Tensor | slice
 CHUNK_BYTES = 32 << 20  # of table rows in a chunk
 
 
-class Group(NamedTuple):
+class ClassGroup(NamedTuple):
     """Classes of this shard that take part with one chance."""
 
     ids: Tensor | None  # [K] increasing rows of the shard, None: all of them
@@ -270,7 +270,7 @@ class Shard:
 class ShardSweep:
     """The chunks of a shard that lie with some groups of its rows."""
 
-    def __init__(self, shard: Shard, groups: list[Group], engine: Engine) -> None:
+    def __init__(self, shard: Shard, groups: list[ClassGroup], engine: Engine) -> None:
         self.shard, self.groups, self.engine = shard, groups, engine
 
     def chunks(self, first: int = 0, last: int | None = None) -> Iterator[Chunk]:

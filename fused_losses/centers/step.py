@@ -1,49 +1,67 @@
-"""One step of a sharded head: the rows of all ranks, what backward needs of them, and back."""
+"""One step of a sharded head: what backward needs of its forward, and back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_losses.base.numerics import no_autocast, unit_rows
-from fused_losses.base.validation import NO_TARGET
-from fused_losses.centers.shard import Gradients, ShardSweep
-
-if TYPE_CHECKING:
-    from fused_losses.centers.head import ClassCenters
+from fused_losses.centers.batch import GlobalBatch
+from fused_losses.centers.collectives import Scattered
+from fused_losses.centers.shard import Gradients, Rows, ShardSweep
 
 
-class Batch(NamedTuple):
-    """The rows of all ranks."""
-
-    counts: list[int]  # of each rank
-    first: int  # where this rank's begin
-    need_x: bool  # any rank's embeddings need a gradient
-    labels: Tensor  # [B, L] class ids, NO_TARGET: nothing there
-    local: Tensor  # [B, L] rows of this shard, NO_TARGET: nothing there, or elsewhere
-
-    @property
-    def present(self) -> Tensor:
-        return self.labels != NO_TARGET
-
-    @property
-    def valid(self) -> Tensor:
-        """[B] rows with a label."""
-        return self.present.any(dim=1)
-
-
-class Step(NamedTuple):
-    """A forward: what its backward and a later update need, O(B D) and the drawn ids."""
+class SavedForward(NamedTuple):
+    """What a forward's backward and a later update need of it, O(B D) and the drawn ids."""
 
     at: int  # steps that the table had taken
-    batch: Batch
+    batch: GlobalBatch
     x: Tensor  # [B, D] as multiplied
     statistics: Tensor  # [S, B] of all shards
     values: Tensor | None
     sweep: ShardSweep
+    need_weight: bool  # autograd wants the table's gradient
+    normalize: bool
+    dx_scale: int  # of what the embeddings get
+
+    @property
+    def table(self) -> Tensor:
+        """The shard's rows. [c, ...]"""
+        return self.sweep.shard.weight
+
+    def gradients(
+        self,
+        grad: Gradients,
+        dx: Tensor | None,  # [B, D], gets this shard's share added
+        *,
+        need_weight: bool,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Iterator[tuple[Rows, Tensor | None]]:
+        """Of each chunk of the table's rows in [first, last): its rows and their gradient."""
+        if dx is None and not need_weight:
+            return
+        for rows, part, d_rows in self.sweep.gradients(
+            grad,
+            self.statistics,
+            self.x,
+            self.values,
+            need_x=dx is not None,
+            need_weight=need_weight,
+            first=first,
+            last=last,
+        ):
+            if dx is not None:
+                dx += part
+            yield rows, d_rows
+
+
+# the table's gradient for autograd (None: it has been dealt with), and dX on its way to its ranks
+TakeGradient = Callable[[SavedForward, Gradients], tuple[Tensor | None, Scattered | None]]
 
 
 class Sharded(torch.autograd.Function):
@@ -54,36 +72,35 @@ class Sharded(torch.autograd.Function):
         ctx: Any,
         embeddings: Tensor,
         weight: Tensor,
-        head: ClassCenters,
-        step: Step,
+        take: TakeGradient,
+        saved: SavedForward,
         targets: Tensor,
         gathered: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.head, ctx.step = head, step
+        ctx.take, ctx.saved = take, saved
         ctx.save_for_backward(embeddings)
-        norms = torch.linalg.vector_norm(gathered.to(step.x.dtype), dim=1)
+        norms = torch.linalg.vector_norm(gathered.to(saved.x.dtype), dim=1)
         # views, or autograd would mark the step's own tensors
-        return step.statistics.clone(), targets.clone(), norms, gathered.view_as(gathered)
+        return saved.statistics.clone(), targets.clone(), norms, gathered.view_as(gathered)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, d_statistics: Tensor, d_targets: Tensor, d_norms: Tensor, d_gathered: Tensor
     ) -> tuple[Tensor | None, ...]:
-        head, step = ctx.head, ctx.step
+        saved: SavedForward = ctx.saved
+        batch = saved.batch
         (embeddings,) = ctx.saved_tensors
         with no_autocast(embeddings.device):
-            d_weight, on_the_way = head._backward(step, Gradients(d_statistics, d_targets))
+            d_weight, on_the_way = ctx.take(saved, Gradients(d_statistics, d_targets))
             dx = None
             if on_the_way is not None:
-                own = slice(step.batch.first, step.batch.first + embeddings.shape[0])
-                alive = torch.where(step.batch.valid[own, None], embeddings, 0)
+                own = slice(batch.first, batch.first + embeddings.shape[0])
+                alive = torch.where(batch.valid[own, None], embeddings, 0)
                 dx = _to_embeddings(
-                    alive, on_the_way.wait(), d_norms[own], d_gathered[own], head.normalize
+                    alive, on_the_way.wait(), d_norms[own], d_gathered[own], saved.normalize
                 )
-                if head.gradient_scale == "ddp_mean":
-                    dx = dx * head.ranks.world
-                dx = dx.to(embeddings.dtype)
+                dx = (dx * saved.dx_scale).to(embeddings.dtype)
         return dx, d_weight, None, None, None, None
 
 

@@ -1,0 +1,93 @@
+"""The batch of all ranks: checked at each one's door, then gathered."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.validation import NO_TARGET, describe
+from fused_losses.centers.collectives import DTYPES, Gathered, Ranks, exchange_shapes
+
+
+class GlobalBatch(NamedTuple):
+    """The rows of all ranks."""
+
+    counts: list[int]  # of each rank
+    first: int  # where this rank's begin
+    need_x: bool  # any rank's embeddings need a gradient
+    labels: Tensor  # [B, L] class ids, NO_TARGET: nothing there
+    local: Tensor  # [B, L] rows of this shard, NO_TARGET: nothing there, or elsewhere
+
+    @property
+    def present(self) -> Tensor:
+        return self.labels != NO_TARGET
+
+    @property
+    def valid(self) -> Tensor:
+        """[B] rows with a label."""
+        return self.present.any(dim=1)
+
+
+def gather_batch(
+    ranks: Ranks,
+    embeddings: Tensor,  # [n, D] of this rank
+    labels: Tensor,  # [n] or [n, L]
+    table: Tensor,  # the shard's rows, of which the first is class_start
+    *,
+    class_start: int,
+    num_classes: int,
+    ignore_index: int,
+) -> tuple[GlobalBatch, Gathered]:
+    """The ranks meet; the labels of all, and their embeddings on the way.
+
+    Raises this rank's ValueError, TypeError or IndexError, on the others a RuntimeError.
+    """
+    refusal: Exception | None = None
+    said = (0, 0, 0, 0)
+    try:
+        own = _checked_labels(embeddings, labels, table, num_classes, ignore_index)
+        said = (*embeddings.shape, own.shape[1], DTYPES.index(embeddings.dtype))
+    except (ValueError, TypeError, IndexError) as error:
+        refusal = error
+    needs = torch.is_grad_enabled() and embeddings.requires_grad
+    shapes = exchange_shapes(ranks, refusal is not None, *said, needs, embeddings.device)
+    if refusal is not None:
+        raise refusal
+    counts = shapes.rows
+    everyones = Gathered(ranks, own, counts).wait()
+    place = everyones - class_start
+    local = torch.where((place >= 0) & (place < table.shape[0]), place, NO_TARGET)
+    first = sum(counts[: ranks.rank])
+    batch = GlobalBatch(counts, first, shapes.needs_gradient, everyones, local)
+    return batch, Gathered(ranks, embeddings.detach(), counts)
+
+
+def _checked_labels(
+    embeddings: Tensor, labels: Tensor, table: Tensor, num_classes: int, ignore_index: int
+) -> Tensor:
+    """The labels [n, L] of this rank's rows, NO_TARGET where there is none."""
+    validation.check_matrix("embeddings", embeddings, "[n, D]")
+    n, d = embeddings.shape[0], table.shape[-1]
+    if embeddings.shape[1] != d:
+        raise ValueError(f"embeddings: expected [n, {d}], got {describe(embeddings)}")
+    if (embeddings.dtype == torch.float64) != (table.dtype == torch.float64):
+        raise TypeError(
+            f"embeddings: expected float64 where the table is, and only there: it is "
+            f"{table.dtype}, got {describe(embeddings)}"
+        )
+    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[0] == n:
+        validation.check_index_vector("labels", labels.flatten(), None, embeddings)
+    else:
+        validation.check_index_vector("labels", labels, n, embeddings)
+        labels = labels[:, None]
+    labels = labels.long()
+    # -1 is out of range unless it is the ignored one; a GPU's check does not wait for it
+    stray = (labels == NO_TARGET) & (labels != ignore_index)
+    if labels.device.type == "cpu" and bool(stray.any()):
+        raise IndexError(f"labels: expected class ids in [0, {num_classes}), got -1")
+    labels = torch.where(stray, NO_TARGET - 1, labels)
+    validation.check_labels(labels, num_classes, ignore_index=ignore_index)
+    return torch.where(labels == ignore_index, NO_TARGET, labels)

@@ -1,0 +1,44 @@
+"""What a head saves and loads: its table, its optimiser's states and its margin's averages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_losses.centers.collectives import Ranks
+
+
+def named_tensors(
+    weight: Tensor, states: dict[str, Tensor], margin: object, ranks: Ranks, num_classes: int
+) -> dict[str, Tensor]:
+    """ "weight", "optimizer.<name>" and "margin.<name>"; they share the memory of what is given."""
+    tables = {"weight": weight.detach()}
+    tables |= {f"optimizer.{name}": t for name, t in states.items()}
+    kept = margin.state_dict() if isinstance(margin, nn.Module) else {}
+    return {
+        **{name: _over_ranks(t, ranks, num_classes) for name, t in tables.items()},
+        **{f"margin.{name}": t for name, t in kept.items()},
+    }
+
+
+def _over_ranks(local: Tensor, ranks: Ranks, num_classes: int) -> Tensor:
+    """A shard's rows as a part of the whole, a DTensor where there are ranks."""
+    if ranks.group is None:
+        return local
+    # loading DTensor takes half as long as loading torch, and one process has no use for it
+    from torch.distributed import tensor as distributed
+
+    shape = torch.Size((num_classes, *local.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, rows = ranks.device_mesh(local.device), [distributed.Shard(0)]
+    return distributed.DTensor.from_local(local, mesh, rows, shape=shape, stride=stride)
+
+
+def fill_states(own: dict[str, Tensor], given: dict[str, Any]) -> None:
+    """Copies the optimiser's saved states into its own, in place."""
+    if set(given) != set(own):
+        raise ValueError(f"optimizer: expected the states {sorted(own)}, got {sorted(given)}")
+    for name, tensor in own.items():
+        tensor.copy_(given[name])
