@@ -2,74 +2,31 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+import row_optimizer_cases as cases
 import torch
-from conftest import require
-from test_memory import COUNTER, MIB, told_by_child
+from row_optimizer_cases import (
+    FP64,
+    RULES,
+    C,
+    D,
+    a_table,
+    assert_close,
+    dense,
+    rules,
+    some_rows,
+    sparse,
+    take_step,
+)
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.base.rounding import random_bits, rounding_key, stochastic
 from fused_losses.centers import optimizers
-from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
-from fused_losses.primitives.row_update import bounded
+from fused_losses.centers.optimizers import make_row_optimizer
 
-FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-C, D = 23, 5
-
-
-@pytest.fixture(params=["reference", "bounded", "cpu"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with backends.use_backend(require(request.param)):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several ragged blocks also at these sizes."""
-    monkeypatch.setattr(bounded, "BLOCK_BYTES", 3 * D * 8)
-    monkeypatch.setattr(optimizers, "ROWS", 7)
-
-
-def a_table(*shape: int, dtype: torch.dtype = FP64) -> Tensor:
-    return torch.randn(*(shape or (C, D))).to(dtype)
-
-
-def some_rows(count: int = C) -> Tensor:
-    """Distinct rows in any order; often few, at times none or all."""
-    part = min(1.0, float(torch.rand(())) ** 3 * 1.3)
-    return torch.randperm(count)[: int(part * count)]
-
-
-def dense(weight: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
-    return torch.zeros_like(weight).index_copy_(0, rows, grad)
-
-
-def sparse(weight: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
-    given = torch.sparse_coo_tensor(rows[None], grad, weight.shape, check_invariants=True)
-    return given.coalesce()
-
-
-def assert_close(got: Tensor, want: Tensor) -> None:
-    """To float64's 1e-12, of each row's largest element."""
-    size = want.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    assert bool((((got - want) / size).abs() < 1e-12).all())
-
-
-def take_step(ours: RowOptimizer, rows: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-    """As a head does: the rows catch up, then step by tiles."""
-    ours.catch_up(rows)
-    ours.begin(group)
-    half = len(rows) // 2
-    ours.update(rows[:half], grad[:half])
-    ours.update(rows[half:], grad[half:])
-    ours.end()
-
+backend, _small_blocks = cases.backend, cases._small_blocks  # fixtures
 
 # ---- sgd ----------------------------------------------------------------------------------------
 
@@ -253,13 +210,6 @@ def test_a_backend_that_is_forced_for_the_loss_is_no_hindrance(forced: str) -> N
 
 # ---- what is read and written -------------------------------------------------------------------
 
-RULES = {
-    "sgd": dict(lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),
-    "adamw": dict(lr=0.1, weight_decay=0.1),
-    "adagrad": dict(lr=0.1, weight_decay=0.1),
-}
-rules = pytest.mark.parametrize("rule", RULES)
-
 
 @rules
 def test_sub_centres_are_rows_of_their_class(rule: str) -> None:
@@ -361,164 +311,6 @@ def test_an_empty_shard(rule: str) -> None:
     take_step(ours, torch.arange(0), torch.zeros(0, D), {})
     ours.settle()
     assert ours.steps == 1
-
-
-def resident(path: Path) -> int:
-    """Bytes of a mapped file that this process has touched."""
-    found, total = False, 0
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            found = line.endswith(str(path))
-        elif found and line.startswith("Rss:"):
-            total += int(line.split()[1]) << 10
-    return total
-
-
-@rules
-def test_mapped_rows_that_take_no_part_are_not_touched(
-    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bounded, "BLOCK_BYTES", 1 << 20)
-    count, width = 4096, 1024
-
-    def mapped(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = shape[0] * shape[1]
-        file = str(tmp_path / name)
-        return torch.from_file(file, shared=True, size=size, dtype=dtype).view(shape)
-
-    weight = mapped("weight", (count, width), FP32)
-    ours = make_row_optimizer(rule, weight, allocate=mapped, **RULES[rule])
-    rows = torch.tensor([5, 900, 4000])
-    for _ in range(3):
-        take_step(ours, rows, torch.ones(3, width), {})
-    ours.catch_up(torch.tensor([7]))
-    assert weight[rows].count_nonzero() == rows.numel() * width
-    for name in ("weight", *ours.states):
-        assert 0 < resident(tmp_path / name) < count * width * 4 // 8
-
-
-CHILD = (
-    COUNTER
-    + """
-from fused_losses.primitives.row_update import bounded
-from fused_losses.centers.optimizers import make_row_optimizer
-bounded.BLOCK_BYTES = 1 << 17
-
-def run(rule, options, count):
-    weight = torch.randn(count, 64)
-    ours = make_row_optimizer(rule, weight, weight_decay=0.1, state_dtype=torch.bfloat16, **options)
-    rows, grad = torch.arange(1000), torch.randn(1000, 64)
-    def step():
-        for shift in (0, count // 2):
-            ours.catch_up(rows + shift)
-            ours.begin({})
-            ours.update(rows + shift, grad)
-            ours.end()
-        ours.settle(block_rows=count // 8)
-    return extra(step), weight.nbytes
-
-rules = {"sgd": dict(momentum=0.9), "adamw": {}, "adagrad": {}}
-with fused_losses.use_backend(json.loads(sys.argv[1])):
-    for rule, options in rules.items():
-        run(rule, options, 3000)
-    print(json.dumps({rule: run(rule, options, 60_000) for rule, options in rules.items()}))
-"""
-)
-
-
-def test_no_memory_of_the_tables_size(backend: str) -> None:
-    """Neither in a step nor to settle; the reference, whose blocks are the caller's, is control."""
-    for rule, (extra, table) in told_by_child(CHILD, backend).items():
-        bound = 3 * MIB
-        assert table > 4 * bound, rule
-        assert (extra < bound) == (backend != "reference"), rule
-
-
-# ---- 16 bits ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_rounding_is_right_on_average(dtype: torch.dtype) -> None:
-    x = torch.randn(60, 300) * torch.logspace(-11, 4, 300)
-    total = torch.zeros(60, 300, dtype=FP64)
-    for seed in range(200):
-        bits = random_bits(rounding_key(seed), torch.arange(60), 0, 300)
-        up_or_down = stochastic(x, dtype, bits)
-        total += up_or_down.double()
-        exact = x.to(dtype).float()
-        assert torch.equal(stochastic(exact, dtype, bits), exact.to(dtype))
-    least = 2.0**-14 if dtype == FP16 else 1e-38
-    digits = 10 if dtype == FP16 else 7
-    unit = (x.abs().clamp_min(least).log2().floor() - digits).exp2().double()
-    assert float(((up_or_down.double() - x) / unit).abs().max()) < 1
-    error = (total / 200 - x) / unit
-    # a fair coin's deviation is at most 1/2
-    assert abs(float(error.mean())) < 5 * 0.5 / (200 * x.numel()) ** 0.5
-    assert float(error.abs().max()) < 6 * 0.5 / 200**0.5
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_rounding_of_what_has_no_neighbours(dtype: torch.dtype) -> None:
-    x = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 65504.0, 2.0**-24, 1e-45]])
-    bits = torch.full((1, 8), -1, dtype=torch.int32)
-    got = stochastic(x, dtype, bits)[0]
-    assert got[:2].tolist() == [torch.inf, -torch.inf]
-    assert got[2].isnan()
-    assert got[3:5].tolist() == [0, 0]
-    assert got.signbit()[:5].tolist() == [False, True, False, False, True]
-    assert bool(got[5:].isfinite().all())
-
-
-def test_the_bits_are_fair_and_differ() -> None:
-    for key, table in ((rounding_key(0, 1), 0), (rounding_key(-1, 5, 1), 2)):
-        bits = random_bits(key, torch.arange(500) + (1 << 40), table, 64)
-        for bit in range(32):
-            assert abs(float((bits >> bit & 1).double().mean()) - 0.5) < 5 * 0.5 / 32000**0.5
-        assert len(bits.unique()) > 0.9999 * bits.numel()
-
-
-def run_narrow(rule: str, seed: int, *, shards: int = 1, tall: bool = True) -> list[Tensor]:
-    """A table in bfloat16 after some steps, with its states; sharded, or in other blocks."""
-    weight = torch.linspace(1, 2, 24 * D).view(24, D).to(BF16)
-    found: list[list[Tensor]] = []
-    for start in range(0, 24, 24 // shards):
-        part = weight[start : start + 24 // shards].clone()
-        ours = make_row_optimizer(rule, part, state_dtype=BF16, seed=seed, **RULES[rule])
-        ours.row_offset = start
-        for step in range(4):
-            rows = torch.arange(24)[step::2]
-            rows = rows[(rows >= start) & (rows < start + len(part))]
-            grad = torch.sin(rows[:, None] * 7.0 + torch.arange(D) + step)
-            order = torch.arange(len(rows)) if tall else torch.randperm(len(rows))
-            take_step(ours, rows[order] - start, grad[order], {})
-        ours.settle()
-        found.append([part, *ours.states.values()])
-    return [torch.cat(tables) for tables in zip(*found, strict=True)]
-
-
-@rules
-def test_the_bits_do_not_depend_on_blocks_or_shards(
-    rule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    once = run_narrow(rule, seed=3)
-    for other in (run_narrow(rule, 3, tall=False), run_narrow(rule, 3, shards=3)):
-        assert all(torch.equal(a, b) for a, b in zip(once, other, strict=True))
-    monkeypatch.setattr(bounded, "BLOCK_BYTES", 1)
-    again = run_narrow(rule, 3)
-    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
-    assert not torch.equal(once[0], run_narrow(rule, 4)[0])
-
-
-def test_small_steps_add_up_in_bfloat16() -> None:
-    """Each is a hundredth of a unit in the last place: rounded to nearest nothing would move."""
-    start, count, width = 1.5, 200, 400
-    for option, moved in ((None, 1.0), (False, 0.0)):
-        weight = torch.full((4, width), start, dtype=BF16)
-        ours = make_row_optimizer("sgd", weight, lr=2.0**-7 / 100, stochastic_rounding=option)
-        for _ in range(count):
-            take_step(ours, torch.arange(4), torch.ones(4, width, dtype=BF16), {})
-        mean = float((start - weight.double()).mean()) / (count * 2.0**-7 / 100)
-        assert abs(mean - moved) < 0.06
 
 
 # ---- bad input ----------------------------------------------------------------------------------
