@@ -47,6 +47,7 @@ def formula(
     return F.cross_entropy(s * (cosine - m * is_target.to(cosine)), labels, reduction="none"), s, m
 
 
+@pytest.mark.float64
 def test_value_and_gradients_are_the_authors(backend: str) -> None:
     (name,) = (name for name in INDEX if name.startswith("madacos"))
     with np.load(FOLDER / f"{name}.npz") as stored:

@@ -52,6 +52,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradcheck(name: str, backend: str) -> None:
     x, w, labels = inputs()
@@ -65,6 +66,7 @@ def test_gradcheck(name: str, backend: str) -> None:
     assert torch.autograd.gradcheck(loss, (x, w, bias), fast_mode=name != "arcface")
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("shape", [(), (N,)], ids=["scalar", "rows"])
 def test_gradcheck_of_the_scale(shape: tuple[int, ...], backend: str) -> None:
     x, w, labels = inputs()
@@ -76,6 +78,7 @@ def test_gradcheck_of_the_scale(shape: tuple[int, ...], backend: str) -> None:
     assert torch.autograd.gradcheck(loss, (x, w, scale), fast_mode=True)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradcheck_of_the_primitive(normalize: bool, weighted: bool, streamed: str) -> None:
@@ -94,6 +97,7 @@ def test_gradcheck_of_the_primitive(normalize: bool, weighted: bool, streamed: s
     assert torch.autograd.gradcheck(statistics, (x, w, bias), fast_mode=True)
 
 
+@pytest.mark.float64
 def test_gradcheck_of_linear_cross_entropy(backend: str) -> None:
     x, w, labels = inputs()
     soft = torch.softmax(torch.randn(N, C, dtype=torch.float64), 1)

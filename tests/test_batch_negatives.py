@@ -53,6 +53,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_tiles, "TILE_SIDE", 16)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("name", GOLDENS)
 def test_value_and_gradients_are_the_authors(name: str, backend: str) -> None:
     with np.load(FOLDER / f"{name}.npz") as stored:

@@ -253,6 +253,7 @@ def leaf(data: Tensor) -> Tensor:
     return data.clone().requires_grad_()
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     ("name", "loss"),
     [
@@ -268,6 +269,7 @@ def test_golden(name: str, loss: Callable, backend: str) -> None:
     assert_golden(found, [x, w], data, [data["grad_x"], data["grad_w"]])
 
 
+@pytest.mark.float64
 def test_golden_sphereface2(backend: str) -> None:
     # its gradient of the (unit) weight lacks the projection, so the cosines are given as products
     data = golden("opensphere_SphereFace2")
@@ -280,6 +282,7 @@ def test_golden_sphereface2(backend: str) -> None:
     assert abs(SphereFace2.balanced(50).bias - data["bias"].item()) <= 1e-9
 
 
+@pytest.mark.float64
 def test_golden_soft_triple(backend: str) -> None:
     data = golden("pml_SoftTripleLoss")
     x = leaf(data["x"])
@@ -347,6 +350,7 @@ def shard(p: ClassInputs, start: int, stop: int) -> ClassInputs:
     )
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("softness", [0.0, 0.2])
 @pytest.mark.parametrize("rule", RULE_PARAMS)
 def test_shards_merge_to_the_whole(rule: str, softness: float, streamed: str) -> None:
@@ -510,6 +514,7 @@ def test_each_dtype_against_its_own_values_in_float64(
 # ---- derivatives and transforms ------------------------------------------------------------------
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("softness", [0.0, 0.2])
 @pytest.mark.parametrize("rule", [r for r in RULE_PARAMS if r != "sface"])  # it holds its weights
 def test_gradcheck(rule: str, softness: float, backend: str) -> None:

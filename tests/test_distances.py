@@ -213,6 +213,7 @@ def test_bools(metric: str, weighted: bool, d: int, backend: str) -> None:
     close(as_numbers, want, 1e-6)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("p", [0.5, 1, 1.5, 2, 3, 4.0, 7, math.inf])
 def test_minkowski_exponents(p: float, backend: str) -> None:
     for dtype in (F64, torch.float32):
@@ -269,6 +270,7 @@ def test_mahalanobis(dtype: torch.dtype, backend: str) -> None:
     close(of(x, y, variance=variance), want, BOUNDS[dtype])
 
 
+@pytest.mark.float64
 def test_base_is_scipys(backend: str) -> None:
     x, y = rows("jensenshannon", 5, 7), rows("jensenshannon", 4, 7)
     x[0, :3] = 0
@@ -421,6 +423,7 @@ def test_nan_reaches_its_row_only(kind: str, backend: str) -> None:
 # ---- gradients ----------------------------------------------------------------------------------
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("metric", [m for m in METRICS if m not in FLAT])
 def test_gradcheck(metric: str, backend: str) -> None:
     x = rows(metric, 4, 3).requires_grad_()
@@ -431,6 +434,7 @@ def test_gradcheck(metric: str, backend: str) -> None:
     assert torch.autograd.gradcheck(lambda a: f(a, None)[0, 1:], (x,))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     ("metric", "name"),
     [
@@ -475,6 +479,7 @@ def test_gradients_against_the_formula(
         near(g, r, 2e-5 if t.dtype == torch.float32 else 4 * torch.finfo(t.dtype).eps)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("metric", TWICE)
 def test_second_derivative(metric: str, backend: str) -> None:
     x, y = rows(metric, 4, 3).requires_grad_(), rows(metric, 5, 3).requires_grad_()
@@ -484,6 +489,7 @@ def test_second_derivative(metric: str, backend: str) -> None:
     assert torch.autograd.gradgradcheck(lambda a: f(a, None)[0, 1:], (x,))
 
 
+@pytest.mark.float64
 def test_second_derivative_of_one_side(streamed: str) -> None:
     x, y = rows("dot", 4, 3).requires_grad_(), rows("dot", 5, 3)
     for kind in PRODUCTS:
@@ -523,6 +529,7 @@ def test_second_derivative_refused(kind: str, streamed: str) -> None:
         first.sum().backward()
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("metric", FLAT)
 def test_no_gradient(metric: str, backend: str) -> None:
     x = rows(metric, 4, 3).requires_grad_()
@@ -570,6 +577,7 @@ def test_similarity(similarity: str, dtype: torch.dtype, backend: str) -> None:
         near(g, w, max(bound * 10, loose))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("similarity", [s for s in SIMILARITIES if s != "laplacian"])
 def test_similarity_twice(similarity: str, streamed: str) -> None:
     x, y = rows("dot", 3, 4).requires_grad_(), rows("dot", 4, 4).requires_grad_()

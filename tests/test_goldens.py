@@ -136,6 +136,7 @@ def assert_rows_agree(got: Tensor, wanted: Tensor, tolerance: float, rows: Tenso
     assert error[rows].max() <= tolerance, error
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
 def test_value_and_gradients_are_the_authors(head: Head, backend: str) -> None:
     data = load(head.name)
@@ -160,6 +161,7 @@ def test_value_and_gradients_are_the_authors(head: Head, backend: str) -> None:
     assert_rows_agree(w.grad, data["grad_w"], head.gradient_tolerance, classes)
 
 
+@pytest.mark.float64
 def test_adaface_moves_its_state_as_the_authors(backend: str) -> None:
     data = load("adaface_AdaFace")
     margin = stored_adaface(data)
@@ -170,6 +172,7 @@ def test_adaface_moves_its_state_as_the_authors(backend: str) -> None:
     assert abs(margin.std - data["batch_std_after"]).item() <= EXACT * 100
 
 
+@pytest.mark.float64
 def test_opensphere_cosface(backend: str) -> None:
     # its gradient of the (unit) weight lacks the projection, so the cosines are given as products
     data = load("opensphere_CosFace")
@@ -189,6 +192,7 @@ def test_opensphere_cosface(backend: str) -> None:
     assert_rows_agree(w.grad, data["grad_w"], EXACT, everything)
 
 
+@pytest.mark.float64
 def test_pml_large_margin_softmax(backend: str) -> None:
     # |x| |w_y| psi(theta) on the target, plain products elsewhere: a callable on the product
     data = load("pml_LargeMarginSoftmaxLoss")
@@ -211,6 +215,7 @@ def test_pml_large_margin_softmax(backend: str) -> None:
     assert_rows_agree(w.grad, data["grad_w"], EXACT, everything)
 
 
+@pytest.mark.float64
 def test_insightface_distributed_cross_entropy(streamed: str) -> None:
     # Logits as products with the identity. A label -1 has its positive on another shard: its loss
     # is insightface's floor -log 1e-30, its gradient the softmax, which is the primitive's lse.

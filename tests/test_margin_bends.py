@@ -204,6 +204,7 @@ def ask(case: Case, data: Data, backend: str, **changes: Any) -> tuple[Any, list
     return out, list(torch.autograd.grad(loss, leaves))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_value_and_gradients_are_the_papers(case: Case, backend: str) -> None:
     data = Data(case)
@@ -262,6 +263,7 @@ def test_narrow_dtypes(loss: str, dtype: torch.dtype, streamed: str) -> None:
         assert relative_error(a.double().numpy(), b.numpy()) <= room
 
 
+@pytest.mark.float64
 def test_straight_through_leaves_the_bends_alone(backend: str) -> None:
     case = Case("straight", "curricular")
     data = Data(case)
@@ -299,6 +301,7 @@ def assert_golden(data: dict[str, Tensor], margin: margins.Margin, backend: str,
         assert error.max() <= EXACT
 
 
+@pytest.mark.float64
 def test_golden_curricular_face(backend: str) -> None:
     data = golden("curricular_CurricularFace")
     margin = CurricularFace(0.5).double()
@@ -312,6 +315,7 @@ def test_golden_curricular_face(backend: str) -> None:
     torch.testing.assert_close(bent[others], data["logits"][others], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.float64
 def test_golden_insightface_filter(backend: str) -> None:
     data = golden("insightface_arc_filter")
     params = json.loads((GOLDEN / "index.json").read_text())["entries"]["insightface_arc_filter"]
@@ -411,6 +415,7 @@ class Statistics:
 SIZES = [(1, 2, 3), (37, 53, 24), (300, 211, 9), (5, 700, 33)]
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_bent_statistics(size: tuple[int, int, int], full: bool, streamed: str) -> None:
@@ -436,6 +441,7 @@ def test_the_reference_spells_the_same_statistics() -> None:
         torch.testing.assert_close(found[name], want)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "everything"])
 def test_gradcheck_of_the_bent_primitive(full: bool, streamed: str) -> None:
     given = Statistics.drawn(7, 13, 5, full)
@@ -482,6 +488,7 @@ def test_a_score_on_the_threshold_is_kept(dtype: torch.dtype, streamed: str) -> 
     assert torch.equal(dw.double(), (slope.T @ x.double()).to(dtype).double())
 
 
+@pytest.mark.float64
 def test_thresholds_of_no_bend_and_of_nothing_but(streamed: str) -> None:
     given = Statistics.drawn(37, 53, 8, True)
     straight = op(streamed)(*given.arguments()[:-2], None, 0)
@@ -494,6 +501,7 @@ def test_thresholds_of_no_bend_and_of_nothing_but(streamed: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.float64
 def test_nan_stays_in_its_row(streamed: str) -> None:
     given = Statistics.drawn(37, 53, 8, False)
     clean = op(streamed)(*given.arguments())
@@ -553,6 +561,7 @@ def test_compact_is_the_rows_that_took_part(
     assert torch.equal(compact[0], dense[0]) and torch.equal(compact[2], dense[2])
 
 
+@pytest.mark.float64
 def test_compact_without_classes_changes_nothing(streamed: str) -> None:
     given = Statistics.drawn(7, 13, 5, False)
     out = op(streamed)(*given.arguments())
@@ -564,6 +573,7 @@ def test_compact_without_classes_changes_nothing(streamed: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(dense, compact, strict=True))
 
 
+@pytest.mark.float64
 def test_compact_of_no_rows_is_zero(streamed: str) -> None:
     given = Statistics.drawn(5, 13, 4, True)
     given.x, given.labels, given.bend = given.x[:0], given.labels[:0], given.bend[:, :0]
@@ -600,6 +610,7 @@ def test_a_bend_of_the_wrong_shape_is_refused() -> None:
 # --- the margins ----------------------------------------------------------------------------------
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradcheck(loss: str, backend: str) -> None:
     labels = torch.tensor([0, 3, 12, 3, -100, 5, 7])
@@ -639,6 +650,7 @@ def test_a_learned_scale_is_refused_where_its_gradient_would_be_wrong(streamed: 
     torch.testing.assert_close(value, fused_losses.margin_softmax(x, w, labels, scale=8.0, **given))
 
 
+@pytest.mark.float64
 def test_curricular_moves_once_a_call_and_before_use(backend: str) -> None:
     data = Data(Case("ema", "curricular"))
     valid = data.labels != -100
@@ -682,6 +694,7 @@ def test_curricular_state_is_saved() -> None:
     assert list(margin.state_dict()) == ["t"]
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("name", ["curricular", "mv-am-fixed", "filter-arc"])
 def test_stats_tell_the_bent_hardest(name: str, backend: str) -> None:
     case = Case("stats", name)
@@ -702,6 +715,7 @@ def test_stats_tell_the_bent_hardest(name: str, backend: str) -> None:
     torch.testing.assert_close(stats.logsumexp[valid], logits.logsumexp(1))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("margin", [margins.MagFace(l_a=0.5, u_a=9.0), None], ids=["mag", "none"])
 def test_a_filter_that_meets_no_class_is_its_margin(margin: object, backend: str) -> None:
     data = Data(Case("around", "filter-arc"))
@@ -722,6 +736,7 @@ def test_a_filter_carries_the_state_of_its_margin() -> None:
     assert hasattr(InterclassFilter(margins.MagFace()), "penalty")
 
 
+@pytest.mark.float64
 def test_no_hardness_is_the_margin_alone(backend: str) -> None:
     data = Data(Case("soft", "mv-arc"))
     x, w = data.leaves()[:2]

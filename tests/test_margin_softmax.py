@@ -258,6 +258,7 @@ def wanted_gradient(answer: oracles.Answer, name: str, like: Tensor) -> np.ndarr
     return wanted.sum() if name == "dscale" and like.dim() == 0 else wanted
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_float64_is_the_formula(case: Case, backend: str) -> None:
     data = Data(case)

@@ -96,6 +96,7 @@ def test_the_same_bits_in_any_order_of_threads_and_blocks(
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.float64
 def test_gradcheck(backend: str) -> None:
     queries = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     documents = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)

@@ -98,6 +98,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(retrieval, "MOST", 0)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("metric", ["cosine", "euclidean", "dot", "cityblock"])
 @pytest.mark.parametrize(("name", "k"), CALLS)
 def test_against_loops(name: str, k: int | None, metric: str, path: None, backend: str) -> None:
@@ -114,6 +115,7 @@ def test_against_loops(name: str, k: int | None, metric: str, path: None, backen
     check(getattr(metrics, name)(x, labels, y, ref_labels, **given), want, 25)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(("name", "k"), CALLS)
 def test_ties_and_ids(name: str, k: int | None, path: None, backend: str) -> None:
     """Few distinct points, so that most neighbours tie; several rows share an id."""
@@ -167,6 +169,7 @@ def test_empty_sets(name: str, k: int | None, backend: str) -> None:
         assert math.isnan(found.value) and found.queries == 0 and found.left_out == n
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(("name", "k"), CALLS)
 def test_nan_query_finds_nothing(name: str, k: int | None, path: None, backend: str) -> None:
     x, labels = batch(16, 3, 3)
@@ -215,6 +218,7 @@ def test_gap(backend: str) -> None:
 # ---- classification -----------------------------------------------------------------------------
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("metric", ["cosine", "euclidean", "dot"])
 @pytest.mark.parametrize("weights", retrieval.WEIGHTS)
 @pytest.mark.parametrize("k", [1, 7, 500])

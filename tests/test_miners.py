@@ -88,6 +88,7 @@ def test_batch_easy_hard(positive, negative, ranges, ref, backend: str) -> None:
     assert found == want
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("ref", [False, True])
 @pytest.mark.parametrize("kind", ["all", "hard", "semihard", "easy"])
 def test_triplet_margin(kind: str, ref: bool, backend: str) -> None:
@@ -103,6 +104,7 @@ def test_triplet_margin(kind: str, ref: bool, backend: str) -> None:
     assert lines(found) == want and len(want) > 0
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("ref", [False, True])
 def test_multi_similarity(ref: bool, backend: str) -> None:
     given, d, pairs = problem(ref)
@@ -111,6 +113,7 @@ def test_multi_similarity(ref: bool, backend: str) -> None:
     assert both_lists(found) == pairs_by_loops(similarity, -1, *pairs, multi_similarity)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("ref", [False, True])
 def test_pair_margin_and_hard_negatives(ref: bool, backend: str) -> None:
     given, d, pairs = problem(ref)
@@ -122,6 +125,7 @@ def test_pair_margin_and_hard_negatives(ref: bool, backend: str) -> None:
     assert both_lists(found) == pairs_by_loops(d, 1, *pairs, choose)
 
 
+@pytest.mark.float64
 def test_angular_takes_rows_as_they_come(backend: str) -> None:
     x, labels = batch(15, 3, 4)
     same, different = allowed(labels, labels, True)
@@ -141,6 +145,7 @@ def test_angular_takes_rows_as_they_come(backend: str) -> None:
     assert lines(miners.AngularMiner(35, **given)(x, labels)) == wide(unit)
 
 
+@pytest.mark.float64
 def test_distance_weighted_is_seeded(backend: str) -> None:
     x, labels = batch(40, 8, 5)
     generator = torch.Generator().manual_seed(1)
@@ -159,6 +164,7 @@ def unit_distances(x: Tensor) -> Tensor:
     return matrix(*[x / x.norm(dim=1, keepdim=True)] * 2, "euclidean")
 
 
+@pytest.mark.float64
 def test_metric_and_normalize(backend: str) -> None:
     x, labels = batch(16, 4, 3)
     pairs = allowed(labels, labels, True)
@@ -223,6 +229,7 @@ def test_memory_keeps_its_dtype(dtype: torch.dtype, backend: str) -> None:
     assert len(found[0]) == 6
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("rounds", [1, 2, 5])
 def test_own_copies_are_not_positives(rounds: int, backend: str) -> None:
     """Mining against the memory is mining against all rows ever seen, but a row and its copy."""

@@ -157,6 +157,7 @@ def test_ties_go_to_the_lowest_index(
     check(mine_triplets(x, labels, y, ref_labels, **given), want, d, dtype)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("margin", [None, 0.3, -0.2])
 @pytest.mark.parametrize("rule", mining.RULES)
 @pytest.mark.parametrize(
@@ -178,6 +179,7 @@ def test_rules(positive, negative, rule, margin, backend: str) -> None:
     check(mine_triplets(x, labels, **given, backend=backend), want, d)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(("positive", "negative"), CHOICES)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_ranges(metric: str, positive: str, negative: str, backend: str) -> None:
@@ -210,6 +212,7 @@ def test_ids_are_never_paired(choice: tuple[str, str], backend: str) -> None:
     assert bool((ids[found.anchor] != ref_ids[found.positive]).all())
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("choice", [("hardest", "hardest"), ("all", "hardest"), ("all", "all")])
 def test_normalize_and_blocks(choice: tuple[str, str], backend: str, block: int) -> None:
     x, labels = batch(15, 4, 3)
@@ -323,6 +326,7 @@ def k_best(z: list[float], columns: list[int], k: int, farthest: bool) -> list[i
     return sorted(columns, key=lambda j: (-z[j] if farthest else z[j], j))[:k]
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_multi_similarity(metric: str, backend: str, block: int) -> None:
     x, labels = batch(24, 5, 6)
@@ -337,6 +341,7 @@ def test_multi_similarity(metric: str, backend: str, block: int) -> None:
         check_pairs(mine_pairs(x, labels, backend=backend), want, d)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_pair_margin(metric: str, backend: str) -> None:
     x, labels = batch(20, 3, 4)
@@ -357,6 +362,7 @@ def test_pair_margin(metric: str, backend: str) -> None:
     check_pairs(mine_pairs(x, labels, y, ref_labels, **margins, **given), want, d)
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("k", [1, 3, 99])
 @pytest.mark.parametrize("positive", mining.RANKS)
 @pytest.mark.parametrize("negative", mining.RANKS)
@@ -378,6 +384,7 @@ def test_ranked(negative: str, positive: str, k: int, backend: str) -> None:
         check_pairs(mine_pairs(x, labels, metric="cityblock", **given), want, d)
 
 
+@pytest.mark.float64
 def test_ranked_within_ranges(backend: str) -> None:
     x, labels = batch(18, 3, 4)
     d = matrix(x, x, "euclidean")
@@ -391,6 +398,7 @@ def test_ranked_within_ranges(backend: str) -> None:
     check_pairs(mine_pairs(x, labels, **given, backend=backend), want, d)
 
 
+@pytest.mark.float64
 def test_angular(backend: str, block: int) -> None:
     x, labels = batch(14, 3, 4)
     same, different = allowed(labels, labels, True)
@@ -420,6 +428,7 @@ def law(d: Tensor, negatives: list[int], dimension: int, cutoff: float, far: flo
     return weight / weight.sum()
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("dimension", [2, 3, 8, 64])
 def test_distance_weighted_law(dimension: int, backend: str) -> None:
     """4 anchors, each with many positives: what is drawn against the exact probabilities."""
@@ -460,6 +469,7 @@ def test_distance_weighted_law(dimension: int, backend: str) -> None:
     torch.testing.assert_close(found.negative_distance, d[found.negative_anchor, found.negative])
 
 
+@pytest.mark.float64
 def test_distance_weighted_draws_do_not_depend_on_blocks(monkeypatch, backend: str) -> None:
     x, labels = batch(60, 6, 7)
     found = []
@@ -477,6 +487,7 @@ def test_distance_weighted_draws_do_not_depend_on_blocks(monkeypatch, backend: s
     assert all(n in different[i] for i, _, n in drawn)
 
 
+@pytest.mark.float64
 def test_distance_weighted_without_a_near_negative(backend: str) -> None:
     x = torch.eye(4, dtype=torch.float64)  # every distance is the root of 2, above 1.4
     found = mine_pairs(x, torch.tensor([0, 0, 1, 1]), strategy="distance_weighted", backend=backend)

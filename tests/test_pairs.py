@@ -134,6 +134,7 @@ def compare(got: tuple, want: tuple, bound: float) -> None:
         assert float((a.double() - b).norm()) <= loose * bound * float(b.norm()) + bound, name
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("seed", range(60))
 def test_statistics_in_float64(seed: int, streamed: str) -> None:
     p, reduction, cols = draw(seed)
@@ -149,6 +150,7 @@ def test_statistics_in_other_dtypes(seed: int, dtype: torch.dtype, streamed: str
     compare(statistics(p, reduction, cols, streamed), want, BOUNDS[dtype])
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("positives", [False, True])
 @pytest.mark.parametrize("seed", range(200, 220))
 def test_attention_in_float64(seed: int, positives: bool, streamed: str) -> None:
@@ -438,6 +440,7 @@ def test_opcheck_attention(streamed: str) -> None:
     )
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize(
     ("reduction", "triangle", "root"),
     [*itertools.product(("lse", "softplus"), (False, True), (False,)), ("lse", False, True)],
@@ -464,6 +467,7 @@ def test_gradcheck_and_gradgradcheck(
     assert torch.autograd.gradgradcheck(f, leaves)
 
 
+@pytest.mark.float64
 def test_gradgradcheck_of_attention(backend: str) -> None:
     p = small()
     values = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)

@@ -61,10 +61,13 @@ GOLDENS: dict[str, Callable[..., Tensor]] = {
 }
 # the authors' small numbers in divisors are others than ours
 LOOSE = {"icnn_full": 1e-6}
+# those that ask no backend hold for the CUDA rows, too
+ANYWHERE = ("pml_TripletMarginLoss_swap_smooth",)
+NAMES = [pytest.param(n, marks=() if n in ANYWHERE else pytest.mark.float64) for n in GOLDENS]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", GOLDENS)
+@pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_are_the_authors(name: str, backend: str) -> None:
     with np.load(FOLDER / f"{name}.npz") as stored:
         data: dict[str, Any] = {key: torch.from_numpy(stored[key]) for key in stored.files}

@@ -34,6 +34,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.float64
 def test_a_second_derivative_of_trilinear_attention_is_refused(backend: str) -> None:
     q, k, v = (torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
     out = fl.trilinear_attention(q, k, k, v, v, backend=backend).sum()
@@ -144,6 +145,7 @@ def test_trilinear_blocks_merge(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.float64
 def test_sinkhorn_meets_its_masses(backend: str) -> None:
     x, y = torch.randn(6, 3).double(), torch.randn(9, 3).double()
     a, b = torch.rand(6).double() + 0.1, torch.rand(9).double() + 0.1

@@ -287,6 +287,7 @@ def test_many_neighbours(backend: str) -> None:
     )
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("metric", ["dot", "euclidean", "cosine", "angular", "cityblock", "snr"])
 def test_gradients(metric: str, backend: str) -> None:
     x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
