@@ -1,0 +1,93 @@
+"""What need not run again while its files stay as they are: mutants, sanitizers, lower CPUs.
+
+    python -m tools.proofs run NAME [--full] COMMAND ...
+    python -m tools.proofs hash
+
+`run` runs the command unless NAME was proven on the same contents (--full: always), and records
+the contents in tests/proven.json once it succeeds. `hash` prints one hash over all proofs' files.
+NAME may carry what else the proof depends on, as in ctest:avx2. Needs neither git nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RECORD = Path("tests", "proven.json")
+SUFFIXES = (".c", ".cpp", ".cu", ".h", ".py", ".txt", ".cmake")
+KERNELS = ("csrc/*", "CMakeLists.txt", "setup.py")
+# also the kernels' launchers in Python, and the cases and the harness that look for faults
+CUDA = (*KERNELS, "fused_losses/*cuda*", "tests/*cuda*", "tests/conftest.py")
+# each proof's files; a * also crosses folders
+PROOFS = {"mutants": CUDA, "sanitizers": CUDA, "ctest": KERNELS}
+
+
+def files(name: str, root: Path = ROOT) -> list[Path]:
+    """The proof's files, relative to the root, in one order everywhere."""
+    patterns = PROOFS[name.partition(":")[0]]
+    # only these folders are walked, and not .venv or build
+    tops = {pattern.partition("/")[0] for pattern in patterns if "/" in pattern}
+    found = [path for top in tops for path in (root / top).rglob("*")] + list(root.glob("*"))
+    relative = (path.relative_to(root) for path in found if path.is_file())
+    return sorted(
+        path
+        for path in relative
+        if path.suffix in SUFFIXES
+        and any(fnmatchcase(path.as_posix(), pattern) for pattern in patterns)
+    )
+
+
+def content_hash(names: Iterable[str], root: Path = ROOT) -> str:
+    """Of the names and contents of these proofs' files."""
+    out = hashlib.sha256()
+    for path in sorted({path for name in names for path in files(name, root)}):
+        body = (root / path).read_bytes()
+        out.update(f"{path.as_posix()}\0{len(body)}\0".encode() + body)
+    return out.hexdigest()[:16]
+
+
+def proven(root: Path = ROOT) -> dict[str, str]:
+    """The record: the contents on which each proof last succeeded; empty when there is none."""
+    path = root / RECORD
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def run(name: str, command: list[str], full: bool = False, root: Path = ROOT) -> int:
+    """Runs the proof's command where it is due, and says so where it is not; its exit status."""
+    now = content_hash([name], root)
+    if not full and proven(root).get(name) == now:
+        print(f"{name}: not run, unchanged since proven ({now}); FULL=1 runs it", flush=True)
+        return 0
+    print(f"{name}: running, {'FULL=1' if full else 'its files have changed'} ({now})", flush=True)
+    status = subprocess.run(command, cwd=root).returncode
+    if status == 0 and content_hash([name], root) == now:
+        record = json.dumps(proven(root) | {name: now}, indent=2, sort_keys=True)
+        (root / RECORD).write_text(record + "\n")
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="proofs", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("hash")
+    runs = verbs.add_parser("run")
+    runs.add_argument("name")
+    runs.add_argument("--full", action="store_true")
+    runs.add_argument("command", nargs=argparse.REMAINDER)
+    given = parser.parse_args()
+    if given.verb == "hash":
+        print(content_hash(PROOFS))
+        return 0
+    if given.name.partition(":")[0] not in PROOFS or not given.command:
+        parser.error(f"expected one of {', '.join(PROOFS)} and a command")
+    return run(given.name, given.command, given.full)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
