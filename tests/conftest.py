@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import defaultdict
 
 import hypothesis
 import pytest
@@ -51,11 +52,42 @@ def _refuses_float64(item: pytest.Item) -> bool:
     return item.get_closest_marker("float64") is not None or any(v is torch.float64 for v in row)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "of each test that is not slow one row, drawn by the test's name: `make check`"
+    parser.addoption("--one-row", action="store_true", help=text)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_float64 = pytest.mark.skip(reason="the CUDA kernels take no float64")
     for item in items:
         if _refuses_float64(item):
             item.add_marker(no_float64)
+        # processes share a module's tests, but not one test's rows
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(_test_of(item)))
+    if config.getoption("one_row"):
+        rows = defaultdict(list)
+        for item in items:
+            if not any(item.get_closest_marker(slow) for slow in ("slow", "processes", "mutants")):
+                rows[_test_of(item)].append(item)
+        kept = {table[zlib.crc32(test.encode()) % len(table)] for test, table in rows.items()}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+    # what takes long starts first, so that no process waits for it at the end
+    slow = {_group(item) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: _group(item) not in slow)
+
+
+def _test_of(item: pytest.Item) -> str:
+    """The test without its row."""
+    return item.nodeid.partition("[")[0]
+
+
+def _group(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("xdist_group")
+    assert mark is not None
+    return mark.args[0]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -70,8 +102,10 @@ def streamed(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
-    # crc32 and not hash(): the seed must be the same in every process
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    # crc32 and not hash(): the same in every process; without the folder and the group that xdist
+    # appends, neither of which may change what a test draws
+    test = f"tests/{request.path.name}::{request.node.name}"
+    torch.manual_seed(zlib.crc32(test.encode()))
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ from fused_losses.centers import ClassCenters, step_traffic
 from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.unpg import UNPG
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
 C, D = 23, 6
 COUNTS = {1: [9], 2: [4, 5], 3: [5, 0, 4], 4: [2, 3, 0, 4]}  # rows of each rank: uneven, empty
 

@@ -12,6 +12,8 @@ import cuda_harness as harness
 import pytest
 from cuda_harness import KERNELS_TABLE, Kernel
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cuda_harness")]
+
 SEEDS = range(6)
 PLANTED = [(k, fault) for k in KERNELS_TABLE for fault in k.faults]
 

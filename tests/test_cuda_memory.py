@@ -12,6 +12,8 @@ import pytest
 from conftest import CUDA, require
 from test_memory import COUNTER, told_by_child
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
 N, D = 1_024, 16
 SCORES = 4 * N * N
 CALLS = {

@@ -89,6 +89,8 @@ EQUIVALENT = {
 }
 
 
+@pytest.mark.mutants
+@pytest.mark.slow
 @pytest.mark.parametrize("source", EQUIVALENT)
 def test_planted_faults_are_noticed(source: str, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -13,6 +13,8 @@ import pytest
 from conftest import MEASURED, require
 from test_memory import COUNTER, MIB, told_by_child
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("distance_memory")]
+
 
 @dataclass(frozen=True)
 class Case:

@@ -28,6 +28,8 @@ from fused_losses.train.glyphs.compare import HEADS, options  # noqa: E402
 from fused_losses.train.glyphs.model import Changes, change, normalize  # noqa: E402
 from fused_losses.train.options import given_options  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("glyphs")]
+
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 LATIN_GREEK_CYRILLIC = "21-17f,391-3c9,410-44f"
 

@@ -33,6 +33,8 @@ pytest.importorskip("triton")
 if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("gpu_static")]
+
 TABLE_ROWS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 

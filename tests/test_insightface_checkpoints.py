@@ -19,6 +19,8 @@ from fused_losses.centers.insightface import (
 )
 from fused_losses.losses.margin_softmax import margin_softmax
 
+pytestmark = pytest.mark.processes
+
 CLASSES, DIM, STEPS = 11, 3, 2
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from conftest import CUDA, MEASURED, require
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("memory")]
+
 HERE = Path(__file__).parent
 MIB = 1 << 20
 BOUND = 16 * MIB

@@ -9,6 +9,8 @@ import pytest
 from conftest import MEASURED, require
 from test_memory import COUNTER, MIB, told_by_child
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("pair_memory")]
+
 BOUND = 32 * MIB
 
 

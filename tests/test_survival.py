@@ -31,6 +31,8 @@ from fused_losses.train.large.data import SyntheticVectors, hashed_normal
 from fused_losses.train.large.join import fresh_store
 from fused_losses.train.large.loop import LargeTraining, Log, RunError, train
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("survival")]
+
 TESTS = Path(__file__).parent
 STEPS, KILLS, RANKS = 60, 10, 2
 # what a rank imports before its first step; DistributedDataParallel takes torch._dynamo

@@ -39,6 +39,8 @@ from fused_losses.train.verification import (
 )
 
 Image = pytest.importorskip("PIL.Image", reason="reading pictures needs Pillow")
+
+pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("train")]
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = (
     "verification_accuracy",

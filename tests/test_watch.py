@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from fused_losses.centers.watch import EXIT_CODE, Mark, RankFailure, RankWatch
 
+pytestmark = pytest.mark.processes
+
 INTERVAL, TIMEOUT, HANG = 0.1, 1.5, 2.0
 BOUND = 4 * INTERVAL
 SLACK = 4.0  # for a machine that others use, too
