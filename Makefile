@@ -1,4 +1,5 @@
-# make venv | train | test | bench | lint: each sets up what it needs in .venv first.
+# make venv | train | check | test | bench | lint: each sets up what it needs in .venv first.
+# make test FULL=1: also what has not changed since it was proven.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,8 @@ BUILD := build/compiled
 CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
   -DCMAKE_BUILD_TYPE=Release
 
-.PHONY: venv train test ctest cuda-host cuda-sanitize gpu-static bench lint clean
+.PHONY: venv train check test ctest cuda-host cuda-sanitize cuda-mutants \
+  kernel-tests gpu-static bench lint types clean
 
 venv: $(VENV)/.built
 
@@ -28,17 +30,32 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 train: venv
 	$(BIN)/fused-losses train $(if $(DATA),--data $(DATA))
 
-test: venv lint ctest cuda-host cuda-sanitize
-	FUSED_LOSSES_REQUIRE_CPU=1 FUSED_LOSSES_CUDA_ON_HOST=1 OMP_WAIT_POLICY=passive \
-	  $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 40
+# an answer within two minutes: one row of each test's table
+check: venv lint
+	OMP_WAIT_POLICY=passive $(PYTEST) --one-row
 
-# the kernels without Python: their own tests under ctest; CTEST="-L ^avx2$$": of one instruction set
-ctest: $(VENV)/.installed
-	$(CONFIGURE) > build-cmake.log 2>&1 \
-	  || { cat build-cmake.log; exit 1; }
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+ON_HOST = FUSED_LOSSES_REQUIRE_CPU=1 FUSED_LOSSES_CUDA_ON_HOST=1 OMP_WAIT_POLICY=passive
+# runs what follows unless its files are those of tests/proven.json
+PROVE = $(BIN)/python -m tools.proofs run $(if $(FULL),--full)
+BEST = $(shell $(BIN)/python -c "from fused_losses import _C; print(_C.capability())")
+
+test: venv lint cuda-host kernel-tests
+	$(CTEST) --tests-regex '_$(BEST)$$'
+	$(ON_HOST) $(PYTEST) --durations 40 -m "not mutants"
+	$(PROVE) ctest:$(BEST) $(CTEST) --exclude-regex '_$(BEST)$$'
+	$(PROVE) sanitizers make cuda-sanitize
+	$(PROVE) mutants make cuda-mutants
+
+# the kernels without Python: their own tests under ctest, on every instruction set
+CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+ctest: kernel-tests
+	$(CTEST)
+
+kernel-tests: $(VENV)/.installed
+	$(CONFIGURE) > build-cmake.log 2>&1 || { cat build-cmake.log; exit 1; }
 	@rm -f build-cmake.log
 	$(BIN)/cmake --build $(BUILD) --parallel 2
-	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure $(CTEST)
 
 # the CUDA kernels built for the host, which executes them with checks (backend "cuda" on CPU tensors)
 cuda-host: $(VENV)/.installed
@@ -54,6 +71,10 @@ cuda-sanitize: venv
 	  FUSED_LOSSES_CUDA_ON_HOST=1 \
 	  FUSED_LOSSES_CUDA_LIBRARY=$(BUILD)/csrc/cuda/host/libfused_losses_cuda_sanitize.so \
 	  $(BIN)/python -m pytest tests/test_cuda_cases.py
+
+# faults planted in the CUDA kernels: the cases notice each
+cuda-mutants: venv
+	$(ON_HOST) $(PYTEST) tests -m mutants
 
 # what every GPU kernel compiles to, without a GPU: writes docs/gpu_static.md, fails on a spill
 gpu-static: venv
@@ -74,6 +95,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+	! grep -q '^.tool.importlinter' pyproject.toml || $(BIN)/lint-imports --no-cache
+
+# the package's type hints: settings in pyproject.toml
+types: $(VENV)/.installed
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build runs fused_losses/*.so
