@@ -392,6 +392,7 @@ COMPILED: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile_without_breaks_for_any_batch_size(name: str, traced: str) -> None:
@@ -421,6 +422,7 @@ def test_compile_without_breaks_for_any_batch_size(name: str, traced: str) -> No
         torch.testing.assert_close(options["margin"].mean, plain["margin"].mean)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compile_does_not_recompile_for_each_batch_size(streamed: str) -> None:
     compiled = torch.compile(
@@ -457,6 +459,7 @@ def test_compile_draws_elastic_margins(traced: str) -> None:
     assert torch.isfinite(first).all() and not torch.equal(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_inductor(traced: str) -> None:
     def loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
