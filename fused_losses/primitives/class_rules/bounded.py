@@ -248,7 +248,7 @@ def backward(
     compact = compact and p.classes is not None
     merged, grads = statistics.to(x.dtype), grad_statistics.to(x.dtype)
     of_targets = grad_targets.to(x.dtype)
-    backward = DISTANCE_MATRIX.op(backend, "backward")
+    backward = DISTANCE_MATRIX.op(backend, "_backward")
     for tile in _tiles(backend, p, x) if need_x or need_weight else ():
         g = _spread(_tile_gradient(p, tile, grads, merged, of_targets), tile, p)
         given = (g, tile.product, x, tile.weight, None, "dot", 2.0, p.precision)

@@ -72,7 +72,7 @@ def class_gradients(
     name = _choose(inputs, backend)
     if name == "reference":
         raise ValueError("backend: expected a streamed one, got 'reference', which autograd serves")
-    op = CLASS_RULES.op(name, "backward")
+    op = CLASS_RULES.op(name, "_backward")
     return op(grad_statistics, grad_targets, statistics, *inputs, compact, need_x, need_weight)
 
 

@@ -54,7 +54,7 @@ def backward(
     dx = torch.empty_like(x) if need_x else p.x.new_empty(0)
     dy = torch.zeros_like(y) if need_y else p.y.new_empty(0)
     dvalues = torch.zeros_like(p.values) if need_values else p.x.new_empty(0)
-    backward = DISTANCE_MATRIX.op(backend, "backward")
+    backward = DISTANCE_MATRIX.op(backend, "_backward")
     for rows in _cuts(p):
         score = _scores(backend, p, x[rows], y)
         slope, of_values = rule.on(backend).gradient(
