@@ -21,9 +21,14 @@ from fused_losses.class_losses import MLCD, ClassLoss, SFace, Softmax, SoftTripl
 from fused_losses.losses.class_loss import class_loss
 from fused_losses.losses.margin_softmax import margin_softmax
 from fused_losses.primitives.class_rules import bounded as class_rules_bounded
-from fused_losses.primitives.class_rules.bounded import class_targets
 from fused_losses.primitives.class_rules.inputs import ClassInputs
-from fused_losses.primitives.class_rules.op import CLASS_RULES, class_gradients, class_statistics
+from fused_losses.primitives.class_rules.op import (
+    CLASS_RULES,
+    CLASS_TARGETS,
+    class_gradients,
+    class_statistics,
+    class_targets,
+)
 from fused_losses.primitives.class_rules.rules import RULES, merge
 
 N, D, C, K, L = 7, 5, 19, 3, 4
@@ -562,7 +567,7 @@ def test_opcheck(rule: str, dtype: torch.dtype, streamed: str) -> None:
         up = torch.rand_like(found[0]), torch.rand_like(found[1]), found[0]
         arguments = (*up, *still, compact, need_x, need_weight)
         torch.library.opcheck(CLASS_RULES.op(streamed, "_backward"), arguments)
-    targets = torch.ops.fused_losses.class_targets.default
+    targets = CLASS_TARGETS.op("bounded")
     torch.library.opcheck(targets, (*still[:3], K, 0.0, True))
 
 

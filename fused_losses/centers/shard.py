@@ -20,9 +20,8 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.validation import NO_TARGET
-from fused_losses.primitives.class_rules.bounded import class_targets
 from fused_losses.primitives.class_rules.inputs import ClassInputs
-from fused_losses.primitives.class_rules.op import class_gradients, class_statistics
+from fused_losses.primitives.class_rules.op import class_gradients, class_statistics, class_targets
 from fused_losses.primitives.class_rules.rules import RULES, merge, nothing
 from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING, Inputs
 from fused_losses.primitives.row_statistics.op import ROW_STATISTICS

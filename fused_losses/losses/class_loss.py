@@ -9,9 +9,8 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import NO_TARGET, describe, meet, no_target
 from fused_losses.class_losses import ClassLoss, MergedRows
-from fused_losses.primitives.class_rules.bounded import class_targets
 from fused_losses.primitives.class_rules.inputs import ClassInputs
-from fused_losses.primitives.class_rules.op import class_statistics
+from fused_losses.primitives.class_rules.op import class_statistics, class_targets
 
 
 def class_loss(

@@ -11,8 +11,9 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
 from fused_losses.base.validation import NO_TARGET
-from fused_losses.primitives.class_rules.inputs import ClassInputs, ClassStatistics
+from fused_losses.primitives.class_rules.inputs import ClassInputs, ClassNeeds, ClassStatistics
 from fused_losses.primitives.class_rules.rules import RULES, merge, nothing
+from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.distances.op import DISTANCE_MATRIX
 
 TILE_BYTES = 2 << 20  # of products and of weights in a tile, together
@@ -42,6 +43,32 @@ def extra_bytes(
     wide = accumulate_dtype(dtype)
     tile = max(tile_bytes(device), _class_bytes(n, d, centers, wide))
     return int(LIVE_TILES * tile) + 4 * n * d * wide.itemsize
+
+
+def workspace(backend: str, p: ClassInputs, needs: ClassNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
+    (n, d), size = p.x.shape, p.dtype.itemsize
+    classes = min(tile_classes(p), p.taking_part)
+    tile = classes * _class_bytes(n, d, p.centers, p.dtype)
+    around = targets_workspace(p.x, p.labels, p.centers) + 4 * n * d * size
+    return int(LIVE_TILES * tile) + around + _product_bytes(backend, p, classes, needs)
+
+
+def targets_workspace(x: Tensor, labels: Tensor, centers: int) -> int:
+    """Bytes of `targets` beyond inputs and outputs, at most."""
+    each = 40 * max(x.shape[1] * centers, 1)
+    return min(labels.numel(), max(1, tile_bytes(x.device) * 5 // 4 // each)) * each
+
+
+def _product_bytes(backend: str, p: ClassInputs, classes: int, needs: ClassNeeds | None) -> int:
+    """Of a tile's products, and of their gradient."""
+    x, weight = (
+        torch.empty((count, p.x.shape[1]), dtype=p.dtype, device="meta")
+        for count in (p.x.shape[0], classes * p.centers)
+    )
+    inputs = DistanceInputs(x, weight, None, "dot", 2.0, p.precision)
+    form = DISTANCE_MATRIX.form(backend)
+    return form.workspace(inputs, needs and DistanceNeeds(needs.x, needs.weight, False))
 
 
 class _Tile(NamedTuple):
@@ -144,7 +171,7 @@ def _fold(kind: str, term: Tensor, positive: Tensor) -> Tensor:
     return top.to(wide) + total.to(wide).log()
 
 
-def _targets(
+def targets(
     x: Tensor, weight: Tensor, labels: Tensor, centers: int, softness: float, normalize: bool
 ) -> Tensor:
     """<x_i, w_y> pooled over the centres, [N, L] in `row_dtype`; 0 where the label is -1.
@@ -166,16 +193,6 @@ def _targets(
         rows = x[of // labels.shape[1]].to(wide)
         out[of] = pool((w * rows[:, None]).sum(dim=2), softness)
     return torch.where(labels < 0, 0, out.view_as(labels))
-
-
-def class_targets(p: ClassInputs) -> Tensor:
-    """Cosines of the rows with their labels, [N, L] in `row_dtype`, 0 where the label is -1.
-
-    Without gradient: for values that the rule needs before the sweep, which gives them again with
-    one. Labels must be in range. Time O(N L K D), memory a tile.
-    """
-    op = torch.ops.fused_losses.class_targets.default
-    return op(p.x.detach(), p.weight.detach(), p.labels, p.centers, p.softness, p.normalize)
 
 
 def _check_ids(p: ClassInputs) -> None:
@@ -205,8 +222,8 @@ def forward(backend: str, p: ClassInputs) -> ClassStatistics:
         place = best.indices + tile.part.start
         hardest = torch.where(better, place if p.classes is None else p.classes[place], hardest)
         hardest_score = torch.where(better, best.values, hardest_score)
-    targets = _targets(p.x, p.weight, p.labels, p.centers, p.softness, p.normalize)
-    return ClassStatistics(statistics, targets, hardest, hardest_score)
+    of_labels = targets(p.x, p.weight, p.labels, p.centers, p.softness, p.normalize)
+    return ClassStatistics(statistics, of_labels, hardest, hardest_score)
 
 
 def _tile_gradient(

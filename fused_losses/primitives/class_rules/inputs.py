@@ -47,6 +47,14 @@ class ClassInputs(NamedTuple):
         return accumulate_dtype(self.weight.dtype)
 
 
+class ClassNeeds(NamedTuple):
+    """The gradients that are asked for."""
+
+    compact: bool  # the weight's has the rows of `classes` only
+    x: bool
+    weight: bool
+
+
 class ClassStatistics(NamedTuple):
     """What the op knows of each row."""
 

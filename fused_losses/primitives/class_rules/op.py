@@ -22,16 +22,18 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import row_dtype
 from fused_losses.base.validation import describe
-from fused_losses.primitives.class_rules.bounded import _targets, backward, forward, gradient_shape
+from fused_losses.primitives.class_rules import bounded
+from fused_losses.primitives.class_rules.bounded import gradient_shape
 from fused_losses.primitives.class_rules.inputs import (
     BACKWARD,
     FORWARD,
     ClassInputs,
+    ClassNeeds,
     ClassStatistics,
 )
 from fused_losses.primitives.class_rules.reference import reference
 from fused_losses.primitives.class_rules.rules import RULES
-from fused_losses.primitives.op import LIBRARY, PYTHON_BACKENDS, StreamedOp
+from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
 
 # ---- what the op is given -----------------------------------------------------------------------
 
@@ -127,77 +129,102 @@ FIELDS = len(ClassInputs._fields)
 TENSORS = ClassInputs._fields.index("rule")  # how many fields, the first ones, are tensors
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    statistics, _, hardest, hardest_score = output
-    ctx.mark_non_differentiable(hardest, hardest_score)
-    ctx.save_for_backward(*inputs[:TENSORS], statistics)
-    ctx.rest = inputs[TENSORS:]
-    ctx.set_materialize_grads(False)
+class ClassRulesOp(StreamedOp):
+    """Classes folded by a rule, with the gradient."""
 
-
-def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-    *tensors, statistics = ctx.saved_tensors
-    of_statistics, of_targets = grads[:2]
-    none = (None,) * (FIELDS - 2)
-    if of_statistics is None and of_targets is None:
-        return None, None, *none
-    if of_statistics is None:
-        of_statistics = torch.zeros_like(statistics)
-    if of_targets is None:
-        of_targets = torch.zeros_like(tensors[2], dtype=statistics.dtype)
-    dx, dweight = backward_op(
-        of_statistics.contiguous(), of_targets.contiguous(), statistics, *tensors, *ctx.rest,
-        False, *needed[:2],
-    )  # fmt: skip
-    return dx if needed[0] else None, dweight if needed[1] else None, *none
-
-
-def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    p = ClassInputs(*arguments)
-    n, wide = p.x.shape[0], row_dtype(p.x.device)
-    return (
-        p.x.new_empty((len(RULES[p.rule].kinds), n), dtype=wide),
-        p.x.new_empty(p.labels.shape, dtype=wide),
-        p.labels.new_empty(n),
-        p.x.new_empty(n, dtype=p.dtype),
-    )
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    p, (compact, need_x, need_weight) = ClassInputs(*arguments[3:-3]), arguments[-3:]
-    return (
-        p.x.new_empty(p.x.shape if need_x else 0),
-        p.weight.new_empty(gradient_shape(p, compact) if need_weight else 0),
-    )
-
-
-def _python(direction: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        if not direction:
-            return tuple(forward(backend, ClassInputs(*arguments)))
-        return backward(backend, *arguments[:3], ClassInputs(*arguments[3:-3]), *arguments[-3:])
-
-
-CLASS_RULES = StreamedOp(
-    name="class_rules",
-    forward=FORWARD,
-    backward=BACKWARD,
-    setup_context=_setup_context,
-    gradients=_gradients,
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    python=_python,
+    name = primitive = "class_rules"
+    schema, backward_schema = FORWARD, BACKWARD
     # rules are Python on the CPU too, its products are the compiled op's
-    python_backends=(*PYTHON_BACKENDS, "cpu"),
-)
+    python_backends = (*PYTHON_BACKENDS, "cpu")
+
+    def setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        statistics, _, hardest, hardest_score = output
+        ctx.mark_non_differentiable(hardest, hardest_score)
+        ctx.save_for_backward(*inputs[:TENSORS], statistics)
+        ctx.rest = inputs[TENSORS:]
+        ctx.set_materialize_grads(False)
+
+    def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+        *tensors, statistics = ctx.saved_tensors
+        of_statistics, of_targets = grads[:2]
+        none = (None,) * (FIELDS - 2)
+        if of_statistics is None and of_targets is None:
+            return None, None, *none
+        if of_statistics is None:
+            of_statistics = torch.zeros_like(statistics)
+        if of_targets is None:
+            of_targets = torch.zeros_like(tensors[2], dtype=statistics.dtype)
+        dx, dweight = backward_op(
+            of_statistics.contiguous(), of_targets.contiguous(), statistics, *tensors, *ctx.rest,
+            False, *needed[:2],
+        )  # fmt: skip
+        return dx if needed[0] else None, dweight if needed[1] else None, *none
+
+    def fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        p = ClassInputs(*arguments)
+        n, wide = p.x.shape[0], row_dtype(p.x.device)
+        return (
+            p.x.new_empty((len(RULES[p.rule].kinds), n), dtype=wide),
+            p.x.new_empty(p.labels.shape, dtype=wide),
+            p.labels.new_empty(n),
+            p.x.new_empty(n, dtype=p.dtype),
+        )
+
+    def fake_backward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        p, (compact, need_x, need_weight) = ClassInputs(*arguments[3:-3]), arguments[-3:]
+        return (
+            p.x.new_empty(p.x.shape if need_x else 0),
+            p.weight.new_empty(gradient_shape(p, compact) if need_weight else 0),
+        )
+
+    def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(bounded.forward(backend, ClassInputs(*arguments)))
+
+    def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        p = ClassInputs(*arguments[3:-3])
+        return bounded.backward(backend, *arguments[:3], p, *arguments[-3:])
+
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        if not direction:
+            return bounded.workspace(backend, ClassInputs(*arguments), None)
+        p, needs = ClassInputs(*arguments[3:-3]), ClassNeeds(*arguments[-3:])
+        return bounded.workspace(backend, p, needs)
+
+
+CLASS_RULES = ClassRulesOp()
 CLASS_RULES.define()
 
-LIBRARY.define(
-    "class_targets(Tensor x, Tensor weight, Tensor labels, int centers, float softness, "
-    "bool normalize) -> Tensor"
-)
-LIBRARY.impl("class_targets", _targets, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "fused_losses::class_targets",
-    lambda x, weight, labels, *_: x.new_empty(labels.shape, dtype=row_dtype(x.device)),
-)
+
+class ClassTargetsOp(StreamedOp):
+    """Cosines of the rows with their labels, without a gradient; on every device the same code."""
+
+    name, primitive = "class_targets", "class_rules"
+    schema = (
+        "(Tensor x, Tensor weight, Tensor labels, int centers, float softness, bool normalize) "
+        "-> Tensor"
+    )
+    python_backends = ("bounded",)
+
+    def forward(self, backend: str, *arguments: Any) -> Tensor:
+        return bounded.targets(*arguments)
+
+    def fake_forward(self, x: Tensor, weight: Tensor, labels: Tensor, *_: Any) -> Tensor:
+        return x.new_empty(labels.shape, dtype=row_dtype(x.device))
+
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        x, _, labels, centers, *_ = arguments
+        return bounded.targets_workspace(x, labels, centers)
+
+
+CLASS_TARGETS = ClassTargetsOp()
+CLASS_TARGETS.define()
+
+
+def class_targets(p: ClassInputs) -> Tensor:
+    """Cosines of the rows with their labels, [N, L] in `row_dtype`, 0 where the label is -1.
+
+    Without gradient: for values that the rule needs before the sweep, which gives them again with
+    one. Labels must be in range. Time O(N L K D), memory a tile.
+    """
+    given = (p.x.detach(), p.weight.detach(), p.labels, p.centers, p.softness, p.normalize)
+    return CLASS_TARGETS("bounded", *given)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.primitives.distances.inputs import FLAT, PRODUCTS, DistanceInputs, DistanceNeeds
 from fused_losses.primitives.distances.kinds import KINDS
 
 BLOCK_BYTES = 4 << 20  # of products, or of terms [rows, columns, D], in a block
@@ -35,6 +36,7 @@ LIVE_BLOCKS = {
     "jaccard": 3,
     "scaled": 9,
 }
+AS_MANY_FORWARD = ("jensenshannon", "kl", *FLAT)  # of the others half as many are alive
 NEAR = 1 / 16
 
 
@@ -44,6 +46,19 @@ def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, kind: str) -> int:
     # a block has one pair at least
     block = max(BLOCK_BYTES, d * size)
     return LIVE_BLOCKS[kind] * block + 4 * (n + m) * (d + 1) * size
+
+
+def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
+    (n, d), m, size = p.x.shape, p.y.shape[0], accumulate_dtype(p.x.dtype).itemsize
+    if p.kind == "dot":
+        # plain products, of rows that may have to be widened
+        widened = (n + m) * d * size if p.x.dtype.itemsize == 2 else 0
+        return widened if needs is None else 2 * widened + max(n, m) * d * size
+    pairs = n * m * (1 if p.kind in PRODUCTS else d)
+    block = max(min(BLOCK_BYTES, pairs * size), d * size)
+    found = LIVE_BLOCKS[p.kind] * block + 4 * (n + m) * (d + 1) * size
+    return found if needs is not None or p.kind in AS_MANY_FORWARD else found // 2
 
 
 def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> Tensor:

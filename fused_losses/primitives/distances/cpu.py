@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fused_losses.backends.cpu.capability import extension
+from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 
 
 def extra_bytes(
@@ -18,3 +19,9 @@ def extra_bytes(
 ) -> int:
     """Peak memory beyond inputs, result and their gradients; of the forward alone if so wanted."""
     return extension().distance_workspace(n, m, d, dtype.itemsize, kind, precision, gradient)
+
+
+def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
+    (n, d), m = p.x.shape, p.y.shape[0]
+    return extra_bytes(n, m, d, p.x.dtype, p.kind, p.precision, needs is not None)

@@ -25,7 +25,7 @@ from fused_losses.backends.cuda.launch import ELEMENTS, launch
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.library_products import ROUNDED, add_product, product
-from fused_losses.primitives.distances.inputs import KINDS, PRODUCTS
+from fused_losses.primitives.distances.inputs import KINDS, PRODUCTS, DistanceInputs, DistanceNeeds
 
 TILE = 64  # rows of a side that a kernel takes at once
 # rows of a side in a block of pairs: 16 MiB of float32, which the L2 of sm_80 keeps
@@ -78,6 +78,12 @@ def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, kind: str) -> int:
     if kind in WITH_PAIRS:
         return block + wide
     return wide + max(PARTIAL_BYTES, 4 * max(n, m) * d)
+
+
+def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
+    (n, d), m = p.x.shape, p.y.shape[0]
+    return extra_bytes(n, m, d, p.x.dtype, p.kind)
 
 
 def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> Tensor:

@@ -32,6 +32,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.primitives.distances import bounded
 from fused_losses.primitives.distances import reference as reference_distances
 from fused_losses.primitives.distances.inputs import (
     BACKWARD,
@@ -40,6 +41,8 @@ from fused_losses.primitives.distances.inputs import (
     KINDS,
     PRODUCTS,
     WEIGHTED,
+    DistanceInputs,
+    DistanceNeeds,
 )
 from fused_losses.primitives.op import StreamedOp, refused
 
@@ -144,76 +147,70 @@ def _check(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precisio
 # ---- the op: autograd and registration ----------------------------------------------------------
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, y, w, *rest = inputs
-    ctx.rest = rest
-    ctx.set_materialize_grads(False)
-    if rest[0] in FLAT:
-        ctx.mark_non_differentiable(output)
-    else:
-        ctx.save_for_backward(x, y, w, output)
+class DistanceMatrixOp(StreamedOp):
+    """A matrix of distances, with its gradient."""
+
+    name, primitive = "distance_matrix", "distances"
+    schema, backward_schema = FORWARD, BACKWARD
+
+    def setup_context(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, y, w, *rest = inputs
+        ctx.rest = rest
+        ctx.set_materialize_grads(False)
+        if rest[0] in FLAT:
+            ctx.mark_non_differentiable(output)
+        else:
+            ctx.save_for_backward(x, y, w, output)
+
+    def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+        if grads[0] is None or ctx.rest[0] in FLAT:
+            return (None,) * 6
+        x, y, w, out = ctx.saved_tensors
+        needs = (needed[0], needed[1], needed[2] and w is not None)
+        found = backward_op(grads[0], out, x, y, w, *ctx.rest, *needs)
+        some = (g if need else None for g, need in zip(found, needs, strict=True))
+        return (*some, None, None, None)
+
+    def fake_forward(self, x: Tensor, y: Tensor, *_: Any) -> Tensor:
+        return x.new_empty((x.shape[0], y.shape[0]), dtype=accumulate_dtype(x.dtype))
+
+    def fake_backward(
+        self, grad: Tensor, out: Tensor, x: Tensor, y: Tensor, w: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(
+            x.new_empty(0) if t is None or not need else t.new_empty(t.shape)
+            for t, need in zip((x, y, w), rest[-3:], strict=True)
+        )
+
+    def setup_second(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        grad, out, x, y, _, kind, _, _, *needs = inputs
+        ctx.kind, ctx.needs = kind, needs
+        ctx.set_materialize_grads(False)
+        if kind in PRODUCTS:
+            ctx.save_for_backward(grad, out, x, y)
+
+    def second(self, ctx: Any, *grads: Tensor | None) -> tuple:
+        """The backward's own derivative, in PyTorch operations that autograd can follow."""
+        if ctx.kind not in PRODUCTS:
+            return refused(f"distance_matrix, kind={ctx.kind!r}")(ctx, *grads)
+        asked = [g if need else None for g, need in zip(grads[:2], ctx.needs[:2], strict=True)]
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            found = bounded.second(*asked, *ctx.saved_tensors, ctx.kind)
+        # grad, out, x, y, then w, kind, p, precision and the three needs
+        return (*found, *(None,) * 7)
+
+    def forward(self, backend: str, *arguments: Any) -> Tensor:
+        return self.form(backend).forward(*arguments)
+
+    def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return self.form(backend).backward(*arguments)
+
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        if not direction:
+            return self.form(backend).workspace(DistanceInputs(*arguments), None)
+        p, needs = DistanceInputs(*arguments[2:-3]), DistanceNeeds(*arguments[-3:])
+        return self.form(backend).workspace(p, needs)
 
 
-def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-    if grads[0] is None or ctx.rest[0] in FLAT:
-        return (None,) * 6
-    x, y, w, out = ctx.saved_tensors
-    needs = (needed[0], needed[1], needed[2] and w is not None)
-    found = backward_op(grads[0], out, x, y, w, *ctx.rest, *needs)
-    some = (g if need else None for g, need in zip(found, needs, strict=True))
-    return (*some, None, None, None)
-
-
-def _setup_second(ctx: Any, inputs: tuple, output: tuple) -> None:
-    grad, out, x, y, _, kind, _, _, *needs = inputs
-    ctx.kind, ctx.needs = kind, needs
-    ctx.set_materialize_grads(False)
-    if kind in PRODUCTS:
-        ctx.save_for_backward(grad, out, x, y)
-
-
-def _second(ctx: Any, *grads: Tensor | None) -> tuple:
-    """The backward's own derivative, in PyTorch operations that can be differentiated further."""
-    if ctx.kind not in PRODUCTS:
-        return refused(f"distance_matrix, kind={ctx.kind!r}")(ctx, *grads)
-    from fused_losses.primitives.distances import bounded as bounded_distances
-
-    asked = [g if need else None for g, need in zip(grads[:2], ctx.needs[:2], strict=True)]
-    with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-        found = bounded_distances.second(*asked, *ctx.saved_tensors, ctx.kind)
-    # grad, out, x, y, then w, kind, p, precision and the three needs
-    return (*found, *(None,) * 7)
-
-
-def _fake_forward(x: Tensor, y: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((x.shape[0], y.shape[0]), dtype=accumulate_dtype(x.dtype))
-
-
-def _fake_backward(
-    grad: Tensor, out: Tensor, x: Tensor, y: Tensor, w: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(
-        x.new_empty(0) if t is None or not need else t.new_empty(t.shape)
-        for t, need in zip((x, y, w), rest[-3:], strict=True)
-    )
-
-
-def _python(direction: str, backend: str, *arguments: Any) -> Any:
-    module = backends.module("distances", backend)
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        return (module.backward if direction else module.forward)(*arguments)
-
-
-DISTANCE_MATRIX = StreamedOp(
-    name="distance_matrix",
-    forward=FORWARD,
-    backward=BACKWARD,
-    setup_context=_setup_context,
-    gradients=_gradients,
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    python=_python,
-    second=_second,
-    second_setup=_setup_second,
-)
+DISTANCE_MATRIX = DistanceMatrixOp()
 DISTANCE_MATRIX.define()

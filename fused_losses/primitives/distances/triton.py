@@ -24,6 +24,7 @@ from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.tiles import Tile
 from fused_losses.backends.triton import launch as base
+from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics.gpu import Problem
 from fused_losses.primitives.row_statistics.inputs import Inputs
@@ -90,6 +91,12 @@ def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp
     """Peak memory of forward and backward beyond inputs, output and gradients, at most."""
     sums = max(PARTIAL_BYTES, 4 * max(n, m) * d)
     return sums + 4 * (n + m) + n * m // 32
+
+
+def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
+    (n, d), m = p.x.shape, p.y.shape[0]
+    return extra_bytes(n, m, d, p.x.dtype, p.precision)
 
 
 def problem(x: Tensor, y: Tensor, precision: str, gradient: bool = False) -> Problem:

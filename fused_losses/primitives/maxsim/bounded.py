@@ -8,8 +8,29 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 
 BLOCK_BYTES = 4 << 20  # of products alive at once
+ROW_BYTES = 64  # of vectors of a token
+LIVE_BLOCKS = 5  # how many such at the peak
+
+
+def workspace(p: MaxsimInputs, needs: MaxsimNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward.
+
+    Documents are taken to be of one length.
+    """
+    (tokens, d), found = p.queries.shape, p.documents.shape[0]
+    size = accumulate_dtype(p.queries.dtype).itemsize
+    around = 4 * tokens * d * size + ROW_BYTES * tokens
+    if p.queries.dtype.itemsize == 2:
+        around += 2 * (tokens + found) * d * size
+    if needs is not None:
+        return around
+    longest = -(-found // max(1, p.document_offsets.shape[0] - 1))
+    rows = min(tokens, BLOCK_BYTES // (256 * size))
+    block = max(min(BLOCK_BYTES, tokens * found * size), rows * longest * size)
+    return LIVE_BLOCKS * block + around
 
 
 def _documents(offsets: Tensor, tokens: int, size: int) -> Iterator[tuple[int, int]]:

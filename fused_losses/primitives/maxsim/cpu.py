@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fused_losses.backends.cpu.capability import extension
+from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 
 
 def extra_bytes(
@@ -13,3 +14,9 @@ def extra_bytes(
     """Peak memory beyond inputs and gradients, besides the index that the forward keeps."""
     tokens = (query_tokens, document_tokens)
     return extension().maxsim_workspace(*tokens, d, dtype.itemsize, precision)
+
+
+def workspace(p: MaxsimInputs, needs: MaxsimNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
+    (tokens, d), found = p.queries.shape, p.documents.shape[0]
+    return extra_bytes(tokens, found, d, p.queries.dtype, p.precision)

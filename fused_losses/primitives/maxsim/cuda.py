@@ -12,12 +12,21 @@ from torch import Tensor
 
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu.library_products import low_dtype, product, scores_precision
+from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 
 TILE_BYTES = 16 << 20  # with its operands it stays in L2 from sm_80 on
 ROW_BLOCK = 4096
 WIDTH = 64  # tiles are a multiple of it wide
 HOST_ROWS, HOST_BYTES = 160, 64 << 10  # in the host execution: several ragged tiles
 TILE_TOKENS = 32  # document tokens that a block owns in the backward: csrc/cuda/maxsim.cu
+
+
+def workspace(p: MaxsimInputs, needs: MaxsimNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
+    (tokens, d), found = p.queries.shape, p.documents.shape[0]
+    count = p.document_offsets.shape[0] - 1
+    rows = 4 * (tokens + found) * d + 64 * (tokens + found + count)
+    return rows + (max(TILE_BYTES, 4 * min(tokens, ROW_BLOCK) * WIDTH) if needs is None else 0)
 
 
 def forward(

@@ -10,18 +10,9 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.primitives.maxsim.inputs import BACKWARD, FORWARD, MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.maxsim.reference import scores
 from fused_losses.primitives.op import StreamedOp
-
-FORWARD = (
-    "(Tensor queries, Tensor documents, Tensor query_offsets, Tensor document_offsets, "
-    "str precision) -> (Tensor scores, Tensor index)"
-)
-BACKWARD = (
-    "(Tensor grad, Tensor index, Tensor queries, Tensor documents, Tensor query_offsets, "
-    "Tensor document_offsets, bool need_queries, bool need_documents) "
-    "-> (Tensor dqueries, Tensor ddocuments)"
-)
 
 
 def maxsim(
@@ -145,57 +136,62 @@ def _flatten(name: str, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Te
 # ---- the op: autograd and registration ----------------------------------------------------------
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:4], output[1])
-    # or backward would be handed zeros of the size of the index
-    ctx.set_materialize_grads(False)
+class MaxsimOp(StreamedOp):
+    """Scores of queries against documents, with their gradient."""
+
+    name = primitive = "maxsim"
+    schema, backward_schema = FORWARD, BACKWARD
+
+    def setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:4], output[1])
+        # or backward would be handed zeros of the size of the index
+        ctx.set_materialize_grads(False)
+
+    def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+        if grads[0] is None:
+            return (None,) * 5
+        queries, documents, query_offsets, document_offsets, index = ctx.saved_tensors
+        inputs = (queries, documents, query_offsets, document_offsets)
+        found = backward_op(grads[0].contiguous(), index, *inputs, *needed[:2])
+        some = (g if need else None for g, need in zip(found, needed[:2], strict=True))
+        return (*some, None, None, None)
+
+    def fake_forward(
+        self,
+        queries: Tensor,
+        documents: Tensor,
+        query_offsets: Tensor,
+        document_offsets: Tensor,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        count = document_offsets.shape[0] - 1
+        scores = queries.new_empty(
+            (query_offsets.shape[0] - 1, count), dtype=accumulate_dtype(queries.dtype)
+        )
+        return scores, queries.new_empty((queries.shape[0], count), dtype=torch.int32)
+
+    def fake_backward(
+        self, grad: Tensor, index: Tensor, queries: Tensor, documents: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        need_queries, need_documents = rest[-2:]
+        return (
+            queries.new_empty(queries.shape if need_queries else 0),
+            documents.new_empty(documents.shape if need_documents else 0),
+        )
+
+    def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return self.form(backend).forward(*arguments)
+
+    def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return self.form(backend).backward(*arguments)
+
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        if not direction:
+            return self.form(backend).workspace(MaxsimInputs(*arguments), None)
+        p, needs = MaxsimInputs(*arguments[2:-2]), MaxsimNeeds(*arguments[-2:])
+        return self.form(backend).workspace(p, needs)
 
 
-def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-    if grads[0] is None:
-        return (None,) * 5
-    queries, documents, query_offsets, document_offsets, index = ctx.saved_tensors
-    inputs = (queries, documents, query_offsets, document_offsets)
-    found = backward_op(grads[0].contiguous(), index, *inputs, *needed[:2])
-    some = (g if need else None for g, need in zip(found, needed[:2], strict=True))
-    return (*some, None, None, None)
-
-
-def _fake_forward(
-    queries: Tensor, documents: Tensor, query_offsets: Tensor, document_offsets: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    count = document_offsets.shape[0] - 1
-    scores = queries.new_empty(
-        (query_offsets.shape[0] - 1, count), dtype=accumulate_dtype(queries.dtype)
-    )
-    return scores, queries.new_empty((queries.shape[0], count), dtype=torch.int32)
-
-
-def _fake_backward(
-    grad: Tensor, index: Tensor, queries: Tensor, documents: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    need_queries, need_documents = rest[-2:]
-    return (
-        queries.new_empty(queries.shape if need_queries else 0),
-        documents.new_empty(documents.shape if need_documents else 0),
-    )
-
-
-def _python(direction: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    module = backends.module("maxsim", backend)
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        return (module.backward if direction else module.forward)(*arguments)
-
-
-MAXSIM = StreamedOp(
-    name="maxsim",
-    forward=FORWARD,
-    backward=BACKWARD,
-    setup_context=_setup_context,
-    gradients=_gradients,
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    python=_python,
-)
+MAXSIM = MaxsimOp()
 MAXSIM.define()

@@ -21,6 +21,7 @@ from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.products import float16_scale
 from fused_losses.backends.gpu.tiles import Tile
 from fused_losses.backends.triton import launch as base
+from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics.gpu import Problem
 from fused_losses.primitives.row_statistics.inputs import Inputs
@@ -112,6 +113,15 @@ def _table(p: Problem) -> Tiles:
 def _plain(p: Problem) -> bool:
     """Whether rows start on a whole vector; else they take more address registers."""
     return all(stride % 16 == 0 for stride in (p.d, p.x.stride(0), p.weight.stride(0)))
+
+
+def workspace(p: MaxsimInputs, needs: MaxsimNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
+    (tokens, d), found = p.queries.shape, p.documents.shape[0]
+    count = p.document_offsets.shape[0] - 1
+    rows = 4 * (tokens + found) * d + 64 * (tokens + found + count)
+    rows += 4 * (p.query_offsets.shape[0] - 1) * count  # a gradient of float16 scores, scaled
+    return rows + (max(4 * tokens, min(BEST_BYTES, 4 * tokens * count)) if needs is None else 0)
 
 
 def forward(

@@ -29,12 +29,28 @@ from fused_losses.primitives.pairs.inputs import (
 BLOCK_BYTES = 2 << 20  # of scores in a block
 LIVE_BLOCKS = 12  # how many such are alive at the peak (tests/test_pair_memory.py)
 BLOCK_ROWS = 512
+VECTOR_BYTES = 200  # of a row or column
 
 
 def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients."""
     size = 8 if dtype == torch.float64 else 4
     return LIVE_BLOCKS * BLOCK_BYTES + 3 * (n + m) * d * size + 200 * (n + m)
+
+
+def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward.
+
+    width: of an attention's values.
+    """
+    (n, d), m, size = p.x.shape, p.y.shape[0], accumulate_dtype(p.x.dtype).itemsize
+    block = min(n, BLOCK_ROWS) * min(m, block_columns(n, size)) * size
+    return LIVE_BLOCKS * block + (n + m) * (3 * (d + width) * size + VECTOR_BYTES)
+
+
+def block_columns(n: int, size: int) -> int:
+    """How many columns a block of n rows has, of elements of so many bytes."""
+    return max(16, BLOCK_BYTES // (min(max(n, 1), BLOCK_ROWS) * size))
 
 
 class Block:
@@ -133,8 +149,7 @@ def both_sides(p: PairInputs) -> PairInputs:
 
 def cuts(p: PairInputs) -> Iterator[tuple[slice, slice]]:
     n, m = p.x.shape[0], p.y.shape[0]
-    size = 8 if p.x.dtype == torch.float64 else 4
-    wide = max(16, BLOCK_BYTES // (min(max(n, 1), BLOCK_ROWS) * size))
+    wide = block_columns(n, accumulate_dtype(p.x.dtype).itemsize)
     for i in range(0, n, BLOCK_ROWS):
         for j in range(0, m, wide):
             rows, cols = slice(i, min(i + BLOCK_ROWS, n)), slice(j, min(j + wide, m))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fused_losses.backends.cpu.capability import extension
+from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
 
 
 def extra_bytes(
@@ -15,3 +16,12 @@ def extra_bytes(
     width: of the values, in an attention. With everything asked for.
     """
     return extension().pair_workspace(n, m, d, dtype.itemsize, precision, width)
+
+
+def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer.
+
+    width: of an attention's values.
+    """
+    (n, d), m = p.x.shape, p.y.shape[0]
+    return extra_bytes(n, m, d, p.x.dtype, p.precision, width)

@@ -55,6 +55,15 @@ def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp
     return TILE_BYTES + parts + 2 * MAX_CHUNK * d * 4 + 3 * (n + m) * d * 4 + 200 * (n + m)
 
 
+def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer.
+
+    width: of an attention's values.
+    """
+    (n, d), m = p.x.shape, p.y.shape[0]
+    return extra_bytes(n, m, d + width, p.x.dtype, p.precision)
+
+
 @dataclass(frozen=True)
 class Sweep:
     """One call as the kernels want it."""

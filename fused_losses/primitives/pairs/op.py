@@ -33,6 +33,7 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.base.validation import describe
 from fused_losses.primitives.op import StreamedOp
+from fused_losses.primitives.pairs import bounded
 from fused_losses.primitives.pairs import reference as reference_pairs
 from fused_losses.primitives.pairs.inputs import (
     BEFORE,
@@ -147,92 +148,7 @@ def _named(statistics: Tensor) -> PairStatistics:
     )
 
 
-# ---- autograd: each kind has a first tensor block, the inputs, and what follows them ------------
-
-
-def _setup_context(ctx: Any, arguments: tuple, output: tuple) -> None:
-    tensors = [a if isinstance(a, Tensor) else None for a in arguments]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.rest = [None if isinstance(a, Tensor) else a for a in arguments]
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(kind: str, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-    """Gradients of the forward op's arguments, in their order."""
-    count = len(ctx.rest)
-    # read once: a checkpoint unpacks what was saved a single time
-    saved = ctx.saved_tensors
-    arguments = [
-        rest if tensor is None else tensor
-        for tensor, rest in zip(saved[:count], ctx.rest, strict=True)
-    ]
-    output = saved[count:]
-    at = BEFORE[kind]
-    # of statistics value and total only: the others are counts
-    part = slice(2) if kind == "pair_statistics" else slice(None)
-    grads = [
-        torch.zeros_like(o[part]) if g is None else g[part].contiguous()
-        for g, o in zip(grads, output, strict=True)
-    ]
-    needs = [needed[i] for i in range(at)] + [needed[at + i] for i in DIFFERENTIABLE]
-    triangle = arguments[at + PairInputs._fields.index("triangle")]
-    if triangle:
-        needs[at + 1] = needs[at + 4] = False
-    out = backward_op(*grads, *output, *arguments, *needs)
-    out = [g if need else None for g, need in zip(out, needs, strict=True)]
-    return (*out, *[None] * (count - len(out)))
-
-
-def _setup_second(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in inputs])
-    ctx.rest = [None if isinstance(a, Tensor) else a for a in inputs]
-
-
-def _second(kind: str, ctx: Any, *grads: Tensor | None) -> tuple:
-    """The backward op's own derivative, through the pure-PyTorch path, tile by tile."""
-    from fused_losses.primitives.pairs import bounded as bounded_pairs
-
-    arguments = [
-        rest if tensor is None else tensor
-        for tensor, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)
-    ]
-    wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-    further = torch.is_grad_enabled()
-    with torch.enable_grad():
-        leaves = {i: arguments[i].view_as(arguments[i]) for i in wanted}
-        replaced = [leaves.get(i, a) for i, a in enumerate(arguments)]
-        outputs = bounded_pairs.differentiable_backward(kind, replaced)
-        pairs = [
-            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
-        ]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            list(leaves.values()),
-            [g for _, g in pairs],
-            allow_unused=True,
-            create_graph=further,
-        )
-    out: list[Tensor | None] = [None] * len(arguments)
-    for i, g in zip(leaves, found, strict=True):
-        out[i] = g
-    return tuple(out)
-
-
-# ---- registration -------------------------------------------------------------------------------
-
-
-def _fake_statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
-    _, p, (_, cols) = sorted_out("pair_statistics", arguments)
-    new = dict(dtype=row_dtype(p.x.device))
-    rows = p.x.new_empty((4, 2, p.x.shape[0]), **new)
-    return rows, p.x.new_empty((4, 2, p.y.shape[0] if cols else 0), **new)
-
-
-def _fake_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    (values,), p, _ = sorted_out("pair_attention", arguments)
-    n = p.x.shape[0]
-    out = p.x.new_empty((n, values.shape[1]), dtype=accumulate_dtype(p.x.dtype))
-    return out, p.x.new_empty(n, dtype=row_dtype(p.x.device))
+# ---- the ops: each has some tensors first, then the inputs, then what follows them --------------
 
 
 def _empty_gradients(p: PairInputs, needs: PairNeeds) -> tuple[Tensor, ...]:
@@ -243,67 +159,145 @@ def _empty_gradients(p: PairInputs, needs: PairNeeds) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_statistics_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    _, p, (_, _, *needs) = sorted_out("pair_statistics_backward", arguments)
-    return _empty_gradients(p, PairNeeds(*needs))
-
-
-def _fake_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    before, p, (_, need_values, *needs) = sorted_out("pair_attention_backward", arguments)
-    values = before[-1]
-    dvalues = values.new_empty(values.shape if need_values else 0)
-    return dvalues, *_empty_gradients(p, PairNeeds(*needs))
-
-
-_FAKES = {
-    "pair_statistics": _fake_statistics,
-    "pair_statistics_backward": _fake_statistics_backward,
-    "pair_attention": _fake_attention,
-    "pair_attention_backward": _fake_attention_backward,
-}
-
-
 def _padded(found: tuple, p: PairInputs) -> tuple[Tensor, ...]:
     """Python backends say None for what was not asked; an op must return tensors."""
     return tuple(p.x.new_empty(0) if g is None else g for g in found)
 
 
-def python_op(kind: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    """Runs an op of a backend written in Python, its arguments sorted out."""
-    module = backends.module("pairs", backend)
-    before, p, after = sorted_out(kind, arguments)
-    # a product inside a kernel is ours to round, also where autocast surrounds the backward
-    with torch.autocast(p.x.device.type, enabled=False):
-        if kind == "pair_statistics":
-            return module.statistics(p, *after)
-        if kind == "pair_attention":
-            return module.attention(*before, p, *after)
-        if kind == "pair_statistics_backward":
-            reduction, cols, *needs = after
-            found = module.statistics_backward(*before, p, reduction, cols, PairNeeds(*needs))
-            return _padded(found, p)
-        positives, need_values, *needs = after
-        found = module.attention_backward(*before, p, positives, need_values, PairNeeds(*needs))
-        return _padded(found, p)
+class PairsOp(StreamedOp):
+    """What both ops share: they differ in what comes before and after PairInputs."""
+
+    primitive = "pairs"
+
+    def setup_context(self, ctx: Any, arguments: tuple, output: tuple) -> None:
+        tensors = [a if isinstance(a, Tensor) else None for a in arguments]
+        ctx.save_for_backward(*tensors, *output)
+        ctx.rest = [None if isinstance(a, Tensor) else a for a in arguments]
+        ctx.set_materialize_grads(False)
+
+    def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+        """Gradients of the forward op's arguments, in their order."""
+        count = len(ctx.rest)
+        # read once: a checkpoint unpacks what was saved a single time
+        saved = ctx.saved_tensors
+        arguments = [
+            rest if tensor is None else tensor
+            for tensor, rest in zip(saved[:count], ctx.rest, strict=True)
+        ]
+        output = saved[count:]
+        at = BEFORE[self.name]
+        # of statistics value and total only: the others are counts
+        part = slice(2) if self.name == "pair_statistics" else slice(None)
+        grads = [
+            torch.zeros_like(o[part]) if g is None else g[part].contiguous()
+            for g, o in zip(grads, output, strict=True)
+        ]
+        needs = [needed[i] for i in range(at)] + [needed[at + i] for i in DIFFERENTIABLE]
+        triangle = arguments[at + PairInputs._fields.index("triangle")]
+        if triangle:
+            needs[at + 1] = needs[at + 4] = False
+        out = backward_op(*grads, *output, *arguments, *needs)
+        out = [g if need else None for g, need in zip(out, needs, strict=True)]
+        return (*out, *[None] * (count - len(out)))
+
+    def setup_second(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in inputs])
+        ctx.rest = [None if isinstance(a, Tensor) else a for a in inputs]
+
+    def second(self, ctx: Any, *grads: Tensor | None) -> tuple:
+        """The backward op's own derivative, through the pure-PyTorch path, tile by tile."""
+        arguments = [
+            rest if tensor is None else tensor
+            for tensor, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)
+        ]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+        further = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaves = {i: arguments[i].view_as(arguments[i]) for i in wanted}
+            replaced = [leaves.get(i, a) for i, a in enumerate(arguments)]
+            outputs = bounded.differentiable_backward(self.name, replaced)
+            pairs = [
+                (o, g)
+                for o, g in zip(outputs, grads, strict=True)
+                if g is not None and o.requires_grad
+            ]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                list(leaves.values()),
+                [g for _, g in pairs],
+                allow_unused=True,
+                create_graph=further,
+            )
+        out: list[Tensor | None] = [None] * len(arguments)
+        for i, g in zip(leaves, found, strict=True):
+            out[i] = g
+        return tuple(out)
 
 
-def _streamed(kind: str) -> StreamedOp:
-    """Both ops differ only in what comes before and after PairInputs."""
-    return StreamedOp(
-        name=kind,
-        forward=SCHEMAS[kind],
-        backward=SCHEMAS[f"{kind}_backward"],
-        setup_context=_setup_context,
-        gradients=lambda *a: _gradients(kind, *a),
-        fake_forward=_FAKES[kind],
-        fake_backward=_FAKES[f"{kind}_backward"],
-        python=lambda direction, backend, *a: python_op(kind + direction, backend, *a),
-        second=lambda ctx, *grads: _second(kind, ctx, *grads),
-        second_setup=_setup_second,
-    )
+class PairStatisticsOp(PairsOp):
+    """`pair_statistics` on a backend."""
+
+    name = "pair_statistics"
+    schema, backward_schema = SCHEMAS["pair_statistics"], SCHEMAS["pair_statistics_backward"]
+
+    def fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        _, p, (_, cols) = sorted_out(self.name, arguments)
+        new = dict(dtype=row_dtype(p.x.device))
+        rows = p.x.new_empty((4, 2, p.x.shape[0]), **new)
+        return rows, p.x.new_empty((4, 2, p.y.shape[0] if cols else 0), **new)
+
+    def fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        _, p, (_, _, *needs) = sorted_out(f"{self.name}_backward", arguments)
+        return _empty_gradients(p, PairNeeds(*needs))
+
+    def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        _, p, after = sorted_out(self.name, arguments)
+        return self.form(backend).statistics(p, *after)
+
+    def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        before, p, (reduction, cols, *needs) = sorted_out(f"{self.name}_backward", arguments)
+        run = self.form(backend).statistics_backward
+        return _padded(run(*before, p, reduction, cols, PairNeeds(*needs)), p)
+
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        _, p, (_, _, *needs) = sorted_out(self.name + direction, arguments)
+        return self.form(backend).workspace(p, PairNeeds(*needs) if direction else None)
 
 
-PAIR_STATISTICS = _streamed("pair_statistics")
-PAIR_ATTENTION = _streamed("pair_attention")
+class PairAttentionOp(PairsOp):
+    """`pair_attention` on a backend."""
+
+    name = "pair_attention"
+    schema, backward_schema = SCHEMAS["pair_attention"], SCHEMAS["pair_attention_backward"]
+
+    def fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        (values,), p, _ = sorted_out(self.name, arguments)
+        n = p.x.shape[0]
+        out = p.x.new_empty((n, values.shape[1]), dtype=accumulate_dtype(p.x.dtype))
+        return out, p.x.new_empty(n, dtype=row_dtype(p.x.device))
+
+    def fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        before, p, (_, need_values, *needs) = sorted_out(f"{self.name}_backward", arguments)
+        values = before[-1]
+        dvalues = values.new_empty(values.shape if need_values else 0)
+        return dvalues, *_empty_gradients(p, PairNeeds(*needs))
+
+    def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        before, p, after = sorted_out(self.name, arguments)
+        return self.form(backend).attention(*before, p, *after)
+
+    def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        before, p, (positives, need_values, *needs) = sorted_out(f"{self.name}_backward", arguments)
+        run = self.form(backend).attention_backward
+        return _padded(run(*before, p, positives, need_values, PairNeeds(*needs)), p)
+
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        before, p, (_, *rest) = sorted_out(self.name + direction, arguments)
+        needs = PairNeeds(*rest[1:]) if direction else None
+        return self.form(backend).workspace(p, needs, before[-1].shape[1])
+
+
+PAIR_STATISTICS = PairStatisticsOp()
+PAIR_ATTENTION = PairAttentionOp()
 PAIR_STATISTICS.define()
 PAIR_ATTENTION.define()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
+from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.distances.op import DISTANCE_MATRIX
-from fused_losses.primitives.row_rules.inputs import SCORES, RowInputs, block
+from fused_losses.primitives.row_rules.inputs import SCORES, RowInputs, RowNeeds, block
 from fused_losses.primitives.row_rules.rules import RULES
 
 BLOCK_BYTES = 2 << 20  # of scores in a block
@@ -21,12 +22,36 @@ def block_bytes(device: torch.device) -> int:
     return GPU_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
 
 
-def _cuts(p: RowInputs) -> Iterator[slice]:
-    n, m = p.x.shape[0], p.y.shape[0]
+def _tall(p: RowInputs) -> int:
+    """Rows of a block."""
     size = accumulate_dtype(p.x.dtype).itemsize
-    tall = max(1, block_bytes(p.x.device) // (max(m, 1) * size))
+    return max(1, block_bytes(p.x.device) // (max(p.y.shape[0], 1) * size))
+
+
+def _cuts(p: RowInputs) -> Iterator[slice]:
+    n, tall = p.x.shape[0], _tall(p)
     for i in range(0, n, tall):
         yield slice(i, min(i + tall, n))
+
+
+def workspace(backend: str, p: RowInputs, needs: RowNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
+    (n, d), m, dtype = p.x.shape, p.y.shape[0], accumulate_dtype(p.x.dtype)
+    tall = min(n, _tall(p))
+    block = tall * m * dtype.itemsize
+    rows = 2 * (n + m) * d * dtype.itemsize
+    return RULES[p.rule].on(backend).blocks * block + rows + _score_bytes(backend, p, tall, needs)
+
+
+def _score_bytes(backend: str, p: RowInputs, tall: int, needs: RowNeeds | None) -> int:
+    """Of a block's scores, and of their gradient."""
+    x, y = (
+        torch.empty((count, p.x.shape[1]), dtype=accumulate_dtype(p.x.dtype), device="meta")
+        for count in (tall, p.y.shape[0])
+    )
+    inputs = DistanceInputs(x, y, None, SCORES[p.score][0], 2.0, p.precision)
+    form = DISTANCE_MATRIX.form(backend)
+    return form.workspace(inputs, needs and DistanceNeeds(needs.x, needs.y, False))
 
 
 def _scores(backend: str, p: RowInputs, x: Tensor, y: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Compiled(NamedTuple):
 
     forward: Callable[[Block], Tensor]
     gradient: Callable[[Block, Tensor], tuple[Tensor, Tensor | None]]
+    blocks: int  # as a rule's
 
 
 class Rule(NamedTuple):
@@ -49,6 +50,7 @@ class Rule(NamedTuple):
     formula: Callable[[Block], Tensor]  # [B, S]
     forward: Callable[[Block], Tensor]
     gradient: Callable[[Block, Tensor], tuple[Tensor, Tensor | None]] | None
+    blocks: int = 14  # of a block's scores, how many are alive at the peak
     compiled: Mapping[str, Compiled] = MappingProxyType({})  # of a backend
 
     def on(self, backend: str) -> Rule | Compiled:
@@ -92,6 +94,14 @@ class RowInputs(NamedTuple):
     score: str = "euclidean"  # a name in SCORES
     skip_self: bool = False  # leave out i == j
     precision: str = "fp32"
+
+
+class RowNeeds(NamedTuple):
+    """The gradients that are asked for."""
+
+    x: bool
+    y: bool
+    values: bool
 
 
 def block(p: RowInputs, score: Tensor, rows: slice) -> Block:

@@ -21,8 +21,14 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import row_dtype
 from fused_losses.base.validation import describe
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
-from fused_losses.primitives.row_rules.bounded import backward, forward
-from fused_losses.primitives.row_rules.inputs import BACKWARD, FORWARD, SCORES, RowInputs
+from fused_losses.primitives.row_rules import bounded
+from fused_losses.primitives.row_rules.inputs import (
+    BACKWARD,
+    FORWARD,
+    SCORES,
+    RowInputs,
+    RowNeeds,
+)
 from fused_losses.primitives.row_rules.reference import reference
 from fused_losses.primitives.row_rules.rules import RULES
 
@@ -83,17 +89,6 @@ def _check(p: RowInputs) -> None:
         validation.check_device("x", p.x, "values", p.values)
 
 
-# ---- blocks of rows -----------------------------------------------------------------------------
-
-
-def _python(direction: str, backend: str, *arguments: Any) -> Any:
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        if not direction:
-            return forward(backend, RowInputs(*arguments))
-        grad, *inputs = arguments
-        return backward(backend, grad, RowInputs(*inputs[:FIELDS]), *inputs[FIELDS:])
-
-
 # ---- the op: autograd and registration ----------------------------------------------------------
 
 FIELDS = len(RowInputs._fields)
@@ -101,50 +96,56 @@ TENSORS = RowInputs._fields.index("rule")  # how many fields, the first ones, ar
 VALUES = RowInputs._fields.index("values")
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:TENSORS])
-    ctx.rest = inputs[TENSORS:]
-    if RULES[inputs[TENSORS]].gradient is None:
-        ctx.mark_non_differentiable(output)
-    ctx.set_materialize_grads(False)
+class RowLossesOp(StreamedOp):
+    """Rows of scores folded by a rule, with the gradient."""
 
-
-def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-    if grads[0] is None:
-        return (None,) * FIELDS
-    needs = (needed[0], needed[1], needed[VALUES])
-    found = backward_op(grads[0].contiguous(), *ctx.saved_tensors, *ctx.rest, *needs)
-    out: list[Tensor | None] = [None] * FIELDS
-    for at, need, gradient in zip((0, 1, VALUES), needs, found, strict=True):
-        out[at] = gradient if need else None
-    return tuple(out)
-
-
-def _fake_forward(*arguments: Any) -> Tensor:
-    p = RowInputs(*arguments)
-    size = (p.x.shape[0], RULES[p.rule].size(list(p.params)))
-    return p.x.new_empty(size, dtype=row_dtype(p.x.device))
-
-
-def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    p, (need_x, need_y, need_values) = RowInputs(*arguments[:FIELDS]), arguments[FIELDS:]
-    return (
-        p.x.new_empty(p.x.shape if need_x else 0),
-        p.y.new_empty(p.y.shape if need_y else 0),
-        torch.empty_like(p.values) if need_values else p.x.new_empty(0),
-    )
-
-
-ROW_LOSSES = StreamedOp(
-    name="row_losses",
-    forward=FORWARD,
-    backward=BACKWARD,
-    setup_context=_setup_context,
-    gradients=_gradients,
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    python=_python,
+    name, primitive = "row_losses", "row_rules"
+    schema, backward_schema = FORWARD, BACKWARD
     # rules are Python on the CPU too, its scores are the compiled op's
-    python_backends=(*PYTHON_BACKENDS, "cpu"),
-)
+    python_backends = (*PYTHON_BACKENDS, "cpu")
+
+    def setup_context(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:TENSORS])
+        ctx.rest = inputs[TENSORS:]
+        if RULES[inputs[TENSORS]].gradient is None:
+            ctx.mark_non_differentiable(output)
+        ctx.set_materialize_grads(False)
+
+    def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+        if grads[0] is None:
+            return (None,) * FIELDS
+        needs = (needed[0], needed[1], needed[VALUES])
+        found = backward_op(grads[0].contiguous(), *ctx.saved_tensors, *ctx.rest, *needs)
+        out: list[Tensor | None] = [None] * FIELDS
+        for at, need, gradient in zip((0, 1, VALUES), needs, found, strict=True):
+            out[at] = gradient if need else None
+        return tuple(out)
+
+    def fake_forward(self, *arguments: Any) -> Tensor:
+        p = RowInputs(*arguments)
+        size = (p.x.shape[0], RULES[p.rule].size(list(p.params)))
+        return p.x.new_empty(size, dtype=row_dtype(p.x.device))
+
+    def fake_backward(self, grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        p, (need_x, need_y, need_values) = RowInputs(*arguments[:FIELDS]), arguments[FIELDS:]
+        return (
+            p.x.new_empty(p.x.shape if need_x else 0),
+            p.y.new_empty(p.y.shape if need_y else 0),
+            torch.empty_like(p.values) if need_values else p.x.new_empty(0),
+        )
+
+    def forward(self, backend: str, *arguments: Any) -> Tensor:
+        return bounded.forward(backend, RowInputs(*arguments))
+
+    def backward(self, backend: str, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return bounded.backward(backend, grad, RowInputs(*rest[:FIELDS]), *rest[FIELDS:])
+
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        if not direction:
+            return bounded.workspace(backend, RowInputs(*arguments), None)
+        p, needs = RowInputs(*arguments[1:-3]), RowNeeds(*arguments[-3:])
+        return bounded.workspace(backend, p, needs)
+
+
+ROW_LOSSES = RowLossesOp()
 ROW_LOSSES.define()

@@ -153,7 +153,7 @@ def triplets_by(kernels: ModuleType) -> Compiled:
             return triplets_gradient(b, grad)
         return kernels.slope(grad[:, 0], b.score, b.positive, b.negative, margin, kind), None
 
-    return Compiled(forward, gradient)
+    return Compiled(forward, gradient, 14)
 
 
 def _count_both(b: Block) -> Tensor:

@@ -17,7 +17,8 @@ from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, u
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 
 TILE_BYTES = 3 << 20  # of scores and of weights in a tile, together
-LIVE_TILES = 3.7  # how many such are alive at the peak, in backward (tests/test_memory.py)
+ROW_BYTES = 200  # of vectors
+LIVE_TILES = 4.2  # how many such are alive at the peak, in backward (tests/test_memory.py)
 
 
 def tile_classes(n: int, d: int, element_size: int) -> int:
@@ -28,6 +29,15 @@ def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> 
     """Peak memory of forward and backward beyond inputs and gradients."""
     size = 8 if dtype == torch.float64 else 4
     return int(LIVE_TILES * tile_classes(n, d, size) * (n + d) * size) + 3 * n * d * size
+
+
+def workspace(p: Inputs, needs: Needs | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
+    (n, d), dtype = p.x.shape, accumulate_dtype(p.x.dtype)
+    total = p.weight.shape[0] if p.classes is None else p.classes.shape[0]
+    tile = min(tile_classes(n, d, dtype.itemsize), total) * (n + d) * dtype.itemsize
+    gathered = min(TILE_BYTES, 32 * n * d)  # of targets
+    return int(LIVE_TILES * max(tile, gathered)) + n * (3 * d * dtype.itemsize + ROW_BYTES)
 
 
 @dataclass

@@ -79,6 +79,11 @@ def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
     return max(_extra_bytes(s, n, d, host) for a, s in SIZES.items() if host == (a == "interpret"))
 
 
+def workspace(p: Inputs, needs: Needs | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
+    return extra_bytes(*p.x.shape, p.weight.dtype, p.precision)
+
+
 def _extra_bytes(sizes: Sizes, n: int, d: int, host: bool) -> int:
     block = max(1, min(n, sizes.rows))
     chunk = sizes.chunk(block, sizes.classes)

@@ -14,7 +14,6 @@ when p rounds to 1. Backward recomputes the scores tile by tile: G_ij = dlse_i e
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -90,48 +89,6 @@ def row_statistics(
     return RowStatistics(*out[:5])
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, labels, classes, bias, column_weight, *settings, bend, _ = inputs
-    lse, _, _, hardest, hardest_score, kept = output
-    ctx.mark_non_differentiable(hardest, hardest_score, kept)
-    ctx.save_for_backward(x, weight, labels, classes, bias, column_weight, lse, kept, bend)
-    ctx.settings = settings
-    # or backward would be handed zeros of the size of `kept`, as large as the whole budget
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-    x, weight, labels, classes, bias, column_weight, lse, kept, bend = ctx.saved_tensors
-    normalize, weighted, precision = ctx.settings
-    grad_lse, grad_target, grad_weighted = (
-        torch.zeros_like(lse) if grad is None else grad for grad in grads[:3]
-    )
-    need_x, need_weight, _, _, need_bias = needed[:5]
-    dx, dweight, dbias = backward_op(
-        grad_lse.contiguous(),
-        grad_target.contiguous(),
-        grad_weighted.contiguous() if weighted else None,
-        x,
-        weight,
-        labels,
-        classes,
-        bias,
-        column_weight,
-        lse,
-        kept,
-        normalize,
-        weighted,
-        precision,
-        bend,
-        False,
-        need_x,
-        need_weight,
-        need_bias,
-    )
-    some = (dx if need_x else None, dweight if need_weight else None)
-    return (*some, None, None, dbias if need_bias else None, None, None, None, None, None, None)
-
-
 class RowStatisticsFunction:
     """The primitive as an autograd Function, for code that composes Functions by hand."""
 
@@ -141,70 +98,100 @@ class RowStatisticsFunction:
         return StreamedFunction.apply(ROW_STATISTICS, backend, *inputs)
 
 
-def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    p, kept_classes = Inputs(*arguments[:-1]), arguments[-1]
-    x, weight = p.x, p.weight
-    n = x.shape[0]
-    dtype = accumulate_dtype(weight.dtype)
-    row = x.new_empty(n, dtype=row_dtype(weight.device))
-    return (
-        row,
-        torch.empty_like(row),
-        x.new_empty(n if p.weighted else 0, dtype=dtype),
-        torch.empty_like(p.labels, dtype=torch.int64),
-        x.new_empty(n, dtype=dtype),
-        x.new_empty((kept_classes, _padded(n)), dtype=dtype),
-    )
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    p, _, _, _, needs = backward_arguments(arguments)
-    return (
-        p.x.new_empty(p.x.shape if needs.x else 0),
-        p.weight.new_empty(gradient_shape(p, needs) if needs.weight else 0),
-        p.bias.new_empty(p.bias.shape) if needs.bias else p.weight.new_empty(0),
-    )
-
-
-def _python_forward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    module: ModuleType = backends.module("row_statistics", backend)
-    p = Inputs(*arguments[:-1])
-    # a product inside a kernel is ours to round, also where autocast surrounds the backward
-    with torch.autocast(p.x.device.type, enabled=False):
-        lse, target, *rest = module.forward(p)
-    wide = row_dtype(p.weight.device)
-    kept = rest[-1].new_empty((0, _padded(p.x.shape[0])))
-    return (lse.to(wide), target.to(wide), *rest, kept)
-
-
-def _python_backward(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    module: ModuleType = backends.module("row_statistics", backend)
-    p, lse, _, grads, needs = backward_arguments(arguments)
-    narrow = accumulate_dtype(p.weight.dtype)
-    grads = grads._replace(lse=grads.lse.to(narrow), target=grads.target.to(narrow))
-    with torch.autocast(p.weight.device.type, enabled=False):
-        out = module.backward(p, lse.to(narrow), grads, needs)
-    return tuple(p.weight.new_empty(0) if g is None else g for g in out)
-
-
 def _padded(n: int) -> int:
     return (n + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
 
 
-def _python(direction: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    run = _python_backward if direction else _python_forward
-    return run(backend, *arguments)
+class RowStatisticsOp(StreamedOp):
+    """Statistics of rows over classes, with their gradient."""
+
+    name = primitive = "row_statistics"
+    schema, backward_schema = FORWARD, BACKWARD
+
+    def setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, weight, labels, classes, bias, column_weight, *settings, bend, _ = inputs
+        lse, _, _, hardest, hardest_score, kept = output
+        ctx.mark_non_differentiable(hardest, hardest_score, kept)
+        ctx.save_for_backward(x, weight, labels, classes, bias, column_weight, lse, kept, bend)
+        ctx.settings = settings
+        # or backward would be handed zeros of the size of `kept`, as large as the whole budget
+        ctx.set_materialize_grads(False)
+
+    def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+        x, weight, labels, classes, bias, column_weight, lse, kept, bend = ctx.saved_tensors
+        normalize, weighted, precision = ctx.settings
+        grad_lse, grad_target, grad_weighted = (
+            torch.zeros_like(lse) if grad is None else grad for grad in grads[:3]
+        )
+        need_x, need_weight, _, _, need_bias = needed[:5]
+        dx, dweight, dbias = backward_op(
+            grad_lse.contiguous(),
+            grad_target.contiguous(),
+            grad_weighted.contiguous() if weighted else None,
+            x,
+            weight,
+            labels,
+            classes,
+            bias,
+            column_weight,
+            lse,
+            kept,
+            normalize,
+            weighted,
+            precision,
+            bend,
+            False,
+            need_x,
+            need_weight,
+            need_bias,
+        )
+        some = (dx if need_x else None, dweight if need_weight else None)
+        return (*some, None, None, dbias if need_bias else None, None, None, None, None, None, None)
+
+    def fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        p, kept_classes = Inputs(*arguments[:-1]), arguments[-1]
+        x, weight = p.x, p.weight
+        n = x.shape[0]
+        dtype = accumulate_dtype(weight.dtype)
+        row = x.new_empty(n, dtype=row_dtype(weight.device))
+        return (
+            row,
+            torch.empty_like(row),
+            x.new_empty(n if p.weighted else 0, dtype=dtype),
+            torch.empty_like(p.labels, dtype=torch.int64),
+            x.new_empty(n, dtype=dtype),
+            x.new_empty((kept_classes, _padded(n)), dtype=dtype),
+        )
+
+    def fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        p, _, _, _, needs = backward_arguments(arguments)
+        return (
+            p.x.new_empty(p.x.shape if needs.x else 0),
+            p.weight.new_empty(gradient_shape(p, needs) if needs.weight else 0),
+            p.bias.new_empty(p.bias.shape) if needs.bias else p.weight.new_empty(0),
+        )
+
+    def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        p = Inputs(*arguments[:-1])
+        lse, target, *rest = self.form(backend).forward(p)
+        wide = row_dtype(p.weight.device)
+        kept = rest[-1].new_empty((0, _padded(p.x.shape[0])))
+        return (lse.to(wide), target.to(wide), *rest, kept)
+
+    def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        p, lse, _, grads, needs = backward_arguments(arguments)
+        narrow = accumulate_dtype(p.weight.dtype)
+        grads = grads._replace(lse=grads.lse.to(narrow), target=grads.target.to(narrow))
+        out = self.form(backend).backward(p, lse.to(narrow), grads, needs)
+        return tuple(p.weight.new_empty(0) if g is None else g for g in out)
+
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        if not direction:
+            return self.form(backend).workspace(Inputs(*arguments[:-1]), None)
+        p, _, _, _, needs = backward_arguments(arguments)
+        return self.form(backend).workspace(p, needs)
 
 
-ROW_STATISTICS = StreamedOp(
-    name="row_statistics",
-    forward=FORWARD,
-    backward=BACKWARD,
-    setup_context=_setup_context,
-    gradients=_gradients,
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    python=_python,
-)
+ROW_STATISTICS = RowStatisticsOp()
 ROW_STATISTICS.define()
 op = ROW_STATISTICS.op

@@ -38,6 +38,11 @@ def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
     return max(PARTIAL_BYTES, chunk) + 3 * n * d * 4
 
 
+def workspace(p: Inputs, needs: Needs | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
+    return extra_bytes(*p.x.shape, p.weight.dtype, p.precision)
+
+
 def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
     validation.check_labels(labels, weight.shape[0])
     if classes is not None and not labels.is_cuda:

@@ -33,6 +33,13 @@ def tile_side(device: torch.device) -> int:
     return GPU_TILE_SIDE if device.type == "cuda" else TILE_SIDE
 
 
+def workspace(p: Pairs, backward: bool) -> int:
+    """Bytes beyond inputs and outputs, at most."""
+    side = min(tile_side(p.x.device), p.x.shape[0])
+    counts = 0 if backward else 8 * BINS * 12
+    return LIVE_BYTES * side * side + counts + (p.x.nbytes if backward else 0)
+
+
 class Tile(NamedTuple):
     rows: slice
     cols: slice

@@ -22,7 +22,7 @@ from fused_losses import backends
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype, unit_rows
 from fused_losses.base.validation import check_integers, check_rows, number
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
-from fused_losses.primitives.shared_negatives.bounded import backward, forward
+from fused_losses.primitives.shared_negatives import bounded
 from fused_losses.primitives.shared_negatives.inputs import BACKWARD, FORWARD, Pairs
 from fused_losses.primitives.shared_negatives.reference import reference
 
@@ -82,48 +82,45 @@ def add_shared(lse: Tensor, shared: Tensor) -> Tensor:
 # ---- the op: autograd and registration ----------------------------------------------------------
 
 
-def _python(direction: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(arguments[1].device.type, enabled=False):
-        if not direction:
-            *pairs, scale, whisker = arguments
-            return forward(Pairs(*pairs), scale, whisker)
-        grad, x, labels, valid, *rest, need_x, need_scale = arguments
-        dx, dscale = backward(grad, Pairs(x, labels, valid), *rest)
+class SharedNegativesOp(StreamedOp):
+    """lambda of the module docstring, with its gradient."""
+
+    name = primitive = "shared_negatives"
+    schema, backward_schema = FORWARD, BACKWARD
+    # products of the library and comparisons: nothing here is compiled
+    python_backends = (*PYTHON_BACKENDS, "cpu")
+
+    def setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:4], *output)
+        ctx.set_materialize_grads(False)
+
+    def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+        if grads[0] is None:
+            return (None,) * 5
+        dx, dscale = backward_op(grads[0], *ctx.saved_tensors, needed[0], needed[3])
+        return dx if needed[0] else None, None, None, dscale if needed[3] else None, None
+
+    def fake_forward(self, x: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return x.new_empty((), dtype=row_dtype(x.device)), x.new_empty(()), x.new_empty(())
+
+    def fake_backward(self, grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        scale, need_x, need_scale = rest[2], *rest[-2:]
+        return x.new_empty(x.shape if need_x else 0), scale.new_empty(() if need_scale else 0)
+
+    def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        *pairs, scale, whisker = arguments
+        return bounded.forward(Pairs(*pairs), scale, whisker)
+
+    def backward(self, backend: str, grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        x, labels, valid, *rest, need_x, need_scale = arguments
+        dx, dscale = bounded.backward(grad, Pairs(x, labels, valid), *rest)
         return dx if need_x else x.new_empty(0), dscale if need_scale else dscale.new_empty(0)
 
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.set_materialize_grads(False)
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        at = 1 if direction else 0
+        return bounded.workspace(Pairs(*arguments[at : at + 3]), bool(direction))
 
 
-def _gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-    if grads[0] is None:
-        return (None,) * 5
-    dx, dscale = backward_op(grads[0], *ctx.saved_tensors, needed[0], needed[3])
-    return dx if needed[0] else None, None, None, dscale if needed[3] else None, None
-
-
-def _fake_forward(x: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty((), dtype=row_dtype(x.device)), x.new_empty(()), x.new_empty(())
-
-
-def _fake_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    scale, need_x, need_scale = rest[2], *rest[-2:]
-    return x.new_empty(x.shape if need_x else 0), scale.new_empty(() if need_scale else 0)
-
-
-SHARED_NEGATIVES = StreamedOp(
-    name="shared_negatives",
-    forward=FORWARD,
-    backward=BACKWARD,
-    setup_context=_setup_context,
-    gradients=_gradients,
-    fake_forward=_fake_forward,
-    fake_backward=_fake_backward,
-    python=_python,
-    # products of the library and comparisons: nothing here is compiled
-    python_backends=(*PYTHON_BACKENDS, "cpu"),
-)
+SHARED_NEGATIVES = SharedNegativesOp()
 SHARED_NEGATIVES.define()

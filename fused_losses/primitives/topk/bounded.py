@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.primitives.topk.certified import certified, prepared, products_of_blocks
+from fused_losses.primitives.topk.certified import (
+    certified,
+    certified_bytes,
+    prepared,
+    products_of_blocks,
+)
 from fused_losses.primitives.topk.inputs import TopkInputs
 
 
@@ -13,3 +18,8 @@ def select(p: TopkInputs) -> tuple[Tensor, Tensor]:
     """The codes of a screen are not read: y itself is."""
     with torch.no_grad():
         return certified(p, prepared(p), products_of_blocks)
+
+
+def workspace(p: TopkInputs) -> int:
+    """Bytes beyond inputs and outputs, at most."""
+    return certified_bytes(p)

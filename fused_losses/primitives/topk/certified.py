@@ -23,6 +23,7 @@ from fused_losses.primitives.topk.listed import listed_forward, scores_of
 from fused_losses.primitives.topk.reference import allowed, best, wide_rows
 
 BLOCK_BYTES = 4 << 20
+LIVE_BLOCKS = 8  # how many such are alive at the peak
 # unit roundoffs of what is added up, and of what is multiplied
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
 EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -65,6 +66,13 @@ def _blocks(count: int, size: int) -> list[slice]:
 def kept(p: TopkInputs) -> int:
     """How many candidates of a row a screen keeps."""
     return min(p.y.shape[0], p.k + max(16, p.k // 2))
+
+
+def certified_bytes(p: TopkInputs) -> int:
+    """Of a screen in blocks and its judge in PyTorch, beyond inputs and outputs, at most."""
+    (n, d), m, keep = p.x.shape, p.y.shape[0], p.k + max(16, p.k // 2)
+    size = accumulate_dtype(p.x.dtype).itemsize
+    return LIVE_BLOCKS * BLOCK_BYTES + 3 * n * d * size + 2 * m * size + 72 * n * keep
 
 
 def center_of(p: TopkInputs) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fused_losses.backends.cpu.capability import extension
+from fused_losses.primitives.topk.inputs import TopkInputs
 
 
 def extra_bytes(
@@ -16,3 +17,10 @@ def extra_bytes(
     codes screen, and candidates wait to be scored.
     """
     return extension().topk_workspace(n, d, k, dtype.itemsize, triangle, late)
+
+
+def workspace(p: TopkInputs) -> int:
+    """Bytes beyond inputs and outputs, at most."""
+    # of which half the pairs are taken
+    triangle = p.symmetric and p.skip_self
+    return extra_bytes(*p.x.shape, p.k, p.x.dtype, triangle, p.codes is not None)

@@ -52,6 +52,13 @@ def select(p: TopkInputs) -> tuple[Tensor, Tensor]:
         return certified_topk.judged(p, *screened(p), judge(p))
 
 
+def workspace(p: TopkInputs) -> int:
+    """Bytes beyond inputs and outputs, at most."""
+    kept = p.k + max(16, p.k // 2)
+    lists = max(PARTIAL_BYTES, 64 * p.x.shape[0] * kept)
+    return certified_topk.certified_bytes(p) + lists + 3 * TILE_BYTES + 2 * BANK_BYTES
+
+
 def _dense(p: TopkInputs) -> TopkInputs:
     """Rows whose elements are neighbours, and vectors of the types that the kernels read."""
     rows = [t if t.stride(1) == 1 else t.contiguous() for t in (p.x, p.y)]

@@ -11,6 +11,7 @@ from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
 from fused_losses.primitives.op import StreamedOp
 
 LISTED_BYTES = 4 << 20  # of gathered rows alive at once
+LIVE_BLOCKS = 8  # how many such at the peak, in backward
 
 
 def listed(x: Tensor, y: Tensor, index: Tensor, kind: str, y_scale: Tensor | None = None) -> Tensor:
@@ -104,37 +105,50 @@ def _listed_backward(
     return dx, dy.to(y.dtype)
 
 
-def _listed_python(direction: str, backend: str, *arguments: Any) -> Any:
-    return (_listed_backward if direction else listed_forward)(*arguments)
+def listed_workspace(x: Tensor, y: Tensor, index: Tensor, backward: bool) -> int:
+    """Bytes beyond inputs and outputs, at most."""
+    (n, d), k = x.shape, index.shape[1]
+    block = min(n, _rows_at_once(index, d)) * k * d * 8
+    summed = y.numel() * 4 if backward and y.dtype.itemsize == 2 else 0
+    return LIVE_BLOCKS * block + summed + 24 * n * k
 
 
-def _listed_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.kind = inputs[4]
+class ListedPairsOp(StreamedOp):
+    """`listed` as an op; on every device the same code."""
 
-
-def _listed_gradients(backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-    dx, dy = backward_op(grads[0].contiguous(), *ctx.saved_tensors, ctx.kind, *needed[:2])
-    return dx if needed[0] else None, dy if needed[1] else None, None, None, None
-
-
-LISTED = StreamedOp(
-    name="listed_pairs",
-    forward="(Tensor x, Tensor y, Tensor? y_scale, Tensor index, str kind) -> Tensor",
-    backward=(
+    name, primitive = "listed_pairs", "topk"
+    schema = "(Tensor x, Tensor y, Tensor? y_scale, Tensor index, str kind) -> Tensor"
+    backward_schema = (
         "(Tensor grad, Tensor x, Tensor y, Tensor? y_scale, Tensor index, str kind, bool need_x, "
         "bool need_y) -> (Tensor dx, Tensor dy)"
-    ),
-    setup_context=_listed_setup,
-    gradients=_listed_gradients,
-    fake_forward=lambda x, y, y_scale, index, kind: x.new_empty(
-        index.shape, dtype=row_dtype(x.device)
-    ),
-    fake_backward=lambda grad, x, y, y_scale, index, kind, need_x, need_y: (
-        x.new_empty(x.shape if need_x else 0),
-        y.new_empty(y.shape if need_y else 0),
-    ),
-    python=_listed_python,
-    python_backends=("bounded",),
-)
+    )
+    python_backends = ("bounded",)
+
+    def forward(self, backend: str, *arguments: Any) -> Tensor:
+        return listed_forward(*arguments)
+
+    def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return _listed_backward(*arguments)
+
+    def setup_context(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.kind = inputs[4]
+
+    def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
+        dx, dy = backward_op(grads[0].contiguous(), *ctx.saved_tensors, ctx.kind, *needed[:2])
+        return dx if needed[0] else None, dy if needed[1] else None, None, None, None
+
+    def fake_forward(self, x: Tensor, y: Tensor, y_scale: Any, index: Tensor, kind: str) -> Tensor:
+        return x.new_empty(index.shape, dtype=row_dtype(x.device))
+
+    def fake_backward(self, grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple:
+        need_x, need_y = rest[-2:]
+        return x.new_empty(x.shape if need_x else 0), y.new_empty(y.shape if need_y else 0)
+
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        x, y, _, index, *_ = arguments[1:] if direction else arguments
+        return listed_workspace(x, y, index, bool(direction))
+
+
+LISTED = ListedPairsOp()
 LISTED.define()

@@ -8,7 +8,6 @@ the lowest index.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.op import LIBRARY, PYTHON_BACKENDS
+from fused_losses.primitives.op import StreamedOp
 from fused_losses.primitives.topk.inputs import SCHEMA, QuantizedRows, TopkInputs
 
 
@@ -62,7 +61,7 @@ def select(inputs: TopkInputs, backend: str | None = None) -> tuple[Tensor, Tens
     with torch.autocast(inputs.x.device.type, enabled=False):
         if name == "reference":
             return backends.module("topk", "reference").select(inputs)
-        return getattr(torch.ops.fused_losses, f"pair_topk_{name}").default(*inputs)
+        return PAIR_TOPK(name, *inputs)
 
 
 def best_screen(x: Tensor, backend: str | None) -> str:
@@ -71,18 +70,26 @@ def best_screen(x: Tensor, backend: str | None) -> str:
     return "bf16" if backends.requested(backend) in ("auto", "cpu") and not refused else "fp32"
 
 
-def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    p = TopkInputs(*arguments)
-    keys = p.x.new_empty((p.x.shape[0], p.k), dtype=row_dtype(p.x.device))
-    return keys, torch.empty_like(keys, dtype=torch.int64)
+# ---- the op -------------------------------------------------------------------------------------
 
 
-def _python(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    return lambda *a: backends.module("topk", backend).select(TopkInputs(*a))
+class PairTopkOp(StreamedOp):
+    """`select` on a backend."""
+
+    name, primitive = "pair_topk", "topk"
+    schema = SCHEMA
+
+    def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return self.form(backend).select(TopkInputs(*arguments))
+
+    def fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        p = TopkInputs(*arguments)
+        keys = p.x.new_empty((p.x.shape[0], p.k), dtype=row_dtype(p.x.device))
+        return keys, torch.empty_like(keys, dtype=torch.int64)
+
+    def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
+        return self.form(backend).workspace(TopkInputs(*arguments))
 
 
-for _name in (*PYTHON_BACKENDS, *(() if backends.unavailable("cpu") else ("cpu",))):
-    LIBRARY.define(f"pair_topk_{_name}{SCHEMA}")
-    torch.library.register_fake(f"fused_losses::pair_topk_{_name}", _fake)
-    if _name != "cpu":
-        LIBRARY.impl(f"pair_topk_{_name}", _python(_name), "CompositeExplicitAutograd")
+PAIR_TOPK = PairTopkOp()
+PAIR_TOPK.define()

@@ -100,6 +100,13 @@ def select(p: TopkInputs) -> tuple[Tensor, Tensor]:
         return certified_topk.certified(p, prepared, _candidates)
 
 
+def workspace(p: TopkInputs) -> int:
+    """Bytes beyond inputs and outputs, at most."""
+    kept = p.k + max(16, p.k // 2)
+    lists = max(PARTIAL_BYTES, 8 * p.x.shape[0] * kept)
+    return certified_topk.certified_bytes(p) + lists + 3 * BLOCK_BYTES
+
+
 def _candidates(p: TopkInputs, s: certified_topk.Screen) -> tuple[Tensor, Tensor]:
     # the sign apart, x is what it was: 16-bit products are exact
     x = s.x if s.center is not None else s.x.to(p.x.dtype)
