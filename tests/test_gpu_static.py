@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from fused_losses import primitives
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.primitives.distances import triton as triton_distances
@@ -64,10 +65,10 @@ def test_cuda_kernels() -> None:
 def test_every_kernel_is_compiled() -> None:
     from triton.runtime.jit import JITFunction
 
-    folder = Path(triton_launch.__file__).parent
+    package = Path(primitives.__file__).parent
     entries = set()
-    for file in folder.glob("triton_*.py"):
-        module = importlib.import_module(f"fused_losses.backends.{file.stem}")
+    for file in package.glob("*/triton_*.py"):
+        module = importlib.import_module(f"{primitives.__name__}.{file.parent.name}.{file.stem}")
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and "tl.program_id(0)" in value.src:
                 entries.add(name)
@@ -102,7 +103,7 @@ NEVER = {
 def test_every_tile_is_taken(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry that no call reaches would never be compiled."""
     noted = []
-    for tables in (triton_tiles.TABLES, triton_pair_tiles.PAIR_TABLES):
+    for tables in (triton_tiles.TABLES, triton_pair_tiles.TABLES):
         noted.append(Taken(tables[row].tiles))
         monkeypatch.setitem(tables, row, replace(tables[row], tiles=noted[-1]))
     for module in (triton_topk, triton_distances, triton_maxsim):

@@ -1,8 +1,13 @@
-"""A tile and a table of tiles."""
+"""A tile of a kernel's work, and tables of tiles: by kernel and products, one an architecture."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.product import Product
+
+ALL = ("half", "rounded", "tf32", "tf32x3")
 
 
 @dataclass(frozen=True)
@@ -14,17 +19,58 @@ class Tile:
     stages: int = 3
 
 
+# by kernel and products: half (16-bit operands), rounded (float32 in memory, bfloat16 products),
+# tf32, tf32x3 (ieee where the chip has no split products)
+Tiles = dict[tuple[str, str], Tile]
+
+
+def by_kernel(**kernels: dict[str, Tile]) -> Tiles:
+    return {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
+
+
+def same(tile: Tile, *products: str) -> dict[str, Tile]:
+    return dict.fromkeys(products, tile)
+
+
+def wide(half: Tile, tf32: Tile, tf32x3: Tile) -> dict[str, Tile]:
+    """float32 in memory takes the tile of tf32, rounded to bfloat16 or not."""
+    return dict(half=half, rounded=tf32, tf32=tf32, tf32x3=tf32x3)
+
+
+def width(d: int) -> int:
+    """The power of two, 16 or more, that holds D."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def pick(tiles: dict[str, Tiles], p: Product, kernel: str, others: tuple[int, ...] = ()) -> Tile:
+    """A tile of the device's table; the narrower of two where rows are not whole vectors and
+    slices of D. `others`: further strides and sizes that count.
+    """
+    row = tiles[gpu_device.architecture(p.x.device)]
+    tile = row[kernel, p.products]
+    even = p.d % min(tile.depth, width(p.d)) == 0
+    plain = p.aligned(p.d, *others)
+    return tile if even and plain else row[f"{kernel.partition('_')[0]}_uneven", p.products]
+
+
 @dataclass(frozen=True)
 class Table:
-    """`tiles[kernel, products]`; kernel: forward, forward_extra (bias, weighted, bends), gradient,
-    gradient_extra, gradient_bent (where bends and one of the others spill there), and owner_rows,
-    owner_classes up to D = 128, owner_*wide up to 256; products: half (16-bit operands), rounded
-    (float32 in memory, bfloat16 products), tf32, tf32x3 (ieee where the chip has no split
-    products). No owner entry: the form with stored G is used."""
+    """Tiles of kernels that have a wide and a narrow form, `kernel` and `kernel_extra` (bias,
+    weighted, bends); `kernel_bent` where bends and one of the others spill in that."""
 
-    tiles: dict[tuple[str, str], Tile]
-    chunk_bytes: int  # of W that two kernels in a row should find in L2
+    tiles: Tiles
     # of the stored G: with what its products read and write beside it, it must stay in L2
     # (docs/roofline.md: at twice as much, 1024 x 1,000,000 x 512 moves four times its floor
     # through the DRAM of an A100 or an H100)
     ds_bytes: int
+    chunk_bytes: int = 0  # of W that two kernels in a row should find in L2
+
+    def tile(self, p: Product, kernel: str, extra: bool = False, bent: bool = False) -> Tile:
+        """The narrower of two where a kernel has more to hold."""
+        tile = self.tiles[kernel, p.products]
+        plain = p.even(tile.depth) and p.aligned()
+        if extra and bent:
+            name = (f"{kernel}_bent", p.products)
+            return self.tiles.get(name) or self.tiles[f"{kernel}_extra", p.products]
+        narrow = extra or bent or not plain
+        return self.tiles[f"{kernel}_extra", p.products] if narrow else tile

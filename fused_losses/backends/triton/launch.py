@@ -1,4 +1,4 @@
-"""What the Triton launchers share: one call's inputs as kernels want them, and the one launch.
+"""What the Triton launchers share: where kernels come from, and the one launch.
 
 Every launch goes through `launch`, so that a test can compile or execute exactly what a GPU gets.
 """
@@ -6,6 +6,8 @@ Every launch goes through `launch`, so that a test can compile or execute exactl
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from fused_losses.backends.gpu.tiles import Tile
@@ -15,9 +17,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def kernel(place: str) -> Any:
+    """The kernel `primitive.module.name`, imported when first asked for: triton is optional."""
+    module, _, name = place.rpartition(".")
+    return getattr(import_module(f"fused_losses.primitives.{module}"), name)
+
+
 def launch(kernel: Any, programs: int, args: tuple, constants: dict[str, Any], tile: Tile) -> None:
     if interpreted():
-        import triton.language as tl
+        import triton.language as tl  # an optional package
 
         # the interpreter of Triton 3.6 cannot use its own integers as loop bounds under numpy 2.4
         args = tuple(tl.constexpr(a) if isinstance(a, int) else a for a in args)

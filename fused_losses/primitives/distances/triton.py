@@ -8,27 +8,24 @@ second kernel adds the near pairs, from differences. Nothing of N x M is stored 
 Where every pair is near, for rows far from the origin, all is summed from differences, on the
 float32 units instead of the tensor cores: right, and several times slower. Centered rows are fast.
 
-Tiles by (kernel, products) as in `triton_tiles`; `_uneven`: rows that are not whole vectors.
+Tiles by (kernel, products) as in `gpu.tiles`; `_uneven`: rows that are not whole vectors.
 No time was measured: the choice is a wide tile that does not spill.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
-from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.gpu.product import Product
+from fused_losses.backends.gpu.tiles import ALL, Tile, by_kernel, pick, same, wide, width
 from fused_losses.backends.triton import launch as base
+from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
-from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
-from fused_losses.primitives.row_statistics.gpu import Problem
-from fused_losses.primitives.row_statistics.inputs import Inputs
-from fused_losses.primitives.row_statistics.triton_tiles import ALL, changed, same, wide
 
 KINDS = ("dot", "sqeuclidean", "euclidean")
 NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
@@ -38,18 +35,11 @@ PARTIAL_BYTES = 32 << 20  # of a gradient's parts, where few rows are split over
 NEAR_EXACT, NEAR_ROUNDED = 2.0**-8, 2.0**-4
 SQUARES = Tile(16, 0, 128, 4, 1)
 
-Tiles = dict[tuple[str, str], Tile]
-
-
-def _tiles(**kernels: dict[str, Tile]) -> Tiles:
-    return {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
-
-
 # Registers a thread with Triton 3.6.0; nothing spills (tests/test_gpu_static.py).
 # Of a gradient: rows that own it, rows summed over, and D at a time (the last, at most)
 TILES = {
     # sm_80: 137 to 254; sm_90: 98 to 246; sm_100: 93 to 254; half at 128 x 256 was not tried
-    "sm_80": _tiles(
+    "sm_80": by_kernel(
         distances=wide(Tile(128, 128, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
         distances_uneven=wide(Tile(128, 64, 64), Tile(64, 64, 32), Tile(64, 64, 32)),
         # sm_80: 80 to 255; sm_90: 66 to 238; sm_100: 76 to 192; 64 x 64 spills on sm_80 and sm_90
@@ -57,14 +47,14 @@ TILES = {
         gradient_uneven=wide(Tile(64, 32, 64), Tile(64, 32, 64), Tile(64, 32, 32)),
     ),
     # 68 to 151, gradients 99 to 192
-    "gfx942": _tiles(
+    "gfx942": by_kernel(
         distances=same(Tile(128, 128, 32, 8, 2), *ALL),
         distances_uneven=same(Tile(128, 128, 32, 8, 2), *ALL),
         gradient=same(Tile(64, 64, 64, 8, 2), *ALL),
         gradient_uneven=same(Tile(64, 64, 64, 8, 2), *ALL),
     ),
     # small and unequal, so that a few dozen rows make several ragged tiles of each
-    "interpret": _tiles(
+    "interpret": by_kernel(
         distances=same(Tile(16, 32, 16), *ALL),
         distances_uneven=same(Tile(32, 16, 16), *ALL),
         gradient=same(Tile(16, 32, 16), *ALL),
@@ -74,17 +64,11 @@ TILES = {
 TILES["sm_90"] = TILES["sm_80"]
 TILES["sm_100"] = TILES["sm_80"]
 # sm_86, sm_89 and sm_120, where the wider one spills 11 bytes
-TILES["sm_86"] = changed(TILES["sm_80"], gradient=same(Tile(64, 32, 32), "tf32x3"))
+TILES["sm_86"] = TILES["sm_80"] | by_kernel(gradient=same(Tile(64, 32, 32), "tf32x3"))
 NEAR_DEPTH = 32  # of D at a time, of the gradients of near pairs
 # a piece of a tile of distances, and how many differences make a slice
 NEAR = dict.fromkeys((*NVIDIA, "gfx942"), Tile(64, 64, 64, 8, 1))
 NEAR["interpret"] = Tile(16, 16, 16, 8, 1)
-
-
-def kernels() -> ModuleType:
-    from fused_losses.primitives.distances import triton_kernels as triton_distance_kernels
-
-    return triton_distance_kernels
 
 
 def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
@@ -99,14 +83,9 @@ def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
     return extra_bytes(n, m, d, p.x.dtype, p.precision)
 
 
-def problem(x: Tensor, y: Tensor, precision: str, gradient: bool = False) -> Problem:
-    """Two matrices as the kernels read them (y as the weight), with this device's products."""
-    nothing = x.new_empty(0, dtype=torch.int32)
-    # the operands of a row_statistics without bias, normalisation or classes
-    inputs = Inputs(x, y, nothing, None, None, None, False, False, precision)
-    p = row_statistics_gpu.problem(inputs, False)
-    if not gradient:
-        return p
+def gradient_product(x: Tensor, y: Tensor, precision: str) -> Product:
+    """Of G, which is rounded as the rows are, and the rows of the other side."""
+    p = Product.of(x, y, precision, gradient=False)
     if p.low == torch.bfloat16:
         return replace(p, bf16=True, products="half" if x.dtype == p.low else "rounded")
     if p.low == torch.float16:
@@ -116,33 +95,16 @@ def problem(x: Tensor, y: Tensor, precision: str, gradient: bool = False) -> Pro
     return p
 
 
-def pick(tiles: dict[str, Tiles], p: Problem, kernel: str, others: tuple[int, ...] = ()) -> Tile:
-    """A tile of the table; the narrower of two where rows are not whole vectors and slices of D.
-
-    Those take more address registers. `others`: further strides and sizes that count.
-    """
-    row = tiles[gpu_device.architecture(p.x.device)]
-    tile = row[kernel, p.products]
-    even = p.d % min(tile.depth, _width(p.d)) == 0
-    plain = all(stride % 16 == 0 for stride in (p.d, p.x.stride(0), p.weight.stride(0), *others))
-    return tile if even and plain else row[f"{kernel.partition('_')[0]}_uneven", p.products]
-
-
-def _width(d: int) -> int:
-    """The power of two, 16 or more, that holds D."""
-    return max(16, 1 << (d - 1).bit_length())
-
-
 def _check(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS} on triton, got {kind!r}")
 
 
-def squares(p: Problem, rows: Tensor, bf16: bool) -> Tensor:
+def squares(p: Product, rows: Tensor, bf16: bool) -> Tensor:
     """|row|^2 in float32, of rows rounded as products round them. [N]"""
     out = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     base.launch(
-        kernels().row_squares,
+        kernel("distances.triton_kernels.row_squares"),
         ceil_div(rows.shape[0], SQUARES.rows),
         (rows, out, rows.stride(0), rows.shape[0], p.d),
         dict(BM=SQUARES.rows, BK=SQUARES.depth, EVEN=p.even(SQUARES.depth), BF16=bf16),
@@ -154,25 +116,25 @@ def squares(p: Problem, rows: Tensor, bf16: bool) -> Tensor:
 def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> Tensor:
     """out [N, M] float32 of `fused_losses.primitives.distances`; w and p belong to other kinds."""
     _check(kind)
-    a = problem(x, y, precision)
-    n, m = a.n, a.count
+    a = Product.of(x, y, precision, gradient=False)
+    n, m = a.n, a.m
     if min(n, m, a.d) == 0:
         return torch.zeros((n, m), dtype=torch.float32, device=x.device)
     out = torch.empty((n, m), dtype=torch.float32, device=x.device)
     norms = (None, None)
     if kind != "dot":
-        norms = tuple(squares(a, t, a.bf16) for t in (a.x, a.weight))
+        norms = tuple(squares(a, t, a.bf16) for t in (a.x, a.y))
     tile = pick(TILES, a, "distances")
     row_tiles = ceil_div(n, tile.rows)
     tiles = row_tiles * ceil_div(m, tile.columns)
     near_rows = None
     if kind != "dot":
         near_rows = torch.empty((tiles, tile.rows), dtype=torch.int8, device=x.device)
-    sizes = (a.x.stride(0), a.weight.stride(0), n, m, a.d, row_tiles)
+    sizes = (a.x.stride(0), a.y.stride(0), n, m, a.d, row_tiles)
     base.launch(
-        kernels().distance_tiles,
+        kernel("distances.triton_kernels.distance_tiles"),
         tiles,
-        (a.x, a.weight, *norms, out, near_rows, *sizes),
+        (a.x, a.y, *norms, out, near_rows, *sizes),
         dict(
             ROOT=kind == "euclidean",
             BM=tile.rows,
@@ -188,9 +150,9 @@ def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precisi
         piece = NEAR[gpu_device.architecture(x.device)]
         down, across = tile.rows // piece.rows, tile.columns // piece.columns
         base.launch(
-            kernels().near_distances,
+            kernel("distances.triton_kernels.near_distances"),
             tiles * down * across,
-            (a.x, a.weight, out, near_rows, *sizes),
+            (a.x, a.y, out, near_rows, *sizes),
             dict(
                 DOWN=down,
                 ACROSS=across,
@@ -219,24 +181,24 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and y, each empty where it is not needed; that of w always is."""
     _check(kind)
-    a = problem(x, y, precision, gradient=True)
+    a = gradient_product(x, y, precision)
     dx, dy = x.new_empty(0), y.new_empty(0)
-    if min(a.n, a.count, a.d) == 0:
+    if min(a.n, a.m, a.d) == 0:
         dx, dy = x.new_zeros(x.shape if need_x else 0), y.new_zeros(y.shape if need_y else 0)
         return dx, dy, x.new_empty(0)
     norms = (None, None)
     if kind != "dot":
-        norms = tuple(squares(a, t, False) for t in (a.x, a.weight))
+        norms = tuple(squares(a, t, False) for t in (a.x, a.y))
     distances = None if kind == "dot" else out
     if need_x:
-        dx = _gradient(a, a.x, a.weight, *norms, grad, distances, kind, 1)
+        dx = _gradient(a, a.x, a.y, *norms, grad, distances, kind, 1)
     if need_y:
-        dy = _gradient(a, a.weight, a.x, *norms[::-1], grad, distances, kind, -1)
+        dy = _gradient(a, a.y, a.x, *norms[::-1], grad, distances, kind, -1)
     return dx, dy, x.new_empty(0)
 
 
 def _gradient(
-    p: Problem,
+    p: Product,
     own: Tensor,
     other: Tensor,
     own_squares: Tensor | None,
@@ -251,7 +213,7 @@ def _gradient(
     out_strides = (0, 0) if distances is None else distances.stride()
     strides = (*grad.stride()[::order], *out_strides[::order])
     tile = pick(TILES, p, "gradient", (n, m, *(s for s in strides if s != 1)))
-    depth = min(tile.depth, _width(d))
+    depth = min(tile.depth, width(d))
     depth_tiles, row_tiles = ceil_div(d, depth), ceil_div(n, tile.rows)
     # few rows are split over as many programs as fill the GPU; their sums are added at last
     splits = 2 * gpu_device.processors(own.device) // (depth_tiles * row_tiles)
@@ -268,7 +230,7 @@ def _gradient(
     arguments += (n, m, d, span)
     sizes = dict(ROOT=kind == "euclidean", BM=tile.rows, BN=tile.columns)
     base.launch(
-        kernels().product_gradients,
+        kernel("distances.triton_kernels.product_gradients"),
         depth_tiles * row_tiles * splits,
         (*arguments, depth_tiles, row_tiles),
         sizes | dict(BK=depth, EVEN=d % depth == 0, BF16=p.bf16, DOT=p.dot),
@@ -278,7 +240,7 @@ def _gradient(
         depth = min(depth, NEAR_DEPTH if d % NEAR_DEPTH == 0 else 16)
         depth_tiles = ceil_div(d, depth)
         base.launch(
-            kernels().near_gradients,
+            kernel("distances.triton_kernels.near_gradients"),
             depth_tiles * row_tiles * splits,
             (*arguments, depth_tiles, row_tiles),
             sizes | dict(BK=depth, EVEN=d % depth == 0, INTERPRET=p.dot == "interpret"),

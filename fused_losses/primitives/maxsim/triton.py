@@ -4,39 +4,28 @@ Forward: the maxima of every query token for a run of documents (at most BEST_BY
 their sums. Backward: each owner of a gradient adds it up. Memory beyond the outputs: those maxima,
 and 8 bytes a query token and a tile of document tokens.
 
-Tiles by (kernel, products) as in `triton_tiles`. maxima: a token in pieces; maxima_whole: D up to
+Tiles by (kernel, products) as in `gpu.tiles`. maxima: a token in pieces; maxima_whole: D up to
 WHOLE; documents: of ddocuments; `_short`: few query tokens; `_uneven`: rows that are not whole
 vectors. No time was measured: the choice is a wide tile that does not spill.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.product import Product
 from fused_losses.backends.gpu.products import float16_scale
-from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.gpu.tiles import ALL, Tile, Tiles, by_kernel, same, wide, width
 from fused_losses.backends.triton import launch as base
+from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
-from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
-from fused_losses.primitives.row_statistics.gpu import Problem
-from fused_losses.primitives.row_statistics.inputs import Inputs
-from fused_losses.primitives.row_statistics.triton_tiles import ALL, changed, same, wide
 
 BEST_BYTES = 32 << 20
 WHOLE = 128  # of D: what ColBERT and its kin have; a query tile is then read once
 SHORT = 64  # query tokens in all
-
-Tiles = dict[tuple[str, str], Tile]
-
-
-def _tiles(**kernels: dict[str, Tile]) -> Tiles:
-    return {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
-
 
 PAIR, LONE = Tile(128, 64, 0, 8, 2), Tile(64, 64, 0, 4, 2)
 SUMS = Tile(0, 8, 64, 4, 1)
@@ -46,7 +35,7 @@ GATHER_UNEVEN = Tile(4, 0, 64, 1, 1)  # where the wider one spills 51 bytes on s
 # Registers a thread with Triton 3.6.0, half / rounded / tf32 / tf32x3; nothing spills
 # (tests/test_gpu_static.py). A thread holds three numbers a pair: product, maximum, place.
 TILES = {
-    "sm_80": _tiles(
+    "sm_80": by_kernel(
         # sm_80: 246 / 202 / 246 / 255; sm_90: 160 / 179 / 160 / 172; sm_100: 128 / 138 / 128 / 112
         maxima=wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(64, 64, 32)),
         maxima_short=wide(Tile(64, 64, 64, 4), Tile(64, 64, 32, 4), Tile(64, 32, 32, 4)),
@@ -62,12 +51,11 @@ TILES = {
 }
 TILES["sm_90"] = TILES["sm_100"] = TILES["sm_80"]
 # sm_86, sm_89 and sm_120, where wider ones spill up to 116 bytes
-TILES["sm_86"] = changed(
-    TILES["sm_80"],
+TILES["sm_86"] = TILES["sm_80"] | by_kernel(
     maxima=same(Tile(64, 32, 32), "tf32x3"),
     maxima_uneven=same(Tile(32, 32, 32, 4), "tf32x3"),
 )
-TILES["gfx942"] = _tiles(
+TILES["gfx942"] = by_kernel(
     maxima=same(Tile(128, 64, 32, 8, 2), *ALL),
     maxima_short=same(Tile(64, 64, 32, 4, 2), *ALL),
     maxima_uneven=same(Tile(64, 64, 32, 4, 2), *ALL),
@@ -77,7 +65,7 @@ TILES["gfx942"] = _tiles(
     documents_uneven=same(Tile(32, 64, 64, 4, 2), *ALL),
 )
 # small and unequal, so that a few dozen tokens make several ragged tiles of each
-TILES["interpret"] = _tiles(
+TILES["interpret"] = by_kernel(
     **{
         f"maxima{kind}": same(Tile(rows, 16, 16), *ALL)
         for kind, rows in (
@@ -93,26 +81,8 @@ TILES["interpret"] = _tiles(
 )
 
 
-def kernels() -> ModuleType:
-    from fused_losses.primitives.maxsim import triton_kernels as triton_maxsim_kernels
-
-    return triton_maxsim_kernels
-
-
-def _problem(queries: Tensor, documents: Tensor, precision: str) -> Problem:
-    nothing = queries.new_empty(0, dtype=torch.int32)
-    # the operands of a row_statistics without bias, normalisation or classes
-    inputs = Inputs(queries, documents, nothing, None, None, None, False, False, precision)
-    return row_statistics_gpu.problem(inputs, gradient=False)
-
-
-def _table(p: Problem) -> Tiles:
+def _table(p: Product) -> Tiles:
     return TILES[gpu_device.architecture(p.x.device)]
-
-
-def _plain(p: Problem) -> bool:
-    """Whether rows start on a whole vector; else they take more address registers."""
-    return all(stride % 16 == 0 for stride in (p.d, p.x.stride(0), p.weight.stride(0)))
 
 
 def workspace(p: MaxsimInputs, needs: MaxsimNeeds | None) -> int:
@@ -132,7 +102,7 @@ def forward(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """scores [Q, B] and index [query tokens, B] of `fused_losses.primitives.maxsim`."""
-    p = _problem(queries, documents, precision)
+    p = Product.of(queries, documents, precision, gradient=False)
     tokens, count = p.n, document_offsets.shape[0] - 1
     query_count = query_offsets.shape[0] - 1
     new = dict(dtype=torch.float32, device=queries.device)
@@ -142,18 +112,18 @@ def forward(
     scores = torch.empty((query_count, count), **new)
     whole = p.d <= WHOLE and ("maxima_whole", p.products) in _table(p)
     kind = "_whole" * whole + "_short" * (tokens <= SHORT)
-    tile = _table(p)["maxima" + (kind if whole or _plain(p) else "_uneven"), p.products]
-    depth = max(16, 1 << (p.d - 1).bit_length()) if whole else tile.depth
+    tile = _table(p)["maxima" + (kind if whole or p.aligned(p.d) else "_uneven"), p.products]
+    depth = width(p.d) if whole else tile.depth
     row_tiles = ceil_div(tokens, tile.rows)
     most = min(count, max(1, BEST_BYTES // (4 * tokens)))
     best = torch.empty((most, tokens), **new)
     for first in range(0, count, most):
         chunk = min(most, count - first)
         base.launch(
-            kernels().token_maxima,
+            kernel("maxsim.triton_kernels.token_maxima"),
             row_tiles * chunk,
-            (p.x, p.weight, document_offsets, best, index)
-            + (p.x.stride(0), p.weight.stride(0), tokens, count, first, p.d, row_tiles),
+            (p.x, p.y, document_offsets, best, index)
+            + (p.x.stride(0), p.y.stride(0), tokens, count, first, p.d, row_tiles),
             dict(
                 WHOLE=whole,
                 BM=tile.rows,
@@ -166,7 +136,7 @@ def forward(
             tile,
         )
         base.launch(
-            kernels().token_sums,
+            kernel("maxsim.triton_kernels.token_sums"),
             query_count * ceil_div(chunk, SUMS.columns),
             (best, query_offsets, scores, query_count, tokens, count, first, chunk),
             dict(BN=SUMS.columns, BT=SUMS.depth, DOT=p.dot),
@@ -186,7 +156,7 @@ def backward(
     need_documents: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the tokens: those of queries gather, those of documents multiply."""
-    p = _problem(queries, documents, "fp32")
+    p = Product.of(queries, documents, "fp32", gradient=False)
     tokens, count = p.n, document_offsets.shape[0] - 1
     dqueries = queries.new_empty(queries.shape if need_queries else 0)
     ddocuments = documents.new_empty(documents.shape if need_documents else 0)
@@ -204,24 +174,24 @@ def backward(
 
 
 def _query_gradients(
-    p: Problem, grad: Tensor, index: Tensor, owners: Tensor, offsets: Tensor, out: Tensor
+    p: Product, grad: Tensor, index: Tensor, owners: Tensor, offsets: Tensor, out: Tensor
 ) -> None:
-    tile, count = GATHER if _plain(p) else GATHER_UNEVEN, index.shape[1]
+    tile, count = GATHER if p.aligned(p.d) else GATHER_UNEVEN, index.shape[1]
     depth_tiles = ceil_div(p.d, tile.depth)
     base.launch(
-        kernels().query_gradients,
+        kernel("maxsim.triton_kernels.query_gradients"),
         ceil_div(p.n, tile.rows) * depth_tiles,
-        (grad, index, owners, p.weight, offsets, out)
-        + (p.weight.stride(0), out.stride(0), p.n, count, p.d, depth_tiles),
+        (grad, index, owners, p.y, offsets, out)
+        + (p.y.stride(0), out.stride(0), p.n, count, p.d, depth_tiles),
         dict(BM=tile.rows, BK=tile.depth),
         tile,
     )
 
 
 def _document_gradients(
-    p: Problem, grad: Tensor, index: Tensor, owners: Tensor, offsets: Tensor, out: Tensor
+    p: Product, grad: Tensor, index: Tensor, owners: Tensor, offsets: Tensor, out: Tensor
 ) -> None:
-    tile = _table(p)["documents" if _plain(p) else "documents_uneven", p.products]
+    tile = _table(p)["documents" if p.aligned(p.d) else "documents_uneven", p.products]
     count = index.shape[1]
     unscale = None
     if p.x.dtype == torch.float16:
@@ -229,12 +199,12 @@ def _document_gradients(
         grad, unscale = grad * scale, (1 / scale).reshape(1)
     # as many programs as there can be tiles: how many there are, the GPU alone knows
     ends = ((offsets.diff() + tile.columns - 1) // tile.columns).cumsum(0)
-    tiles = ceil_div(p.weight.shape[0], tile.columns) + count
+    tiles = ceil_div(p.y.shape[0], tile.columns) + count
     places = torch.arange(tiles, device=p.x.device)
     tile_documents = torch.searchsorted(ends, places, right=True)
     depth_tiles = ceil_div(p.d, tile.depth)
     base.launch(
-        kernels().document_gradients,
+        kernel("maxsim.triton_kernels.document_gradients"),
         tiles * depth_tiles,
         (grad, index, owners, p.x, offsets, tile_documents, ends, unscale, out)
         + (p.x.stride(0), out.stride(0), p.n, count, p.d, depth_tiles),

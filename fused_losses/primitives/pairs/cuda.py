@@ -18,7 +18,6 @@ from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu.library_products import low_dtype, product, scores_precision
 from fused_losses.backends.gpu.products import library_tf32
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.pairs.bounded import both_sides
 from fused_losses.primitives.pairs.gpu import (
     MAX_CHUNK,
     ROW_BLOCK,
@@ -141,7 +140,7 @@ class Sweep:
 
 
 def sweep(p: PairInputs, gradient: bool) -> Sweep:
-    p, scale = kernel_form(both_sides(p))
+    p, scale = kernel_form(p)
     precision = scores_precision(p.precision, gradient)
     low = low_dtype(p.x.dtype, precision)
     # a rounded forward would be no float32 accuracy: mixed rounds in the backward alone

@@ -1,5 +1,5 @@
-"""What both GPU forms of the sweep over pairs do around their kernels, `triton_pairs` and
-`cuda_pairs`: the vectors that kernels read, blocks of the matrix, and library products of G.
+"""What both GPU forms of the sweep over pairs do around their kernels, `triton` and
+`cuda`: the vectors that kernels read, blocks of the matrix, and library products of G.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_losses.backends.gpu.products import accumulate, float16_scale
 from fused_losses.base.numerics import row_dtype
+from fused_losses.primitives.pairs.bounded import both_sides
 from fused_losses.primitives.pairs.inputs import (
     BEST,
     COUNT,
@@ -34,7 +35,8 @@ Block = tuple[int, int, int, int]  # first row, end row, first column, end colum
 
 
 def kernel_form(p: PairInputs) -> tuple[PairInputs, Tensor]:
-    """The vectors in the types that kernels read, and the scale, [1] float32."""
+    """Both sides' vectors in the types that kernels read, and the scale, [1] float32."""
+    p = both_sides(p)
 
     def rows(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None if t is None else t.to(dtype).contiguous()

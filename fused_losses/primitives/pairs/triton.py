@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,11 +21,12 @@ from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.product import Product
 from fused_losses.backends.gpu.products import library_tf32
-from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.gpu.tiles import Table, Tile
 from fused_losses.backends.triton import launch as base
+from fused_losses.backends.triton.launch import kernel
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.pairs.bounded import both_sides
 from fused_losses.primitives.pairs.gpu import (
     MAX_CHUNK,
     ROW_BLOCK,
@@ -49,25 +49,16 @@ from fused_losses.primitives.pairs.gpu import (
     weight_unit,
 )
 from fused_losses.primitives.pairs.inputs import VALUE, PairInputs, PairNeeds
-from fused_losses.primitives.pairs.triton_tiles import PAIR_TABLES
-from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
-from fused_losses.primitives.row_statistics.gpu import Problem
-from fused_losses.primitives.row_statistics.inputs import Inputs
+from fused_losses.primitives.pairs.triton_tiles import TABLES
 
 PARTIAL_BYTES = 16 << 20  # of a block's partials, which are read back while they are in L2
 SWEEP_ROWS = 8192  # rows of a forward block: 8 MiB at D = 512 in 16 bits stay in L2
 
 
-def kernels() -> ModuleType:
-    from fused_losses.primitives.pairs import triton_forward as triton_pair_kernels
-
-    return triton_pair_kernels
-
-
 def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients, at most."""
     # of G, of attention weights, and float32 sums of a chunk's columns for y and for the values
-    chunk = 2 * max(t.ds_bytes for t in PAIR_TABLES.values()) + 2 * MAX_CHUNK * d * 4
+    chunk = 2 * max(t.ds_bytes for t in TABLES.values()) + 2 * MAX_CHUNK * d * 4
     return max(PARTIAL_BYTES, chunk) + 3 * (n + m) * d * 4 + 200 * (n + m)
 
 
@@ -85,7 +76,7 @@ class Sweep:
     """One call as the kernels want it."""
 
     p: PairInputs  # y is x with triangle, and so are its vectors
-    operands: Problem  # x and y (as its weight), tiles, products
+    operands: Product
     scale: Tensor  # [1] float32
 
     @property
@@ -101,7 +92,11 @@ class Sweep:
         p = self.p
         masks = p.x_ids, p.x_groups, p.exclude, p.x_window, p.y_window
         more = more or p.score == "root" or self.reach or any(t is not None for t in masks)
-        return self.operands.tile(f"{kernel}_two" if two_sides else kernel, more)
+        return self.table.tile(self.operands, f"{kernel}_two" if two_sides else kernel, more)
+
+    @property
+    def table(self) -> Table:
+        return TABLES[gpu_device.architecture(self.p.x.device)]
 
     @property
     def reach(self) -> bool:
@@ -109,7 +104,7 @@ class Sweep:
 
     def gradients(self, needs: PairNeeds, unscale: Tensor | float) -> Gradients:
         x = self.operands.x.to(self.operands.low)
-        return Gradients(self.p, x, self.operands.weight, self.scale, needs, unscale)
+        return Gradients(self.p, x, self.operands.y, self.scale, needs, unscale)
 
     def launch(
         self,
@@ -129,10 +124,10 @@ class Sweep:
         base.launch(
             kernel,
             row_tiles * ceil_div(column_end - first_column, tile.columns),
-            (o.x, o.weight, self.scale, p.x_bias, p.y_bias, p.x_labels, p.y_labels)
+            (o.x, o.y, self.scale, p.x_bias, p.y_bias, p.x_labels, p.y_labels)
             + (p.x_ids, p.y_ids, p.x_groups, p.y_groups, p.exclude, p.x_window, p.y_window)
             + (*after, *map(float, p.positive), *map(float, p.negative))
-            + (o.x.stride(0), o.weight.stride(0), *strides)
+            + (o.x.stride(0), o.y.stride(0), *strides)
             + (excluded, self.n, self.m, *block, o.d, *widths, row_tiles),
             dict(
                 REACH=self.reach,
@@ -152,15 +147,8 @@ class Sweep:
 
 
 def sweep(p: PairInputs, gradient: bool) -> Sweep:
-    p = both_sides(p)
-    nothing = p.x.new_empty(0, dtype=torch.int32)
-    # the operands of a row_statistics without bias, normalisation or classes
-    inputs = Inputs(p.x, p.y, nothing, None, None, None, False, False, p.precision)
-    operands = row_statistics_gpu.problem(inputs, gradient)
-    operands = replace(operands, table=PAIR_TABLES[gpu_device.architecture(p.x.device)])
-
     p, scale = kernel_form(p)
-    return Sweep(p, operands, scale)
+    return Sweep(p, Product.of(p.x, p.y, p.precision, gradient), scale)
 
 
 # ---- statistics ---------------------------------------------------------------------------------
@@ -196,7 +184,11 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
         ]
         row_part, column_part = parts[0], parts[1] if both else None
         s.launch(
-            kernels().statistics_tiles, tile, block, (row_part, column_part), REDUCTION=reduction
+            kernel("pairs.triton_forward.statistics_tiles"),
+            tile,
+            block,
+            (row_part, column_part),
+            REDUCTION=reduction,
         )
         _merge(s, row_part, rows, (first_row, first), (tile.rows, tile.columns), reduction, False)
         if both:
@@ -221,7 +213,7 @@ def _merge(
     _, classes, groups, length = part.shape
     programs = ceil_div(length, tile.rows)
     base.launch(
-        kernels().merge_tiles,
+        kernel("pairs.triton_forward.merge_tiles"),
         programs * classes,
         (part, out, out.shape[-1], firsts[0], length, firsts[1], groups, programs),
         dict(
@@ -244,7 +236,7 @@ def _merge(
 def stored(s: Sweep, tile: Tile, count: int) -> Iterator[tuple[Block, list[Tensor]]]:
     """Blocks whose tiles are stored for library products, and where to store them."""
     low, height = s.operands.low, min(s.n, ROW_BLOCK)
-    width = s.operands.table.ds_bytes // (max(height, 1) * low.itemsize * tile.columns)
+    width = s.table.ds_bytes // (max(height, 1) * low.itemsize * tile.columns)
     width = min(max(width, 1), max(1, MAX_CHUNK // tile.columns), ceil_div(s.m, tile.columns))
     width *= tile.columns
     buffers = torch.empty((count, height, width), dtype=low, device=s.p.x.device)
@@ -274,7 +266,7 @@ def statistics_backward(
     with library_tf32(p.precision == "tf32" and p.x.is_cuda):
         for block, (ds,) in stored(s, tile, 1):
             s.launch(
-                kernels().gradient_tiles,
+                kernel("pairs.triton_backward.gradient_tiles"),
                 tile,
                 block,
                 (per_side[0], per_side[1] if both else None, ds),
@@ -323,7 +315,7 @@ def _attend(
     stride = next(t.stride(0) for t in (weights, ds) if t is not None)
     strides = [0 if t is None else t.stride(0) for t in (grad_out, values)]
     s.launch(
-        kernels().attention_tiles,
+        kernel("pairs.triton_attention.attention_tiles"),
         tile,
         block,
         (base_rows, weights, grad_out, values, shift, ds, unit),

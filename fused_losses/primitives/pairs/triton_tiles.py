@@ -1,6 +1,6 @@
 """Tile sizes of the Triton kernels over pairs, per architecture, each with what it compiles to.
 
-`tiles[kernel, products]` as in `triton_tiles`. kernel: statistics, gradient, attention (weights
+`tiles[kernel, products]` as in `gpu.tiles`. kernel: statistics, gradient, attention (weights
 alone) or attention_gradient; `_two`: columns have statistics as well as rows; `_extra`: ids,
 groups, exclusions, windows, a root or a reach, or rows of an uneven width.
 
@@ -14,20 +14,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fused_losses.backends.gpu.tiles import Table, Tile
-from fused_losses.primitives.row_statistics.triton_tiles import ALL, TABLES, changed, same, wide
+from fused_losses.backends.gpu.tiles import ALL, Table, Tile, by_kernel, same, wide
 
-DS_BYTES = {"sm_80": 16 << 20, "sm_90": 16 << 20, "sm_100": 32 << 20}
+# a wider run of columns reads x and the sums of dx less often, which here outweighs that G, larger
+# than `row_statistics` has it, leaves L2
+MIB = 1 << 20
 
 
-def _table(arch: str, **kernels: dict[str, Tile]) -> Table:
-    """Chunk sizes as the architecture has them for `row_statistics`, G apart.
-
-    A wider run of columns reads x and the sums of dx less often, which here outweighs the rest.
-    """
-    tiles = {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
-    ds_bytes = DS_BYTES.get(arch, TABLES[arch].ds_bytes)
-    return replace(TABLES[arch], tiles=tiles, ds_bytes=ds_bytes)
+def _table(ds_bytes: int, **kernels: dict[str, Tile]) -> Table:
+    return Table(by_kernel(**kernels), ds_bytes)
 
 
 def _shallow(half: Tile, tf32: Tile, tf32x3: Tile) -> dict[str, Tile]:
@@ -41,9 +36,9 @@ def _amd(tile: Tile) -> dict[str, Tile]:
 
 WIDE, TALL, SMALL, SLIM = Tile(128, 128, 64), Tile(128, 64, 64), Tile(64, 64, 64), Tile(64, 32, 64)
 
-PAIR_TABLES = {
+TABLES = {
     "sm_80": _table(
-        "sm_80",
+        16 * MIB,
         # 146 / 147 / 148 / 178; half at 128 x 128 spills 30 bytes
         statistics=_shallow(TALL, TALL, SMALL),
         # 251 / 151 / 151 / 253
@@ -70,7 +65,7 @@ PAIR_TABLES = {
         attention_gradient_extra=_shallow(SMALL, SLIM, SLIM),
     ),
     "sm_90": _table(
-        "sm_90",
+        16 * MIB,
         # 255 (114 without labels) / 154 / 153 / 152
         statistics=_shallow(WIDE, TALL, TALL),
         # 255 / 150 / 118 / 165
@@ -98,7 +93,7 @@ PAIR_TABLES = {
     ),
     # a thread holds one row and 16 to 32 columns here, so the columns' vectors weigh most
     "sm_100": _table(
-        "sm_100",
+        32 * MIB,
         # 176 / 176; half at 128 x 128 spills 80 bytes
         statistics=_shallow(TALL, TALL, SMALL),
         # 126 / 74; 64 x 64 spills 12 bytes
@@ -125,7 +120,7 @@ PAIR_TABLES = {
         attention_gradient_extra=wide(SMALL, SMALL, replace(SLIM, depth=32)),
     ),
     "gfx942": _table(
-        "gfx942",
+        16 * MIB,
         # rows alone 119, two sides 182 to 197
         statistics=_amd(TALL),
         statistics_extra=_amd(TALL),
@@ -145,7 +140,7 @@ PAIR_TABLES = {
     ),
     # small and unequal, so that a few dozen rows and columns make several ragged tiles of each
     "interpret": _table(
-        "interpret",
+        2048,
         **{
             f"{kernel}{kind}": same(tile, *ALL)
             for kernel in ("statistics", "gradient", "attention", "attention_gradient")
@@ -159,7 +154,7 @@ PAIR_TABLES = {
     ),
 }
 # sm_86, sm_89 and sm_120; half at 64 x 64 spills 10 bytes on sm_120
-PAIR_TABLES["sm_86"] = replace(
-    PAIR_TABLES["sm_80"],
-    tiles=changed(PAIR_TABLES["sm_80"].tiles, gradient_extra=same(SLIM, "half")),
+TABLES["sm_86"] = replace(
+    TABLES["sm_80"],
+    tiles=TABLES["sm_80"].tiles | by_kernel(gradient_extra=same(SLIM, "half")),
 )

@@ -6,21 +6,20 @@ float32, and in the backward one chunk of G and of dW. Never N x C.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div, from_column
 from fused_losses.backends.gpu.products import accumulate, add_rows, float16_scale, library_tf32
-from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.gpu.tiles import Table, Tile, width
 from fused_losses.backends.triton import launch as base
-from fused_losses.backends.triton.launch import launch
-from fused_losses.base import validation
+from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
+from fused_losses.primitives.row_statistics.bounded import check
 from fused_losses.primitives.row_statistics.gpu import Problem
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_statistics.triton_tiles import TABLES
 
 PARTIAL_BYTES = 64 << 20
 SPLIT_ROWS = 2048  # of the parts of dx, together: float32 sums that each chunk reads and writes
@@ -43,11 +42,8 @@ def workspace(p: Inputs, needs: Needs | None) -> int:
     return extra_bytes(*p.x.shape, p.weight.dtype, p.precision)
 
 
-def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
-    validation.check_labels(labels, weight.shape[0])
-    if classes is not None and not labels.is_cuda:
-        validation.check_classes(classes, weight.shape[0])
-        validation.check_labels_in_classes(labels, classes)
+def _table(p: Problem) -> Table:
+    return TABLES[gpu_device.architecture(p.x.device)]
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -55,7 +51,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, _, labels, _, bias, _, normalize, weighted, *_ = inputs
     check(labels, inputs.weight, inputs.classes)
     p = row_statistics_gpu.problem(inputs, gradient=False)
-    forward_kernels = kernels()[0]
+    table = _table(p)
     n, count, new = p.n, p.count, dict(dtype=torch.float32, device=x.device)
     lse = torch.full((n,), -torch.inf, **new)
     target = torch.zeros(n, **new)
@@ -66,11 +62,11 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return lse, target, weighted_sum, hardest, hardest_score
     extra = bias is not None or weighted
     resident = _resident(p) if not extra and p.bend is None else None
-    tile = resident or p.tile("forward", extra)
+    tile = resident or table.tile(p, "forward", extra, p.bend is not None)
     row_tiles = ceil_div(n, tile.rows)
     span = tile.columns
     if resident is not None:
-        in_l2 = p.table.chunk_bytes // (p.d * x.element_size()) if normalize else count
+        in_l2 = table.chunk_bytes // (p.d * x.element_size()) if normalize else count
         most = ceil_div(min(count, max(in_l2, span)), span)
         span *= ceil_div(most, _splits(most, row_tiles, gpu_device.processors(x.device)))
     parts = 3 if weighted else 2
@@ -84,7 +80,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     chunk = segment * span
     if normalize:
         # rows that the norms have just read should still be in L2
-        in_l2 = p.table.chunk_bytes // (p.d * x.element_size() * span)
+        in_l2 = table.chunk_bytes // (p.d * x.element_size() * span)
         chunk = min(chunk, max(1, in_l2) * span)
     inverse = torch.empty(chunk, **new) if normalize else None
     merge_tile = Tile(16, 64, 64, 4, 2)
@@ -100,7 +96,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             if resident is not None:
                 depth = p.d // tile.depth
                 base.launch(
-                    forward_kernels.forward_resident,
+                    kernel("row_statistics.triton_forward.forward_resident"),
                     row_tiles * ceil_div(end - first, span),
                     (p.x, p.weight, inverse, p.positions, p.classes, rows[0], rows[1], best[at:])
                     + (p.x.stride(0), p.weight.stride(0), n, first, end, row_tiles, span),
@@ -110,7 +106,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                 )
                 continue
             base.launch(
-                forward_kernels.forward_tiles,
+                kernel("row_statistics.triton_forward.forward_tiles"),
                 row_tiles * ceil_div(end - first, tile.columns),
                 (p.x, p.weight, inverse, p.positions, p.classes, p.bias, p.column_weight, p.bend)
                 + (rows[0], rows[1], best[at:], rows[2] if weighted else None)
@@ -121,7 +117,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             )
         if segments > 1:
             base.launch(
-                forward_kernels.merge_tiles,
+                kernel("row_statistics.triton_forward.merge_tiles"),
                 ceil_div(n, merge_tile.rows),
                 (part[0], part[1], best, part[2] if weighted else None)
                 + (top[0, s], top[1, s], top_best[s], top[2, s] if weighted else None)
@@ -132,7 +128,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if segments == 1:
         top, top_best = part, best
     base.launch(
-        forward_kernels.forward_rows,
+        kernel("row_statistics.triton_forward.forward_rows"),
         ceil_div(n, merge_tile.rows),
         (p.x, p.weight, p.positions, p.classes)
         + (top[0], top[1], top_best, top[2] if weighted else None)
@@ -148,10 +144,10 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def _resident(p: Problem) -> Tile | None:
     """The tile of `forward_resident`, where rows of x fit beside the tiles of W."""
-    tile = p.table.tiles.get(("forward_resident", p.products))
+    tile = _table(p).tiles.get(("forward_resident", p.products))
     if tile is None or not p.even(tile.depth) or p.d // tile.depth not in HELD:
         return None
-    if any(stride % 16 for stride in (p.x.stride(0), p.weight.stride(0))):
+    if not p.aligned():
         return None
     # rows past the last one are multiplied for nothing
     return tile if -p.n % tile.rows <= p.n // 8 else None
@@ -213,11 +209,12 @@ def _owner_tiles(p: Problem, extra: bool) -> tuple[Tile, Tile] | None:
     row_bytes = p.d * p.x.element_size()
     wide = "" if row_bytes <= (512 if p.products == "rounded" else 256) else "_wide"
     names = f"owner_rows{wide}", f"owner_classes{wide}"
-    if row_bytes > 512 or (names[0], p.products) not in p.table.tiles:
+    tiles = _table(p).tiles
+    if row_bytes > 512 or (names[0], p.products) not in tiles:
         return None
     if wide and extra and p.bend is not None:  # together they spill on sm_86
         return None
-    return tuple(p.table.tiles[name, p.products] for name in names)
+    return tuple(tiles[name, p.products] for name in names)
 
 
 def _owners(
@@ -231,11 +228,10 @@ def _owners(
     compact: bool,  # dweight has a row for each of `classes`
 ) -> Tensor | None:
     """The form without stored G: owners of class tiles for dw, then owners of row tiles for dx."""
-    gradients = kernels()[1]
-    width = max(16, 1 << (p.d - 1).bit_length())
+    depth = width(p.d)
     shared = (p.positions, p.classes, p.bias, p.column_weight, p.bend, *rows)
     strides = (p.x.stride(0), p.weight.stride(0))
-    flags = dict(BD=width, EVEN=width == p.d, BF16=p.bf16, DOT=p.dot)
+    flags = dict(BD=depth, EVEN=depth == p.d, BF16=p.bf16, DOT=p.dot)
     # the one buffer of C values, 1/D of W: the owners of classes leave their norms to those of rows
     inverse = None
     if p.normalize and need_x:
@@ -244,7 +240,7 @@ def _owners(
         tile = owner[1]
         stride = 0 if dweight is None else dweight.stride(0)
         base.launch(
-            gradients.owner_classes,
+            kernel("row_statistics.triton_backward.owner_classes"),
             ceil_div(p.count, tile.columns),
             (p.x, p.weight, *shared, inverse, unscale, dweight, dbias)
             + (*strides, stride, p.n, p.count, p.d),
@@ -262,7 +258,7 @@ def _owners(
     splits = ceil_div(tiles, steps)
     parts = torch.empty((splits, p.n, p.d), dtype=torch.float32, device=p.x.device)
     base.launch(
-        gradients.owner_rows,
+        kernel("row_statistics.triton_backward.owner_rows"),
         row_tiles * splits,
         (p.x, p.weight, inverse, *shared, parts) + (*strides, p.n, p.count, p.d, row_tiles, steps),
         dict(BM=tile.rows, BN=tile.columns) | flags,
@@ -286,16 +282,14 @@ def _chunks(
     count, docs/roofline.md), where Liger's CuTe kernel moves 36: the norms and the projection of
     dW are 8 of them. Rows resident as in the forward would be read anew for every chunk.
     """
-    gradients = kernels()[1]
     x, n, d, low, device = p.x, p.n, p.d, p.low, p.x.device
     extra = p.bias is not None or rows[3] is not None
-    tile = p.tile("gradient", extra)
+    table = _table(p)
+    tile = table.tile(p, "gradient", extra, p.bend is not None)
     block = min(n, ROW_BLOCK)
     # dx has few tiles: its classes are split over as many products as fill the GPU, added at last
     splits = max(1, min(16, SPLIT_ROWS // block)) if n == block else 1
-    piece = (
-        max(1, p.table.ds_bytes // (block * low.itemsize * splits * tile.columns)) * tile.columns
-    )
+    piece = max(1, table.ds_bytes // (block * low.itemsize * splits * tile.columns)) * tile.columns
     piece = min(piece, max(1, MAX_CHUNK // (splits * tile.columns)) * tile.columns)
     piece = min(piece, ceil_div(p.count, splits * tile.columns) * tile.columns)
     chunk = piece * splits
@@ -322,7 +316,7 @@ def _chunks(
             part = slice(top, min(top + block, n))
             height = part.stop - top
             base.launch(
-                gradients.gradient_tiles,
+                kernel("row_statistics.triton_backward.gradient_tiles"),
                 ceil_div(height, tile.rows) * ceil_div(length, tile.columns),
                 (x[part], p.weight, inverse, p.positions[part])
                 + (p.classes, p.bias, p.column_weight)
@@ -369,7 +363,7 @@ def _finish(
     tile = Tile(0, 32 if p.even(128) else 16, 128, 4, 1)
     height, width = (0, 0) if bias_sum is None else bias_sum.shape
     base.launch(
-        kernels()[1].finish_weight,
+        kernel("row_statistics.triton_backward.finish_weight"),
         ceil_div(end - first, tile.columns),
         (gradient, p.weight, inverse, p.classes, bias_sum, unscale, dweight, dbias)
         + (p.weight.stride(0), p.d, width)
@@ -379,20 +373,13 @@ def _finish(
     )
 
 
-def kernels() -> tuple[ModuleType, ModuleType]:
-    from fused_losses.primitives.row_statistics import triton_backward as triton_gradients
-    from fused_losses.primitives.row_statistics import triton_forward as triton_kernels
-
-    return triton_kernels, triton_gradients
-
-
 def norms(p: Problem, inverse: Tensor, first: int, end: int) -> None:
     """1/|w_j| of columns [first, end), which also brings their rows into L2."""
     classes = from_column(p.classes, first)
     weight = p.weight[first:] if classes is None else p.weight
     tile = Tile(0, 16, 128, 4, 1)
-    launch(
-        kernels()[0].inverse_norms,
+    base.launch(
+        kernel("row_statistics.triton_forward.inverse_norms"),
         ceil_div(end - first, tile.columns),
         (weight, classes, inverse, weight.stride(0), end - first, p.d),
         dict(BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth)),

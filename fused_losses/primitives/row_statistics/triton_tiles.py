@@ -1,5 +1,8 @@
 """Tile sizes of the Triton kernels, per architecture, each with the compilation that chose it.
 
+kernel: forward, gradient (`Table`), forward_resident, and owner_rows, owner_classes up to D = 128,
+owner_*wide up to 256. No owner entry: the form with stored G is used.
+
 Figures: registers a thread with Triton 3.6.0 and its ptxas, at 1024 x 1,000,000; nothing spills
 (tests/test_gpu_static.py). "all": classes, bias, weights at once. No time was measured: the
 choice is the widest tile that does not spill, since a wider one reads less from L2.
@@ -9,29 +12,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fused_losses.backends.gpu.tiles import Table, Tile
+from fused_losses.backends.gpu.tiles import ALL, Table, Tile, by_kernel, same, wide
 
 
 def _table(chunk_bytes: int, ds_bytes: int, **kernels: dict[str, Tile]) -> Table:
-    tiles = {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
-    return Table(tiles, chunk_bytes, ds_bytes)
+    return Table(by_kernel(**kernels), ds_bytes, chunk_bytes)
 
 
-def changed(tiles: dict[tuple[str, str], Tile], **kernels: dict[str, Tile]) -> dict:
-    """`tiles` with other ones for some kernels and products."""
-    return tiles | {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
-
-
-def same(tile: Tile, *products: str) -> dict[str, Tile]:
-    return dict.fromkeys(products, tile)
-
-
-def wide(half: Tile, tf32: Tile, tf32x3: Tile) -> dict[str, Tile]:
-    """float32 in memory takes the tile of tf32, rounded to bfloat16 or not."""
-    return dict(half=half, rounded=tf32, tf32=tf32, tf32x3=tf32x3)
-
-
-ALL = ("half", "rounded", "tf32", "tf32x3")
 MIB = 1 << 20
 
 TABLES = {
@@ -128,8 +115,8 @@ TABLES = {
 # row is no whole vector, those of half spill 122 bytes
 TABLES["sm_86"] = replace(
     TABLES["sm_80"],
-    tiles=changed(
-        TABLES["sm_80"].tiles,
+    tiles=TABLES["sm_80"].tiles
+    | by_kernel(
         forward_extra=same(Tile(128, 64, 64), "half"),
         gradient_extra=same(Tile(128, 64, 64), "half"),
     ),

@@ -4,25 +4,23 @@ Up to FUSED candidates a row stay in registers while the columns stream by, spli
 columns where rows are few; beyond that, blocks of keys are stored and the best carried along.
 Memory beyond the outputs: 8 bytes a candidate and a range, or BLOCK_BYTES a few times; never N x M.
 
-Tiles by (kernel, products) as in `triton_tiles`; `_uneven`: rows that are not whole vectors. No
+Tiles by (kernel, products) as in `gpu.tiles`; `_uneven`: rows that are not whole vectors. No
 time was measured: the choice is a wide tile that does not spill.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
-from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.gpu.product import Product
+from fused_losses.backends.gpu.tiles import ALL, Tile, by_kernel, pick, same, wide
 from fused_losses.backends.triton import launch as base
-from fused_losses.primitives.distances.triton import Tiles, pick, problem
-from fused_losses.primitives.row_statistics.gpu import Problem
-from fused_losses.primitives.row_statistics.triton_tiles import ALL, same, wide
+from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.topk import certified as certified_topk
 from fused_losses.primitives.topk.inputs import TopkInputs
 
@@ -31,10 +29,6 @@ FEW = 32  # that leave room for a wider tile: best_few
 PARTIAL_BYTES = 32 << 20  # of the candidates of all ranges
 BLOCK_BYTES = 32 << 20  # of stored keys
 EMPTY = -0x7F800001 << 32  # the key -inf, at the column past all others
-
-
-def _tiles(**kernels: dict[str, Tile]) -> Tiles:
-    return {(kernel, p): tile for kernel, row in kernels.items() for p, tile in row.items()}
 
 
 def _few(half: Tile, rounded: Tile | None, tf32x3: Tile | None) -> dict[str, Tile]:
@@ -49,32 +43,32 @@ NARROW = Tile(64, 32, 32)
 # at most 255 / 255 / -, 248 / 181 / 226, 194 / - / 180; wider ones spill under masks.
 # 1024 x 1,000,000 x 256: 12.3 GB from L2, 8.2 on sm_90, 20.5 on sm_100 (docs/roofline.md)
 TILES = {
-    "sm_80": _tiles(
+    "sm_80": by_kernel(
         best=wide(Tile(64, 64, 64), NARROW, Tile(32, 64, 32)),
         best_few=_few(Tile(128, 64, 64), Tile(128, 64, 32), None),
         best_uneven=wide(Tile(64, 32, 64), NARROW, Tile(32, 64, 32)),
         keys=wide(Tile(64, 64, 64), Tile(64, 64, 32), Tile(64, 32, 32)),
     ),
-    "sm_90": _tiles(
+    "sm_90": by_kernel(
         best=wide(Tile(64, 64, 64), NARROW, NARROW),
         best_few=_few(Tile(128, 128, 64), Tile(128, 64, 32), Tile(128, 64, 32)),
         best_uneven=wide(NARROW, NARROW, Tile(64, 16, 32)),
         keys=wide(Tile(64, 64, 64), Tile(64, 64, 32), Tile(64, 64, 32)),
     ),
-    "sm_100": _tiles(
+    "sm_100": by_kernel(
         best=wide(Tile(64, 32, 64), NARROW, NARROW),
         best_few=_few(Tile(128, 32, 64), None, Tile(64, 64, 32)),
         best_uneven=wide(NARROW, NARROW, NARROW),
         keys=wide(Tile(64, 64, 64), Tile(64, 32, 32), Tile(64, 32, 32)),
     ),
-    "gfx942": _tiles(
+    "gfx942": by_kernel(
         best=same(Tile(64, 64, 32, 8, 2), *ALL),
         # a depth of 32 spills 44 bytes, 64 x 64 spills 94
         best_uneven=same(Tile(64, 32, 16, 8, 2), *ALL),
         keys=same(Tile(64, 64, 32, 8, 2), *ALL),
     ),
     # small and unequal, so that a few dozen rows make several ragged tiles of each
-    "interpret": _tiles(
+    "interpret": by_kernel(
         best=same(Tile(16, 32, 16), *ALL),
         best_few=_few(Tile(32, 32, 16), Tile(32, 32, 16), Tile(32, 32, 16)),
         best_uneven=same(Tile(32, 16, 16), *ALL),
@@ -82,12 +76,6 @@ TILES = {
     ),
 }
 TILES["sm_86"] = TILES["sm_80"]
-
-
-def kernels() -> ModuleType:
-    from fused_losses.primitives.topk import triton_kernels as triton_topk_kernels
-
-    return triton_topk_kernels
 
 
 def select(p: TopkInputs) -> tuple[Tensor, Tensor]:
@@ -153,8 +141,8 @@ def screen(
     if y.dtype not in (x.dtype, torch.int8):
         x = x.float()  # y is widened as it is read
         y = y if y.dtype.itemsize <= 4 else y.float()
-    p = problem(x, y, precision)
-    n, columns = p.n, p.count
+    p = Product.of(x, y, precision, gradient=False)
+    n, columns = p.n, p.m
     if min(n, columns, keep) == 0:
         return (
             torch.full((n, keep), -torch.inf, dtype=torch.float32, device=x.device),
@@ -165,18 +153,18 @@ def screen(
     if exclude is not None:
         exclude = exclude.int().contiguous() if exclude.shape[1] else None
     vectors = [None if t is None else t.float().contiguous() for t in (center, a, m)]
-    operands = (p.x, p.weight, *vectors, *integers, exclude)
+    operands = (p.x, p.y, *vectors, *integers, exclude)
     flags = dict(MATCH=match, SKIP_SELF=skip_self, BF16=p.bf16, DOT=p.dot)
     return certified_topk.unpacked(
         (_streamed if keep <= FUSED else _stored)(p, operands, flags, keep)
     )
 
 
-def _sizes(p: Problem, tile: Tile) -> dict[str, int]:
+def _sizes(p: Product, tile: Tile) -> dict[str, int]:
     return dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth))
 
 
-def _streamed(p: Problem, operands: tuple, flags: dict, keep: int) -> Tensor:
+def _streamed(p: Product, operands: tuple, flags: dict, keep: int) -> Tensor:
     """The best of each row, packed. [N, keep]"""
     few = keep <= FEW and ("best_few", p.products) in TILES[gpu_device.architecture(p.x.device)]
     tile = pick(TILES, p, "best_few" if few else "best")
@@ -184,15 +172,15 @@ def _streamed(p: Problem, operands: tuple, flags: dict, keep: int) -> Tensor:
     splits = min(
         2 * gpu_device.processors(p.x.device) // row_tiles, PARTIAL_BYTES // (8 * p.n * keep)
     )
-    span = ceil_div(ceil_div(p.count, max(splits, 1)), tile.columns) * tile.columns
-    splits = ceil_div(p.count, span)
+    span = ceil_div(ceil_div(p.m, max(splits, 1)), tile.columns) * tile.columns
+    splits = ceil_div(p.m, span)
     to = torch.empty((p.n, splits, keep), dtype=torch.int64, device=p.x.device)
     exclude = operands[-1]
     base.launch(
-        kernels().best_columns,
+        kernel("topk.triton_kernels.best_columns"),
         row_tiles * splits,
-        (*operands, to, p.x.stride(0), p.weight.stride(0))
-        + (0 if exclude is None else exclude.shape[1], p.n, p.count, p.d)
+        (*operands, to, p.x.stride(0), p.y.stride(0))
+        + (0 if exclude is None else exclude.shape[1], p.n, p.m, p.d)
         + (span, splits, row_tiles, keep),
         dict(K=max(16, 1 << (keep - 1).bit_length()), **flags, **_sizes(p, tile)),
         tile,
@@ -200,24 +188,24 @@ def _streamed(p: Problem, operands: tuple, flags: dict, keep: int) -> Tensor:
     return to.flatten(1).topk(keep, dim=1)[0]
 
 
-def _stored(p: Problem, operands: tuple, flags: dict, keep: int) -> Tensor:
+def _stored(p: Product, operands: tuple, flags: dict, keep: int) -> Tensor:
     """The best of each row, packed, by blocks of keys. [N, keep]"""
     tile = TILES[gpu_device.architecture(p.x.device)]["keys", p.products]
     exclude = operands[-1]
-    width = ceil_div(min(p.count, max(4 * keep, 8192)), tile.columns) * tile.columns
+    width = ceil_div(min(p.m, max(4 * keep, 8192)), tile.columns) * tile.columns
     height = min(p.n, max(1, BLOCK_BYTES // (8 * width)))
     block = torch.empty((height, width), dtype=torch.int64, device=p.x.device)
     best = torch.full((p.n, keep), EMPTY, dtype=torch.int64, device=p.x.device)
     for top in range(0, p.n, height):
         stop = min(top + height, p.n)
         row_tiles = ceil_div(stop - top, tile.rows)
-        for first in range(0, p.count, width):
-            end = min(first + width, p.count)
+        for first in range(0, p.m, width):
+            end = min(first + width, p.m)
             base.launch(
-                kernels().key_tiles,
+                kernel("topk.triton_kernels.key_tiles"),
                 row_tiles * ceil_div(end - first, tile.columns),
-                (*operands, block, p.x.stride(0), p.weight.stride(0), block.stride(0))
-                + (0 if exclude is None else exclude.shape[1], top, stop, first, p.count, p.d)
+                (*operands, block, p.x.stride(0), p.y.stride(0), block.stride(0))
+                + (0 if exclude is None else exclude.shape[1], top, stop, first, p.m, p.d)
                 + (row_tiles,),
                 flags | _sizes(p, tile),
                 tile,

@@ -14,12 +14,12 @@ import triton.language as tl
 from fused_losses.backends.triton.tile_math import (
     NOWHERE,
     bound,
+    equal,
     load,
     multiply,
     operand,
     row_offsets,
 )
-from fused_losses.primitives.pairs.triton_terms import equal
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the least finite float32
 
