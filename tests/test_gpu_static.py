@@ -257,7 +257,7 @@ PLANTED = {
 def test_planted_fault(name: str) -> None:
     arch, kernel, types, constants, warps, stages, whole, said = PLANTED[name]
     signature = (*types.items(), *((constant, "constexpr") for constant in constants))
-    divided = [i for i, kind in enumerate(types.values()) if whole or kind.startswith("*")]
+    divided = [(i,) for i, kind in enumerate(types.values()) if whole or kind.startswith("*")]
     key = Compilation(
         f"gpu_static_faults.{kernel}",
         signature,

@@ -7,10 +7,12 @@ misaligned accesses, shared and global races, and waits that are too weak are fa
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton_oracle as oracle
@@ -18,7 +20,8 @@ from triton_oracle import DTYPE_STEP, Case, call
 
 from fused_losses.primitives.row_statistics import triton as backend
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
-from tools.gpu_static import record
+from tools.gpu_static import machine_code, record
+from tools.gpu_static.machine_code import LANES
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -43,11 +46,26 @@ CASES = [
 
 def simulate(cc: int, reports: list) -> Any:
     sys.path.insert(0, str(SHARED))
-    from ptxsim.triton_run import triton_run
+    import ptxsim
+    from ptxsim.core import Buf
+
+    def values(arguments: Any, types: Any) -> Iterator[Any]:
+        """What the kernel is given when it runs: nothing for what it is compiled for."""
+        for value, kind in zip(arguments, types, strict=True):
+            if isinstance(value, tuple):
+                yield from values(value, kind)
+            elif isinstance(value, torch.Tensor):
+                yield Buf(value)
+            elif kind != "constexpr":
+                yield np.float32(value) if kind == "fp32" else value
 
     def launch(kernel: Any, programs: int, args: tuple, constants: dict, tile: Any) -> None:
-        options = dict(cc=cc, num_warps=tile.warps, num_stages=tile.stages)
-        report = triton_run(kernel, (programs,), *args, **options, **constants)
+        key = record.specialise(kernel, args, constants, tile)
+        binary = machine_code.compiled(f"sm_{cc}", key)
+        given = list(values(args, [kind for _, kind in key.signature[: len(args)]]))
+        threads, shared = LANES * binary.metadata.num_warps, binary.metadata.shared
+        module = ptxsim.load(binary.asm["ptx"])
+        report = ptxsim.run(module, binary.metadata.name, (programs,), threads, given, shared)
         assert not report.warnings, report.warnings
         reports.append((kernel.fn.__name__, report))
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.primitives.distances import triton as backend
 
 STEPS = 8  # a few: sums of a few dozen rounded terms
@@ -172,7 +173,7 @@ def test_split_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, grad = inputs(case)
     out = backend.forward(x, y, None, case.kind, 2.0, "fp32")
     for processors in (1, 6):
-        monkeypatch.setattr(backend.base, "processors", lambda device, p=processors: p)
+        monkeypatch.setattr(gpu_device, "processors", lambda device, p=processors: p)
         found = backend.backward(grad, out, x, y, None, case.kind, 2.0, "fp32", True, True, False)
         check_gradients(case, grad, x, y, found[:2])
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.primitives.topk import bounded as bounded_topk
 from fused_losses.primitives.topk import triton as backend
 from fused_losses.primitives.topk.inputs import KINDS, TopkInputs
@@ -160,7 +161,7 @@ def test_ranges_and_blocks(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(keep=keep, m=333, match="different", **MANY)
     call = inputs(case)
     for processors in (1, 40):
-        monkeypatch.setattr(backend.base, "processors", lambda device, p=processors: p)
+        monkeypatch.setattr(gpu_device, "processors", lambda device, p=processors: p)
         check(case, call, *backend.screen(**call))
     monkeypatch.setattr(backend, "FUSED", 0)
     monkeypatch.setattr(backend, "BLOCK_BYTES", 8 * 20 * 352)

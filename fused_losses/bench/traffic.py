@@ -74,7 +74,7 @@ def use(t: Tensor, moved: int, begin: int = 0, size: int | None = None, **how: A
 
 
 class Launch:
-    """One launch's arguments by name, and the work that a closed form finds in it."""
+    """One launch's arguments by name (`x.bias`: of a group), and the work that a form finds."""
 
     def __init__(self, name: str, programs: int, values: dict[str, Any]) -> None:
         self.values, self.programs = values, programs
@@ -284,26 +284,28 @@ def _(s: Launch) -> None:
 
 def _pair_tiles(s: Launch) -> tuple[int, int, int]:
     """Products, biases and masks of pair kernels; their rows, columns and column tiles."""
-    high, wide = s.row_end - s.first_row, s.column_end - s.first_column
+    block = s.block
+    high, wide = block.row_end - block.first_row, block.column_end - block.first_column
     tiles = cdiv(wide, s.BN)
     # below the diagonal a tile is left at once
     live = s.programs
     if s.TRIANGLE:
         live = sum(
-            s.first_column + (t + 1) * s.BN - 1 > s.first_row + r * s.BM
+            block.first_column + (t + 1) * s.BN - 1 > block.first_row + r * s.BM
             for t in range(tiles)
             for r in range(s.row_tiles)
         )
     share = live / s.programs
-    _tile_products(s, "x", "y", (s.first_row, high), (s.first_column, wide), s.d, live)
+    rows, columns = (block.first_row, high), (block.first_column, wide)
+    _tile_products(s, "x.rows", "y.rows", rows, columns, s.d, live)
     s.read("scale", live)
-    kinds = 1 if s.KIND is not None or not s.has("x_labels") else 2
+    kinds = 1 if s.KIND is not None or not s.has("x.labels") else 2
     for of, times in (("labels", kinds), ("bias", 1), ("ids", 1), ("groups", 1)):
-        s.read(f"x_{of}", round(high * tiles * times * share))
-        s.read(f"y_{of}", round(wide * s.row_tiles * times * share))
+        s.read(f"x.{of}", round(high * tiles * times * share))
+        s.read(f"y.{of}", round(wide * s.row_tiles * times * share))
     s.read("exclude", round(high * s.excluded * tiles * share))
-    s.read("x_window", round(2 * kinds * high * tiles * share))
-    s.read("y_window", round(2 * kinds * wide * s.row_tiles * share))
+    s.read("x.window", round(2 * kinds * high * tiles * share))
+    s.read("y.window", round(2 * kinds * wide * s.row_tiles * share))
     return high, wide, tiles
 
 
@@ -327,7 +329,7 @@ def _(s: Launch) -> None:
 @form("pairs.gradient_tiles")
 def _(s: Launch) -> None:
     high, wide, tiles = _pair_tiles(s)
-    kinds, vectors = 2 if s.has("x_labels") else 1, 4 if s.REDUCTION == "lse" else 2
+    kinds, vectors = 2 if s.has("x.labels") else 1, 4 if s.REDUCTION == "lse" else 2
     s.read("row_vectors", kinds * vectors * high * tiles, 0, kinds * vectors * high)
     s.read("column_vectors", kinds * vectors * wide * s.row_tiles, 0, kinds * vectors * wide)
     s.write("ds", high * wide)
@@ -340,7 +342,7 @@ def _(s: Launch) -> None:
     s.read("base", 2 * high * tiles)
     s.write("weights", high * wide)
     if s.has("ds"):
-        rows, columns = (s.first_row, high), (s.first_column, wide)
+        rows, columns = (s.block.first_row, high), (s.block.first_column, wide)
         _tile_products(s, "grad_out", "values", rows, columns, s.width, s.programs)
         s.read("shift", high * tiles)
         s.write("ds", high * wide)
@@ -714,8 +716,7 @@ class Trace(TorchDispatchMode):
 def triton_work(kernel: Any, programs: int, args: tuple, constants: dict) -> Work:
     """The closed form's view of one launch."""
     name = f"{kernel.fn.__module__.split('.')[-2]}.{kernel.fn.__name__}"
-    values = dict(zip(kernel.arg_names, args, strict=False)) | constants
-    launch = Launch(name, programs, values)
+    launch = Launch(name, programs, triton_launch.by_name(kernel, args, constants))
     FORMS[name](launch)
     return launch.work
 

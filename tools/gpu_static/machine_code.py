@@ -147,7 +147,7 @@ def compiled(arch: str, key: Compilation) -> Any:
     from triton.compiler import ASTSource
 
     module, name = key.kernel.rsplit(".", 1)
-    attrs = {(i,): [["tt.divisibility", 16]] for i in key.attributes}
+    attrs = {place: [["tt.divisibility", 16]] for place in key.attributes}
     function = getattr(importlib.import_module(module), name)
     source = ASTSource(function, dict(key.signature), dict(key.constants), attrs)
     target = TARGETS.get(arch) or ("cuda", int(arch[3:]), LANES)

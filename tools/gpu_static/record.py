@@ -62,8 +62,8 @@ class Compilation:
 
     kernel: str  # module.function
     signature: tuple
-    constants: tuple
-    attributes: tuple  # places of the arguments that 16 divides
+    constants: tuple  # by name, or by such a place
+    attributes: tuple  # places of the arguments that 16 divides, paths into groups of them
     warps: int
     stages: int
 
@@ -76,22 +76,30 @@ def specialise(kernel: Any, args: tuple, constants: dict, tile: Any) -> Compilat
     """The specialisation that Triton's own launcher makes of these arguments."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, const, attributes = {}, {}, []
+
+    def kind(value: Any, place: tuple[int, ...], param: Any) -> Any:
+        """The type of an argument, or of each in a group of them."""
+        if isinstance(value, tuple):
+            return type(value)(*(kind(v, (*place, i), param) for i, v in enumerate(value)))
+        if isinstance(value, torch.Tensor):
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes.append(place)
+            return TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or value == 1 and not param.do_not_specialize:
+            const[place] = value
+            return "constexpr"
+        if value % 16 == 0 and not param.do_not_specialize:
+            attributes.append(place)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for index, param in enumerate(kernel.params):
         value = values[param.name]
-        if param.is_constexpr or value is None:
+        if param.is_constexpr:
             signature[param.name], const[param.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = TYPES[value.dtype]
-            if value.storage_offset() * value.element_size() % 16 == 0:
-                attributes.append(index)
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
-        elif value == 1 and not param.do_not_specialize:
-            signature[param.name], const[param.name] = "constexpr", 1
         else:
-            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not param.do_not_specialize:
-                attributes.append(index)
+            signature[param.name] = kind(value, (index,), param)
     name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
     items = tuple(signature.items()), tuple(const.items()), tuple(attributes)
     return Compilation(name, *items, tile.warps, tile.stages)

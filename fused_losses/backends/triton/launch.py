@@ -6,6 +6,7 @@ Every launch goes through `launch`, so that a test can compile or execute exactl
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -24,10 +25,27 @@ def kernel(place: str) -> Any:
     return getattr(import_module(f"fused_losses.primitives.{module}"), name)
 
 
+def changed(arguments: Any, change: Callable[[Any], Any]) -> Any:
+    """Arguments, those of groups (NamedTuples) too, each changed."""
+    if not isinstance(arguments, tuple):
+        return change(arguments)
+    values = [changed(a, change) for a in arguments]
+    return type(arguments)(*values) if hasattr(arguments, "_fields") else tuple(values)
+
+
+def by_name(kernel: Any, args: tuple, constants: dict[str, Any]) -> dict[str, Any]:
+    """A launch's arguments by name, those of groups too: `x` and `x.bias`."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    for name, group in list(values.items()):
+        if hasattr(group, "_fields"):
+            values |= {f"{name}.{field}": value for field, value in group._asdict().items()}
+    return values
+
+
 def launch(kernel: Any, programs: int, args: tuple, constants: dict[str, Any], tile: Tile) -> None:
     if interpreted():
         import triton.language as tl  # an optional package
 
         # the interpreter of Triton 3.6 cannot use its own integers as loop bounds under numpy 2.4
-        args = tuple(tl.constexpr(a) if isinstance(a, int) else a for a in args)
+        args = changed(args, lambda a: tl.constexpr(a) if isinstance(a, int) else a)
     kernel[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)

@@ -76,8 +76,6 @@ def products(
     x_rows,  # [BM] offsets
     w_rows,  # [BN] offsets
     d,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN: tl.constexpr,
     BF16: tl.constexpr,
@@ -87,7 +85,7 @@ def products(
     depth = tl.arange(0, BK)
     x_tile = x + x_rows[:, None] + depth[None, :]
     w_tile = w + w_rows[:, None] + depth[None, :]
-    product = tl.zeros([BM, BN], tl.float32)
+    product = tl.zeros([x_rows.shape[0], w_rows.shape[0]], tl.float32)
     for start in range(0, d, BK):
         a = load(x_tile, depth[None, :], d - start, EVEN)
         b = load(w_tile, depth[None, :], d - start, EVEN)

@@ -79,7 +79,7 @@ def distance_tiles(
     columns = (tl.program_id(0) // row_tiles) * BN + tl.arange(0, BN)
     x_rows = row_offsets(rows, n, None, stride_x)
     y_rows = row_offsets(columns, m, None, stride_y)
-    z = products(x, y, x_rows, y_rows, d, BM, BN, BK, EVEN, BF16, DOT)
+    z = products(x, y, x_rows, y_rows, d, BK, EVEN, BF16, DOT)
     if x_squares is not None:
         # rows past the end are the last one again, here too: not near where no pair is
         a = tl.load(x_squares + tl.minimum(rows, n - 1))

@@ -72,7 +72,7 @@ def token_maxima(
             b = tl.trans(operand(b, BF16, DOT))
             z = multiply(a, b, tl.zeros([BM, BN], tl.float32), DOT)
         else:
-            z = products(queries, document, x_rows, y_rows, d, BM, BN, BK, EVEN, BF16, DOT)
+            z = products(queries, document, x_rows, y_rows, d, BK, EVEN, BF16, DOT)
         # the first of equals; a NaN stays
         better = (z > best) | (z != z)
         best = tl.where(better, z, best)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,14 @@ WEIGHT_UNIT = 4096.0  # float16 attention weights are stored times this: float16
 FLOATS = ("x_bias", "y_bias", "x_window", "y_window")
 INTEGERS = ("x_labels", "y_labels", "x_ids", "y_ids", "x_groups", "y_groups", "exclude")
 
-Block = tuple[int, int, int, int]  # first row, end row, first column, end column
+
+class Block(NamedTuple):
+    """A rectangle of the matrix."""
+
+    first_row: int
+    row_end: int
+    first_column: int
+    column_end: int
 
 
 def kernel_form(p: PairInputs) -> tuple[PairInputs, Tensor]:
@@ -51,8 +59,8 @@ def blocks(p: PairInputs, height: int, width: int) -> Iterator[Block]:
     n, m = p.x.shape[0], p.y.shape[0]
     for first in range(0, m, max(width, 1)):
         for top in range(0, n, max(height, 1)):
-            block = top, min(top + height, n), first, min(first + width, m)
-            if not p.triangle or block[3] - 1 > top:
+            block = Block(top, min(top + height, n), first, min(first + width, m))
+            if not p.triangle or block.column_end - 1 > top:
                 yield block
 
 

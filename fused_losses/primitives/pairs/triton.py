@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ from fused_losses.primitives.pairs.gpu import (
     weight_base,
     weight_unit,
 )
-from fused_losses.primitives.pairs.inputs import VALUE, PairInputs, PairNeeds
+from fused_losses.primitives.pairs.inputs import VALUE, PairInputs, PairNeeds, Rule
 from fused_losses.primitives.pairs.triton_tiles import TABLES
 
 PARTIAL_BYTES = 16 << 20  # of a block's partials, which are read back while they are in L2
@@ -69,6 +69,18 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     """
     (n, d), m = p.x.shape, p.y.shape[0]
     return extra_bytes(n, m, d + width, p.x.dtype, p.precision)
+
+
+class Side(NamedTuple):
+    """One side of the matrix as the kernels read it; all but its rows may be missing."""
+
+    rows: Tensor  # [N, D]
+    bias: Tensor | None  # [N] float32
+    labels: Tensor | None  # [N] int32
+    ids: Tensor | None  # [N] int32
+    groups: Tensor | None  # [N] int32
+    window: Tensor | None  # [4, N] float32
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -118,17 +130,18 @@ class Sweep:
     ) -> None:
         """One program a tile of the block."""
         p, o = self.p, self.operands
-        first_row, row_end, first_column, column_end = block
-        row_tiles = ceil_div(row_end - first_row, tile.rows)
+        row_tiles = ceil_div(block.row_end - block.first_row, tile.rows)
         excluded = 0 if p.exclude is None else p.exclude.shape[1]
         base.launch(
             kernel,
-            row_tiles * ceil_div(column_end - first_column, tile.columns),
-            (o.x, o.y, self.scale, p.x_bias, p.y_bias, p.x_labels, p.y_labels)
-            + (p.x_ids, p.y_ids, p.x_groups, p.y_groups, p.exclude, p.x_window, p.y_window)
-            + (*after, *map(float, p.positive), *map(float, p.negative))
-            + (o.x.stride(0), o.y.stride(0), *strides)
-            + (excluded, self.n, self.m, *block, o.d, *widths, row_tiles),
+            row_tiles * ceil_div(block.column_end - block.first_column, tile.columns),
+            (
+                Side(o.x, p.x_bias, p.x_labels, p.x_ids, p.x_groups, p.x_window, o.x.stride(0)),
+                Side(o.y, p.y_bias, p.y_labels, p.y_ids, p.y_groups, p.y_window, o.y.stride(0)),
+                *(self.scale, p.exclude, *after),
+                *(Rule(*map(float, rule)) for rule in (p.positive, p.negative)),
+                *(*strides, excluded, self.n, self.m, block, o.d, *widths, row_tiles),
+            ),
             dict(
                 REACH=self.reach,
                 ROOT=p.score == "root",

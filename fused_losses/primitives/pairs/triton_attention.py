@@ -19,20 +19,10 @@ from fused_losses.primitives.pairs.triton_terms import (
 
 @triton.jit(do_not_specialize=[*VARYING, "unit"])
 def attention_tiles(
-    x,  # as in `statistics_tiles`, up to y_window
-    y,
+    x,  # as in `statistics_tiles`
+    y,  # without a window: the rows' softmax asks nothing of the columns
     scale,
-    x_bias,
-    y_bias,
-    x_labels,
-    y_labels,
-    x_ids,
-    y_ids,
-    x_groups,
-    y_groups,
     exclude,
-    x_window,
-    y_window,  # None: the rows' softmax asks nothing of the columns
     base,  # [2, N] lse in float32, and exp(that - lse) for what the rounding lost
     weights,  # [block rows, stride_ds] unit softmax(z), rounded; or None
     grad_out,  # [N, Dv] of the dtype of values, or None: no gradient
@@ -40,24 +30,15 @@ def attention_tiles(
     shift,  # [N] grad_lse - <grad_out, out>, or None
     ds,  # [block rows, stride_ds] G, rounded; or None
     unit,
-    positive_factor,
-    positive_center,
-    positive_reach,
-    negative_factor,
-    negative_center,
-    negative_reach,
-    stride_x,
-    stride_y,
+    positive,  # `Rule`
+    negative,  # `Rule`
     stride_grad_out,
     stride_values,
     stride_ds,
     excluded,
     total_rows,
     total_columns,
-    first_row,
-    row_end,
-    first_column,
-    column_end,
+    block,  # `Block`
     d,
     width,
     row_tiles,
@@ -77,77 +58,42 @@ def attention_tiles(
     """One tile of the attention's weights and of its G, for the library products."""
     row_tile = tl.program_id(0) % row_tiles
     tile = tl.program_id(0) // row_tiles
-    rows = first_row + row_tile * BM + tl.arange(0, BM)
-    columns = first_column + tile * BN + tl.arange(0, BN)
+    rows = block.first_row + row_tile * BM + tl.arange(0, BM)
+    columns = block.first_column + tile * BN + tl.arange(0, BN)
     s = scores(
         x,
         y,
         scale,
-        x_bias,
-        y_bias,
-        x_ids,
-        y_ids,
-        x_groups,
-        y_groups,
         exclude,
-        stride_x,
-        stride_y,
         excluded,
         rows,
         columns,
-        row_end,
-        column_end,
+        block,
         d,
         ROOT,
         SKIP_SELF,
         TRIANGLE,
-        BM,
-        BN,
         BK,
         EVEN,
         BF16,
         DOT,
     )
-    z, slope = term(
-        s,
-        x_labels,
-        y_labels,
-        rows,
-        columns,
-        row_end,
-        column_end,
-        positive_factor if KIND == POSITIVE else negative_factor,
-        positive_center if KIND == POSITIVE else negative_center,
-        positive_reach if KIND == POSITIVE else negative_reach,
-        KIND,
-        REACH,
-    )
-    z = inside(z, s, x_window, rows, row_end, total_rows, KIND, 1)
-    real = rows < row_end
+    rule = positive if KIND == POSITIVE else negative
+    z, slope = term(s, x, y, rows, columns, block, rule, KIND, REACH)
+    z = inside(z, s, x.window, rows, block.row_end, total_rows, KIND, 1)
+    real = rows < block.row_end
     lse = tl.load(base + rows, mask=real, other=0.0)
     rest = tl.load(base + total_rows + rows, mask=real, other=0.0)
     p = tl.exp(z - lse[:, None]) * rest[:, None]
     if weights is not None:
-        store_tile(
-            weights,
-            p * unit,
-            rows,
-            columns,
-            first_row,
-            first_column,
-            row_end,
-            column_end,
-            stride_ds,
-        )
+        store_tile(weights, p * unit, rows, columns, block, stride_ds)
     if ds is not None:
         p *= slope
         if ROOT:
             p *= root_slope(s)
-        from_rows = row_offsets(rows, row_end, None, stride_grad_out)
-        from_columns = row_offsets(columns, column_end, None, stride_values)
-        g = products(
-            grad_out, values, from_rows, from_columns, width, BM, BN, BK, EVEN_WIDTH, BF16, DOT
-        )
+        from_rows = row_offsets(rows, block.row_end, None, stride_grad_out)
+        from_columns = row_offsets(columns, block.column_end, None, stride_values)
+        g = products(grad_out, values, from_rows, from_columns, width, BK, EVEN_WIDTH, BF16, DOT)
         g += tl.load(shift + rows, mask=real, other=0.0)[:, None]
         g *= p
-        store_tile(ds, g, rows, columns, first_row, first_column, row_end, column_end, stride_ds)
+        store_tile(ds, g, rows, columns, block, stride_ds)

@@ -52,48 +52,29 @@ def side_share(
 
 
 @triton.jit
-def store_tile(ds, g, rows, columns, first_row, first_column, row_end, column_end, stride_ds):
-    at = ds + (rows - first_row).to(tl.int64)[:, None] * stride_ds
-    at += (columns - first_column)[None, :]
-    real = (rows < row_end)[:, None] & (columns < column_end)[None, :]
+def store_tile(ds, g, rows, columns, block, stride_ds):
+    at = ds + (rows - block.first_row).to(tl.int64)[:, None] * stride_ds
+    at += (columns - block.first_column)[None, :]
+    real = (rows < block.row_end)[:, None] & (columns < block.column_end)[None, :]
     tl.store(at, narrow(g, ds.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def gradient_tiles(
-    x,  # as in `statistics_tiles`, up to y_window
+    x,  # as in `statistics_tiles`
     y,
     scale,
-    x_bias,
-    y_bias,
-    x_labels,
-    y_labels,
-    x_ids,
-    y_ids,
-    x_groups,
-    y_groups,
     exclude,
-    x_window,
-    y_window,
     row_vectors,  # [2, VECTORS, N]
     column_vectors,  # [2, VECTORS, M], or None: columns have no statistics
     ds,  # [block rows, stride_ds] G, rounded to the dtype of the products that follow
-    positive_factor,
-    positive_center,
-    positive_reach,
-    negative_factor,
-    negative_center,
-    negative_reach,
-    stride_x,
-    stride_y,
+    positive,  # `Rule`
+    negative,  # `Rule`
     stride_ds,
     excluded,
     total_rows,
     total_columns,
-    first_row,
-    row_end,
-    first_column,
-    column_end,
+    block,  # `Block`
     d,
     row_tiles,
     REACH: tl.constexpr,
@@ -111,70 +92,46 @@ def gradient_tiles(
     """One tile of G = dL/du for the library products."""
     row_tile = tl.program_id(0) % row_tiles
     tile = tl.program_id(0) // row_tiles
-    rows = first_row + row_tile * BM + tl.arange(0, BM)
-    columns = first_column + tile * BN + tl.arange(0, BN)
+    rows = block.first_row + row_tile * BM + tl.arange(0, BM)
+    columns = block.first_column + tile * BN + tl.arange(0, BN)
     if TRIANGLE:
-        if below(first_row, first_column, row_tile, tile, BM, BN):
-            zero = tl.zeros([BM, BN], tl.float32)
-            store_tile(
-                ds, zero, rows, columns, first_row, first_column, row_end, column_end, stride_ds
-            )
+        if below(block.first_row, block.first_column, row_tile, tile, BM, BN):
+            store_tile(ds, tl.zeros([BM, BN], tl.float32), rows, columns, block, stride_ds)
             return
     s = scores(
         x,
         y,
         scale,
-        x_bias,
-        y_bias,
-        x_ids,
-        y_ids,
-        x_groups,
-        y_groups,
         exclude,
-        stride_x,
-        stride_y,
         excluded,
         rows,
         columns,
-        row_end,
-        column_end,
+        block,
         d,
         ROOT,
         SKIP_SELF,
         TRIANGLE,
-        BM,
-        BN,
         BK,
         EVEN,
         BF16,
         DOT,
     )
-    FIRST: tl.constexpr = NEGATIVE if x_labels is None else POSITIVE
+    FIRST: tl.constexpr = NEGATIVE if x.labels is None else POSITIVE
     total = tl.zeros([BM, BN], tl.float32)
     for KIND in tl.static_range(FIRST, 2):
-        z, slope = term(
-            s,
-            x_labels,
-            y_labels,
-            rows,
-            columns,
-            row_end,
-            column_end,
-            positive_factor if KIND == POSITIVE else negative_factor,
-            positive_center if KIND == POSITIVE else negative_center,
-            positive_reach if KIND == POSITIVE else negative_reach,
-            KIND,
-            REACH,
+        rule = positive if KIND == POSITIVE else negative
+        z, slope = term(s, x, y, rows, columns, block, rule, KIND, REACH)
+        g = side_share(
+            row_vectors, s, z, x.window, rows, block.row_end, total_rows, KIND, REDUCTION, 1
         )
-        g = side_share(row_vectors, s, z, x_window, rows, row_end, total_rows, KIND, REDUCTION, 1)
         if column_vectors is not None:
             g += side_share(
                 column_vectors,
                 s,
                 z,
-                y_window,
+                y.window,
                 columns,
-                column_end,
+                block.column_end,
                 total_columns,
                 KIND,
                 REDUCTION,
@@ -183,4 +140,4 @@ def gradient_tiles(
         total += g * slope
     if ROOT:
         total *= root_slope(s)
-    store_tile(ds, total, rows, columns, first_row, first_column, row_end, column_end, stride_ds)
+    store_tile(ds, total, rows, columns, block, stride_ds)

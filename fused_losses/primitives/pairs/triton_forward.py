@@ -68,37 +68,18 @@ def side_partials(
 
 @triton.jit(do_not_specialize=VARYING)
 def statistics_tiles(
-    x,  # [N, D]
-    y,  # [M, D]
+    x,  # `Side` of the rows
+    y,  # `Side` of the columns
     scale,  # [1] float32
-    x_bias,  # [N] or None; so are all that follow
-    y_bias,  # [M]
-    x_labels,  # [N] int32
-    y_labels,  # [M]
-    x_ids,  # [N] int32
-    y_ids,  # [M]
-    x_groups,  # [N] int32
-    y_groups,  # [M]
-    exclude,  # [N, excluded] int32
-    x_window,  # [4, N]
-    y_window,  # [4, M]
+    exclude,  # [N, excluded] int32, or None
     row_part,  # [4, classes, column tiles, block rows]
     column_part,  # [4, classes, row tiles, block columns], or None
-    positive_factor,
-    positive_center,
-    positive_reach,
-    negative_factor,
-    negative_center,
-    negative_reach,
-    stride_x,
-    stride_y,
+    positive,  # `Rule`
+    negative,  # `Rule`
     excluded,
     total_rows,
     total_columns,
-    first_row,
-    row_end,
-    first_column,
-    column_end,
+    block,  # `Block`
     d,
     row_tiles,
     REACH: tl.constexpr,
@@ -118,67 +99,44 @@ def statistics_tiles(
     row_tile = tl.program_id(0) % row_tiles
     tile = tl.program_id(0) // row_tiles
     if TRIANGLE:
-        if below(first_row, first_column, row_tile, tile, BM, BN):
+        if below(block.first_row, block.first_column, row_tile, tile, BM, BN):
             return
-    rows = first_row + row_tile * BM + tl.arange(0, BM)
-    columns = first_column + tile * BN + tl.arange(0, BN)
+    rows = block.first_row + row_tile * BM + tl.arange(0, BM)
+    columns = block.first_column + tile * BN + tl.arange(0, BN)
     s = scores(
         x,
         y,
         scale,
-        x_bias,
-        y_bias,
-        x_ids,
-        y_ids,
-        x_groups,
-        y_groups,
         exclude,
-        stride_x,
-        stride_y,
         excluded,
         rows,
         columns,
-        row_end,
-        column_end,
+        block,
         d,
         ROOT,
         SKIP_SELF,
         TRIANGLE,
-        BM,
-        BN,
         BK,
         EVEN,
         BF16,
         DOT,
     )
     # without labels there are only negatives
-    FIRST: tl.constexpr = NEGATIVE if x_labels is None else POSITIVE
-    tiles = tl.cdiv(column_end - first_column, BN)
-    height = row_end - first_row
-    width = column_end - first_column
+    FIRST: tl.constexpr = NEGATIVE if x.labels is None else POSITIVE
+    height = block.row_end - block.first_row
+    width = block.column_end - block.first_column
+    tiles = tl.cdiv(width, BN)
     for KIND in tl.static_range(FIRST, 2):
-        z, _ = term(
-            s,
-            x_labels,
-            y_labels,
-            rows,
-            columns,
-            row_end,
-            column_end,
-            positive_factor if KIND == POSITIVE else negative_factor,
-            positive_center if KIND == POSITIVE else negative_center,
-            positive_reach if KIND == POSITIVE else negative_reach,
-            KIND,
-            REACH,
-        )
+        rule = positive if KIND == POSITIVE else negative
+        z, _ = term(s, x, y, rows, columns, block, rule, KIND, REACH)
         side_partials(
-            row_part + ((KIND - FIRST) * tiles + tile) * height + rows - first_row,
+            row_part + ((KIND - FIRST) * tiles + tile) * height + rows - block.first_row,
             (2 - FIRST) * tiles * height,
             s,
             z,
-            x_window,
+            x.window,
             rows,
-            row_end,
+            block.row_end,
             total_rows,
             KIND,
             REDUCTION,
@@ -189,13 +147,13 @@ def statistics_tiles(
                 column_part
                 + ((KIND - FIRST) * row_tiles + row_tile) * width
                 + columns
-                - first_column,
+                - block.first_column,
                 (2 - FIRST) * row_tiles * width,
                 s,
                 z,
-                y_window,
+                y.window,
                 columns,
-                column_end,
+                block.column_end,
                 total_columns,
                 KIND,
                 REDUCTION,

@@ -25,19 +25,12 @@ VECTORS = tl.constexpr(4)
 
 # what changes from tile to tile or from batch to batch and must not compile anew
 VARYING = [
-    "positive_factor",
-    "positive_center",
-    "positive_reach",
-    "negative_factor",
-    "negative_center",
-    "negative_reach",
+    "positive",
+    "negative",
     "excluded",
     "total_rows",
     "total_columns",
-    "first_row",
-    "row_end",
-    "first_column",
-    "column_end",
+    "block",
     "row_tiles",
 ]
 
@@ -49,28 +42,23 @@ def spread(vector, AXIS: tl.constexpr):
 
 
 @triton.jit
-def taking_part(
-    x_ids,
-    y_ids,
-    x_groups,
-    y_groups,
-    rows,
-    columns,
-    row_end,
-    column_end,
-    SKIP_SELF: tl.constexpr,
-    TRIANGLE: tl.constexpr,
-):
+def same(x_vector, y_vector, rows, columns, block):
+    """Where the integers of row and column are equal. [BM, BN]"""
+    return equal(x_vector, y_vector, rows, columns, block.row_end, block.column_end)
+
+
+@triton.jit
+def taking_part(x, y, rows, columns, block, SKIP_SELF: tl.constexpr, TRIANGLE: tl.constexpr):
     """Which pairs are not left out, windows apart. [BM, BN]"""
-    pair = (rows < row_end)[:, None] & (columns < column_end)[None, :]
+    pair = (rows < block.row_end)[:, None] & (columns < block.column_end)[None, :]
     if TRIANGLE:
         pair &= rows[:, None] < columns[None, :]
     elif SKIP_SELF:
         pair &= rows[:, None] != columns[None, :]
-    if x_ids is not None:
-        pair &= equal(x_ids, y_ids, rows, columns, row_end, column_end) == 0
-    if x_groups is not None:
-        pair &= equal(x_groups, y_groups, rows, columns, row_end, column_end)
+    if x.ids is not None:
+        pair &= same(x.ids, y.ids, rows, columns, block) == 0
+    if x.groups is not None:
+        pair &= same(x.groups, y.groups, rows, columns, block)
     return pair
 
 
@@ -79,60 +67,38 @@ def scores(
     x,
     y,
     scale,
-    x_bias,
-    y_bias,
-    x_ids,
-    y_ids,
-    x_groups,
-    y_groups,
     exclude,
-    stride_x,
-    stride_y,
     excluded,
     rows,
     columns,
-    row_end,
-    column_end,
+    block,
     d,
     ROOT: tl.constexpr,
     SKIP_SELF: tl.constexpr,
     TRIANGLE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN: tl.constexpr,
     BF16: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """s = psi(u) of a tile, -inf where a pair is left out."""
-    x_rows = row_offsets(rows, row_end, None, stride_x)
-    y_rows = row_offsets(columns, column_end, None, stride_y)
-    u = products(x, y, x_rows, y_rows, d, BM, BN, BK, EVEN, BF16, DOT)
+    x_rows = row_offsets(rows, block.row_end, None, x.stride)
+    y_rows = row_offsets(columns, block.column_end, None, y.stride)
+    u = products(x.rows, y.rows, x_rows, y_rows, d, BK, EVEN, BF16, DOT)
     u *= tl.load(scale)
-    if x_bias is not None:
-        u += tl.load(x_bias + rows, mask=rows < row_end, other=0.0)[:, None]
-    if y_bias is not None:
-        u += tl.load(y_bias + columns, mask=columns < column_end, other=0.0)[None, :]
+    if x.bias is not None:
+        u += tl.load(x.bias + rows, mask=rows < block.row_end, other=0.0)[:, None]
+    if y.bias is not None:
+        u += tl.load(y.bias + columns, mask=columns < block.column_end, other=0.0)[None, :]
     if ROOT:
         # written so that a NaN stays one
         u = tl.where(u >= 0.0, 0.0, -tl.sqrt(-u))
-    pair = taking_part(
-        x_ids,
-        y_ids,
-        x_groups,
-        y_groups,
-        rows,
-        columns,
-        row_end,
-        column_end,
-        SKIP_SELF,
-        TRIANGLE,
-    )
+    pair = taking_part(x, y, rows, columns, block, SKIP_SELF, TRIANGLE)
     s = tl.where(pair, u, float("-inf"))
     if exclude is not None:
         listed = exclude + rows.to(tl.int64) * excluded
         for k in range(0, excluded):
-            column = tl.load(listed + k, mask=rows < row_end, other=-1)
+            column = tl.load(listed + k, mask=rows < block.row_end, other=-1)
             s = tl.where(column[:, None] == columns[None, :], float("-inf"), s)
     return s
 
@@ -144,32 +110,18 @@ def root_slope(s):
 
 
 @triton.jit
-def term(
-    s,
-    x_labels,
-    y_labels,
-    rows,
-    columns,
-    row_end,
-    column_end,
-    factor,
-    center,
-    reach,
-    KIND: tl.constexpr,
-    REACH: tl.constexpr,
-):
+def term(s, x, y, rows, columns, block, rule, KIND: tl.constexpr, REACH: tl.constexpr):
     """z of one class, -inf for the other pairs, and dz/ds."""
     member = s != float("-inf")
-    if x_labels is not None:
-        same = equal(x_labels, y_labels, rows, columns, row_end, column_end)
-        member &= same == (KIND == POSITIVE)
-    slope = factor
+    if x.labels is not None:
+        member &= same(x.labels, y.labels, rows, columns, block) == (KIND == POSITIVE)
+    slope = rule.factor
     if REACH:
-        weight = reach + tl.where(factor < 0.0, -s, s)
+        weight = rule.reach + tl.where(rule.factor < 0.0, -s, s)
         # an infinite reach leaves the weight out; a NaN score stays one
-        slope *= tl.where(reach == float("inf"), 1.0, tl.where(weight < 0.0, 0.0, weight))
+        slope *= tl.where(rule.reach == float("inf"), 1.0, tl.where(weight < 0.0, 0.0, weight))
         slope = tl.where(member, slope, 0.0)
-    return tl.where(member, slope * (s - center), float("-inf")), slope
+    return tl.where(member, slope * (s - rule.center), float("-inf")), slope
 
 
 @triton.jit

@@ -94,7 +94,7 @@ def forward_tiles(
     columns = first + local
     x_rows = row_offsets(rows, n, None, stride_x)
     w_rows = row_offsets(columns, count, classes, stride_w)
-    z = products(x, w, x_rows, w_rows, d, BM, BN, BK, EVEN, BF16, DOT)
+    z = products(x, w, x_rows, w_rows, d, BK, EVEN, BF16, DOT)
     real = columns < count
     scale, shift, v = column_values(inverse, classes, bias, column_weight, local, columns, count)
     if inverse is not None:
