@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def simulate(cc: int, reports: list) -> Any:
     import ptxsim
     from ptxsim.core import Buf
 
+    load = cache(ptxsim.load)
+
     def values(arguments: Any, types: Any) -> Iterator[Any]:
         """What the kernel is given when it runs: nothing for what it is compiled for."""
         for value, kind in zip(arguments, types, strict=True):
@@ -64,7 +67,7 @@ def simulate(cc: int, reports: list) -> Any:
         binary = machine_code.compiled(f"sm_{cc}", key)
         given = list(values(args, [kind for _, kind in key.signature[: len(args)]]))
         threads, shared = LANES * binary.metadata.num_warps, binary.metadata.shared
-        module = ptxsim.load(binary.asm["ptx"])
+        module = load(binary.asm["ptx"])
         report = ptxsim.run(module, binary.metadata.name, (programs,), threads, given, shared)
         assert not report.warnings, report.warnings
         reports.append((kernel.fn.__name__, report))

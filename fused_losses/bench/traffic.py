@@ -146,22 +146,20 @@ def _tile_products(
 
 def _columns(s: Launch, columns: int, times: int) -> None:
     """`column_values`"""
-    s.read("inverse", columns * times)
-    s.read("classes", columns * times)
-    s.read("bias", columns * times)
-    s.read("column_weight", columns * times)
+    for name in ("inverse", "ids", "bias", "weight"):
+        s.read(f"of_class.{name}", columns * times)
 
 
 @form("row_statistics.forward_tiles")
 def _(s: Launch) -> None:
     tiles, columns = s.programs // s.row_tiles, s.count - s.first
     _tile_products(s, "x", "w", (0, s.n), (s.first, columns), s.d, s.programs)
-    s.read("classes", s.programs * s.BN)
+    s.read("of_class.ids", s.programs * s.BN)
     _columns(s, columns, s.row_tiles)
-    s.read("positions", s.n * tiles)
-    s.read("bend", 4 * s.n * tiles, 0, 4 * s.n)
+    s.read("of_row.positions", s.n * tiles)
+    s.read("of_row.bend", 4 * s.n * tiles, 0, 4 * s.n)
     for name in ("peak", "total", "best", "moment"):
-        s.write(name, s.n * tiles, 0, s.n * tiles)
+        s.write(f"part.{name}", s.n * tiles, 0, s.n * tiles)
     s.work.scalar = 6 * s.programs * s.BM * s.BN
 
 
@@ -173,11 +171,11 @@ def _(s: Launch) -> None:
     swept = ((splits - 1) * cdiv(s.span, s.BN) + cdiv(last, s.BN)) * s.BN * s.row_tiles
     s.read("x", s.programs * rows * d, 0, s.n * s.stride_x)
     s.read("w", swept * d, s.first * s.stride_w, columns * s.stride_w)
-    s.read("classes", swept)
-    s.read("inverse", columns * s.row_tiles)
-    s.read("positions", s.n * splits)
+    s.read("of_class.ids", swept)
+    s.read("of_class.inverse", columns * s.row_tiles)
+    s.read("of_row.positions", s.n * splits)
     for name in ("peak", "total", "best"):
-        s.write(name, s.n * splits, 0, s.n * splits)
+        s.write(f"part.{name}", s.n * splits, 0, s.n * splits)
     s.multiply(swept * rows, d, s.x)
     s.work.scalar = 6 * swept * rows
 
@@ -193,14 +191,14 @@ def _(s: Launch) -> None:
 
 def _merge(s: Launch) -> None:
     for name in ("peak", "total", "best", "moment"):
-        s.read(name, s.groups * s.n, 0, s.groups * s.n)
+        s.read(f"part.{name}", s.groups * s.n, 0, s.groups * s.n)
 
 
 @form("row_statistics.merge_tiles")
 def _(s: Launch) -> None:
     _merge(s)
-    for name in ("to_peak", "to_total", "to_best", "to_moment"):
-        s.write(name, s.n)
+    for name in ("peak", "total", "best", "moment"):
+        s.write(f"to.{name}", s.n)
 
 
 @form("row_statistics.forward_rows")
@@ -218,17 +216,17 @@ def _(s: Launch) -> None:
 
 def _row_vectors(s: Launch, times: int) -> None:
     for name in ("positions", "lse", "grad_lse", "grad_target", "grad_weighted"):
-        s.read(name, s.n * times)
-    s.read("bend", 4 * s.n * times, 0, 4 * s.n)
+        s.read(f"of_row.{name}", s.n * times)
+    s.read("of_row.bend", 4 * s.n * times, 0, 4 * s.n)
 
 
 @form("row_statistics.gradient_tiles")
 def _(s: Launch) -> None:
     tiles, columns = s.programs // s.row_tiles, s.count - s.first
     _tile_products(s, "x", "w", (0, s.n), (s.first, columns), s.d, s.programs)
-    s.read("classes", s.programs * s.BN)
+    s.read("of_class.ids", s.programs * s.BN)
     _columns(s, columns, s.row_tiles)
-    s.read("inverse", columns * s.row_tiles)
+    s.read("of_class.inverse", columns * s.row_tiles)
     _row_vectors(s, tiles)
     s.write("ds", s.n * columns)
     s.write("bias_sum", columns * s.row_tiles)
@@ -257,7 +255,7 @@ def _(s: Launch) -> None:
     swept, splits = s.programs * s.steps * s.BN, s.programs // s.row_tiles
     s.read("x", s.programs * s.BM * s.d, 0, s.n * s.stride_x)
     s.read("w", swept * s.d, 0, s.count * s.stride_w)
-    s.read("classes", swept)
+    s.read("of_class.ids", swept)
     _columns(s, s.count, s.row_tiles)
     _row_vectors(s, splits)
     s.write("dx", splits * s.n * s.d)
@@ -270,9 +268,9 @@ def _(s: Launch) -> None:
     columns, swept = s.programs * s.BN, s.programs * cdiv(s.n, s.BM) * s.BM
     s.read("w", columns * s.d * (2 if s.NORMALIZE else 1), 0, s.count * s.stride_w)
     s.read("x", swept * s.d, 0, s.n * s.stride_x, cdiv(s.programs, 256))
-    s.read("classes", columns * (2 if s.has("classes") else 1) + s.count)
-    s.read("bias", s.count)
-    s.read("column_weight", s.count)
+    s.read("of_class.ids", columns * (2 if s.has("of_class.ids") else 1) + s.count)
+    s.read("of_class.bias", s.count)
+    s.read("of_class.weight", s.count)
     s.read("unscale", s.programs)
     _row_vectors(s, s.programs)
     s.write("inverse", s.count)

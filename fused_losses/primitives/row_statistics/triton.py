@@ -6,6 +6,8 @@ float32, and in the backward one chunk of G and of dW. Never N x C.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,44 @@ MAX_CHUNK = 16384  # classes; bounds the chunk of dW where N is small
 # of shared memory take 128 rows, the rest of the other 128, and two tiles of 32 classes
 HELD = {1: 0, 2: 0, 3: 1, 4: 3}
 ROWS_IN_TILES = 8  # 256 rows are as many bytes as eight tiles of 32 classes
+
+
+class ClassVectors(NamedTuple):
+    """What the kernels read of the classes that take part, beside their rows of W."""
+
+    ids: Tensor | None  # [K] int64
+    inverse: Tensor | None  # [chunk] 1/|w_j|
+    bias: Tensor | None  # [C]
+    weight: Tensor | None  # [C] v of the weighted sum
+
+    @classmethod
+    def of(cls, p: Problem, inverse: Tensor | None = None) -> ClassVectors:
+        return cls(p.classes, inverse, p.bias, p.column_weight)
+
+
+class RowVectors(NamedTuple):
+    """What the kernels read of the rows, beside those of x; the last four in the backward."""
+
+    positions: Tensor  # [N] int32: column of the target among the columns, -1 = none
+    bend: Tensor | None  # [N, 4]
+    lse: Tensor | None = None  # [N]
+    grad_lse: Tensor | None = None  # [N]
+    grad_target: Tensor | None = None  # [N]
+    grad_weighted: Tensor | None = None  # [N]
+
+
+class Partials(NamedTuple):
+    """Statistics of rows over a part of the classes; [T, N] of T parts."""
+
+    peak: Tensor  # maximum
+    total: Tensor  # sum exp(z - peak)
+    best: Tensor  # int32 column of the maximum
+    moment: Tensor | None  # sum v z
+
+    @classmethod
+    def of(cls, values: Tensor, best: Tensor) -> Partials:
+        """values [2 or 3, T, N]"""
+        return cls(values[0], values[1], best, values[2] if len(values) > 2 else None)
 
 
 def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
@@ -83,6 +123,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         in_l2 = table.chunk_bytes // (p.d * x.element_size() * span)
         chunk = min(chunk, max(1, in_l2) * span)
     inverse = torch.empty(chunk, **new) if normalize else None
+    of_class, of_row = ClassVectors.of(p, inverse), RowVectors(p.positions, p.bend)
     merge_tile = Tile(16, 64, 64, 4, 2)
     merging = dict(BM=merge_tile.rows, BT=merge_tile.columns)
     for s in range(segments):
@@ -92,13 +133,13 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             if inverse is not None:
                 norms(p, inverse, first, end)
             at = first // span - start
-            rows = [part[k, at:] for k in range(parts)]
+            partials = Partials.of(part[:, at:], best[at:])
             if resident is not None:
                 depth = p.d // tile.depth
                 base.launch(
                     kernel("row_statistics.triton_forward.forward_resident"),
                     row_tiles * ceil_div(end - first, span),
-                    (p.x, p.weight, inverse, p.positions, p.classes, rows[0], rows[1], best[at:])
+                    (p.x, p.weight, of_class, of_row, partials)
                     + (p.x.stride(0), p.weight.stride(0), n, first, end, row_tiles, span),
                     dict(DEPTH=depth, HELD=HELD[depth], BM=tile.rows // 2, BN=tile.columns)
                     | dict(BK=tile.depth, DOT=p.dot),
@@ -108,8 +149,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             base.launch(
                 kernel("row_statistics.triton_forward.forward_tiles"),
                 row_tiles * ceil_div(end - first, tile.columns),
-                (p.x, p.weight, inverse, p.positions, p.classes, p.bias, p.column_weight, p.bend)
-                + (rows[0], rows[1], best[at:], rows[2] if weighted else None)
+                (p.x, p.weight, of_class, of_row, partials)
                 + (p.x.stride(0), p.weight.stride(0), n, first, end, p.d, row_tiles),
                 dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth))
                 | dict(BF16=p.bf16, DOT=p.dot),
@@ -119,9 +159,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             base.launch(
                 kernel("row_statistics.triton_forward.merge_tiles"),
                 ceil_div(n, merge_tile.rows),
-                (part[0], part[1], best, part[2] if weighted else None)
-                + (top[0, s], top[1, s], top_best[s], top[2, s] if weighted else None)
-                + (n, stop - start),
+                (Partials.of(part, best), Partials.of(top[:, s], top_best[s]), n, stop - start),
                 merging,
                 merge_tile,
             )
@@ -130,8 +168,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     base.launch(
         kernel("row_statistics.triton_forward.forward_rows"),
         ceil_div(n, merge_tile.rows),
-        (p.x, p.weight, p.positions, p.classes)
-        + (top[0], top[1], top_best, top[2] if weighted else None)
+        (p.x, p.weight, p.positions, p.classes, Partials.of(top, top_best))
         + (lse, target, weighted_sum if weighted else None, hardest, hardest_score)
         + (p.x.stride(0), p.weight.stride(0), n, spans if segments == 1 else segments, p.d),
         merging
@@ -191,14 +228,14 @@ def backward(
     if x.dtype == torch.float16:
         scale = float16_scale(grads, p.column_weight)
         grads, unscale = [None if g is None else g * scale for g in grads], (1 / scale).reshape(1)
-    rows = [lse.contiguous(), *grads]
+    of_row = RowVectors(p.positions, p.bend, lse.contiguous(), *grads)
     owner = _owner_tiles(p, bias is not None or weighted)
     # a class tile a processor at least, else the library products fill the GPU better
     if owner is not None and p.count >= owner[1].columns * gpu_device.processors(x.device):
-        dx = _owners(p, owner, rows, unscale, needs.x, dweight, dbias, compact)
+        dx = _owners(p, owner, of_row, unscale, needs.x, dweight, dbias, compact)
     else:
         with library_tf32(precision == "tf32" and x.is_cuda):
-            dx = _chunks(p, rows, unscale, needs.x, dweight, dbias, compact)
+            dx = _chunks(p, of_row, unscale, needs.x, dweight, dbias, compact)
     if dx is not None:
         dx = (dx if unscale is None else dx * unscale).to(x.dtype)
     return dx, dweight, dbias
@@ -220,7 +257,7 @@ def _owner_tiles(p: Problem, extra: bool) -> tuple[Tile, Tile] | None:
 def _owners(
     p: Problem,
     owner: tuple[Tile, Tile],
-    rows: list[Tensor | None],
+    of_row: RowVectors,
     unscale: Tensor | None,
     need_x: bool,
     dweight: Tensor | None,
@@ -229,7 +266,6 @@ def _owners(
 ) -> Tensor | None:
     """The form without stored G: owners of class tiles for dw, then owners of row tiles for dx."""
     depth = width(p.d)
-    shared = (p.positions, p.classes, p.bias, p.column_weight, p.bend, *rows)
     strides = (p.x.stride(0), p.weight.stride(0))
     flags = dict(BD=depth, EVEN=depth == p.d, BF16=p.bf16, DOT=p.dot)
     # the one buffer of C values, 1/D of W: the owners of classes leave their norms to those of rows
@@ -242,7 +278,7 @@ def _owners(
         base.launch(
             kernel("row_statistics.triton_backward.owner_classes"),
             ceil_div(p.count, tile.columns),
-            (p.x, p.weight, *shared, inverse, unscale, dweight, dbias)
+            (p.x, p.weight, ClassVectors.of(p), of_row, inverse, unscale, dweight, dbias)
             + (*strides, stride, p.n, p.count, p.d),
             dict(BM=tile.rows, BN=tile.columns, NORMALIZE=p.normalize, COMPACT=compact) | flags,
             tile,
@@ -260,7 +296,8 @@ def _owners(
     base.launch(
         kernel("row_statistics.triton_backward.owner_rows"),
         row_tiles * splits,
-        (p.x, p.weight, inverse, *shared, parts) + (*strides, p.n, p.count, p.d, row_tiles, steps),
+        (p.x, p.weight, ClassVectors.of(p, inverse), of_row, parts)
+        + (*strides, p.n, p.count, p.d, row_tiles, steps),
         dict(BM=tile.rows, BN=tile.columns) | flags,
         tile,
     )
@@ -269,7 +306,7 @@ def _owners(
 
 def _chunks(
     p: Problem,
-    rows: list[Tensor | None],
+    of_row: RowVectors,
     unscale: Tensor | None,
     need_x: bool,
     dweight: Tensor | None,
@@ -283,7 +320,7 @@ def _chunks(
     dW are 8 of them. Rows resident as in the forward would be read anew for every chunk.
     """
     x, n, d, low, device = p.x, p.n, p.d, p.low, p.x.device
-    extra = p.bias is not None or rows[3] is not None
+    extra = p.bias is not None or of_row.grad_weighted is not None
     table = _table(p)
     tile = table.tile(p, "gradient", extra, p.bend is not None)
     block = min(n, ROW_BLOCK)
@@ -298,6 +335,7 @@ def _chunks(
     ds = torch.empty((block, chunk), dtype=low, device=device)
     bias_sum = torch.empty((row_tiles, chunk), **new) if dbias is not None else None
     inverse = torch.empty(chunk, **new) if p.normalize else None
+    of_class = ClassVectors.of(p, inverse)
     # the product writes straight into dweight where nothing has to be done to it afterwards
     direct = not p.normalize and unscale is None and n == block
     direct = direct and (p.classes is None or compact)
@@ -318,16 +356,9 @@ def _chunks(
             base.launch(
                 kernel("row_statistics.triton_backward.gradient_tiles"),
                 ceil_div(height, tile.rows) * ceil_div(length, tile.columns),
-                (x[part], p.weight, inverse, p.positions[part])
-                + (p.classes, p.bias, p.column_weight)
-                + tuple(None if r is None else r[part] for r in (p.bend, *rows))
-                + (
-                    ds,
-                    from_column(bias_sum, top // tile.rows),
-                    x.stride(0),
-                    p.weight.stride(0),
-                    chunk,
-                )
+                (x[part], p.weight, of_class)
+                + (RowVectors(*(None if r is None else r[part] for r in of_row)), ds)
+                + (from_column(bias_sum, top // tile.rows), x.stride(0), p.weight.stride(0), chunk)
                 + (height, first, end, d, ceil_div(height, tile.rows)),
                 dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth))
                 | dict(BF16=p.bf16, DOT=p.dot),

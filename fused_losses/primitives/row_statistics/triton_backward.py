@@ -23,17 +23,17 @@ from fused_losses.primitives.row_statistics.triton_forward import bent, column_v
 
 
 @triton.jit
-def _row_gradients(lse, grad_lse, grad_target, grad_weighted, rows, n):
+def _row_gradients(of_row, rows, n):
     """The row values of the backward; rows past the end get gradient 0."""
     real = rows < n
-    row_lse = tl.load(lse + rows, mask=real, other=float("inf"))
+    row_lse = tl.load(of_row.lse + rows, mask=real, other=float("inf"))
     # a row without any score: exp(z - inf) = 0 where exp(z + inf) would be infinite
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
-    g_lse = tl.load(grad_lse + rows, mask=real, other=0.0)
-    g_target = tl.load(grad_target + rows, mask=real, other=0.0)
+    g_lse = tl.load(of_row.grad_lse + rows, mask=real, other=0.0)
+    g_target = tl.load(of_row.grad_target + rows, mask=real, other=0.0)
     g_weighted = g_lse
-    if grad_weighted is not None:
-        g_weighted = tl.load(grad_weighted + rows, mask=real, other=0.0)
+    if of_row.grad_weighted is not None:
+        g_weighted = tl.load(of_row.grad_weighted + rows, mask=real, other=0.0)
     return row_lse, g_lse, g_target, g_weighted
 
 
@@ -57,16 +57,8 @@ def share(z, row_lse, BENT: tl.constexpr):
 def gradient_tiles(
     x,  # [N, D]
     w,  # [C, D]
-    inverse,  # [chunk] or None
-    positions,  # [N] int32
-    classes,  # [count] int64 or None
-    bias,  # [C] or None
-    column_weight,  # [C] or None
-    bend,  # [N, 4] or None
-    lse,  # [N]
-    grad_lse,  # [N]
-    grad_target,  # [N]
-    grad_weighted,  # [N] or None
+    of_class,  # as in `forward_tiles`
+    of_row,
     ds,  # [N, chunk] G_ij / |w_j|, rounded to the dtype of the products that follow
     bias_sum,  # [row tiles, chunk] sum over non-targets of G_ij, or None
     stride_x,
@@ -90,35 +82,33 @@ def gradient_tiles(
     local = (tl.program_id(0) // row_tiles) * BN + tl.arange(0, BN)
     columns = first + local
     x_rows = row_offsets(rows, n, None, stride_x)
-    w_rows = row_offsets(columns, count, classes, stride_w)
+    w_rows = row_offsets(columns, count, of_class.ids, stride_w)
     z = products(x, w, x_rows, w_rows, d, BK, EVEN, BF16, DOT)
-    scale, shift, v = column_values(inverse, classes, bias, column_weight, local, columns, count)
-    if inverse is not None:
+    scale, shift, v = column_values(of_class, local, columns, count)
+    if of_class.inverse is not None:
         z *= scale[None, :]
-    if bend is not None:
-        t, p, q, r = row_bends(bend, rows, n)
+    if of_row.bend is not None:
+        t, p, q, r = row_bends(of_row.bend, rows, n)
         slope = bent_slope(z, t[:, None], q[:, None], r[:, None])
         z = bent(z, t[:, None], p[:, None], q[:, None], r[:, None])
-    if bias is not None:
+    if of_class.bias is not None:
         z += shift[None, :]
-    position = tl.load(positions + rows, mask=rows < n, other=-1)
-    row_lse, g_lse, g_target, g_weighted = _row_gradients(
-        lse, grad_lse, grad_target, grad_weighted, rows, n
-    )
-    g = g_lse[:, None] * share(z, row_lse[:, None], bend is not None)
-    if grad_weighted is not None:
+    position = tl.load(of_row.positions + rows, mask=rows < n, other=-1)
+    row_lse, g_lse, g_target, g_weighted = _row_gradients(of_row, rows, n)
+    g = g_lse[:, None] * share(z, row_lse[:, None], of_row.bend is not None)
+    if of_row.grad_weighted is not None:
         g += g_weighted[:, None] * v[None, :]
     is_target = columns[None, :] == position[:, None]
     real = columns < count
     if bias_sum is not None:
         sums = row_tile.to(tl.int64) * stride_ds + local
         tl.store(bias_sum + sums, tl.sum(tl.where(is_target, 0.0, g), 0), mask=real)
-    if bend is not None:
+    if of_row.bend is not None:
         g *= slope
     g = tl.where(is_target, g_target[:, None], g)
-    if inverse is not None:
+    if of_class.inverse is not None:
         # read again past the compiler's eyes: keeping it alive from above spills on sm_90
-        again = tl.load(inverse + local, mask=real, other=0.0, volatile=True)
+        again = tl.load(of_class.inverse + local, mask=real, other=0.0, volatile=True)
         g *= again[None, :]
     at = ds + rows.to(tl.int64)[:, None] * stride_ds + local[None, :]
     tl.store(at, narrow(g, ds.dtype.element_ty), mask=(rows < n)[:, None] & real[None, :])
@@ -197,16 +187,8 @@ def finish_weight(
 def owner_rows(
     x,  # [N, D]
     w,  # [C, D]
-    inverse,  # [count] 1/|w_j|, or None
-    positions,  # [N] int32
-    classes,  # [count] int64 or None
-    bias,  # [C] or None
-    column_weight,  # [C] or None
-    bend,  # [N, 4] or None
-    lse,  # [N]
-    grad_lse,  # [N]
-    grad_target,  # [N]
-    grad_weighted,  # [N] or None
+    of_class,  # as in `forward_tiles`, 1/|w_j| of all
+    of_row,
     dx,  # [splits, N, D] float32
     stride_x,
     stride_w,
@@ -233,34 +215,30 @@ def owner_rows(
     depth = tl.arange(0, BD)
     x_rows = row_offsets(rows, n, None, stride_x)
     a = operand(load(x + x_rows[:, None] + depth[None, :], depth[None, :], d, EVEN), BF16, DOT)
-    position = tl.load(positions + rows, mask=rows < n, other=-1)
-    row_lse, g_lse, g_target, g_weighted = _row_gradients(
-        lse, grad_lse, grad_target, grad_weighted, rows, n
-    )
-    if bend is not None:
-        t, p, q, r = row_bends(bend, rows, n)
+    position = tl.load(of_row.positions + rows, mask=rows < n, other=-1)
+    row_lse, g_lse, g_target, g_weighted = _row_gradients(of_row, rows, n)
+    if of_row.bend is not None:
+        t, p, q, r = row_bends(of_row.bend, rows, n)
     total = tl.zeros([BM, BD], tl.float32)
     for step in range(0, steps):
         # past the last class tile everything is masked
         columns = (split * steps + step) * BN + tl.arange(0, BN)
-        w_rows = row_offsets(columns, count, classes, stride_w)
+        w_rows = row_offsets(columns, count, of_class.ids, stride_w)
         b = load(w + w_rows[:, None] + depth[None, :], depth[None, :], d, EVEN)
-        scale, shift, v = column_values(
-            inverse, classes, bias, column_weight, columns, columns, count
-        )
+        scale, shift, v = column_values(of_class, columns, columns, count)
         b = operand(b, BF16, DOT)
         z = multiply(a, tl.trans(b), tl.zeros([BM, BN], tl.float32), DOT)
-        if inverse is not None:
+        if of_class.inverse is not None:
             z *= scale[None, :]
-        if bend is not None:
+        if of_row.bend is not None:
             slope = bent_slope(z, t[:, None], q[:, None], r[:, None])
             z = bent(z, t[:, None], p[:, None], q[:, None], r[:, None])
-        if bias is not None:
+        if of_class.bias is not None:
             z += shift[None, :]
-        g = g_lse[:, None] * share(z, row_lse[:, None], bend is not None)
-        if grad_weighted is not None:
+        g = g_lse[:, None] * share(z, row_lse[:, None], of_row.bend is not None)
+        if of_row.grad_weighted is not None:
             g += g_weighted[:, None] * v[None, :]
-        if bend is not None:
+        if of_row.bend is not None:
             g *= slope
         g = tl.where(columns[None, :] == position[:, None], g_target[:, None], g)
         # `scale` is 0 past the last class
@@ -274,15 +252,8 @@ def owner_rows(
 def owner_classes(
     x,  # [N, D]
     w,  # [C, D]
-    positions,  # [N] int32
-    classes,  # [count] int64 or None
-    bias,  # [C] or None
-    column_weight,  # [C] or None
-    bend,  # [N, 4] or None
-    lse,  # [N]
-    grad_lse,  # [N]
-    grad_target,  # [N]
-    grad_weighted,  # [N] or None
+    of_class,  # as in `forward_tiles`, without 1/|w_j|
+    of_row,
     inverse,  # [count] receives 1/|w_j|, or None
     unscale,  # [1] or None
     dweight,  # [C, D] or with COMPACT [count, D], or None where only dbias is wanted
@@ -305,10 +276,10 @@ def owner_classes(
     """dw and dbias of one class tile over all rows, the projection finished where it is summed."""
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     depth = tl.arange(0, BD)
-    w_rows = row_offsets(columns, count, classes, stride_w)
+    w_rows = row_offsets(columns, count, of_class.ids, stride_w)
     w_at = w + w_rows[:, None] + depth[None, :]
     b = load(w_at, depth[None, :], d, EVEN)
-    scale, shift, v = column_values(None, classes, bias, column_weight, columns, columns, count)
+    scale, shift, v = column_values(of_class, columns, columns, count)
     if NORMALIZE:
         wide = b.to(tl.float32)
         scale *= inverse_norm(tl.sum(wide * wide, 1))
@@ -325,23 +296,21 @@ def owner_classes(
         z = multiply(b, tl.trans(a), tl.zeros([BN, BM], tl.float32), DOT)
         if NORMALIZE:
             z *= scale[:, None]
-        if bend is not None:
-            t, p, q, r = row_bends(bend, rows, n)
+        if of_row.bend is not None:
+            t, p, q, r = row_bends(of_row.bend, rows, n)
             slope = bent_slope(z, t[None, :], q[None, :], r[None, :])
             z = bent(z, t[None, :], p[None, :], q[None, :], r[None, :])
-        if bias is not None:
+        if of_class.bias is not None:
             z += shift[:, None]
-        position = tl.load(positions + rows, mask=rows < n, other=-1)
-        row_lse, g_lse, g_target, g_weighted = _row_gradients(
-            lse, grad_lse, grad_target, grad_weighted, rows, n
-        )
-        g = g_lse[None, :] * share(z, row_lse[None, :], bend is not None)
-        if grad_weighted is not None:
+        position = tl.load(of_row.positions + rows, mask=rows < n, other=-1)
+        row_lse, g_lse, g_target, g_weighted = _row_gradients(of_row, rows, n)
+        g = g_lse[None, :] * share(z, row_lse[None, :], of_row.bend is not None)
+        if of_row.grad_weighted is not None:
             g += g_weighted[None, :] * v[:, None]
         is_target = columns[:, None] == position[None, :]
         if dbias is not None:
             push += tl.sum(tl.where(is_target, 0.0, g), 1)
-        if bend is not None:
+        if of_row.bend is not None:
             g *= slope
         g = tl.where(is_target, g_target[None, :], g)
         total = multiply(operand(narrow(g, x.dtype.element_ty), BF16, DOT), a, total, DOT)
@@ -355,8 +324,8 @@ def owner_classes(
         factor = tl.load(unscale)
     real = columns < count
     ids = tl.minimum(columns, count - 1).to(tl.int64)
-    if classes is not None:
-        ids = tl.load(classes + ids)
+    if of_class.ids is not None:
+        ids = tl.load(of_class.ids + ids)
     if dbias is not None:
         tl.store(dbias + ids, push * factor, mask=real)
     if dweight is not None:

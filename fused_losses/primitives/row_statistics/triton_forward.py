@@ -22,21 +22,21 @@ from fused_losses.backends.triton.tile_math import (
 
 
 @triton.jit
-def column_values(inverse, classes, bias, column_weight, local, columns, count):
+def column_values(of_class, local, columns, count):
     """1/|w_j|, bias_j, v_j of the columns (1, 0, 1 where not given); 0 past the end."""
     real = columns < count
     ids = columns
-    if classes is not None:
-        ids = tl.load(classes + columns, mask=real, other=0)
+    if of_class.ids is not None:
+        ids = tl.load(of_class.ids + columns, mask=real, other=0)
     scale = tl.where(real, 1.0, 0.0)
     v = scale
     shift = tl.zeros_like(scale)
-    if inverse is not None:
-        scale = tl.load(inverse + local, mask=real, other=0.0)
-    if bias is not None:
-        shift = tl.load(bias + ids, mask=real, other=0.0).to(tl.float32)
-    if column_weight is not None:
-        v = tl.load(column_weight + ids, mask=real, other=0.0)
+    if of_class.inverse is not None:
+        scale = tl.load(of_class.inverse + local, mask=real, other=0.0)
+    if of_class.bias is not None:
+        shift = tl.load(of_class.bias + ids, mask=real, other=0.0).to(tl.float32)
+    if of_class.weight is not None:
+        v = tl.load(of_class.weight + ids, mask=real, other=0.0)
     return scale, shift, v
 
 
@@ -61,16 +61,9 @@ def bent(z, t, p, q, r):
 def forward_tiles(
     x,  # [N, D]
     w,  # [C, D]
-    inverse,  # [chunk] 1/|w_j| from the first column of the chunk, or None
-    positions,  # [N] int32: column of the target among the columns, -1 = none
-    classes,  # [count] int64 or None
-    bias,  # [C] or None
-    column_weight,  # [C] or None
-    bend,  # [N, 4] or None
-    peak,  # [T, N] maximum of a class tile
-    total,  # [T, N] sum exp(z - peak)
-    best,  # [T, N] int32 column of the maximum
-    moment,  # [T, N] sum v z, or None
+    of_class,  # `ClassVectors`; 1/|w_j| from the first column of the chunk
+    of_row,  # `RowVectors`
+    part,  # `Partials`, [T, N] of class tiles
     stride_x,
     stride_w,
     n,
@@ -93,31 +86,31 @@ def forward_tiles(
     local = tile * BN + tl.arange(0, BN)
     columns = first + local
     x_rows = row_offsets(rows, n, None, stride_x)
-    w_rows = row_offsets(columns, count, classes, stride_w)
+    w_rows = row_offsets(columns, count, of_class.ids, stride_w)
     z = products(x, w, x_rows, w_rows, d, BK, EVEN, BF16, DOT)
     real = columns < count
-    scale, shift, v = column_values(inverse, classes, bias, column_weight, local, columns, count)
-    if inverse is not None:
+    scale, shift, v = column_values(of_class, local, columns, count)
+    if of_class.inverse is not None:
         z *= scale[None, :]
-    if bend is not None:
-        t, p, q, r = row_bends(bend, rows, n)
+    if of_row.bend is not None:
+        t, p, q, r = row_bends(of_row.bend, rows, n)
         z = bent(z, t[:, None], p[:, None], q[:, None], r[:, None])
-    if bias is not None:
+    if of_class.bias is not None:
         z += shift[None, :]
     # loaded after the products: before them it costs registers across the whole loop
-    position = tl.load(positions + rows, mask=rows < n, other=-1)
+    position = tl.load(of_row.positions + rows, mask=rows < n, other=-1)
     other = real[None, :] & (columns[None, :] != position[:, None])
     out = tile.to(tl.int64) * n + rows
-    if moment is not None:
-        tl.store(moment + out, tl.sum(tl.where(other, z * v[None, :], 0.0), 1), mask=rows < n)
+    if part.moment is not None:
+        tl.store(part.moment + out, tl.sum(tl.where(other, z * v[None, :], 0.0), 1), mask=rows < n)
     z = tl.where(other, z, float("-inf"))
     # ties go to the lowest column; comparing z to its maximum afterwards instead spills on sm_100
     high, where = tl.max(z, 1, return_indices=True)
     # a row without any score in the tile has maximum -inf: subtract 0 from its scores instead
     base = tl.where(high == float("-inf"), 0.0, high)
-    tl.store(peak + out, high, mask=rows < n)
-    tl.store(total + out, tl.sum(tl.exp(z - base[:, None]), 1), mask=rows < n)
-    tl.store(best + out, first + tile * BN + where, mask=rows < n)
+    tl.store(part.peak + out, high, mask=rows < n)
+    tl.store(part.total + out, tl.sum(tl.exp(z - base[:, None]), 1), mask=rows < n)
+    tl.store(part.best + out, first + tile * BN + where, mask=rows < n)
 
 
 @triton.jit
@@ -165,22 +158,19 @@ def fold(z, first, scale, other, high, mass, where, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def store_partial(peak, total, best, out, rows, n, high, mass, where):
-    tl.store(peak + out + rows, high, mask=rows < n)
-    tl.store(total + out + rows, mass, mask=rows < n)
-    tl.store(best + out + rows, where, mask=rows < n)
+def store_partial(part, out, rows, n, high, mass, where):
+    tl.store(part.peak + out + rows, high, mask=rows < n)
+    tl.store(part.total + out + rows, mass, mask=rows < n)
+    tl.store(part.best + out + rows, where, mask=rows < n)
 
 
 @triton.jit(do_not_specialize=["n", "first", "count", "row_tiles", "span"])
 def forward_resident(
     x,  # [N, D]
     w,  # [C, D]
-    inverse,  # [chunk] or None
-    positions,  # [N] int32
-    classes,  # [count] int64 or None
-    peak,  # [T, N] as in `forward_tiles`, T of spans
-    total,  # [T, N]
-    best,  # [T, N] int32
+    of_class,  # as in `forward_tiles`, but without bias and weight
+    of_row,  # without bends
+    part,  # [T, N] of spans
     stride_x,
     stride_w,
     n,
@@ -207,8 +197,8 @@ def forward_resident(
     low_rows = rows + BM
     a = pieces(x, row_offsets(rows, n, None, stride_x), DEPTH, HELD, BM, BK, DOT)
     b = pieces(x, row_offsets(low_rows, n, None, stride_x), DEPTH, 0, BM, BK, DOT)
-    position = tl.load(positions + rows, mask=rows < n, other=-1)
-    low_position = tl.load(positions + low_rows, mask=low_rows < n, other=-1)
+    position = tl.load(of_row.positions + rows, mask=rows < n, other=-1)
+    low_position = tl.load(of_row.positions + low_rows, mask=low_rows < n, other=-1)
     high = tl.full([BM], float("-inf"), tl.float32)
     mass = tl.zeros([BM], tl.float32)
     where = tl.full([BM], NOWHERE, tl.int32)
@@ -218,11 +208,11 @@ def forward_resident(
     for start in range(bound(begin, DOT == "interpret"), bound(end, DOT == "interpret"), BN):
         columns = start + tl.arange(0, BN)
         real = columns < end
-        w_rows = row_offsets(columns, count, classes, stride_w)
+        w_rows = row_offsets(columns, count, of_class.ids, stride_w)
         at = w + w_rows[:, None] + tl.arange(0, BK)[None, :]
         scale = tl.where(real, 1.0, 0.0)
-        if inverse is not None:
-            scale = tl.load(inverse + columns - first, mask=real, other=0.0)
+        if of_class.inverse is not None:
+            scale = tl.load(of_class.inverse + columns - first, mask=real, other=0.0)
         z = tl.zeros([BM, BN], tl.float32)
         low = z
         for k in tl.static_range(DEPTH):
@@ -230,18 +220,20 @@ def forward_resident(
             z = multiply(a[k], c, z, DOT)
             low = multiply(b[k], c, low, DOT)
         other = real[None, :] & (columns[None, :] != position[:, None])
-        high, mass, where = fold(z, start, scale, other, high, mass, where, inverse is not None)
+        high, mass, where = fold(
+            z, start, scale, other, high, mass, where, of_class.inverse is not None
+        )
         other = real[None, :] & (columns[None, :] != low_position[:, None])
         low_high, low_mass, low_where = fold(
-            low, start, scale, other, low_high, low_mass, low_where, inverse is not None
+            low, start, scale, other, low_high, low_mass, low_where, of_class.inverse is not None
         )
     out = split.to(tl.int64) * n
-    store_partial(peak, total, best, out, rows, n, high, mass, where)
-    store_partial(peak, total, best, out, low_rows, n, low_high, low_mass, low_where)
+    store_partial(part, out, rows, n, high, mass, where)
+    store_partial(part, out, low_rows, n, low_high, low_mass, low_where)
 
 
 @triton.jit
-def merge(peak, total, best, moment, rows, n, groups, BM: tl.constexpr, BT: tl.constexpr):
+def merge(part, rows, n, groups, BM: tl.constexpr, BT: tl.constexpr):
     """Maximum, sum exp, arg-maximum, sum v z over [groups, N] partials, in ascending order."""
     real = rows < n
     high = tl.full([BM], float("-inf"), tl.float32)
@@ -252,9 +244,9 @@ def merge(peak, total, best, moment, rows, n, groups, BM: tl.constexpr, BT: tl.c
         group = start + tl.arange(0, BT)
         at = group.to(tl.int64)[:, None] * n + rows[None, :]
         there = (group < groups)[:, None] & real[None, :]
-        part_high = tl.load(peak + at, mask=there, other=float("-inf"))
-        part_mass = tl.load(total + at, mask=there, other=0.0)
-        part_where = tl.load(best + at, mask=there, other=NOWHERE)
+        part_high = tl.load(part.peak + at, mask=there, other=float("-inf"))
+        part_mass = tl.load(part.total + at, mask=there, other=0.0)
+        part_where = tl.load(part.best + at, mask=there, other=NOWHERE)
         block_high = tl.max(part_high, 0)
         tied = part_high == block_high[None, :]
         block_where = tl.min(tl.where(tied, part_where, NOWHERE), 0)
@@ -264,21 +256,15 @@ def merge(peak, total, best, moment, rows, n, groups, BM: tl.constexpr, BT: tl.c
         mass = mass * tl.exp(high - shift)
         mass += tl.sum(part_mass * tl.exp(part_high - shift[None, :]), 0)
         high = new_high
-        if moment is not None:
-            mean += tl.sum(tl.load(moment + at, mask=there, other=0.0), 0)
+        if part.moment is not None:
+            mean += tl.sum(tl.load(part.moment + at, mask=there, other=0.0), 0)
     return high, mass, where, mean
 
 
 @triton.jit(do_not_specialize=["n", "groups"])
 def merge_tiles(
-    peak,  # [T, N]
-    total,  # [T, N]
-    best,  # [T, N]
-    moment,  # [T, N] or None
-    to_peak,  # [N]
-    to_total,  # [N]
-    to_best,  # [N]
-    to_moment,  # [N] or None
+    part,  # `Partials`, [T, N]
+    to,  # `Partials`, [N]
     n,
     groups,
     BM: tl.constexpr,
@@ -286,12 +272,12 @@ def merge_tiles(
 ):
     """The partials of a segment of classes as one partial, so that few are alive at a time."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    high, mass, where, mean = merge(peak, total, best, moment, rows, n, groups, BM, BT)
-    tl.store(to_peak + rows, high, mask=rows < n)
-    tl.store(to_total + rows, mass, mask=rows < n)
-    tl.store(to_best + rows, where, mask=rows < n)
-    if moment is not None:
-        tl.store(to_moment + rows, mean, mask=rows < n)
+    high, mass, where, mean = merge(part, rows, n, groups, BM, BT)
+    tl.store(to.peak + rows, high, mask=rows < n)
+    tl.store(to.total + rows, mass, mask=rows < n)
+    tl.store(to.best + rows, where, mask=rows < n)
+    if part.moment is not None:
+        tl.store(to.moment + rows, mean, mask=rows < n)
 
 
 @triton.jit(do_not_specialize=["n", "groups"])
@@ -300,10 +286,7 @@ def forward_rows(
     w,  # [C, D]
     positions,  # [N] int32
     classes,  # [count] int64 or None
-    peak,  # [T, N]
-    total,  # [T, N]
-    best,  # [T, N]
-    moment,  # [T, N] or None
+    part,  # `Partials`, [T, N]
     lse,  # [N]
     target,  # [N]
     weighted,  # [N] or None
@@ -324,7 +307,7 @@ def forward_rows(
     """Merges the partials of BM rows in ascending order; <x_i, w_label> from the row itself."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     real = rows < n
-    high, mass, where, mean = merge(peak, total, best, moment, rows, n, groups, BM, BT)
+    high, mass, where, mean = merge(part, rows, n, groups, BM, BT)
     position = tl.load(positions + rows, mask=real, other=-1)
     labelled = position >= 0
     w_index = tl.maximum(position, 0).to(tl.int64)
@@ -358,7 +341,7 @@ def forward_rows(
     if classes is not None:
         best_class = tl.load(classes + best_class)
     tl.store(hardest + rows, tl.where(found, best_class, -1), mask=real)
-    if moment is not None:
+    if part.moment is not None:
         tl.store(weighted + rows, mean, mask=real)
 
 
