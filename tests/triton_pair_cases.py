@@ -320,8 +320,8 @@ def test_several_blocks(triangle: bool, monkeypatch: pytest.MonkeyPatch) -> None
     """Everything that is one piece at these sizes, cut into several ragged ones."""
     monkeypatch.setattr(backend, "SWEEP_ROWS", 32)
     monkeypatch.setattr(backend, "PARTIAL_BYTES", 16 * 2 * 32 * 5)
-    monkeypatch.setattr(backend, "ROW_BLOCK", 32)
-    monkeypatch.setattr(backend, "MAX_CHUNK", 64)
+    monkeypatch.setattr(backend.gpu, "ROW_BLOCK", 32)
+    monkeypatch.setattr(backend.gpu, "MAX_CHUNK", 64)
     more = dict(labels=6, biases=True)
     check(Case(n=53, m=70, cols=not triangle, triangle=triangle, **more))
     if not triangle:

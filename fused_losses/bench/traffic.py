@@ -670,7 +670,8 @@ class Trace(TorchDispatchMode):
 
     def triton(self, kernel: Any, programs: int, args: tuple, constants: dict, tile: Any) -> None:
         self.work.append(triton_work(kernel, programs, args, constants))
-        self.kept += [t.untyped_storage() for t in args if isinstance(t, Tensor)]
+        given = triton_launch.by_name(kernel, args, {}).values()
+        self.kept += [t.untyped_storage() for t in given if isinstance(t, Tensor)]
 
     def cuda(self, name: str, **arguments: Any) -> None:
         if name not in FORMS:

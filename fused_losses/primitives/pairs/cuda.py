@@ -18,27 +18,8 @@ from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu.library_products import low_dtype, product, scores_precision
 from fused_losses.backends.gpu.products import library_tf32
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.pairs.gpu import (
-    MAX_CHUNK,
-    ROW_BLOCK,
-    Block,
-    ColumnSums,
-    Gradients,
-    add,
-    attending,
-    attention_gain,
-    blocks,
-    cut,
-    finish,
-    kernel_form,
-    nothing_yet,
-    packed,
-    possible,
-    statistics_gain,
-    vectors,
-    weight_base,
-    weight_unit,
-)
+from fused_losses.primitives.pairs import gpu
+from fused_losses.primitives.pairs.gpu import Block, ColumnSums, Gradients
 from fused_losses.primitives.pairs.inputs import REDUCTIONS, PairInputs, PairNeeds
 
 TILE_BYTES = 16 << 20  # of all tiles of a block: with their operands they stay in L2 from sm_80 on
@@ -50,8 +31,8 @@ SEGMENT = 128  # rows that a block of threads goes down: csrc/cuda/pairs/tile.h
 def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients, at most."""
     # tiles, the columns' sums of segments, and float32 sums of a chunk's columns
-    parts = 4 * 2 * 4 * (ROW_BLOCK // SEGMENT) * MAX_CHUNK
-    return TILE_BYTES + parts + 2 * MAX_CHUNK * d * 4 + 3 * (n + m) * d * 4 + 200 * (n + m)
+    parts = 4 * 2 * 4 * (gpu.ROW_BLOCK // SEGMENT) * gpu.MAX_CHUNK
+    return TILE_BYTES + parts + 2 * gpu.MAX_CHUNK * d * 4 + 3 * (n + m) * d * 4 + 200 * (n + m)
 
 
 def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
@@ -90,7 +71,7 @@ class Sweep:
     def scores(self, block: Block, tile: Tensor) -> None:
         """Products of a block into its tile; listed pairs are marked."""
         top, stop, first, end = block
-        product(self.x[top:stop], self.y[first:end].T, self.precision, out=cut(tile, block))
+        product(self.x[top:stop], self.y[first:end].T, self.precision, out=gpu.cut(tile, block))
         exclude = self.p.exclude
         if exclude is not None and exclude.numel():
             self.launch("pair_exclude", tile, block, exclude=exclude, excluded=exclude.shape[1])
@@ -140,7 +121,7 @@ class Sweep:
 
 
 def sweep(p: PairInputs, gradient: bool) -> Sweep:
-    p, scale = kernel_form(p)
+    p, scale = gpu.kernel_form(p)
     precision = scores_precision(p.precision, gradient)
     low = low_dtype(p.x.dtype, precision)
     # a rounded forward would be no float32 accuracy: mixed rounds in the backward alone
@@ -162,12 +143,12 @@ def tiles(
     Forward a run of rows stays in L2 while the columns stream by; backward sums down a run of
     columns at a time.
     """
-    most, tall = (HOST_BYTES, HOST_ROWS) if cuda_launch.on_host() else (TILE_BYTES, ROW_BLOCK)
+    most, tall = (HOST_BYTES, HOST_ROWS) if cuda_launch.on_host() else (TILE_BYTES, gpu.ROW_BLOCK)
     height = min(s.n, tall)
     width = most // (max(height, 1) * sum(t.itemsize for t in dtypes) * WIDTH)
-    width = min(max(width, 1), MAX_CHUNK // WIDTH, -(-s.m // WIDTH)) * WIDTH
+    width = min(max(width, 1), gpu.MAX_CHUNK // WIDTH, -(-s.m // WIDTH)) * WIDTH
     made = [torch.empty((height, width), dtype=t, device=s.p.x.device) for t in dtypes]
-    order = blocks(s.p, height, width)
+    order = gpu.blocks(s.p, height, width)
     for block in order if backward else sorted(order):
         yield block, made
 
@@ -179,8 +160,8 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
     """rows and columns of `fused_losses.primitives.pairs`, [4, 2, N] and [4, 2, M or 0]."""
     s, both = sweep(p, gradient=False), p.triangle or cols
     new = dict(dtype=row_dtype(p.x.device), device=p.x.device)
-    rows = nothing_yet(s.n, new)
-    columns = rows if p.triangle else nothing_yet(s.m if cols else 0, new)
+    rows = gpu.nothing_yet(s.n, new)
+    columns = rows if p.triangle else gpu.nothing_yet(s.m if cols else 0, new)
     parts = None
     for block, (tile,) in tiles(s, torch.float32):
         if both and parts is None:
@@ -190,7 +171,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
         more = dict(rows=rows, columns=columns if both else None, parts=parts)
         s.launch("pair_statistics", tile, block, reduction, **more)
     for out in (rows,) if p.triangle else (rows, columns):
-        finish(out, reduction)
+        gpu.finish(out, reduction)
     return rows, rows[..., :0].contiguous() if p.triangle else columns
 
 
@@ -206,12 +187,12 @@ def statistics_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, scale, x_bias and y_bias, each None where it is not needed."""
     s, both = sweep(p, gradient=True), p.triangle or cols
-    gain = statistics_gain(p, (grad_rows, grad_columns))
-    row_vectors = packed(vectors(grad_rows, rows, reduction), gain)
+    gain = gpu.statistics_gain(p, (grad_rows, grad_columns))
+    row_vectors = gpu.packed(gpu.vectors(grad_rows, rows, reduction), gain)
     column_vectors = row_vectors if p.triangle else None
     if cols and not p.triangle:
-        column_vectors = packed(vectors(grad_columns, columns, reduction), gain)
-    gradients = s.gradients(possible(needs, p), 1 / gain)
+        column_vectors = gpu.packed(gpu.vectors(grad_columns, columns, reduction), gain)
+    gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
     with library_tf32(p.precision == "tf32"):
         low = () if s.wide else (s.low,)
         for block, made in tiles(s, torch.float32, *low, backward=True):
@@ -228,7 +209,7 @@ def statistics_backward(
                 ds_stride=ds.stride(0),
                 type=cuda_launch.ELEMENTS[s.low],
             )
-            gradients.add(block, cut(ds, block))
+            gradients.add(block, gpu.cut(ds, block))
     return gradients.results()
 
 
@@ -237,13 +218,13 @@ def statistics_backward(
 
 def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, Tensor]:
     """out [N, Dv] and lse [N] of `pair_attention`, in one sweep."""
-    p, kind = attending(p, positives)
+    p, kind = gpu.attending(p, positives)
     s = sweep(p, gradient=False)
     new = dict(device=p.x.device)
     out = torch.zeros((s.n, values.shape[1]), dtype=torch.float32, **new)
     best = torch.full((s.n,), -torch.inf, dtype=torch.float32, **new)
     mass = torch.zeros(s.n, dtype=row_dtype(p.x.device), **new)
-    unit = weight_unit(p)
+    unit = gpu.weight_unit(p)
     with library_tf32(p.precision == "tf32"):
         for block, made in tiles(s, torch.float32, *(() if s.wide else (s.low,))):
             tile, weights = made[0], made[-1]
@@ -263,7 +244,7 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
                 type=cuda_launch.ELEMENTS[s.low],
             )
             top, stop, first, end = block
-            add(out[top:stop], cut(weights, block), values[first:end].to(s.low))
+            gpu.add(out[top:stop], gpu.cut(weights, block), values[first:end].to(s.low))
     some = torch.where(mass == 0, 1, mass)
     lse = torch.where(mass == 0, -torch.inf, best + some.log())
     return out.mul_((1 / (some * unit)).float()[:, None]), lse
@@ -281,20 +262,20 @@ def attention_backward(
     needs: PairNeeds,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of values, x, y, scale, x_bias and y_bias, each None where not needed."""
-    p, kind = attending(p, positives)
+    p, kind = gpu.attending(p, positives)
     s = sweep(p, gradient=True)
-    unit, gain = weight_unit(p), attention_gain(p, grad_out, grad_lse)
+    unit, gain = gpu.weight_unit(p), gpu.attention_gain(p, grad_out, grad_lse)
     # rounded as the products round it, so that G sums to zero over a row
     rounded = (grad_out * gain).to(low_dtype(values.dtype, s.precision))
     shift = (grad_lse * gain - (rounded.float() * out).sum(1)).float()
-    base, grad_low = weight_base(lse), rounded.to(s.low)
+    base, grad_low = gpu.weight_base(lse), rounded.to(s.low)
     dvalues = None
     if need_values:
         dvalues = torch.empty(values.shape, dtype=values.dtype, device=values.device)
         dvalues = ColumnSums(dvalues if s.n else dvalues.zero_(), s.n, 1 / (gain * unit))
     want = any(needs)
     low = () if s.wide else (s.low,) * (need_values + want)
-    gradients = s.gradients(possible(needs, p), 1 / gain)
+    gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
     with library_tf32(p.precision == "tf32"):
         for block, made in tiles(s, *(torch.float32,) * (1 + want), *low, backward=True):
             tile, into = made[0], made[1] if want else None
@@ -304,7 +285,7 @@ def attention_backward(
             top, stop, first, end = block
             if want:
                 of_values = values[first:end].to(rounded.dtype).T
-                product(rounded[top:stop], of_values, s.precision, out=cut(into, block))
+                product(rounded[top:stop], of_values, s.precision, out=gpu.cut(into, block))
             s.launch(
                 "pair_attention_gradients",
                 tile,
@@ -320,7 +301,7 @@ def attention_backward(
                 type=cuda_launch.ELEMENTS[s.low],
             )
             if dvalues is not None:
-                dvalues.add(block, cut(weights, block), grad_low)
+                dvalues.add(block, gpu.cut(weights, block), grad_low)
             if want:
-                gradients.add(block, cut(ds, block))
+                gradients.add(block, gpu.cut(ds, block))
     return (None if dvalues is None else dvalues.out, *gradients.results())

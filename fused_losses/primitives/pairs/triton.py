@@ -27,27 +27,8 @@ from fused_losses.backends.gpu.tiles import Table, Tile
 from fused_losses.backends.triton import launch as base
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.pairs.gpu import (
-    MAX_CHUNK,
-    ROW_BLOCK,
-    Block,
-    ColumnSums,
-    Gradients,
-    add,
-    attending,
-    attention_gain,
-    blocks,
-    cut,
-    finish,
-    kernel_form,
-    nothing_yet,
-    packed,
-    possible,
-    statistics_gain,
-    vectors,
-    weight_base,
-    weight_unit,
-)
+from fused_losses.primitives.pairs import gpu
+from fused_losses.primitives.pairs.gpu import Block, ColumnSums, Gradients
 from fused_losses.primitives.pairs.inputs import VALUE, PairInputs, PairNeeds, Rule
 from fused_losses.primitives.pairs.triton_tiles import TABLES
 
@@ -58,7 +39,7 @@ SWEEP_ROWS = 8192  # rows of a forward block: 8 MiB at D = 512 in 16 bits stay i
 def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients, at most."""
     # of G, of attention weights, and float32 sums of a chunk's columns for y and for the values
-    chunk = 2 * max(t.ds_bytes for t in TABLES.values()) + 2 * MAX_CHUNK * d * 4
+    chunk = 2 * max(t.ds_bytes for t in TABLES.values()) + 2 * gpu.MAX_CHUNK * d * 4
     return max(PARTIAL_BYTES, chunk) + 3 * (n + m) * d * 4 + 200 * (n + m)
 
 
@@ -160,7 +141,7 @@ class Sweep:
 
 
 def sweep(p: PairInputs, gradient: bool) -> Sweep:
-    p, scale = kernel_form(p)
+    p, scale = gpu.kernel_form(p)
     return Sweep(p, Product.of(p.x, p.y, p.precision, gradient), scale)
 
 
@@ -171,8 +152,8 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
     """rows and columns of `fused_losses.primitives.pairs`, [4, 2, N] and [4, 2, M or 0]."""
     s = sweep(p, gradient=False)
     new = dict(dtype=row_dtype(p.x.device), device=p.x.device)
-    rows = nothing_yet(s.n, new)
-    columns = rows if p.triangle else nothing_yet(s.m if cols else 0, new)
+    rows = gpu.nothing_yet(s.n, new)
+    columns = rows if p.triangle else gpu.nothing_yet(s.m if cols else 0, new)
     both = p.triangle or cols
     tile = s.tile("statistics", both)
     classes = 1 if s.p.x_labels is None else 2
@@ -187,7 +168,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
     sizes += [4 * classes * ceil_div(height, tile.rows) * width] if both else []
     kept = [torch.empty(size, dtype=torch.float32, device=p.x.device) for size in sizes]
     # the rows of a block stay in L2 while all columns go by
-    for block in sorted(blocks(s.p, height, width)):
+    for block in sorted(gpu.blocks(s.p, height, width)):
         first_row, row_end, first, end = block
         high, wide = row_end - first_row, end - first
         shapes = (ceil_div(wide, tile.columns), high), (ceil_div(high, tile.rows), wide)
@@ -208,7 +189,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
             firsts, sizes = (first, first_row), (tile.columns, tile.rows)
             _merge(s, column_part, columns, firsts, sizes, reduction, True)
     for out in (rows,) if p.triangle else (rows, columns):
-        finish(out, reduction)
+        gpu.finish(out, reduction)
     return rows, rows[..., :0].contiguous() if p.triangle else columns
 
 
@@ -248,12 +229,12 @@ def _merge(
 
 def stored(s: Sweep, tile: Tile, count: int) -> Iterator[tuple[Block, list[Tensor]]]:
     """Blocks whose tiles are stored for library products, and where to store them."""
-    low, height = s.operands.low, min(s.n, ROW_BLOCK)
+    low, height = s.operands.low, min(s.n, gpu.ROW_BLOCK)
     width = s.table.ds_bytes // (max(height, 1) * low.itemsize * tile.columns)
-    width = min(max(width, 1), max(1, MAX_CHUNK // tile.columns), ceil_div(s.m, tile.columns))
+    width = min(max(width, 1), max(1, gpu.MAX_CHUNK // tile.columns), ceil_div(s.m, tile.columns))
     width *= tile.columns
     buffers = torch.empty((count, height, width), dtype=low, device=s.p.x.device)
-    for block in blocks(s.p, height, width):
+    for block in gpu.blocks(s.p, height, width):
         yield block, list(buffers)
 
 
@@ -269,13 +250,13 @@ def statistics_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, scale, x_bias and y_bias, each None where it is not needed."""
     s, both = sweep(p, gradient=True), p.triangle or cols
-    sides = [vectors(grad_rows, rows, reduction)]
+    sides = [gpu.vectors(grad_rows, rows, reduction)]
     if both:
-        sides += sides if p.triangle else [vectors(grad_columns, columns, reduction)]
-    gain = statistics_gain(p, (grad_rows, grad_columns))
-    per_side = [packed(side, gain) for side in sides]
+        sides += sides if p.triangle else [gpu.vectors(grad_columns, columns, reduction)]
+    gain = gpu.statistics_gain(p, (grad_rows, grad_columns))
+    per_side = [gpu.packed(side, gain) for side in sides]
     tile = s.tile("gradient", both)
-    gradients = s.gradients(possible(needs, p), 1 / gain)
+    gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
     with library_tf32(p.precision == "tf32" and p.x.is_cuda):
         for block, (ds,) in stored(s, tile, 1):
             s.launch(
@@ -286,7 +267,7 @@ def statistics_backward(
                 strides=(ds.stride(0),),
                 REDUCTION=reduction,
             )
-            gradients.add(block, cut(ds, block))
+            gradients.add(block, gpu.cut(ds, block))
     return gradients.results()
 
 
@@ -295,19 +276,19 @@ def statistics_backward(
 
 def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, Tensor]:
     """out [N, Dv] and lse [N] of `fused_losses.primitives.pairs.op.pair_attention`."""
-    p, kind = attending(p, positives)
+    p, kind = gpu.attending(p, positives)
     lse = statistics(p, "lse", cols=False)[0][VALUE, kind].contiguous()
     s = sweep(p, gradient=False)
     # a rounded forward would be no float32 accuracy: mixed rounds in the backward alone
     if p.precision == "mixed":
         s = replace(s, operands=replace(s.operands, low=p.x.dtype))
     out = torch.zeros((s.n, values.shape[1]), dtype=torch.float32, device=p.x.device)
-    tile, base_rows, unit = s.tile("attention"), weight_base(lse), weight_unit(p)
+    tile, base_rows, unit = s.tile("attention"), gpu.weight_base(lse), gpu.weight_unit(p)
     with library_tf32(p.precision == "tf32" and p.x.is_cuda):
         for block, (weights,) in stored(s, tile, 1):
             _attend(s, tile, block, kind, base_rows, weights, None, None, None, None, unit)
             top, stop, first, end = block
-            add(out[top:stop], cut(weights, block), values[first:end].to(weights.dtype))
+            gpu.add(out[top:stop], gpu.cut(weights, block), values[first:end].to(weights.dtype))
     return out / unit, lse
 
 
@@ -351,13 +332,13 @@ def attention_backward(
     needs: PairNeeds,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of values, x, y, scale, x_bias and y_bias, each None where not needed."""
-    p, kind = attending(p, positives)
+    p, kind = gpu.attending(p, positives)
     s = sweep(p, gradient=True)
-    low, unit, gain = s.operands.low, weight_unit(p), attention_gain(p, grad_out, grad_lse)
+    low, unit, gain = s.operands.low, gpu.weight_unit(p), gpu.attention_gain(p, grad_out, grad_lse)
     # rounded as the products round it, so that G sums to zero over a row
     rounded = (grad_out * gain).to(low if s.operands.bf16 else values.dtype)
     shift = grad_lse * gain - (rounded.float() * out).sum(1)
-    shift, base_rows = shift.float(), weight_base(lse)
+    shift, base_rows = shift.float(), gpu.weight_base(lse)
     values = values if values.stride(-1) == 1 else values.contiguous()
     grad_rows = rounded.to(values.dtype).contiguous()
     grad_low = rounded.to(low)
@@ -368,14 +349,14 @@ def attention_backward(
     want = any(needs)
     uneven = values.shape[1] % 64 > 0 or values.stride(0) % 16 > 0
     tile = s.tile("attention_gradient" if want else "attention", more=want and uneven)
-    gradients = s.gradients(possible(needs, p), 1 / gain)
+    gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
     with library_tf32(p.precision == "tf32" and p.x.is_cuda):
         for block, buffers in stored(s, tile, int(need_values) + int(want)):
             weights = buffers[0] if need_values else None
             ds = buffers[-1] if want else None
             _attend(s, tile, block, kind, base_rows, weights, grad_rows, values, shift, ds, unit)
             if dvalues is not None:
-                dvalues.add(block, cut(weights, block), grad_low)
+                dvalues.add(block, gpu.cut(weights, block), grad_low)
             if want:
-                gradients.add(block, cut(ds, block))
+                gradients.add(block, gpu.cut(ds, block))
     return (None if dvalues is None else dvalues.out, *gradients.results())

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends.cuda import launch as cuda_launch
-from fused_losses.backends.cuda.capability import reasons_against, unavailable
-from fused_losses.backends.cuda.launch import ELEMENTS, launch
+from fused_losses.backends.cuda.launch import ELEMENTS
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.library_products import (
@@ -37,8 +36,6 @@ from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics.bounded import check
 from fused_losses.primitives.row_statistics.gpu import Problem
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
-
-__all__ = ["backward", "extra_bytes", "forward", "reasons_against", "unavailable"]
 
 STEP = 16  # a tile's columns are a multiple of it: whole packs, of 16-bit values too
 MOST_PARTS = 32  # of a row's state, as finish_rows merges them
@@ -130,7 +127,7 @@ class Chunks:
                 self.rows = torch.empty((self.chunk, p.d), dtype=dtype, device=p.x.device)
             out = self.rows[: end - first]
         if out is not None or self.inverse is not None:
-            launch(
+            cuda_launch.launch(
                 "gather",
                 rows=rows,
                 classes=ids,
@@ -188,7 +185,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         for part in _blocks(n, block):
             height = part.stop - part.start
             product(x[part], w.T, precision, out=tile[:height, : end - first])
-            launch(
+            cuda_launch.launch(
                 "row_scores",
                 products=tile,
                 inverse=chunks.inverse,
@@ -207,7 +204,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                 parts=parts,
                 state_stride=n,
             )
-    launch(
+    cuda_launch.launch(
         "row_finish",
         x=p.x,
         weight=p.weight,
@@ -308,7 +305,7 @@ def _sweep(
             height = part.stop - part.start
             product(x[part], w.T, precision_of_scores, out=tile[:height, :length])
             lse, grad_lse, grad_target, grad_weighted = (r if r is None else r[part] for r in rows)
-            launch(
+            cuda_launch.launch(
                 "row_gradient",
                 products=tile,
                 inverse=chunks.inverse,
@@ -337,7 +334,7 @@ def _sweep(
                 beta = float(part.start > 0)
                 add_product(gradient[:length], g.T, x_low[part], precision, beta)
         if gradient is not None or sums is not None:
-            launch(
+            cuda_launch.launch(
                 "row_weight",
                 gradient=gradient,
                 weight=p.weight,

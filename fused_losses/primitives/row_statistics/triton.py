@@ -6,8 +6,6 @@ float32, and in the backward one chunk of G and of dW. Never N x C.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -21,6 +19,11 @@ from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics.bounded import check
 from fused_losses.primitives.row_statistics.gpu import Problem
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_statistics.triton_arguments import (
+    ClassVectors,
+    Partials,
+    RowVectors,
+)
 from fused_losses.primitives.row_statistics.triton_tiles import TABLES
 
 PARTIAL_BYTES = 64 << 20
@@ -31,44 +34,6 @@ MAX_CHUNK = 16384  # classes; bounds the chunk of dW where N is small
 # of shared memory take 128 rows, the rest of the other 128, and two tiles of 32 classes
 HELD = {1: 0, 2: 0, 3: 1, 4: 3}
 ROWS_IN_TILES = 8  # 256 rows are as many bytes as eight tiles of 32 classes
-
-
-class ClassVectors(NamedTuple):
-    """What the kernels read of the classes that take part, beside their rows of W."""
-
-    ids: Tensor | None  # [K] int64
-    inverse: Tensor | None  # [chunk] 1/|w_j|
-    bias: Tensor | None  # [C]
-    weight: Tensor | None  # [C] v of the weighted sum
-
-    @classmethod
-    def of(cls, p: Problem, inverse: Tensor | None = None) -> ClassVectors:
-        return cls(p.classes, inverse, p.bias, p.column_weight)
-
-
-class RowVectors(NamedTuple):
-    """What the kernels read of the rows, beside those of x; the last four in the backward."""
-
-    positions: Tensor  # [N] int32: column of the target among the columns, -1 = none
-    bend: Tensor | None  # [N, 4]
-    lse: Tensor | None = None  # [N]
-    grad_lse: Tensor | None = None  # [N]
-    grad_target: Tensor | None = None  # [N]
-    grad_weighted: Tensor | None = None  # [N]
-
-
-class Partials(NamedTuple):
-    """Statistics of rows over a part of the classes; [T, N] of T parts."""
-
-    peak: Tensor  # maximum
-    total: Tensor  # sum exp(z - peak)
-    best: Tensor  # int32 column of the maximum
-    moment: Tensor | None  # sum v z
-
-    @classmethod
-    def of(cls, values: Tensor, best: Tensor) -> Partials:
-        """values [2 or 3, T, N]"""
-        return cls(values[0], values[1], best, values[2] if len(values) > 2 else None)
 
 
 def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:

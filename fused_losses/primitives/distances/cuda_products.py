@@ -1,0 +1,152 @@
+"""Distances that are made of products, on a library's and the CUDA C++ kernels.
+
+The library multiplies a block of pairs into the output, which stays in L2 for our kernel after it:
+that makes distances of products and sums near pairs from differences. Backward: our kernel makes a
+block of G with zeros for near pairs, dx -= G y is the library's, and the last kernel adds x sum G
+and the near pairs. Where every pair is near, for rows far from the origin, all is summed from
+differences: right, and several times slower.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_losses.backends.cuda import launch as cuda_launch
+from fused_losses.backends.cuda.launch import ELEMENTS
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.library_products import ROUNDED, add_product, product
+from fused_losses.primitives.distances.cuda_sums import TILE, blocks, gradient
+
+
+def _norms(rows: Tensor, rounded: bool) -> Tensor:
+    """|row|^2 in float32, of rows as the products round them. [N]"""
+    norms = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+    cuda_launch.launch(
+        "distance_norms",
+        rows=rows,
+        norms=norms,
+        stride=rows.stride(0),
+        n=rows.shape[0],
+        d=rows.shape[1],
+        type=ELEMENTS[rows.dtype],
+        rounded=rounded,
+    )
+    return norms
+
+
+def from_products(x: Tensor, y: Tensor, out: Tensor, kind: str, precision: str) -> None:
+    # mixed rounds gradients alone
+    precision = "fp32" if precision == "mixed" else precision
+    if kind == "dot":
+        product(x, y.T, precision, out=out)
+        return
+    rounded = precision == "bf16" and x.dtype == torch.float32
+    x_norms, y_norms = _norms(x, rounded), _norms(y, rounded)
+    for rows, cols in blocks(*out.shape, x.device):
+        block = out[rows, cols]
+        product(x[rows], y[cols].T, precision, out=block)
+        cuda_launch.launch(
+            "distance_products",
+            x=x[rows],
+            y=y[cols],
+            x_norms=x_norms[rows],
+            y_norms=y_norms[cols],
+            out=block,
+            x_stride=x.stride(0),
+            y_stride=y.stride(0),
+            out_stride=out.stride(0),
+            n=block.shape[0],
+            m=block.shape[1],
+            d=x.shape[1],
+            type=ELEMENTS[x.dtype],
+            rooted=kind == "euclidean",
+        )
+
+
+def through_products(
+    grad: Tensor,
+    out: Tensor,
+    x: Tensor,
+    y: Tensor,
+    kind: str,
+    precision: str,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx = x sum G - G y (dot: G y), of G as `_factors` makes it, and near pairs."""
+    n, m, device = *out.shape, x.device
+    low = torch.bfloat16 if x.dtype == torch.bfloat16 or precision in ROUNDED else torch.float32
+    dx, dy = (
+        torch.zeros(t.shape, dtype=torch.float32, device=device) if need else None
+        for t, need in ((x, need_x), (y, need_y))
+    )
+    differences = kind != "dot"
+    norms = totals = near = None
+    if differences:
+        norms = _norms(x, False), _norms(y, False)
+        totals = tuple(torch.zeros_like(t) for t in norms)
+        near = torch.empty((ceil_div(n, TILE), ceil_div(m, TILE)), dtype=torch.int32, device=device)
+    for rows, cols in blocks(n, m, device):
+        u, v = x[rows], y[cols]
+        if not differences and low == torch.float32:
+            g = grad[rows, cols]
+        else:
+            of = out[rows, cols] if differences else None
+            tiles = near[rows.start // TILE :, cols.start // TILE :] if differences else None
+            g, sums = _factors(grad[rows, cols], of, norms, rows, cols, tiles, kind, low)
+            if differences:
+                totals[0][rows] += sums[0]
+                totals[1][cols] += sums[1]
+        if need_x:
+            add_product(dx[rows], g, v.to(low), precision)
+        if need_y:
+            add_product(dy[cols], g.T, u.to(low), precision)
+    if differences:
+        term = f"near_{kind}"
+        if need_x:
+            given = dict(norms=norms, totals=totals[0], near=near, to=dx)
+            gradient(term, x, y, grad, out, **given)
+        if need_y:
+            given = dict(norms=norms[::-1], totals=totals[1], near=near.T, to=dy)
+            gradient(term, y, x, grad.T, out.T, **given)
+    return dx, dy
+
+
+def _factors(
+    grad: Tensor,  # [n, m], of any strides: a block
+    out: Tensor | None,
+    norms: tuple[Tensor, Tensor] | None,
+    rows: slice,
+    cols: slice,
+    near: Tensor | None,  # from the block's first tile on
+    kind: str,
+    low: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """A block of G, with zeros for near pairs, and its sums over columns and over rows."""
+    n, m, device = *grad.shape, grad.device
+    g = torch.empty((n, m), dtype=low, device=device)
+    row_sums = column_sums = None
+    if out is not None:
+        row_sums = torch.empty((ceil_div(m, TILE), n), dtype=torch.float32, device=device)
+        column_sums = torch.empty((ceil_div(n, TILE), m), dtype=torch.float32, device=device)
+    cuda_launch.launch(
+        "distance_factors",
+        grad=grad,
+        out=out,
+        x_norms=None if norms is None else norms[0][rows],
+        y_norms=None if norms is None else norms[1][cols],
+        g=g,
+        row_sums=row_sums,
+        column_sums=column_sums,
+        near=near,
+        grad_row=grad.stride(0),
+        grad_column=grad.stride(1),
+        out_row=0 if out is None else out.stride(0),
+        near_row=0 if near is None else near.stride(0),
+        n=n,
+        m=m,
+        type=ELEMENTS[low],
+        rooted=kind == "euclidean",
+    )
+    return g, None if out is None else (row_sums.sum(0), column_sums.sum(0))
