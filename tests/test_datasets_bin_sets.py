@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_losses import metrics
 from fused_losses.datasets import DataError, evaluate_bin, read_bin
-from fused_losses.datasets.pickled_values import read_pickled
+from fused_losses.datasets.pickles.values import read_pickled
 
 PICTURES = [png(i) for i in range(6)]
 SAME = [True, False, True]

@@ -14,7 +14,7 @@ from dataset_pictures import damaged, encode, outcome, pixels, png, write
 from fused_losses.datasets import DataError, ImageFolders
 from fused_losses.datasets.base import OpenFiles, StoredFile, decode_picture
 from fused_losses.datasets.side_files import _load, remembered, side_path
-from fused_losses.train.data import read_picture
+from fused_losses.train.faces.data import read_picture
 
 
 @pytest.fixture

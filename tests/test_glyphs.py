@@ -18,15 +18,16 @@ pytest.importorskip("PIL.Image", reason="drawing needs Pillow")
 ttLib = pytest.importorskip("fontTools.ttLib", reason="reading fonts needs fontTools")
 matplotlib = pytest.importorskip("matplotlib", reason="its fonts are always the same")
 
-from fused_losses.datasets import DataError, glyph_fonts  # noqa: E402
-from fused_losses.datasets import glyphs as glyph_sets  # noqa: E402
+from fused_losses.datasets import DataError  # noqa: E402
 from fused_losses.datasets.glyphs import Font, Glyphs, hold_out, load_glyphs, look_alikes  # noqa: E402
+from fused_losses.datasets.glyphs import fonts as glyph_fonts  # noqa: E402
+from fused_losses.datasets.glyphs import load as glyph_sets  # noqa: E402
 from fused_losses.train import Interrupted  # noqa: E402
+from fused_losses.train.frame.options import given_options  # noqa: E402
 from fused_losses.train.glyphs import GlyphConfig, cli, compare, train  # noqa: E402
 from fused_losses.train.glyphs import loop as loops  # noqa: E402
 from fused_losses.train.glyphs.compare import HEADS, options  # noqa: E402
 from fused_losses.train.glyphs.model import Changes, change, normalize  # noqa: E402
-from fused_losses.train.options import given_options  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("glyphs")]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_losses import metrics
 from fused_losses.metrics import retrieval, verification
-from fused_losses.train import verification as trained
+from fused_losses.train.faces import evaluation as trained
 
 RANKED = ("recall_at_k", "precision_at_k", "map_at_k")
 

@@ -17,18 +17,14 @@ from fused_losses.train import (
     FoldEmbeddings,
     Interrupted,
     TrainConfig,
-    checkpoint,
     cli,
-    data,
     evaluate,
-    report,
     train,
 )
-from fused_losses.train import backbone as backbones
-from fused_losses.train.augment import augment, normalize
-from fused_losses.train.loop import FoldTraining, learning_rate_factor
-from fused_losses.train.progress import Progress
-from fused_losses.train.verification import (
+from fused_losses.train.faces import backbone as backbones
+from fused_losses.train.faces import data, report
+from fused_losses.train.faces.augment import augment, normalize
+from fused_losses.train.faces.evaluation import (
     Scores,
     accuracy,
     best_threshold,
@@ -37,6 +33,9 @@ from fused_losses.train.verification import (
     tar_at_far,
     threshold_at_far,
 )
+from fused_losses.train.faces.loop import FoldTraining, learning_rate_factor
+from fused_losses.train.frame import checkpoint
+from fused_losses.train.frame.progress import Progress
 
 Image = pytest.importorskip("PIL.Image", reason="reading pictures needs Pillow")
 

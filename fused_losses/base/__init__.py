@@ -1,1 +1,1 @@
-"""The ground of every room: checks, numbers, files. It imports torch alone."""
+"""The ground that every room stands on: torch alone, no primitive and no loss."""

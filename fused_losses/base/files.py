@@ -1,4 +1,4 @@
-"""Files that a crash can't spoil."""
+"""Files that are whole or not there."""
 
 from __future__ import annotations
 

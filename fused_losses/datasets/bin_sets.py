@@ -24,8 +24,8 @@ from fused_losses.datasets.base import (
     check_size,
     decode_picture,
 )
-from fused_losses.datasets.pickled_numpy import Array, describe
-from fused_losses.datasets.pickled_values import read_pickled
+from fused_losses.datasets.pickles.arrays import Array, describe
+from fused_losses.datasets.pickles.values import read_pickled
 from fused_losses.metrics import VerificationAccuracy
 
 

@@ -3,9 +3,9 @@
 `fused-losses train` on the command line, `train(TrainConfig(...), folder)` from Python.
 """
 
-from fused_losses.train.config import TrainConfig
-from fused_losses.train.loop import Interrupted
-from fused_losses.train.run import train
-from fused_losses.train.verification import FoldEmbeddings, evaluate
+from fused_losses.train.faces.config import TrainConfig
+from fused_losses.train.faces.evaluation import FoldEmbeddings, evaluate
+from fused_losses.train.faces.loop import Interrupted
+from fused_losses.train.faces.run import train
 
 __all__ = ["FoldEmbeddings", "Interrupted", "TrainConfig", "evaluate", "train"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fused_losses.train.config import TrainConfig
-from fused_losses.train.options import add_options, given_options
+from fused_losses.train.faces.config import TrainConfig
+from fused_losses.train.frame.options import add_options, given_options
 
 DESCRIPTION = """\
 Train a face embedding with a margin-softmax head and judge it on people that it never saw.
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as the options say; 0, or 2 for what cannot be done, or 128 + the signal received."""
-    from fused_losses.train.loop import Interrupted
-    from fused_losses.train.run import CONFIG, train
+    from fused_losses.train.faces.loop import Interrupted
+    from fused_losses.train.faces.run import CONFIG, train
 
     given = given_options(args, TrainConfig)
     try:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _folder(runs: Path, name: str | None, given: dict[str, Any], *, resume: bool) -> Path:
     """The run's folder: the one named, the latest to resume, or the first free one."""
-    from fused_losses.train.run import CONFIG
+    from fused_losses.train.faces.run import CONFIG
 
     if name:
         return runs / name

@@ -7,8 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from fused_losses.train.frame.options import add_options, given_options
 from fused_losses.train.glyphs.config import GlyphConfig
-from fused_losses.train.options import add_options, given_options
 
 DESCRIPTION = """\
 Train an embedding of characters, every character of the installed fonts a class, and judge it
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as the options say; 0, or 2 for what cannot be done, or 128 + the signal received."""
+    from fused_losses.train.faces.loop import Interrupted
     from fused_losses.train.glyphs.compare import compare
     from fused_losses.train.glyphs.run import CONFIG, train
-    from fused_losses.train.loop import Interrupted
 
     try:
         folder = _folder(args)

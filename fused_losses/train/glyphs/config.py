@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fused_losses.train.config import BACKENDS, MARGINS, SCHEDULES
-from fused_losses.train.options import check_choices, check_least, option
+from fused_losses.train.faces.config import BACKENDS, MARGINS, SCHEDULES
+from fused_losses.train.frame.options import check_choices, check_least, option
 
 HEADS = ("centers", "reference")
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from fused_losses.datasets.glyphs import Split
 from fused_losses.datasets.sampler import EpochBatches
-from fused_losses.train import checkpoint
-from fused_losses.train.data import seed_from
+from fused_losses.train.faces.data import seed_from
+from fused_losses.train.faces.loop import Interrupted, learning_rate_factor
+from fused_losses.train.frame import checkpoint
+from fused_losses.train.frame.memory import PeakMemory
 from fused_losses.train.glyphs.config import GlyphConfig
 from fused_losses.train.glyphs.evaluation import embed, evaluate
 from fused_losses.train.glyphs.heads import make_head
 from fused_losses.train.glyphs.model import Changes, GlyphNet, change, normalize
-from fused_losses.train.loop import Interrupted, learning_rate_factor
-from fused_losses.train.memory import PeakMemory
 
 WARM_UP_CLASSES = 64
 MEASURED_BATCHES = 40

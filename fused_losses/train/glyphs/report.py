@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fused_losses.train.checkpoint import write_atomically
+from fused_losses.base.files import write_atomically
 
 FILES = ("result.json", "curves.json", "curves.png")
 RECALLS = {

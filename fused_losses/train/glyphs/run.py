@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
+from fused_losses.base.files import write_atomically
 from fused_losses.datasets.glyphs import Glyphs, Split, hold_out, load_glyphs
-from fused_losses.train import checkpoint
+from fused_losses.train.faces.run import LOCK, StopSignals, locked
+from fused_losses.train.frame import checkpoint
+from fused_losses.train.frame.memory import PeakMemory
+from fused_losses.train.frame.progress import Progress
 from fused_losses.train.glyphs import report
 from fused_losses.train.glyphs.config import GlyphConfig
 from fused_losses.train.glyphs.loop import GlyphTraining, some_classes, warm_up
-from fused_losses.train.memory import PeakMemory
-from fused_losses.train.progress import Progress
-from fused_losses.train.run import LOCK, StopSignals, locked
 
 CONFIG, CHECKPOINT, STAGES = "config.json", "checkpoint.pt", "stages"
 # what --overwrite deletes, so that it never takes a file of the user's
@@ -88,7 +89,7 @@ def _prepare(config: GlyphConfig, folder: Path, *, resume: bool, overwrite: bool
         if path.name in WRITTEN:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     config = config.with_changes(threads=config.threads or torch.get_num_threads())
-    checkpoint.write_atomically(folder / CONFIG, lambda file: file.write(config.to_json().encode()))
+    write_atomically(folder / CONFIG, lambda file: file.write(config.to_json().encode()))
     return config
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from fused_losses.centers.watch import EXIT_CODE, RankFailure
+from fused_losses.train.frame.options import add_options, given_options
 from fused_losses.train.large.config import LargeConfig
-from fused_losses.train.options import add_options, given_options
 
 DESCRIPTION = """\
 Train an embedding with a sharded large-class head, one process a GPU (or a share of the CPU):

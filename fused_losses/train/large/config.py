@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fused_losses.train.config import AUGMENTATIONS, BACKENDS, MARGINS, PRECISIONS, SCHEDULES
-from fused_losses.train.options import check_choices, check_least, option
+from fused_losses.train.faces.config import AUGMENTATIONS, BACKENDS, MARGINS, PRECISIONS, SCHEDULES
+from fused_losses.train.frame.options import check_choices, check_least, option
 
 SETS = ("synthetic", "folders", "recordio", "webdataset", "glyphs")
 OPTIMIZERS = ("sgd", "adamw")

@@ -19,19 +19,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fused_losses.base.files import write_atomically
 from fused_losses.centers.checkpoint import Checkpoints
 from fused_losses.centers.head import ClassCenters
 from fused_losses.centers.watch import RankWatch
 from fused_losses.datasets.sampler import EpochBatches, PrefetchReader
-from fused_losses.train.augment import augment, normalize
-from fused_losses.train.backbone import SmallFaceNet, load_backbone
-from fused_losses.train.checkpoint import write_atomically
-from fused_losses.train.data import seed_from
-from fused_losses.train.head import make_margin
+from fused_losses.train.faces.augment import augment, normalize
+from fused_losses.train.faces.backbone import SmallFaceNet, load_backbone
+from fused_losses.train.faces.data import seed_from
+from fused_losses.train.faces.head import make_margin
+from fused_losses.train.faces.loop import learning_rate_factor
 from fused_losses.train.large.config import LargeConfig, differences
 from fused_losses.train.large.data import load
 from fused_losses.train.large.join import fresh_store
-from fused_losses.train.loop import learning_rate_factor
 
 CONFIG, LOG, LOCK, CHECKPOINTS = "config.json", "log.jsonl", "lock", "checkpoints"
 LOCK_SECONDS = 30.0  # for the former process of this run to be gone after a restart

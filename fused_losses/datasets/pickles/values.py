@@ -2,7 +2,7 @@
 
 A pickle is a program. This interpreter knows the few instructions that lists, tuples, numbers,
 byte strings and numpy's uint8 and bool arrays need (protocols 0 to 5, Python 2 and 3) and no other:
-nothing is imported, and what can be called are the six names of pickled_numpy.py.
+nothing is imported, and what can be called are the six names of arrays.py.
 (A pickle.Unpickler with a strict find_class would still run the rest of the instruction set.)
 """
 
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 
 from fused_losses.datasets.base import DataError
-from fused_losses.datasets.pickled_numpy import (
+from fused_losses.datasets.pickles.arrays import (
     CALLS,
     Array,
     Kind,

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from fused_losses.train.checkpoint import write_atomically
-from fused_losses.train.config import TrainConfig
-from fused_losses.train.verification import METRICS, ROC_FARS
+from fused_losses.base.files import write_atomically
+from fused_losses.train.faces.config import TrainConfig
+from fused_losses.train.faces.evaluation import METRICS, ROC_FARS
 
 FILES = ("result.json", "curves.json", "curves.png", "roc.png")
 TITLES = {

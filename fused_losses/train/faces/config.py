@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fused_losses.train.options import check_choices, check_least, option
+from fused_losses.train.frame.options import check_choices, check_least, option
 
 # People are always split into this many folds; `folds` says how many of them are run.
 SPLITS = 4

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_losses.train.augment import normalize
-from fused_losses.train.config import TrainConfig
+from fused_losses.train.faces.augment import normalize
+from fused_losses.train.faces.config import TrainConfig
 
 WIDTHS = (16, 32, 64, 128)
 

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 from fused_losses import backends
-from fused_losses.train import checkpoint, report
-from fused_losses.train.config import TrainConfig, differences
-from fused_losses.train.data import Pictures, load, split
-from fused_losses.train.loop import FoldTraining, Interrupted, fold_embeddings, warm_up
-from fused_losses.train.memory import PeakMemory
-from fused_losses.train.progress import Progress
-from fused_losses.train.verification import FoldEmbeddings, evaluate
+from fused_losses.base.files import write_atomically
+from fused_losses.train.faces import report
+from fused_losses.train.faces.config import TrainConfig, differences
+from fused_losses.train.faces.data import Pictures, load, split
+from fused_losses.train.faces.evaluation import FoldEmbeddings, evaluate
+from fused_losses.train.faces.loop import FoldTraining, Interrupted, fold_embeddings, warm_up
+from fused_losses.train.frame import checkpoint
+from fused_losses.train.frame.memory import PeakMemory
+from fused_losses.train.frame.progress import Progress
 
 CONFIG, CHECKPOINT, FOLDS, LOCK = "config.json", "checkpoint.pt", "folds", "lock"
 # what --overwrite deletes, so that it never takes a file of the user's
@@ -131,7 +133,7 @@ def _prepare(config: TrainConfig, folder: Path, *, resume: bool, overwrite: bool
             elif path.name in WRITTEN:
                 path.unlink()
     config = config.with_changes(threads=config.threads or torch.get_num_threads())
-    checkpoint.write_atomically(folder / CONFIG, lambda file: file.write(config.to_json().encode()))
+    write_atomically(folder / CONFIG, lambda file: file.write(config.to_json().encode()))
     return config
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.datasets.base import DataError, decode_picture
-from fused_losses.train.config import SPLITS, TrainConfig
+from fused_losses.train.faces.config import SPLITS, TrainConfig
 
 SUFFIXES = (".pgm", ".ppm", ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 

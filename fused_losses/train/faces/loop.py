@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from fused_losses.train import checkpoint
-from fused_losses.train.augment import augment, normalize
-from fused_losses.train.backbone import build, embed, embedding_size
-from fused_losses.train.config import TrainConfig
-from fused_losses.train.data import Pictures, batch_indices, seed_from
-from fused_losses.train.head import MarginHead
-from fused_losses.train.memory import PeakMemory
-from fused_losses.train.verification import FoldEmbeddings, Scores, pair_scores
+from fused_losses.train.faces.augment import augment, normalize
+from fused_losses.train.faces.backbone import build, embed, embedding_size
+from fused_losses.train.faces.config import TrainConfig
+from fused_losses.train.faces.data import Pictures, batch_indices, seed_from
+from fused_losses.train.faces.evaluation import FoldEmbeddings, Scores, pair_scores
+from fused_losses.train.faces.head import MarginHead
+from fused_losses.train.frame import checkpoint
+from fused_losses.train.frame.memory import PeakMemory
 
 # Pictures whose pairs give a threshold when one fold runs alone: 10^6 pairs are plenty.
 MOST_TRAINING_PICTURES = 1500

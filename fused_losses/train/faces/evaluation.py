@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.train.data import seed_from
+from fused_losses.train.faces.data import seed_from
 
 FARS = {"tar_at_far_1e-2": 1e-2, "tar_at_far_1e-3": 1e-3}
 METRICS = ("verification_accuracy", *FARS, "recall_at_1")

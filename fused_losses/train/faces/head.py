@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fused_losses import margins
 from fused_losses.losses.margin_softmax import margin_softmax
-from fused_losses.train.config import TrainConfig
+from fused_losses.train.faces.config import TrainConfig
 
 
 def make_margin(name: str, value: float | None) -> margins.Margin | None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.datasets.base import DataError, StoredFile, check_indices
-from fused_losses.datasets.glyph_fonts import (
+from fused_losses.datasets.glyphs.fonts import (
     Drawings,
     Face,
     SkippedFont,
@@ -204,7 +204,7 @@ def load_glyphs(
     """The set of these fonts, from the cache or drawn now.
 
     Args:
-        folders: where fonts are looked for; None: `glyph_fonts.font_folders`.
+        folders: where fonts are looked for; None: `fonts.font_folders`.
         size: side of the pictures, 8 to 256.
         least_fonts: faces that must draw a character, at least 1.
         characters: code points to be drawn; None: all that have a shape of their own.

@@ -1,0 +1,1 @@
+"""What every trainer here shares: options, steps, checkpoints, runs, progress and reports."""
