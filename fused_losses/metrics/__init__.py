@@ -1,10 +1,9 @@
 """How good an embedding is: retrieval, kNN classification, verification. Never an N x M matrix."""
 
+from fused_losses.metrics.knn import KnnClasses, knn_classify
 from fused_losses.metrics.retrieval import (
-    KnnClasses,
     Retrieval,
     gap,
-    knn_classify,
     map_at_k,
     map_at_r,
     mean_reciprocal_rank,

@@ -172,8 +172,13 @@ def auc(scores: Tensor, same: Tensor) -> float:
     return float("nan") if bool(curve.far[-1].isnan()) else float(area)
 
 
-def _best_threshold(scores: Tensor, same: Tensor) -> float:
-    """The threshold with the highest accuracy; midway between two scores, the lowest of equals."""
+def best_threshold(scores: Tensor, same: Tensor) -> float:
+    """The threshold with the highest accuracy; midway between two scores, the lowest of equals.
+
+    0 without scores.
+    """
+    if not len(scores):
+        return 0.0
     values, place = scores.unique(return_inverse=True)
     signs = torch.where(same, -1, 1)
     # right answers: all genuine at the lowest threshold, then each score passed changes them
@@ -220,7 +225,7 @@ def verification_accuracy(
     if not bool(scores.isnan().any()):
         for f in range(count):
             mine = fold == f
-            threshold[f] = _best_threshold(scores[~mine], same[~mine])
+            threshold[f] = best_threshold(scores[~mine], same[~mine])
             right = (scores[mine] > threshold[f].to(scores.device)) == same[mine]
             accuracy[f] = right.double().mean()
     mean, std = float(accuracy.mean()), float(accuracy.std(correction=0))
@@ -280,7 +285,7 @@ def all_pairs_tar_at_far(
     return dict(zip(far, found, strict=True)) if several else found[0]
 
 
-class _Search:
+class _OrderStatistic:
     """Which score is the impostors' highest but `rank`, digit by digit."""
 
     def __init__(self, rank: int) -> None:
@@ -330,7 +335,7 @@ def _settled(
         lost = float("nan")
         return [AllPairs(lost, lost, genuine, impostors) for _ in rates]
     ranks = [_allowed(rate, impostors) for rate in rates]
-    searches = [_Search(rank) for rank in ranks if rank < impostors]
+    searches = [_OrderStatistic(rank) for rank in ranks if rank < impostors]
     for search in searches:
         search.narrow(total, True)
     for shift in range(_bits(dtype) - 2 * DIGIT, -1, -DIGIT):

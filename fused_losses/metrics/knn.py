@@ -1,0 +1,126 @@
+"""kNN classification: what do the nearest rows of a labelled set say?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
+from fused_losses.base.validation import check_integers
+from fused_losses.metrics.search import LISTED, check_k, checked, neighbours
+
+WEIGHTS = ("uniform", "exp", "softmax")
+
+
+class KnnClasses(NamedTuple):
+    """What the neighbours say: the winning label [N] int64 and its score [N].
+
+    scores: [N, num_classes] of every class where num_classes was given, else None. A query without
+    a neighbour has label -1 and score 0.
+    """
+
+    labels: Tensor
+    score: Tensor
+    scores: Tensor | None
+
+
+@torch.no_grad()
+def knn_classify(
+    embeddings: Tensor,  # [N, D]
+    ref_embeddings: Tensor,  # [M, D]
+    ref_labels: Tensor,  # [M]
+    *,
+    k: int = 10,
+    weights: str = "softmax",
+    temperature: float = 0.1,
+    num_classes: int | None = None,
+    metric: str = "cosine",
+    ids: Tensor | None = None,  # [N]
+    ref_ids: Tensor | None = None,  # [M]
+    backend: str | None = None,
+) -> KnnClasses:
+    """The class of the most weight among the k nearest rows of a labelled set.
+
+    Args:
+        embeddings, ref_embeddings: [N, D], [M, D]; one tensor twice: each row without itself.
+        ref_labels: integers >= 0, [M].
+        weights: "uniform" 1, "exp" e^(s / temperature), or "softmax", the same divided by its sum
+            over the k; s the cosine, the product, or the negative distance.
+        num_classes: also return the scores of every class, [N, num_classes].
+        metric, ids, ref_ids: as in `recall_at_k`.
+
+    Of equal classes the lowest wins. Returns `KnnClasses`. Raises ValueError, TypeError for
+    arguments that do not fit, IndexError for labels outside [0, num_classes).
+    Time O(N M D + N k^2); memory O(N + M) and a few blocks, and the scores if wanted.
+    Papers: Wu et al., 2018 (exp); Zhang et al., AdaNPC, 2023 (softmax).
+    """
+    if isinstance(k, list | tuple):
+        raise TypeError(f"k: expected an integer, got {type(k).__name__}")
+    check_k("k", k)
+    validation.check_choice("weights", weights, WEIGHTS)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature: expected a number > 0, got {type(temperature).__name__}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    if num_classes is not None and (isinstance(num_classes, bool) or num_classes < 1):
+        raise ValueError(f"num_classes: expected None or an integer >= 1, got {num_classes}")
+    validation.check_matrix("embeddings", embeddings, "[N, D]")
+    validation.check_matrix("ref_embeddings", ref_embeddings, "[M, D]")
+    check_integers("ref_labels", ref_labels, (ref_embeddings.shape[0],), ref_embeddings)
+    if len(ref_labels) and int(ref_labels.min()) < 0:
+        raise IndexError(f"ref_labels: expected values >= 0, got {int(ref_labels.min())}")
+    if num_classes is not None:
+        validation.check_labels(ref_labels, num_classes, name="ref_labels")
+    unused = torch.zeros(len(embeddings), dtype=torch.int64, device=embeddings.device)
+    if embeddings is ref_embeddings:
+        unused = ref_labels
+    search = checked(
+        *(embeddings, unused, ref_embeddings, ref_labels, metric, ids, ref_ids, backend)
+    )
+    n, dtype = len(embeddings), accumulate_dtype(embeddings.dtype)
+    winner = torch.full((n,), -1, dtype=torch.int64, device=embeddings.device)
+    score = torch.zeros(n, dtype=dtype, device=embeddings.device)
+    dense = None if num_classes is None else score.new_zeros((n, num_classes))
+    k = max(1, min(k, len(ref_embeddings)))
+    with no_autocast(embeddings.device):
+        for run, value, index in neighbours(search, k) if len(ref_embeddings) else ():
+            label = ref_labels.long()[index.clamp_min(0)]
+            weight = _weights(value, index, weights, temperature, metric)
+            for i in range(0, len(index), step := max(1, LISTED // (k * k))):
+                part = slice(i, i + step)
+                at = slice(run.start + i, min(run.start + i + step, run.stop))
+                # a class's sum has one order, so equal ones are equal to the bit
+                same = label[part, :, None] == label[part, None, :]
+                total = torch.where(same, weight[part, None, :], 0).sum(dim=2)
+                taken = index[part] >= 0
+                best = torch.where(taken, total, -torch.inf).amax(dim=1, keepdim=True)
+                first = taken & (total == best)
+                lowest = torch.where(first, label[part], torch.iinfo(torch.int64).max).amin(dim=1)
+                some = taken.any(dim=1)
+                winner[at] = torch.where(some, lowest, -1)
+                score[at] = torch.where(some, best[:, 0], 0).to(dtype)
+                if dense is not None:
+                    # a place that is no neighbour writes to a column of its own
+                    place = torch.where(taken, label[part], num_classes)
+                    wide = dense.new_zeros((len(place), num_classes + 1))
+                    dense[at] = wide.scatter(1, place, total.to(dtype))[:, :num_classes]
+    return KnnClasses(winner, score, dense)
+
+
+def _weights(value: Tensor, index: Tensor, weights: str, temperature: float, metric: str) -> Tensor:
+    """The weight of each neighbour, 0 where there is none. [B, k] float64 where there is that"""
+    taken = index >= 0
+    value = value.to(row_dtype(value.device))
+    if weights == "uniform":
+        return taken.to(value.dtype)
+    similarity = value if metric == "dot" else 1 - value if metric == "cosine" else -value
+    z = torch.where(taken, similarity / temperature, -torch.inf)
+    if weights == "softmax":
+        top = z.amax(dim=1, keepdim=True)
+        z = torch.where(taken, z - top, -torch.inf)
+        mass = z.exp()
+        return mass / mass.sum(dim=1, keepdim=True).clamp_min(1)
+    return z.exp()

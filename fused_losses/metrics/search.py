@@ -1,0 +1,190 @@
+"""The search behind the retrieval metrics: a call's checks, its nearest rows, block by block.
+
+Queries against a gallery, or a set against itself, where a row is not its own neighbour. Relevant
+to a query are the gallery's rows of its label. Nearest first, equal ones by the lowest index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
+from fused_losses.pairwise.distance import pairwise_distance, pairwise_similarity
+from fused_losses.pairwise.metrics import METRICS
+from fused_losses.pairwise.topk import MOST, pairwise_topk
+
+LISTED = 1 << 21  # neighbours in a block
+BLOCK_BYTES = 2 << 20  # of distances in a block, where no top-k is long enough; ten such are alive
+
+
+class Search(NamedTuple):
+    """One call, checked."""
+
+    x: Tensor  # [N, D]
+    y: Tensor  # [M, D]
+    own: bool
+    labels: Tensor  # [N]
+    ref_labels: Tensor  # [M]
+    ids: Tensor | None  # [N]
+    ref_ids: Tensor | None  # [M]
+    metric: str
+    backend: str | None
+
+
+def checked(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_embeddings: Tensor | None,
+    ref_labels: Tensor | None,
+    metric: str,
+    ids: Tensor | None,
+    ref_ids: Tensor | None,
+    backend: str | None,
+) -> Search:
+    _check_metric(metric)
+    own = ref_embeddings is None or ref_embeddings is embeddings
+    if ref_embeddings is None and ref_labels is not None:
+        raise ValueError("ref_embeddings: expected a tensor beside ref_labels, got None")
+    if own:
+        check_rows("embeddings", embeddings, "fp32")
+        x = y = embeddings
+        ref_labels = labels if ref_labels is None else ref_labels
+        ref_ids = ids if ref_ids is None else ref_ids
+    else:
+        x = check_both("embeddings", embeddings, "ref_embeddings", ref_embeddings, "fp32")
+        y = ref_embeddings
+        if ref_labels is None:
+            raise ValueError("ref_labels: expected a tensor beside ref_embeddings, got None")
+    sizes = (x.shape[0], y.shape[0])
+    check_integers("labels", labels, sizes[:1], x)
+    check_integers("ref_labels", ref_labels, sizes[1:], x)
+    check_integer_pair("ids", ids, "ref_ids", ref_ids, sizes, x)
+    return Search(x, y, own, labels, ref_labels, ids, ref_ids, metric, backend)
+
+
+def _check_metric(metric: str) -> None:
+    known = ("dot", *(name for name in METRICS if name != "mahalanobis"))
+    validation.check_choice("metric", metric, known)
+
+
+def check_k(name: str, k: int | Sequence[int]) -> list[int]:
+    several = list(k) if isinstance(k, list | tuple) else [k]
+    for one in several:
+        if isinstance(one, bool) or not isinstance(one, int):
+            raise TypeError(f"{name}: expected integers >= 1, got {type(one).__name__}")
+        if one < 1:
+            raise ValueError(f"{name}: expected values >= 1, got {one}")
+    if not several:
+        raise ValueError(f"{name}: expected at least one value, got none")
+    return several
+
+
+def relevant_rows(search: Search) -> Tensor:
+    """How many rows of the gallery are relevant to each query. [N] int64"""
+    count = _matches(search.labels, search.ref_labels)
+    if search.ids is not None:
+        # rows with the query's label and its id
+        count = count - _matches(*_joint(search))
+    if search.own:
+        itself = search.labels == search.ref_labels
+        if search.ids is not None:
+            itself = itself & (search.ids != search.ref_ids)
+        count = count - itself.long()
+    return count
+
+
+def _matches(values: Tensor, among: Tensor) -> Tensor:
+    among = among.sort().values
+    high = torch.searchsorted(among, values.to(among.dtype).contiguous(), right=True)
+    return high - torch.searchsorted(among, values.to(among.dtype).contiguous())
+
+
+def _joint(search: Search) -> tuple[Tensor, Tensor]:
+    """One number for each (label, id)."""
+    n = len(search.labels)
+    labels = torch.cat([search.labels.long(), search.ref_labels.long()])
+    ids = torch.cat([search.ids.long(), search.ref_ids.long()])
+    labels = labels.unique(return_inverse=True)[1]
+    names, ids = ids.unique(return_inverse=True)
+    key = labels * len(names) + ids
+    return key[:n], key[n:]
+
+
+def neighbours(search: Search, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Runs of queries, their k nearest distances (or largest products) and columns [B, k].
+
+    -1 where there are fewer. k is cut to the gallery's size.
+    """
+    n, m = search.x.shape[0], search.y.shape[0]
+    k = max(1, min(k, m))
+    if k > MOST:
+        yield from _long_neighbours(search, k)
+        return
+    step = max(1, LISTED // k)
+    given = dict(metric=search.metric, backend=search.backend)
+    if search.own and n <= step and search.ids is search.ref_ids:
+        # half the work
+        yield (
+            slice(0, n),
+            *pairwise_topk(search.x, None, k, x_ids=search.ids, skip_self=True, **given),
+        )
+        return
+    for i in range(0, n, step):
+        run = slice(i, min(i + step, n))
+        itself = torch.arange(i, run.stop, device=search.x.device)[:, None]
+        yield (
+            run,
+            *pairwise_topk(
+                *(search.x[run], search.y, k),
+                x_ids=None if search.ids is None else search.ids[run],
+                y_ids=search.ref_ids,
+                exclude=itself if search.own else None,
+                **given,
+            ),
+        )
+
+
+def distances(search: Search) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of queries against the whole gallery, smaller is nearer; NaN where not a candidate."""
+    x, y, metric = search.x, search.y, search.metric
+    if metric == "cosine":
+        # not once a run
+        x, metric = unit(x.to(accumulate_dtype(x.dtype))), "sqeuclidean"
+        y = x if search.own else unit(y.to(x.dtype))
+    n, m = x.shape[0], y.shape[0]
+    size = 8 if x.dtype == torch.float64 else 4
+    step = max(1, BLOCK_BYTES // (size * max(1, m)))
+    for i in range(0, n, step):
+        run = slice(i, min(i + step, n))
+        if metric == "dot":
+            d = -pairwise_similarity(x[run], y, "dot", backend=search.backend)
+        else:
+            d = pairwise_distance(x[run], y, metric, backend=search.backend)
+        if search.metric == "cosine":
+            d = d / 2  # 1 - cos = |u - v|^2 / 2
+        if search.own:
+            d[torch.arange(len(d)), torch.arange(i, run.stop)] = torch.nan
+        if search.ids is not None:
+            d[search.ids[run, None] == search.ref_ids] = torch.nan
+        yield run, d
+
+
+def _long_neighbours(search: Search, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Beyond what pairwise_topk takes: whole rows of distances, sorted."""
+    for run, d in distances(search):
+        value, index = finite(d).sort(dim=1, stable=True)
+        taken = torch.arange(k, device=d.device) < (~d.isnan()).sum(dim=1, keepdim=True)
+        value = -value if search.metric == "dot" else value
+        yield run, value[:, :k], torch.where(taken, index[:, :k], -1)
+
+
+def finite(d: Tensor) -> Tensor:
+    """inf where d is NaN, and there only."""
+    return torch.where(d.isnan(), torch.inf, d.clamp(max=torch.finfo(d.dtype).max))
