@@ -58,3 +58,23 @@ def write(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
+
+
+def write_faces(root: Path, people: int = 24, pictures: int = 6) -> Path:
+    """Persons are mixtures of some patterns, seen under stronger mixtures of others (the light).
+
+    What tells persons apart is so the same for people never seen, and a network can learn it.
+    """
+    generator = torch.Generator().manual_seed(7)
+    coarse = torch.randn(12, 1, 6, 5, generator=generator)
+    patterns = torch.nn.functional.interpolate(coarse, (24, 20), mode="bicubic")[:, 0]
+    for person in range(people):
+        folder = root / f"p{person}"
+        folder.mkdir(parents=True)
+        face = torch.randn(8, generator=generator)
+        for i in range(pictures):
+            light = 2 * torch.randn(4, generator=generator)
+            mixture = torch.einsum("k,khw->hw", torch.cat([face, light]), patterns)
+            pixels = (mixture * 15 + 112).clamp(0, 255).byte()
+            Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    return root

@@ -5,7 +5,7 @@
 
 from fused_losses.train.faces.config import TrainConfig
 from fused_losses.train.faces.evaluation import FoldEmbeddings, evaluate
-from fused_losses.train.faces.loop import Interrupted
 from fused_losses.train.faces.run import train
+from fused_losses.train.frame.steps import Interrupted
 
 __all__ = ["FoldEmbeddings", "Interrupted", "TrainConfig", "evaluate", "train"]

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from fused_losses.train.frame.options import check_choices, check_least, option
+from fused_losses.train.frame.options import (
+    AUGMENTATIONS,
+    BACKENDS,
+    MARGINS,
+    PRECISIONS,
+    SCHEDULES,
+    Config,
+    check_choices,
+    check_least,
+    check_warmup,
+    json_object,
+    option,
+)
 
 # People are always split into this many folds; `folds` says how many of them are run.
 SPLITS = 4
-MARGINS = (
-    "arcface",
-    "cosface",
-    "sphereface",
-    "adaface",
-    "magface",
-    "elastic-arcface",
-    "elastic-cosface",
-    "curricularface",
-    "mv-softmax",
-    "none",
-)
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "bounded")
-PRECISIONS = ("fp32", "tf32", "mixed", "bf16")
 OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "linear", "constant")
-AUGMENTATIONS = ("none", "light", "full")
 AMPS = ("off", "bf16")
-
-# How often state is written, and how a run is judged against others, changes no loss.
-MAY_DIFFER = frozenset({"checkpoint_every", "compare"})
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Config):
     """One run. Field `a_b` is option `--a-b` of the command line, with the same default."""
+
+    # how often state is written, and how a run is judged against others, changes no loss
+    MAY_DIFFER = frozenset({"checkpoint_every", "compare"})
 
     data: str = option("orl", "orl, or a folder that holds one folder of pictures per person")
     image_size: str = option("auto", "HEIGHTxWIDTH; auto: 56x46 for orl, 64x64 for a folder")
@@ -80,8 +74,7 @@ class TrainConfig:
         check_least(self, memory_budget=0, threads=0, checkpoint_every=0)
         if not 1 <= self.folds <= SPLITS:
             raise ValueError(f"folds: expected 1 to {SPLITS}, got {self.folds}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup: expected a share from 0 to 1, got {self.warmup}")
+        check_warmup(self)
         if self.channels not in (0, 1, 3):
             raise ValueError(f"channels: expected 0, 1 or 3, got {self.channels}")
         if self.margin == "none" and self.margin_value is not None:
@@ -103,33 +96,4 @@ class TrainConfig:
 
     def factory_args(self) -> dict[str, Any]:
         """`backbone_args` as a dictionary."""
-        try:
-            args = json.loads(self.backbone_args)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"backbone_args: expected a JSON object ({error})") from None
-        if not isinstance(args, dict):
-            raise ValueError(f"backbone_args: expected a JSON object, got {self.backbone_args!r}")
-        return args
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> TrainConfig:
-        return cls(**json.loads(text))
-
-    @classmethod
-    def load(cls, path: Path) -> TrainConfig:
-        return cls.from_json(path.read_text())
-
-    def with_changes(self, **changes: Any) -> TrainConfig:
-        return replace(self, **changes)
-
-
-def differences(saved: TrainConfig, asked: TrainConfig) -> list[str]:
-    """What keeps `asked` from continuing `saved`, one sentence a field."""
-    return [
-        f"{f.name}: the run has {getattr(saved, f.name)!r}, asked for {getattr(asked, f.name)!r}"
-        for f in fields(TrainConfig)
-        if f.name not in MAY_DIFFER and getattr(saved, f.name) != getattr(asked, f.name)
-    ]
+        return json_object("backbone_args", self.backbone_args)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fused_losses.datasets.base import DataError, decode_picture
 from fused_losses.train.faces.config import SPLITS, TrainConfig
+from fused_losses.train.frame.seeds import seed_from
 
 SUFFIXES = (".pgm", ".ppm", ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -37,11 +37,6 @@ class Pictures:
         kept = labels >= 0
         names = tuple(self.names[int(i)] for i in people)
         return Pictures(self.images[kept], labels[kept], names)
-
-
-def seed_from(*parts: object) -> int:
-    """One seed for each use, so that no two streams of random numbers are the same."""
-    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
 def read_picture(path: Path, size: tuple[int, int], channels: int) -> Tensor:

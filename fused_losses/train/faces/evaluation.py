@@ -16,20 +16,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.train.faces.data import seed_from
+from fused_losses.metrics import recall_at_k, tar_at_far
+from fused_losses.metrics.verification import best_threshold
+from fused_losses.train.frame.seeds import seed_from
 
 FARS = {"tar_at_far_1e-2": 1e-2, "tar_at_far_1e-3": 1e-3}
-METRICS = ("verification_accuracy", *FARS, "recall_at_1")
+FIGURES = ("verification_accuracy", *FARS, "recall_at_1")
 ROC_FARS = torch.logspace(-3.5, 0, 141, dtype=torch.float64)
 
 
-class Scores(NamedTuple):
+class PairScores(NamedTuple):
     """Cosines of pairs, by whether both pictures show one person."""
 
     genuine: Tensor  # [g]
     impostor: Tensor  # [i]
 
-    def balanced(self, seed: int) -> Scores:
+    def balanced(self, seed: int) -> PairScores:
         """As many pairs of either kind, drawn without replacement."""
         n = min(len(self.genuine), len(self.impostor))
         generator = torch.Generator().manual_seed(seed_from("pairs", seed))
@@ -37,7 +39,17 @@ class Scores(NamedTuple):
         def draw(scores: Tensor) -> Tensor:
             return scores[torch.randperm(len(scores), generator=generator)[:n]]
 
-        return Scores(draw(self.genuine), draw(self.impostor))
+        return PairScores(draw(self.genuine), draw(self.impostor))
+
+    def listed(self) -> tuple[Tensor, Tensor]:
+        """(scores [n], same [n] bool), as `fused_losses.metrics` has them."""
+        same = [torch.ones(len(self.genuine)), torch.zeros(len(self.impostor))]
+        return torch.cat(self), torch.cat(same).bool()
+
+    def accuracy(self, threshold: float) -> float:
+        """The share of pairs judged rightly; 0 without pairs."""
+        right = (self.genuine > threshold).sum() + (self.impostor <= threshold).sum()
+        return right.item() / max(1, len(self.genuine) + len(self.impostor))
 
 
 class FoldEmbeddings(NamedTuple):
@@ -45,73 +57,15 @@ class FoldEmbeddings(NamedTuple):
 
     embeddings: Tensor  # [n, D] unit rows
     labels: Tensor  # [n]
-    training: Scores | None = None
+    training: PairScores | None = None
 
 
-def pair_scores(embeddings: Tensor, labels: Tensor) -> Scores:  # [n, D] unit rows, [n]
+def pair_scores(embeddings: Tensor, labels: Tensor) -> PairScores:  # [n, D] unit rows, [n]
     """The cosine of every pair of different pictures, once."""
     scores = embeddings @ embeddings.T
     same = labels[:, None] == labels
     above = torch.ones_like(same).triu(1)
-    return Scores(scores[same & above].double(), scores[~same & above].double())
-
-
-def threshold_at_far(impostor: Tensor, far: float) -> float:
-    """The lowest threshold above which lies at most a share `far` of the impostors."""
-    allowed = int(far * len(impostor) + 1e-9)  # 0.29 * 100 is 28.999...
-    if allowed >= len(impostor):
-        return float("-inf")
-    return impostor.topk(allowed + 1).values[-1].item()
-
-
-def tar_at_far(scores: Scores, far: float) -> float:
-    """The share of genuine pairs accepted at that false accept rate."""
-    if not len(scores.genuine):
-        return float("nan")
-    threshold = threshold_at_far(scores.impostor, far)
-    return (scores.genuine > threshold).double().mean().item()
-
-
-def accuracy(scores: Scores, threshold: float) -> float:
-    """The share of pairs judged rightly."""
-    right = (scores.genuine > threshold).sum() + (scores.impostor <= threshold).sum()
-    return right.item() / max(1, len(scores.genuine) + len(scores.impostor))
-
-
-def best_threshold(scores: Scores) -> float:
-    """The threshold with the highest accuracy; midway between two scores, the lowest of equals."""
-    values = torch.cat(scores).unique()  # ascending
-    if not len(values):
-        return 0.0
-    middle = (values[1:] + values[:-1]) / 2
-    candidates = torch.cat([values[:1] - 1, middle, values[-1:] + 1])
-    accepted = len(scores.genuine) - torch.searchsorted(
-        scores.genuine.sort().values, candidates, right=True
-    )
-    refused = torch.searchsorted(scores.impostor.sort().values, candidates, right=True)
-    return candidates[(accepted + refused).argmax()].item()
-
-
-def recall_at_1(embeddings: Tensor, labels: Tensor, rows: int = 1024) -> float:
-    """The share of pictures whose nearest other picture shows the same person.
-
-    Pictures without another of their person don't count. Memory O(rows n).
-    """
-    hits = queries = 0
-    for start in range(0, len(labels), rows):
-        at = torch.arange(start, min(start + rows, len(labels)))
-        scores = embeddings[at] @ embeddings.T
-        scores[torch.arange(len(at)), at] = float("-inf")
-        same = labels[at][:, None] == labels
-        has_mate = same.sum(1) > 1
-        hits += int((same[torch.arange(len(at)), scores.argmax(1)] & has_mate).sum())
-        queries += int(has_mate.sum())
-    return hits / queries if queries else float("nan")
-
-
-def roc(scores: Scores) -> list[float]:
-    """TAR at each rate of `ROC_FARS`."""
-    return [tar_at_far(scores, far) for far in ROC_FARS.tolist()]
+    return PairScores(scores[same & above].double(), scores[~same & above].double())
 
 
 def evaluate(folds: Sequence[FoldEmbeddings], *, seed: int = 0) -> dict[str, object]:
@@ -124,28 +78,29 @@ def evaluate(folds: Sequence[FoldEmbeddings], *, seed: int = 0) -> dict[str, obj
     judged = [s.balanced(seed + i) for i, s in enumerate(scores)]
     if len(folds) > 1:
         source = "the other folds' held-out people"
-        learnt = [
-            Scores(*(torch.cat(kind) for kind in zip(*(judged[:i] + judged[i + 1 :]), strict=True)))
-            for i in range(len(folds))
-        ]
+        others = [judged[:i] + judged[i + 1 :] for i in range(len(folds))]
+        learnt = [PairScores(*map(torch.cat, zip(*one, strict=True))) for one in others]
     else:
         source = "the training people (one fold: there are no others)"
         if folds[0].training is None:
             raise ValueError("folds: expected more than one, or one with its training scores")
         learnt = [folds[0].training.balanced(seed)]
-    rows = []
+    rows, curves = [], []
     for i, fold in enumerate(folds):
-        threshold = best_threshold(learnt[i])
+        pairs = scores[i].listed()
+        threshold = best_threshold(*learnt[i].listed())
+        recall = recall_at_k(fold.embeddings, fold.labels, metric="dot")
         rows.append(
             {
-                "verification_accuracy": accuracy(judged[i], threshold),
-                **{name: tar_at_far(scores[i], far) for name, far in FARS.items()},
-                "recall_at_1": recall_at_1(fold.embeddings, fold.labels),
+                "verification_accuracy": judged[i].accuracy(threshold),
+                **{name: tar_at_far(*pairs, far) for name, far in FARS.items()},
+                "recall_at_1": recall.value,
                 "threshold": threshold,
             }
         )
+        curves.append(list(tar_at_far(*pairs, ROC_FARS.tolist()).values()))
     mean, spread = {}, {}
-    for metric in METRICS:
+    for metric in FIGURES:
         values = torch.tensor([row[metric] for row in rows], dtype=torch.float64)
         mean[metric] = values.mean().item()
         spread[metric] = values.std(correction=0).item()
@@ -154,5 +109,5 @@ def evaluate(folds: Sequence[FoldEmbeddings], *, seed: int = 0) -> dict[str, obj
         "spread": spread,
         "folds": rows,
         "threshold_from": source,
-        "roc": [roc(s) for s in scores],
+        "roc": curves,
     }

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import random
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,43 +10,25 @@ import torch
 from fused_losses.train.faces.augment import augment, normalize
 from fused_losses.train.faces.backbone import build, embed, embedding_size
 from fused_losses.train.faces.config import TrainConfig
-from fused_losses.train.faces.data import Pictures, batch_indices, seed_from
-from fused_losses.train.faces.evaluation import FoldEmbeddings, Scores, pair_scores
+from fused_losses.train.faces.data import Pictures, batch_indices
+from fused_losses.train.faces.evaluation import FoldEmbeddings, PairScores, pair_scores
 from fused_losses.train.faces.head import MarginHead
 from fused_losses.train.frame import checkpoint
-from fused_losses.train.frame.memory import PeakMemory
+from fused_losses.train.frame.seeds import seed_from
+from fused_losses.train.frame.steps import Training
 
 # Pictures whose pairs give a threshold when one fold runs alone: 10^6 pairs are plenty.
 MOST_TRAINING_PICTURES = 1500
 
 
-class Interrupted(Exception):
-    """The run was asked to stop by a signal; its checkpoint is written."""
-
-    def __init__(self, signal: int) -> None:
-        super().__init__(f"stopped by signal {signal}; resume goes on from here")
-        self.signal = signal
-
-
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """The share of the peak rate at `step`: a linear rise, then the schedule down to 0."""
-    rise = round(config.warmup * config.steps)
-    if step < rise:
-        return (step + 1) / rise
-    progress = (step - rise) / max(1, config.steps - rise)
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress if config.schedule == "linear" else 1.0
-
-
-class FoldTraining:
-    """Everything that a step changes, and what a checkpoint must hold."""
+class FoldTraining(Training[TrainConfig]):
+    """The training of one fold with one head."""
 
     def __init__(
         self, config: TrainConfig, people: Pictures, *, fold: int, variant: str = "trained"
     ) -> None:
-        self.config, self.people, self.fold, self.variant = config, people, fold, variant
-        self.device = torch.device(config.device)
+        super().__init__(config, fold=fold, variant=variant)
+        self.people, self.fold = people, fold
         # equal for both variants and the untrained one: they differ in the head's backend alone
         seed = seed_from("weights", config.seed, fold)
         torch.manual_seed(seed)
@@ -59,15 +37,7 @@ class FoldTraining:
         dim = embedding_size(self.backbone, config)
         self.head = MarginHead(len(people.names), dim, config).to(self.device)
         self.optimizers = self._optimizers()
-        self.peaks = [
-            (group, group["lr"])
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-        ]
-        self.losses: list[float] = []
-        self.step_ms: list[float] = []
-        self.peak_mib = 0.0
-        self.memory_by = ""
+        self.peaks = tuple(zip(self.optimizers, (config.lr, config.head_lr), strict=True))
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         config = self.config
@@ -89,19 +59,10 @@ class FoldTraining:
             torch.optim.SGD(self.head.parameters(), lr=config.head_lr, momentum=momentum),
         ]
 
-    @property
-    def done(self) -> int:
-        return len(self.losses)
-
-    def step(self) -> float:
-        """One batch: the loss before the update."""
-        start = time.perf_counter()
-        config, step = self.config, self.done
+    def update(self, step: int) -> float:
+        config = self.config
         self.backbone.train()
         self.head.train()
-        factor = learning_rate_factor(step, config)
-        for group, peak in self.peaks:
-            group["lr"] = peak * factor
         rows = batch_indices(
             len(self.people), config.batch_size, step, seed=config.seed, fold=self.fold
         )
@@ -118,71 +79,26 @@ class FoldTraining:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise RuntimeError(f"the loss is {value} at step {step + 1}: lower lr or head_lr")
-        self.losses.append(value)
-        self.step_ms.append(1e3 * (time.perf_counter() - start))
-        return value
+        return loss.item()
 
     def state(self) -> dict[str, Any]:
         return {
-            "fold": self.fold,
-            "variant": self.variant,
+            **super().state(),
             "backbone": self.backbone.state_dict(),
             "head": self.head.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "random": checkpoint.random_state(),
-            # as tensors: a long curve must not slow the write of every step
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "step_ms": torch.tensor(self.step_ms, dtype=torch.float64),
-            "peak_mib": self.peak_mib,
             "memory_by": self.memory_by,
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
         self.backbone.load_state_dict(state["backbone"])
         self.head.load_state_dict(state["head"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-            for parameter, kept in optimizer.state.items():
-                # the layout too: another order of elements may round otherwise
-                for key, value in kept.items():
-                    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                        kept[key] = torch.empty_like(parameter).copy_(value)
-        # load_state_dict replaces the groups; the peak rates belong to the configuration
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.peaks = [(group, peak) for group, (_, peak) in zip(groups, self.peaks, strict=True)]
-        self.losses = state["losses"].tolist()
-        self.step_ms = state["step_ms"].tolist()
-        self.peak_mib = state["peak_mib"]
         self.memory_by = state["memory_by"]
         checkpoint.set_random_state(state["random"])
-
-    def run(
-        self,
-        path: Path,
-        *,
-        stop: Callable[[], int | None] = lambda: None,
-        after_step: Callable[[float], None] = lambda loss: None,
-        memory: PeakMemory,
-    ) -> None:
-        """The steps that are left, each followed by a checkpoint at `path` when one is due."""
-        schedule = checkpoint.Schedule(self.config.checkpoint_every)
-        size = 0
-        before = self.peak_mib
-        self.memory_by = memory.method
-        while self.done < self.config.steps:
-            loss = self.step()
-            self.peak_mib = max(before, memory.mib())
-            after_step(loss)
-            size = size or checkpoint.state_bytes(self.state())
-            asked = stop()
-            if asked or schedule.due(self.done, size):
-                checkpoint.save(path, self.state())
-                schedule.written()
-            if asked:
-                raise Interrupted(asked)
 
     def embeddings(self, held_out: Pictures) -> FoldEmbeddings:
         """The held-out people, and the training people's scores for a fold that runs alone."""
@@ -210,7 +126,7 @@ class FoldTraining:
 
 def fold_embeddings(result: dict[str, Any]) -> FoldEmbeddings:
     """The part of a finished fold that is judged."""
-    training = result["training"] and Scores(*result["training"])
+    training = result["training"] and PairScores(*result["training"])
     return FoldEmbeddings(result["embeddings"], result["labels"], training)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fused_losses.base.files import write_atomically
 from fused_losses.train.faces.config import TrainConfig
-from fused_losses.train.faces.evaluation import METRICS, ROC_FARS
+from fused_losses.train.faces.evaluation import FIGURES, ROC_FARS
+from fused_losses.train.frame.reports import chart, drawn, versions, write_json
 
 FILES = ("result.json", "curves.json", "curves.png", "roc.png")
 TITLES = {
@@ -37,7 +35,7 @@ def record(
     """result.json: the trained head's figures on top, the others' under their names."""
 
     def one(name: str) -> dict[str, Any]:
-        keys = (*METRICS, "spread", "folds", "threshold_from")
+        keys = (*FIGURES, "spread", "folds", "threshold_from")
         figures = {key: judged[name][key] for key in keys}
         results = finished.get(name, [])
         steps = [ms for result in results for ms in result["step_ms"].tolist()]
@@ -55,7 +53,7 @@ def record(
         "untrained": one("untrained"),
         "peak_memory_by": finished["trained"][0]["memory_by"],
         "config": asdict(config),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
 
 
@@ -73,32 +71,15 @@ def write(
         "far": ROC_FARS.tolist(),
         "tar": {name: one["roc"] for name, one in judged.items()},
     }
-    _write_json(folder / "curves.json", curves)
-    missing = draw(folder, curves)
+    write_json(folder / "curves.json", curves)
+    missing = drawn(lambda: draw(folder, curves))
     # last: where it stands, the run is complete
-    _write_json(folder / "result.json", result)
+    write_json(folder / "result.json", result)
     return missing
 
 
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def draw(folder: Path, curves: dict[str, Any]) -> list[str]:
+def draw(folder: Path, curves: dict[str, Any]) -> None:
     """curves.png and roc.png: the mean over folds, and a band of one standard deviation."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return ["no figures: matplotlib is missing (pip install 'fused-losses[train]')"]
-
-    def chart(title: str, across: str, up: str) -> tuple[Any, Any]:
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot(title=title, xlabel=across, ylabel=up)
-        axes.grid(alpha=0.3)
-        return figure, axes
 
     def band(axes: Any, x: list[float], rows: list[list[float]], name: str) -> None:
         values = torch.tensor(rows, dtype=torch.float64)
@@ -122,7 +103,6 @@ def draw(folder: Path, curves: dict[str, Any]) -> list[str]:
     axes.set_ylim(0, 1.02)
     axes.legend(loc="lower right")
     figure.savefig(folder / "roc.png", dpi=120)
-    return []
 
 
 def table(result: dict[str, Any]) -> str:

@@ -18,56 +18,13 @@ LARGE_STATE_SECONDS = 60.0
 
 
 def save(path: Path, state: Any) -> None:
-    """Write a tree of dicts, lists, tensors and plain values.
-
-    Small tensors travel as one: torch.save spends its time per tensor, and this runs every step.
-    """
-    buffers: dict[torch.dtype, list[Tensor]] = {}
-    tree = _pack(state, buffers)
-    flat = {
-        dtype: {"lengths": [len(part) for part in parts], "values": torch.cat(parts)}
-        for dtype, parts in buffers.items()
-    }
-    write_atomically(path, lambda file: torch.save({"tree": tree, "flat": flat}, file))
+    """Write a tree of dicts, lists, tensors and plain values."""
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def load(path: Path) -> Any:
     """What `save` wrote, on the CPU; runs no code from the file."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    flat = {
-        dtype: parts["values"].split(parts["lengths"]) for dtype, parts in saved["flat"].items()
-    }
-    return _unpack(saved["tree"], flat)
-
-
-_PACKED = "packed tensor"
-_MOST_PACKED = 2**18  # elements; larger tensors are not copied twice
-
-
-def _pack(node: Any, buffers: dict[torch.dtype, list[Tensor]]) -> Any:
-    if isinstance(node, Tensor):
-        node = node.detach()
-        if node.numel() > _MOST_PACKED:
-            return node
-        parts = buffers.setdefault(node.dtype, [])
-        parts.append(node.cpu().reshape(-1))
-        return {_PACKED: [node.dtype, len(parts) - 1, list(node.shape)]}
-    if isinstance(node, dict):
-        return {key: _pack(value, buffers) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return type(node)(_pack(value, buffers) for value in node)
-    return node
-
-
-def _unpack(node: Any, flat: dict[torch.dtype, tuple[Tensor, ...]]) -> Any:
-    if isinstance(node, dict):
-        if _PACKED in node:
-            dtype, which, shape = node[_PACKED]
-            return flat[dtype][which].view(shape).clone()
-        return {key: _unpack(value, flat) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return type(node)(_unpack(value, flat) for value in node)
-    return node
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def state_bytes(node: Any) -> int:

@@ -10,10 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fused_losses.train.frame.reports import blank, drawn, write_json
 from fused_losses.train.glyphs import report
 from fused_losses.train.glyphs.config import GlyphConfig
 
-HEADS: dict[str, dict[str, Any]] = {
+COMPARED: dict[str, dict[str, Any]] = {
     "full": {},
     "r=0.3": {"sample_rate": 0.3},
     "r=0.3 logQ": {"sample_rate": 0.3, "log_q": True},
@@ -29,7 +30,7 @@ def compare(
     folder: str | Path,
     *,
     quiet: bool = False,
-    heads: Iterable[str] = tuple(HEADS),
+    heads: Iterable[str] = tuple(COMPARED),
 ) -> dict[str, dict[str, Any]]:
     """Train each head as `config` says otherwise, in `folder`/heads, and write `FILES`.
 
@@ -42,7 +43,7 @@ def compare(
         run = folder / "heads" / name.replace(" ", "-").replace("=", "")
         result = run / "result.json"
         changed = {"subset": 0, "sample_rate": 1.0, "log_q": False, "head": "centers"}
-        asked = config.with_changes(**{**changed, **HEADS[name]})
+        asked = config.with_changes(**{**changed, **COMPARED[name]})
         # always resumed: the child refuses a run of another configuration
         _run(asked, run, quiet)
         found[name] = json.loads(result.read_text())
@@ -75,9 +76,9 @@ def options(config: GlyphConfig) -> list[str]:
 
 
 def write(folder: Path, found: dict[str, dict[str, Any]]) -> None:
-    report.write_json(folder / "compare.json", found)
+    write_json(folder / "compare.json", found)
     (folder / "compare.md").write_text(markdown(found) + "\n")
-    draw(folder / "compare.png", found)
+    drawn(lambda: draw(folder / "compare.png", found))
 
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:
@@ -91,14 +92,8 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(path: Path, found: dict[str, dict[str, Any]]) -> None:
-    """Bars of recall, time and memory; no figure without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(10.0, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Bars of recall, time and memory."""
+    figure = blank(10.0, 3.6)
     shown = ("recall_at_1", "step_ms", "peak_memory_mib")
     titles = {**report.RECALLS, **report.COSTS}
     for axes, key in zip(figure.subplots(1, len(shown)), shown, strict=True):

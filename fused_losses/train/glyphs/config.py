@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from fused_losses.train.faces.config import BACKENDS, MARGINS, SCHEDULES
-from fused_losses.train.frame.options import check_choices, check_least, option
+from fused_losses.train.frame.options import (
+    BACKENDS,
+    MARGINS,
+    SCHEDULES,
+    Config,
+    check_choices,
+    check_least,
+    check_warmup,
+    option,
+)
 
 HEADS = ("centers", "reference")
 
 
 @dataclass(frozen=True)
-class GlyphConfig:
+class GlyphConfig(Config):
     """One run. Field `a_b` is option `--a-b` of the command line, with the same default."""
+
+    # how often state is written changes no loss
+    MAY_DIFFER = frozenset({"checkpoint_every"})
 
     data: str = option("glyphs", "the characters of the installed fonts", ("glyphs",))
     fonts: str = option("", "folders of fonts, separated as in PATH; default: the installed ones")
@@ -66,8 +74,7 @@ class GlyphConfig:
             raise ValueError("classes, subset: expected 0 or at least 2, got 1")
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate: expected a value in (0, 1], got {self.sample_rate}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup: expected a share from 0 to 1, got {self.warmup}")
+        check_warmup(self)
         if self.head == "reference" and (self.sample_rate < 1 or self.log_q):
             raise ValueError("head: the reference takes every class; expected sample_rate 1")
 
@@ -87,16 +94,6 @@ class GlyphConfig:
                 raise ValueError(f"characters: expected ranges such as 21-17f, got {part!r}")
             points += found
         return points or None
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def load(cls, path: Path) -> GlyphConfig:
-        return cls(**json.loads(path.read_text()))
-
-    def with_changes(self, **changes: Any) -> GlyphConfig:
-        return replace(self, **changes)
 
     def subset_of(self, head: str) -> GlyphConfig:
         """The same training on few classes, by the full `head`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_losses import metrics
 from fused_losses.datasets.glyphs import Glyphs, Split
-from fused_losses.train.faces.data import seed_from
+from fused_losses.train.frame.seeds import seed_from
 from fused_losses.train.glyphs.model import normalize
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +12,9 @@ from torch import Tensor
 
 from fused_losses.datasets.glyphs import Split
 from fused_losses.datasets.sampler import EpochBatches
-from fused_losses.train.faces.data import seed_from
-from fused_losses.train.faces.loop import Interrupted, learning_rate_factor
 from fused_losses.train.frame import checkpoint
-from fused_losses.train.frame.memory import PeakMemory
+from fused_losses.train.frame.seeds import seed_from
+from fused_losses.train.frame.steps import Training
 from fused_losses.train.glyphs.config import GlyphConfig
 from fused_losses.train.glyphs.evaluation import embed, evaluate
 from fused_losses.train.glyphs.heads import make_head
@@ -28,12 +24,12 @@ WARM_UP_CLASSES = 64
 MEASURED_BATCHES = 40
 
 
-class GlyphTraining:
-    """Everything that a step changes, and what a checkpoint must hold."""
+class GlyphTraining(Training[GlyphConfig]):
+    """The training of one head on a split of the set."""
 
     def __init__(self, config: GlyphConfig, split: Split, *, name: str = "trained") -> None:
-        self.config, self.split, self.name = config, split, name
-        self.device = torch.device(config.device)
+        super().__init__(config, name=name)
+        self.split = split
         # equal for every head: they differ in what is compared alone
         torch.manual_seed(seed_from("weights", config.seed))
         self.net = GlyphNet(config.size, config.embedding).to(self.device)
@@ -46,10 +42,8 @@ class GlyphTraining:
         self.order = EpochBatches(
             n, min(config.batch_size, n), seed=seed_from("order", config.seed), drop_last=True
         )
-        self.losses: list[float] = []
-        self.step_ms: list[float] = []
+        self.peaks = ((self.optimizer, config.lr), (self.head.optimizer, config.head_lr))
         self.head_ms: list[float] = []
-        self.peak_mib = 0.0
 
     @torch.no_grad()
     def _imprint(self) -> None:
@@ -69,30 +63,15 @@ class GlyphTraining:
             self.net(normalize(train.read(part).to(self.device)))
         self.head.weight.copy_(embed(self.net, train, rows))
 
-    @property
-    def done(self) -> int:
-        return len(self.losses)
-
-    def step(self) -> float:
-        """One batch: the loss before the update."""
-        start = time.perf_counter()
-        config, step = self.config, self.done
-        factor = learning_rate_factor(step, config)
-        for optimizer, peak in ((self.optimizer, config.lr), (self.head.optimizer, config.head_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
+    def update(self, step: int) -> float:
         rows = self.order.batch(step)
-        generator = torch.Generator().manual_seed(seed_from("change", config.seed, step))
+        generator = torch.Generator().manual_seed(seed_from("change", self.config.seed, step))
         pictures = change(self.split.train.read(rows).to(self.device), Changes(), generator)
         embeddings = self.net(pictures)
         gradient, value = self._head_step(embeddings, self.split.train.labels[rows])
         embeddings.backward(gradient)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if not math.isfinite(value):
-            raise RuntimeError(f"the loss is {value} at step {step + 1}: lower lr or head_lr")
-        self.losses.append(value)
-        self.step_ms.append(1e3 * (time.perf_counter() - start))
         return value
 
     def _head_step(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, float]:
@@ -109,53 +88,24 @@ class GlyphTraining:
 
     def state(self) -> dict[str, Any]:
         return {
-            "name": self.name,
+            **super().state(),
             "config": asdict(self.config),
             "net": self.net.state_dict(),
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "step_ms": torch.tensor(self.step_ms, dtype=torch.float64),
             "head_ms": torch.tensor(self.head_ms, dtype=torch.float64),
-            "peak_mib": self.peak_mib,
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
         self.net.load_state_dict(state["net"])
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, kept in self.optimizer.state.items():
-            # the layout too: another order of elements may round otherwise
-            for key, value in kept.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    kept[key] = torch.empty_like(parameter).copy_(value)
-        self.losses = state["losses"].tolist()
-        self.step_ms = state["step_ms"].tolist()
         self.head_ms = state["head_ms"].tolist()
-        self.peak_mib = state["peak_mib"]
 
-    def run(
-        self,
-        path: Path,
-        *,
-        stop: Callable[[], int | None] = lambda: None,
-        after_step: Callable[[float], None] = lambda loss: None,
-        memory: PeakMemory,
-    ) -> None:
-        """The steps that are left, with a checkpoint at `path` when one is due or asked for."""
-        schedule = checkpoint.Schedule(self.config.checkpoint_every)
-        before = self.peak_mib
-        while self.done < self.config.steps:
-            loss = self.step()
-            self.peak_mib = max(before, memory.mib())
-            after_step(loss)
-            asked = stop()
-            # a state of millions of numbers a step would be most of the work: by the clock
-            if asked or schedule.due(self.done, checkpoint.SMALL_STATE + 1):
-                checkpoint.save(path, self.state())
-                schedule.written()
-            if asked:
-                raise Interrupted(asked)
+    def state_bytes(self) -> int:
+        # a state of millions of numbers a step would be most of the work: by the clock
+        return checkpoint.SMALL_STATE + 1
 
     def result(self) -> dict[str, Any]:
         """The figures of a finished training, and its curve."""

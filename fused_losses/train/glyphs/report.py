@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from fused_losses.base.files import write_atomically
+from fused_losses.train.frame.reports import chart, drawn, write_json
 
 FILES = ("result.json", "curves.json", "curves.png")
 RECALLS = {
@@ -39,39 +38,25 @@ def record(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def write(folder: Path, result: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
     """Every file of the report; returns what could not be drawn, and why."""
     curves = {name: found["losses"] for name, found in results.items()}
     write_json(folder / "curves.json", {"loss": curves})
-    missing = draw_curves(folder / "curves.png", curves)
+    missing = drawn(lambda: draw_curves(folder / "curves.png", curves))
     # last: where it stands, the run is complete
     write_json(folder / "result.json", result)
     return missing
 
 
-def draw_curves(path: Path, curves: dict[str, list[float]]) -> list[str]:
-    """The losses over the steps, smoothed; returns why there is no figure, if so."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return ["no figures: matplotlib is missing (pip install 'fused-losses[train]')"]
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(title="training loss", xlabel="step", ylabel="loss (moving mean)")
+def draw_curves(path: Path, curves: dict[str, list[float]]) -> None:
+    """The losses over the steps, smoothed."""
+    figure, axes = chart("training loss", "step", "loss (moving mean)")
     for name, losses in curves.items():
         style = "--" if name == "reference" else "-"
         axes.plot(range(1, len(losses) + 1), smoothed(losses), style, label=name)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-    return []
 
 
 def smoothed(losses: list[float], share: float = 0.02) -> list[float]:

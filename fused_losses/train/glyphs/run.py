@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import platform
-import shutil
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fused_losses.base.files import write_atomically
 from fused_losses.datasets.glyphs import Glyphs, Split, hold_out, load_glyphs
-from fused_losses.train.faces.run import LOCK, StopSignals, locked
-from fused_losses.train.frame import checkpoint
 from fused_losses.train.frame.memory import PeakMemory
 from fused_losses.train.frame.progress import Progress
+from fused_losses.train.frame.reports import tell, versions, write_json
+from fused_losses.train.frame.runs import CHECKPOINT, StopSignals, running
 from fused_losses.train.glyphs import report
 from fused_losses.train.glyphs.config import GlyphConfig
 from fused_losses.train.glyphs.loop import GlyphTraining, some_classes, warm_up
 
-CONFIG, CHECKPOINT, STAGES = "config.json", "checkpoint.pt", "stages"
-# what --overwrite deletes, so that it never takes a file of the user's
-WRITTEN = (CONFIG, CHECKPOINT, STAGES, *report.FILES)
+STAGES = "stages"
 # Where as many classes can't be had, the run says so: the set is meant to be large.
 LARGE = 25_000
 
@@ -54,43 +49,12 @@ def train(
     Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
     """
     folder = Path(folder)
-    with locked(folder):
-        config = _prepare(config, folder, resume=resume, overwrite=overwrite)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(config.threads)
-        try:
-            with StopSignals().watching() as stop:
-                return _train(config, folder, stop, quiet, glyphs)
-        finally:
-            torch.set_num_threads(threads)
-
-
-def _prepare(config: GlyphConfig, folder: Path, *, resume: bool, overwrite: bool) -> GlyphConfig:
-    """The configuration to run, recorded in the folder; a folder in the wrong state is refused."""
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
-    saved = GlyphConfig.load(folder / CONFIG) if (folder / CONFIG).exists() else None
-    if saved is not None and resume:
-        # the split over threads orders sums: equal losses need the same number
-        config = config.with_changes(threads=config.threads or saved.threads)
-        for f in fields(GlyphConfig):
-            had, asked = getattr(saved, f.name), getattr(config, f.name)
-            if had != asked and f.name != "checkpoint_every":
-                raise ValueError(
-                    f"{folder}: cannot resume; {f.name}: the run has {had!r}, asked for {asked!r}"
-                )
-        return config
-    left = [path for path in folder.iterdir() if path.name != LOCK]
-    if saved is not None and not overwrite:
-        raise ValueError(f"{folder}: holds a run; go on with --resume, or start with --overwrite")
-    if saved is None and left:
-        raise ValueError(f"{folder}: holds files that are not a run; choose another name")
-    for path in left:
-        if path.name in WRITTEN:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    config = config.with_changes(threads=config.threads or torch.get_num_threads())
-    write_atomically(folder / CONFIG, lambda file: file.write(config.to_json().encode()))
-    return config
+    files = (STAGES, *report.FILES)
+    with running(config, folder, written=files, resume=resume, overwrite=overwrite) as (
+        asked,
+        stop,
+    ):
+        return _train(config, folder, stop, quiet, glyphs)
 
 
 def _train(
@@ -120,7 +84,7 @@ def _train(
         else:
             split = some_classes(whole, min(one.classes, whole.train.classes), config.seed)
             found = _stage(name, one, split, folder / CHECKPOINT, stop, progress)
-            report.write_json(path, found)
+            write_json(path, found)
         results[name] = json.loads(path.read_text())
     (folder / CHECKPOINT).unlink(missing_ok=True)
     record = report.record(results)
@@ -133,13 +97,11 @@ def _train(
             "held_out": list(whole.families),
         },
         "config": asdict(config),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "wall_s": round(time.monotonic() - start, 2),
     }
-    for trouble in report.write(folder, record, results):
-        progress.say(trouble)
-    progress.say(report.table(record))
-    progress.say(f"written to {folder}: {', '.join(report.FILES)}")
+    missing = report.write(folder, record, results)
+    tell(progress, folder, report.FILES, missing, report.table(record))
     return record
 
 
@@ -172,13 +134,5 @@ def _stage(
     # the peak is that of the steps, above what the process held without all of this
     before, memory = memory.before, PeakMemory(torch.device(config.device))
     memory.before = before
-    if path.exists():
-        state = checkpoint.load(path)
-        # the checkpoint of a finished stage outlives it until the next one's first
-        if state["name"] == name:
-            training.load(state)
-            progress.skip(training.done)
-    training.run(
-        path, stop=stop, after_step=lambda loss: progress.step(f"{name:9}", loss), memory=memory
-    )
+    training.run(path, f"{name:9}", stop=stop, progress=progress, memory=memory)
     return {**training.result(), "untrained": untrained, "memory_by": memory.method}

@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from fused_losses.centers.watch import EXIT_CODE, RankFailure
 from fused_losses.train.frame.options import add_options, given_options
 from fused_losses.train.large.config import LargeConfig
+from fused_losses.train.large.loop import RunError, train
 
 DESCRIPTION = """\
 Train an embedding with a sharded large-class head, one process a GPU (or a share of the CPU):
@@ -50,8 +51,6 @@ def main(argv: list[str] | None = None) -> int:
 
 @record  # torchrun then shows the first error of all ranks
 def _main(argv: list[str] | None) -> int:
-    from fused_losses.train.large.loop import RunError, train
-
     args = parser().parse_args(argv)
     try:
         config = LargeConfig(**given_options(args, LargeConfig))

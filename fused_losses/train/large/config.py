@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from fused_losses.train.faces.config import AUGMENTATIONS, BACKENDS, MARGINS, PRECISIONS, SCHEDULES
-from fused_losses.train.frame.options import check_choices, check_least, option
+from fused_losses.train.frame.options import (
+    AUGMENTATIONS,
+    BACKENDS,
+    MARGINS,
+    PRECISIONS,
+    SCHEDULES,
+    Config,
+    check_choices,
+    check_least,
+    check_warmup,
+    json_object,
+    option,
+)
 
 SETS = ("synthetic", "folders", "recordio", "webdataset", "glyphs")
 OPTIMIZERS = ("sgd", "adamw")
@@ -17,15 +26,15 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu", "cuda")
 PARALLEL = ("ddp", "fsdp2")
 
-# How state is kept and how a run is watched changes no loss.
-MAY_DIFFER = frozenset(
-    {"checkpoint_every", "keep", "readers", "interval", "timeout", "hang_timeout", "storage"}
-)
-
 
 @dataclass(frozen=True)
-class LargeConfig:
+class LargeConfig(Config):
     """One run. Field `a_b` is option `--a-b` of the command line, with the same default."""
+
+    # how state is kept and how a run is watched changes no loss
+    MAY_DIFFER = frozenset(
+        {"checkpoint_every", "keep", "readers", "interval", "timeout", "hang_timeout", "storage"}
+    )
 
     data: str = option(
         "synthetic",
@@ -87,8 +96,7 @@ class LargeConfig:
             "steps", "batch_size", "threads", "readers", "checkpoint_every", "keep",
         )  # fmt: skip
         check_least(self, **dict.fromkeys(counts, 1))
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup: expected a share from 0 to 1, got {self.warmup}")
+        check_warmup(self)
         kind, _, place = self.data.partition(":")
         if kind not in SETS or (not place and kind not in ("synthetic", "glyphs")):
             raise ValueError(
@@ -99,31 +107,9 @@ class LargeConfig:
 
     def factory_args(self) -> dict[str, Any]:
         """`backbone_args` as a dictionary."""
-        try:
-            args = json.loads(self.backbone_args)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"backbone_args: expected a JSON object ({error})") from None
-        if not isinstance(args, dict):
-            raise ValueError(f"backbone_args: expected a JSON object, got {self.backbone_args!r}")
-        return args
+        return json_object("backbone_args", self.backbone_args)
 
     def head_options(self) -> dict[str, float]:
         """Hyper-parameters of the table's optimiser."""
         options = {"lr": self.head_lr, "weight_decay": self.head_weight_decay}
         return options | ({"momentum": self.head_momentum} if self.head_optimizer == "sgd" else {})
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def load(cls, path: Path) -> LargeConfig:
-        return cls(**json.loads(path.read_text()))
-
-
-def differences(saved: LargeConfig, asked: LargeConfig) -> list[str]:
-    """What keeps `asked` from continuing `saved`, one sentence a field."""
-    return [
-        f"{f.name}: the run has {getattr(saved, f.name)!r}, asked for {getattr(asked, f.name)!r}"
-        for f in fields(LargeConfig)
-        if f.name not in MAY_DIFFER and getattr(saved, f.name) != getattr(asked, f.name)
-    ]

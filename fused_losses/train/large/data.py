@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fused_losses import datasets
+from fused_losses.datasets.glyphs import load_glyphs
 from fused_losses.train.large.config import LargeConfig
-
-if TYPE_CHECKING:
-    from fused_losses.datasets import ImageSet
 
 _SPREAD = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
 _MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's multipliers, as int64
@@ -67,7 +65,7 @@ class SyntheticVectors:
         return means + self.noise * hashed_normal(indices, self.features, seed=2 * self.seed + 1)
 
 
-def load(config: LargeConfig) -> ImageSet:
+def load(config: LargeConfig) -> datasets.ImageSet:
     """The set that the configuration names."""
     kind, _, place = config.data.partition(":")
     if kind == "synthetic":
@@ -75,11 +73,7 @@ def load(config: LargeConfig) -> ImageSet:
             config.classes, config.samples, config.features, config.noise, config.seed
         )
     if kind == "glyphs":
-        from fused_losses.datasets.glyphs import load_glyphs
-
         return load_glyphs([place] if place else None, size=config.image_size)
-    from fused_losses import datasets
-
     reader = {
         "folders": datasets.ImageFolders,
         "recordio": datasets.RecordIO,

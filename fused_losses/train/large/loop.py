@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -19,21 +18,23 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_losses.base.files import write_atomically
+from fused_losses.base.files import write_text
 from fused_losses.centers.checkpoint import Checkpoints
 from fused_losses.centers.head import ClassCenters
 from fused_losses.centers.watch import RankWatch
 from fused_losses.datasets.sampler import EpochBatches, PrefetchReader
 from fused_losses.train.faces.augment import augment, normalize
 from fused_losses.train.faces.backbone import SmallFaceNet, load_backbone
-from fused_losses.train.faces.data import seed_from
-from fused_losses.train.faces.head import make_margin
-from fused_losses.train.faces.loop import learning_rate_factor
-from fused_losses.train.large.config import LargeConfig, differences
+from fused_losses.train.frame.heads import make_margin
+from fused_losses.train.frame.options import differences
+from fused_losses.train.frame.runs import CONFIG, locked
+from fused_losses.train.frame.seeds import seed_from
+from fused_losses.train.frame.steps import go_through, learning_rate_factor, set_rates
+from fused_losses.train.large.config import LargeConfig
 from fused_losses.train.large.data import load
 from fused_losses.train.large.join import fresh_store
 
-CONFIG, LOG, LOCK, CHECKPOINTS = "config.json", "log.jsonl", "lock", "checkpoints"
+LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
 LOCK_SECONDS = 30.0  # for the former process of this run to be gone after a restart
 
 
@@ -132,16 +133,24 @@ class LargeTraining:
         )
         ahead = {"threads": config.readers, "start": start, "stop": config.steps}
         with PrefetchReader(self.images, sampler, **ahead) as reader:
-            for step, _, images, labels in reader:
-                watch.progress(step)
+
+            def step(number: int) -> None:
+                batch = next(reader)
+                watch.progress(number)
                 began = time.monotonic()
-                factor = learning_rate_factor(step, config)
-                loss = self.step(step, factor, images.to(self.device), labels.to(self.device))
-                losses.append(loss)
-                log.write(step, loss, factor * config.lr, time.monotonic() - began)
-                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                    log.sync()  # a checkpoint's steps are in the log before it exists
-                    checkpoints.save(self.state(), step + 1)
+                factor = learning_rate_factor(number, config)
+                images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+                losses.append(self.step(number, factor, images, labels))
+                log.write(number, losses[-1], factor * config.lr, time.monotonic() - began)
+
+            def due(done: int) -> bool:
+                return done % config.checkpoint_every == 0 or done == config.steps
+
+            def save(done: int) -> None:
+                log.sync()  # a checkpoint's steps are in the log before it exists
+                checkpoints.save(self.state(), done)
+
+            go_through(start, config.steps, step, due=due, save=save)
         return losses
 
     def step(self, step: int, factor: float, images: Tensor, labels: Tensor) -> float:
@@ -149,9 +158,7 @@ class LargeTraining:
         # every step draws from its own seed: a checkpoint needs no generator's state
         seed = seed_from("step", self.config.seed, step, self.rank)
         torch.manual_seed(seed)
-        for optimizer, peak in self.peaks:
-            for group in optimizer.param_groups:
-                group["lr"] = factor * peak
+        set_rates(self.peaks, factor)
         if images.dtype == torch.uint8:
             generator = torch.Generator().manual_seed(seed)
             images = augment(normalize(images), self.config.augment, generator)
@@ -175,8 +182,7 @@ class Log:
         if dist.get_rank():
             return
         kept = [line for line in _lines(path) if line["step"] < start]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(path, "a")  # noqa: SIM115
 
     def write(self, step: int, loss: float, lr: float, seconds: float) -> None:
@@ -301,21 +307,15 @@ def _first_rank_first() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One run a folder: rank 0's lock, which goes with its process, however that ends."""
-    if dist.get_rank():
-        _agree(None)
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
-        deadline, taken = time.monotonic() + LOCK_SECONDS, False
-        while not taken and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                taken = True
-            if not taken:
-                time.sleep(0.1)
-        _agree(None if taken else f"{folder}: another process is training there")
+    """One run a folder: rank 0's lock; a restart waits until the former process is gone."""
+    with contextlib.ExitStack() as held:
+        trouble = None
+        if dist.get_rank() == 0:
+            try:
+                held.enter_context(locked(folder, seconds=LOCK_SECONDS))
+            except RuntimeError as error:
+                trouble = str(error)
+        _agree(trouble)
         yield
 
 
@@ -330,7 +330,7 @@ def _prepare(config: LargeConfig, folder: Path) -> None:
                 "\n  ".join([f"{folder}: holds a run that differs", *unlike]) if unlike else None
             )
         if trouble is None:
-            write_atomically(path, lambda file: file.write(config.to_json().encode()))
+            write_text(path, config.to_json())
     _agree(trouble)
 
 

@@ -1,0 +1,77 @@
+"""The command line of a run: its options, its folder, and what to say when it cannot go on."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fused_losses.train.frame.options import Config, add_options, given_options
+from fused_losses.train.frame.runs import CONFIG
+from fused_losses.train.frame.steps import Interrupted
+
+C = TypeVar("C", bound=Config)
+
+
+def add_run_arguments(
+    parser: argparse.ArgumentParser, kind: type[Config], *, description: str, name: str, resume: str
+) -> argparse._ArgumentGroup:
+    """Where and how to run, and every field of `kind` as an option; returns the group of the run.
+
+    name, resume: what --help says of a run without --name and of --resume.
+    """
+    parser.description = description
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    run = parser.add_argument_group("the run")
+    run.add_argument("--name", help=f"folder of the run; default: {name}, numbered if taken")
+    run.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+    run.add_argument("--resume", action="store_true", help=resume)
+    run.add_argument("--overwrite", action="store_true", help="start anew in RUNS/NAME")
+    run.add_argument("--quiet", action="store_true", help="no progress, no table")
+    options = parser.add_argument_group("what is trained (--resume keeps what the run has)")
+    add_options(options, kind)
+    return run
+
+
+def first_free(runs: Path, stem: str) -> Path:
+    """RUNS/STEM, or the first of RUNS/STEM-2, -3, ... that is not taken."""
+    path, number = runs / stem, 1
+    while path.exists():
+        number += 1
+        path = runs / f"{stem}-{number}"
+    return path
+
+
+def status_of(
+    args: argparse.Namespace,
+    kind: type[C],
+    *,
+    folder: Callable[[dict[str, Any]], Path],
+    work: Callable[[C, Path], object],
+    command: str,
+) -> int:
+    """Run as the options say; 0, or 2 for what cannot be done, or 128 + the signal received.
+
+    folder: the run's, of the fields that the command line set. command: what goes on with it.
+    """
+    given = given_options(args, kind)
+    try:
+        place = folder(given)
+        saved = place / CONFIG
+        start = kind.load(saved) if args.resume and saved.exists() else kind()
+        work(start.with_changes(**given), place)
+    except Interrupted as stopped:
+        runs = "" if args.runs == "runs" else f" --runs {args.runs}"
+        print(
+            f"\nstopped; go on with: {command}{runs} --name {place.name} --resume", file=sys.stderr
+        )
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"fused-losses train: {error}", file=sys.stderr)
+        return 2
+    return 0
