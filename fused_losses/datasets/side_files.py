@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from fused_losses.base.files import write_atomically
 
 FORMAT = "fused_losses.datasets 1"
 MAX_HEAD = 1 << 28
@@ -82,17 +84,14 @@ def _save(side: Path, stamps: object, tensors: Index, extra: object) -> None:
     for part in parts:
         crc = zlib.crc32(part, crc)
     side.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=side.parent, prefix=side.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(b"%08x " % crc)
-            for part in parts:
-                file.write(part)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, side)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+
+    def fill(file: BinaryIO) -> None:
+        file.write(b"%08x " % crc)
+        for part in parts:
+            file.write(part)
+
+    # two processes may index one set at the same time
+    write_atomically(side, fill, alone=False)
 
 
 def _load(side: Path, stamps: object) -> tuple[Index, object] | None:

@@ -1,0 +1,89 @@
+"""The file of a set that was drawn: where it lies, how it is written and read.
+
+A JSON line, the columns of int64 one after another, the pictures; all little-endian.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from fused_losses.base.files import write_atomically
+from fused_losses.datasets.base import DataError, StoredFile
+from fused_losses.datasets.glyphs.fonts import SkippedFont
+from fused_losses.datasets.glyphs.look_alikes import Kept
+from fused_losses.datasets.glyphs.set import Font, Glyphs
+
+FORMAT = "fused_losses.glyphs 1"
+CACHE_VARIABLE = "FUSED_LOSSES_CACHE"
+COLUMNS = ("codes", "faces", "images")  # of the file, int64 [n] each
+
+
+def cache_folder() -> Path:
+    """FUSED_LOSSES_CACHE, else fused_losses in the user's cache folder (XDG_CACHE_HOME)."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE])
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "fused_losses"
+
+
+def key(paths: list[Path], size: int, least: int, characters: frozenset[int] | None) -> str:
+    """Changes with everything that the set depends on, Unicode's version included."""
+    fonts = [(path.name, path.stat().st_size) for path in paths]
+    codes = None if characters is None else sorted(characters)
+    said = repr((FORMAT, unicodedata.unidata_version, fonts, size, least, codes))
+    return blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def write(path: Path, head: dict[str, Any], drawings: Kept, read: Callable[[int], bytes]) -> None:
+    _little_endian()
+    columns = (drawings.codes, drawings.faces, list(range(len(drawings.places))))
+
+    def fill(file: BinaryIO) -> None:
+        file.write(json.dumps(head).encode() + b"\n")
+        for column in columns:
+            file.write(torch.tensor(column, dtype=torch.int64).numpy().tobytes())
+        for place in drawings.places:
+            file.write(read(place))
+
+    # two processes may draw one set at the same time
+    write_atomically(path, fill, alone=False)
+
+
+def read(path: Path) -> Glyphs:
+    _little_endian()
+    file = StoredFile(path)
+    with open(path, "rb") as stream:
+        line = stream.readline(1 << 26)
+    try:
+        head = json.loads(line)
+        n, size = int(head["drawings"]), int(head["size"])
+        fonts = tuple(Font(*font) for font in head["fonts"])
+        skipped = tuple(SkippedFont(Path(one), reason) for one, reason in head["skipped"])
+        if head["format"] != FORMAT:
+            raise ValueError(f"format {head['format']!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected {FORMAT!r} ({error}); delete it") from None
+    start = len(line) + 8 * n * len(COLUMNS)
+    if file.size != start + n * size * size:
+        raise DataError(
+            f"{path}: expected {start + n * size * size} bytes, got {file.size}; delete it"
+        )
+    flat = bytearray(file.read(len(line), 8 * n * len(COLUMNS), "columns"))
+    codes, faces, images = torch.frombuffer(flat, dtype=torch.int64).view(len(COLUMNS), n)
+    classes, labels = codes.unique(return_inverse=True)
+    names = tuple(chr(code) for code in classes.tolist())
+    return Glyphs(file, start, size, images, labels, faces, names, fonts, skipped)
+
+
+def _little_endian() -> None:
+    if sys.byteorder != "little":
+        raise RuntimeError("glyphs: the cache file is written on little-endian machines only")

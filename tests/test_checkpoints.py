@@ -1,0 +1,171 @@
+"""Sharded checkpoints: never half of one, and for any number of ranks."""
+
+import multiprocessing as mp
+import random
+import time
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from fused_losses.centers.checkpoint import CheckpointError, Checkpoints
+
+
+def save_forever(folder: str, first: int) -> None:
+    torch.set_num_threads(1)
+    checkpoints = Checkpoints(folder)
+    state = {"table": torch.zeros(1 << 16), "small": {"step": 0}}
+    for step in range(first, 1 << 30):
+        state["table"].fill_(step)
+        state["small"]["step"] = step
+        checkpoints.save(state, step)
+
+
+def test_no_kill_leaves_a_half_checkpoint(tmp_path: Path) -> None:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(processes.PRELOAD)
+    chance, newest, in_the_middle = random.Random(), -1, 0
+    for _ in range(6):
+        process = context.Process(target=save_forever, args=(str(tmp_path), newest + 1))
+        process.start()
+        target = tmp_path / f"step-{newest + 3:08d}"
+        deadline = time.monotonic() + 60
+        while not target.exists():
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        in_the_middle += any(tmp_path.glob("*.part"))
+        with Checkpoints(tmp_path) as checkpoints:
+            assert not any(tmp_path.glob("*.part"))
+            state = {"table": torch.zeros(1 << 16), "small": {"step": 0}}
+            step = checkpoints.load(state)
+            assert step == max(checkpoints.steps()) > newest
+            assert bool((state["table"] == step).all()) and state["small"]["step"] == step
+            newest = step
+    assert in_the_middle > 0, "no kill hit a checkpoint that was being written"
+
+
+class Halt(Exception):
+    pass
+
+
+def test_unpublished_checkpoint_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"x": torch.ones(3)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, 1)
+        checkpoints.wait()
+        monkeypatch.setattr(Checkpoints, "_publish", lambda *_: (_ for _ in ()).throw(Halt()))
+        checkpoints.save(state, 2)
+        with pytest.raises(CheckpointError, match="Halt"):
+            checkpoints.wait()
+        assert checkpoints.latest() == 1
+    assert any(tmp_path.glob("step-00000002.*.part"))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert not any(tmp_path.glob("*.part"))
+
+
+def test_failed_save_raises_at_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(dcp.FileSystemWriter, "write_data", full)
+            checkpoints.save({"x": torch.ones(3)}, 1)
+            with pytest.raises(CheckpointError, match="rank 0: .*no space left on device"):
+                checkpoints.save({"x": torch.ones(3)}, 2)
+            with pytest.raises(CheckpointError, match="no space left on device"):
+                checkpoints.save({"x": torch.ones(3)}, 2, asynchronous=False)
+        assert checkpoints.latest() is None and checkpoints.load({"x": torch.ones(3)}) is None
+        checkpoints.save({"x": torch.ones(3)}, 2)
+        checkpoints.wait()
+        assert checkpoints.latest() == 2
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save({"net": {"w": torch.ones(3, 2)}}, 4, asynchronous=False)
+        with pytest.raises(ValueError, match=r"state\['net.b'\]: .*step-00000004 has no such"):
+            checkpoints.load({"net": {"b": torch.ones(3)}})
+        with pytest.raises(ValueError, match=r"state\['net.w'\]: .*\(3, 2\).* got shape \(3, 3\)"):
+            checkpoints.load({"net": {"w": torch.ones(3, 3)}})
+        with pytest.raises(CheckpointError, match="step-00000009"):
+            checkpoints.load({"net": {"w": torch.ones(3, 2)}}, 9)
+        with pytest.raises(ValueError, match="step-00000004 exists"):
+            checkpoints.save({}, 4)
+        with pytest.raises(ValueError, match="step: expected at least 0, got -1"):
+            checkpoints.save({}, -1)
+        with pytest.raises(TypeError, match="state: expected a dict of tensors, got Tensor"):
+            checkpoints.load(torch.ones(2))
+        data = next((tmp_path / "step-00000004").glob("*.distcp"))
+        data.write_bytes(data.read_bytes()[:-40])
+        with pytest.raises(CheckpointError, match="step-00000004"):
+            checkpoints.load({"net": {"w": torch.ones(3, 2)}})
+    with pytest.raises(ValueError, match="keep: expected at least 1, got 0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+CLASSES, DIM = 7, 3
+
+
+def sharded(rank: int, world: int, offset: float) -> tuple[Tensor, dict]:
+    """This rank's rows of a table, and a state that holds it beside what all ranks share."""
+    table = torch.arange(CLASSES * DIM, dtype=torch.float64).view(CLASSES, DIM) + offset
+    rows = -(-CLASSES // world)
+    local = table[rank * rows : (rank + 1) * rows].clone()
+    whole = DTensor.from_local(
+        local,
+        init_device_mesh("cpu", (world,)),
+        [Shard(0)],
+        run_check=False,
+        shape=table.shape,
+        stride=table.stride(),
+    )
+    shared = {"w": torch.full((2,), offset), "lr": offset}
+    return local, {"head": {"weight": whole}, "net": shared}
+
+
+def save_sharded(rank: int, world: int, folder: str) -> None:
+    local, state = sharded(rank, world, 100.0)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        for step in range(3):
+            checkpoints.save(state, step)
+            # training goes on at once: the checkpoint keeps the values at the call
+            local.add_(1)
+            state["net"]["w"].add_(1)
+    if world == 1:
+        return
+    with Checkpoints(f"{folder}/failing") as checkpoints:
+        if rank == 1:
+            dcp.FileSystemWriter.write_data = lambda *_: (_ for _ in ()).throw(OSError("full"))
+        checkpoints.save(state, 0)
+        with pytest.raises(CheckpointError, match="rank 1: .*full"):
+            checkpoints.wait()
+        assert checkpoints.latest() is None
+
+
+def load_sharded(rank: int, world: int, folder: str) -> None:
+    local, state = sharded(rank, world, 0.0)
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.steps() == [2] and checkpoints.load(state) == 2
+    expected, _ = sharded(rank, world, 102.0)
+    assert torch.equal(local, expected)
+    assert state["net"]["w"].tolist() == [102.0, 102.0] and state["net"]["lr"] == 100.0
+    assert not dist.is_initialized() or dist.get_world_size() == world
+
+
+def test_tables_are_read_by_any_number_of_ranks(tmp_path: Path) -> None:
+    processes.run(2, save_sharded, 2, str(tmp_path))
+    # of five ranks with two rows each the last has none
+    for world in (1, 3, 5):
+        processes.run(world, load_sharded, world, str(tmp_path))
