@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fused_losses import primitives
 from fused_losses.backends.cuda import launch as cuda_launch
@@ -28,7 +29,7 @@ from fused_losses.primitives.topk import triton as triton_topk
 from tools.gpu_static import cuda_library, machine_code, page, rules, sweep
 from tools.gpu_static.calls import CALLS, compilations
 from tools.gpu_static.machine_code import Figures
-from tools.gpu_static.record import AMD, NVIDIA, Compilation, launches
+from tools.gpu_static.record import AMD, NVIDIA, Compilation, launches, on, specialise
 
 pytest.importorskip("triton")
 if triton_launch.interpreted():
@@ -153,6 +154,36 @@ def test_width_decides_nothing(name: str, widths: tuple[int, ...], arch: str) ->
 def test_sizes_decide_nothing(name: str, changes: dict[str, Any]) -> None:
     """Another batch, margin schedule, k or list of exclusions does not compile anew."""
     assert keys(name, "sm_90", **changes) == keys(name, "sm_90")
+
+
+@pytest.mark.parametrize("name", ("row_statistics D128 everything", "pairs everything", "topk"))
+def test_specialisation_is_that_of_triton(name: str) -> None:
+    """Of groups of arguments, too."""
+    from triton._utils import find_paths_if
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = make_backend(GPUTarget("cuda", 90, 32))
+    ran = []
+
+    def with_data(argument: Any) -> Any:
+        whole = isinstance(argument, torch.Tensor)
+        return torch.empty(64, dtype=argument.dtype) if whole else argument
+
+    def launch(kernel: Any, programs: int, args: tuple, constants: dict, tile: Any) -> None:
+        key = specialise(kernel, args, constants, tile)
+        bind = create_function_from_signature(kernel.signature, kernel.params, target)
+        _, found, _ = bind(*triton_launch.changed(args, with_data), **constants)
+        kinds = [kind for kind, _ in found]
+        assert kinds == [kind for _, kind in key.signature]
+        divided = find_paths_if([value for _, value in found], lambda _, v: v == "D")
+        assert set(divided) == set(key.attributes)
+        ran.append(key.name)
+
+    with on("sm_90", launch):
+        CALLS[name].steps()()
+    assert ran
 
 
 @pytest.mark.parametrize(

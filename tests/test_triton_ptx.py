@@ -19,6 +19,7 @@ import torch
 import triton_oracle as oracle
 from triton_oracle import DTYPE_STEP, Case, call
 
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.primitives.row_statistics import triton as backend
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from tools.gpu_static import machine_code, record
@@ -29,7 +30,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 pytest.importorskip("triton")
 if not (SHARED / "ptxsim").is_dir():
     pytest.skip("ptxsim is absent: the PTX is not executed here", allow_module_level=True)
-if backend.base.interpreted():
+if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
 EVERYTHING = dict(weighted=True, bias=True, column_weight=True, no_target=0.1, bend="jump")

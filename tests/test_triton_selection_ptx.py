@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.primitives.distances import triton as triton_distances
 from fused_losses.primitives.topk import triton as triton_topk
 from tools.gpu_static import record
 
 pytest.importorskip("triton")
-if triton_topk.base.interpreted():
+if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
 import triton_distance_cases as distances  # noqa: E402

@@ -282,19 +282,18 @@ def _(s: Launch) -> None:
 
 def _pair_tiles(s: Launch) -> tuple[int, int, int]:
     """Products, biases and masks of pair kernels; their rows, columns and column tiles."""
-    block = s.block
-    high, wide = block.row_end - block.first_row, block.column_end - block.first_column
+    high, wide = s.row_end - s.first_row, s.column_end - s.first_column
     tiles = cdiv(wide, s.BN)
     # below the diagonal a tile is left at once
     live = s.programs
     if s.TRIANGLE:
         live = sum(
-            block.first_column + (t + 1) * s.BN - 1 > block.first_row + r * s.BM
+            s.first_column + (t + 1) * s.BN - 1 > s.first_row + r * s.BM
             for t in range(tiles)
             for r in range(s.row_tiles)
         )
     share = live / s.programs
-    rows, columns = (block.first_row, high), (block.first_column, wide)
+    rows, columns = (s.first_row, high), (s.first_column, wide)
     _tile_products(s, "x.rows", "y.rows", rows, columns, s.d, live)
     s.read("scale", live)
     kinds = 1 if s.KIND is not None or not s.has("x.labels") else 2
@@ -340,7 +339,7 @@ def _(s: Launch) -> None:
     s.read("base", 2 * high * tiles)
     s.write("weights", high * wide)
     if s.has("ds"):
-        rows, columns = (s.block.first_row, high), (s.block.first_column, wide)
+        rows, columns = (s.first_row, high), (s.first_column, wide)
         _tile_products(s, "grad_out", "values", rows, columns, s.width, s.programs)
         s.read("shift", high * tiles)
         s.write("ds", high * wide)

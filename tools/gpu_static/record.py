@@ -77,20 +77,20 @@ def specialise(kernel: Any, args: tuple, constants: dict, tile: Any) -> Compilat
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, const, attributes = {}, {}, []
 
-    def kind(value: Any, place: tuple[int, ...], param: Any) -> Any:
-        """The type of an argument, or of each in a group of them."""
+    def kind(value: Any, place: tuple[int, ...], varies: bool = False) -> Any:
+        """The type of an argument, or of each in a group, where nothing is exempt."""
         if isinstance(value, tuple):
-            return type(value)(*(kind(v, (*place, i), param) for i, v in enumerate(value)))
+            return type(value)(*(kind(v, (*place, i)) for i, v in enumerate(value)))
         if isinstance(value, torch.Tensor):
             if value.storage_offset() * value.element_size() % 16 == 0:
                 attributes.append(place)
             return TYPES[value.dtype]
         if isinstance(value, float):
             return "fp32"
-        if value is None or value == 1 and not param.do_not_specialize:
+        if value is None or value == 1 and not varies:
             const[place] = value
             return "constexpr"
-        if value % 16 == 0 and not param.do_not_specialize:
+        if value % 16 == 0 and not varies:
             attributes.append(place)
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
@@ -99,7 +99,7 @@ def specialise(kernel: Any, args: tuple, constants: dict, tile: Any) -> Compilat
         if param.is_constexpr:
             signature[param.name], const[param.name] = "constexpr", value
         else:
-            signature[param.name] = kind(value, (index,), param)
+            signature[param.name] = kind(value, (index,), param.do_not_specialize)
     name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
     items = tuple(signature.items()), tuple(const.items()), tuple(attributes)
     return Compilation(name, *items, tile.warps, tile.stages)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from fused_losses.backends.triton import launch as base
+from fused_losses.backends.triton import launch as triton_launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -15,7 +15,7 @@ def unavailable() -> str | None:
     """Why no call can run here, or None."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    if base.interpreted():
+    if triton_launch.interpreted():
         return None
     if not torch.cuda.is_available():
         return "no CUDA GPU (TRITON_INTERPRET=1 runs the kernels on CPU tensors)"
@@ -27,7 +27,7 @@ def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) ->
     reasons = []
     if dtype not in DTYPES:
         reasons.append(f"dtype {dtype}: the kernels take float32, bfloat16 and float16")
-    if base.interpreted():
+    if triton_launch.interpreted():
         if device.type != "cpu":
             reasons.append(f"device {device}: TRITON_INTERPRET=1 runs on CPU tensors only")
     elif device.type != "cuda":

@@ -23,7 +23,7 @@ from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.product import Product
 from fused_losses.backends.gpu.tiles import ALL, Tile, by_kernel, pick, same, wide, width
-from fused_losses.backends.triton import launch as base
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 
@@ -103,7 +103,7 @@ def _check(kind: str) -> None:
 def squares(p: Product, rows: Tensor, bf16: bool) -> Tensor:
     """|row|^2 in float32, of rows rounded as products round them. [N]"""
     out = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-    base.launch(
+    triton_launch.launch(
         kernel("distances.triton_kernels.row_squares"),
         ceil_div(rows.shape[0], SQUARES.rows),
         (rows, out, rows.stride(0), rows.shape[0], p.d),
@@ -131,7 +131,7 @@ def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precisi
     if kind != "dot":
         near_rows = torch.empty((tiles, tile.rows), dtype=torch.int8, device=x.device)
     sizes = (a.x.stride(0), a.y.stride(0), n, m, a.d, row_tiles)
-    base.launch(
+    triton_launch.launch(
         kernel("distances.triton_kernels.distance_tiles"),
         tiles,
         (a.x, a.y, *norms, out, near_rows, *sizes),
@@ -149,7 +149,7 @@ def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precisi
     if near_rows is not None:
         piece = NEAR[gpu_device.architecture(x.device)]
         down, across = tile.rows // piece.rows, tile.columns // piece.columns
-        base.launch(
+        triton_launch.launch(
             kernel("distances.triton_kernels.near_distances"),
             tiles * down * across,
             (a.x, a.y, out, near_rows, *sizes),
@@ -229,7 +229,7 @@ def _gradient(
     arguments += (NEAR_EXACT if exact else NEAR_ROUNDED, own.stride(0), other.stride(0), *strides)
     arguments += (n, m, d, span)
     sizes = dict(ROOT=kind == "euclidean", BM=tile.rows, BN=tile.columns)
-    base.launch(
+    triton_launch.launch(
         kernel("distances.triton_kernels.product_gradients"),
         depth_tiles * row_tiles * splits,
         (*arguments, depth_tiles, row_tiles),
@@ -239,7 +239,7 @@ def _gradient(
     if distances is not None:
         depth = min(depth, NEAR_DEPTH if d % NEAR_DEPTH == 0 else 16)
         depth_tiles = ceil_div(d, depth)
-        base.launch(
+        triton_launch.launch(
             kernel("distances.triton_kernels.near_gradients"),
             depth_tiles * row_tiles * splits,
             (*arguments, depth_tiles, row_tiles),

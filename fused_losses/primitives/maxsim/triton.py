@@ -19,7 +19,7 @@ from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.product import Product
 from fused_losses.backends.gpu.products import float16_scale
 from fused_losses.backends.gpu.tiles import ALL, Tile, Tiles, by_kernel, same, wide, width
-from fused_losses.backends.triton import launch as base
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 
@@ -119,7 +119,7 @@ def forward(
     best = torch.empty((most, tokens), **new)
     for first in range(0, count, most):
         chunk = min(most, count - first)
-        base.launch(
+        triton_launch.launch(
             kernel("maxsim.triton_kernels.token_maxima"),
             row_tiles * chunk,
             (p.x, p.y, document_offsets, best, index)
@@ -135,7 +135,7 @@ def forward(
             ),
             tile,
         )
-        base.launch(
+        triton_launch.launch(
             kernel("maxsim.triton_kernels.token_sums"),
             query_count * ceil_div(chunk, SUMS.columns),
             (best, query_offsets, scores, query_count, tokens, count, first, chunk),
@@ -178,7 +178,7 @@ def _query_gradients(
 ) -> None:
     tile, count = GATHER if p.aligned(p.d) else GATHER_UNEVEN, index.shape[1]
     depth_tiles = ceil_div(p.d, tile.depth)
-    base.launch(
+    triton_launch.launch(
         kernel("maxsim.triton_kernels.query_gradients"),
         ceil_div(p.n, tile.rows) * depth_tiles,
         (grad, index, owners, p.y, offsets, out)
@@ -203,7 +203,7 @@ def _document_gradients(
     places = torch.arange(tiles, device=p.x.device)
     tile_documents = torch.searchsorted(ends, places, right=True)
     depth_tiles = ceil_div(p.d, tile.depth)
-    base.launch(
+    triton_launch.launch(
         kernel("maxsim.triton_kernels.document_gradients"),
         tiles * depth_tiles,
         (grad, index, owners, p.x, offsets, tile_documents, ends, unscale, out)

@@ -24,7 +24,7 @@ from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.product import Product
 from fused_losses.backends.gpu.products import library_tf32
 from fused_losses.backends.gpu.tiles import Table, Tile
-from fused_losses.backends.triton import launch as base
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.base.numerics import row_dtype
 from fused_losses.primitives.pairs import gpu
@@ -113,7 +113,7 @@ class Sweep:
         p, o = self.p, self.operands
         row_tiles = ceil_div(block.row_end - block.first_row, tile.rows)
         excluded = 0 if p.exclude is None else p.exclude.shape[1]
-        base.launch(
+        triton_launch.launch(
             kernel,
             row_tiles * ceil_div(block.column_end - block.first_column, tile.columns),
             (
@@ -121,7 +121,7 @@ class Sweep:
                 Side(o.y, p.y_bias, p.y_labels, p.y_ids, p.y_groups, p.y_window, o.y.stride(0)),
                 *(self.scale, p.exclude, *after),
                 *(Rule(*map(float, rule)) for rule in (p.positive, p.negative)),
-                *(*strides, excluded, self.n, self.m, block, o.d, *widths, row_tiles),
+                *(*strides, excluded, self.n, self.m, *block, o.d, *widths, row_tiles),
             ),
             dict(
                 REACH=self.reach,
@@ -206,7 +206,7 @@ def _merge(
     tile = Tile(16, 16, 0, 4, 2)
     _, classes, groups, length = part.shape
     programs = ceil_div(length, tile.rows)
-    base.launch(
+    triton_launch.launch(
         kernel("pairs.triton_forward.merge_tiles"),
         programs * classes,
         (part, out, out.shape[-1], firsts[0], length, firsts[1], groups, programs),

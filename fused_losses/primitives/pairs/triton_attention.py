@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fused_losses.backends.triton.tile_math import products, row_offsets
+from fused_losses.primitives.pairs.gpu import Block
 from fused_losses.primitives.pairs.triton_backward import store_tile
 from fused_losses.primitives.pairs.triton_terms import (
     POSITIVE,
@@ -38,7 +39,10 @@ def attention_tiles(
     excluded,
     total_rows,
     total_columns,
-    block,  # `Block`
+    first_row,
+    row_end,
+    first_column,
+    column_end,
     d,
     width,
     row_tiles,
@@ -58,8 +62,9 @@ def attention_tiles(
     """One tile of the attention's weights and of its G, for the library products."""
     row_tile = tl.program_id(0) % row_tiles
     tile = tl.program_id(0) // row_tiles
-    rows = block.first_row + row_tile * BM + tl.arange(0, BM)
-    columns = block.first_column + tile * BN + tl.arange(0, BN)
+    block = Block(first_row, row_end, first_column, column_end)
+    rows = first_row + row_tile * BM + tl.arange(0, BM)
+    columns = first_column + tile * BN + tl.arange(0, BN)
     s = scores(
         x,
         y,
@@ -80,8 +85,8 @@ def attention_tiles(
     )
     rule = positive if KIND == POSITIVE else negative
     z, slope = term(s, x, y, rows, columns, block, rule, KIND, REACH)
-    z = inside(z, s, x.window, rows, block.row_end, total_rows, KIND, 1)
-    real = rows < block.row_end
+    z = inside(z, s, x.window, rows, row_end, total_rows, KIND, 1)
+    real = rows < row_end
     lse = tl.load(base + rows, mask=real, other=0.0)
     rest = tl.load(base + total_rows + rows, mask=real, other=0.0)
     p = tl.exp(z - lse[:, None]) * rest[:, None]
@@ -91,8 +96,8 @@ def attention_tiles(
         p *= slope
         if ROOT:
             p *= root_slope(s)
-        from_rows = row_offsets(rows, block.row_end, None, stride_grad_out)
-        from_columns = row_offsets(columns, block.column_end, None, stride_values)
+        from_rows = row_offsets(rows, row_end, None, stride_grad_out)
+        from_columns = row_offsets(columns, column_end, None, stride_values)
         g = products(grad_out, values, from_rows, from_columns, width, BK, EVEN_WIDTH, BF16, DOT)
         g += tl.load(shift + rows, mask=real, other=0.0)[:, None]
         g *= p

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fused_losses.backends.triton.tile_math import narrow
+from fused_losses.primitives.pairs.gpu import Block
 from fused_losses.primitives.pairs.triton_terms import (
     NEGATIVE,
     POSITIVE,
@@ -74,7 +75,10 @@ def gradient_tiles(
     excluded,
     total_rows,
     total_columns,
-    block,  # `Block`
+    first_row,
+    row_end,
+    first_column,
+    column_end,
     d,
     row_tiles,
     REACH: tl.constexpr,
@@ -92,10 +96,11 @@ def gradient_tiles(
     """One tile of G = dL/du for the library products."""
     row_tile = tl.program_id(0) % row_tiles
     tile = tl.program_id(0) // row_tiles
-    rows = block.first_row + row_tile * BM + tl.arange(0, BM)
-    columns = block.first_column + tile * BN + tl.arange(0, BN)
+    block = Block(first_row, row_end, first_column, column_end)
+    rows = first_row + row_tile * BM + tl.arange(0, BM)
+    columns = first_column + tile * BN + tl.arange(0, BN)
     if TRIANGLE:
-        if below(block.first_row, block.first_column, row_tile, tile, BM, BN):
+        if below(first_row, first_column, row_tile, tile, BM, BN):
             store_tile(ds, tl.zeros([BM, BN], tl.float32), rows, columns, block, stride_ds)
             return
     s = scores(
@@ -121,9 +126,7 @@ def gradient_tiles(
     for KIND in tl.static_range(FIRST, 2):
         rule = positive if KIND == POSITIVE else negative
         z, slope = term(s, x, y, rows, columns, block, rule, KIND, REACH)
-        g = side_share(
-            row_vectors, s, z, x.window, rows, block.row_end, total_rows, KIND, REDUCTION, 1
-        )
+        g = side_share(row_vectors, s, z, x.window, rows, row_end, total_rows, KIND, REDUCTION, 1)
         if column_vectors is not None:
             g += side_share(
                 column_vectors,
@@ -131,7 +134,7 @@ def gradient_tiles(
                 z,
                 y.window,
                 columns,
-                block.column_end,
+                column_end,
                 total_columns,
                 KIND,
                 REDUCTION,

@@ -10,6 +10,7 @@ input that is None costs nothing.
 import triton
 import triton.language as tl
 
+from fused_losses.primitives.pairs.gpu import Block
 from fused_losses.primitives.pairs.triton_terms import (
     BEST,
     COUNT,
@@ -79,7 +80,10 @@ def statistics_tiles(
     excluded,
     total_rows,
     total_columns,
-    block,  # `Block`
+    first_row,
+    row_end,
+    first_column,
+    column_end,
     d,
     row_tiles,
     REACH: tl.constexpr,
@@ -98,11 +102,12 @@ def statistics_tiles(
     # the row tile runs fastest, so that all row tiles of a column tile find it in L2
     row_tile = tl.program_id(0) % row_tiles
     tile = tl.program_id(0) // row_tiles
+    block = Block(first_row, row_end, first_column, column_end)
     if TRIANGLE:
-        if below(block.first_row, block.first_column, row_tile, tile, BM, BN):
+        if below(first_row, first_column, row_tile, tile, BM, BN):
             return
-    rows = block.first_row + row_tile * BM + tl.arange(0, BM)
-    columns = block.first_column + tile * BN + tl.arange(0, BN)
+    rows = first_row + row_tile * BM + tl.arange(0, BM)
+    columns = first_column + tile * BN + tl.arange(0, BN)
     s = scores(
         x,
         y,
@@ -123,20 +128,20 @@ def statistics_tiles(
     )
     # without labels there are only negatives
     FIRST: tl.constexpr = NEGATIVE if x.labels is None else POSITIVE
-    height = block.row_end - block.first_row
-    width = block.column_end - block.first_column
+    height = row_end - first_row
+    width = column_end - first_column
     tiles = tl.cdiv(width, BN)
     for KIND in tl.static_range(FIRST, 2):
         rule = positive if KIND == POSITIVE else negative
         z, _ = term(s, x, y, rows, columns, block, rule, KIND, REACH)
         side_partials(
-            row_part + ((KIND - FIRST) * tiles + tile) * height + rows - block.first_row,
+            row_part + ((KIND - FIRST) * tiles + tile) * height + rows - first_row,
             (2 - FIRST) * tiles * height,
             s,
             z,
             x.window,
             rows,
-            block.row_end,
+            row_end,
             total_rows,
             KIND,
             REDUCTION,
@@ -147,13 +152,13 @@ def statistics_tiles(
                 column_part
                 + ((KIND - FIRST) * row_tiles + row_tile) * width
                 + columns
-                - block.first_column,
+                - first_column,
                 (2 - FIRST) * row_tiles * width,
                 s,
                 z,
                 y.window,
                 columns,
-                block.column_end,
+                column_end,
                 total_columns,
                 KIND,
                 REDUCTION,

@@ -13,7 +13,7 @@ from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div, from_column
 from fused_losses.backends.gpu.products import accumulate, add_rows, float16_scale, library_tf32
 from fused_losses.backends.gpu.tiles import Table, Tile, width
-from fused_losses.backends.triton import launch as base
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics.bounded import check
@@ -101,7 +101,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             partials = Partials.of(part[:, at:], best[at:])
             if resident is not None:
                 depth = p.d // tile.depth
-                base.launch(
+                triton_launch.launch(
                     kernel("row_statistics.triton_forward.forward_resident"),
                     row_tiles * ceil_div(end - first, span),
                     (p.x, p.weight, of_class, of_row, partials)
@@ -111,7 +111,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                     tile,
                 )
                 continue
-            base.launch(
+            triton_launch.launch(
                 kernel("row_statistics.triton_forward.forward_tiles"),
                 row_tiles * ceil_div(end - first, tile.columns),
                 (p.x, p.weight, of_class, of_row, partials)
@@ -121,7 +121,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                 tile,
             )
         if segments > 1:
-            base.launch(
+            triton_launch.launch(
                 kernel("row_statistics.triton_forward.merge_tiles"),
                 ceil_div(n, merge_tile.rows),
                 (Partials.of(part, best), Partials.of(top[:, s], top_best[s]), n, stop - start),
@@ -130,7 +130,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             )
     if segments == 1:
         top, top_best = part, best
-    base.launch(
+    triton_launch.launch(
         kernel("row_statistics.triton_forward.forward_rows"),
         ceil_div(n, merge_tile.rows),
         (p.x, p.weight, p.positions, p.classes, Partials.of(top, top_best))
@@ -240,7 +240,7 @@ def _owners(
     if dweight is not None or dbias is not None:
         tile = owner[1]
         stride = 0 if dweight is None else dweight.stride(0)
-        base.launch(
+        triton_launch.launch(
             kernel("row_statistics.triton_backward.owner_classes"),
             ceil_div(p.count, tile.columns),
             (p.x, p.weight, ClassVectors.of(p), of_row, inverse, unscale, dweight, dbias)
@@ -258,7 +258,7 @@ def _owners(
     steps = ceil_div(tiles, max(1, ceil_div(4 * gpu_device.processors(p.x.device), row_tiles)))
     splits = ceil_div(tiles, steps)
     parts = torch.empty((splits, p.n, p.d), dtype=torch.float32, device=p.x.device)
-    base.launch(
+    triton_launch.launch(
         kernel("row_statistics.triton_backward.owner_rows"),
         row_tiles * splits,
         (p.x, p.weight, ClassVectors.of(p, inverse), of_row, parts)
@@ -318,7 +318,7 @@ def _chunks(
         for top in range(0, n, block):
             part = slice(top, min(top + block, n))
             height = part.stop - top
-            base.launch(
+            triton_launch.launch(
                 kernel("row_statistics.triton_backward.gradient_tiles"),
                 ceil_div(height, tile.rows) * ceil_div(length, tile.columns),
                 (x[part], p.weight, of_class)
@@ -358,7 +358,7 @@ def _finish(
     # rows of no whole slices take more registers: 32 of them spill
     tile = Tile(0, 32 if p.even(128) else 16, 128, 4, 1)
     height, width = (0, 0) if bias_sum is None else bias_sum.shape
-    base.launch(
+    triton_launch.launch(
         kernel("row_statistics.triton_backward.finish_weight"),
         ceil_div(end - first, tile.columns),
         (gradient, p.weight, inverse, p.classes, bias_sum, unscale, dweight, dbias)
@@ -374,7 +374,7 @@ def norms(p: Problem, inverse: Tensor, first: int, end: int) -> None:
     classes = from_column(p.classes, first)
     weight = p.weight[first:] if classes is None else p.weight
     tile = Tile(0, 16, 128, 4, 1)
-    base.launch(
+    triton_launch.launch(
         kernel("row_statistics.triton_forward.inverse_norms"),
         ceil_div(end - first, tile.columns),
         (weight, classes, inverse, weight.stride(0), end - first, p.d),

@@ -19,7 +19,7 @@ from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.product import Product
 from fused_losses.backends.gpu.tiles import ALL, Tile, by_kernel, pick, same, wide
-from fused_losses.backends.triton import launch as base
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.topk import certified as certified_topk
 from fused_losses.primitives.topk.inputs import TopkInputs
@@ -176,7 +176,7 @@ def _streamed(p: Product, operands: tuple, flags: dict, keep: int) -> Tensor:
     splits = ceil_div(p.m, span)
     to = torch.empty((p.n, splits, keep), dtype=torch.int64, device=p.x.device)
     exclude = operands[-1]
-    base.launch(
+    triton_launch.launch(
         kernel("topk.triton_kernels.best_columns"),
         row_tiles * splits,
         (*operands, to, p.x.stride(0), p.y.stride(0))
@@ -201,7 +201,7 @@ def _stored(p: Product, operands: tuple, flags: dict, keep: int) -> Tensor:
         row_tiles = ceil_div(stop - top, tile.rows)
         for first in range(0, p.m, width):
             end = min(first + width, p.m)
-            base.launch(
+            triton_launch.launch(
                 kernel("topk.triton_kernels.key_tiles"),
                 row_tiles * ceil_div(end - first, tile.columns),
                 (*operands, block, p.x.stride(0), p.y.stride(0), block.stride(0))
