@@ -38,9 +38,9 @@ def workspace(backend: str, p: RowInputs, needs: RowNeeds | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
     (n, d), m, dtype = p.x.shape, p.y.shape[0], accumulate_dtype(p.x.dtype)
     tall = min(n, _tall(p))
-    block = tall * m * dtype.itemsize
-    rows = 2 * (n + m) * d * dtype.itemsize
-    return RULES[p.rule].on(backend).blocks * block + rows + _score_bytes(backend, p, tall, needs)
+    blocks = RULES[p.rule].on(backend).blocks(list(p.params)) * tall * m
+    around = (blocks + 2 * (n + m) * d) * dtype.itemsize
+    return around + _score_bytes(backend, p, tall, needs)
 
 
 def _score_bytes(backend: str, p: RowInputs, tall: int, needs: RowNeeds | None) -> int:

@@ -35,7 +35,7 @@ class Compiled(NamedTuple):
 
     forward: Callable[[Block], Tensor]
     gradient: Callable[[Block, Tensor], tuple[Tensor, Tensor | None]]
-    blocks: int  # as a rule's
+    blocks: Callable[[list[float]], int]  # as a rule's
 
 
 class Rule(NamedTuple):
@@ -50,7 +50,8 @@ class Rule(NamedTuple):
     formula: Callable[[Block], Tensor]  # [B, S]
     forward: Callable[[Block], Tensor]
     gradient: Callable[[Block, Tensor], tuple[Tensor, Tensor | None]] | None
-    blocks: int = 14  # of a block's scores, how many are alive at the peak
+    # how many of a block's scores are alive at the peak (tests/test_workspace.py)
+    blocks: Callable[[list[float]], int] = lambda params: 14
     compiled: Mapping[str, Compiled] = MappingProxyType({})  # of a backend
 
     def on(self, backend: str) -> Rule | Compiled:

@@ -222,11 +222,11 @@ RULES = {
         triplets_formula,
         triplets_forward,
         triplets_gradient,
-        22,
+        lambda p: 14 if p[2] else 22,
         {"cpu": triplets_by(cpu_triplets), "cuda": triplets_by(cuda_triplets)},
     ),
-    "chosen": Rule(lambda p: 2, _chosen, _chosen, None, 4),
-    "nearest": Rule(lambda p: int(p[0]), _nearest, _nearest, None, 4),
+    "chosen": Rule(lambda p: 2, _chosen, _chosen, None, lambda p: 4),
+    "nearest": Rule(lambda p: int(p[0]), _nearest, _nearest, None, lambda p: 4),
     "histogram": Rule(
         lambda p: 2 * int(p[2]), _histogram_formula, _histogram_formula, _histogram_gradient
     ),

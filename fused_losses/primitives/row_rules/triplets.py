@@ -138,22 +138,27 @@ def triplets_gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
     return slope.masked_fill_(broken, torch.nan).mul_(grad[:, :1]), None
 
 
+def smooth(params: list[float]) -> bool:
+    """Whether nothing is counted: a softplus, which "easy" triplets always have."""
+    return bool(params[2]) or TRIPLETS[int(params[1])] == "easy"
+
+
 def triplets_by(kernels: ModuleType) -> Compiled:
-    """The rule by a backend's counting; a softplus, and so "easy", counts nothing."""
+    """The rule by a backend's counting."""
 
     def forward(b: Block) -> Tensor:
-        margin, kind, smooth = b.params[0], TRIPLETS[int(b.params[1])], b.params[2]
-        if smooth or kind == "easy":
+        margin, kind = b.params[0], TRIPLETS[int(b.params[1])]
+        if smooth(b.params):
             return triplets_forward(b)
         return kernels.forward(b.score, b.positive, b.negative, margin, kind)
 
     def gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
-        margin, kind, smooth = b.params[0], TRIPLETS[int(b.params[1])], b.params[2]
-        if smooth or kind == "easy":
+        margin, kind = b.params[0], TRIPLETS[int(b.params[1])]
+        if smooth(b.params):
             return triplets_gradient(b, grad)
         return kernels.slope(grad[:, 0], b.score, b.positive, b.negative, margin, kind), None
 
-    return Compiled(forward, gradient, 14)
+    return Compiled(forward, gradient, lambda p: 14 if smooth(p) else 8)
 
 
 def _count_both(b: Block) -> Tensor:
