@@ -16,7 +16,7 @@ Terms = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor, ...]]
 Slopes = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor | float, ...]]
 
 
-class Rule(NamedTuple):
+class ClassRule(NamedTuple):
     """What a cosine of a negative class adds to the row's statistics.
 
     terms(c [N, T], values [R, N, 1] or None, params) gives one [N, T] a statistic, in PyTorch that
@@ -90,14 +90,14 @@ def _sphereface2_slopes(c: Tensor, values: Tensor, params: list[float]) -> tuple
     return share * of_score, share * (1 - share) * of_score
 
 
-RULES: Mapping[str, Rule] = MappingProxyType(
+RULES: Mapping[str, ClassRule] = MappingProxyType(
     {
         # params: scale; values: none, or the bend's four
-        "softmax": Rule(("lse",), _softmax_terms, _softmax_slopes, 1, (0, 4)),
+        "softmax": ClassRule(("lse",), _softmax_terms, _softmax_slopes, 1, (0, 4)),
         # params: k, b
-        "sface": Rule(("sum",), _sface_terms, _sface_slopes, 2, (0,)),
+        "sface": ClassRule(("sum",), _sface_terms, _sface_slopes, 2, (0,)),
         # params: scale, margin, t, whether straight through; values: the bias
-        "sphereface2": Rule(("sum", "sum"), _sphereface2_terms, _sphereface2_slopes, 4, (1,)),
+        "sphereface2": ClassRule(("sum", "sum"), _sphereface2_terms, _sphereface2_slopes, 4, (1,)),
     }
 )
 

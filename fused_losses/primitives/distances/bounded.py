@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.primitives.distances.inputs import FLAT, PRODUCTS, DistanceInputs, DistanceNeeds
 from fused_losses.primitives.distances.kinds import KINDS
@@ -116,9 +117,9 @@ def _blocks(n: int, m: int, pair_bytes: int) -> Iterator[tuple[slice, slice]]:
     pairs = max(1, BLOCK_BYTES // max(pair_bytes, 1))
     wide = min(max(m, 1), pairs)
     tall = min(max(1, pairs // wide), BLOCK_ROWS)
-    for i in range(0, n, tall):
-        for j in range(0, m, wide):
-            yield slice(i, min(i + tall, n)), slice(j, min(j + wide, m))
+    for rows in runs(n, tall):
+        for cols in runs(m, wide):
+            yield rows, cols
 
 
 # ---- kinds made of products ---------------------------------------------------------------------

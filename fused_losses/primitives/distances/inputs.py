@@ -23,6 +23,8 @@ KINDS = (
     "scaled",
 )
 
+KINDS_OF = {"triton": PRODUCTS}  # of a backend that has not all
+
 WEIGHTED = ("canberra", *FLAT)  # those that take w [D]
 
 

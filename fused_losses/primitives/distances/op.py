@@ -39,6 +39,7 @@ from fused_losses.primitives.distances.inputs import (
     FLAT,
     FORWARD,
     KINDS,
+    KINDS_OF,
     PRODUCTS,
     WEIGHTED,
     DistanceInputs,
@@ -90,17 +91,17 @@ def distance_matrix(
 def choose(
     backend: str | None, device: torch.device, dtype: torch.dtype, precision: str, kind: str
 ) -> tuple[str, dict[str, list[str]]]:
-    """As `backends.choose`; Triton has the kinds made of products only."""
-    operation = operation_of(kind)
-    if kind not in PRODUCTS:
-        precision = "fp32"
-        if backends.requested(backend) == "triton":
-            raise RuntimeError(
-                f"backend='triton' cannot run kind {kind!r}: its kernels have "
-                f"{', '.join(PRODUCTS)}, which are made of products; use backend='auto', which "
-                "takes the best path for this kind, or backend='bounded'"
-            )
-    return backends.choose(backend, device, dtype, precision, operation)
+    """As `backends.choose`, of the backends that have this kind."""
+    name = backends.requested(backend)
+    has = KINDS_OF.get(name, KINDS)
+    if kind not in has:
+        raise RuntimeError(
+            f"backend={name!r} cannot run kind {kind!r}: its kernels have {', '.join(has)}, which "
+            "are made of products; use backend='auto', which takes the best path for this kind, "
+            "or backend='bounded'"
+        )
+    precision = precision if kind in PRODUCTS else "fp32"
+    return backends.choose(backend, device, dtype, precision, operation_of(kind))
 
 
 def operation_of(kind: str) -> str:

@@ -25,9 +25,9 @@ from fused_losses.backends.gpu.product import Product
 from fused_losses.backends.gpu.tiles import ALL, Tile, by_kernel, pick, same, wide, width
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
-from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
+from fused_losses.primitives.distances.inputs import PRODUCTS, DistanceInputs, DistanceNeeds
 
-KINDS = ("dot", "sqeuclidean", "euclidean")
+KINDS = PRODUCTS
 NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
 PARTIAL_BYTES = 32 << 20  # of a gradient's parts, where few rows are split over many programs
 # of d^2 / (|x|^2 + |y|^2), below which a gradient is summed from differences: where products are

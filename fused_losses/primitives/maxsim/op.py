@@ -189,7 +189,7 @@ class MaxsimOp(StreamedOp):
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         if not direction:
             return self.form(backend).workspace(MaxsimInputs(*arguments), None)
-        p, needs = MaxsimInputs(*arguments[2:-2]), MaxsimNeeds(*arguments[-2:])
+        p, needs = MaxsimInputs(*arguments[2:6]), MaxsimNeeds(*arguments[-2:])
         return self.form(backend).workspace(p, needs)
 
 

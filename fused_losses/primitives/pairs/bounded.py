@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.primitives.pairs.inputs import (
     BEST,
@@ -150,9 +151,8 @@ def both_sides(p: PairInputs) -> PairInputs:
 def cuts(p: PairInputs) -> Iterator[tuple[slice, slice]]:
     n, m = p.x.shape[0], p.y.shape[0]
     wide = block_columns(n, accumulate_dtype(p.x.dtype).itemsize)
-    for i in range(0, n, BLOCK_ROWS):
-        for j in range(0, m, wide):
-            rows, cols = slice(i, min(i + BLOCK_ROWS, n)), slice(j, min(j + wide, m))
+    for rows in runs(n, BLOCK_ROWS):
+        for cols in runs(m, wide):
             if not p.triangle or cols.stop - 1 > rows.start:
                 yield rows, cols
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.distances.op import DISTANCE_MATRIX
@@ -26,12 +25,6 @@ def _tall(p: RowInputs) -> int:
     """Rows of a block."""
     size = accumulate_dtype(p.x.dtype).itemsize
     return max(1, block_bytes(p.x.device) // (max(p.y.shape[0], 1) * size))
-
-
-def _cuts(p: RowInputs) -> Iterator[slice]:
-    n, tall = p.x.shape[0], _tall(p)
-    for i in range(0, n, tall):
-        yield slice(i, min(i + tall, n))
 
 
 def workspace(backend: str, p: RowInputs, needs: RowNeeds | None) -> int:
@@ -64,7 +57,7 @@ def forward(backend: str, p: RowInputs) -> Tensor:
     x, y, sign = p.x.to(dtype), p.y.to(dtype), SCORES[p.score][1]
     size = (p.x.shape[0], rule.size(list(p.params)))
     out = p.x.new_empty(size, dtype=row_dtype(p.x.device))
-    for rows in _cuts(p):
+    for rows in runs(p.x.shape[0], _tall(p)):
         score = _scores(backend, p, x[rows], y)
         out[rows] = rule.on(backend).forward(block(p, -score if sign < 0 else score, rows))
     return out
@@ -80,7 +73,7 @@ def backward(
     dy = torch.zeros_like(y) if need_y else p.y.new_empty(0)
     dvalues = torch.zeros_like(p.values) if need_values else p.x.new_empty(0)
     backward = DISTANCE_MATRIX.op(backend, "_backward")
-    for rows in _cuts(p):
+    for rows in runs(p.x.shape[0], _tall(p)):
         score = _scores(backend, p, x[rows], y)
         slope, of_values = rule.on(backend).gradient(
             block(p, -score if sign < 0 else score, rows), grad[rows].to(dtype)

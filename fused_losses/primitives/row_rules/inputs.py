@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_losses import backends
 from fused_losses.base.numerics import row_dtype
 
 TRIPLETS = ("all", "hard", "semihard", "easy")
@@ -16,7 +17,7 @@ TRIPLETS = ("all", "hard", "semihard", "easy")
 PICKS = ("hardest", "easiest", "semihard")
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Some rows against every column."""
 
     score: Tensor  # [B, M]
@@ -33,12 +34,12 @@ class Block(NamedTuple):
 class Compiled(NamedTuple):
     """forward and gradient of a rule by a backend's kernels."""
 
-    forward: Callable[[Block], Tensor]
-    gradient: Callable[[Block, Tensor], tuple[Tensor, Tensor | None]]
+    forward: Callable[[RowBlock], Tensor]
+    gradient: Callable[[RowBlock, Tensor], tuple[Tensor, Tensor | None]]
     blocks: Callable[[list[float]], int]  # as a rule's
 
 
-class Rule(NamedTuple):
+class RowRule(NamedTuple):
     """A row's statistics and their gradient.
 
     formula is plain differentiable PyTorch, any memory; forward gives the same in the memory of a
@@ -47,16 +48,19 @@ class Rule(NamedTuple):
     """
 
     size: Callable[[list[float]], int]  # S
-    formula: Callable[[Block], Tensor]  # [B, S]
-    forward: Callable[[Block], Tensor]
-    gradient: Callable[[Block, Tensor], tuple[Tensor, Tensor | None]] | None
+    formula: Callable[[RowBlock], Tensor]  # [B, S]
+    forward: Callable[[RowBlock], Tensor]
+    gradient: Callable[[RowBlock, Tensor], tuple[Tensor, Tensor | None]] | None
     # how many of a block's scores are alive at the peak (tests/test_workspace.py)
     blocks: Callable[[list[float]], int] = lambda params: 14
-    compiled: Mapping[str, Compiled] = MappingProxyType({})  # of a backend
+    compiled: tuple[str, ...] = ()  # backends whose form has kernels for it
+    by: Callable[[ModuleType], Compiled] | None = None  # the rule by such kernels
 
-    def on(self, backend: str) -> Rule | Compiled:
+    def on(self, backend: str) -> RowRule | Compiled:
         """Whose forward and gradient run."""
-        return self.compiled.get(backend, self)
+        if self.by is None or backend not in self.compiled:
+            return self
+        return self.by(backends.module("row_rules", backend))
 
 
 # a score's kind of distance matrix, and its sign
@@ -105,7 +109,7 @@ class RowNeeds(NamedTuple):
     values: bool
 
 
-def block(p: RowInputs, score: Tensor, rows: slice) -> Block:
+def block(p: RowInputs, score: Tensor, rows: slice) -> RowBlock:
     """The block of these rows: its classes of pairs beside its scores."""
     same = p.x_labels[rows, None] == p.y_labels
     other = ~same
@@ -117,4 +121,4 @@ def block(p: RowInputs, score: Tensor, rows: slice) -> Block:
         apart = i[:, None] != torch.arange(score.shape[1], device=score.device)
         same, other = same & apart, other & apart
     values = None if p.values is None else p.values[rows]
-    return Block(score, same, other, values, list(p.params))
+    return RowBlock(score, same, other, values, list(p.params))

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.primitives.row_rules import cpu as cpu_triplets
-from fused_losses.primitives.row_rules import cuda as cuda_triplets
-from fused_losses.primitives.row_rules.inputs import PICKS, Block, Rule
+from fused_losses.primitives.row_rules.inputs import PICKS, RowBlock, RowRule
 from fused_losses.primitives.row_rules.triplets import (
     row_sum,
     triplets_by,
@@ -41,7 +39,7 @@ def _pick(score: Tensor, mask: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
     return value, torch.where(mask.gather(1, index[:, None])[:, 0], index, -1)
 
 
-def _chosen(b: Block) -> Tensor:
+def _chosen(b: RowBlock) -> Tensor:
     kinds = [PICKS[int(k)] for k in b.params]
     masks = [b.positive, b.negative]
     # a positive is hard when it is far, a negative when it is near
@@ -63,7 +61,7 @@ def _chosen(b: Block) -> Tensor:
 # params: k
 
 
-def _nearest(b: Block) -> Tensor:
+def _nearest(b: RowBlock) -> Tensor:
     k, taken = int(b.params[0]), b.positive | b.negative
     have = min(k, b.score.shape[1])
     # NaN first: whatever depends on it is NaN
@@ -77,7 +75,7 @@ def _nearest(b: Block) -> Tensor:
 # params: score of the first node, distance between nodes, nodes
 
 
-def _places(b: Block) -> tuple[Tensor, Tensor]:
+def _places(b: RowBlock) -> tuple[Tensor, Tensor]:
     """The node below each score [B, M] int64, and how far above it in units of the distance."""
     low, step, nodes = b.params[0], b.params[1], int(b.params[2])
     place = ((b.score - low) / step).clamp(0, nodes - 1)
@@ -85,7 +83,7 @@ def _places(b: Block) -> tuple[Tensor, Tensor]:
     return below.long(), place - below
 
 
-def _histogram_formula(b: Block) -> Tensor:
+def _histogram_formula(b: RowBlock) -> Tensor:
     nodes, (below, above) = int(b.params[2]), _places(b)
     rows = torch.arange(b.score.shape[0], device=b.score.device)[:, None] * nodes
     out = []
@@ -99,7 +97,7 @@ def _histogram_formula(b: Block) -> Tensor:
     return torch.cat(out, dim=1)
 
 
-def _histogram_gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
+def _histogram_gradient(b: RowBlock, grad: Tensor) -> tuple[Tensor, None]:
     low, step, nodes = b.params[0], b.params[1], int(b.params[2])
     below, above = _places(b)
     # the place is clamped: beyond the first and last node it has no slope
@@ -115,7 +113,7 @@ def _histogram_gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
 # params: power (1 or 2); values: r, p, n
 
 
-def _hinges(b: Block) -> tuple[Tensor, Tensor]:
+def _hinges(b: RowBlock) -> tuple[Tensor, Tensor]:
     """The arguments above 0 of both classes, 0 elsewhere."""
     r, p, n = (v[:, None].to(b.score.dtype) for v in b.values.unbind(dim=1))
     scaled = r * b.score
@@ -125,7 +123,7 @@ def _hinges(b: Block) -> tuple[Tensor, Tensor]:
     )
 
 
-def _hinges_formula(b: Block) -> Tensor:
+def _hinges_formula(b: RowBlock) -> Tensor:
     out = []
     for hinge in _hinges(b):
         value = hinge.square() if b.params[0] == 2 else hinge
@@ -133,7 +131,7 @@ def _hinges_formula(b: Block) -> Tensor:
     return torch.stack(out, dim=1)
 
 
-def _hinges_gradient(b: Block, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _hinges_gradient(b: RowBlock, grad: Tensor) -> tuple[Tensor, Tensor]:
     near, far = (
         g[:, None] * (2 * h if b.params[0] == 2 else torch.where(h.isnan(), h, (h > 0).to(h.dtype)))
         for g, h in zip((grad[:, 0], grad[:, 2]), _hinges(b), strict=True)
@@ -149,7 +147,7 @@ def _hinges_gradient(b: Block, grad: Tensor) -> tuple[Tensor, Tensor]:
 # params: weight's rate for P and for N, boundary of P, boundary of N
 
 
-def _ranked_parts(b: Block) -> list[tuple[Tensor, Tensor, float, float]]:
+def _ranked_parts(b: RowBlock) -> list[tuple[Tensor, Tensor, float, float]]:
     """Of each class: the hinge, its weight (0 where the hinge is), the rate, the hinge's slope."""
     positive_rate, negative_rate, low, high = b.params
     out = []
@@ -163,12 +161,12 @@ def _ranked_parts(b: Block) -> list[tuple[Tensor, Tensor, float, float]]:
     return out
 
 
-def _ranked_formula(b: Block) -> Tensor:
+def _ranked_formula(b: RowBlock) -> Tensor:
     sums = [row_sum(part, b.wide) for h, w, _, _ in _ranked_parts(b) for part in (w, w * h)]
     return torch.stack(sums, dim=1)
 
 
-def _ranked_gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
+def _ranked_gradient(b: RowBlock, grad: Tensor) -> tuple[Tensor, None]:
     slope = torch.zeros_like(b.score)
     for k, (hinge, weight, rate, sign) in enumerate(_ranked_parts(b)):
         mass, sum_ = grad[:, 2 * k, None], grad[:, 2 * k + 1, None]
@@ -180,13 +178,13 @@ def _ranked_gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
 # params: margin in radians, scale; rows without a positive or a negative: 0
 
 
-def _tuplet_lse(b: Block) -> Tensor:
+def _tuplet_lse(b: RowBlock) -> Tensor:
     """log of the sum over the negatives of e^(scale s), [B, 1]."""
     z = (b.params[1] * b.score).masked_fill(~b.negative, -torch.inf)
     return torch.logsumexp(z, dim=1, keepdim=True)
 
 
-def _tuplet_terms(b: Block, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _tuplet_terms(b: RowBlock, lse: Tensor) -> tuple[Tensor, Tensor]:
     """The arguments of softplus (-inf off the positives), and the cosines clamped."""
     cosine = b.score.clamp(-1 + ACOS_EDGE, 1 - ACOS_EDGE)
     turned = math.cos(b.params[0]) * cosine + math.sin(b.params[0]) * (1 - cosine**2).sqrt()
@@ -194,7 +192,7 @@ def _tuplet_terms(b: Block, lse: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(taken, lse - b.params[1] * turned, -torch.inf), cosine
 
 
-def _tuplet_formula(b: Block) -> Tensor:
+def _tuplet_formula(b: RowBlock) -> Tensor:
     some = b.negative.any(dim=1, keepdim=True)
     # no derivative through a logsumexp over nothing
     safe = b._replace(negative=b.negative | ~some)
@@ -204,7 +202,7 @@ def _tuplet_formula(b: Block) -> Tensor:
     return torch.stack([row_sum(loss, b.wide), taken.sum(dim=1).to(b.wide)], dim=1)
 
 
-def _tuplet_gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
+def _tuplet_gradient(b: RowBlock, grad: Tensor) -> tuple[Tensor, None]:
     lse = _tuplet_lse(b)
     u, cosine = _tuplet_terms(b, lse)
     share = u.sigmoid() * grad[:, :1]
@@ -217,20 +215,21 @@ def _tuplet_gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
 
 
 RULES = {
-    "triplets": Rule(
+    "triplets": RowRule(
         lambda p: 2,
         triplets_formula,
         triplets_forward,
         triplets_gradient,
         lambda p: 14 if p[2] else 22,
-        {"cpu": triplets_by(cpu_triplets), "cuda": triplets_by(cuda_triplets)},
+        ("cpu", "cuda"),
+        triplets_by,
     ),
-    "chosen": Rule(lambda p: 2, _chosen, _chosen, None, lambda p: 4),
-    "nearest": Rule(lambda p: int(p[0]), _nearest, _nearest, None, lambda p: 4),
-    "histogram": Rule(
+    "chosen": RowRule(lambda p: 2, _chosen, _chosen, None, lambda p: 4),
+    "nearest": RowRule(lambda p: int(p[0]), _nearest, _nearest, None, lambda p: 4),
+    "histogram": RowRule(
         lambda p: 2 * int(p[2]), _histogram_formula, _histogram_formula, _histogram_gradient
     ),
-    "hinges": Rule(lambda p: 4, _hinges_formula, _hinges_formula, _hinges_gradient),
-    "ranked_list": Rule(lambda p: 4, _ranked_formula, _ranked_formula, _ranked_gradient),
-    "tuplet": Rule(lambda p: 2, _tuplet_formula, _tuplet_formula, _tuplet_gradient),
+    "hinges": RowRule(lambda p: 4, _hinges_formula, _hinges_formula, _hinges_gradient),
+    "ranked_list": RowRule(lambda p: 4, _ranked_formula, _ranked_formula, _ranked_gradient),
+    "tuplet": RowRule(lambda p: 2, _tuplet_formula, _tuplet_formula, _tuplet_gradient),
 }

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.primitives.row_rules.inputs import TRIPLETS, Block, Compiled
+from fused_losses.primitives.row_rules.inputs import TRIPLETS, Compiled, RowBlock
 
 FEW = 32  # positives a row up to which each is compared with every column; beyond, by sorting
 
@@ -21,7 +21,7 @@ def row_sum(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.sum(dim=1, dtype=dtype)
 
 
-def triplets_formula(b: Block) -> Tensor:
+def triplets_formula(b: RowBlock) -> Tensor:
     """Every triplet of a row at once, [B, M, M]."""
     margin, kind, smooth = b.params[0], TRIPLETS[int(b.params[1])], b.params[2]
     gap = b.score[:, :, None] - b.score[:, None, :]
@@ -49,7 +49,7 @@ def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
     return index, torch.arange(most, device=rows.device) < count[:, None]
 
 
-def _each_positive(b: Block) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+def _each_positive(b: RowBlock) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """For each positive in turn: its column [B, 1], its violations [B, M], those left out."""
     margin, kind = b.params[0], TRIPLETS[int(b.params[1])]
     index, real = _listed(b.positive)
@@ -68,13 +68,13 @@ def _each_positive(b: Block) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
             yield at, violation, violation >= 0
 
 
-def _broken(b: Block) -> Tensor:
+def _broken(b: RowBlock) -> Tensor:
     """Which rows with triplets have a NaN among their pairs, [B]."""
     both = b.positive.any(dim=1) & b.negative.any(dim=1)
     return both & (b.score.isnan() & (b.positive | b.negative)).any(dim=1)
 
 
-def _by_sorting(b: Block) -> bool:
+def _by_sorting(b: RowBlock) -> bool:
     """Whether counting pays: a hinge, and many positives in some row."""
     if b.params[2] or not b.positive.numel():
         return False
@@ -88,7 +88,7 @@ def _sorted(scores: Tensor, mask: Tensor) -> Tensor:
     return values.contiguous()
 
 
-def triplets_forward(b: Block) -> Tensor:
+def triplets_forward(b: RowBlock) -> Tensor:
     if _by_sorting(b):
         total, count = _count_negatives(b)
     else:
@@ -103,7 +103,7 @@ def triplets_forward(b: Block) -> Tensor:
     return torch.stack([torch.where(_broken(b), torch.nan, total), count], dim=1)
 
 
-def _count_negatives(b: Block) -> tuple[Tensor, Tensor]:
+def _count_negatives(b: RowBlock) -> tuple[Tensor, Tensor]:
     """The hinges' sum and count by sorting: a positive meets a run of the sorted negatives."""
     margin, kind = b.params[0], TRIPLETS[int(b.params[1])]
     near, far = _sorted(b.score, b.positive), _sorted(b.score, b.negative)
@@ -123,7 +123,7 @@ def _count_negatives(b: Block) -> tuple[Tensor, Tensor]:
     return row_sum(torch.where(count > 0, loss, 0), b.wide), row_sum(count, b.wide)
 
 
-def triplets_gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
+def triplets_gradient(b: RowBlock, grad: Tensor) -> tuple[Tensor, None]:
     if _by_sorting(b):
         slope = _count_both(b)
     else:
@@ -146,13 +146,13 @@ def smooth(params: list[float]) -> bool:
 def triplets_by(kernels: ModuleType) -> Compiled:
     """The rule by a backend's counting."""
 
-    def forward(b: Block) -> Tensor:
+    def forward(b: RowBlock) -> Tensor:
         margin, kind = b.params[0], TRIPLETS[int(b.params[1])]
         if smooth(b.params):
             return triplets_forward(b)
         return kernels.forward(b.score, b.positive, b.negative, margin, kind)
 
-    def gradient(b: Block, grad: Tensor) -> tuple[Tensor, None]:
+    def gradient(b: RowBlock, grad: Tensor) -> tuple[Tensor, None]:
         margin, kind = b.params[0], TRIPLETS[int(b.params[1])]
         if smooth(b.params):
             return triplets_gradient(b, grad)
@@ -161,7 +161,7 @@ def triplets_by(kernels: ModuleType) -> Compiled:
     return Compiled(forward, gradient, lambda p: 14 if smooth(p) else 8)
 
 
-def _count_both(b: Block) -> Tensor:
+def _count_both(b: RowBlock) -> Tensor:
     """The triplets of each positive, and minus those of each negative. [B, M]"""
     margin, kind = b.params[0], TRIPLETS[int(b.params[1])]
     near, far = _sorted(b.score, b.positive), _sorted(b.score, b.negative)

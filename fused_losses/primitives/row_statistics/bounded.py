@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses.base import validation
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
-from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients, check
 
 TILE_BYTES = 3 << 20  # of scores and of weights in a tile, together
 ROW_BYTES = 200  # of vectors
@@ -88,13 +87,6 @@ def bent_slope(raw: Tensor, bend: Tensor) -> Tensor:
     t, _, q, r = bend.to(raw.dtype)[:, :, None]
     above = (2 * r * raw).add_(q)
     return torch.where(raw > t, above, 1)
-
-
-def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
-    validation.check_labels(labels, weight.shape[0])
-    if classes is not None and not labels.is_cuda:
-        validation.check_classes(classes, weight.shape[0])
-        validation.check_labels_in_classes(labels, classes)
 
 
 def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tensor:

@@ -33,9 +33,8 @@ from fused_losses.backends.gpu.library_products import (
 )
 from fused_losses.backends.gpu.products import add_rows, float16_scale, library_tf32
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
-from fused_losses.primitives.row_statistics.bounded import check
 from fused_losses.primitives.row_statistics.gpu import Problem
-from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients, check
 
 STEP = 16  # a tile's columns are a multiple of it: whole packs, of 16-bit values too
 MOST_PARTS = 32  # of a row's state, as finish_rows merges them

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fused_losses.base import validation
+
 
 class Inputs(NamedTuple):
     """One call of the primitive (`fused_losses.primitives.row_statistics`)."""
@@ -70,3 +72,11 @@ def gradient_shape(p: Inputs, needs: Needs) -> tuple[int, int]:
     """Of the weight: its own, or with `compact` a row for each class that takes part."""
     part = needs.compact and p.classes is not None
     return (p.classes.shape[0] if part else p.weight.shape[0], p.weight.shape[1])
+
+
+def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:
+    """Labels and classes in range, before anything is read by them."""
+    validation.check_labels(labels, weight.shape[0])
+    if classes is not None and not labels.is_cuda:
+        validation.check_classes(classes, weight.shape[0])
+        validation.check_labels_in_classes(labels, classes)

@@ -16,9 +16,8 @@ from fused_losses.backends.gpu.tiles import Table, Tile, width
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
-from fused_losses.primitives.row_statistics.bounded import check
 from fused_losses.primitives.row_statistics.gpu import Problem
-from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients, check
 from fused_losses.primitives.row_statistics.triton_arguments import (
     ClassVectors,
     Partials,

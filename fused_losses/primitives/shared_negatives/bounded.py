@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.shared_negatives.inputs import Pairs
+from fused_losses.primitives.shared_negatives.inputs import SharedInputs
 
 TILE_SIDE = 512  # rows and columns of a tile of pairs
 
@@ -33,7 +33,7 @@ def tile_side(device: torch.device) -> int:
     return GPU_TILE_SIDE if device.type == "cuda" else TILE_SIDE
 
 
-def workspace(p: Pairs, backward: bool) -> int:
+def workspace(p: SharedInputs, backward: bool) -> int:
     """Bytes beyond inputs and outputs, at most."""
     side = min(tile_side(p.x.device), p.x.shape[0])
     counts = 0 if backward else 8 * BINS * 12
@@ -47,7 +47,7 @@ class Tile(NamedTuple):
     negative: Tensor  # [R, T] bool: a pair a < b of different labels
 
 
-def _tiles(p: Pairs) -> Iterator[Tile]:
+def _tiles(p: SharedInputs) -> Iterator[Tile]:
     """The upper triangle, cut alike in every sweep: a pair's bits depend on its tile alone."""
     n = p.x.shape[0]
     side = tile_side(p.x.device)
@@ -72,7 +72,7 @@ def _mirrored(bits: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 
-def _histogram(p: Pairs, prefix: Tensor | None, shift: int) -> Tensor:
+def _histogram(p: SharedInputs, prefix: Tensor | None, shift: int) -> Tensor:
     """How many pairs have each value of the digit at `shift`, above it `prefix`. [P, BINS]"""
     parts = 1 if prefix is None else len(prefix)
     counts = torch.zeros(parts, BINS + 1, dtype=torch.int64, device=p.x.device)
@@ -91,7 +91,7 @@ def _histogram(p: Pairs, prefix: Tensor | None, shift: int) -> Tensor:
     return counts.roll(BINS // 2, 1) if prefix is None else counts
 
 
-def _quartiles(p: Pairs) -> Tensor:
+def _quartiles(p: SharedInputs) -> Tensor:
     """The pairs' c at [n / 4] and [3 n / 4] of their order, exact; any value without pairs. [2]"""
     bits = 8 * p.x.element_size()
     prefix, rank = None, None
@@ -115,7 +115,7 @@ def _kept(tile: Tile, low: Tensor, high: Tensor) -> Tensor:
     return tile.negative & ~((tile.cosine < low) | (tile.cosine > high))
 
 
-def forward(p: Pairs, scale: Tensor, whisker: float) -> tuple[Tensor, Tensor, Tensor]:
+def forward(p: SharedInputs, scale: Tensor, whisker: float) -> tuple[Tensor, Tensor, Tensor]:
     low, high = whiskers(_quartiles(p), whisker)
     wide = row_dtype(p.x.device)
     lse = torch.full((), -torch.inf, dtype=wide, device=p.x.device)
@@ -127,7 +127,7 @@ def forward(p: Pairs, scale: Tensor, whisker: float) -> tuple[Tensor, Tensor, Te
 
 
 def backward(
-    grad: Tensor, p: Pairs, scale: Tensor, lse: Tensor, low: Tensor, high: Tensor
+    grad: Tensor, p: SharedInputs, scale: Tensor, lse: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
     dx, dscale = torch.zeros_like(p.x), torch.zeros_like(scale)
     factor, safe = scale.to(p.x.dtype), torch.where(lse == -torch.inf, 0, lse).to(p.x.dtype)

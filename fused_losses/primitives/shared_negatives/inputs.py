@@ -16,7 +16,7 @@ BACKWARD = (
 )
 
 
-class Pairs(NamedTuple):
+class SharedInputs(NamedTuple):
     """A batch whose pairs of different labels are meant."""
 
     x: Tensor  # [N, D] in the accumulation dtype

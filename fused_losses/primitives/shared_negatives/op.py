@@ -23,7 +23,7 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype,
 from fused_losses.base.validation import check_integers, check_rows, number
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
 from fused_losses.primitives.shared_negatives import bounded
-from fused_losses.primitives.shared_negatives.inputs import BACKWARD, FORWARD, Pairs
+from fused_losses.primitives.shared_negatives.inputs import BACKWARD, FORWARD, SharedInputs
 from fused_losses.primitives.shared_negatives.reference import reference
 
 
@@ -63,7 +63,7 @@ def shared_negatives(
         # an ignored row must not reach the gradients, not even with NaN
         x = embeddings.to(accumulate_dtype(embeddings.dtype))
         x = torch.where(valid[:, None], x, 0)
-        pairs = Pairs(unit_rows(x) if normalize else x, labels, valid)
+        pairs = SharedInputs(unit_rows(x) if normalize else x, labels, valid)
         if name == "reference":
             return reference(pairs, scale, whisker)
         return SHARED_NEGATIVES(name, *pairs, scale, float(whisker))[0]
@@ -110,16 +110,16 @@ class SharedNegativesOp(StreamedOp):
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         *pairs, scale, whisker = arguments
-        return bounded.forward(Pairs(*pairs), scale, whisker)
+        return bounded.forward(SharedInputs(*pairs), scale, whisker)
 
     def backward(self, backend: str, grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         x, labels, valid, *rest, need_x, need_scale = arguments
-        dx, dscale = bounded.backward(grad, Pairs(x, labels, valid), *rest)
+        dx, dscale = bounded.backward(grad, SharedInputs(x, labels, valid), *rest)
         return dx if need_x else x.new_empty(0), dscale if need_scale else dscale.new_empty(0)
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         at = 1 if direction else 0
-        return bounded.workspace(Pairs(*arguments[at : at + 3]), bool(direction))
+        return bounded.workspace(SharedInputs(*arguments[at : at + 3]), bool(direction))
 
 
 SHARED_NEGATIVES = SharedNegativesOp()

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fused_losses.base.numerics import row_dtype
 from fused_losses.primitives.shared_negatives.bounded import whiskers
-from fused_losses.primitives.shared_negatives.inputs import Pairs
+from fused_losses.primitives.shared_negatives.inputs import SharedInputs
 
 
-def reference(p: Pairs, scale: Tensor, whisker: float) -> Tensor:
+def reference(p: SharedInputs, scale: Tensor, whisker: float) -> Tensor:
     """The formula on the whole matrix, by sorting it."""
     cosine = p.x @ p.x.T
     different = (p.labels[:, None] != p.labels) & p.valid[:, None] & p.valid

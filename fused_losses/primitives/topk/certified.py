@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
+from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
 from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.primitives.topk.listed import listed_forward, scores_of
@@ -57,10 +58,6 @@ class Judge(NamedTuple):
     listed: Callable[[TopkInputs, Tensor], tuple[Tensor, Tensor]]
     # (p, unsure [N], keys, indices), in place
     rows: Callable[[TopkInputs, Tensor, Tensor, Tensor], None]
-
-
-def _blocks(count: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def kept(p: TopkInputs) -> int:
@@ -115,7 +112,7 @@ def prepared(p: TopkInputs, product: torch.dtype | None = None) -> Screen:
     x = turned(p, x if center is None else x - center)
     multiplier, offset = x.new_ones(m), x.new_zeros(m)
     longest, furthest = x.new_zeros((), dtype=wide), x.new_zeros((), dtype=wide)
-    for block in _blocks(m, max(1, BLOCK_BYTES // (8 * max(d, 1)))):
+    for block in runs(m, max(1, BLOCK_BYTES // (8 * max(d, 1)))):
         y = wide_rows(p, block)
         if center is not None:
             y = y - center.to(wide)
@@ -198,7 +195,7 @@ def _whole_row(p: TopkInputs, i: int) -> tuple[Tensor, Tensor]:
     x = p.x[rows].to(row_dtype(p.x.device))
     keys = x.new_full((1, p.k), torch.nan)
     index = torch.full_like(keys, -1, dtype=torch.int64)
-    for block in _blocks(m, max(p.k, BLOCK_BYTES // (8 * max(d, 1)))):
+    for block in runs(m, max(p.k, BLOCK_BYTES // (8 * max(d, 1)))):
         fresh = scores_of(x, wide_rows(p, block)[None], p.kind)
         fresh = torch.where(allowed(p, rows, block), fresh, torch.nan)
         at = torch.arange(block.start, block.stop, device=x.device)[None]
@@ -219,10 +216,10 @@ def products_of_blocks(p: TopkInputs, screen: Screen) -> tuple[Tensor, Tensor]:
     size, wide = screen.x.element_size(), max(screen.keep, 4096)
     rows = max(1, BLOCK_BYTES // (wide * size))
     ranks, places = [], []
-    for run in _blocks(n, rows):
+    for run in runs(n, rows):
         rank = screen.x.new_full((run.stop - run.start, 0), -torch.inf)
         place = torch.empty_like(rank, dtype=torch.int64)
-        for block in _blocks(m, wide):
+        for block in runs(m, wide):
             y = screen.rows_of(p.y[block])
             fresh = screen.x[run] @ y.T * screen.multiplier[block] + screen.offset[block]
             # what is not a number is for float64 to decide

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
 from fused_losses.primitives.op import StreamedOp
 
@@ -61,10 +62,10 @@ def listed_forward(
     dtype = row_dtype(x.device)
     out = x.new_empty(index.shape, dtype=dtype)
     step = _rows_at_once(index, x.shape[1])
-    for i in range(0, x.shape[0], step):
-        at = index[i : i + step]
-        rows = scores_of(x[i : i + step].to(dtype), _gathered(y, y_scale, at, dtype), kind)
-        out[i : i + step] = torch.where(at < 0, torch.nan, rows)
+    for rows in runs(x.shape[0], step):
+        at = index[rows]
+        exact = scores_of(x[rows].to(dtype), _gathered(y, y_scale, at, dtype), kind)
+        out[rows] = torch.where(at < 0, torch.nan, exact)
     return out
 
 
@@ -83,10 +84,10 @@ def _listed_backward(
     # sums of many rows of a narrow type would stall
     dy = torch.zeros_like(y, dtype=accumulate_dtype(y.dtype)) if need_y else y.new_empty(0)
     step = _rows_at_once(index, x.shape[1])
-    for i in range(0, x.shape[0], step):
-        at = index[i : i + step]
-        g = torch.where(at < 0, 0, grad[i : i + step].to(dtype))[..., None]
-        a, b = x[i : i + step].to(dtype)[:, None], _gathered(y, y_scale, at, dtype)
+    for rows in runs(x.shape[0], step):
+        at = index[rows]
+        g = torch.where(at < 0, 0, grad[rows].to(dtype))[..., None]
+        a, b = x[rows].to(dtype)[:, None], _gathered(y, y_scale, at, dtype)
         if kind == "sqeuclidean":
             da = 2 * g * (a - b)
             db = -da
@@ -98,7 +99,7 @@ def _listed_backward(
             cosine = (u * v).sum(dim=-1, keepdim=True)
             da, db = g * (v - cosine * u) * a_inverse, g * (u - cosine * v) * b_inverse
         if need_x:
-            dx[i : i + step] = da.sum(dim=1).to(x.dtype)
+            dx[rows] = da.sum(dim=1).to(x.dtype)
         if need_y:
             kept = at.flatten() >= 0
             dy.index_add_(0, at.flatten()[kept], db.to(dy.dtype).flatten(0, 1)[kept])
