@@ -18,7 +18,7 @@ from triton_oracle import DTYPE_STEP
 
 from fused_losses.primitives.distances.inputs import FLAT, PRODUCTS
 from fused_losses.primitives.distances.op import distance_matrix
-from fused_losses.primitives.row_rules.inputs import TRIPLETS, Block
+from fused_losses.primitives.row_rules.inputs import TRIPLETS, RowBlock
 from fused_losses.primitives.row_rules.rules import RULES
 from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.primitives.topk.op import quantize_rows, select
@@ -167,7 +167,7 @@ def triplets(kind: str, n: int, m: int, positives: float = 0.3, nan: bool = Fals
             score[n // 2, positive[n // 2].nonzero()[0]] = torch.nan
         rule = RULES["triplets"]
         params = [0.25, float(TRIPLETS.index(kind)), 0.0]
-        block = Block(score, positive, negative, None, params)
+        block = RowBlock(score, positive, negative, None, params)
         got = rule.on("cuda").forward(block)
         leaf = score.double().requires_grad_()
         want = rule.formula(block._replace(score=leaf))

@@ -143,7 +143,7 @@ def test_quartiles_are_exact(kind: str, dtype: torch.dtype) -> None:
         # 1 + i j eps: all bits but the last few are alike, and zero below the first 16
         "near": torch.stack([torch.ones(n), torch.randint(1, 9, (n,)) * step], 1).double(),
     }[kind].to(dtype)
-    pairs = shared_negatives_inputs.Pairs(x, labels, valid)
+    pairs = shared_negatives_inputs.SharedInputs(x, labels, valid)
     got = shared_tiles._quartiles(pairs)
     scores = x @ x.T
     keep = ((labels[:, None] != labels) & valid[:, None] & valid).triu(1)
@@ -158,7 +158,9 @@ def test_quartiles_of_rounded_scores_have_the_bits_that_later_sweeps_see(
     dtype: torch.dtype,
 ) -> None:
     x = F.normalize(torch.randn(53, 19, dtype=dtype))
-    pairs = shared_negatives_inputs.Pairs(x, torch.arange(53) % 7, torch.ones(53, dtype=torch.bool))
+    pairs = shared_negatives_inputs.SharedInputs(
+        x, torch.arange(53) % 7, torch.ones(53, dtype=torch.bool)
+    )
     seen = torch.cat([t.cosine[t.negative] for t in shared_tiles._tiles(pairs)])
     ordered = seen.sort().values
     assert torch.equal(
@@ -360,7 +362,9 @@ def test_memory_is_a_tile_and_sweeps_are_few(
     monkeypatch.setattr(shared_tiles, "_tiles", lambda p: begun.append(p) or tiles(p))
     n, d = 512, 16
     x = torch.randn(n, d, dtype=dtype)
-    pairs = shared_negatives_inputs.Pairs(x, torch.arange(n) % 7, torch.ones(n, dtype=torch.bool))
+    pairs = shared_negatives_inputs.SharedInputs(
+        x, torch.arange(n) % 7, torch.ones(n, dtype=torch.bool)
+    )
     scale = torch.ones((), dtype=torch.float64)
     with Largest() as seen:
         found = shared_tiles.forward(pairs, scale, 1.5)

@@ -9,7 +9,7 @@ from row_loss_cases import require_rows
 from torch import Tensor
 
 from fused_losses.primitives.row_rules import cuda as cuda_triplets
-from fused_losses.primitives.row_rules.inputs import TRIPLETS, Block
+from fused_losses.primitives.row_rules.inputs import TRIPLETS, RowBlock
 from fused_losses.primitives.row_rules.rules import RULES
 
 RULE = RULES["triplets"]
@@ -28,15 +28,15 @@ def _small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_LOSSES_CUDA_PROCESSORS", "1")
 
 
-def block(rows: int, columns: int, positives: float, kind: str) -> Block:
+def block(rows: int, columns: int, positives: float, kind: str) -> RowBlock:
     """Scores with ties and gaps that equal the margin, and some pairs of neither class."""
     score = torch.randn(rows, columns).mul(8).round().div(8)
     drawn = torch.rand(rows, columns)
     classes = drawn < positives, drawn > positives + 0.05
-    return Block(score, *classes, None, [0.25, float(TRIPLETS.index(kind)), 0.0])
+    return RowBlock(score, *classes, None, [0.25, float(TRIPLETS.index(kind)), 0.0])
 
 
-def check(b: Block, backend: str) -> None:
+def check(b: RowBlock, backend: str) -> None:
     """Of numbers in steps of 1/8 every sum is exact: equal to PyTorch's in float64."""
     wide = b._replace(score=b.score.double())
     want = RULE.forward(wide)
@@ -88,7 +88,7 @@ def test_more_positives_than_are_held_at_once(
 def test_unaligned(kind: str, offset: int, compiled: str) -> None:
     b = block(3, 32, 0.3, kind)
     shifted = [torch.cat([t.flatten()[:offset], t.flatten()])[offset:].view(3, 32) for t in b[:3]]
-    check(Block(*shifted, *b[3:]), compiled)
+    check(RowBlock(*shifted, *b[3:]), compiled)
 
 
 @kinds
