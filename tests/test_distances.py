@@ -25,7 +25,13 @@ from fused_losses.pairwise.distance import SIMILARITIES, pairwise_distance, pair
 from fused_losses.pairwise.metrics import METRICS, WEIGHTED
 from fused_losses.primitives.distances import bounded as bounded_distances
 from fused_losses.primitives.distances import op as primitive
-from fused_losses.primitives.distances.inputs import FLAT, KINDS, PRODUCTS
+from fused_losses.primitives.distances.inputs import (
+    FLAT,
+    KINDS,
+    PRODUCTS,
+    DistanceInputs,
+    DistanceNeeds,
+)
 from fused_losses.primitives.distances.op import DISTANCE_MATRIX, distance_matrix
 
 F64 = torch.float64
@@ -790,18 +796,18 @@ def test_bounded_never_holds_all_differences(kind: str, monkeypatch: pytest.Monk
     # every pair is near
     x, y = 1 + 1e-3 * torch.rand(n, d), 1 + 1e-3 * torch.rand(m, d)
     w = weights_of(kind, m, d)
-    arguments = (x, y, w, kind, 3.0, "fp32")
+    inputs, needs = DistanceInputs(x, y, w, kind, 3.0), DistanceNeeds(True, True, w is not None)
     with Largest() as seen:
-        out = bounded_distances.forward(*arguments)
-        bounded_distances.backward(out, out, *arguments, True, True, w is not None)
+        out = bounded_distances.forward(inputs)
+        bounded_distances.backward(out, out, inputs, needs)
     assert n * m <= seen.elements < n * m * d // 8
 
 
 CHILD = (
     COUNTER
     + """
-from fused_losses.backends import bounded_distances as b
-from fused_losses.primitives.distances import FLAT
+from fused_losses.primitives.distances import bounded as b
+from fused_losses.primitives.distances.inputs import FLAT, DistanceInputs, DistanceNeeds
 b.BLOCK_BYTES = 1 << 20
 torch.set_num_threads(1)
 def run(kind, n, d, spread):
@@ -809,12 +815,12 @@ def run(kind, n, d, spread):
     x, y = (1 + spread * torch.rand(n, d) for _ in range(2))
     w = dict(canberra=torch.rand(d), scaled=torch.rand(n, d)).get(kind)
     got = []
-    arguments = (x, y, w, kind, 3.0, "fp32")
+    inputs = DistanceInputs(x, y, w, kind, 3.0)
     def step():
-        out = b.forward(*arguments)
+        out = b.forward(inputs)
         got.append(out)
         if kind not in FLAT:
-            got.extend(b.backward(out, out, *arguments, True, True, w is not None))
+            got.extend(b.backward(out, out, inputs, DistanceNeeds(True, True, w is not None)))
     peak = extra(step) - sum(t.nbytes for t in got)
     return peak, b.extra_bytes(n, n, d, x.dtype, kind)
 cases = json.loads(sys.argv[1])

@@ -26,6 +26,7 @@ from triton_maxsim_cases import (  # noqa: E402
 
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.primitives.maxsim import triton as backend  # noqa: E402
+from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds  # noqa: E402
 from tools.gpu_static import record  # noqa: E402
 
 if triton_launch.interpreted():
@@ -59,9 +60,9 @@ def test_ptx(arch: str, case: Case) -> None:
     texts = inputs(case)
     try:
         with record.on(arch, simulate(int(arch[3:]), reports)):
-            scores, index = backend.forward(*texts, case.precision)
+            scores, index = backend.forward(MaxsimInputs(*texts, case.precision))
             grad = torch.randn(scores.shape)
-            found = backend.backward(grad, index, *texts, True, True)
+            found = backend.backward(grad, index, MaxsimInputs(*texts), MaxsimNeeds(True, True))
     finally:
         sys.path[:] = before
     check_forward(case, scores, index, *texts)

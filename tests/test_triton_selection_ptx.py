@@ -12,6 +12,7 @@ import torch
 
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.distances.inputs import DistanceInputs
 from fused_losses.primitives.topk import triton as triton_topk
 from tools.gpu_static import record
 
@@ -91,5 +92,5 @@ def test_distances_of_no_near_pairs() -> None:
     case = distances.Case("euclidean", n=20, m=40, d=64)
     reports: list[tuple[str, Any]] = []
     with record.on("sm_80", simulate(80, reports)):
-        out = triton_distances.forward(x, y, None, case.kind, 2.0, "fp32")
+        out = triton_distances.forward(DistanceInputs(x, y, None, case.kind, 2.0, "fp32"))
     distances.check_forward(case, x, y, out)

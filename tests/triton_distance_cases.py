@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.primitives.distances import triton as backend
+from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 
 STEPS = 8  # a few: sums of a few dozen rounded terms
 # of products of 16-bit rows, which are exact, a float32 sum's rounding is all of the error
@@ -113,12 +114,16 @@ def check_gradients(case: Case, grad: Tensor, x: Tensor, y: Tensor, found: tuple
         assert (error <= allowed).all(), (name, float((error / allowed).max()))
 
 
+NEEDS = DistanceNeeds(True, True, False)
+
+
 def check(case: Case, seed: int = 0) -> None:
     x, y, grad = inputs(case, seed)
-    out = backend.forward(x, y, None, case.kind, 2.0, case.precision)
+    out = backend.forward(DistanceInputs(x, y, None, case.kind, 2.0, case.precision))
     check_forward(case, x, y, out)
-    options = (case.kind, 2.0, case.precision)
-    found = backend.backward(grad, out, x, y, None, *options, True, True, False)
+    found = backend.backward(
+        grad, out, DistanceInputs(x, y, None, case.kind, 2.0, case.precision), NEEDS
+    )
     assert found[2].numel() == 0
     check_gradients(case, grad, x, y, found[:2])
 
@@ -148,20 +153,18 @@ def test_against_float64(case: Case) -> None:
 @pytest.mark.parametrize("center", (0.0, 100.0))
 def test_self_distances_are_zero(kind: str, center: float) -> None:
     x = torch.randn(40, 19) + center
-    out = backend.forward(x, x, None, kind, 2.0, "fp32")
+    out = backend.forward(DistanceInputs(x, x, None, kind, 2.0, "fp32"))
     assert not out.diagonal().any() and (out > 0).sum() == 40 * 39
-    found = backend.backward(
-        torch.ones_like(out), out, x, x, None, kind, 2.0, "fp32", True, True, False
-    )
+    found = backend.backward(torch.ones_like(out), out, DistanceInputs(x, x, None, kind), NEEDS)
     assert all(g.isfinite().all() for g in found)
 
 
 def test_a_pair_decides_its_distance_alone() -> None:
     """A near pair in a tile changes nothing in the other pairs of it."""
     x, y, _ = inputs(Case())
-    want = backend.forward(x, y, None, "euclidean", 2.0, "fp32")
+    want = backend.forward(DistanceInputs(x, y, None, "euclidean", 2.0, "fp32"))
     y[40] = x[3]
-    got = backend.forward(x, y, None, "euclidean", 2.0, "fp32")
+    got = backend.forward(DistanceInputs(x, y, None, "euclidean", 2.0, "fp32"))
     assert got[3, 40] == 0
     others = torch.arange(53) != 40
     assert torch.equal(got[:, others], want[:, others])
@@ -171,10 +174,12 @@ def test_split_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of few rows, summed over several ragged splits, and in one."""
     case = Case("euclidean", n=20, m=117)
     x, y, grad = inputs(case)
-    out = backend.forward(x, y, None, case.kind, 2.0, "fp32")
+    out = backend.forward(DistanceInputs(x, y, None, case.kind, 2.0, "fp32"))
     for processors in (1, 6):
         monkeypatch.setattr(gpu_device, "processors", lambda device, p=processors: p)
-        found = backend.backward(grad, out, x, y, None, case.kind, 2.0, "fp32", True, True, False)
+        found = backend.backward(
+            grad, out, DistanceInputs(x, y, None, case.kind, 2.0, "fp32"), NEEDS
+        )
         check_gradients(case, grad, x, y, found[:2])
 
 
@@ -182,13 +187,13 @@ def test_gradients_of_any_strides() -> None:
     """A sum's gradient is one number with strides 0, a transpose's is read across."""
     case = Case("euclidean")
     x, y, grad = inputs(case)
-    out = backend.forward(x, y, None, case.kind, 2.0, "fp32")
+    out = backend.forward(DistanceInputs(x, y, None, case.kind, 2.0, "fp32"))
     for g in (
         torch.ones(()).expand(case.n, case.m),
         grad.T.contiguous().T,
         grad[:, :1].expand(-1, 53),
     ):
-        found = backend.backward(g, out, x, y, None, case.kind, 2.0, "fp32", True, True, False)
+        found = backend.backward(g, out, DistanceInputs(x, y, None, case.kind, 2.0, "fp32"), NEEDS)
         check_gradients(case, g, x, y, found[:2])
 
 
@@ -196,17 +201,19 @@ def test_strided_rows() -> None:
     x, y, _ = inputs(Case())
     wide = torch.zeros(37, 30)
     wide[:, 3:27] = x
-    want = backend.forward(x, y, None, "euclidean", 2.0, "fp32")
-    got = backend.forward(wide[:, 3:27], y.T.contiguous().T, None, "euclidean", 2.0, "fp32")
+    want = backend.forward(DistanceInputs(x, y, None, "euclidean", 2.0, "fp32"))
+    got = backend.forward(
+        DistanceInputs(wide[:, 3:27], y.T.contiguous().T, None, "euclidean", 2.0, "fp32")
+    )
     assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kind", backend.KINDS)
 def test_nan_and_infinity_reach_their_own_distances(kind: str) -> None:
     x, y, grad = inputs(Case())
-    want = backend.forward(x, y, None, kind, 2.0, "fp32")
+    want = backend.forward(DistanceInputs(x, y, None, kind, 2.0, "fp32"))
     x[5, 2], y[50, 0], y[51, 1] = torch.nan, torch.nan, torch.inf
-    got = backend.forward(x, y, None, kind, 2.0, "fp32")
+    got = backend.forward(DistanceInputs(x, y, None, kind, 2.0, "fp32"))
     assert got[5].isnan().all() and got[:, 50].isnan().all()
     assert not got[:, 51].isfinite().any()
     rows, columns = torch.arange(37) != 5, torch.arange(53) < 50
@@ -219,7 +226,7 @@ def test_nan_and_infinity_reach_their_own_distances(kind: str) -> None:
 def test_squares_past_the_largest_float() -> None:
     """The norms overflow, the distances do not."""
     x = torch.randn(20, 8) * 1e17 + 3e19
-    out = backend.forward(x, x, None, "euclidean", 2.0, "fp32")
+    out = backend.forward(DistanceInputs(x, x, None, "euclidean", 2.0, "fp32"))
     want = truth("euclidean", x, x)
     assert ((out - want).abs() <= 1e-5 * want).all()
 
@@ -227,7 +234,7 @@ def test_squares_past_the_largest_float() -> None:
 def test_nothing_to_do() -> None:
     for n, m, d in ((0, 5, 3), (5, 0, 3), (4, 3, 0)):
         x, y = torch.randn(n, d), torch.randn(m, d)
-        out = backend.forward(x, y, None, "euclidean", 2.0, "fp32")
+        out = backend.forward(DistanceInputs(x, y, None, "euclidean", 2.0, "fp32"))
         assert out.shape == (n, m) and not out.any()
         options = (None, "euclidean", 2.0, "fp32", True, True, False)
         dx, dy, _ = backend.backward(out, out, x, y, *options)
@@ -236,7 +243,7 @@ def test_nothing_to_do() -> None:
 
 def test_only_what_is_needed_is_computed() -> None:
     x, y, grad = inputs(Case())
-    out = backend.forward(x, y, None, "euclidean", 2.0, "fp32")
+    out = backend.forward(DistanceInputs(x, y, None, "euclidean", 2.0, "fp32"))
     both = backend.backward(grad, out, x, y, None, "euclidean", 2.0, "fp32", True, True, False)
     for k in range(2):
         found = backend.backward(
@@ -248,7 +255,7 @@ def test_only_what_is_needed_is_computed() -> None:
 def test_other_kinds_are_refused() -> None:
     x = torch.randn(3, 2)
     with pytest.raises(ValueError, match="kind: expected one of .*, got 'cityblock'"):
-        backend.forward(x, x, None, "cityblock", 2.0, "fp32")
+        backend.forward(DistanceInputs(x, x, None, "cityblock", 2.0, "fp32"))
 
 
 def test_offsets_past_two_to_the_31() -> None:

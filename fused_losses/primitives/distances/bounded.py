@@ -62,8 +62,9 @@ def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
     return found if needs is not None or p.kind in AS_MANY_FORWARD else found // 2
 
 
-def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> Tensor:
+def forward(inputs: DistanceInputs) -> Tensor:
     """out [N, M] of `fused_losses.primitives.distances`."""
+    x, y, w, kind, p, _ = inputs
     out = x.new_empty((x.shape[0], y.shape[0]), dtype=accumulate_dtype(x.dtype))
     if kind == "dot":
         x, y = x.to(out.dtype), y.to(out.dtype)
@@ -81,27 +82,18 @@ def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precisi
 
 
 def backward(
-    grad: Tensor,
-    out: Tensor,
-    x: Tensor,
-    y: Tensor,
-    w: Tensor | None,
-    kind: str,
-    p: float,
-    precision: str,
-    need_x: bool,
-    need_y: bool,
-    need_w: bool,
+    grad: Tensor, out: Tensor, inputs: DistanceInputs, needs: DistanceNeeds
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy, dw; what is not needed is empty."""
-    like = ((x, need_x), (y, need_y), (w, need_w))
+    x, y, w, kind, p, _ = inputs
+    like = ((x, needs.x), (y, needs.y), (w, needs.w))
     dx, dy, dw = (
         t.new_zeros(t.shape, dtype=grad.dtype) if need and t is not None else None
         for t, need in like
     )
     if kind == "dot":
-        dx = grad @ y.to(grad.dtype) if need_x else None
-        dy = grad.T @ x.to(grad.dtype) if need_y else None
+        dx = grad @ y.to(grad.dtype) if needs.x else None
+        dy = grad.T @ x.to(grad.dtype) if needs.y else None
     elif kind in ("sqeuclidean", "euclidean"):
         _through_products(_sides(x, y), grad, out, kind, dx, dy)
     else:

@@ -46,8 +46,9 @@ def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
     return extra_bytes(n, m, d, p.x.dtype, p.kind)
 
 
-def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> Tensor:
+def forward(inputs: DistanceInputs) -> Tensor:
     """out [N, M] float32 of `fused_losses.primitives.distances`."""
+    x, y, w, kind, p, precision = inputs
     kind = _simplified(kind, p)
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
     if min(n, m, d) == 0:
@@ -79,24 +80,15 @@ def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precisi
 
 
 def backward(
-    grad: Tensor,
-    out: Tensor,
-    x: Tensor,
-    y: Tensor,
-    w: Tensor | None,
-    kind: str,
-    p: float,
-    precision: str,
-    need_x: bool,
-    need_y: bool,
-    need_w: bool,
+    grad: Tensor, out: Tensor, inputs: DistanceInputs, needs: DistanceNeeds
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dy, dw; what is not needed is empty."""
+    x, y, w, kind, p, precision = inputs
     kind = _simplified(kind, p)
-    need_w = need_w and w is not None
-    needs = ((x, need_x), (y, need_y), (w, need_w))
+    need_x, need_y, need_w = needs.x, needs.y, needs.w and w is not None
+    asked = ((x, need_x), (y, need_y), (w, need_w))
     if min(x.shape[0], y.shape[0], x.shape[1]) == 0:
-        return tuple(t.new_zeros(t.shape) if need else x.new_empty(0) for t, need in needs)
+        return tuple(t.new_zeros(t.shape) if need else x.new_empty(0) for t, need in asked)
     own, other = _rows(x), _rows(y)
     if kind in PRODUCTS:
         dx, dy = through_products(grad, out, own, other, kind, precision, need_x, need_y)
@@ -108,7 +100,7 @@ def backward(
         dx, dy, dw = through_terms(grad, out, own, other, w, kind, p, need_x, need_y, need_w)
     return tuple(
         x.new_empty(0) if g is None else g.to(t.dtype)
-        for g, (t, _) in zip((dx, dy, dw), needs, strict=True)
+        for g, (t, _) in zip((dx, dy, dw), asked, strict=True)
     )
 
 

@@ -201,10 +201,11 @@ class DistanceMatrixOp(StreamedOp):
         return (*found, *(None,) * 7)
 
     def forward(self, backend: str, *arguments: Any) -> Tensor:
-        return self.form(backend).forward(*arguments)
+        return self.form(backend).forward(DistanceInputs(*arguments))
 
-    def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return self.form(backend).backward(*arguments)
+    def backward(self, backend: str, grad: Tensor, out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        p, needs = DistanceInputs(*rest[:-3]), DistanceNeeds(*rest[-3:])
+        return self.form(backend).backward(grad, out, p, needs)
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         if not direction:

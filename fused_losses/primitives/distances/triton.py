@@ -113,8 +113,9 @@ def squares(p: Product, rows: Tensor, bf16: bool) -> Tensor:
     return out
 
 
-def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precision: str) -> Tensor:
+def forward(inputs: DistanceInputs) -> Tensor:
     """out [N, M] float32 of `fused_losses.primitives.distances`; w and p belong to other kinds."""
+    x, y, _, kind, _, precision = inputs
     _check(kind)
     a = Product.of(x, y, precision, gradient=False)
     n, m = a.n, a.m
@@ -167,32 +168,23 @@ def forward(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precisi
 
 
 def backward(
-    grad: Tensor,
-    out: Tensor,
-    x: Tensor,
-    y: Tensor,
-    w: Tensor | None,
-    kind: str,
-    p: float,
-    precision: str,
-    need_x: bool,
-    need_y: bool,
-    need_w: bool,
+    grad: Tensor, out: Tensor, inputs: DistanceInputs, needs: DistanceNeeds
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and y, each empty where it is not needed; that of w always is."""
+    x, y, _, kind, _, precision = inputs
     _check(kind)
     a = gradient_product(x, y, precision)
     dx, dy = x.new_empty(0), y.new_empty(0)
     if min(a.n, a.m, a.d) == 0:
-        dx, dy = x.new_zeros(x.shape if need_x else 0), y.new_zeros(y.shape if need_y else 0)
+        dx, dy = x.new_zeros(x.shape if needs.x else 0), y.new_zeros(y.shape if needs.y else 0)
         return dx, dy, x.new_empty(0)
     norms = (None, None)
     if kind != "dot":
         norms = tuple(squares(a, t, False) for t in (a.x, a.y))
     distances = None if kind == "dot" else out
-    if need_x:
+    if needs.x:
         dx = _gradient(a, a.x, a.y, *norms, grad, distances, kind, 1)
-    if need_y:
+    if needs.y:
         dy = _gradient(a, a.y, a.x, *norms[::-1], grad, distances, kind, -1)
     return dx, dy, x.new_empty(0)
 

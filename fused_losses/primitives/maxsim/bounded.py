@@ -58,14 +58,9 @@ def _owners(offsets: Tensor) -> Tensor:
     )
 
 
-def forward(
-    queries: Tensor,
-    documents: Tensor,
-    query_offsets: Tensor,
-    document_offsets: Tensor,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
     """scores [Q, B] and index [query tokens, B] of `fused_losses.primitives.maxsim`."""
+    queries, documents, query_offsets, document_offsets, _ = inputs
     dtype = accumulate_dtype(queries.dtype)
     x, count = queries.to(dtype), document_offsets.shape[0] - 1
     index = torch.full((len(x), count), -1, dtype=torch.int32, device=x.device)
@@ -96,20 +91,14 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    index: Tensor,
-    queries: Tensor,
-    documents: Tensor,
-    query_offsets: Tensor,
-    document_offsets: Tensor,
-    need_queries: bool,
-    need_documents: bool,
+    grad: Tensor, index: Tensor, inputs: MaxsimInputs, needs: MaxsimNeeds
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the tokens, a document at a time."""
+    queries, documents, query_offsets, document_offsets, _ = inputs
     dtype = accumulate_dtype(queries.dtype)
     x, y = queries.to(dtype), documents.to(dtype)
-    dx = torch.zeros_like(x) if need_queries else x.new_empty(0)
-    dy = torch.zeros_like(y) if need_documents else y.new_empty(0)
+    dx = torch.zeros_like(x) if needs.queries else x.new_empty(0)
+    dy = torch.zeros_like(y) if needs.documents else y.new_empty(0)
     owners = _owners(query_offsets)
     for b, start in enumerate(document_offsets[:-1].tolist()):
         some = index[:, b] >= 0
@@ -117,8 +106,8 @@ def backward(
         if len(y) == 0:
             continue
         g = torch.where(some, grad[owners, b].to(dtype), 0)[:, None]
-        if need_queries:
+        if needs.queries:
             dx += g * y[at]
-        if need_documents:
+        if needs.documents:
             dy.index_add_(0, at, g * x)
     return dx.to(queries.dtype), dy.to(documents.dtype)

@@ -29,14 +29,9 @@ def workspace(p: MaxsimInputs, needs: MaxsimNeeds | None) -> int:
     return rows + (max(TILE_BYTES, 4 * min(tokens, ROW_BLOCK) * WIDTH) if needs is None else 0)
 
 
-def forward(
-    queries: Tensor,
-    documents: Tensor,
-    query_offsets: Tensor,
-    document_offsets: Tensor,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
     """scores [Q, B] and index [query tokens, B] of `fused_losses.primitives.maxsim`."""
+    queries, documents, query_offsets, document_offsets, precision = inputs
     tokens, found = queries.shape[0], documents.shape[0]
     query_count, count = query_offsets.shape[0] - 1, document_offsets.shape[0] - 1
     new = dict(dtype=torch.float32, device=queries.device)
@@ -90,19 +85,13 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    index: Tensor,
-    queries: Tensor,
-    documents: Tensor,
-    query_offsets: Tensor,
-    document_offsets: Tensor,
-    need_queries: bool,
-    need_documents: bool,
+    grad: Tensor, index: Tensor, inputs: MaxsimInputs, needs: MaxsimNeeds
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the tokens: query tokens gather what they chose, document tokens who chose."""
+    queries, documents, query_offsets, document_offsets, _ = inputs
     tokens, count = queries.shape[0], index.shape[1]
-    dqueries = queries.new_empty(queries.shape if need_queries else 0)
-    ddocuments = documents.new_empty(documents.shape if need_documents else 0)
+    dqueries = queries.new_empty(queries.shape if needs.queries else 0)
+    ddocuments = documents.new_empty(documents.shape if needs.documents else 0)
     # no document, or only empty ones: no gradient either
     if min(tokens, count, queries.shape[1], documents.shape[0]) == 0:
         return dqueries.zero_(), ddocuments.zero_()
@@ -126,12 +115,12 @@ def backward(
         d=queries.shape[1],
         type=cuda_launch.ELEMENTS[queries.dtype],
     )
-    if need_queries:
+    if needs.queries:
         rows = _by_rows(documents)
         cuda_launch.launch(
             "maxsim_query_gradients", tokens=rows, stride=rows.stride(0), out=dqueries, **shared
         )
-    if need_documents:
+    if needs.documents:
         rows = _by_rows(queries)
         cuda_launch.launch(
             "maxsim_document_gradients",

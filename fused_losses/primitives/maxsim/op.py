@@ -181,10 +181,11 @@ class MaxsimOp(StreamedOp):
         )
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return self.form(backend).forward(*arguments)
+        return self.form(backend).forward(MaxsimInputs(*arguments))
 
-    def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return self.form(backend).backward(*arguments)
+    def backward(self, backend: str, grad: Tensor, index: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        p, needs = MaxsimInputs(*rest[:-2]), MaxsimNeeds(*rest[-2:])
+        return self.form(backend).backward(grad, index, p, needs)
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         if not direction:

@@ -94,14 +94,9 @@ def workspace(p: MaxsimInputs, needs: MaxsimNeeds | None) -> int:
     return rows + (max(4 * tokens, min(BEST_BYTES, 4 * tokens * count)) if needs is None else 0)
 
 
-def forward(
-    queries: Tensor,
-    documents: Tensor,
-    query_offsets: Tensor,
-    document_offsets: Tensor,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
     """scores [Q, B] and index [query tokens, B] of `fused_losses.primitives.maxsim`."""
+    queries, documents, query_offsets, document_offsets, precision = inputs
     p = Product.of(queries, documents, precision, gradient=False)
     tokens, count = p.n, document_offsets.shape[0] - 1
     query_count = query_offsets.shape[0] - 1
@@ -146,29 +141,23 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    index: Tensor,
-    queries: Tensor,
-    documents: Tensor,
-    query_offsets: Tensor,
-    document_offsets: Tensor,
-    need_queries: bool,
-    need_documents: bool,
+    grad: Tensor, index: Tensor, inputs: MaxsimInputs, needs: MaxsimNeeds
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the tokens: those of queries gather, those of documents multiply."""
+    queries, documents, query_offsets, document_offsets, _ = inputs
     p = Product.of(queries, documents, "fp32", gradient=False)
     tokens, count = p.n, document_offsets.shape[0] - 1
-    dqueries = queries.new_empty(queries.shape if need_queries else 0)
-    ddocuments = documents.new_empty(documents.shape if need_documents else 0)
+    dqueries = queries.new_empty(queries.shape if needs.queries else 0)
+    ddocuments = documents.new_empty(documents.shape if needs.documents else 0)
     # no document, or only empty ones: no gradient either
     if min(tokens, count, p.d, documents.shape[0]) == 0:
         return dqueries.zero_(), ddocuments.zero_()
     # which query a token belongs to; repeat_interleave would wait for the GPU
     places = torch.arange(tokens, device=queries.device)
     owners = torch.searchsorted(query_offsets[1:], places, right=True)
-    if need_queries:
+    if needs.queries:
         _query_gradients(p, grad, index, owners, document_offsets, dqueries)
-    if need_documents:
+    if needs.documents:
         _document_gradients(p, grad, index, owners, document_offsets, ddocuments)
     return dqueries, ddocuments
 
