@@ -15,6 +15,7 @@ from cuda_case import CudaCase, near
 from triton_oracle import DTYPE_STEP
 
 from fused_losses import backends
+from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.pairs.inputs import PairNeeds, Rule
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 
@@ -180,10 +181,10 @@ def maxsim(case: object, **sizes: int) -> Callable[[], None]:
         backend = backends.module("maxsim", "cuda")
         texts = cases.inputs(case)
         with changed(backend, **sizes):
-            scores, index = backend.forward(*texts, case.precision)
+            scores, index = backend.forward(MaxsimInputs(*texts, case.precision))
         cases.check_forward(case, scores, index, *texts)
         grad = torch.randn(scores.shape)
-        found = backend.backward(grad, index, *texts, True, True)
+        found = backend.backward(grad, index, MaxsimInputs(*texts), MaxsimNeeds(True, True))
         for a, b in zip(found, cases.backward_truth(case, grad, index, *texts[:2]), strict=True):
             cases.close(a, b, cases.BACKWARD[case.dtype], "gradient")
 

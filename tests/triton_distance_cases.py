@@ -218,7 +218,9 @@ def test_nan_and_infinity_reach_their_own_distances(kind: str) -> None:
     assert not got[:, 51].isfinite().any()
     rows, columns = torch.arange(37) != 5, torch.arange(53) < 50
     assert torch.equal(got[rows][:, columns], want[rows][:, columns])
-    _, dy, _ = backend.backward(grad, got, x, y, None, kind, 2.0, "fp32", False, True, False)
+    _, dy, _ = backend.backward(
+        grad, got, DistanceInputs(x, y, None, kind), DistanceNeeds(False, True, False)
+    )
     # dot's gradients of y hold x alone, NaN in the one coordinate
     assert dy[:, 2].isnan().all() and (kind == "dot" or dy.isnan()[:, 2].all())
 
@@ -236,18 +238,17 @@ def test_nothing_to_do() -> None:
         x, y = torch.randn(n, d), torch.randn(m, d)
         out = backend.forward(DistanceInputs(x, y, None, "euclidean", 2.0, "fp32"))
         assert out.shape == (n, m) and not out.any()
-        options = (None, "euclidean", 2.0, "fp32", True, True, False)
-        dx, dy, _ = backend.backward(out, out, x, y, *options)
+        dx, dy, _ = backend.backward(out, out, DistanceInputs(x, y), NEEDS)
         assert dx.shape == x.shape and dy.shape == y.shape and not dx.any() and not dy.any()
 
 
 def test_only_what_is_needed_is_computed() -> None:
     x, y, grad = inputs(Case())
     out = backend.forward(DistanceInputs(x, y, None, "euclidean", 2.0, "fp32"))
-    both = backend.backward(grad, out, x, y, None, "euclidean", 2.0, "fp32", True, True, False)
+    both = backend.backward(grad, out, DistanceInputs(x, y), NEEDS)
     for k in range(2):
         found = backend.backward(
-            grad, out, x, y, None, "euclidean", 2.0, "fp32", k == 0, k == 1, False
+            grad, out, DistanceInputs(x, y), DistanceNeeds(k == 0, k == 1, False)
         )
         assert torch.equal(found[k], both[k]) and found[1 - k].shape == (0,)
 
@@ -266,8 +267,7 @@ def test_offsets_past_two_to_the_31() -> None:
     far = torch.frombuffer(memory, dtype=FP16).as_strided((3, d), (stride, 1))
     near = torch.randn(3, d).half()
     far.copy_(near)
-    outs = [backend.forward(t, t, None, "euclidean", 2.0, "fp32") for t in (near, far)]
+    outs = [backend.forward(DistanceInputs(t, t)) for t in (near, far)]
     assert torch.equal(*outs)
-    options = (None, "euclidean", 2.0, "fp32", True, True, False)
-    grads = [backend.backward(outs[0], outs[0], t, t, *options) for t in (near, far)]
+    grads = [backend.backward(outs[0], outs[0], DistanceInputs(t, t), NEEDS) for t in (near, far)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fused_losses.backends
 from fused_losses.primitives.maxsim import triton as backend
+from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.maxsim.op import maxsim
 
 STEPS = 8  # a few: sums of a few dozen rounded terms
@@ -107,10 +108,10 @@ def check_forward(case: Case, scores: Tensor, index: Tensor, *texts: Tensor) -> 
 
 def check(case: Case, seed: int = 0) -> None:
     texts = inputs(case, seed)
-    scores, index = backend.forward(*texts, case.precision)
+    scores, index = backend.forward(MaxsimInputs(*texts, case.precision))
     check_forward(case, scores, index, *texts)
     grad = torch.randn(scores.shape, generator=torch.Generator().manual_seed(seed + 1))
-    found = backend.backward(grad, index, *texts, True, True)
+    found = backend.backward(grad, index, MaxsimInputs(*texts), MaxsimNeeds(True, True))
     want = backward_truth(case, grad, index, *texts[:2])
     for name, a, b in zip(("queries", "documents"), found, want, strict=True):
         assert a.dtype == case.dtype
@@ -147,9 +148,9 @@ def test_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same to the last bit where the documents come in several ragged chunks."""
     case = Case()
     texts = inputs(case)
-    want = backend.forward(*texts, "fp32")
+    want = backend.forward(MaxsimInputs(*texts, "fp32"))
     monkeypatch.setattr(backend, "BEST_BYTES", 4 * sum(case.queries) * 2)
-    got = backend.forward(*texts, "fp32")
+    got = backend.forward(MaxsimInputs(*texts, "fp32"))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -157,10 +158,10 @@ def test_small_float16_gradients_are_kept() -> None:
     """Down to what the result can hold: float16 ends at 6e-8."""
     case = Case(dtype=torch.float16)
     texts = inputs(case)
-    scores, index = backend.forward(*texts, "fp32")
+    scores, index = backend.forward(MaxsimInputs(*texts, "fp32"))
     grad = torch.full_like(scores, 3e-8)
     want = backward_truth(case, grad, index, *texts[:2])[1]
-    got = backend.backward(grad, index, *texts, False, True)[1]
+    got = backend.backward(grad, index, MaxsimInputs(*texts), MaxsimNeeds(False, True))[1]
     assert (got.double() - want).abs().max() <= 2**-24
 
 
@@ -172,7 +173,7 @@ def test_nan_and_infinities_are_chosen() -> None:
     documents[36, 0] = torch.inf
     infinite = torch.full((20, 3), -torch.inf)
     texts = queries, torch.cat((documents, infinite)), offsets_of((1,)), offsets_of((40, 20))
-    scores, index = backend.forward(*texts, "fp32")
+    scores, index = backend.forward(MaxsimInputs(*texts, "fp32"))
     assert index.tolist() == [[18, 0]]
     assert scores[0, 0].isnan() and scores[0, 1] == -torch.inf
 
@@ -180,20 +181,22 @@ def test_nan_and_infinities_are_chosen() -> None:
 def test_no_width_and_no_tokens() -> None:
     for case in (Case(d=0), Case(queries=(0, 0)), Case(documents=())):
         texts = inputs(case)
-        scores, index = backend.forward(*texts, "fp32")
+        scores, index = backend.forward(MaxsimInputs(*texts, "fp32"))
         assert scores.shape == (len(case.queries), len(case.documents)) and not scores.any()
         assert index.shape == (sum(case.queries), len(case.documents))
-        found = backend.backward(torch.ones_like(scores), index, *texts, True, True)
+        found = backend.backward(
+            torch.ones_like(scores), index, MaxsimInputs(*texts), MaxsimNeeds(True, True)
+        )
         for a, b in zip(found, texts[:2], strict=True):
             assert a.shape == b.shape and not a.any()
 
 
 def test_only_what_is_needed_is_computed() -> None:
     texts = inputs(Case())
-    scores, index = backend.forward(*texts, "fp32")
-    both = backend.backward(scores, index, *texts, True, True)
+    scores, index = backend.forward(MaxsimInputs(*texts, "fp32"))
+    both = backend.backward(scores, index, MaxsimInputs(*texts), MaxsimNeeds(True, True))
     for k in range(2):
-        found = backend.backward(scores, index, *texts, k == 0, k == 1)
+        found = backend.backward(scores, index, MaxsimInputs(*texts), MaxsimNeeds(k == 0, k == 1))
         assert torch.equal(found[k], both[k]) and found[1 - k].shape == (0,)
 
 
@@ -203,11 +206,14 @@ def test_strided_and_transposed() -> None:
     wide = torch.zeros(len(queries), 30)
     wide[:, 3:27] = queries
     other = wide[:, 3:27], documents.T.contiguous().T, *offsets
-    scores, index = backend.forward(queries, documents, *offsets, "fp32")
-    again = backend.forward(*other, "fp32")
+    scores, index = backend.forward(MaxsimInputs(queries, documents, *offsets, "fp32"))
+    again = backend.forward(MaxsimInputs(*other, "fp32"))
     assert torch.equal(index, again[1])
     close(again[0], scores.double(), 2**-22, "scores")
-    grads = [backend.backward(scores, index, *t, True, True) for t in (other, inputs(case))]
+    grads = [
+        backend.backward(scores, index, MaxsimInputs(*t), MaxsimNeeds(True, True))
+        for t in (other, inputs(case))
+    ]
     for a, b in zip(*grads, strict=True):
         close(a, b.double(), 2**-22, "gradient")
 
@@ -221,11 +227,14 @@ def test_offsets_past_two_to_the_31() -> None:
     near = torch.randn(3, d).half()
     far.copy_(near)
     offsets = offsets_of((1, 2))
-    outs = [backend.forward(t, t, offsets, offsets, "fp32") for t in (near, far)]
+    outs = [backend.forward(MaxsimInputs(t, t, offsets, offsets, "fp32")) for t in (near, far)]
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
     scores, index = outs[0]
     grads = [
-        backend.backward(scores, index, t, t, offsets, offsets, True, True) for t in (near, far)
+        backend.backward(
+            scores, index, MaxsimInputs(t, t, offsets, offsets), MaxsimNeeds(True, True)
+        )
+        for t in (near, far)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -247,7 +256,10 @@ def test_wired_as_a_backend() -> None:
 def test_same_twice() -> None:
     case = replace(CASES[0], dtype=torch.bfloat16)
     texts = inputs(case)
-    first, second = (backend.forward(*texts, "fp32") for _ in range(2))
+    first, second = (backend.forward(MaxsimInputs(*texts, "fp32")) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    grads = [backend.backward(first[0], first[1], *texts, True, True) for _ in range(2)]
+    grads = [
+        backend.backward(first[0], first[1], MaxsimInputs(*texts), MaxsimNeeds(True, True))
+        for _ in range(2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
