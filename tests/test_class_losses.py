@@ -748,7 +748,7 @@ CHILD = (
     COUNTER
     + """
 from fused_losses.class_losses import *
-from fused_losses.primitives.class_rules import extra_bytes
+from fused_losses.primitives.class_rules.bounded import extra_bytes
 
 def run(made, centers, n, d, c, backend):
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ constexpr size_t kWidened = sizeof(float);
 // beyond inputs, outputs and gradients: by the plans that the kernels themselves allocate by, on
 // torch's number of threads. `item`: bytes of an element of the inputs.
 void register_row_statistics(torch::Library& m);
-size_t row_workspace(int64_t n, int64_t d, bool is_double, bool bf16);
+size_t row_workspace(int64_t n, int64_t d, int64_t itemsize, bool bf16);
 
 // `width`: of an attention's values, 0: none.
 void register_pairs(torch::Library& m);

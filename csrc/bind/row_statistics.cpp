@@ -220,9 +220,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 }  // namespace
 
 // With many classes.
-size_t row_workspace(int64_t n, int64_t d, bool is_double, bool bf16) {
+size_t row_workspace(int64_t n, int64_t d, int64_t itemsize, bool bf16) {
   Problem p = {};
-  p.x.type = p.w.type = is_double ? Type::kFloat64 : Type::kFloat32;
+  p.x.type = itemsize == 8 ? Type::kFloat64 : Type::kFloat32;
+  p.w.type = itemsize == 2 ? Type::kBFloat16 : p.x.type;
   p.n = n;
   p.d = d;
   p.k = int64_t(1) << 30;

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from fused_losses.backends.cpu.blocks import BLOCK_COLUMNS
 from fused_losses.backends.cpu.capability import extension
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs
 
 
 def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
     """Peak memory of forward and backward beyond inputs and gradients."""
-    return extension().row_workspace(n, d, dtype == torch.float64, precision != "fp32")
+    return extension().row_workspace(n, d, dtype.itemsize, precision != "fp32")
 
 
 def workspace(p: Inputs, needs: Needs | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
-    d, dtype = p.x.shape[1], p.weight.dtype
-    # the extension speaks of float32: gradients of a block's 16-bit weights are summed apart
-    summed = 8 * BLOCK_COLUMNS * d if dtype.itemsize == 2 else 0
-    return extra_bytes(*p.x.shape, dtype, p.precision) + summed
+    return extra_bytes(*p.x.shape, p.weight.dtype, p.precision)
