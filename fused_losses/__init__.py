@@ -4,137 +4,40 @@ from fused_losses import backends, class_losses, functional, margins, metrics, m
 from fused_losses.backends import use_backend
 from fused_losses.centers import ClassCenters
 from fused_losses.explain import Plan, explain
-from fused_losses.losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
-from fused_losses.losses.centroids import centroid_triplet, prototype_triplet
-from fused_losses.losses.class_loss import class_loss
-from fused_losses.losses.contrastive import (
-    nt_xent,
-    sigmoid_contrastive,
-    soft_nearest_neighbor,
-    supervised_contrastive,
-)
-from fused_losses.losses.info_nce import info_nce
-from fused_losses.losses.linear_cross_entropy import linear_cross_entropy
-from fused_losses.losses.margin_pairs import contrastive, margin_loss, snr_contrastive
-from fused_losses.losses.margin_softmax import margin_softmax
-from fused_losses.losses.neighbours import icnn
-from fused_losses.losses.pair_weighting import (
-    circle,
-    generalized_lifted_structure,
-    lifted_structure,
-    multi_similarity,
-    n_pairs,
-    orthogonal_projection,
-)
-from fused_losses.losses.proxies import proxy_anchor, proxy_nca
-from fused_losses.losses.ranking import angular, fast_ap, histogram, ranked_list, tuplet_margin
-from fused_losses.losses.triplets import (
-    all_triplets,
-    batch_easy_hard_triplet,
-    batch_hard_triplet,
-    harmonic_triplet,
-    triplet_margin,
-)
-from fused_losses.losses.unpg import UNPG, unpg_margin_softmax
-from fused_losses.losses.variance import intra_pair_variance
-from fused_losses.mining.lists import Pairs, Triplets
-from fused_losses.mining.pairs import mine_pairs
-from fused_losses.mining.triplets import mine_triplets
-from fused_losses.pairwise.distance import pairwise_distance, pairwise_similarity
-from fused_losses.pairwise.topk import pairwise_topk
-from fused_losses.primitives.maxsim.op import maxsim
+from fused_losses.functional import *  # noqa: F403 (the names are in its __all__)
+from fused_losses.losses.adaptive_scale import AdaptiveScale
+from fused_losses.losses.unpg import UNPG
 from fused_losses.primitives.row_statistics.op import (
     RowStatistics,
     RowStatisticsFunction,
     row_statistics,
 )
-from fused_losses.primitives.shared_negatives.op import shared_negatives
 from fused_losses.primitives.topk.inputs import QuantizedRows
 from fused_losses.primitives.topk.op import quantize_rows
-from fused_losses.similarity.attention import logsumexp_similarity, similarity_attention
-from fused_losses.similarity.kernel_means import (
-    cauchy_schwarz_divergence,
-    cauchy_schwarz_qmi,
-    hsic,
-    kernel_mean,
-    mmd,
-    uniformity,
-)
-from fused_losses.similarity.sinkhorn import sinkhorn
-from fused_losses.similarity.trilinear import trilinear_attention
 from fused_losses.version import __version__
 
 __all__ = [
     "AdaptiveScale",
     "ClassCenters",
-    "Pairs",
     "Plan",
     "QuantizedRows",
     "RowStatistics",
     "RowStatisticsFunction",
-    "Triplets",
     "UNPG",
     "__version__",
-    "adaptive_margin_softmax",
-    "all_triplets",
-    "angular",
     "backends",
-    "batch_easy_hard_triplet",
-    "batch_hard_triplet",
-    "cauchy_schwarz_divergence",
-    "cauchy_schwarz_qmi",
-    "centroid_triplet",
-    "circle",
-    "class_loss",
     "class_losses",
-    "contrastive",
     "explain",
-    "fast_ap",
     "functional",
-    "generalized_lifted_structure",
-    "harmonic_triplet",
-    "histogram",
-    "hsic",
-    "icnn",
-    "info_nce",
-    "intra_pair_variance",
-    "kernel_mean",
-    "lifted_structure",
-    "linear_cross_entropy",
-    "logsumexp_similarity",
-    "margin_loss",
-    "margin_softmax",
     "margins",
-    "maxsim",
     "metrics",
-    "mine_pairs",
-    "mine_triplets",
     "miners",
-    "mmd",
-    "multi_similarity",
-    "n_pairs",
-    "nt_xent",
-    "orthogonal_projection",
-    "pairwise_distance",
-    "pairwise_similarity",
-    "pairwise_topk",
-    "prototype_triplet",
-    "proxy_anchor",
-    "proxy_nca",
     "quantize_rows",
-    "ranked_list",
     "row_statistics",
-    "shared_negatives",
-    "sigmoid_contrastive",
-    "similarity_attention",
-    "sinkhorn",
-    "snr_contrastive",
-    "soft_nearest_neighbor",
-    "supervised_contrastive",
-    "trilinear_attention",
-    "triplet_margin",
-    "tuplet_margin",
-    "uniformity",
-    "unpg_margin_softmax",
     "use_backend",
 ]
+__all__ += functional.__all__
+# the types of two results are named in `functional` alone
+__all__.remove("MarginSoftmaxStats")
+__all__.remove("Transport")
+del MarginSoftmaxStats, Transport  # noqa: F821

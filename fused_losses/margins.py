@@ -12,69 +12,17 @@ for a row without a target; neither its argument nor what it returns has a gradi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fused_losses.base.angles import BEYOND_PI as BEYOND_PI
+from fused_losses.base.angles import angle as angle
+from fused_losses.base.angles import check_convention, combined_margin
+
 Margin = Callable[..., Tensor]
-BEYOND_PI = ("linear", "none", "clip", "clamp", "easy", "monotone")
-
-
-def angle(cosine: Tensor) -> Tensor:
-    """acos with gradient 0 at |t| >= 1: there d cos / d x vanishes too, so the product is exact."""
-    inside = cosine.abs() < 1
-    safe = torch.where(inside, cosine, torch.zeros_like(cosine))
-    return torch.where(inside, torch.acos(safe), (cosine < 0).to(cosine.dtype) * math.pi)
-
-
-def combined_margin(
-    cosine: Tensor,
-    m1: float = 1.0,
-    m2: float | Tensor = 0.0,
-    m3: float | Tensor = 0.0,
-    beyond_pi: str = "monotone",
-    eps: float = 1e-3,
-) -> Tensor:
-    """cos(m1 theta + m2) - m3, with a stated convention where m1 theta + m2 passes pi.
-
-    cosine [N] · m2, m3 scalar or [N] · returns [N], differentiable in cosine, m2 and m3.
-    `beyond_pi`:
-      none      no correction: the loss stops being monotone (insightface, ElasticFace);
-      linear    t - m2 sin(m2) past the bound, m1 = 1 only (ArcFace's first code, CurricularFace);
-      clip      t to +-(1 - eps), the angle to [eps, pi - eps], gradient 0 where clipped (AdaFace);
-      clamp     the angle to at most 3.14159 (opensphere);
-      easy      the margin only where t > 0 (MagFace);
-      monotone  (-1)^k cos(phi) - 2k, k = floor(phi / pi) (SphereFace): continuous and decreasing.
-    """
-    if isinstance(m2, (int, float)) and m1 == 1 and m2 == 0 and beyond_pi != "clip":
-        return cosine - m3  # no angle: CosFace keeps its gradient at |t| = 1
-    if beyond_pi == "clip":
-        cosine = cosine.clamp(-1 + eps, 1 - eps)
-    phi = m1 * angle(cosine) + m2
-    if beyond_pi == "clip":
-        phi = phi.clamp(eps, math.pi - eps)
-    elif beyond_pi == "clamp":
-        phi = phi.clamp(max=3.14159)
-    value = torch.cos(phi)
-    if beyond_pi == "linear":
-        step = m2 * (torch.sin(m2) if isinstance(m2, Tensor) else math.sin(m2))
-        value = torch.where(phi < math.pi, value, cosine - step)
-    elif beyond_pi == "easy":
-        value = torch.where(cosine > 0, value, cosine)
-    elif beyond_pi == "monotone":
-        k = torch.floor(phi.detach() / math.pi)
-        value = torch.where(k % 2 == 0, value, -value) - 2 * k
-    return value - m3
-
-
-def _check_convention(beyond_pi: str, m1: float) -> None:
-    if beyond_pi not in BEYOND_PI:
-        raise ValueError(f"beyond_pi: expected one of {', '.join(BEYOND_PI)}, got {beyond_pi!r}")
-    if beyond_pi == "linear" and m1 != 1:
-        raise ValueError(f"beyond_pi='linear' is defined for m1=1, got m1={m1}; use 'monotone'")
 
 
 @dataclass(frozen=True)
@@ -91,7 +39,7 @@ class CombinedMargin:
     eps: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check_convention(self.beyond_pi, self.m1)
+        check_convention(self.beyond_pi, self.m1)
 
     def __call__(self, cosine: Tensor) -> Tensor:
         return combined_margin(cosine, self.m1, self.m2, self.m3, self.beyond_pi, self.eps)
@@ -106,7 +54,7 @@ class ArcFace:
     eps: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check_convention(self.beyond_pi, 1.0)
+        check_convention(self.beyond_pi, 1.0)
 
     def __call__(self, cosine: Tensor) -> Tensor:
         return combined_margin(cosine, 1.0, self.margin, 0.0, self.beyond_pi, self.eps)
@@ -133,7 +81,7 @@ class SphereFace:
     beyond_pi: str = "monotone"
 
     def __post_init__(self) -> None:
-        _check_convention(self.beyond_pi, self.margin)
+        check_convention(self.beyond_pi, self.margin)
 
     def __call__(self, cosine: Tensor) -> Tensor:
         return combined_margin(cosine, self.margin, 0.0, 0.0, self.beyond_pi)
@@ -193,7 +141,7 @@ class ElasticArcFace(_Elastic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_convention(self.beyond_pi, 1.0)
+        check_convention(self.beyond_pi, 1.0)
 
     def __call__(self, cosine: Tensor) -> Tensor:
         return combined_margin(cosine, 1.0, self.margins(cosine), 0.0, self.beyond_pi)
@@ -264,7 +212,7 @@ class MagFace:
     uses_norm = True
 
     def __post_init__(self) -> None:
-        _check_convention(self.beyond_pi, 1.0)
+        check_convention(self.beyond_pi, 1.0)
 
     def __call__(self, cosine: Tensor, norm: Tensor) -> Tensor:  # [N], [N] -> [N]
         slope = (self.u_margin - self.l_margin) / (self.u_a - self.l_a)
@@ -336,7 +284,7 @@ class MVSoftmax:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         if not self.hardness >= 0:
             raise ValueError(f"hardness: expected a value >= 0, got {self.hardness}")
-        _check_convention(self.beyond_pi, 1.0)
+        check_convention(self.beyond_pi, 1.0)
 
     def __call__(self, cosine: Tensor) -> Tensor:
         if self.base == "am":

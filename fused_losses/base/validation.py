@@ -7,9 +7,6 @@ import os
 import torch
 from torch import Tensor
 
-pass
-
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = ("fp32", "tf32", "mixed", "bf16")
 REDUCTIONS = ("mean", "sum", "none")

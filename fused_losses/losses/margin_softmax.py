@@ -12,7 +12,10 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import GRADIENTS, check_smoothing, meet, no_target
+from fused_losses.class_losses import Softmax
 from fused_losses.losses import reference as losses_reference
+from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
+from fused_losses.losses.class_loss import class_loss
 from fused_losses.losses.margin_softmax_stats import MarginSoftmaxStats, blanked, reference_stats
 from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
 from fused_losses.primitives.row_statistics import bounded
@@ -97,12 +100,14 @@ def margin_softmax(
             return_stats=return_stats,
             scale=isinstance(scale, Tensor) and several and not of_class,
         )
-        run = _adaptive if hasattr(margin, "scale_of") else _class_loss
         shared = dict(
             normalize=normalize, ignore_index=ignore_index, classes=classes, precision=precision,
             reduction=reduction, backend=backend,
         )  # fmt: skip
-        return run(embeddings, weight, labels, margin, scale, gradient, shared)
+        if hasattr(margin, "scale_of"):
+            return adaptive_margin_softmax(embeddings, weight, labels, margin=margin, **shared)
+        loss = margin if of_class else Softmax(margin, scale, gradient)
+        return class_loss(embeddings, weight, labels, loss, **shared)
     validation.check_pair("embeddings", embeddings, "weight", weight)
     n, c = embeddings.shape[0], weight.shape[0]
     validation.check_index_vector("labels", labels, n, embeddings)
@@ -182,39 +187,6 @@ def _refuse_others(**given: bool) -> None:
                 f"{name}: expected its default (scale: a number) beside sub-centres, several "
                 "labels a row, a ClassLoss or AdaptiveScale"
             )
-
-
-def _class_loss(
-    embeddings: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    margin: Any,
-    scale: float,
-    gradient: str,
-    shared: dict[str, Any],
-) -> Tensor:
-    from fused_losses.class_losses import Softmax
-    from fused_losses.losses.class_loss import class_loss  # which import this module
-
-    of_class = isinstance(getattr(margin, "rule", None), str)
-    loss = margin if of_class else Softmax(margin, scale, gradient)
-    return class_loss(embeddings, weight, labels, loss, **shared)
-
-
-def _adaptive(
-    embeddings: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    margin: Any,
-    scale: float,
-    gradient: str,
-    shared: dict[str, Any],
-) -> Tensor:
-    from fused_losses.losses.adaptive_scale import (
-        adaptive_margin_softmax,  # which imports this module
-    )
-
-    return adaptive_margin_softmax(embeddings, weight, labels, margin=margin, **shared)
 
 
 def _streamed(
