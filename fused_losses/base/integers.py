@@ -15,14 +15,15 @@ def dense(labels: Tensor) -> Tensor:
     return torch.empty_like(rank).scatter(0, order, rank).int()
 
 
-def dense_pair(x: Tensor | None, y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The same for both sides of a comparison."""
-    if x is None or y is None:
-        return None, None
-    if x.dtype != y.dtype:
-        x, y = x.long(), y.long()
-    both = dense(torch.cat([x, y]))
-    return both[: x.shape[0]].contiguous(), both[x.shape[0] :].contiguous()
+def dense_together(*given: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same across several sides; None where nothing is given."""
+    some = [side for side in given if side is not None]
+    if not some:
+        return given
+    if len({side.dtype for side in some}) > 1:
+        some = [side.long() for side in some]
+    parts = iter(dense(torch.cat(some)).split([side.shape[0] for side in some]))
+    return tuple(None if side is None else next(parts) for side in given)
 
 
 def count_up(n: int, like: Tensor, start: int = 0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -226,11 +227,24 @@ def check_class_ids(name: str, labels: Tensor, classes: int) -> None:
         )
 
 
-def check_batch(embeddings: Tensor, labels: Tensor, reduction: str, precision: str) -> None:
-    """One batch [N, D] with its labels [N]."""
-    check_rows("embeddings", embeddings, precision)
-    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
-    check_choice("reduction", reduction, REDUCTIONS)
+def check_number(name: str, value: float) -> None:
+    """A number that is no NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if math.isnan(value):
+        raise ValueError(f"{name}: expected a number, got {value}")
+
+
+def check_range(name: str, bounds: tuple[float, float] | None) -> None:
+    """None, or (low, high) in this order."""
+    if bounds is None:
+        return
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(f"{name}: expected (low, high), got {bounds!r}")
+    for bound in bounds:
+        check_number(name, bound)
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"{name}: expected low <= high, got {bounds!r}")
 
 
 def number(name: str, value: float | Tensor, like: Tensor, *, positive: bool = True) -> Tensor:

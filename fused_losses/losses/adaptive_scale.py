@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import no_autocast
-from fused_losses.losses.class_rows import class_rows
+from fused_losses.losses.class_rows import ClassOptions, class_rows
 
 BACKGROUNDS = ("sample", "median", "mean")
 
@@ -137,17 +137,8 @@ def adaptive_margin_softmax(
     """
     if not isinstance(margin, AdaptiveScale):
         raise TypeError(f"margin: expected an AdaptiveScale, got {type(margin).__name__}")
-    rows = class_rows(
-        embeddings,
-        weight,
-        labels,
-        normalize=normalize,
-        ignore_index=ignore_index,
-        classes=classes,
-        precision=precision,
-        reduction=reduction,
-        backend=backend,
-    )
+    options = ClassOptions(normalize, ignore_index, classes, precision, reduction, backend)
+    rows = class_rows(embeddings, weight, labels, options)
     with no_autocast(embeddings.device):
         cosine = rows.target_cosine()
         # rounded once: what multiplies the scores is what the margin is for
@@ -155,4 +146,4 @@ def adaptive_margin_softmax(
         lse, target = rows.statistics(scale)
         if training:
             target = target - scale * margin.margin_of(cosine, lse, scale, rows.valid)
-        return rows.cross_entropy(target, lse, reduction)
+        return rows.cross_entropy(target, lse)

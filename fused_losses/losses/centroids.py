@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.base import validation
-from fused_losses.base.integers import count_up, dense
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced
+from fused_losses.base.sides import batch_sides, class_sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_at_least, check_both, check_class_ids, check_integers
-from fused_losses.losses.sides import SMALLEST_SQUARE, Sides, check_sides
-from fused_losses.losses.triplets import _chosen, _violated
+from fused_losses.base.validation import check_at_least
+from fused_losses.losses.scored_rows import scored_rows
+from fused_losses.losses.triplets import chosen_distances, violated
 from fused_losses.primitives.row_rules.inputs import RowInputs
+
+SMALLEST_SQUARE = 1e-12  # the authors' floor under the squared distances
 
 
 def centroid_triplet(
@@ -41,14 +42,14 @@ def centroid_triplet(
     TypeError for bad arguments. Time O(N^2 D), memory O(N D) and a few blocks.
     Paper: Wieczorek et al., On the Unreasonable Effectiveness of Centroids, 2021.
     """
-    check_sides(embeddings, labels, None, None, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision)
     if margin is not None:
         check_at_least("margin", margin, 0)
     with no_autocast(embeddings.device):
-        dtype = accumulate_dtype(embeddings.dtype)
+        dtype = accumulate_dtype(both.x.dtype)
         x = embeddings.to(dtype)
         x = unit(x) if normalize else x
-        numbers = dense(labels)
+        numbers = both.numbers.x_labels
         others, rank = _leave_one_out(x, labels)
         # -1 and -2 meet nothing
         x_groups = torch.where(rank < 0, -1, rank)
@@ -63,9 +64,9 @@ def centroid_triplet(
             x, y, numbers, numbers, x_groups, y_groups, skip_self=centroid_anchors,
             precision=precision,
         )  # fmt: skip
-        near, far, found = _chosen(inputs, "hardest", "hardest", "sqeuclidean", backend)
+        near, far, found = chosen_distances(inputs, "hardest", "hardest", "sqeuclidean", backend)
         near, far = (d.clamp_min(SMALLEST_SQUARE).sqrt() for d in (near, far))
-        return reduced(_violated(near, far, margin), found, reduction, dtype)
+        return reduced(violated(near, far, margin), found, reduction, dtype)
 
 
 def _leave_one_out(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,19 +112,13 @@ def prototype_triplet(
     TypeError, IndexError for bad arguments. Time O(N C D); memory O((N + C) D) and a few blocks.
     Paper: Mendez-Ruiz et al., SuSana Distancia is all you need, 2023.
     """
-    embeddings = check_both("embeddings", embeddings, "prototypes", prototypes, precision, "C")
-    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
-    check_class_ids("labels", labels, prototypes.shape[0])
-    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
+    both = class_sides(embeddings, "prototypes", prototypes, labels, reduction, precision)
     check_at_least("margin", margin, 0)
     check_at_least("eps", eps, 0)
     with no_autocast(embeddings.device):
-        both = Sides(
-            embeddings, prototypes, labels.int(), count_up(prototypes.shape[0], embeddings), False
-        )
-        inputs = both.rows("sqeuclidean", precision)
-        near, far, found = _chosen(inputs, "hardest", "hardest", "sqeuclidean", backend)
+        inputs = scored_rows(both, "sqeuclidean", precision)
+        near, far, found = chosen_distances(inputs, "hardest", "hardest", "sqeuclidean", backend)
         # over nothing the root has no use for its slope
         near, far = (torch.where(found, d + eps, 1).sqrt() for d in (near, far))
-        loss = _violated(near, far, margin)
-        return reduced(loss, found, reduction, accumulate_dtype(embeddings.dtype))
+        loss = violated(near, far, margin)
+        return reduced(loss, found, reduction, accumulate_dtype(both.x.dtype))

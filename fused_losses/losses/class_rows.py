@@ -20,6 +20,17 @@ from fused_losses.primitives.row_statistics import bounded, reference
 from fused_losses.primitives.row_statistics.op import row_statistics
 
 
+class ClassOptions(NamedTuple):
+    """What the losses over classes have in common beside their tensors; see `margin_softmax`."""
+
+    normalize: bool
+    ignore_index: int
+    classes: Tensor | None  # [K]
+    precision: str
+    reduction: str
+    backend: str | None
+
+
 class ClassRows(NamedTuple):
     """Checked inputs of one call, in the form that the sweep takes."""
 
@@ -28,15 +39,12 @@ class ClassRows(NamedTuple):
     labels: Tensor  # [N] int64, NO_TARGET: ignored
     valid: Tensor  # [N] bool
     norm: Tensor  # [N] of the embeddings
-    classes: Tensor | None  # [K], increasing
-    normalize: bool
-    precision: str
-    backend: str
+    options: ClassOptions  # classes increasing; the backend that runs
 
     def target_cosine(self) -> Tensor:
         """<x_i, w_y> of each row, detached, 0 where ignored. [N]; time O(N D)."""
         with torch.no_grad():
-            return bounded.targets(self.x, self.weight, self.labels, self.normalize)
+            return bounded.targets(self.x, self.weight, self.labels, self.options.normalize)
 
     def statistics(
         self, scale: float | Tensor, margin: Margin | None = None
@@ -45,21 +53,22 @@ class ClassRows(NamedTuple):
 
         margin: what may bend the cosines of the other classes; the target comes without it.
         """
+        p = self.options
         x, bend = self.x * scale, self._bend(scale, margin)
-        if self.backend != "reference":
+        if p.backend != "reference":
             found = row_statistics(
                 x.to(self.x.dtype),
                 self.weight,
                 self.labels,
-                classes=self.classes,
-                normalize=self.normalize,
-                precision=self.precision,
+                classes=p.classes,
+                normalize=p.normalize,
+                precision=p.precision,
                 bend=None if bend is None else bend.detach().to(self.x.dtype),
-                backend=self.backend,
+                backend=p.backend,
             )
             return found.lse, found.target
         found = reference.row_statistics(
-            x, self.weight, self.labels, self.classes, None, None, self.normalize, bend
+            x, self.weight, self.labels, p.classes, None, None, p.normalize, bend
         )
         return found["lse"], found["target"]
 
@@ -70,7 +79,7 @@ class ClassRows(NamedTuple):
         )
         if bend is None:
             return None
-        if self.backend != "reference" and getattr(scale, "requires_grad", False):
+        if self.options.backend != "reference" and getattr(scale, "requires_grad", False):
             raise NotImplementedError(
                 "scale: its gradient through a margin that bends other classes is not supported "
                 "by the streamed kernels; use backend='reference', or detach the scale"
@@ -78,9 +87,7 @@ class ClassRows(NamedTuple):
         t, p, q, r = bend
         return torch.stack((t * scale, p * scale, q, r / scale))
 
-    def cross_entropy(
-        self, target: Tensor, lse: Tensor, reduction: str, penalty: Tensor | float = 0.0
-    ) -> Tensor:
+    def cross_entropy(self, target: Tensor, lse: Tensor, penalty: Tensor | float = 0.0) -> Tensor:
         """log(exp target + exp lse) - target + penalty of each row [N], reduced.
 
         target, lse [N]. Ignored rows have loss 0 and are not in the mean (0 of none). Accumulation
@@ -90,28 +97,23 @@ class ClassRows(NamedTuple):
         # the limit is 0, but an infinite score is a fault that must show
         loss = torch.where(target == torch.inf, torch.nan, loss) + penalty
         loss = torch.where(self.valid, loss, 0).to(self.x.dtype)
-        if reduction == "none":
+        if self.options.reduction == "none":
             return loss
         total = loss.sum()
-        return total if reduction == "sum" else total / self.valid.sum().clamp_min(1)
+        return total if self.options.reduction == "sum" else total / self.valid.sum().clamp_min(1)
 
 
 def class_rows(
     embeddings: Tensor,  # [N, D]
     weight: Tensor,  # [C, D]
     labels: Tensor,  # [N]
-    *,
-    normalize: bool,
-    ignore_index: int,
-    classes: Tensor | None,  # [K]
-    precision: str,
-    reduction: str,
-    backend: str | None,
+    options: ClassOptions,
 ) -> ClassRows:
     """Checks as in `margin_softmax`: raises ValueError, TypeError, IndexError or RuntimeError.
 
     Time and memory O(N D + K log K).
     """
+    normalize, ignore_index, classes, precision, reduction, backend = options
     validation.check_pair("embeddings", embeddings, "weight", weight)
     n, c = embeddings.shape[0], weight.shape[0]
     validation.check_index_vector("labels", labels, n, embeddings)
@@ -135,4 +137,5 @@ def class_rows(
     x = torch.where(valid[:, None], embeddings.to(accumulate_dtype(weight.dtype)), 0)
     norm = torch.linalg.vector_norm(x, dim=1)
     x = unit_rows(x) if normalize else x
-    return ClassRows(x, weight, labels, valid, norm, classes, normalize, precision, name)
+    options = options._replace(classes=classes, backend=name)
+    return ClassRows(x, weight, labels, valid, norm, options)

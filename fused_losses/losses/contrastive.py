@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.integers import count_up, dense, dense_pair
+from fused_losses.base.integers import count_up
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, softplus
-from fused_losses.base.validation import (
-    check_batch,
-    check_both,
-    check_diagonal,
-    check_integer_pair,
-    check_rows,
-    number,
-)
-from fused_losses.losses.scored_pairs import by_label, scored, triangle
+from fused_losses.base.sides import batch_sides, sides
+from fused_losses.base.validation import check_rows, number
+from fused_losses.losses.scored_pairs import by_label, labelled_pairs, scored, triangle
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
 
@@ -63,7 +57,7 @@ def supervised_contrastive(
     Time O(N^2 D / 2) (the upper triangle; anchor_count A: A N D); memory O(N D).
     Paper: Khosla et al., 2020.
     """
-    check_batch(embeddings, labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision)
     validation.check_choice("form", form, CONTRAST_FORMS)
     validation.check_choice("without_positive", without_positive, LONELY)
     t = number("temperature", temperature, embeddings)
@@ -75,15 +69,15 @@ def supervised_contrastive(
         )
     with no_autocast(embeddings.device):
         if anchor_count is None:
-            rows = by_label(embeddings, labels, normalize)
-            inputs = scored(rows.x, None, 1 / t, precision=precision)
-            inputs = triangle(inputs._replace(x_labels=rows.labels))
+            rows, inputs = labelled_pairs(both, "dot", normalize, precision, 1 / t)
         else:
             inputs = scored(embeddings, None, 1 / t, normalize=normalize, precision=precision)
-            numbers = dense(labels)
             inputs = inputs._replace(
-                x=inputs.x[:anchor_count], x_labels=numbers[:anchor_count], y_labels=numbers
-            )._replace(skip_self=True)
+                x=inputs.x[:anchor_count],
+                x_labels=both.numbers.x_labels[:anchor_count],
+                y_labels=both.numbers.y_labels,
+                skip_self=True,
+            )
         stats, _ = pair_statistics(inputs, backend=backend)
         loss, counted = _share(stats, mean=form == "out")
         if base_temperature is not None:
@@ -92,7 +86,7 @@ def supervised_contrastive(
             loss, counted = rows.restored(loss), rows.restored(counted)
         loss = torch.where(counted, loss, 0)
         counted = counted | (without_positive == "zero")
-        return reduced(loss, counted, reduction, accumulate_dtype(embeddings.dtype))
+        return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))
 
 
 def _share(stats: PairStatistics, mean: bool) -> tuple[Tensor, Tensor]:
@@ -144,11 +138,11 @@ def nt_xent(
                 f"other view of row i), got {validation.describe(embeddings)}"
             )
         labels = count_up(n // 2, embeddings).repeat(2)
-    check_batch(embeddings, labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision)
     validation.check_choice("form", form, DENOMINATORS)
     scale = 1 / number("temperature", temperature, embeddings)
     with no_autocast(embeddings.device):
-        rows = by_label(embeddings, labels, normalize)
+        rows = by_label(both, normalize)
         inputs = scored(rows.x, None, scale, precision=precision)
         inputs = inputs._replace(x_labels=rows.labels, y_labels=rows.labels)
         stats, _ = pair_statistics(triangle(inputs), backend=backend)
@@ -161,7 +155,7 @@ def nt_xent(
             alone = stats.count[NEGATIVE] == 0
             shift = torch.where(alone, torch.finfo(torch.float32).max / 4, -stats.value[NEGATIVE])
             against = inputs._replace(
-                x_bias=shift.to(accumulate_dtype(embeddings.dtype)),
+                x_bias=shift.to(accumulate_dtype(both.x.dtype)),
                 positive=Rule(-1.0),
                 negative=Rule(0.0),
                 skip_self=True,
@@ -169,7 +163,7 @@ def nt_xent(
             pairs, _ = pair_statistics(against, reduction="softplus", backend=backend)
             loss = pairs.value[POSITIVE] / count.clamp_min(1)
         loss, count = rows.restored(loss), rows.restored(count)
-        dtype = accumulate_dtype(embeddings.dtype)
+        dtype = accumulate_dtype(both.x.dtype)
         if reduction == "none":
             return loss.to(dtype)
         total = (loss * count).sum()
@@ -205,27 +199,24 @@ def sigmoid_contrastive(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N M D); memory O((N + M) D). Paper: Zhai et al., 2023.
     """
-    x = check_both("x", x, "y", y, precision)
-    n, m = x.shape[0], y.shape[0]
+    both = sides(
+        x,
+        y,
+        precision,
+        names=("x", "y"),
+        prefixes=("", "y_"),
+        labels=(labels, labels if y_labels is None else y_labels),
+        offset=offset,
+    )
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    factor = number("scale", scale, x, positive=False)
-    shift = number("bias", bias, x, positive=False)
-    if labels is not None and y_labels is None:
-        y_labels = labels
-    check_integer_pair("labels", labels, "y_labels", y_labels, (n, m), x)
-    if labels is None:
-        check_diagonal("y", y, n, offset)
+    factor = number("scale", scale, both.x, positive=False)
+    shift = number("bias", bias, both.x, positive=False)
     with no_autocast(x.device):
-        if labels is None:
-            numbers = count_up(n, x, offset), count_up(m, x)
-        else:
-            numbers = dense_pair(labels, y_labels)
-        dtype = accumulate_dtype(x.dtype)
-        inputs = scored(x, y, factor, normalize=normalize, precision=precision)._replace(
-            x_bias=shift.to(dtype).expand(n).contiguous(),
-            x_labels=numbers[0],
-            y_labels=numbers[1],
+        dtype = accumulate_dtype(both.x.dtype)
+        inputs = scored(both.x, both.y, factor, normalize=normalize, precision=precision)._replace(
+            x_bias=shift.to(dtype).expand(x.shape[0]).contiguous(),
             positive=Rule(-1.0),
+            **both.numbers._asdict(),
         )
         stats, _ = pair_statistics(inputs, reduction="softplus", backend=backend)
         loss = stats.value.sum(dim=0)
@@ -252,12 +243,11 @@ def soft_nearest_neighbor(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N^2 D / 2); memory O(N D). Papers: Goldberger et al., 2004; Frosst et al., 2019.
     """
-    check_batch(embeddings, labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision)
     scale = 1 / number("temperature", temperature, embeddings)
     with no_autocast(embeddings.device):
-        rows = by_label(embeddings, labels, normalize)
-        inputs = scored(rows.x, None, scale, similarity="rbf", precision=precision)
-        stats, _ = pair_statistics(triangle(inputs._replace(x_labels=rows.labels)), backend=backend)
+        rows, inputs = labelled_pairs(both, "rbf", normalize, precision, scale)
+        stats, _ = pair_statistics(inputs, backend=backend)
         loss, counted = _share(stats, mean=False)
         loss, counted = rows.restored(loss), rows.restored(counted)
-        return reduced(loss, counted, reduction, accumulate_dtype(embeddings.dtype))
+        return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.integers import count_up, dense, dense_pair
 from fused_losses.base.numerics import (
     accumulate_dtype,
     merged,
@@ -18,15 +17,9 @@ from fused_losses.base.numerics import (
     reduced,
     softplus,
 )
+from fused_losses.base.sides import Bank, sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import (
-    check_at_least,
-    check_both,
-    check_diagonal,
-    check_integer_pair,
-    check_integers,
-    number,
-)
+from fused_losses.base.validation import check_at_least, number
 from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
@@ -87,44 +80,33 @@ def info_nce(
     Time O(N M D); memory O((N + M) D). Papers: van den Oord et al., 2018; Radford et al., 2021; He
     et al., 2020 (queue); Robinson et al., 2021 (hardness); Khosla et al., 2020 ("in").
     """
-    query = check_both("query", query, "key", key, precision)
-    n, m = query.shape[0], key.shape[0]
+    both = sides(
+        query,
+        key,
+        precision,
+        names=("query", "key"),
+        prefixes=("", "key_"),
+        labels=(labels, labels if key_labels is None else key_labels),
+        ids=(ids, ids if key_ids is None else key_ids),
+        exclude=exclude,
+        offset=offset,
+        banks=_banks(queue, queue_labels, labels),
+    )
+    query, (n, m) = both.x, (query.shape[0], key.shape[0])
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     scale = 1 / number("temperature", temperature, query)
     check_at_least("hardness", hardness, 0.0)
-    if labels is not None and key_labels is None:
-        key_labels = labels
-    if ids is not None and key_ids is None:
-        key_ids = ids
-    check_integer_pair("labels", labels, "key_labels", key_labels, (n, m), query)
-    check_integer_pair("ids", ids, "key_ids", key_ids, (n, m), query)
-    if labels is None:
-        check_diagonal("key", key, n, offset)
     if symmetric and reduction == "none" and labels is not None and n != m:
         raise ValueError(
             f"reduction: expected 'mean' or 'sum' for symmetric=True with labels and N={n} != "
             f"M={m}, got 'none'"
         )
-    if exclude is not None:
-        check_integers("exclude", exclude, (n, None), query)
     if negatives is not None:
         _check_negatives(negatives, query)
-    banks = _banks(query, queue, queue_labels, labels, precision)
 
     with no_autocast(query.device):
-        if labels is None:
-            numbers = count_up(n, query, offset), count_up(m, query)
-            bank_numbers: list[Tensor | None] = [None] * len(banks)
-        else:
-            numbers, bank_numbers = _numbers(labels, key_labels, [b[1] for b in banks])
-        whose = dense_pair(ids, key_ids)
-        inputs = scored(query, key, scale, normalize=normalize, precision=precision)._replace(
-            x_labels=numbers[0],
-            y_labels=numbers[1],
-            x_ids=whose[0],
-            y_ids=whose[1],
-            exclude=None if exclude is None else exclude.int(),
-        )
+        inputs = scored(query, key, scale, normalize=normalize, precision=precision)
+        inputs = inputs._replace(**both.numbers._asdict())
         # the sweep leaves equal ids out, so the diagonal is put back beside it
         diagonal = None
         if labels is None and (ids is not None or false_negative_margin is not None):
@@ -133,12 +115,12 @@ def info_nce(
             inputs = _with_windows(
                 inputs, diagonal, offset, false_negative_margin, symmetric, backend
             )
-        rows, columns = _sides(inputs, hardness, symmetric, backend)
+        rows, columns = _both_ways(inputs, hardness, symmetric, backend)
         if labels is None and ids is not None:
             rows = rows._replace(positive=diagonal)
             if columns is not None:
                 columns = columns._replace(positive=_on_columns(diagonal, offset, m))
-        for (bank, _), bank_number in zip(banks, bank_numbers, strict=True):
+        for bank, bank_number in both.banks:
             bank = unit(bank) if normalize else bank
             further = inputs._replace(
                 y=bank.contiguous(),
@@ -149,7 +131,7 @@ def info_nce(
                 exclude=None,
                 y_window=None,
             )
-            rows = rows.joined(_sides(further, hardness, False, backend)[0])
+            rows = rows.joined(_both_ways(further, hardness, False, backend)[0])
         if negatives is not None and negatives.shape[1] > 0:
             negatives = unit(negatives) if normalize else negatives
             rows = rows.joined(_own_negatives(inputs, negatives, hardness))
@@ -165,7 +147,7 @@ def info_nce(
         return (out + reduced(loss, counted, reduction, dtype)) / 2
 
 
-class _Side(NamedTuple):
+class _Sums(NamedTuple):
     """What InfoNCE knows of each row (or column), whatever segments its columns came in."""
 
     positive: Tensor  # [N] lse of the positives' z
@@ -173,8 +155,8 @@ class _Side(NamedTuple):
     tilt: Tensor | None  # with hardness: of beta z
     count: Tensor  # negatives
 
-    def joined(self, other: _Side) -> _Side:
-        return _Side(
+    def joined(self, other: _Sums) -> _Sums:
+        return _Sums(
             merged(self.positive, other.positive),
             merged(self.negative, other.negative),
             None if self.tilt is None else merged(self.tilt, other.tilt),
@@ -193,9 +175,9 @@ class _Side(NamedTuple):
         return torch.where(both, softplus(gap), 0), counted
 
 
-def _sides(
+def _both_ways(
     inputs: PairInputs, hardness: float, cols: bool, backend: str | None
-) -> tuple[_Side, _Side | None]:
+) -> tuple[_Sums, _Sums | None]:
     first = pair_statistics(
         inputs._replace(negative=Rule(1 + hardness)), cols=cols, backend=backend
     )
@@ -207,7 +189,7 @@ def _sides(
     sides = [
         None
         if s is None
-        else _Side(
+        else _Sums(
             s.value[POSITIVE],
             s.value[NEGATIVE],
             None if t is None else t.value[NEGATIVE],
@@ -218,7 +200,7 @@ def _sides(
     return sides[0], sides[1]
 
 
-def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _Side:
+def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _Sums:
     """The side of negatives [N, K, D] that each row has to itself."""
     narrow = accumulate_dtype(inputs.x.dtype)
     product = torch.einsum("nd,nkd->nk", inputs.x.to(narrow), negatives.to(narrow))
@@ -227,7 +209,7 @@ def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _S
     if inputs.x_window is not None:
         kept = ~(z >= inputs.x_window[3, :, None])
     tilt = over_last(hardness * z, kept) if hardness else None
-    return _Side(
+    return _Sums(
         torch.full_like(z[:, 0], -torch.inf),
         over_last((1 + hardness) * z, kept),
         tilt,
@@ -287,13 +269,11 @@ def _check_negatives(negatives: Tensor, query: Tensor) -> None:
 
 
 def _banks(
-    query: Tensor,
     queue: Tensor | Sequence[Tensor] | None,
     queue_labels: Tensor | Sequence[Tensor] | None,
     labels: Tensor | None,
-    precision: str,
-) -> list[tuple[Tensor, Tensor | None]]:
-    """The banks with their labels, checked."""
+) -> list[Bank]:
+    """The banks with their labels."""
     if queue is None:
         if queue_labels is not None:
             raise ValueError("queue_labels: expected None without a queue, got labels")
@@ -309,19 +289,4 @@ def _banks(
         raise ValueError(
             f"queue_labels: expected one tensor a bank ({len(banks)}), got {len(told)}"
         )
-    for bank, numbers in zip(banks, told, strict=True):
-        check_both("query", query, "queue", bank, precision, rows="Q")
-        validation.check_same_dtype("query", query, "queue", bank)
-        if numbers is not None:
-            check_integers("queue_labels", numbers, (bank.shape[0],), query)
     return list(zip(banks, told, strict=True))
-
-
-def _numbers(
-    labels: Tensor, key_labels: Tensor, bank_labels: list[Tensor | None]
-) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
-    """int32 numbers that are equal where labels are, across every segment."""
-    given = [labels, key_labels, *(b for b in bank_labels if b is not None)]
-    numbers = iter(dense(torch.cat([g.long() for g in given])).split([g.shape[0] for g in given]))
-    pair = next(numbers).contiguous(), next(numbers).contiguous()
-    return pair, [None if b is None else next(numbers).contiguous() for b in bank_labels]

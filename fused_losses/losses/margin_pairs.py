@@ -7,16 +7,10 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
+from fused_losses.base.sides import Sides, batch_sides
 from fused_losses.base.validation import check_at_least, check_class_ids, number
 from fused_losses.losses.scored_pairs import scored, triangle
-from fused_losses.losses.sides import (
-    Sides,
-    check_sides,
-    class_sizes,
-    over_nonzero,
-    over_terms,
-    sides,
-)
+from fused_losses.losses.scored_rows import class_sizes, over_nonzero, over_terms, scored_rows
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
 from fused_losses.primitives.row_rules.op import row_losses
@@ -37,19 +31,18 @@ def _windows(
     With the counts, [2, N] each; both ends of a pair count where the batch meets itself.
     """
     given = dict(similarity="euclidean", normalize=normalize, precision=precision)
-    y, one = None if both.alone else both.y, number("scale", 1.0, both.x)
-    inputs = scored(both.x, y, one, **given)
+    inputs = scored(both.x, both.other, number("scale", 1.0, both.x), **given)
     dtype = accumulate_dtype(both.x.dtype)
     endless = torch.full_like(nearest, torch.inf)
     # the score is -d
     window = torch.stack([-endless, -nearest, -farthest, endless]).to(dtype)
     inputs = inputs._replace(
-        x_labels=both.x_labels, x_window=window, positive=Rule(-1.0), negative=Rule(-1.0)
+        x_labels=both.numbers.x_labels, x_window=window, positive=Rule(-1.0), negative=Rule(-1.0)
     )
     if both.alone:
         inputs = triangle(inputs)
     else:
-        inputs = inputs._replace(y_labels=both.y_labels)
+        inputs = inputs._replace(y_labels=both.numbers.y_labels)
     stats, _ = pair_statistics(inputs, reduction="relu", backend=backend)
     return stats
 
@@ -79,15 +72,14 @@ def contrastive(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N M D), half for one batch; memory O((N + M) D). Paper: Hadsell et al., 2006.
     """
-    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, ref_embeddings, ref_labels)
         ones = torch.ones(both.x.shape[0], dtype=row_dtype(both.x.device), device=both.x.device)
         near, far = positive_margin * ones, negative_margin * ones
         stats = _windows(both, near, far, normalize, precision, backend)
         attract = stats.total[POSITIVE] - stats.count[POSITIVE] * positive_margin
         repel = stats.count[NEGATIVE] * negative_margin - stats.total[NEGATIVE]
-        dtype = accumulate_dtype(embeddings.dtype)
+        dtype = accumulate_dtype(both.x.dtype)
         if reduction == "mean":
             loss = over_nonzero(attract, stats.count[POSITIVE])
             return (loss + over_nonzero(repel, stats.count[NEGATIVE])).to(dtype)
@@ -128,7 +120,7 @@ def margin_loss(
     arguments. Time O(N M D), half for one batch; memory O((N + M) D). Paper: Wu et al., Sampling
     Matters in Deep Embedding Learning, 2017.
     """
-    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     validation.check_choice("per", per, PER)
     n = embeddings.shape[0]
     if isinstance(beta, Tensor) and beta.dim() == 1 and beta.shape[0] != 1:
@@ -138,7 +130,6 @@ def margin_loss(
     else:
         boundary = number("beta", beta, embeddings, positive=False).expand(n)
     with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, ref_embeddings, ref_labels)
         boundary = boundary.to(row_dtype(embeddings.device))
         low, high = boundary - margin, boundary + margin
         stats = _windows(both, low.detach(), high.detach(), normalize, precision, backend)
@@ -151,7 +142,7 @@ def margin_loss(
             terms = count[POSITIVE] * negatives + count[NEGATIVE] * positives
         else:
             loss, terms = attract + repel, count.sum(dim=0)
-        dtype = accumulate_dtype(embeddings.dtype)
+        dtype = accumulate_dtype(both.x.dtype)
         return over_terms(loss + nu * boundary, terms, reduction, dtype)
 
 
@@ -177,12 +168,11 @@ def snr_contrastive(
     same; time O(N M D), memory O((N + M) D) and a few blocks. Paper: Yuan et al., Signal-To-Noise
     Ratio: A Robust Distance Metric for Deep Metric Learning, 2019.
     """
-    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     check_at_least("zero_mean_weight", zero_mean_weight, 0)
     with no_autocast(embeddings.device):
-        dtype, wide = accumulate_dtype(embeddings.dtype), row_dtype(embeddings.device)
-        both = sides(embeddings, labels, ref_embeddings, ref_labels)
-        inputs = both.rows("sqeuclidean", precision, normalize)
+        dtype, wide = accumulate_dtype(both.x.dtype), row_dtype(embeddings.device)
+        inputs = scored_rows(both, "sqeuclidean", precision, normalize)
         x, y = inputs.x.to(dtype), inputs.y.to(dtype)
         sums = x.sum(dim=1)
         x = x - x.mean(dim=1, keepdim=True)

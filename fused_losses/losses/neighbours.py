@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
-from fused_losses.base.validation import check_at_least, check_batch
-from fused_losses.losses.sides import sides
+from fused_losses.base.sides import batch_sides
+from fused_losses.base.validation import check_at_least
+from fused_losses.losses.scored_rows import scored_rows
 from fused_losses.losses.triplets import listed_distances
-from fused_losses.losses.variance import _mean_of_means
+from fused_losses.losses.variance import mean_of_means
 from fused_losses.primitives.row_rules.op import row_losses
 
 
@@ -41,24 +42,23 @@ def icnn(
     TypeError for bad arguments. Time O(N^2 D); memory O(N window D) and a few blocks. Papers:
     Garcia Ramirez et al., 2021; Mendez-Ruiz et al., SuSana Distancia is all you need, 2023.
     """
-    check_batch(embeddings, labels, "mean", precision)
+    both = batch_sides(embeddings, labels, "mean", precision)
     for name, value in (("neighbors", neighbors), ("window", window)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
         check_at_least(name, value, 1)
     check_at_least("window", window, neighbors)
     with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, None, None)
-        dtype = accumulate_dtype(embeddings.dtype)
+        dtype = accumulate_dtype(both.x.dtype)
         if embeddings.shape[0] == 0:
             return both.x.to(dtype).sum()
-        inputs = both.rows("euclidean", precision, normalize)._replace(
+        inputs = scored_rows(both, "euclidean", precision, normalize)._replace(
             rule="nearest", params=(window,)
         )
         index = row_losses(inputs, backend=backend).long()
         d = listed_distances(inputs.x, inputs.x, index, "euclidean")
         real = index >= 0
-        alike = both.x_labels[index.clamp_min(0)] == both.x_labels[:, None]
+        alike = both.numbers.x_labels[index.clamp_min(0)] == both.numbers.x_labels[:, None]
         first = torch.arange(window, device=index.device) < neighbors
         same, other = real & alike & first, real & ~alike
         beyond = torch.where(other, d, torch.inf).amin(dim=1, keepdim=True)
@@ -69,7 +69,7 @@ def icnn(
         near = near / near.amax(dim=1, keepdim=True).clamp_min(1)
         far = torch.where(other, d, 0)
         far = far / (far.amax() + 1e-6)
-        apart = _mean_of_means(far, other)
-        score = (1 - _mean_of_means(near, same)) + torch.where(other.any(), apart, 1)
+        apart = mean_of_means(far, other)
+        score = (1 - mean_of_means(near, same)) + torch.where(other.any(), apart, 1)
         gamma = same.sum(dim=1).to(dtype).mean() / neighbors
         return -((score / 2 + gamma) / 2).log()

@@ -19,35 +19,22 @@ from fused_losses.base.numerics import (
     root,
     softplus,
 )
-from fused_losses.base.validation import (
-    check_batch,
-    check_both,
-    number,
-)
+from fused_losses.base.sides import batch_sides
+from fused_losses.base.validation import check_both, number
 from fused_losses.losses.info_nce import info_nce
-from fused_losses.losses.scored_pairs import ByLabel, by_label, scored, triangle
+from fused_losses.losses.scored_pairs import labelled_pairs
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
 
 
-def _batch(
-    embeddings: Tensor, labels: Tensor, similarity: str, normalize: bool, precision: str
-) -> tuple[ByLabel, PairInputs]:
-    """One batch in the order of its labels, and the upper triangle of its pairs at scale 1."""
-    rows = by_label(embeddings, labels, normalize)
-    one = number("scale", 1.0, embeddings)
-    inputs = scored(rows.x, None, one, similarity=similarity, precision=precision)
-    return rows, triangle(inputs._replace(x_labels=rows.labels))
-
-
-def _both(stats: PairStatistics) -> Tensor:
+def has_both(stats: PairStatistics) -> Tensor:
     """Which rows have a positive and a negative, [N]."""
     return (stats.count > 0).all(dim=0)
 
 
 def _sum_of_both(stats: PairStatistics) -> Tensor:
     """lse over the positives + lse over the negatives; 0 on rows without one of them. [N]"""
-    return torch.where(_both(stats), stats.value[POSITIVE] + stats.value[NEGATIVE], 0)
+    return torch.where(has_both(stats), stats.value[POSITIVE] + stats.value[NEGATIVE], 0)
 
 
 def multi_similarity(
@@ -80,11 +67,11 @@ def multi_similarity(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N^2 D / 2), mined O(N^2 D); memory O(N D). Paper: Wang et al., 2019.
     """
-    check_batch(embeddings, labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision)
     for name, value in (("alpha", alpha), ("beta", beta)):
         number(name, value, embeddings)
     with no_autocast(embeddings.device):
-        rows, inputs = _batch(embeddings, labels, "dot", normalize, precision)
+        rows, inputs = labelled_pairs(both, "dot", normalize, precision)
         if mining_margin is not None:
             inputs = _mined(inputs, mining_margin, duplicate, backend)
         stats, _ = pair_statistics(
@@ -93,9 +80,9 @@ def multi_similarity(
         )
         loss = softplus(stats.value[POSITIVE]) / alpha + softplus(stats.value[NEGATIVE]) / beta
         if mining_margin is not None:
-            loss = torch.where(_both(stats), loss, 0)
+            loss = torch.where(has_both(stats), loss, 0)
         everything = torch.ones_like(loss, dtype=torch.bool)
-        dtype = accumulate_dtype(embeddings.dtype)
+        dtype = accumulate_dtype(both.x.dtype)
         return reduced(rows.restored(loss), everything, reduction, dtype)
 
 
@@ -138,18 +125,21 @@ def circle(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N^2 D / 2); memory O(N D). Paper: Sun et al., 2020.
     """
-    check_batch(embeddings, labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision)
     number("gamma", gamma, embeddings)
     with no_autocast(embeddings.device):
-        rows, inputs = _batch(embeddings, labels, "dot", normalize, precision)
+        rows, inputs = labelled_pairs(both, "dot", normalize, precision)
         stats, _ = pair_statistics(
             inputs._replace(
                 positive=Rule(-gamma, 1 - m, reach=1 + m), negative=Rule(gamma, m, reach=m)
             ),
             backend=backend,
         )
-        loss, counted = rows.restored(softplus(_sum_of_both(stats))), rows.restored(_both(stats))
-        return reduced(loss, counted, reduction, accumulate_dtype(embeddings.dtype))
+        loss, counted = (
+            rows.restored(softplus(_sum_of_both(stats))),
+            rows.restored(has_both(stats)),
+        )
+        return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))
 
 
 def lifted_structure(
@@ -173,9 +163,9 @@ def lifted_structure(
     Time O(N^2 D / 2) and a pass of O(N D) for each row of the largest class, whose size the host
     reads; memory O(N D). Paper: Oh Song et al., 2016.
     """
-    check_batch(embeddings, labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision)
     with no_autocast(embeddings.device):
-        rows, inputs = _batch(embeddings, labels, "euclidean", normalize, precision)
+        rows, inputs = labelled_pairs(both, "euclidean", normalize, precision)
         stats, _ = pair_statistics(inputs._replace(negative=Rule(1.0, -margin)), backend=backend)
         x = rows.x.to(accumulate_dtype(rows.x.dtype))
         # a zero that knows x, for a batch without positive pairs
@@ -183,7 +173,7 @@ def lifted_structure(
         for offset in range(1, int(stats.count[POSITIVE].max()) + 1 if len(x) else 0):
             pair = (x, rows.labels, stats.value[NEGATIVE], offset)
             loss = loss + checkpoint(_lifted_pairs, *pair, use_reentrant=False)
-        dtype = accumulate_dtype(embeddings.dtype)
+        dtype = accumulate_dtype(both.x.dtype)
         if reduction == "none":
             return rows.restored(loss).to(dtype)
         pairs = (stats.count[POSITIVE].sum() / 2).clamp_min(1)
@@ -219,16 +209,19 @@ def generalized_lifted_structure(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N^2 D / 2); memory O(N D). Paper: Hermans et al., 2017.
     """
-    check_batch(embeddings, labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision)
     with no_autocast(embeddings.device):
-        rows, inputs = _batch(embeddings, labels, "euclidean", normalize, precision)
+        rows, inputs = labelled_pairs(both, "euclidean", normalize, precision)
         # the score is -d
         inputs = inputs._replace(
             positive=Rule(-1.0, -positive_margin), negative=Rule(1.0, -negative_margin)
         )
         stats, _ = pair_statistics(inputs, backend=backend)
-        loss, counted = rows.restored(F.relu(_sum_of_both(stats))), rows.restored(_both(stats))
-        return reduced(loss, counted, reduction, accumulate_dtype(embeddings.dtype))
+        loss, counted = (
+            rows.restored(F.relu(_sum_of_both(stats))),
+            rows.restored(has_both(stats)),
+        )
+        return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))
 
 
 def n_pairs(
@@ -289,9 +282,9 @@ def orthogonal_projection(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N^2 D / 2); memory O(N D). Paper: Ranasinghe et al., 2021.
     """
-    check_batch(embeddings, labels, "mean", precision)
+    both = batch_sides(embeddings, labels, "mean", precision)
     with no_autocast(embeddings.device):
-        _, inputs = _batch(embeddings, labels, "dot", normalize, precision)
+        _, inputs = labelled_pairs(both, "dot", normalize, precision)
         stats, _ = pair_statistics(inputs, reduction="relu", backend=backend)
         near, far = stats.total.sum(dim=1)
         if absolute:
@@ -301,4 +294,4 @@ def orthogonal_projection(
             far = stats.value[NEGATIVE].sum() + turned.value[NEGATIVE].sum()
         pairs = stats.count.sum(dim=1) + 1e-6  # the authors' guard
         loss = 1 - near / pairs[POSITIVE] + gamma * far / pairs[NEGATIVE]
-        return loss.to(accumulate_dtype(embeddings.dtype))
+        return loss.to(accumulate_dtype(both.x.dtype))

@@ -5,24 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.base import validation
-from fused_losses.base.integers import count_up
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, softplus
-from fused_losses.base.validation import check_both, check_class_ids, check_integers, number
-from fused_losses.losses.pair_weighting import _both
+from fused_losses.base.sides import class_sides
+from fused_losses.base.validation import number
+from fused_losses.losses.pair_weighting import has_both
 from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.primitives.pairs.op import pair_statistics
-
-
-def _check_proxies(
-    embeddings: Tensor, proxies: Tensor, labels: Tensor, reduction: str, precision: str
-) -> Tensor:
-    embeddings = check_both("embeddings", embeddings, "proxies", proxies, precision, rows="C")
-    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
-    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    check_class_ids("labels", labels, proxies.shape[0])
-    return embeddings
 
 
 def proxy_nca(
@@ -48,22 +37,19 @@ def proxy_nca(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError, IndexError for bad
     arguments. Time O(N C D); memory O((N + C) D). Paper: Movshovitz-Attias et al., 2017.
     """
-    embeddings = _check_proxies(embeddings, proxies, labels, reduction, precision)
+    both = class_sides(embeddings, "proxies", proxies, labels, reduction, precision)
     scale = number("scale", scale, embeddings)
     with no_autocast(embeddings.device):
         inputs = scored(
-            embeddings, proxies, scale, similarity="rbf", normalize=normalize, precision=precision
+            both.x, both.y, scale, similarity="rbf", normalize=normalize, precision=precision
         )
-        stats, _ = pair_statistics(
-            inputs._replace(x_labels=labels.int(), y_labels=count_up(proxies.shape[0], embeddings)),
-            backend=backend,
-        )
+        stats, _ = pair_statistics(inputs._replace(**both.numbers._asdict()), backend=backend)
         # with one class alone there is nothing to tell apart
-        counted = _both(stats)
+        counted = has_both(stats)
         gap = torch.where(counted, stats.value[NEGATIVE] - stats.value[POSITIVE], 0)
         loss = torch.where(counted, softplus(gap) if positive_in_denominator else gap, 0)
         everything = torch.ones_like(counted)
-        return reduced(loss, everything, reduction, accumulate_dtype(embeddings.dtype))
+        return reduced(loss, everything, reduction, accumulate_dtype(both.x.dtype))
 
 
 def proxy_anchor(
@@ -90,23 +76,23 @@ def proxy_anchor(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError, IndexError for bad
     arguments. Time O(N C D); memory O((N + C) D). Paper: Kim et al., 2020.
     """
-    embeddings = _check_proxies(embeddings, proxies, labels, reduction, precision)
+    both = class_sides(embeddings, "proxies", proxies, labels, reduction, precision)
     number("alpha", alpha, embeddings)
     with no_autocast(embeddings.device):
         one = number("scale", 1.0, embeddings)
         # the sums are the proxies', so the proxies are the rows
-        inputs = scored(proxies, embeddings, one, normalize=normalize, precision=precision)
+        inputs = scored(both.y, both.x, one, normalize=normalize, precision=precision)
         stats, _ = pair_statistics(
             inputs._replace(
-                x_labels=count_up(proxies.shape[0], embeddings),
-                y_labels=labels.int(),
+                x_labels=both.numbers.y_labels,
+                y_labels=both.numbers.x_labels,
                 positive=Rule(-alpha, margin),
                 negative=Rule(alpha, -margin),
             ),
             backend=backend,
         )
         attract, repel = softplus(stats.value)
-        dtype = accumulate_dtype(embeddings.dtype)
+        dtype = accumulate_dtype(both.x.dtype)
         present = stats.count[POSITIVE] > 0
         everything = torch.ones_like(present)
         if reduction != "mean":

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, row_dtype, softplus
+from fused_losses.base.sides import batch_sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_at_least, check_batch, number
+from fused_losses.base.validation import check_at_least, number
 from fused_losses.losses.scored_pairs import by_label
-from fused_losses.losses.sides import check_sides, class_sizes, over_terms, sides
+from fused_losses.losses.scored_rows import class_sizes, over_terms, scored_rows
 from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
 from fused_losses.primitives.pairs.op import pair_statistics
 from fused_losses.primitives.row_rules.op import row_losses
@@ -48,15 +49,14 @@ def tuplet_margin(
     Time O(N M D); memory O((N + M) D) and a few blocks. Paper: Yu and Tao, Deep Metric Learning
     with Tuplet Margin Loss, 2019.
     """
-    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     number("scale", scale, embeddings)
     with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, ref_embeddings, ref_labels)
-        inputs = both.rows("dot", precision, normalize)._replace(
+        inputs = scored_rows(both, "dot", precision, normalize)._replace(
             rule="tuplet", params=(math.radians(margin), scale)
         )
         total, count = row_losses(inputs, backend=backend).unbind(dim=1)
-        return over_terms(total, count, reduction, accumulate_dtype(embeddings.dtype))
+        return over_terms(total, count, reduction, accumulate_dtype(both.x.dtype))
 
 
 def angular(
@@ -84,12 +84,12 @@ def angular(
     whose size the host reads; memory O(N D). Paper: Wang et al., Deep Metric Learning with Angular
     Loss, 2017.
     """
-    check_batch(embeddings, labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision)
     if not 0 < alpha < 90:
         raise ValueError(f"alpha: expected degrees in (0, 90), got {alpha}")
     t = math.tan(math.radians(alpha)) ** 2
     with no_autocast(embeddings.device):
-        rows = by_label(embeddings, labels, normalize)
+        rows = by_label(both, normalize)
         x, y = rows.x, rows.x
         if normalize_negatives is not None and normalize_negatives != normalize:
             y = embeddings.index_select(0, rows.order)
@@ -108,7 +108,7 @@ def angular(
                 use_reentrant=False,
             )  # fmt: skip
             loss = loss.index_add(0, first, each).index_add(0, first + offset, each)
-        dtype = accumulate_dtype(embeddings.dtype)
+        dtype = accumulate_dtype(both.x.dtype)
         if reduction == "mean":
             return (loss.sum() / max(2 * pairs, 1)).to(dtype)
         return (loss.sum() if reduction == "sum" else rows.restored(loss)).to(dtype)
@@ -169,15 +169,14 @@ def ranked_list(
     Time O(N^2 D); memory O(N D) and a few blocks. Paper: Wang et al., Ranked List Loss for Deep
     Metric Learning, 2019.
     """
-    check_batch(embeddings, labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision)
     if not 0 <= imbalance <= 1:
         raise ValueError(f"imbalance: expected a value in [0, 1], got {imbalance}")
     check_at_least("positive_temperature", positive_temperature, 0)
     check_at_least("negative_temperature", negative_temperature, 0)
     with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, None, None)
         params = (positive_temperature, negative_temperature, alpha - margin, alpha)
-        inputs = both.rows("euclidean", precision, normalize)._replace(
+        inputs = scored_rows(both, "euclidean", precision, normalize)._replace(
             rule="ranked_list", params=params
         )
         stats = row_losses(inputs, backend=backend)
@@ -185,7 +184,7 @@ def ranked_list(
         attract, repel = (stats[:, k + 1] / (stats[:, k] + guard) for k in (0, 2))
         loss = (1 - imbalance) * attract + imbalance * repel
         everything = torch.ones_like(loss, dtype=torch.bool)
-        return reduced(loss, everything, reduction, accumulate_dtype(embeddings.dtype))
+        return reduced(loss, everything, reduction, accumulate_dtype(both.x.dtype))
 
 
 def fast_ap(
@@ -214,11 +213,10 @@ def fast_ap(
     Time O(N M D); memory O((N + M) D + N bins) and a few blocks. Paper: Cakir et al., Deep Metric
     Learning to Rank, 2019.
     """
-    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     _check_bins(bins)
     with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, ref_embeddings, ref_labels)
-        inputs = both.rows("sqeuclidean", precision, normalize)._replace(
+        inputs = scored_rows(both, "sqeuclidean", precision, normalize)._replace(
             rule="histogram", params=(0.0, 4 / bins, bins + 1)
         )
         stats = row_losses(inputs, backend=backend)
@@ -230,7 +228,7 @@ def fast_ap(
         some = ~(everything <= 0)
         precision_ = torch.where(some, near * ahead / torch.where(some, everything, 1), 0)
         loss = 1 - precision_.sum(dim=1) / positives.clamp_min(1)
-        return reduced(loss, counted, reduction, accumulate_dtype(embeddings.dtype))
+        return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))
 
 
 def _check_bins(bins: int) -> None:
@@ -261,15 +259,14 @@ def histogram(
     Time O(N^2 D); memory O(N D + N bins) and a few blocks. Paper: Ustinova and Lempitsky, Learning
     Deep Embeddings with Histogram Loss, 2016.
     """
-    check_batch(embeddings, labels, "mean", precision)
+    both = batch_sides(embeddings, labels, "mean", precision)
     _check_bins(bins)
     with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, None, None)
-        inputs = both.rows("dot", precision, normalize)._replace(
+        inputs = scored_rows(both, "dot", precision, normalize)._replace(
             rule="histogram", params=(-1.0, 2 / bins, bins + 1)
         )
         sums = row_losses(inputs, backend=backend).sum(dim=0)
         near, far = sums[: bins + 1], sums[bins + 1 :]
         positives, negatives = (size.sum().clamp_min(1) for size in class_sizes(both))
         loss = (far / negatives * (near / positives).cumsum(dim=0)).sum()
-        return loss.to(accumulate_dtype(embeddings.dtype))
+        return loss.to(accumulate_dtype(both.x.dtype))

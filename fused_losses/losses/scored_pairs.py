@@ -1,4 +1,4 @@
-"""What the functions over pairs share around the sweep: checks, integers, scores by name, means.
+"""What the functions over pairs share around the sweep: scores by name, a batch by its labels.
 
 A score by name becomes u = scale <x, y> + a + b. "rbf": -g |x - y|^2 = 2g <x, y> - g|x|^2 - g|y|^2,
 "euclidean" the root of that with g squared, -g |x - y|.
@@ -10,15 +10,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fused_losses.base.integers import dense
 from fused_losses.base.numerics import accumulate_dtype, centered, squared_norms
+from fused_losses.base.sides import Sides
 from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import number
 from fused_losses.primitives.pairs.inputs import PairInputs
 
-SIMILARITIES = ("dot", "cosine", "rbf", "euclidean")
-
-
-# ---- scores -------------------------------------------------------------------------------------
+SCORED_BY = ("dot", "cosine", "rbf", "euclidean")
 
 
 def scored(
@@ -70,7 +68,22 @@ class ByLabel(NamedTuple):
         return values.index_select(0, self.order.argsort())
 
 
-def by_label(x: Tensor, labels: Tensor, normalize: bool) -> ByLabel:
+def by_label(both: Sides, normalize: bool) -> ByLabel:
     """Sorts a batch, and divides its rows by their norms; O(N D) memory, no host sync."""
-    numbers, order = dense(labels).sort(stable=True)
-    return ByLabel(unit(x, order) if normalize else x.index_select(0, order), numbers, order)
+    numbers, order = both.numbers.x_labels.sort(stable=True)
+    x = unit(both.x, order) if normalize else both.x.index_select(0, order)
+    return ByLabel(x, numbers, order)
+
+
+def labelled_pairs(
+    both: Sides,
+    similarity: str,
+    normalize: bool,
+    precision: str,
+    scale: Tensor | None = None,
+) -> tuple[ByLabel, PairInputs]:
+    """A batch in the order of its labels, and the upper triangle of its pairs; scale None: 1."""
+    rows = by_label(both, normalize)
+    scale = number("scale", 1.0, both.x) if scale is None else scale
+    inputs = scored(rows.x, None, scale, similarity=similarity, precision=precision)
+    return rows, triangle(inputs._replace(x_labels=rows.labels))

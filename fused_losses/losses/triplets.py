@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.integers import dense_pair
 from fused_losses.base.numerics import (
     accumulate_dtype,
     no_autocast,
@@ -22,14 +21,14 @@ from fused_losses.base.numerics import (
     root,
     softplus,
 )
+from fused_losses.base.sides import batch_sides, sides
 from fused_losses.base.validation import (
     check_at_least,
-    check_both,
     check_class_ids,
     check_integers,
     number,
 )
-from fused_losses.losses.sides import DISTANCES, Sides, check_sides, over_terms, sides
+from fused_losses.losses.scored_rows import DISTANCES, over_terms, scored_rows
 from fused_losses.primitives.row_rules.inputs import PICKS, SCORES, TRIPLETS, RowInputs
 from fused_losses.primitives.row_rules.op import row_losses
 from fused_losses.primitives.topk.inputs import TopkInputs
@@ -71,15 +70,14 @@ def all_triplets(
     Time O(N M D), and O(M P) a row with P <= 32 positives, else O(M log M); smooth: O(M P). Memory
     O((N + M) D) and a few blocks. Paper: Schroff et al., FaceNet, 2015.
     """
-    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     check_at_least("margin", margin, 0)
     validation.check_choice("triplets", triplets, TRIPLETS)
     validation.check_choice("distance", distance, DISTANCES)
     if triplets == "easy" and not smooth:
         raise ValueError("triplets: expected smooth=True with 'easy', whose hinges are all 0")
     with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, ref_embeddings, ref_labels)
-        inputs = both.rows(distance, precision, normalize)
+        inputs = scored_rows(both, distance, precision, normalize)
         return _over_triplets(inputs, margin, triplets, smooth, reduction, backend)
 
 
@@ -118,19 +116,24 @@ def harmonic_triplet(
     are the same samples). A row is not its own positive, but its old version is. Other arguments,
     result, errors and cost as in `all_triplets`, with N + M columns.
     """
-    embeddings = check_both("embeddings", embeddings, "frozen", frozen, precision)
-    frozen_labels = labels if frozen_labels is None else frozen_labels
-    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
-    check_integers("frozen_labels", frozen_labels, (frozen.shape[0],), embeddings)
+    both = sides(
+        embeddings,
+        frozen,
+        precision,
+        names=("embeddings", "frozen"),
+        prefixes=("", "frozen_"),
+        labels=(labels, labels if frozen_labels is None else frozen_labels),
+        labelled=True,
+    )
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     validation.check_choice("triplets", triplets, TRIPLETS[:3])
     validation.check_choice("distance", distance, DISTANCES)
     check_at_least("margin", margin, 0)
     with no_autocast(embeddings.device):
-        numbers, others = dense_pair(labels, frozen_labels)
-        columns = torch.cat([embeddings, frozen.detach()])
-        both = Sides(embeddings, columns, numbers, torch.cat([numbers, others]), True)
-        inputs = both.rows(distance, precision, normalize)
+        columns = torch.cat([both.x, both.y.detach()])
+        numbers = both.numbers._replace(y_labels=torch.cat(both.numbers[:2]))
+        both = both._replace(y=columns, alone=True, numbers=numbers)
+        inputs = scored_rows(both, distance, precision, normalize)
         return _over_triplets(inputs, margin, triplets, False, reduction, backend)
 
 
@@ -222,7 +225,7 @@ def listed_distances(x: Tensor, y: Tensor, index: Tensor, distance: str) -> Tens
     return squared if distance == "sqeuclidean" else root(squared)
 
 
-def _chosen(
+def chosen_distances(
     inputs: RowInputs, positive: str, negative: str, distance: str, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d of each row's chosen positive and negative, [N] each, and which rows have both."""
@@ -274,7 +277,7 @@ def _extremes(inputs: RowInputs, farthest: bool, nearest: bool, backend: str | N
     return torch.cat([best("same", farthest), best("different", not nearest)], dim=1)
 
 
-def _violated(near: Tensor, far: Tensor, margin: float | None) -> Tensor:
+def violated(near: Tensor, far: Tensor, margin: float | None) -> Tensor:
     """The hinge, or without a margin softplus. [N]"""
     return softplus(near - far) if margin is None else F.relu(near - far + margin)
 
@@ -343,7 +346,7 @@ def batch_easy_hard_triplet(
     left out as well. Paper: Xuan et al., Improved Embeddings with Easy Positive Triplet Mining,
     2020.
     """
-    embeddings = check_sides(embeddings, labels, ref_embeddings, ref_labels, reduction, precision)
+    both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     validation.check_choice("positive", positive, PICKS)
     validation.check_choice("negative", negative, PICKS)
     validation.check_choice("distance", distance, DISTANCES)
@@ -352,8 +355,7 @@ def batch_easy_hard_triplet(
     if positive == negative == "semihard":
         raise ValueError("negative: expected another choice beside positive='semihard'")
     with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, ref_embeddings, ref_labels)
-        inputs = both.rows(distance, precision, normalize)
-        near, far, found = _chosen(inputs, positive, negative, distance, backend)
-        loss = _violated(near, far, margin)
-        return reduced(loss, found, reduction, accumulate_dtype(embeddings.dtype))
+        inputs = scored_rows(both, distance, precision, normalize)
+        near, far, found = chosen_distances(inputs, positive, negative, distance, backend)
+        loss = violated(near, far, margin)
+        return reduced(loss, found, reduction, accumulate_dtype(both.x.dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.numerics import no_autocast
 from fused_losses.base.validation import GRADIENTS, number
-from fused_losses.losses.class_rows import class_rows
+from fused_losses.losses.class_rows import ClassOptions, class_rows
 from fused_losses.margins import CosFace, Margin, apply_margin
 from fused_losses.primitives.shared_negatives.op import _check_whisker, add_shared, shared_negatives
 
@@ -54,17 +54,8 @@ def unpg_margin_softmax(
     validation.check_choice("gradient", gradient, GRADIENTS)
     if not isinstance(negatives, UNPG):
         raise TypeError(f"negatives: expected a UNPG, got {type(negatives).__name__}")
-    rows = class_rows(
-        embeddings,
-        weight,
-        labels,
-        normalize=normalize,
-        ignore_index=ignore_index,
-        classes=classes,
-        precision=precision,
-        reduction=reduction,
-        backend=backend,
-    )
+    options = ClassOptions(normalize, ignore_index, classes, precision, reduction, backend)
+    rows = class_rows(embeddings, weight, labels, options)
     scale = number("scale", scale, embeddings)
     with no_autocast(embeddings.device):
         lse, target = rows.statistics(scale, margin)
@@ -76,7 +67,7 @@ def unpg_margin_softmax(
             scale,
             normalize=False,
             ignore_index=validation.NO_TARGET,
-            backend=rows.backend,
+            backend=rows.options.backend,
         )
         penalty = margin.penalty(norm) if hasattr(margin, "penalty") else 0.0
-        return rows.cross_entropy(scale * moved, add_shared(lse, shared), reduction, penalty)
+        return rows.cross_entropy(scale * moved, add_shared(lse, shared), penalty)

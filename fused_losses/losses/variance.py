@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
-from fused_losses.base.validation import check_at_least, check_batch, number
+from fused_losses.base.sides import batch_sides
+from fused_losses.base.validation import check_at_least, number
 from fused_losses.losses.scored_pairs import scored, triangle
-from fused_losses.losses.sides import sides
+from fused_losses.losses.scored_rows import scored_rows
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE
 from fused_losses.primitives.pairs.op import pair_statistics
 from fused_losses.primitives.row_rules.op import row_losses
@@ -35,17 +36,16 @@ def intra_pair_variance(
     Time O(N^2 D), in two sweeps; memory O(N D) and a few blocks. Paper: Yu et al., Deep Metric
     Learning with Intra-Pair Variance, 2020 (as in pytorch-metric-learning).
     """
-    check_batch(embeddings, labels, "mean", precision)
+    both = batch_sides(embeddings, labels, "mean", precision)
     check_at_least("positive_eps", positive_eps, 0)
     check_at_least("negative_eps", negative_eps, 0)
     with no_autocast(embeddings.device):
-        both = sides(embeddings, labels, None, None)
         # the score is -s
-        inputs = both.rows("cosine", precision, normalize)
+        inputs = scored_rows(both, "cosine", precision, normalize)
         one = number("scale", 1.0, embeddings)
         pairs = triangle(scored(inputs.x, None, one, precision=precision))
         stats, _ = pair_statistics(
-            pairs._replace(x_labels=both.x_labels), reduction="relu", backend=backend
+            pairs._replace(x_labels=both.numbers.x_labels), reduction="relu", backend=backend
         )
         count = stats.count.sum(dim=1).clamp_min(1)
         means = stats.total.sum(dim=1) / count
@@ -61,10 +61,10 @@ def intra_pair_variance(
         inputs = inputs._replace(rule="hinges", params=(2,), values=values)
         sums = row_losses(inputs, backend=backend).sum(dim=0)
         loss = sums[0] / count[POSITIVE] + sums[2] / count[NEGATIVE]
-        return loss.to(accumulate_dtype(embeddings.dtype))
+        return loss.to(accumulate_dtype(both.x.dtype))
 
 
-def _mean_of_means(values: Tensor, mask: Tensor) -> Tensor:
+def mean_of_means(values: Tensor, mask: Tensor) -> Tensor:
     """The mean over rows that have any of their means under the mask (values 0 elsewhere)."""
     count = mask.sum(dim=1)
     means = values.sum(dim=1) / count.clamp_min(1)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.integers import dense, dense_pair
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.sides import sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
+from fused_losses.base.validation import check_number
 from fused_losses.primitives.distances.op import distance_matrix
 
 SIMILARITIES = ("dot", "cosine")
@@ -48,24 +48,6 @@ class MiningBatch(NamedTuple):
     backend: str | None
 
 
-def check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if math.isnan(value):
-        raise ValueError(f"{name}: expected a number, got {value}")
-
-
-def check_range(name: str, bounds: tuple[float, float] | None) -> None:
-    if bounds is None:
-        return
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise TypeError(f"{name}: expected (low, high), got {bounds!r}")
-    for bound in bounds:
-        check_number(name, bound)
-    if bounds[0] > bounds[1]:
-        raise ValueError(f"{name}: expected low <= high, got {bounds!r}")
-
-
 def checked_batch(
     embeddings: Tensor,
     labels: Tensor,
@@ -85,40 +67,31 @@ def checked_batch(
         raise ValueError(f"p: expected no value with metric={metric!r}, got {p}")
     if not 0 < p < math.inf:
         raise ValueError(f"p: expected a finite value > 0, got {p}")
-    own = ref_embeddings is None or ref_embeddings is embeddings
     if ref_embeddings is None and ref_labels is not None:
         raise ValueError("ref_embeddings: expected a tensor beside ref_labels, got None")
-    if own:
-        check_rows("embeddings", embeddings, precision)
-        x = y = embeddings
-        ref_labels = labels if ref_labels is None else ref_labels
-        ref_ids = ids if ref_ids is None else ref_ids
-    else:
-        x = check_both("embeddings", embeddings, "ref_embeddings", ref_embeddings, precision)
-        y = ref_embeddings
-        if ref_labels is None:
-            raise ValueError("ref_labels: expected a tensor beside ref_embeddings, got None")
-    sizes = (x.shape[0], y.shape[0])
-    check_integers("labels", labels, sizes[:1], x)
-    check_integers("ref_labels", ref_labels, sizes[1:], x)
-    check_integer_pair("ids", ids, "ref_ids", ref_ids, sizes, x)
+    own = ref_embeddings is None or ref_embeddings is embeddings
+    if ref_labels is None and not own:
+        raise ValueError("ref_labels: expected a tensor beside ref_embeddings, got None")
+    both = sides(
+        embeddings,
+        None if own else ref_embeddings,
+        precision,
+        labels=(labels, ref_labels),
+        ids=(ids, ref_ids),
+        labelled=True,
+    )
     with torch.no_grad():
-        x, y = x.detach(), y.detach()
+        x, y = both.x.detach(), both.y.detach()
         if normalize or metric == "cosine":
             # unit rows rounded to a narrow type would be mined by other cosines
             x = unit(x.to(accumulate_dtype(x.dtype)))
             y = x if own else unit(y.to(accumulate_dtype(y.dtype)))
         elif own:
             y = x
-        if ref_labels is labels:
-            x_labels = y_labels = dense(labels)
-        else:
-            x_labels, y_labels = dense_pair(labels, ref_labels)
-        x_ids, y_ids = dense_pair(ids, ref_ids)
     kind = "dot" if metric == "cosine" else metric
     sign = -1 if metric in SIMILARITIES else 1
     return MiningBatch(
-        *(x, y, x_labels, y_labels, x_ids, y_ids, own, kind, sign),
+        *(x, y, *both.numbers[:4], own, kind, sign),
         *(float(p), precision, backend),
     )
 

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import no_autocast, row_dtype
+from fused_losses.base.validation import check_number, check_range
 from fused_losses.mining.batch import (
     MiningBatch,
     MiningBlock,
     blocks,
-    check_number,
-    check_range,
     checked_batch,
     matrix,
     ranked,

@@ -14,19 +14,18 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import no_autocast
+from fused_losses.base.validation import check_number, check_range
 from fused_losses.mining.batch import (
     MiningBatch,
     MiningBlock,
     blocks,
-    check_number,
-    check_range,
     checked_batch,
     extreme,
     ranked,
     within,
 )
 from fused_losses.mining.lists import Keep, Lines, Triplets, every, gathered_triplets, lines, places
-from fused_losses.pairwise.topk import pairwise_topk
+from fused_losses.pairwise.topk import best_columns
 
 CHOICES = ("hardest", "easiest", "semihard", "all")
 RANKS = ("all", "hardest", "easiest")
@@ -108,9 +107,6 @@ def mine_triplets(
         return gathered_triplets(batch, lines)
 
 
-# ---- triplets -----------------------------------------------------------------------------------
-
-
 def _rule(triplets: str, margin: float | None) -> Keep | None:
     """Which g are kept; None: every one."""
     if triplets == "easy":
@@ -127,17 +123,19 @@ def _one_each(batch: MiningBatch, positive: str, negative: str, keep: Keep | Non
     """The hardest or easiest of either side: two streamed selections, no block of distances."""
 
     def best(match: str, farthest: bool) -> tuple[Tensor, Tensor]:
-        values, index = pairwise_topk(
-            *(batch.x, None if batch.own else batch.y, 1, batch.kind),
-            p=batch.p,
-            largest=farthest == (batch.sign > 0),
+        asked = dict(
             x_labels=batch.x_labels,
             y_labels=batch.y_labels,
-            match=match,
             x_ids=batch.x_ids,
             y_ids=batch.y_ids,
+            k=1,
+            largest=farthest == (batch.sign > 0),
+            match=match,
             skip_self=batch.own,
-            backend=batch.backend,
+            symmetric=batch.own,
+        )
+        values, index = best_columns(
+            batch.x, batch.y, batch.kind, asked, p=batch.p, backend=batch.backend
         )
         return values[:, 0], index[:, 0]
 

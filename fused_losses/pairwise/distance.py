@@ -18,13 +18,15 @@ from fused_losses.pairwise.metrics import (
     PLAIN,
     WEIGHTED,
     Call,
-    _check_values,
-    _jensenshannon,
-    _mahalanobis,
-    _minkowski,
+    check_values,
+    jensenshannon,
+    mahalanobis,
+    minkowski,
 )
 from fused_losses.pairwise.whitening import wide
 from fused_losses.primitives.distances.inputs import FLAT
+
+SIMILARITIES = ("dot", "cosine", "rbf", "laplacian", "polynomial", "sigmoid")
 
 
 def pairwise_distance(
@@ -84,7 +86,7 @@ def pairwise_distance(
                 f"{', '.join(WEIGHTED)})"
             )
         validation.check_vector("w", w, d, "one a coordinate", x)
-        _check_values("w", w, lambda v: v >= 0, "values >= 0")
+        check_values("w", w, lambda v: v >= 0, "values >= 0")
         w = w.to(row_dtype(x.device))
     if metric != "minkowski" and p != 2.0:
         raise ValueError(f"p: expected no value with metric={metric!r}, got {p}")
@@ -99,11 +101,11 @@ def pairwise_distance(
     call = Call(x, y, w, precision, backend)
     with no_autocast(x.device):
         if metric == "minkowski":
-            return _minkowski(call, p)
+            return minkowski(call, p)
         if metric == "jensenshannon":
-            return _jensenshannon(call, base)
+            return jensenshannon(call, base)
         if metric == "mahalanobis":
-            return _mahalanobis(call, VI, covariance, variance)
+            return mahalanobis(call, VI, covariance, variance)
         return PLAIN[metric](call)
 
 
@@ -154,9 +156,6 @@ def pairwise_similarity(
         return inner.tanh() if similarity == "sigmoid" else inner**degree
 
 
-# ---- checks -------------------------------------------------------------------------------------
-
-
 def _rows(x: Tensor, y: Tensor | None, precision: str, bools: bool) -> tuple[Tensor, Tensor]:
     """Both sides, checked; one tensor for both is one set of rows."""
     validation.check_choice("precision", precision, validation.PRECISIONS)
@@ -191,9 +190,3 @@ def _rows(x: Tensor, y: Tensor | None, precision: str, bools: bool) -> tuple[Ten
         x = x.to(y.dtype)
     validation.check_same_dtype("x", x, "y", y)
     return x, y
-
-
-# ---- metrics ------------------------------------------------------------------------------------
-
-
-SIMILARITIES = ("dot", "cosine", "rbf", "laplacian", "polynomial", "sigmoid")

@@ -19,7 +19,7 @@ from fused_losses.primitives.distances import reference as reference_distances
 from fused_losses.primitives.distances.op import choose, distance_matrix
 
 
-def _check_values(
+def check_values(
     name: str, tensor: Tensor, good: Callable[[Tensor], Tensor], expected: str
 ) -> None:
     """Like `validation.check_labels`; NaN is let through: it makes what depends on it NaN."""
@@ -122,7 +122,7 @@ def _lp(kind: str, power: float) -> Callable[[Call], Tensor]:
     return metric
 
 
-def _minkowski(call: Call, p: float) -> Tensor:
+def minkowski(call: Call, p: float) -> Tensor:
     if isinstance(p, bool) or not isinstance(p, int | float):
         raise TypeError(f"p: expected a number, got {type(p).__name__}")
     if not p > 0:
@@ -192,7 +192,7 @@ def _hellinger(call: Call) -> Tensor:
     return call.matrix("euclidean", *call.both(lambda r: _power(wide(r) / 2, 0.5)))
 
 
-def _jensenshannon(call: Call, base: float | None) -> Tensor:
+def jensenshannon(call: Call, base: float | None) -> Tensor:
     if base is not None and not (base > 0 and base != 1 and base < math.inf):
         raise ValueError(f"base: expected a value > 0 other than 1, got {base}")
 
@@ -242,7 +242,7 @@ def _lorentz(call: Call) -> Tensor:
     return 2 * (chord / 2).asinh()
 
 
-def _mahalanobis(
+def mahalanobis(
     call: Call, VI: Tensor | None, covariance: Tensor | None, variance: Tensor | None
 ) -> Tensor:
     if variance is not None:
@@ -261,7 +261,7 @@ def _diagonal(call: Call, variance: Tensor) -> Tensor:
             f"{describe(variance)}"
         )
     validation.check_device("x", call.x, "variance", variance)
-    _check_values("variance", variance, lambda v: v > 0, "values > 0")
+    check_values("variance", variance, lambda v: v > 0, "values > 0")
     w = 1 / variance.to(accumulate_dtype(y.dtype)).expand(y.shape)
     return call.matrix("scaled", call.x, y, w)
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base import validation
-from fused_losses.base.integers import dense_pair
 from fused_losses.base.numerics import accumulate_dtype, root
-from fused_losses.base.validation import check_integer_pair, check_integers
+from fused_losses.base.sides import integers
 from fused_losses.pairwise.distance import pairwise_distance
 from fused_losses.pairwise.metrics import METRICS
 from fused_losses.pairwise.whitening import whitened
@@ -35,7 +34,7 @@ def _angle(cosine: Tensor) -> Tensor:
     return torch.where(inside, torch.where(inside, cosine, 0).arccos() / math.pi, ends)
 
 
-def _moved(x: Tensor) -> Tensor:
+def _without_mean(x: Tensor) -> Tensor:
     return x - x.mean(dim=-1, keepdim=True)
 
 
@@ -54,11 +53,10 @@ PLANS = {
     "euclidean": _Plan("sqeuclidean", None, root),
     "cosine": _Plan("cosine", None, lambda c: 1 - c, True),
     "angular": _Plan("cosine", None, _angle, True),
-    "correlation": _Plan("cosine", _moved, lambda c: 1 - c, True),
+    "correlation": _Plan("cosine", _without_mean, lambda c: 1 - c, True),
     "hellinger": _Plan("sqeuclidean", torch.sqrt, lambda s: root(s / 2)),
     "mahalanobis": _Plan("sqeuclidean", None, root),
 }
-SIMILARITIES = ("dot",)
 
 
 def pairwise_topk(
@@ -114,41 +112,56 @@ def pairwise_topk(
     _check(x, y, k, metric, match, screen)
     bank = x if y is None else y
     rows = bank.codes if isinstance(bank, QuantizedRows) else bank
-    y_labels = x_labels if y is None and y_labels is None else y_labels
-    y_ids = x_ids if y is None and y_ids is None else y_ids
-    sizes = (x.shape[0], rows.shape[0])
-    check_integer_pair("x_labels", x_labels, "y_labels", y_labels, sizes, x)
-    check_integer_pair("x_ids", x_ids, "y_ids", y_ids, sizes, x)
+    numbers = integers(
+        x,
+        rows,
+        ("x_", "y_"),
+        alone=y is None,
+        labels=(x_labels, y_labels),
+        ids=(x_ids, y_ids),
+        exclude=exclude,
+    )
     if match != "any" and x_labels is None:
         raise ValueError(f"x_labels: expected labels with match={match!r}, got None")
-    if exclude is not None:
-        check_integers("exclude", exclude, (x.shape[0], None), x)
-        exclude = exclude.int()
-    labels = (None, None) if match == "any" else dense_pair(x_labels, y_labels)
-    ids = dense_pair(x_ids, y_ids)
-    largest = metric in SIMILARITIES if largest is None else largest
-    plan = PLANS.get(metric)
-    if metric_options.get("w") is not None or metric_options.get("variance") is not None:
-        plan = None
-    if plan is None and metric not in METRICS:
-        known = ", ".join(sorted({*METRICS, *SIMILARITIES}))
-        raise ValueError(f"metric: expected one of {known}, got {metric!r}")
-    pairs = dict(
-        x_labels=labels[0],
-        y_labels=labels[1],
-        x_ids=ids[0],
-        y_ids=ids[1],
-        exclude=exclude,
+    asked = dict(
+        x_labels=None if match == "any" else numbers.x_labels,
+        y_labels=None if match == "any" else numbers.y_labels,
+        x_ids=numbers.x_ids,
+        y_ids=numbers.y_ids,
+        exclude=numbers.exclude,
         k=k,
+        largest=metric == "dot" if largest is None else largest,
         match=match,
         skip_self=skip_self,
         symmetric=y is None,
     )
+    return best_columns(
+        x, bank, metric, asked, p=p, screen=screen, backend=backend, **metric_options
+    )
+
+
+def best_columns(
+    x: Tensor,
+    bank: Tensor | QuantizedRows,  # x itself where asked["symmetric"]
+    metric: str,
+    asked: dict[str, Any],
+    *,
+    p: float = 2.0,
+    screen: str | QuantizedRows = "auto",
+    backend: str | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`pairwise_topk` behind its door; asked: fields of `TopkInputs`, checked and numbered."""
+    plan = PLANS.get(metric)
+    if options.get("w") is not None or options.get("variance") is not None:
+        plan = None
+    if plan is None and metric not in METRICS:
+        known = ", ".join(sorted({*METRICS, "dot"}))
+        raise ValueError(f"metric: expected one of {known}, got {metric!r}")
     with torch.autocast(x.device.type, enabled=False):
         if plan is None:
-            options = {"p": p, "backend": backend, **metric_options}
-            return _in_full(x, bank, metric, largest, pairs, options)
-        return _by_products(x, bank, metric, plan, largest, pairs, screen, backend, metric_options)
+            return _in_full(x, bank, metric, asked, {"p": p, "backend": backend, **options})
+        return _by_products(x, bank, metric, plan, asked, screen, backend, options)
 
 
 def _by_products(
@@ -156,8 +169,7 @@ def _by_products(
     bank: Tensor | QuantizedRows,
     metric: str,
     plan: _Plan,
-    largest: bool,
-    pairs: dict[str, Any],
+    asked: dict[str, Any],
     screen: str | QuantizedRows,
     backend: str | None,
     options: dict[str, Any],
@@ -183,17 +195,16 @@ def _by_products(
         y_scale,
         *codes,
         kind=plan.kind,
-        largest=largest != plan.similar,
         # codes are read in the place of products of y
         screen=screen if screen in SCREENS[1:] else best_screen(x, backend),
-        **pairs,
+        **{**asked, "largest": asked["largest"] != plan.similar},
     )
     keys, index = select(inputs, backend)
     wants = x.requires_grad or (y_scale is None and bank.requires_grad)
     if torch.is_grad_enabled() and wants:
         keys = listed(x, bank, index, plan.kind, y_scale)
     values = keys if plan.value is None else plan.value(keys)
-    return _finished(x, values, index, largest), index
+    return _finished(x, values, index, asked["largest"]), index
 
 
 def _finished(x: Tensor, values: Tensor, index: Tensor, largest: bool) -> Tensor:
@@ -212,15 +223,14 @@ def _in_full(
     x: Tensor,
     bank: Tensor | QuantizedRows,
     metric: str,
-    largest: bool,
-    pairs: dict[str, Any],
+    asked: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Metrics without a product: blocks of distances, the best carried from block to block."""
     if isinstance(bank, QuantizedRows):
         raise ValueError(f"y: expected float rows with metric={metric!r}, got QuantizedRows")
-    n, m, k = x.shape[0], bank.shape[0], pairs["k"]
-    inputs = TopkInputs(x, bank, kind=metric, largest=largest, **pairs)
+    n, m, k = x.shape[0], bank.shape[0], asked["k"]
+    inputs = TopkInputs(x, bank, kind=metric, **asked)
     dtype = torch.promote_types(x.dtype, bank.dtype)
     variance = options.pop("variance", None)
 
@@ -244,7 +254,7 @@ def _in_full(
                 fresh = torch.where(allowed(inputs, run, block), fresh, torch.nan)
                 at = torch.arange(j, block.stop, device=x.device).expand(fresh.shape)
                 keys, index = best(
-                    torch.cat([keys, fresh], 1), torch.cat([index, at], 1), k, largest
+                    torch.cat([keys, fresh], 1), torch.cat([index, at], 1), k, inputs.largest
                 )
             found.append(index)
     index = torch.cat(found)
@@ -262,10 +272,10 @@ def _in_full(
         else:
             values.append(of_rows(part, bank))
     values = torch.cat(values) if m else values[0].new_zeros((n, k))
-    return _finished(x, values, index, largest), index
+    return _finished(x, values, index, asked["largest"]), index
 
 
-def _check_rows(name: str, rows: Tensor, shape: str, metric: str) -> None:
+def _check_side(name: str, rows: Tensor, shape: str, metric: str) -> None:
     bits = metric in FLAT and isinstance(rows, Tensor) and rows.dtype == torch.bool
     validation.check_matrix(name, rows[:0].float() if bits else rows, shape)
 
@@ -278,7 +288,7 @@ def _check(
     match: str,
     screen: str | QuantizedRows,
 ) -> None:
-    _check_rows("x", x, "[N, D]", metric)
+    _check_side("x", x, "[N, D]", metric)
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k: expected an integer in [1, {MOST}], got {type(k).__name__}")
     if not 1 <= k <= MOST:
@@ -288,7 +298,7 @@ def _check(
         if isinstance(value, QuantizedRows):
             _check_quantized(name, value)
     if not isinstance(y, QuantizedRows) and y is not None:
-        _check_rows("y", y, "[M, D]", metric)
+        _check_side("y", y, "[M, D]", metric)
     rows = x if y is None else y.codes if isinstance(y, QuantizedRows) else y
     if rows.shape[1] != x.shape[1]:
         raise ValueError(

@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.integers import dense_pair
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast
-from fused_losses.base.validation import (
-    check_both,
-    check_integer_pair,
-    check_integers,
-    check_rows,
-    number,
-)
-from fused_losses.losses.scored_pairs import SIMILARITIES, scored, triangle
+from fused_losses.base.sides import NEITHER, sides
+from fused_losses.base.validation import check_integers, number
+from fused_losses.losses.scored_pairs import SCORED_BY, scored, triangle
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_attention, pair_statistics
 
@@ -67,27 +61,23 @@ def logsumexp_similarity(
     pure-PyTorch path). Raises ValueError, TypeError for bad arguments.
     Time O(N M D); memory O((N + M) D).
     """
-    # one tensor twice is one batch
-    alone = y is None or y is x
-    if alone:
-        y = None
-        check_rows("x", x, precision)
-        y_labels = x_labels if y_labels is None else y_labels
-        y_ids = x_ids if y_ids is None else y_ids
-        y_groups = x_groups if y_groups is None else y_groups
-    else:
-        x = check_both("x", x, "y", y, precision)
-    n, m = x.shape[0], x.shape[0] if alone else y.shape[0]
-    validation.check_choice("similarity", similarity, SIMILARITIES)
+    both = sides(
+        x,
+        None if y is x else y,  # one tensor twice is one batch
+        precision,
+        names=("x", "y"),
+        prefixes=("x_", "y_"),
+        labels=(x_labels, y_labels),
+        ids=(x_ids, y_ids),
+        groups=(x_groups, y_groups),
+        exclude=exclude,
+    )
+    x = both.x
+    validation.check_choice("similarity", similarity, SCORED_BY)
     validation.check_choice("match", match, MATCHES)
     if zero is not None:
         validation.check_choice("zero", zero, ZEROS)
     factor = number("scale", scale, x)
-    check_integer_pair("x_labels", x_labels, "y_labels", y_labels, (n, m), x)
-    check_integer_pair("x_ids", x_ids, "y_ids", y_ids, (n, m), x)
-    check_integer_pair("x_groups", x_groups, "y_groups", y_groups, (n, m), x)
-    if exclude is not None:
-        check_integers("exclude", exclude, (n, None), x)
     if x_labels is None and (match != "any" or zero is not None):
         raise ValueError(f"x_labels: expected labels for match={match!r}, zero={zero!r}, got None")
     if not (rows or cols):
@@ -95,23 +85,19 @@ def logsumexp_similarity(
 
     with no_autocast(x.device):
         labelled = match != "any" or zero is not None
-        labels = dense_pair(x_labels, y_labels) if labelled else (None, None)
-        ids, groups = dense_pair(x_ids, y_ids), dense_pair(x_groups, y_groups)
-        inputs = scored(x, y, factor, similarity=similarity, precision=precision)._replace(
-            x_labels=labels[0],
-            y_labels=labels[1],
-            x_ids=ids[0],
-            y_ids=ids[1],
-            x_groups=groups[0],
-            y_groups=groups[1],
-            exclude=None if exclude is None else exclude.int(),
+        known = both.numbers
+        own = all(a is b for a, b in zip(known[:6:2], known[1:6:2], strict=True))
+        if not labelled:
+            known = known._replace(x_labels=None, y_labels=None)
+        inputs = scored(x, both.other, factor, similarity=similarity, precision=precision)
+        inputs = inputs._replace(
             skip_self=skip_self,
             positive=Rule(0.0) if zero == "same" else Rule(),
             negative=Rule(0.0) if zero == "different" else Rule(),
+            **known._asdict(),
         )
         # half the pairs tell all only where both ends see each other by the same integers
-        own = y_labels is x_labels and y_ids is x_ids and y_groups is x_groups
-        half = alone and own and skip_self and exclude is None
+        half = both.alone and own and skip_self and exclude is None
         if half:
             inputs = triangle(inputs)
         seen, other = pair_statistics(inputs, cols=cols and not half, backend=backend)
@@ -160,7 +146,7 @@ def similarity_attention(
     Time O(N M (D + Dv)); memory O((N + M)(D + Dv)).
     """
     check_leading(("query", query), ("key", key), ("value", value))
-    validation.check_choice("similarity", similarity, SIMILARITIES)
+    validation.check_choice("similarity", similarity, SCORED_BY)
     validation.check_choice("match", match, MATCHES[:3])
     lead = query.shape[:-2]
     if match != "any" and query_labels is None:
@@ -175,16 +161,21 @@ def similarity_attention(
     factor = number("scale", scale, query)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
-        q = check_both("query", q, "key", k, precision)
-        check_values("value", v, "key", k)
-        numbers = dense_pair(*labels) if labels and match != "any" else (None, None)
-        inputs = scored(q, k, factor, similarity=similarity, precision=precision)._replace(
-            x_labels=numbers[0], y_labels=numbers[1]
+        both = sides(
+            q,
+            k,
+            precision,
+            names=("query", "key"),
+            prefixes=("query_", "key_"),
+            labels=labels if labels and match != "any" else NEITHER,
         )
+        check_values("value", v, "key", k)
+        inputs = scored(both.x, k, factor, similarity=similarity, precision=precision)
+        inputs = inputs._replace(**both.numbers._asdict())
         out, lse = pair_attention(
             v.contiguous(), inputs, positives=match == "same", backend=backend
         )
-        return out.to(v.dtype), lse.to(accumulate_dtype(q.dtype))
+        return out.to(v.dtype), lse.to(accumulate_dtype(both.x.dtype))
 
     tensors = (query, key, value)
     if query_labels is not None:

@@ -1,0 +1,158 @@
+"""The front of a call over pairs of rows: its sides, checked, of one dtype and numbered, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fused_losses.base.integers import count_up, dense_together
+from fused_losses.base.validation import (
+    REDUCTIONS,
+    check_both,
+    check_choice,
+    check_class_ids,
+    check_diagonal,
+    check_integer_pair,
+    check_integers,
+    check_rows,
+    check_same_dtype,
+)
+
+Both = tuple[Tensor | None, Tensor | None]  # the rows' integers and the columns'
+Bank = tuple[Tensor, Tensor | None]  # further columns [Q, D] and their labels [Q]
+
+NEITHER: Both = (None, None)
+
+
+class Integers(NamedTuple):
+    """What is known of both sides, as int32 numbers that are equal where the given ones are.
+
+    Its fields are fields of `PairInputs` too.
+    """
+
+    x_labels: Tensor | None = None  # [N]
+    y_labels: Tensor | None = None  # [M]
+    x_ids: Tensor | None = None  # [N]
+    y_ids: Tensor | None = None  # [M]
+    x_groups: Tensor | None = None  # [N]
+    y_groups: Tensor | None = None  # [M]
+    exclude: Tensor | None = None  # [N, E] columns, -1: none
+
+
+def integers(
+    rows: Tensor,  # [N, D]
+    columns: Tensor,  # [M, D]
+    prefixes: tuple[str, str],
+    *,
+    alone: bool = False,
+    labels: Both = NEITHER,
+    ids: Both = NEITHER,
+    groups: Both = NEITHER,
+    exclude: Tensor | None = None,
+    labelled: bool = False,
+) -> Integers:
+    """Each kind of both sides or of neither, checked and numbered; one tensor twice stays one.
+
+    prefixes: of the arguments' names in errors. alone: the columns have the rows' integers where
+    theirs are not given. labelled: labels must be there.
+    """
+    numbers: list[Tensor | None] = []
+    for kind, given in (("labels", labels), ("ids", ids), ("groups", groups)):
+        of_x, of_y = (given[0], given[0]) if alone and given[1] is None else given
+        x_name, y_name = (f"{prefix}{kind}" for prefix in prefixes)
+        if labelled and kind == "labels":
+            check_integers(x_name, of_x, (rows.shape[0],), rows)
+            check_integers(y_name, of_y, (columns.shape[0],), rows)
+        else:
+            sizes = rows.shape[0], columns.shape[0]
+            check_integer_pair(x_name, of_x, y_name, of_y, sizes, rows)
+        numbers += dense_together(of_x) * 2 if of_x is of_y else dense_together(of_x, of_y)
+    if exclude is not None:
+        check_integers("exclude", exclude, (rows.shape[0], None), rows)
+        exclude = exclude.int()
+    return Integers(*numbers, exclude)
+
+
+class Sides(NamedTuple):
+    """Rows and columns of one call, and what is known of them."""
+
+    x: Tensor  # [N, D]
+    y: Tensor  # [M, D], x itself where a batch meets itself
+    alone: bool  # the batch meets itself
+    numbers: Integers
+    banks: Sequence[Bank] = ()
+
+    @property
+    def other(self) -> Tensor | None:
+        """The second set of rows, None where the batch meets itself."""
+        return None if self.alone else self.y
+
+
+def sides(
+    x: Tensor,
+    y: Tensor | None,  # None: x itself
+    precision: str,
+    *,
+    names: tuple[str, str] = ("embeddings", "ref_embeddings"),
+    prefixes: tuple[str, str] = ("", "ref_"),
+    offset: int | None = None,
+    banks: Sequence[Bank] = (),
+    labels: Both = NEITHER,
+    **known: Both | Tensor | bool | None,
+) -> Sides:
+    """Raises ValueError, TypeError that name the argument; known: as in `integers`.
+
+    offset: without labels, column offset + i is row i's positive. banks: of a call whose banks are
+    its `queue`; their labels are numbered with the others.
+    """
+    if y is None:
+        check_rows(names[0], x, precision)
+    else:
+        x = check_both(names[0], x, names[1], y, precision)
+    columns = x if y is None else y
+    numbers = integers(x, columns, prefixes, alone=y is None, labels=labels, **known)
+    if labels[0] is None and offset is not None:
+        n, m = x.shape[0], columns.shape[0]
+        check_diagonal(names[1], columns, n, offset)
+        numbers = numbers._replace(x_labels=count_up(n, x, offset), y_labels=count_up(m, x))
+    for bank, told in banks:
+        check_both(names[0], x, "queue", bank, precision, rows="Q")
+        check_same_dtype(names[0], x, "queue", bank)
+        if told is not None:
+            check_integers("queue_labels", told, (bank.shape[0],), x)
+    if any(told is not None for _, told in banks):
+        of_x, of_y, *told = dense_together(*labels, *(told for _, told in banks))
+        numbers = numbers._replace(x_labels=of_x, y_labels=of_y)
+        banks = [(bank, of_bank) for (bank, _), of_bank in zip(banks, told, strict=True)]
+    return Sides(x, columns, y is None, numbers, banks)
+
+
+def batch_sides(
+    embeddings: Tensor,
+    labels: Tensor,
+    reduction: str,
+    precision: str,
+    ref_embeddings: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+) -> Sides:
+    """A batch [N, D] with labels [N], alone or against a second."""
+    if (ref_embeddings is None) != (ref_labels is None):
+        given, missing = ("ref_embeddings", "ref_labels")[:: 1 if ref_labels is None else -1]
+        raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
+    both = sides(embeddings, ref_embeddings, precision, labels=(labels, ref_labels), labelled=True)
+    check_choice("reduction", reduction, REDUCTIONS)
+    return both
+
+
+def class_sides(
+    embeddings: Tensor, name: str, weight: Tensor, labels: Tensor, reduction: str, precision: str
+) -> Sides:
+    """A batch [N, D] with labels [N] in [0, C) against a row a class [C, D]."""
+    embeddings = check_both("embeddings", embeddings, name, weight, precision, rows="C")
+    check_integers("labels", labels, (embeddings.shape[0],), embeddings)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_class_ids("labels", labels, weight.shape[0])
+    classes = count_up(weight.shape[0], embeddings)
+    return Sides(embeddings, weight, False, Integers(labels.int(), classes))

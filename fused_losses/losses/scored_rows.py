@@ -1,0 +1,51 @@
+"""What the losses over triplets and rankings share: scores of rows by name, and their means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.sides import Sides
+from fused_losses.base.unit_norm import unit
+from fused_losses.primitives.row_rules.inputs import RowInputs
+
+DISTANCES = ("euclidean", "sqeuclidean", "cosine")
+
+
+def scored_rows(both: Sides, distance: str, precision: str, normalize: bool = False) -> RowInputs:
+    """The primitive's inputs but for its rule; rows of norm 1 if so wanted.
+
+    distance: one of DISTANCES, or "dot" for the product itself.
+    """
+    x, y = both.x, both.y
+    if normalize:
+        # the blocks are in this dtype: nothing is won by rounding before
+        dtype = accumulate_dtype(x.dtype)
+        x = unit(x.to(dtype))
+        y = x if both.y is both.x else unit(both.y.to(dtype))
+    score = {"cosine": "minus_dot"}.get(distance, distance)
+    labels = both.numbers.x_labels, both.numbers.y_labels
+    return RowInputs(x, y, *labels, score=score, skip_self=both.alone, precision=precision)
+
+
+def over_nonzero(total: Tensor, count: Tensor) -> Tensor:
+    """Sum of the totals over the sum of the counts, 0 over none."""
+    return total.sum() / count.sum().clamp_min(1)
+
+
+def over_terms(total: Tensor, count: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """Rows' sums of terms [N] and their numbers: the mean over terms, the sum, or the rows'."""
+    if reduction == "mean":
+        total = over_nonzero(total, count)
+    elif reduction == "sum":
+        total = total.sum()
+    return total.to(dtype)
+
+
+def class_sizes(both: Sides) -> tuple[Tensor, Tensor]:
+    """How many positives and negatives each row has, [N] each; O((N + M) log M)."""
+    ordered = both.numbers.y_labels.sort().values
+    last = torch.searchsorted(ordered, both.numbers.x_labels, right=True)
+    same = last - torch.searchsorted(ordered, both.numbers.x_labels)
+    return same - int(both.alone), both.y.shape[0] - same
