@@ -92,9 +92,10 @@ class Sides(NamedTuple):
 
 def sides(
     x: Tensor,
-    y: Tensor | None,  # None: x itself
+    y: Tensor | None,
     precision: str,
     *,
+    alone: bool = False,
     names: tuple[str, str] = ("embeddings", "ref_embeddings"),
     prefixes: tuple[str, str] = ("", "ref_"),
     offset: int | None = None,
@@ -104,15 +105,15 @@ def sides(
 ) -> Sides:
     """Raises ValueError, TypeError that name the argument; known: as in `integers`.
 
-    offset: without labels, column offset + i is row i's positive. banks: of a call whose banks are
-    its `queue`; their labels are numbered with the others.
+    alone: the batch meets itself, whatever y. offset: without labels, column offset + i is row i's
+    positive. banks: of a call whose banks are its `queue`; their labels are numbered with the rest.
     """
-    if y is None:
+    if alone:
         check_rows(names[0], x, precision)
     else:
         x = check_both(names[0], x, names[1], y, precision)
-    columns = x if y is None else y
-    numbers = integers(x, columns, prefixes, alone=y is None, labels=labels, **known)
+    columns = x if alone else y
+    numbers = integers(x, columns, prefixes, alone=alone, labels=labels, **known)
     if labels[0] is None and offset is not None:
         n, m = x.shape[0], columns.shape[0]
         check_diagonal(names[1], columns, n, offset)
@@ -126,7 +127,7 @@ def sides(
         of_x, of_y, *told = dense_together(*labels, *(told for _, told in banks))
         numbers = numbers._replace(x_labels=of_x, y_labels=of_y)
         banks = [(bank, of_bank) for (bank, _), of_bank in zip(banks, told, strict=True)]
-    return Sides(x, columns, y is None, numbers, banks)
+    return Sides(x, columns, alone, numbers, banks)
 
 
 def batch_sides(
@@ -141,7 +142,14 @@ def batch_sides(
     if (ref_embeddings is None) != (ref_labels is None):
         given, missing = ("ref_embeddings", "ref_labels")[:: 1 if ref_labels is None else -1]
         raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
-    both = sides(embeddings, ref_embeddings, precision, labels=(labels, ref_labels), labelled=True)
+    both = sides(
+        embeddings,
+        ref_embeddings,
+        precision,
+        alone=ref_embeddings is None,
+        labels=(labels, ref_labels),
+        labelled=True,
+    )
     check_choice("reduction", reduction, REDUCTIONS)
     return both
 

@@ -137,9 +137,6 @@ def harmonic_triplet(
         return _over_triplets(inputs, margin, triplets, False, reduction, backend)
 
 
-# ---- listed triplets ----------------------------------------------------------------------------
-
-
 def triplet_margin(
     anchor: Tensor,  # [T, D]
     positive: Tensor,  # [T, D]
@@ -208,9 +205,6 @@ def triplet_margin(
         violation = d_near - d_far + margin
         loss = softplus(violation) if smooth else F.relu(violation)
         return reduced(loss, torch.ones_like(loss, dtype=torch.bool), reduction, dtype)
-
-
-# ---- one positive and one negative a row --------------------------------------------------------
 
 
 def listed_distances(x: Tensor, y: Tensor, index: Tensor, distance: str) -> Tensor:

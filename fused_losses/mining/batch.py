@@ -74,8 +74,9 @@ def checked_batch(
         raise ValueError("ref_labels: expected a tensor beside ref_embeddings, got None")
     both = sides(
         embeddings,
-        None if own else ref_embeddings,
+        ref_embeddings,
         precision,
+        alone=own,
         labels=(labels, ref_labels),
         ids=(ids, ref_ids),
         labelled=True,

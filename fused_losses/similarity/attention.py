@@ -63,8 +63,9 @@ def logsumexp_similarity(
     """
     both = sides(
         x,
-        None if y is x else y,  # one tensor twice is one batch
+        y,
         precision,
+        alone=y is None or y is x,  # one tensor twice is one batch
         names=("x", "y"),
         prefixes=("x_", "y_"),
         labels=(x_labels, y_labels),
