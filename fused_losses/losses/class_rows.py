@@ -67,8 +67,9 @@ class ClassRows(NamedTuple):
                 backend=p.backend,
             )
             return found.lse, found.target
+        weight = self.weight.to(x.dtype)
         found = reference.row_statistics(
-            x, self.weight, self.labels, p.classes, None, None, p.normalize, bend
+            x, weight, self.labels, p.classes, None, None, p.normalize, bend
         )
         return found["lse"], found["target"]
 
