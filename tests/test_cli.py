@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,13 +41,13 @@ def test_verify_says_when_a_device_is_not_there(capsys) -> None:
 
 
 def test_verify_fails_when_a_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    right = verify.OPS["linear_cross_entropy"]
+    right = verify.TABLE["linear_cross_entropy"]
 
-    def wrong(x, w, y, **options):
-        loss = right(x, w, y, **options)
-        return loss if options["backend"] == "reference" else loss * 1.1
+    def wrong(*args, backend, precision):
+        loss = right.function(*args, backend=backend, precision=precision)
+        return loss if backend == "reference" else loss * 1.1
 
-    monkeypatch.setattr(verify, "OPS", {"linear_cross_entropy": wrong})
+    monkeypatch.setattr(verify, "TABLE", {right.name: replace(right, function=wrong)})
     assert cli.main(["verify", "--shape", "7,13,8"]) == 1
     assert "FAIL" in capsys.readouterr().out
 

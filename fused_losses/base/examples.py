@@ -226,7 +226,7 @@ class Example:
         return self._with(partial(self.function, **more), inputs)
 
     def _with(self, function: Callable[..., Any], inputs: Any) -> Any:
-        options = self.options(inputs) if callable(self.options) else self.options
+        options = self.options if isinstance(self.options, dict) else self.options(inputs)
         return self.call(partial(function, **options), inputs)
 
     def arguments(self, inputs: Any) -> tuple[tuple[Any, ...], Options]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import no_autocast
 from fused_losses.losses.class_rows import ClassOptions, class_rows
 
@@ -147,3 +148,6 @@ def adaptive_margin_softmax(
         if training:
             target = target - scale * margin.margin_of(cosine, lse, scale, rows.valid)
         return rows.cross_entropy(target, lse)
+
+
+examples(adaptive_margin_softmax, lambda f, t: f(t.x, t.w, t.targets))

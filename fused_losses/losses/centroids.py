@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced
 from fused_losses.base.sides import batch_sides, class_sides
 from fused_losses.base.unit_norm import unit
@@ -122,3 +123,12 @@ def prototype_triplet(
         near, far = (torch.where(found, d + eps, 1).sqrt() for d in (near, far))
         loss = violated(near, far, margin)
         return reduced(loss, found, reduction, accumulate_dtype(both.x.dtype))
+
+
+examples(
+    centroid_triplet,
+    lambda f, t: f(t.x, t.labels),
+    {"": {}, "of queries": {"centroid_anchors": False}},
+    bound=JUMPS,
+)
+examples(prototype_triplet, lambda f, t: f(t.x, t.w, t.targets), bound=JUMPS)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import NO_TARGET, describe, meet, no_target
-from fused_losses.class_losses import ClassLoss, MergedRows
+from fused_losses.class_losses import MLCD, ClassLoss, MergedRows, SFace, Softmax, SphereFace2
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import class_statistics, class_targets
 
@@ -110,3 +111,13 @@ def _checked(
         validation.check_index_vector("labels", labels, n, embeddings)
         labels = labels[:, None]
     return labels.long()
+
+
+_LOSSES = {"SFace": SFace(), "SphereFace2": SphereFace2(0.3), "class_loss": Softmax()}
+for _name, _loss in _LOSSES.items():
+    examples(class_loss, lambda f, t: f(t.x, t.w, t.targets), {"": {"loss": _loss}}, name=_name)
+examples(
+    class_loss,
+    lambda f, t: f(t.x, t.w, torch.stack([t.targets, (t.targets + 1) % len(t.w)], dim=1)),
+    {"several labels": {"loss": MLCD(16.0)}},
+)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import examples
 from fused_losses.base.integers import count_up
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, softplus
 from fused_losses.base.sides import batch_sides, sides
@@ -251,3 +252,36 @@ def soft_nearest_neighbor(
         loss, counted = _share(stats, mean=False)
         loss, counted = rows.restored(loss), rows.restored(counted)
         return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))
+
+
+examples(
+    supervised_contrastive,
+    lambda f, t: f(t.x, t.labels),
+    {
+        "": {},
+        "out": lambda t: dict(temperature=t.temperature, base_temperature=0.07, normalize=True),
+        "in": dict(temperature=0.3, form="in", without_positive="skip"),
+        "anchors": lambda t: dict(
+            temperature=0.3, anchor_count=(len(t.x) + 1) // 2, without_positive="skip"
+        ),
+    },
+)
+examples(
+    nt_xent,
+    lambda f, t: f(t.x, t.labels),
+    {
+        "simclr": lambda t: dict(temperature=t.temperature),
+        "pairs": lambda t: dict(temperature=t.temperature, form="pairs"),
+    },
+)
+examples(
+    nt_xent,
+    lambda f, t: f(torch.cat([t.x, t.x.flip(1) + 0.1])),
+    {"views": dict(temperature=0.3, form="pairs")},
+)
+examples(
+    sigmoid_contrastive,
+    lambda f, t: f(t.x, t.y, scale=t.scale, bias=t.bias),
+    {"": {}, "labels": lambda t: dict(labels=t.labels, y_labels=t.y_labels)},
+)
+examples(soft_nearest_neighbor, lambda f, t: f(t.x, t.labels, temperature=t.temperature))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
     merged,
@@ -290,3 +291,40 @@ def _banks(
             f"queue_labels: expected one tensor a bank ({len(banks)}), got {len(told)}"
         )
     return list(zip(banks, told, strict=True))
+
+
+examples(
+    info_nce,
+    lambda f, t: f(t.x, t.y, temperature=0.2),
+    {
+        "": {},
+        "symmetric": dict(symmetric=True),
+        "gathered": lambda t: dict(offset=len(t.y) - len(t.x), symmetric=True),
+        "labels": _labelled,
+        "labels, symmetric": lambda t: dict(symmetric=True, **_labelled(t)),
+        "banks and negatives": _queue_and_more,
+        "labelled banks": lambda t: _labelled(t) | _labelled_queue(t),
+        "hardness": dict(hardness=0.7, symmetric=True),
+        "hardness, banks": lambda t: dict(hardness=0.7, **_queue_and_more(t)),
+        "ids": lambda t: dict(symmetric=True, **_with_ids(t)),
+        "labels, ids": lambda t: _labelled(t) | _with_ids(t),
+        "exclude": lambda t: dict(exclude=t.exclude),
+    },
+)
+examples(
+    info_nce,
+    lambda f, t: f(t.x, t.y, temperature=t.temperature, symmetric=True),
+    {"warm": {}, "learned temperature": dict(normalize=True)},
+)
+examples(info_nce, lambda f, t: f(t.x, t.x, symmetric=True), {"one tensor": {}})
+examples(
+    info_nce,
+    lambda f, t: f(t.x, t.y, temperature=0.2, false_negative_margin=0.1),
+    {
+        "false negatives": dict(symmetric=True),
+        "false negatives, banks": _queue_and_more,
+        "false negatives, labels": _labelled,
+        "hard false negatives": lambda t: dict(hardness=0.5, negatives=t.negatives),
+    },
+    bound=JUMPS,
+)

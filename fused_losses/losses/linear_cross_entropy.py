@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.validation import check_smoothing, meet
 from fused_losses.losses.margin_softmax import kept_classes, margin_softmax, row_weights
@@ -134,3 +135,6 @@ def _soft_targets(
     if bias is not None:
         picked = picked + (mix @ bias.to(mix.dtype)).to(accumulate)
     return mix.to(accumulate).sum(1) * stats.lse - picked
+
+
+examples(linear_cross_entropy, lambda f, t: f(t.x, t.w, t.targets))

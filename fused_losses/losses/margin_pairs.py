@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
 from fused_losses.base.sides import Sides, batch_sides
 from fused_losses.base.validation import check_at_least, check_class_ids, number
@@ -190,3 +191,29 @@ def snr_contrastive(
             return (loss + over_nonzero(bias, torch.ones_like(bias))).to(dtype)
         loss = attract + repel + bias
         return (loss.sum() if reduction == "sum" else loss).to(dtype)
+
+
+_MARGINS = dict(positive_margin=0.2, negative_margin=1.1)
+_SNR_MARGINS = dict(positive_margin=0.1, negative_margin=1.5, zero_mean_weight=0.3)
+_REF = lambda f, t: f(t.x, t.labels, t.y, t.y_labels)
+examples(
+    contrastive,
+    lambda f, t: f(t.x, t.labels),
+    {"": _MARGINS, "none": dict(reduction="none", **_MARGINS), "unit": dict(normalize=True)},
+    bound=JUMPS,
+)
+examples(contrastive, _REF, {"ref": dict(reduction="none", **_MARGINS)}, bound=JUMPS)
+examples(
+    margin_loss,
+    lambda f, t: f(t.x, t.labels, nu=0.1),
+    {
+        "beta, pair": lambda t: dict(beta=t.beta),
+        "beta, triplet": lambda t: dict(beta=t.beta, per="triplet"),
+        "class beta, pair": lambda t: dict(beta=t.class_beta),
+        "class beta, triplet": lambda t: dict(beta=t.class_beta, per="triplet"),
+        "none": lambda t: dict(beta=t.class_beta, per="triplet", reduction="none"),
+    },
+    bound=JUMPS,
+)
+examples(snr_contrastive, lambda f, t: f(t.x, t.labels), {"": _SNR_MARGINS}, bound=JUMPS)
+examples(snr_contrastive, _REF, {"ref": _SNR_MARGINS}, bound=JUMPS)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import GRADIENTS, check_smoothing, meet, no_target
 from fused_losses.class_losses import Softmax
@@ -17,7 +18,7 @@ from fused_losses.losses import reference as losses_reference
 from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
 from fused_losses.losses.class_loss import class_loss
 from fused_losses.losses.margin_softmax_stats import MarginSoftmaxStats, blanked, reference_stats
-from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
+from fused_losses.margins import ArcFace, CosFace, Margin, MVSoftmax, apply_margin, bend_of
 from fused_losses.primitives.row_statistics import bounded
 from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING
 from fused_losses.primitives.row_statistics.op import RowStatistics, row_statistics
@@ -353,3 +354,25 @@ def _check_scale(scale: float | Tensor, embeddings: Tensor) -> None:
         validation.check_device("embeddings", embeddings, "scale", scale)
     elif not scale > 0:
         raise ValueError(f"scale: expected a value > 0, got {scale}")
+
+
+examples(
+    margin_softmax,
+    lambda f, t: f(t.x, t.w, t.targets),
+    {
+        "": dict(margin=ArcFace(0.5)),
+        "classes": lambda t: dict(
+            margin=CosFace(0.35),
+            classes=torch.cat([t.targets, torch.arange(0, len(t.w), 3).to(t.targets)]).unique(),
+        ),
+        "smoothing": dict(label_smoothing=0.1),
+        "MV-Softmax": dict(margin=MVSoftmax("am"), scale=16.0),
+    },
+)
+examples(
+    margin_softmax,
+    lambda f, t: f(
+        t.x, t.w[: len(t.w) // 3 * 3].unflatten(0, (-1, 3)), t.targets % (len(t.w) // 3)
+    ),
+    {"sub-centres": dict(scale=16.0)},
+)

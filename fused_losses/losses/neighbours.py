@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.sides import batch_sides
 from fused_losses.base.validation import check_at_least
@@ -73,3 +74,6 @@ def icnn(
         score = (1 - mean_of_means(near, same)) + torch.where(other.any(), apart, 1)
         gamma = same.sum(dim=1).to(dtype).mean() / neighbors
         return -((score / 2 + gamma) / 2).log()
+
+
+examples(icnn, lambda f, t: f(t.x, t.labels, neighbors=3, window=5), bound=JUMPS)

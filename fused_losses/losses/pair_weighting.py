@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base import validation
+from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
     merged,
@@ -295,3 +296,17 @@ def orthogonal_projection(
         pairs = stats.count.sum(dim=1) + 1e-6  # the authors' guard
         loss = 1 - near / pairs[POSITIVE] + gamma * far / pairs[NEGATIVE]
         return loss.to(accumulate_dtype(both.x.dtype))
+
+
+examples(
+    multi_similarity,
+    lambda f, t: f(t.x, t.labels, beta=20.0, normalize=True),
+    {"": {}, "mined": dict(mining_margin=0.1)},
+)
+examples(circle, _alone, {"": dict(m=0.25, gamma=40.0, normalize=True)})
+examples(lifted_structure, _alone)
+examples(generalized_lifted_structure, _alone, {"": dict(positive_margin=0.1)})
+examples(n_pairs, lambda f, t: f(t.x, t.y[: len(t.x)], l2_weight=0.1))
+examples(orthogonal_projection, _alone)
+_ABSOLUTE = dict(gamma=2.0, absolute=True)
+examples(orthogonal_projection, _alone, {"absolute": _ABSOLUTE}, bound=JUMPS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, softplus
 from fused_losses.base.sides import class_sides
 from fused_losses.base.validation import number
@@ -98,3 +99,11 @@ def proxy_anchor(
         if reduction != "mean":
             return reduced(attract + repel, everything, reduction, dtype)
         return reduced(attract, present, "mean", dtype) + reduced(repel, everything, "mean", dtype)
+
+
+examples(
+    proxy_nca,
+    lambda f, t: f(t.x, t.w, t.targets, scale=t.scale, normalize=True),
+    {"": {}, "paper": dict(positive_in_denominator=False)},
+)
+examples(proxy_anchor, lambda f, t: f(t.x, t.w, t.targets), {"": dict(alpha=8.0, normalize=True)})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, row_dtype, softplus
 from fused_losses.base.sides import batch_sides
 from fused_losses.base.unit_norm import unit
@@ -270,3 +271,12 @@ def histogram(
         positives, negatives = (size.sum().clamp_min(1) for size in class_sizes(both))
         loss = (far / negatives * (near / positives).cumsum(dim=0)).sum()
         return loss.to(accumulate_dtype(both.x.dtype))
+
+
+examples(tuplet_margin, _alone, {"": dict(scale=20)})
+examples(tuplet_margin, _ref, {"ref": dict(scale=20, reduction="none")})
+examples(angular, _alone, {"": {}, "none": dict(reduction="none")})
+examples(ranked_list, _alone, {"": _BENT, "wide": dict(alpha=1.5)}, bound=JUMPS)
+examples(fast_ap, _alone, {"": dict(bins=8)}, bound=JUMPS)
+examples(fast_ap, _ref, {"ref": dict(bins=8)}, bound=JUMPS)
+examples(histogram, _alone, {"": dict(bins=12)}, bound=JUMPS)

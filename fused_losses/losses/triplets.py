@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.examples import JUMPS, PRECISIONS, examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
     no_autocast,
@@ -353,3 +354,53 @@ def batch_easy_hard_triplet(
         near, far, found = chosen_distances(inputs, positive, negative, distance, backend)
         loss = violated(near, far, margin)
         return reduced(loss, found, reduction, accumulate_dtype(both.x.dtype))
+
+
+examples(
+    all_triplets,
+    _alone,
+    {
+        "": dict(margin=0.3),
+        "none": dict(margin=0.3, reduction="none"),
+        "sum": dict(margin=0.3, reduction="sum"),
+        "hard": dict(margin=0.3, triplets="hard"),
+        "semihard": dict(distance="sqeuclidean", **_SEMIHARD),
+        "semihard, none": dict(margin=0.3, triplets="semihard", reduction="none"),
+        "smooth": dict(margin=0.3, smooth=True),
+        "smooth, hard": dict(margin=0.3, smooth=True, triplets="hard"),
+        "smooth, easy": dict(margin=0.3, smooth=True, triplets="easy"),
+        "smooth, semihard": dict(smooth=True, **_SEMIHARD),
+        "cosine": dict(margin=0.3, distance="cosine", normalize=True),
+    },
+    bound=JUMPS,
+)
+examples(all_triplets, _ref, {"ref": dict(margin=0.3)}, bound=JUMPS)
+examples(harmonic_triplet, _ref, {"": dict(margin=0.4, distance="sqeuclidean")}, bound=JUMPS)
+examples(
+    triplet_margin, lambda f, t: f(t.x, t.x, t.y, triplets=(torch.arange(len(t.x)),) * 3, swap=True)
+)
+examples(
+    batch_hard_triplet,
+    _alone,
+    {
+        "": dict(margin=0.3),
+        "soft": dict(margin=None),
+        "none": dict(margin=0.3, reduction="none"),
+        "cosine": dict(margin=0.3, distance="cosine", normalize=True),
+    },
+    bound=JUMPS,
+)
+examples(batch_hard_triplet, _ref, {"ref": dict(margin=0.3, distance="sqeuclidean")}, bound=JUMPS)
+examples(
+    batch_easy_hard_triplet,
+    lambda f, t: f(t.x, t.labels, margin=0.3),
+    {
+        "": dict(positive="easiest", negative="semihard"),
+        "semihard, hard": dict(positive="semihard", negative="hardest"),
+        "semihard, easy": dict(positive="semihard", negative="easiest", reduction="sum"),
+    },
+    bound=JUMPS,
+    precisions=PRECISIONS[:3],  # rounded scores choose other semi-hard rows
+)
+_hardest = dict(margin=0.3, positive="hardest", negative="easiest")
+examples(batch_easy_hard_triplet, _ref, {"ref": _hardest}, bound=JUMPS)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import no_autocast
 from fused_losses.base.validation import GRADIENTS, number
 from fused_losses.losses.class_rows import ClassOptions, class_rows
@@ -71,3 +72,6 @@ def unpg_margin_softmax(
         )
         penalty = margin.penalty(norm) if hasattr(margin, "penalty") else 0.0
         return rows.cross_entropy(scale * moved, add_shared(lse, shared), penalty)
+
+
+examples(unpg_margin_softmax, lambda f, t: f(t.x, t.w, t.targets % 29, scale=16.0))

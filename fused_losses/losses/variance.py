@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.sides import batch_sides
 from fused_losses.base.validation import check_at_least, number
@@ -69,3 +70,10 @@ def mean_of_means(values: Tensor, mask: Tensor) -> Tensor:
     count = mask.sum(dim=1)
     means = values.sum(dim=1) / count.clamp_min(1)
     return means.sum() / (count > 0).sum().clamp_min(1)
+
+
+examples(
+    intra_pair_variance,
+    lambda f, t: f(t.x, t.labels),
+    {"": dict(positive_eps=0.05, negative_eps=0.03, normalize=True)},
+)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import EXACT, UNJUDGED, examples
 from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.validation import check_number, check_range
 from fused_losses.mining.batch import (
@@ -202,3 +203,11 @@ def _wide_angles(batch: MiningBatch, block: MiningBlock, limit: float) -> Iterat
         wide = block.distance[rows, columns, None] > limit * matrix(batch, centre)
         pair, n = (wide & block.negative[rows]).nonzero(as_tuple=True)
         yield lines(block, rows[pair], columns[pair], n)
+
+
+_call, _joined = lambda f, t: f(t.x, t.labels), lambda mined: torch.cat(mined[:4])
+examples(
+    mine_pairs, _call, {"": dict(epsilon=-0.5)}, bound=EXACT, precisions=("fp32",), value=_joined
+)
+_DRAWN = dict(strategy="distance_weighted")  # by the default generator
+examples(mine_pairs, _call, {"drawn": _DRAWN}, bound=UNJUDGED, value=_joined)

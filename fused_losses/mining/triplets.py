@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import no_autocast
 from fused_losses.base.validation import check_number, check_range
 from fused_losses.mining.batch import (
@@ -208,3 +209,13 @@ def _next_nearer(z: Tensor, mask: Tensor, i: Tensor, n: Tensor) -> tuple[Tensor,
     # of equal ones the first
     first = places(values, i, values[i, place.clamp_min(0)])
     return order[i, first], found
+
+
+examples(
+    mine_triplets,
+    lambda f, t: f(t.x, t.labels),
+    {"": {}, "semihard": dict(positive="all", negative="semihard")},
+    bound=EXACT,
+    precisions=("fp32",),
+    value=lambda mined: torch.stack(mined[:3]),
+)

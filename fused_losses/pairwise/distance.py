@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import describe, number
@@ -190,3 +191,57 @@ def _rows(x: Tensor, y: Tensor | None, precision: str, bools: bool) -> tuple[Ten
         x = x.to(y.dtype)
     validation.check_same_dtype("x", x, "y", y)
     return x, y
+
+
+examples(
+    pairwise_distance,
+    _both,
+    {
+        "": {},
+        **{m: dict(metric=m) for m in ("cosine", "correlation", "angular", "snr")},
+    },
+)
+examples(
+    pairwise_distance,
+    _both,
+    {
+        "mahalanobis": dict(metric="mahalanobis"),
+        "diagonal": lambda t: dict(metric="mahalanobis", variance=t.w.square() + 1),
+    },
+    precisions=("fp32",),  # whitening may enlarge a rounding without bound
+)
+examples(
+    pairwise_distance,
+    _both,
+    {
+        "cityblock": dict(metric="cityblock"),
+        "weights": lambda t: dict(metric="canberra", w=t.w[0].square()),
+    },
+    **_COORDINATES,
+)
+examples(
+    pairwise_distance,
+    lambda f, t: f(_shares(t.x), _shares(t.y), "jensenshannon", base=2.0),
+    {"jensenshannon": {}},
+    **_COORDINATES,
+)
+examples(
+    pairwise_distance,
+    lambda f, t: f(t.x > 0, t.y > 0, "hamming"),
+    {"hamming": {}},
+    bound=EXACT,
+    **_COORDINATES,
+)
+examples(pairwise_distance, lambda f, t: f(t.x[None], t.y[None]), {"items": {}})
+examples(pairwise_distance, lambda f, t: f(t.x / 4, t.y / 4, "poincare"), {"poincare": {}})
+examples(
+    pairwise_distance,
+    lambda f, t: f(_on_the_sheet(t.x), _on_the_sheet(t.y), "lorentz"),
+    {"lorentz": {}},
+)
+examples(
+    pairwise_similarity,
+    _both,
+    {s: dict(similarity=s) for s in ("cosine", "rbf", "sigmoid", "polynomial")},
+)
+examples(pairwise_similarity, _both, {"laplacian": dict(similarity="laplacian")}, **_COORDINATES)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base import validation
+from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import accumulate_dtype, root
 from fused_losses.base.sides import integers
 from fused_losses.pairwise.distance import pairwise_distance
@@ -328,3 +329,18 @@ def _check_quantized(name: str, rows: QuantizedRows) -> None:
                 f"{name}.{field}: expected float32 [{m}], got {validation.describe(vector)}"
             )
         validation.check_device(f"{name}.codes", rows.codes, f"{name}.{field}", vector)
+
+
+_INDICES = dict(name="topk", bound=EXACT, value=lambda found: found[1], precisions=("fp32", "bf16"))
+examples(
+    pairwise_topk,
+    lambda f, t: f(t.x, t.y, 9),
+    {m: dict(metric=m) for m in ("dot", "euclidean", "cosine")},
+    **_INDICES,
+)
+examples(
+    pairwise_topk,
+    lambda f, t: f(t.x, None, 9, "dot", x_labels=t.labels, match="different"),
+    {"own rows": dict(skip_self=True)},
+    **_INDICES,
+)

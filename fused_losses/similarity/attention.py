@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast
 from fused_losses.base.sides import NEITHER, sides
 from fused_losses.base.validation import check_integers, number
@@ -226,3 +227,51 @@ def one_by_one(
     found = [f(*items) for items in zip(*flat, strict=True)]
     out, lse = (torch.stack(parts) for parts in zip(*found, strict=True))
     return out.reshape(*lead, *out.shape[1:]), lse.reshape(*lead, *lse.shape[1:])
+
+
+_groups = lambda t: dict(x_labels=t.labels, y_labels=t.y_labels)
+_ids = lambda t: dict(x_ids=t.labels, y_ids=t.y_labels + 1)
+_labels = lambda t: dict(query_labels=t.labels, key_labels=t.y_labels)
+examples(
+    logsumexp_similarity,
+    lambda f, t: f(t.x, t.y, scale=t.scale, cols=True),
+    {
+        "": {},
+        "cosine": dict(similarity="cosine"),
+        "rbf": dict(similarity="rbf", rows=False),
+        "both": lambda t: dict(similarity="cosine", match="both", **_groups(t), **_ids(t)),
+        "zero": lambda t: dict(zero="same", **_groups(t)),
+    },
+    cancels=10.0,  # the gradient of the scale, a sum over all pairs
+)
+examples(
+    logsumexp_similarity,
+    lambda f, t: f(t.x, similarity="euclidean", scale=t.scale),
+    {
+        "euclidean": dict(skip_self=True),
+        "own group": lambda t: dict(x_groups=t.labels, skip_self=True),
+    },
+)
+examples(
+    similarity_attention,
+    lambda f, t: f(t.x, t.y, t.v),
+    {
+        "": {},
+        "cosine, same": lambda t: dict(
+            similarity="cosine", scale=t.scale, match="same", **_labels(t)
+        ),
+        "rbf, different": lambda t: dict(similarity="rbf", match="different", **_labels(t)),
+    },
+)
+examples(
+    similarity_attention,
+    lambda f, t: f(t.x, t.y, t.v, similarity="euclidean", scale=t.scale),
+    {"euclidean": {}},
+    cancels=10.0,  # the gradient of the scale
+)
+examples(
+    similarity_attention,
+    lambda f, t: f(t.x[None], t.y[None], t.v[None]),
+    {"items": lambda t: dict(similarity="euclidean", scale=t.scale, return_lse=True)},
+    cancels=10.0,
+)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_rows, number
@@ -266,3 +267,26 @@ def cauchy_schwarz_divergence(
             over_last(s - weight) for s in (rows(true, None), rows(guess, None), rows(guess, true))
         ]
         return (terms[0] + terms[1] - 2 * terms[2]).to(accumulate_dtype(x.dtype))
+
+
+_WIDTHS = dict(x_bandwidth=1.3, y_bandwidth=0.8)
+_paired = lambda f, t: f(t.x, t.y[: len(t.x)])
+examples(
+    kernel_mean,
+    lambda f, t: f(t.x, t.other, bandwidth=t.width),
+    {"": {}, "none": dict(reduction="none")},
+)
+examples(
+    mmd,
+    lambda f, t: f(t.x, t.other, bandwidth=1.3),
+    {"": {}, "laplacian unbiased": dict(kernel="laplacian", unbiased=True)},
+    cancels=5.0,
+)
+examples(uniformity, lambda f, t: f(t.x, normalize=True))
+examples(hsic, _paired, {"": _WIDTHS})
+examples(cauchy_schwarz_qmi, _paired, {"": _WIDTHS})
+examples(
+    cauchy_schwarz_divergence,
+    lambda f, t: f(t.x, t.y[: len(t.x)], t.z[: len(t.x)], bandwidth=1.3, target_bandwidth=0.8),
+    cancels=5.0,
+)

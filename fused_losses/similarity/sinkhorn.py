@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, centered, no_autocast, squared_norms
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, number
@@ -135,3 +136,10 @@ def _transported(
     product = (x.to(narrow) * out[:, : x.shape[1]]).sum(dim=1)
     row = squared_norms(x) + out[:, -1] - 2 * product if squared else 1 - product
     return (mass * row).sum()
+
+
+examples(
+    sinkhorn,
+    lambda f, t: f(t.x, t.y, eps=0.5, iterations=20),
+    {cost: dict(cost=cost) for cost in ("cosine", "dot", "sqeuclidean")},
+)

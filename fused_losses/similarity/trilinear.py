@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
 from fused_losses.base.validation import check_both, number
 from fused_losses.losses.scored_pairs import scored
@@ -175,3 +176,6 @@ def _trilinear_forward(
         out = out * (lse - shift).exp().to(narrow)[:, None] + more
         lse = new
     return out, torch.where(lse == -torch.inf, 0, lse)
+
+
+examples(trilinear_attention, lambda f, t: f(t.x, t.few, t.z, t.few_values, t.w))

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.examples import EXACT, PRECISIONS, SMOOTH, Inputs, examples
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.primitives.distances import bounded
 from fused_losses.primitives.distances import reference as reference_distances
@@ -216,3 +217,25 @@ class DistanceMatrixOp(StreamedOp):
 
 DISTANCE_MATRIX = DistanceMatrixOp()
 DISTANCE_MATRIX.define()
+
+
+def _entries(kind: str, t: Inputs) -> tuple[Tensor, ...]:
+    """Two matrices of what the kind is a distance of, and its weights."""
+    if kind in ("jensenshannon", "kl"):
+        x, y = t.x.abs() + 0.01, t.y.abs() + 0.01
+        return tuple(s / s.sum(dim=1, keepdim=True) for s in (x, y))
+    if kind in FLAT:
+        return tuple(torch.where(s > 0, s.sign(), 0) for s in (t.x, t.y))
+    return (t.x, t.y, t.w.detach().square()) if kind == "scaled" else (t.x, t.y)
+
+
+for _kind in KINDS:
+    examples(
+        distance_matrix,
+        lambda f, t, kind=_kind: f(*_entries(kind, t), p=3.0),
+        {_kind: dict(kind=_kind)},
+        name="distances",
+        bound=EXACT if _kind in FLAT else SMOOTH,
+        precisions=PRECISIONS if _kind in PRODUCTS else ("fp32",),
+        not_on=() if _kind in PRODUCTS else ("triton",),
+    )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.examples import TIES, examples
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.primitives.maxsim.inputs import BACKWARD, FORWARD, MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.maxsim.reference import scores
@@ -196,3 +197,12 @@ class MaxsimOp(StreamedOp):
 
 MAXSIM = MaxsimOp()
 MAXSIM.define()
+
+
+_tokens = lambda t: t[: len(t) // 8 * 8].unflatten(0, (-1, 8))
+examples(
+    maxsim,
+    lambda f, t: f(_tokens(t.x), _tokens(t.y)),
+    {"": {}, "lengths": lambda t: dict(lengths=t.y_labels[: len(t.y) // 8] % 8 + 1)},
+    bound=TIES,
+)
