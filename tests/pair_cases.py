@@ -1,6 +1,6 @@
-"""One table of the functions over pairs: a call and its formula; and what tests do with it.
+"""One table of the functions over pairs: an example and its formula; and what tests do with it.
 
-A new loss is one definition and one row here.
+A new loss is one definition with its examples, and one row here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ from pair_formulas import (
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses import functional as fl
+from fused_losses.base.examples import TABLE
 from fused_losses.primitives.pairs import bounded as bounded_pairs
 
 
@@ -92,469 +93,164 @@ class Case:
 
 
 TOWERS = ("x", "y")
-NCE = {"temperature": 0.2}
-LABELS = lambda t: {"labels": t.labels, "key_labels": t.y_labels}
-BANKS = lambda t: {"queue": [t.first_bank, t.second_bank], "negatives": t.negatives}
 BANK_LEAVES = ("x", "y", "first_bank", "second_bank", "negatives")
-WIDTHS = {"x_bandwidth": 1.3, "y_bandwidth": 0.8}
+SCALED = ("x", "y", "scale")
+LEARNT = ("x", "y", "scale", "bias")
+
+
+def case(
+    example: str,
+    make: Callable[[int, int, int], Inputs],
+    formula: Callable[[Inputs], Tensor],
+    leaves: tuple[str, ...] = ("x",),
+    *,
+    name: str = "",
+    told: Callable[[Any], Tensor] = lambda result: result,
+    cancels: float = 1.0,
+) -> Case:
+    """A row of the table of examples, and its formula."""
+    name = name or example.replace(", ", "_").replace(" ", "_")
+    call = lambda t, **o: told(TABLE[example](t, **o))
+    return Case(name, make, call, formula, leaves, cancels)
+
 
 LOSSES = [
-    Case(
-        "info_nce", towers, lambda t, **o: fl.info_nce(t.x, t.y, **NCE, **o), diagonal_nce, TOWERS
-    ),
-    Case(
-        "info_nce_symmetric",
-        towers,
-        lambda t, **o: fl.info_nce(t.x, t.y, symmetric=True, **NCE, **o),
-        lambda t: diagonal_nce(t, True),
-        TOWERS,
-    ),
-    Case(
-        "info_nce_learned_temperature",
-        towers,
-        lambda t, **o: fl.info_nce(
-            t.x, t.y, temperature=t.temperature, symmetric=True, normalize=True, **o
-        ),
-        learned_nce,
-        ("x", "y", "temperature"),
-    ),
-    Case(
-        "info_nce_gathered",
-        towers,
-        lambda t, **o: fl.info_nce(
-            t.x, t.y, offset=len(t.y) - len(t.x), symmetric=True, **NCE, **o
-        ),
-        gathered_nce,
-        TOWERS,
-    ),
-    Case(
-        "info_nce_labels",
-        towers,
-        lambda t, **o: fl.info_nce(t.x, t.y, **LABELS(t), **NCE, **o),
-        labelled_nce,
-        TOWERS,
-    ),
-    Case(
-        "info_nce_labels_symmetric",
-        towers,
-        lambda t, **o: fl.info_nce(t.x, t.y, symmetric=True, **LABELS(t), **NCE, **o),
-        lambda t: labelled_nce(t, True),
-        TOWERS,
-    ),
-    Case(
-        "info_nce_banks_and_negatives",
-        towers_and_more,
-        lambda t, **o: fl.info_nce(t.x, t.y, **BANKS(t), **NCE, **o),
-        segments_nce,
-        BANK_LEAVES,
-    ),
-    Case(
-        "info_nce_labelled_banks",
-        towers_and_more,
-        lambda t, **o: fl.info_nce(
-            t.x,
-            t.y,
-            queue=[t.first_bank, t.second_bank],
-            queue_labels=[t.first_labels, t.second_labels],
-            **LABELS(t),
-            **NCE,
-            **o,
-        ),
-        labelled_bank_nce,
-        BANK_LEAVES[:4],
-    ),
-    Case(
-        "info_nce_hardness",
-        towers,
-        lambda t, **o: fl.info_nce(t.x, t.y, hardness=0.7, symmetric=True, **NCE, **o),
-        lambda t: diagonal_nce(t, True, beta=0.7),
-        TOWERS,
-    ),
-    Case(
-        "info_nce_hardness_banks",
-        towers_and_more,
-        lambda t, **o: fl.info_nce(t.x, t.y, hardness=0.7, **BANKS(t), **NCE, **o),
-        lambda t: segments_nce(t, 0.7),
-        BANK_LEAVES,
-    ),
-    Case(
-        "info_nce_false_negatives",
-        towers,
-        lambda t, **o: fl.info_nce(t.x, t.y, false_negative_margin=0.1, symmetric=True, **NCE, **o),
-        lambda t: margin_nce(t, True),
-        TOWERS,
-    ),
-    Case(
-        "info_nce_false_negatives_banks",
-        towers_and_more,
-        lambda t, **o: fl.info_nce(t.x, t.y, false_negative_margin=0.1, **BANKS(t), **NCE, **o),
-        margin_segments_nce,
-        BANK_LEAVES,
-    ),
-    Case(
-        "info_nce_false_negatives_labels",
-        towers,
-        lambda t, **o: fl.info_nce(t.x, t.y, false_negative_margin=0.1, **LABELS(t), **NCE, **o),
-        margin_labelled_nce,
-        TOWERS,
-    ),
-    Case(
-        "info_nce_ids",
-        towers,
-        lambda t, **o: fl.info_nce(
-            t.x, t.y, ids=t.ids, key_ids=t.y_ids, symmetric=True, **NCE, **o
-        ),
-        ids_nce,
-        TOWERS,
-    ),
-    Case(
-        "info_nce_labels_ids",
-        towers,
-        lambda t, **o: fl.info_nce(t.x, t.y, ids=t.ids, key_ids=t.y_ids, **LABELS(t), **NCE, **o),
-        labelled_ids_nce,
-        TOWERS,
-    ),
-    Case(
-        "info_nce_exclude",
-        towers,
-        lambda t, **o: fl.info_nce(t.x, t.y, exclude=t.exclude, **NCE, **o),
-        exclude_nce,
-        TOWERS,
-    ),
-    Case(
-        "supervised_contrastive_out",
-        batch,
-        lambda t, **o: fl.supervised_contrastive(
-            t.x,
-            t.labels,
-            temperature=t.temperature,
-            base_temperature=0.07,
-            normalize=True,
-            **o,
-        ),
-        supcon_out,
-        ("x", "temperature"),
-    ),
-    Case(
-        "supervised_contrastive_in",
-        batch,
-        lambda t, **o: fl.supervised_contrastive(
-            t.x, t.labels, temperature=0.3, form="in", without_positive="skip", **o
-        ),
-        supcon_in,
-    ),
-    Case(
-        "supervised_contrastive_anchors",
-        batch,
-        lambda t, **o: fl.supervised_contrastive(
-            t.x,
-            t.labels,
-            temperature=0.3,
-            anchor_count=(len(t.x) + 1) // 2,
-            without_positive="skip",
-            **o,
-        ),
-        supcon_anchors,
-    ),
-    Case(
-        "nt_xent_simclr",
-        batch,
-        lambda t, **o: fl.nt_xent(t.x, t.labels, temperature=t.temperature, **o),
-        nt_xent_simclr,
-        ("x", "temperature"),
-    ),
-    Case(
-        "nt_xent_pairs",
-        batch,
-        lambda t, **o: fl.nt_xent(t.x, t.labels, temperature=t.temperature, form="pairs", **o),
-        nt_xent_pairs,
-        ("x", "temperature"),
-    ),
-    Case(
-        "nt_xent_views",
-        batch,
-        lambda t, **o: fl.nt_xent(
-            torch.cat([t.x, t.x.flip(1) + 0.1]), temperature=0.3, form="pairs", **o
-        ),
-        nt_xent_views,
-    ),
-    Case(
-        "sigmoid_contrastive",
+    case("info_nce", towers, diagonal_nce, TOWERS),
+    case("info_nce, symmetric", towers, lambda t: diagonal_nce(t, True), TOWERS),
+    case("info_nce, learned temperature", towers, learned_nce, ("x", "y", "temperature")),
+    case("info_nce, gathered", towers, gathered_nce, TOWERS),
+    case("info_nce, labels", towers, labelled_nce, TOWERS),
+    case("info_nce, labels, symmetric", towers, lambda t: labelled_nce(t, True), TOWERS),
+    case("info_nce, banks and negatives", towers_and_more, segments_nce, BANK_LEAVES),
+    case("info_nce, labelled banks", towers_and_more, labelled_bank_nce, BANK_LEAVES[:4]),
+    case("info_nce, hardness", towers, lambda t: diagonal_nce(t, True, beta=0.7), TOWERS),
+    case("info_nce, hardness, banks", towers_and_more, lambda t: segments_nce(t, 0.7), BANK_LEAVES),
+    case("info_nce, false negatives", towers, lambda t: margin_nce(t, True), TOWERS),
+    case("info_nce, false negatives, banks", towers_and_more, margin_segments_nce, BANK_LEAVES),
+    case("info_nce, false negatives, labels", towers, margin_labelled_nce, TOWERS),
+    case("info_nce, ids", towers, ids_nce, TOWERS),
+    case("info_nce, labels, ids", towers, labelled_ids_nce, TOWERS),
+    case("info_nce, exclude", towers, exclude_nce, TOWERS),
+    case("supervised_contrastive, out", batch, supcon_out, ("x", "temperature")),
+    case("supervised_contrastive, in", batch, supcon_in),
+    case("supervised_contrastive, anchors", batch, supcon_anchors),
+    case("nt_xent, simclr", batch, nt_xent_simclr, ("x", "temperature")),
+    case("nt_xent, pairs", batch, nt_xent_pairs, ("x", "temperature")),
+    case("nt_xent, views", batch, nt_xent_views),
+    case("sigmoid_contrastive", siglip, lambda t: sigmoid(t, eye(len(t.x), len(t.y))), LEARNT),
+    case(
+        "sigmoid_contrastive, labels",
         siglip,
-        lambda t, **o: fl.sigmoid_contrastive(t.x, t.y, scale=t.scale, bias=t.bias, **o),
-        lambda t: sigmoid(t, eye(len(t.x), len(t.y))),
-        ("x", "y", "scale", "bias"),
-    ),
-    Case(
-        "sigmoid_contrastive_labels",
-        siglip,
-        lambda t, **o: fl.sigmoid_contrastive(
-            t.x, t.y, scale=t.scale, bias=t.bias, labels=t.labels, y_labels=t.y_labels, **o
-        ),
         lambda t: sigmoid(t, equal(t.labels, t.y_labels)),
-        ("x", "y", "scale", "bias"),
+        LEARNT,
     ),
-    Case(
-        "soft_nearest_neighbor",
+    case("soft_nearest_neighbor", batch, soft_nearest, ("x", "temperature")),
+    case("multi_similarity", batch, multi_similarity),
+    case("orthogonal_projection", batch, orthogonal_projection),
+    case(
+        "orthogonal_projection, absolute",
         batch,
-        lambda t, **o: fl.soft_nearest_neighbor(t.x, t.labels, temperature=t.temperature, **o),
-        soft_nearest,
-        ("x", "temperature"),
-    ),
-    Case(
-        "multi_similarity",
-        batch,
-        lambda t, **o: fl.multi_similarity(t.x, t.labels, beta=20.0, normalize=True, **o),
-        multi_similarity,
-    ),
-    Case(
-        "orthogonal_projection",
-        batch,
-        lambda t, **o: fl.orthogonal_projection(t.x, t.labels, **o),
-        orthogonal_projection,
-    ),
-    Case(
-        "orthogonal_projection_absolute",
-        batch,
-        lambda t, **o: fl.orthogonal_projection(t.x, t.labels, gamma=2.0, absolute=True, **o),
         lambda t: orthogonal_projection(t, gamma=2.0, absolute=True),
     ),
-    Case(
-        "multi_similarity_mined",
-        batch,
-        lambda t, **o: fl.multi_similarity(
-            t.x, t.labels, beta=20.0, mining_margin=0.1, normalize=True, **o
-        ),
-        multi_similarity_mined,
-    ),
-    Case(
-        "circle",
-        batch,
-        lambda t, **o: fl.circle(t.x, t.labels, m=0.25, gamma=40.0, normalize=True, **o),
-        circle,
-    ),
-    Case(
-        "lifted_structure",
-        batch,
-        lambda t, **o: fl.lifted_structure(t.x, t.labels, **o),
-        lifted,
-    ),
-    Case(
-        "generalized_lifted_structure",
-        batch,
-        lambda t, **o: fl.generalized_lifted_structure(t.x, t.labels, positive_margin=0.1, **o),
-        generalized_lifted,
-    ),
-    Case(
-        "n_pairs",
-        towers,
-        lambda t, **o: fl.n_pairs(t.x, t.y[: len(t.x)], l2_weight=0.1, **o),
-        n_pairs,
-        TOWERS,
-    ),
-    Case(
-        "proxy_nca",
-        proxies,
-        lambda t, **o: fl.proxy_nca(t.x, t.w, t.labels, scale=t.scale, normalize=True, **o),
-        lambda t: proxy_nca(t, True),
-        ("x", "w", "scale"),
-    ),
-    Case(
-        "proxy_nca_paper",
-        proxies,
-        lambda t, **o: fl.proxy_nca(
-            t.x, t.w, t.labels, scale=t.scale, positive_in_denominator=False, normalize=True, **o
-        ),
-        lambda t: proxy_nca(t, False),
-        ("x", "w", "scale"),
-    ),
-    Case(
-        "proxy_anchor",
-        proxies,
-        lambda t, **o: fl.proxy_anchor(t.x, t.w, t.labels, alpha=8.0, normalize=True, **o),
-        proxy_anchor,
-        ("x", "w"),
-    ),
+    case("multi_similarity, mined", batch, multi_similarity_mined),
+    case("circle", batch, circle),
+    case("lifted_structure", batch, lifted),
+    case("generalized_lifted_structure", batch, generalized_lifted),
+    case("n_pairs", towers, n_pairs, TOWERS),
+    case("proxy_nca", proxies, lambda t: proxy_nca(t, True), ("x", "w", "scale")),
+    case("proxy_nca, paper", proxies, lambda t: proxy_nca(t, False), ("x", "w", "scale")),
+    case("proxy_anchor", proxies, proxy_anchor, ("x", "w")),
 ]
 
 SIMILARITIES = [
-    Case(
-        "logsumexp",
+    case(
+        "logsumexp_similarity",
         attention,
-        lambda t, **o: both_told(fl.logsumexp_similarity(t.x, t.y, scale=t.scale, cols=True, **o)),
         lambda t: torch.cat([(t.scale * t.x @ t.y.T).logsumexp(d) for d in (1, 0)]),
-        ("x", "y", "scale"),
+        SCALED,
+        name="logsumexp",
+        told=both_told,
     ),
-    Case(
-        "logsumexp_rbf",
+    case(
+        "logsumexp_similarity, rbf",
         attention,
-        lambda t, **o: fl.logsumexp_similarity(
-            t.x, t.y, scale=t.scale, similarity="rbf", rows=False, cols=True, **o
-        ),
         lambda t: (-t.scale * square_distance(t.x, t.y)).logsumexp(0),
-        ("x", "y", "scale"),
+        SCALED,
+        name="logsumexp_rbf",
     ),
-    Case(
-        "logsumexp_own_group",
+    case(
+        "logsumexp_similarity, own group",
         attention,
-        lambda t, **o: zero_rows(
-            fl.logsumexp_similarity(
-                t.x,
-                similarity="euclidean",
-                scale=t.scale,
-                x_groups=t.labels,
-                skip_self=True,
-                **o,
-            )
-        ),
         group_rows,
         ("x", "scale"),
+        name="logsumexp_own_group",
+        told=zero_rows,
     ),
-    Case(
-        "logsumexp_both",
+    case(
+        "logsumexp_similarity, both",
         attention,
-        lambda t, **o: both_told(
-            fl.logsumexp_similarity(
-                t.x,
-                t.y,
-                similarity="cosine",
-                scale=t.scale,
-                x_labels=t.labels,
-                y_labels=t.y_labels,
-                x_ids=t.labels,
-                y_ids=t.y_labels + 1,
-                match="both",
-                cols=True,
-                **o,
-            )
-        ),
         masked_both,
-        ("x", "y", "scale"),
+        SCALED,
+        name="logsumexp_both",
+        told=both_told,
     ),
-    Case(
-        "logsumexp_zero",
+    case(
+        "logsumexp_similarity, zero",
         attention,
-        lambda t, **o: both_told(
-            fl.logsumexp_similarity(
-                t.x,
-                t.y,
-                scale=t.scale,
-                x_labels=t.labels,
-                y_labels=t.y_labels,
-                zero="same",
-                cols=True,
-                **o,
-            )
-        ),
         zeroed,
-        ("x", "y", "scale"),
+        SCALED,
+        name="logsumexp_zero",
+        told=both_told,
     ),
-    Case(
-        "attention",
+    case(
+        "similarity_attention",
         attention,
-        lambda t, **o: fl.similarity_attention(t.x, t.y, t.v, **o),
         lambda t: (t.x @ t.y.T / t.x.shape[1] ** 0.5).softmax(1) @ t.v,
         ("x", "y", "v"),
+        name="attention",
     ),
-    Case(
-        "attention_cosine_same",
+    case(
+        "similarity_attention, cosine, same",
         attention,
-        lambda t, **o: fl.similarity_attention(
-            t.x,
-            t.y,
-            t.v,
-            similarity="cosine",
-            scale=t.scale,
-            query_labels=t.labels,
-            key_labels=t.y_labels,
-            match="same",
-            **o,
-        ),
         cosine_attention,
         ("x", "y", "v", "scale"),
+        name="attention_cosine_same",
     ),
-    Case(
-        "attention_rbf_different",
+    case(
+        "similarity_attention, rbf, different",
         attention,
-        lambda t, **o: fl.similarity_attention(
-            t.x,
-            t.y,
-            t.v,
-            similarity="rbf",
-            query_labels=t.labels,
-            key_labels=t.y_labels,
-            match="different",
-            **o,
-        ),
         lambda t: attend(-square_distance(t.x, t.y), t.v, ~equal(t.labels, t.y_labels)),
         ("x", "y", "v"),
+        name="attention_rbf_different",
     ),
-    Case(
-        "attention_euclidean",
+    case(
+        "similarity_attention, euclidean",
         attention,
-        lambda t, **o: fl.similarity_attention(
-            t.x, t.y, t.v, similarity="euclidean", scale=t.scale, **o
-        ),
         lambda t: (-t.scale * distance(t.x, t.y)).softmax(1) @ t.v,
         ("x", "y", "v", "scale"),
+        name="attention_euclidean",
     ),
-    Case(
-        "trilinear_attention",
-        trilinear,
-        lambda t, **o: fl.trilinear_attention(t.x, t.y, t.z, t.v, t.w, **o),
-        third_order,
-        ("x", "y", "z", "v", "w"),
-    ),
-    Case(
-        "kernel_mean",
+    case("trilinear_attention", trilinear, third_order, ("x", "few", "z", "few_values", "w")),
+    case(
+        "kernel_mean, none",
         samples,
-        lambda t, **o: fl.kernel_mean(t.x, t.other, bandwidth=t.width, reduction="none", **o),
         lambda t: gaussian(t.x, t.other, t.width).mean(1),
         ("x", "other", "width"),
+        name="kernel_mean",
     ),
-    Case(
-        "mmd", samples, lambda t, **o: fl.mmd(t.x, t.other, bandwidth=1.3, **o), mmd, ("x", "other")
-    ),
-    Case(
-        "mmd_laplacian_unbiased",
-        samples,
-        lambda t, **o: fl.mmd(t.x, t.other, "laplacian", 1.3, unbiased=True, **o),
-        mmd_unbiased,
-        ("x", "other"),
-    ),
-    Case("hsic", samples, lambda t, **o: fl.hsic(t.x, t.y, **WIDTHS, **o), hsic, ("x", "y")),
-    Case(
-        "uniformity",
-        samples,
-        lambda t, **o: fl.uniformity(t.x, normalize=True, **o),
-        uniformity,
-    ),
-    Case(
-        "cauchy_schwarz_qmi",
-        samples,
-        lambda t, **o: fl.cauchy_schwarz_qmi(t.x, t.y, **WIDTHS, **o),
-        qmi,
-        ("x", "y"),
-    ),
-    Case(
-        "cauchy_schwarz_divergence",
-        samples,
-        lambda t, **o: fl.cauchy_schwarz_divergence(
-            t.x, t.y, t.z, bandwidth=1.3, target_bandwidth=0.8, **o
-        ),
-        divergence,
-        ("x", "y", "z"),
-        cancels=5.0,
-    ),
+    case("mmd", samples, mmd, ("x", "other")),
+    case("mmd, laplacian unbiased", samples, mmd_unbiased, ("x", "other")),
+    case("hsic", samples, hsic, ("x", "y")),
+    case("uniformity", samples, uniformity),
+    case("cauchy_schwarz_qmi", samples, qmi, ("x", "y")),
+    case("cauchy_schwarz_divergence", samples, divergence, ("x", "y", "z"), cancels=5.0),
     *(
-        Case(
-            f"sinkhorn_{cost}",
+        case(
+            f"sinkhorn, {cost}",
             towers,
-            lambda t, cost=cost, **o: (
-                fl.sinkhorn(t.x, t.y, eps=0.5, iterations=20, cost=cost, **o).cost
-            ),
             lambda t, cost=cost: transport(t, cost),
             TOWERS,
+            told=lambda plan: plan.cost,
         )
         for cost in ("cosine", "dot", "sqeuclidean")
     ),

@@ -65,7 +65,7 @@ def proxies(n: int, m: int, d: int) -> Inputs:
     labels = torch.randint(0, m, (n,))
     w = torch.randn(m, d)
     x = torch.randn(n, d) + w[labels]
-    return Inputs(x=x / d**0.5, w=w / d**0.5, labels=labels, scale=torch.tensor(1.5))
+    return Inputs(x=x / d**0.5, w=w / d**0.5, targets=labels, scale=torch.tensor(1.5))
 
 
 def attention(n: int, m: int, d: int) -> Inputs:
@@ -83,9 +83,9 @@ def trilinear(n: int, m: int, d: int) -> Inputs:
     j = max(1, m // 3)
     return Inputs(
         x=torch.randn(n, d),
-        y=torch.randn(j, d),
+        few=torch.randn(j, d),
         z=torch.randn(m, d),
-        v=torch.randn(j, 3),
+        few_values=torch.randn(j, 3),
         w=torch.randn(m, 3),
     )
 
@@ -368,16 +368,16 @@ def n_pairs(t: Inputs) -> Tensor:
 
 def proxy_nca(t: Inputs, inside: bool) -> Tensor:
     z = -t.scale * square_distance(F.normalize(t.x), F.normalize(t.w))
-    target = eye(len(t.w))[t.labels]
+    target = eye(len(t.w))[t.targets]
     if inside:
-        return F.cross_entropy(z, t.labels)
+        return F.cross_entropy(z, t.targets)
     if len(t.w) == 1:
         return (z * 0).sum()
     return (lse(z, ~target) - z[target]).mean()
 
 
 def proxy_anchor(t: Inputs) -> Tensor:
-    s, target = F.normalize(t.w) @ F.normalize(t.x).T, equal(torch.arange(len(t.w)), t.labels)
+    s, target = F.normalize(t.w) @ F.normalize(t.x).T, equal(torch.arange(len(t.w)), t.targets)
     attract = (1 + torch.where(target, torch.exp(-8 * (s - 0.1)), 0).sum(1)).log()
     repel = (1 + torch.where(target, 0, torch.exp(8 * (s + 0.1))).sum(1)).log()
     return attract.sum() / target.any(1).sum() + repel.mean()
@@ -410,9 +410,9 @@ def cosine_attention(t: Inputs) -> Tensor:
 
 
 def third_order(t: Inputs) -> Tensor:
-    z = torch.einsum("nd,jd,ld->njl", t.x, t.y, t.z) / t.x.shape[1] ** 0.5
+    z = torch.einsum("nd,jd,ld->njl", t.x, t.few, t.z) / t.x.shape[1] ** 0.5
     p = z.flatten(1).softmax(1).view_as(z)
-    return torch.einsum("njl,jv,lv->nv", p, t.v, t.w)
+    return torch.einsum("njl,jv,lv->nv", p, t.few_values, t.w)
 
 
 def gaussian(x: Tensor, y: Tensor, width: float | Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""One table of the losses over rows: a call and its formula, as `pair_cases` has for pairs.
+"""One table of the losses over rows: an example and its formula, as `pair_cases` has for pairs.
 
-A new loss is one definition and one row here.
+A new loss is one definition with its examples, and one row here.
 """
 
 from __future__ import annotations
@@ -12,211 +12,123 @@ from contextlib import contextmanager
 import pytest
 import row_loss_formulas as f
 import torch
-from pair_cases import Case, require_pairs
+from pair_cases import Case, case, require_pairs
 from pair_formulas import batch
 
-from fused_losses.losses import centroids, margin_pairs, neighbours, variance
-from fused_losses.losses import ranking as rl
-from fused_losses.losses import triplets as tl
 from fused_losses.primitives.pairs import bounded as bounded_pairs
 from fused_losses.primitives.row_rules import bounded as row_rules_bounded
 
 TOWERS = ("x", "y")
-UNIT = {"normalize": True}
-REF = lambda t: (t.x, t.labels, t.y, t.y_labels)
-ALONE = lambda t: (t.x, t.labels)
 
 
-def triplets(name: str, make=batch, **options) -> Case:
-    """A row of `all_triplets`; options of both, under the call's names."""
-    given = {"margin": 0.3} | options
-    formula = {"kind" if k == "triplets" else k: v for k, v in given.items()}
+def triplets(example: str = "", make=batch, name: str = "", **formula) -> Case:
+    """A row of `all_triplets`; options of its formula."""
+    formula = {"margin": 0.3} | formula
     ref = make is f.two_batches
-    return Case(
-        f"all_triplets_{name}",
+    return case(
+        f"all_triplets, {example}" if example else "all_triplets",
         make,
-        lambda t, **o: tl.all_triplets(*(REF(t) if ref else ALONE(t)), **given, **o),
         lambda t: f.all_triplets(t, ref=ref, **formula),
         TOWERS if ref else ("x",),
+        name=name,
     )
 
 
-def chosen(name: str, make=batch, **options) -> Case:
-    """A row of `batch_hard_triplet`, or with a choice of `batch_easy_hard_triplet`."""
-    given = {"margin": 0.3} | options
-    loss = tl.batch_easy_hard_triplet if "positive" in given else tl.batch_hard_triplet
+def chosen(example: str, name: str, make=batch, **formula) -> Case:
+    """A row of `batch_hard_triplet` or `batch_easy_hard_triplet`; options of its formula."""
+    formula = {"margin": 0.3} | formula
     ref = make is f.two_batches
-    return Case(
-        f"batch_{name}",
+    return case(
+        example,
         make,
-        lambda t, **o: loss(*(REF(t) if ref else ALONE(t)), **given, **o),
-        lambda t: f.chosen_triplets(t, ref=ref, **given),
+        lambda t: f.chosen_triplets(t, ref=ref, **formula),
         TOWERS if ref else ("x",),
+        name=name,
     )
 
 
-CONTRASTIVE = {"positive_margin": 0.2, "negative_margin": 1.1}
-MARGIN = {"nu": 0.1}
-SNR = {"positive_margin": 0.1, "negative_margin": 1.5, "zero_mean_weight": 0.3}
-RANKED = {"imbalance": 0.3, "positive_temperature": 1.5, "negative_temperature": 4.0} | UNIT
+SEMIHARD = {"kind": "semihard", "margin": 0.8}
+UNIT = {"distance": "cosine", "normalize": True}
+HARD, EASY = "batch_hard_triplet", "batch_easy_hard_triplet"
 
 ROWS = [
-    triplets("mean"),
+    triplets(name="all_triplets_mean"),
     triplets("none", reduction="none"),
-    triplets("sum_crowded", f.crowded, reduction="sum"),
-    triplets("hard", triplets="hard"),
-    triplets("hard_crowded", f.crowded, triplets="hard"),
-    triplets("semihard", triplets="semihard", distance="sqeuclidean", margin=0.8),
-    triplets("semihard_crowded", f.crowded, triplets="semihard", reduction="none"),
+    triplets("sum", f.crowded, "all_triplets_sum_crowded", reduction="sum"),
+    triplets("hard", kind="hard"),
+    triplets("hard", f.crowded, "all_triplets_hard_crowded", kind="hard"),
+    triplets("semihard", distance="sqeuclidean", **SEMIHARD),
+    triplets(
+        "semihard, none",
+        f.crowded,
+        "all_triplets_semihard_crowded",
+        kind="semihard",
+        reduction="none",
+    ),
     triplets("smooth", smooth=True),
-    triplets("smooth_hard", smooth=True, triplets="hard"),
-    triplets("smooth_easy", smooth=True, triplets="easy"),
-    triplets("smooth_semihard", smooth=True, triplets="semihard", margin=0.8),
-    triplets("cosine", distance="cosine", **UNIT),
+    triplets("smooth, hard", smooth=True, kind="hard"),
+    triplets("smooth, easy", smooth=True, kind="easy"),
+    triplets("smooth, semihard", smooth=True, **SEMIHARD),
+    triplets("cosine", **UNIT),
     triplets("ref", f.two_batches),
-    Case(
-        "harmonic_triplet",
+    case("harmonic_triplet", f.two_batches, f.harmonic),
+    chosen(HARD, "batch_hard"),
+    chosen(f"{HARD}, soft", "batch_hard_soft", margin=None),
+    chosen(f"{HARD}, none", "batch_hard_none", reduction="none"),
+    chosen(f"{HARD}, cosine", "batch_hard_cosine", **UNIT),
+    chosen(f"{HARD}, ref", "batch_hard_ref", f.two_batches, distance="sqeuclidean"),
+    chosen(EASY, "batch_easy_semihard", positive="easiest", negative="semihard"),
+    chosen(
+        f"{EASY}, semihard, hard", "batch_semihard_hard", positive="semihard", negative="hardest"
+    ),
+    chosen(
+        f"{EASY}, semihard, easy",
+        "batch_semihard_easy",
+        positive="semihard",
+        negative="easiest",
+        reduction="sum",
+    ),
+    chosen(
+        f"{EASY}, ref",
+        "batch_hard_easy_ref",
         f.two_batches,
-        lambda t, **o: tl.harmonic_triplet(
-            t.x, t.labels, t.y, t.y_labels, margin=0.4, distance="sqeuclidean", **o
-        ),
-        f.harmonic,
+        positive="hardest",
+        negative="easiest",
     ),
-    chosen("hard"),
-    chosen("hard_soft", margin=None),
-    chosen("hard_none", reduction="none"),
-    chosen("hard_cosine", distance="cosine", **UNIT),
-    chosen("hard_ref", f.two_batches, distance="sqeuclidean"),
-    chosen("easy_semihard", positive="easiest", negative="semihard"),
-    chosen("semihard_hard", positive="semihard", negative="hardest"),
-    chosen("semihard_easy", positive="semihard", negative="easiest", reduction="sum"),
-    chosen("hard_easy_ref", f.two_batches, positive="hardest", negative="easiest"),
-    Case(
-        "centroid_triplet",
-        batch,
-        lambda t, **o: centroids.centroid_triplet(*ALONE(t), **o),
-        f.centroids,
-    ),
-    Case(
-        "centroid_triplet_of_queries",
-        batch,
-        lambda t, **o: centroids.centroid_triplet(*ALONE(t), centroid_anchors=False, **o),
-        lambda t: f.centroids(t, False),
-    ),
-    Case(
-        "prototype_triplet",
-        f.prototypes,
-        lambda t, **o: centroids.prototype_triplet(t.x, t.w, t.labels, **o),
-        f.prototype_triplets,
-        ("x", "w"),
-    ),
-    Case(
-        "contrastive",
-        batch,
-        lambda t, **o: margin_pairs.contrastive(*ALONE(t), **CONTRASTIVE, **o),
-        f.contrastive,
-    ),
-    Case(
-        "contrastive_none",
-        batch,
-        lambda t, **o: margin_pairs.contrastive(*ALONE(t), **CONTRASTIVE, reduction="none", **o),
-        lambda t: f.contrastive(t, reduction="none"),
-    ),
-    Case(
-        "contrastive_ref",
-        f.two_batches,
-        lambda t, **o: margin_pairs.contrastive(*REF(t), **CONTRASTIVE, reduction="none", **o),
-        lambda t: f.contrastive(t, True, "none"),
-        TOWERS,
-    ),
+    case("centroid_triplet", batch, f.centroids),
+    case("centroid_triplet, of queries", batch, lambda t: f.centroids(t, False)),
+    case("prototype_triplet", f.prototypes, f.prototype_triplets, ("x", "w")),
+    case("contrastive", batch, f.contrastive),
+    case("contrastive, none", batch, lambda t: f.contrastive(t, reduction="none")),
+    case("contrastive, ref", f.two_batches, lambda t: f.contrastive(t, True, "none"), TOWERS),
     *(
-        Case(
-            f"margin_loss_{beta}_{per}",
+        case(
+            f"margin_loss, {beta.replace('_', ' ')}, {per}",
             f.bounded_batch,
-            lambda t, beta=beta, per=per, **o: margin_pairs.margin_loss(
-                *ALONE(t), beta=getattr(t, beta), per=per, **MARGIN, **o
-            ),
             lambda t, beta=beta, per=per: f.wu_margin(t, beta, per),
             ("x", beta),
         )
         for beta in ("beta", "class_beta")
         for per in ("pair", "triplet")
     ),
-    Case(
-        "margin_loss_none",
+    case(
+        "margin_loss, none",
         f.bounded_batch,
-        lambda t, **o: margin_pairs.margin_loss(
-            *ALONE(t), beta=t.class_beta, per="triplet", reduction="none", **MARGIN, **o
-        ),
         lambda t: f.wu_margin(t, "class_beta", "triplet", "none"),
         ("x", "class_beta"),
     ),
-    Case(
-        "snr_contrastive",
-        batch,
-        lambda t, **o: margin_pairs.snr_contrastive(*ALONE(t), **SNR, **o),
-        f.snr,
-    ),
-    Case(
-        "snr_contrastive_ref",
-        f.two_batches,
-        lambda t, **o: margin_pairs.snr_contrastive(*REF(t), **SNR, **o),
-        lambda t: f.snr(t, True),
-        TOWERS,
-    ),
-    Case(
-        "tuplet_margin",
-        batch,
-        lambda t, **o: rl.tuplet_margin(*ALONE(t), scale=20, **UNIT, **o),
-        f.tuplets,
-    ),
-    Case(
-        "tuplet_margin_ref",
-        f.two_batches,
-        lambda t, **o: rl.tuplet_margin(*REF(t), scale=20, reduction="none", **UNIT, **o),
-        lambda t: f.tuplets(t, True, "none"),
-        TOWERS,
-    ),
-    Case("angular", batch, lambda t, **o: rl.angular(*ALONE(t), **UNIT, **o), f.angular),
-    Case(
-        "angular_none",
-        batch,
-        lambda t, **o: rl.angular(*ALONE(t), reduction="none", **UNIT, **o),
-        lambda t: f.angular(t, "none"),
-    ),
-    Case(
-        "ranked_list", batch, lambda t, **o: rl.ranked_list(*ALONE(t), **RANKED, **o), f.ranked_list
-    ),
-    Case(
-        "fast_ap",
-        batch,
-        lambda t, **o: rl.fast_ap(*ALONE(t), bins=8, **UNIT, **o),
-        f.average_precision,
-    ),
-    Case(
-        "fast_ap_ref",
-        f.two_batches,
-        lambda t, **o: rl.fast_ap(*REF(t), bins=8, **UNIT, **o),
-        lambda t: f.average_precision(t, True),
-        TOWERS,
-    ),
-    Case(
-        "histogram",
-        batch,
-        lambda t, **o: rl.histogram(*ALONE(t), bins=12, **UNIT, **o),
-        f.histogram,
-    ),
-    Case(
-        "intra_pair_variance",
-        batch,
-        lambda t, **o: variance.intra_pair_variance(
-            *ALONE(t), positive_eps=0.05, negative_eps=0.03, **UNIT, **o
-        ),
-        f.intra_pair_variance,
-    ),
-    Case(
-        "icnn", batch, lambda t, **o: neighbours.icnn(*ALONE(t), neighbors=3, window=5, **o), f.icnn
-    ),
+    case("snr_contrastive", batch, f.snr),
+    case("snr_contrastive, ref", f.two_batches, lambda t: f.snr(t, True), TOWERS),
+    case("tuplet_margin", batch, f.tuplets),
+    case("tuplet_margin, ref", f.two_batches, lambda t: f.tuplets(t, True, "none"), TOWERS),
+    case("angular", batch, f.angular),
+    case("angular, none", batch, lambda t: f.angular(t, "none")),
+    case("ranked_list", batch, f.ranked_list),
+    case("fast_ap", batch, f.average_precision),
+    case("fast_ap, ref", f.two_batches, lambda t: f.average_precision(t, True), TOWERS),
+    case("histogram", batch, f.histogram),
+    case("intra_pair_variance", batch, f.intra_pair_variance),
+    case("icnn", batch, f.icnn),
 ]
 BY_NAME = {case.name: case for case in ROWS}
 BACKENDS = ("reference", "bounded", "cpu")  # that take float64

@@ -45,7 +45,7 @@ def bounded_batch(n: int, m: int, d: int) -> Inputs:
 def prototypes(n: int, m: int, d: int) -> Inputs:
     labels = torch.randint(0, m, (n,))
     w = torch.randn(m, d)
-    return Inputs(x=(torch.randn(n, d) + w[labels]) / d**0.5, w=w / d**0.5, labels=labels)
+    return Inputs(x=(torch.randn(n, d) + w[labels]) / d**0.5, w=w / d**0.5, targets=labels)
 
 
 # ---- distances and who is whose positive --------------------------------------------------------
@@ -227,7 +227,7 @@ def centroids(t: Inputs, centroid_anchors: bool = True) -> Tensor:
 def prototype_triplets(t: Inputs) -> Tensor:
     d = (distances(t.x, t.w, "sqeuclidean") + 1e-6).sqrt()
     losses = []
-    for row, own in zip(d, t.labels.tolist(), strict=True):
+    for row, own in zip(d, t.targets.tolist(), strict=True):
         rest = torch.cat([row[:own], row[own + 1 :]])
         losses.append(F.relu(row[own] - rest.min() + 0.5) if len(rest) else zero(t))
     return torch.stack(losses).mean() + (t.w * 0).sum()
