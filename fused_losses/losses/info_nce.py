@@ -293,6 +293,20 @@ def _banks(
     return list(zip(banks, told, strict=True))
 
 
+_labelled = lambda t: dict(labels=t.labels, key_labels=t.y_labels)
+
+
+_with_ids = lambda t: dict(ids=t.ids, key_ids=t.y_ids)
+
+
+_queue_and_more = lambda t: dict(queue=[t.first_bank, t.second_bank], negatives=t.negatives)
+
+
+_labelled_queue = lambda t: dict(
+    queue=[t.first_bank, t.second_bank], queue_labels=[t.first_labels, t.second_labels]
+)
+
+
 examples(
     info_nce,
     lambda f, t: f(t.x, t.y, temperature=0.2),

@@ -298,6 +298,9 @@ def orthogonal_projection(
         return loss.to(accumulate_dtype(both.x.dtype))
 
 
+_alone = lambda f, t: f(t.x, t.labels)
+
+
 examples(
     multi_similarity,
     lambda f, t: f(t.x, t.labels, beta=20.0, normalize=True),

@@ -273,6 +273,15 @@ def histogram(
         return loss.to(accumulate_dtype(both.x.dtype))
 
 
+_alone = lambda f, t: f(t.x, t.labels, normalize=True)
+
+
+_ref = lambda f, t: f(t.x, t.labels, t.y, t.y_labels, normalize=True)
+
+
+_BENT = dict(imbalance=0.3, positive_temperature=1.5, negative_temperature=4.0)
+
+
 examples(tuplet_margin, _alone, {"": dict(scale=20)})
 examples(tuplet_margin, _ref, {"ref": dict(scale=20, reduction="none")})
 examples(angular, _alone, {"": {}, "none": dict(reduction="none")})

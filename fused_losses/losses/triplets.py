@@ -356,6 +356,15 @@ def batch_easy_hard_triplet(
         return reduced(loss, found, reduction, accumulate_dtype(both.x.dtype))
 
 
+_alone = lambda f, t: f(t.x, t.labels)
+
+
+_ref = lambda f, t: f(t.x, t.labels, t.y, t.y_labels)
+
+
+_SEMIHARD = dict(triplets="semihard", margin=0.8)
+
+
 examples(
     all_triplets,
     _alone,

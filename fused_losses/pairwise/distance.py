@@ -193,6 +193,22 @@ def _rows(x: Tensor, y: Tensor | None, precision: str, bools: bool) -> tuple[Ten
     return x, y
 
 
+def _shares(t: Tensor) -> Tensor:
+    """Rows that add up to 1."""
+    t = t.abs() + 0.01
+    return t / t.sum(dim=1, keepdim=True)
+
+
+def _on_the_sheet(t: Tensor) -> Tensor:
+    return torch.cat([t.square().sum(1, keepdim=True).add(1).sqrt(), t], 1)
+
+
+_COORDINATES = dict(precisions=("fp32",), not_on=("triton",))  # no products to round
+
+
+_both = lambda f, t: f(t.x, t.y)
+
+
 examples(
     pairwise_distance,
     _both,
