@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_margin_softmax import DEVICE, benchmark_step
 
-from fused_losses.bench import distance_cases
+from fused_losses.bench.micro import distance_cases
 
 N, D = 1024, 128
 SLOW = ("scipy", "torchpairwise", "N^3")

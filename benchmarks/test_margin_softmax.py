@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_losses.bench import cases, head_cases, measure
+from fused_losses.bench import measure
+from fused_losses.bench.heads import cases as head_cases
+from fused_losses.bench.micro import cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(256, 20_000, 512), (64, 50_000, 128)]

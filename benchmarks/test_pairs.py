@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_margin_softmax import DEVICE, benchmark_step
 
-from fused_losses.bench import pair_cases
+from fused_losses.bench.micro import pair_cases
 
 N, D = 2048, 256
 CASES = {name: make(N, D, DEVICE) for name, make in pair_cases.BY_SHAPE.items()}

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
         checks.add_arguments(verify)
     if given[:1] == ["roofline"]:
-        from fused_losses.bench import roofline as model
+        from fused_losses.bench.roofline import ops as model
 
         model.add_arguments(roofline)
     args = parser.parse_args(given)

@@ -11,18 +11,17 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from fused_losses.backends.gpu import device as gpu_device
-from fused_losses.backends.triton import launch as triton_launch
-from fused_losses.bench.traffic import triton_work
-from fused_losses.primitives.distances import triton as triton_distances
-from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
-from fused_losses.primitives.maxsim import triton as triton_maxsim
-from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
-from fused_losses.primitives.pairs import triton as triton_pairs
-from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds, Rule
-from fused_losses.primitives.row_statistics import triton
-from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
-from fused_losses.primitives.topk import triton as triton_topk
+from fused_losses.backends import (
+    triton,
+    triton_distances,
+    triton_launch,
+    triton_maxsim,
+    triton_pairs,
+    triton_topk,
+)
+from fused_losses.bench.roofline.trace import triton_work
+from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.pair_inputs import PairInputs, PairNeeds, Rule
 
 Counts = dict[str, list[int]]  # kernel -> bytes loaded, bytes stored, FLOPs of products
 
@@ -107,15 +106,15 @@ def rows(n: int, c: int, d: int, dtype: torch.dtype, processors: int = 10**6, **
     )
 
     def call() -> None:
-        saved = gpu_device.processors
-        gpu_device.processors = lambda device: processors
+        saved = triton_launch.processors
+        triton_launch.processors = lambda device: processors
         try:
             lse = triton.forward(inputs)[0]
             grads = torch.randn(n), torch.randn(n), torch.randn(n) if weighted else None
             needs = Needs(True, True, extra, compact=inputs.bend is not None)
             triton.backward(inputs, lse, RowGradients(*grads), needs)
         finally:
-            gpu_device.processors = saved
+            triton_launch.processors = saved
 
     return call
 
@@ -232,12 +231,11 @@ def test_distances(kind: str, shape: tuple[int, ...], counted: Any) -> None:
     n, m, d = shape
     x, y = (torch.randn(rows, d, generator=g) for rows in (n, m))
 
-    inputs = DistanceInputs(x, y, None, kind)
-
     def call() -> None:
-        out = triton_distances.forward(inputs)
-        needs = DistanceNeeds(True, True, False)
-        triton_distances.backward(torch.randn(n, m), out, inputs, needs)
+        out = triton_distances.forward(x, y, None, kind, 2.0, "fp32")
+        triton_distances.backward(
+            torch.randn(n, m), out, x, y, None, kind, 2.0, "fp32", True, True, False
+        )
 
     same(counted(call), {"distance_tiles", "product_gradients"})
 
@@ -248,11 +246,10 @@ def test_maxsim(d: int, counted: Any) -> None:
     queries, documents = torch.randn(3 * 11, d, generator=g), torch.randn(4 * 19, d, generator=g)
     offsets = torch.arange(4) * 11, torch.arange(5) * 19
 
-    inputs = MaxsimInputs(queries, documents, *offsets)
-
     def call() -> None:
-        scores, index = triton_maxsim.forward(inputs)
-        grad = torch.randn(scores.shape)
-        triton_maxsim.backward(grad, index, inputs, MaxsimNeeds(True, True))
+        scores, index = triton_maxsim.forward(queries, documents, *offsets, "fp32")
+        triton_maxsim.backward(
+            torch.randn(scores.shape), index, queries, documents, *offsets, True, True
+        )
 
     same(counted(call), {"token_maxima", "token_sums", "query_gradients", "document_gradients"})

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fused_losses import cli
-from fused_losses.bench import distance_cases, measure, report
-from fused_losses.bench.cases import Case
+from fused_losses.bench import measure, report
+from fused_losses.bench.micro import distance_cases
+from fused_losses.bench.micro.cases import Case
 
 MAKERS = {**distance_cases.MATRICES, **distance_cases.BATCHES, "topk": distance_cases.topk}
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fused_losses import cli
-from fused_losses.bench import measure, pair_cases
-from fused_losses.bench.cases import Case
+from fused_losses.bench import measure
+from fused_losses.bench.micro import pair_cases
+from fused_losses.bench.micro.cases import Case
 
 SIZES = {"n": 48, "d": 32}
 TOKENS = {"q": 5, "lq": 4, "b": 7, "ld": 9, "d": 32}

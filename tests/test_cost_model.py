@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_losses.centers import cost_model
-from fused_losses.centers.collectives import step_traffic
-from fused_losses.centers.cost_model import (
+from fused_losses.bench.heads import model as cost_model
+from fused_losses.bench.heads.model import (
     Profile,
     Step,
     calibrate,
@@ -26,9 +25,10 @@ from fused_losses.centers.cost_model import (
     step_seconds,
     traffic,
 )
+from fused_losses.centers.collectives import step_traffic
 from fused_losses.centers.sampling import sample
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs" / "generated"
 PRICES = Profile("made up", 2e-9, 1e-9, 3e-9, 5e-5, 3e-9, 5e-5, start=1e-3, overlapped=False)
 
 

@@ -15,13 +15,13 @@ import torch
 import triton_interpreted
 from conftest import CUDA
 
-from fused_losses.backends.cuda import launch as cuda_launch
-from fused_losses.backends.gpu import tiles as gpu_tiles
-from fused_losses.bench import cuda_traffic, roofline, traffic
-from fused_losses.bench.peaks import PEAKS, PEERS
-from fused_losses.bench.traffic import FORMS, Cache, Launch, Trace, Work, use
-from fused_losses.primitives.row_statistics import triton_tiles
-from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.backends import cuda_launch, triton_tiles
+from fused_losses.bench.roofline import cuda_forms as cuda_traffic
+from fused_losses.bench.roofline import ops as roofline
+from fused_losses.bench.roofline import trace as traffic
+from fused_losses.bench.roofline.peaks import PEAKS, PEERS
+from fused_losses.bench.roofline.trace import FORMS, Cache, Launch, Trace, Work, use
+from fused_losses.inputs import Inputs, Needs, RowGradients
 
 META = dict(device="meta")
 
@@ -62,7 +62,7 @@ def counted(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def cuda_rows(dtype: torch.dtype, bent: bool = False) -> None:
-    from fused_losses.primitives.row_statistics import cuda
+    from fused_losses.backends import cuda
 
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(48, 64, generator=g).to(dtype), torch.randn(512, 64, generator=g).to(dtype)
@@ -74,11 +74,10 @@ def cuda_rows(dtype: torch.dtype, bent: bool = False) -> None:
 
 
 def cuda_sums(dtype: torch.dtype) -> None:
-    from fused_losses.primitives.distances import cuda as cuda_distances
-    from fused_losses.primitives.distances.inputs import DistanceInputs
+    from fused_losses.backends import cuda_distances
 
     x, y = torch.randn(64, 48).to(dtype), torch.randn(128, 48).to(dtype)
-    cuda_distances.forward(DistanceInputs(x, y, None, "cityblock", 1.0))
+    cuda_distances.forward(x, y, None, "cityblock", 1.0, "fp32")
 
 
 def cuda_update(dtype: torch.dtype) -> None:
@@ -180,7 +179,7 @@ def test_what_is_beyond_a_limit_says_why() -> None:
 def test_a_changed_tile_changes_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     before = sum(w.moved() for w in works("linear_cross_entropy", "forward", "triton"))
     tiles = triton_tiles.TABLES["sm_90"].tiles
-    narrow = gpu_tiles.Tile(128, 64, 64)
+    narrow = triton_tiles.Tile(128, 64, 64)
     monkeypatch.setitem(tiles, ("forward", "half"), narrow)
     after = sum(w.moved() for w in works("linear_cross_entropy", "forward", "triton"))
     assert 1.7 < after / before < 2.1
@@ -252,7 +251,7 @@ def test_page_and_plot() -> None:
 
 def test_page_in_the_repository_is_that_of_the_code() -> None:
     """Its names, not its figures: a tile that changes need not fail a test."""
-    text = (Path(__file__).parents[1] / "docs" / "roofline.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "generated" / "roofline.md").read_text()
     for op in roofline.ops():
         assert f"**{op.name}, {op.step}**, {op.shape}" in text
     assert "made on" not in text and os.sep + "work" not in text

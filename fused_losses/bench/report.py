@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
-from fused_losses.bench import cases, distance_cases, head_cases, measure, pair_cases
-from fused_losses.bench.cases import Case
+from fused_losses.bench import measure
+from fused_losses.bench.heads import cases as head_cases
 from fused_losses.bench.measure import Result
+from fused_losses.bench.micro import cases, distance_cases, pair_cases
+from fused_losses.bench.micro.cases import Case
 from fused_losses.version import __version__
 
 CASES = (

@@ -1,4 +1,4 @@
-"""`make gpu-static`: compiles, writes docs/gpu_static.md, and fails on what the gate forbids."""
+"""`make gpu-static`: compiles, writes the page, and fails on what the gate forbids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main() -> int:
         help="compile for this one alone (repeatable); the others' figures are those last saved",
     )
     parser.add_argument("--saved", action="store_true", help="compile nothing: all as last saved")
-    parser.add_argument("--page", type=Path, default=Path("docs/gpu_static.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/generated/gpu_static.md"))
     parser.add_argument("--library", type=Path, default=cuda_launch.FOLDER / cuda_launch.ON_DEVICE)
     given = parser.parse_args()
     found = []

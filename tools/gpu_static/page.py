@@ -1,4 +1,4 @@
-"""docs/gpu_static.md: every kernel's figures, the gate's findings, and the peers' beside ours."""
+"""gpu_static.md: every kernel's figures, the gate's findings, and the peers' beside ours."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ Forward: partial statistics of every tile (at most PARTIAL_BYTES at a time), mer
 Backward: a chunk of G at a time, and library products of it. Memory beyond the outputs: those two,
 float32 sums of N x D and of a chunk's columns; never N x M.
 
-At N = M = 32768, D = 512 (counted, docs/roofline.md): both sides of an InfoNCE read 28 GB from L2,
+At N = M = 32768, D = 512 (counted, roofline.md): both sides of an InfoNCE read 28 GB from L2,
 where memeff's 128 x 128 reads 17: that tile spills here, with two classes of pairs. The backward
 moves 50 GB, memeff's whole-row form 35. DRAM moves y once for every SWEEP_ROWS rows, and in the
 backward x and dx once for every run of columns: the floor would take sums of all of dy besides.

@@ -58,7 +58,7 @@ class Sizes:
 
 
 # what the L2 of 40, 50 and 126 MB keeps beside a chunk of W, x, dW and the parts of dx: at twice as
-# much the backward moves six times its floor through DRAM (docs/roofline.md)
+# much the backward moves six times its floor through DRAM (roofline.md)
 SIZES = {
     "sm_80": Sizes(8 << 20, 2048, 16384, 1024, 2048),
     "sm_86": Sizes(8 << 20, 2048, 16384, 1024, 2048),

@@ -280,7 +280,7 @@ def _chunks(
     """The form with a chunk of G stored: dx += G W and dW = G^T x are library products.
 
     At 1024 x 1,000,000 x 512 it moves 43 GB between L2 and the processors of an H100 (bound by
-    count, docs/roofline.md), where Liger's CuTe kernel moves 36: the norms and the projection of
+    count, roofline.md), where Liger's CuTe kernel moves 36: the norms and the projection of
     dW are 8 of them. Rows resident as in the forward would be read anew for every chunk.
     """
     x, n, d, low, device = p.x, p.n, p.d, p.low, p.x.device

@@ -41,7 +41,7 @@ NARROW = Tile(64, 32, 32)
 # The best of 128 weigh as much as a tile of 64 x 128: sm_80: 180 to 255; sm_90: 142 to 255; sm_100:
 # 172 to 222; gfx942: 229 to 240. Keys: 170 / 170 / 74 / 155 at most. FEW, half / rounded / tf32x3:
 # at most 255 / 255 / -, 248 / 181 / 226, 194 / - / 180; wider ones spill under masks.
-# 1024 x 1,000,000 x 256: 12.3 GB from L2, 8.2 on sm_90, 20.5 on sm_100 (docs/roofline.md)
+# 1024 x 1,000,000 x 256: 12.3 GB from L2, 8.2 on sm_90, 20.5 on sm_100 (roofline.md)
 TILES = {
     "sm_80": by_kernel(
         best=wide(Tile(64, 64, 64), NARROW, Tile(32, 64, 32)),

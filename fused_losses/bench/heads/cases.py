@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.bench.cases import MARGIN, SCALE, Case, backward, eager_arcface
 from fused_losses.bench.measure import Step
+from fused_losses.bench.micro.cases import MARGIN, SCALE, Case, backward, eager_arcface
 from fused_losses.centers import ClassCenters
 from fused_losses.margins import ArcFace
 

@@ -1,12 +1,12 @@
 """What a step of `ClassCenters` costs a rank: work and bytes counted, seconds modelled.
 
-    python -m fused_losses.centers.cost_model --out docs
+    python -m fused_losses.bench.heads --out docs/generated
 
-writes docs/simulation.md and its plot. `phases` counts FLOP, memory traffic and messages, which
-are facts of the algorithm; a `Profile` has a price for each: from data sheets and assumptions
-(GPUs), or fitted to measured steps (`calibrate`, on CPUs). A phase takes as long as the dearer of
-its FLOP and its memory traffic; phases follow one another, but the gather of the embeddings goes
-on beside the drawing of the sample and its rows' catching up.
+writes simulation.md and its plot. `phases` counts FLOP, memory traffic and messages, which are
+facts of the algorithm; a `Profile` has a price for each: from data sheets and assumptions (GPUs),
+or fitted to measured steps (`calibrate`, on CPUs). A phase takes as long as the dearer of its FLOP
+and its memory traffic; phases follow one another, but the gather of the embeddings goes on beside
+the drawing of the sample and its rows' catching up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_losses.bench.peaks import PEAKS
+from fused_losses.bench.roofline.peaks import PEAKS
 from fused_losses.centers.collectives import step_traffic
 from fused_losses.centers.shard import CHUNK_BYTES
 
@@ -193,7 +193,7 @@ class Gpu:
 
 GB, GIB = 10**9, 2**30
 GPUS = {
-    # NVIDIA's data sheets (SXM, dense) as in bench/peaks.py; float32 in three TF32 products.
+    # NVIDIA's data sheets (SXM, dense) as in roofline/peaks.py; float32 in three TF32 products.
     # NVLink 4: 900 GB/s both directions together. DGX H100: 8 network cards of 400 Gbit/s
     "H100": Gpu(
         PEAKS["H100"].half, PEAKS["H100"].tf32 / 3, PEAKS["H100"].dram, 80 * GB, 450e9, 400e9
@@ -202,8 +202,8 @@ GPUS = {
     # directions together. DGX-1: 4 network cards of 100 Gbit/s
     "V100": Gpu(125e12, 15.7e12, 0.9e12, 32 * GB, 150e9, 50e9),
 }
-# Assumptions. The kernels' own bound is 0.65 of the peak of products (docs/roofline.md: forward and
-# backward on an H100, 16-bit, 4.24 ms of 6.48)
+# Assumptions. The kernels' own bound is 0.65 of the peak of products (docs/generated/roofline.md:
+# forward and backward on an H100, 16-bit, 4.24 ms of 6.48)
 PRODUCT_SHARE, MEMORY_SHARE, LINK_SHARE = 0.5, 0.8, 0.7
 HOP, FAR_HOP = 5e-6, 15e-6  # seconds a message, with its share of a launch
 
@@ -501,7 +501,7 @@ def measured_lines(runs: dict[str, Any]) -> list[str]:
     """The measured steps beside the model, and the prices that fit them."""
     profile, found = checks(runs["runs"], runs.get("processors"))
     lines = [
-        f"{len(found)} runs on {runs['machine']}; `docs/simulation_runs.json`. Fitted: "
+        f"{len(found)} runs on {runs['machine']}; `docs/generated/simulation_runs.json`. Fitted: "
         f"{_three(1e-9 / profile.flop) if profile.flop else 'no price of a'} GFLOP/s of a rank, "
         f"{_three(1e9 * profile.memory)} ns a byte of memory traffic, "
         f"{_three(1e9 * profile.link)} ns a byte received, {_three(1e6 * profile.hop)} us a "
@@ -522,7 +522,7 @@ def measured_lines(runs: dict[str, Any]) -> list[str]:
 
 
 def page(runs: dict[str, Any] | None) -> str:
-    """docs/simulation.md. runs: {"machine", "processors", "runs": [measurement, ...]} or None."""
+    """simulation.md. runs: {"machine", "processors", "runs": [measurement, ...]} or None."""
     example = _step(KINDS[0], 10**7, 64, 0.1)
     parts = [
         INTRODUCTION,
@@ -545,9 +545,9 @@ def page(runs: dict[str, Any] | None) -> str:
 
 INTRODUCTION = """# What a step costs, from a million classes to a hundred million
 
-Made by `python -m fused_losses.centers.cost_model --out docs`. **Every time of a GPU on this page
-is a model**: counts of work, which are facts of the algorithm, times prices from data sheets and
-assumptions, listed below. None was measured on a GPU. The backbone is not in it."""
+Made by `python -m fused_losses.bench.heads --out docs/generated`. **Every time of a GPU on this
+page is a model**: counts of work, which are facts of the algorithm, times prices from data sheets
+and assumptions, listed below. None was measured on a GPU. The backbone is not in it."""
 
 COMMUNICATION = """Bytes that a rank receives a step, W ranks, b rows a rank, L labels a row, e
 bytes an element of the embeddings (`fused_losses.centers.collectives`, counted in a test):
@@ -611,7 +611,7 @@ def plot(path: Path, gpu: str = "H100") -> None:
 
 
 def read_runs(path: Path) -> dict[str, Any] | None:
-    """docs/simulation_runs.json (the runs, or what `page` takes), or None where there is none."""
+    """simulation_runs.json (the runs, or what `page` takes), or None where there is none."""
     if not path.exists():
         return None
     stored = json.loads(path.read_text())
@@ -620,7 +620,9 @@ def read_runs(path: Path) -> dict[str, Any] | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/generated"), help="folder to write to"
+    )
     parser.add_argument(
         "--runs", type=Path, help="measured steps (default OUT/simulation_runs.json)"
     )
@@ -629,7 +631,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = read_runs(options.runs or options.out / "simulation_runs.json")
     (options.out / "simulation.md").write_text(page(runs))
     plot(options.out / "simulation.svg")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses import backends, functional
-from fused_losses.bench import peers
-from fused_losses.bench.cases import Case, _apart, _Knob, backward, our_ways
 from fused_losses.bench.measure import Step
-from fused_losses.bench.pair_cases import _case
-from fused_losses.bench.peers import peer
+from fused_losses.bench.micro import peers
+from fused_losses.bench.micro.cases import Case, _apart, _Knob, backward, our_ways
+from fused_losses.bench.micro.pair_cases import _case
+from fused_losses.bench.micro.peers import peer
 
 BLOCK_BYTES = 64 << 20  # of differences, in an eager broadcast
 MARGIN = 0.2

@@ -6,7 +6,7 @@ its counts lie above: tests/test_roofline.py says by how much.
 
 from __future__ import annotations
 
-from fused_losses.bench.traffic import Launch, cdiv, form
+from fused_losses.bench.roofline.trace import Launch, cdiv, form
 
 WARP = 32
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import functional
-from fused_losses.bench import peers
-from fused_losses.bench.cases import Case, backward, in_16_bits, our_ways, rivals_of, short
 from fused_losses.bench.measure import Step
-from fused_losses.primitives.maxsim.op import maxsim as fused_maxsim
+from fused_losses.bench.micro import peers
+from fused_losses.bench.micro.cases import Case, backward, in_16_bits, our_ways, rivals_of, short
+from fused_losses.late_interaction import maxsim as fused_maxsim
 
 TEMPERATURE = 0.07
 ALPHA, BETA, BASE = 2.0, 50.0, 0.5  # multi-similarity

@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_losses.bench import cuda_traffic  # noqa: F401 (its closed forms)
-from fused_losses.bench.peaks import PEAKS, PEERS, Peak
-from fused_losses.bench.traffic import L2_SHARE, Cache, Trace, Work
-from fused_losses.primitives.distances import triton as triton_distances
-from fused_losses.primitives.maxsim import triton as triton_maxsim
-from fused_losses.primitives.pairs import triton as triton_pairs
-from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
-from fused_losses.primitives.row_statistics import triton
-from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
-from fused_losses.primitives.topk import cuda as cuda_topk
-from fused_losses.primitives.topk import triton as triton_topk
-from fused_losses.primitives.topk.inputs import TopkInputs
+from fused_losses.backends import (
+    cuda_topk,
+    triton,
+    triton_distances,
+    triton_maxsim,
+    triton_pairs,
+    triton_topk,
+)
+from fused_losses.bench.roofline import cuda_forms  # noqa: F401 (its closed forms)
+from fused_losses.bench.roofline.peaks import PEAKS, PEERS, Peak
+from fused_losses.bench.roofline.trace import L2_SHARE, Cache, Trace, Work
+from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.pair_inputs import PairInputs, PairNeeds
+from fused_losses.selection import TopkInputs
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Call = Callable[[], Any]
@@ -297,14 +299,13 @@ def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterato
 
 def update_op(count: int, d: int) -> Iterator[Op]:
     """sgd with momentum on the rows that took part."""
-    from fused_losses.primitives.row_update import cuda
-    from fused_losses.primitives.row_update.inputs import Sgd
+    from fused_losses.row_update import Sgd, _sgd_on_kernel
 
     weight, momentum = empty(1_000_000, d), empty(1_000_000, d)
     grad, rows = empty(count, d), empty(count, dtype=torch.int64)
 
     def own() -> None:
-        cuda.run(Sgd(weight, rows, grad, momentum, None, 0.1, 0.9, 0.0, 0.0, False, False))
+        _sgd_on_kernel(Sgd(weight, rows, grad, momentum, None, 0.1, 0.9, 0.0, 0.0, False, False))
 
     def plain() -> None:
         step = momentum[rows].mul(0.9).add(grad)
@@ -534,7 +535,7 @@ def gaps(found: list[Line]) -> list[str]:
 
 HEAD = """# Bytes, FLOPs, and how far each kernel is from its floor
 
-Made by `fused-losses roofline --out docs`; nothing on this page was measured on a GPU.
+Made by `fused-losses roofline --out docs/generated`; nothing on this page was measured on a GPU.
 
 - **Bytes and FLOPs** are those of the launches that the host code makes at that shape. What a
   kernel of ours moves is a closed form of the launch's arguments and its tile; the tests hold it to
@@ -546,9 +547,9 @@ Made by `fused-losses roofline --out docs`; nothing on this page was measured on
   least-recently-used lines, of three quarters of the real one's size, lets through. Both as on an
   H100. **Floor**: each input once, each output once.
 - **ms**: the sum over launches of the busiest resource's time at the peaks of
-  `fused_losses/bench/peaks.py`: datasheet figures, and for L2 an assumption. It is a bound, not a
-  prediction of a run: nothing overlaps between launches, everything within one; launches as such,
-  idle multiprocessors and latencies cost nothing.
+  `fused_losses/bench/roofline/peaks.py`: datasheet figures, and for L2 an assumption. It is a
+  bound, not a prediction of a run: nothing overlaps between launches, everything within one;
+  launches as such, idle multiprocessors and latencies cost nothing.
 - **eager**: the plain formula, each operation stored. **compiled**: pointwise results are never
   stored, but computed again by each reader; products and selections read stored operands; a softmax
   reads its argument twice.

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends, functional
-from fused_losses.backends.cpu import capability as cpu
-from fused_losses.bench import peers
+from fused_losses.backends import cpu
 from fused_losses.bench.measure import LOWERED, Step
+from fused_losses.bench.micro import peers
 
 MARGIN, SCALE = 0.5, 64.0
 KEEP = 128 << 20
