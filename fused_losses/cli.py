@@ -36,16 +36,16 @@ def main(argv: list[str] | None = None) -> int:
 
         checks.add_arguments(verify)
     if given[:1] == ["roofline"]:
-        from fused_losses.bench.roofline import ops as model
+        from fused_losses.bench.roofline import page
 
-        model.add_arguments(roofline)
+        page.add_arguments(roofline)
     args = parser.parse_args(given)
     if args.command == "train":
         return recipe.run(args)
     if args.command == "bench":
         return report.run(args)
     if args.command == "roofline":
-        return model.run(args)
+        return page.run(args)
     if args.command == "verify":
         return checks.run(device=args.device, shapes=args.shape, out=args.out)
     from fused_losses import info

@@ -15,12 +15,14 @@ import torch
 import triton_interpreted
 from conftest import CUDA
 
-from fused_losses.backends import cuda_launch, triton_tiles
-from fused_losses.bench.roofline import cuda_forms as cuda_traffic
-from fused_losses.bench.roofline import ops as roofline
-from fused_losses.bench.roofline import trace as traffic
+from fused_losses.backends import cuda_launch, triton_launch, triton_tiles
+from fused_losses.bench.roofline import cuda_forms, page
+from fused_losses.bench.roofline.cache import Cache
+from fused_losses.bench.roofline.cost import cost, traced
+from fused_losses.bench.roofline.ops import PLAIN, ops
 from fused_losses.bench.roofline.peaks import PEAKS, PEERS
-from fused_losses.bench.roofline.trace import FORMS, Cache, Launch, Trace, Work, use
+from fused_losses.bench.roofline.trace import Trace, holders
+from fused_losses.bench.roofline.work import Work, access, work_of
 from fused_losses.inputs import Inputs, Needs, RowGradients
 
 META = dict(device="meta")
@@ -42,21 +44,16 @@ def counted(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> dict[st
     plain = cuda_launch.launch
 
     def launch(name: str, **arguments: Any) -> None:
-        work = Launch(name, 0, arguments)
-        FORMS[name](work)
+        work = work_of(name, name, 0, arguments)
         counts = (ctypes.c_uint64 * 8)()
         library.fused_losses_counts(counts)
         plain(name, **arguments)
         library.fused_losses_counts(counts)
-        for i, v in enumerate(
-            (counts[1], counts[3], work.work.moved(False), work.work.moved(True))
-        ):
+        for i, v in enumerate((counts[1], counts[3], work.moved(False), work.moved(True))):
             found[name][i] += v
 
-    monkeypatch.setattr(cuda_launch, "launch", launch)
-    for module in ("cuda", "cuda_pairs", "cuda_distances", "cuda_topk"):
-        name = f"fused_losses.backends.{module}.launch"
-        monkeypatch.setattr(name, launch, raising=False)
+    for module, key, _ in holders(plain):
+        monkeypatch.setattr(module, key, launch)
     call()
     return dict(found)
 
@@ -123,26 +120,26 @@ def test_closed_forms_of_cuda_kernels(
 # ---- the model ----------------------------------------------------------------------------------
 
 
-def works(name: str, step: str, form: str, gpu: str = "H100") -> list[Work]:
-    (op,) = (op for op in roofline.ops() if (op.name, op.step) == (name, step))
-    return roofline.traced(op, form, PEAKS[gpu])
+def works(name: str, direction: str, way: str, gpu: str = "H100") -> list[Work]:
+    (op,) = (op for op in ops() if (op.name, op.direction) == (name, direction))
+    return traced(op, way, PEAKS[gpu])
 
 
 def test_every_kernel_that_is_launched_has_a_closed_form() -> None:
-    """A launch without one raises; these are all forms of all operations, on one GPU each."""
-    for i, op in enumerate(roofline.ops()):
-        for form in roofline.forms(op):
+    """A launch without one raises; these are all ways of all operations, on one GPU each."""
+    for i, op in enumerate(ops()):
+        for way in op.ways:
             peak = list(PEAKS.values())[i % len(PEAKS)]
-            c = roofline.cost(roofline.traced(op, form, peak), peak)
-            assert c.seconds > 0 and c.l2 > 0, (op.name, form)
-            if form not in ("eager", "compiled"):
-                assert c.flops >= 0.99 * op.flops, (op.name, op.step, form)
+            c = cost(traced(op, way, peak), peak)
+            assert c.seconds > 0 and c.l2 > 0, (op.name, way)
+            if way not in PLAIN:
+                assert c.flops >= 0.99 * op.flops, (op.name, op.direction, way)
                 # results that are still in L2 at the end are counted as written
-                assert c.dram >= 0.9 * op.floor, (op.name, op.step, form)
+                assert c.dram >= 0.9 * op.floor, (op.name, op.direction, way)
 
 
 def test_margin_softmax_on_hopper_moves_less_than_the_best_peer() -> None:
-    c = roofline.cost(works("margin_softmax", "forward", "triton"), PEAKS["H100"])
+    c = cost(works("margin_softmax", "forward", "triton"), PEAKS["H100"])
     assert c.l2 < 7.4e9
     assert c.l2 < 1e9 * min(moved for moved, _ in PEERS["margin_softmax", "forward"].values())
     # W once for 256 rows, once for the norms, and x once a chunk and program
@@ -152,26 +149,26 @@ def test_margin_softmax_on_hopper_moves_less_than_the_best_peer() -> None:
 
 @pytest.mark.parametrize("gpu", PEAKS)
 @pytest.mark.parametrize(
-    "name, step",
+    "name, direction",
     [("margin_softmax", "forward"), ("margin_softmax", "backward"), ("topk", "forward")],
 )
-def test_dram_stays_within_the_limit(name: str, step: str, gpu: str) -> None:
-    (op,) = (op for op in roofline.ops() if (op.name, op.step) == (name, step))
-    c = roofline.cost(roofline.traced(op, "triton", PEAKS[gpu]), PEAKS[gpu])
-    assert c.dram <= roofline.DRAM_LIMIT * op.floor
+def test_dram_stays_within_the_limit(name: str, direction: str, gpu: str) -> None:
+    (op,) = (op for op in ops() if (op.name, op.direction) == (name, direction))
+    c = cost(traced(op, "triton", PEAKS[gpu]), PEAKS[gpu])
+    assert c.dram <= page.DRAM_LIMIT * op.floor
 
 
 def test_what_is_beyond_a_limit_says_why() -> None:
-    """The default form at the shapes that the peers' figures are for, each in its own words."""
-    found = roofline.lines(["margin_softmax", "info_nce"], ("triton",))
+    """The default backend at the shapes that the peers' figures are for, each in its own words."""
+    found = page.rows(["margin_softmax", "info_nce"], ("triton",))
     for a in found:
-        key = a.op.name, a.op.step, a.form
-        peers = [moved for moved, _ in PEERS.get(key[:2], {}).values()]
-        beyond = a.over("H100") > roofline.DRAM_LIMIT
+        key = a.op.name, a.op.direction
+        peers = [moved for moved, _ in PEERS.get(key, {}).values()]
+        beyond = a.over("H100") > page.DRAM_LIMIT
         beyond |= bool(peers) and a.costs["H100"].l2 > 1e9 * min(peers)
         if beyond:
-            assert key in roofline.WHY, key
-    text = "\n".join(roofline.gaps(found))
+            assert f"{key[0]}, {key[1]}, {a.way}" in page.WHY
+    text = "\n".join(page.gaps(found))
     assert "**info_nce, forward, triton**" in text
     assert "**margin_softmax, forward, triton**" not in text
 
@@ -188,22 +185,22 @@ def test_a_changed_tile_changes_the_model(monkeypatch: pytest.MonkeyPatch) -> No
 def test_cache_keeps_what_is_used_again() -> None:
     small, large = torch.empty(1 << 18, **META), torch.empty(1 << 22, **META)
     cache = Cache(4 << 20)
-    assert cache.touch(use(small, 0)) == 1 << 20
-    assert cache.touch(use(small, 0)) == 0
-    assert cache.touch(use(large, 0)) == 16 << 20
-    assert cache.touch(use(small, 0)) == 1 << 20
+    assert cache.touch(access(small, 0)) == 1 << 20
+    assert cache.touch(access(small, 0)) == 0
+    assert cache.touch(access(large, 0)) == 16 << 20
+    assert cache.touch(access(small, 0)) == 1 << 20
     # what was changed is written when it is thrown out, or at the end
-    assert cache.touch(use(small, 0, write=True)) == 0
+    assert cache.touch(access(small, 0, write=True)) == 0
     assert cache.flush({small.untyped_storage()._cdata}) == 1 << 20
-    assert cache.touch(use(large, 0)) == (16 << 20) + (1 << 20)
+    assert cache.touch(access(large, 0)) == (16 << 20) + (1 << 20)
 
 
 def test_cache_tells_blocks_of_a_matrix_apart() -> None:
     matrix = torch.empty(1024, 1024, **META)
     cache = Cache(16 << 20)
-    assert cache.touch(use(matrix[:, :256], 0)) == 1 << 20
-    assert cache.touch(use(matrix[:, 256:512], 0)) == 1 << 20
-    assert cache.touch(use(matrix[:, :256], 0)) == 0
+    assert cache.touch(access(matrix[:, :256], 0)) == 1 << 20
+    assert cache.touch(access(matrix[:, 256:512], 0)) == 1 << 20
+    assert cache.touch(access(matrix[:, :256], 0)) == 0
 
 
 def test_products_and_plain_operations() -> None:
@@ -234,25 +231,25 @@ def test_compiled_stores_no_pointwise_results() -> None:
 
 
 def test_host_code_is_left_as_it_was() -> None:
-    before = cuda_launch.launch, traffic.triton_launch.launch, cuda_launch.on_host
+    before = cuda_launch.launch, triton_launch.launch, cuda_launch.on_host
     with Trace().running():
         assert cuda_launch.launch is not before[0]
-    assert before == (cuda_launch.launch, traffic.triton_launch.launch, cuda_launch.on_host)
+    assert before == (cuda_launch.launch, triton_launch.launch, cuda_launch.on_host)
 
 
 def test_page_and_plot() -> None:
-    found = roofline.lines(["maxsim", "cityblock"])
-    text = roofline.page(found)
+    found = page.rows(["maxsim", "cityblock"])
+    text = page.page(found)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
     assert "| triton |" in text and "*LIK*" in text
-    assert roofline.plot(found).count("<rect") == len(found) + len(roofline.COLOURS)
+    assert page.plot(found).count("<rect") == len(found) + len(page.COLOURS)
 
 
 def test_page_in_the_repository_is_that_of_the_code() -> None:
     """Its names, not its figures: a tile that changes need not fail a test."""
     text = (Path(__file__).parents[1] / "docs" / "generated" / "roofline.md").read_text()
-    for op in roofline.ops():
-        assert f"**{op.name}, {op.step}**, {op.shape}" in text
+    for op in ops():
+        assert f"**{op.name}, {op.direction}**, {op.shape}" in text
     assert "made on" not in text and os.sep + "work" not in text
-    assert cuda_traffic.WARP == 32
+    assert cuda_forms.WARP == 32

@@ -1,4 +1,4 @@
-"""Closed forms of the CUDA kernels, as `traffic` has those of Triton's; imported, they are known.
+"""Closed forms of the CUDA kernels, by the name that is launched.
 
 What lanes of a warp load alike counts once a warp. The host build counts it once a lane, so that
 its counts lie above: tests/test_roofline.py says by how much.
@@ -6,13 +6,13 @@ its counts lie above: tests/test_roofline.py says by how much.
 
 from __future__ import annotations
 
-from fused_losses.bench.roofline.trace import Launch, cdiv, form
+from fused_losses.bench.roofline.work import Launch, cdiv, form
 
 WARP = 32
 
 
 @form("gather")
-def _(s: Launch) -> None:
+def gather(s: Launch) -> None:
     s.read("rows", s.count * s.d, 0, s.count * s.stride)
     s.read("classes", s.count)
     s.write("out", s.count * s.d)
@@ -36,7 +36,7 @@ def _tile(s: Launch, times: int = 1, write: bool = False) -> None:
 
 
 @form("row_scores")
-def _(s: Launch) -> None:
+def row_scores(s: Launch) -> None:
     _tile(s)
     _score_columns(s, s.rows)
     s.read("positions", s.rows * s.parts)
@@ -50,7 +50,7 @@ def _(s: Launch) -> None:
 
 
 @form("row_finish")
-def _(s: Launch) -> None:
+def row_finish(s: Launch) -> None:
     for name in ("high", "mass", "best", "moment"):
         s.read(name, s.n * s.parts)
     s.read("positions", s.n)
@@ -61,7 +61,7 @@ def _(s: Launch) -> None:
 
 
 @form("row_gradient")
-def _(s: Launch) -> None:
+def row_gradient(s: Launch) -> None:
     times = 2 if s.has("sums") else 1
     _tile(s, times, write=True)
     _score_columns(s, s.rows * times)
@@ -75,7 +75,7 @@ def _(s: Launch) -> None:
 
 
 @form("row_weight")
-def _(s: Launch) -> None:
+def row_weight(s: Launch) -> None:
     times = 2 if s.has("inverse") else 1
     s.read("classes", s.count)
     s.read("sums", s.runs * s.count)
@@ -121,13 +121,13 @@ def _vectors(s: Launch, rows: int, columns: int) -> None:
 
 
 @form("pair_exclude")
-def _(s: Launch) -> None:
+def pair_exclude(s: Launch) -> None:
     high = s.row_end - s.first_row
     s.read("exclude", high * s.excluded)
 
 
 @form("pair_statistics")
-def _(s: Launch) -> None:
+def pair_statistics(s: Launch) -> None:
     high, wide = _block(s)
     both = s.has("columns")
     _pair_tile(s, 2 if both else 1)
@@ -148,7 +148,7 @@ def _(s: Launch) -> None:
 
 
 @form("pair_gradients")
-def _(s: Launch) -> None:
+def pair_gradients(s: Launch) -> None:
     high, wide = _block(s)
     segments, warps = cdiv(high, SEGMENT), cdiv(wide, ACROSS)
     kinds = KINDS if s.has("x_labels") else 1
@@ -161,7 +161,7 @@ def _(s: Launch) -> None:
 
 
 @form("pair_attention")
-def _(s: Launch) -> None:
+def pair_attention(s: Launch) -> None:
     high, wide = _block(s)
     # the maximum first, the weights after it
     _pair_tile(s, 2)
@@ -176,7 +176,7 @@ def _(s: Launch) -> None:
 
 
 @form("pair_attention_gradients")
-def _(s: Launch) -> None:
+def pair_attention_gradients(s: Launch) -> None:
     high, wide = _block(s)
     segments, warps = cdiv(high, SEGMENT), cdiv(wide, ACROSS)
     _pair_tile(s, 1)
@@ -194,7 +194,7 @@ def _(s: Launch) -> None:
 
 
 @form("topk_bank")
-def _(s: Launch) -> None:
+def topk_bank(s: Launch) -> None:
     s.read("y", s.rows * s.d, 0, s.rows * s.stride)
     s.read("scale", s.rows)
     for name in ("multiplier", "offset", "squares"):
@@ -203,7 +203,7 @@ def _(s: Launch) -> None:
 
 
 @form("topk_screen")
-def _(s: Launch) -> None:
+def topk_screen(s: Launch) -> None:
     """Where few columns join a list: each is read once."""
     pairs = s.rows * s.columns
     s.read("product", pairs, 0, (s.rows - 1) * s.stride + s.columns)
@@ -222,7 +222,7 @@ TILE = 64  # rows of either side of a tile of distances
 
 
 @form("distance_sums")
-def _(s: Launch) -> None:
+def distance_sums(s: Launch) -> None:
     tiles = cdiv(s.n, TILE) * cdiv(s.m, TILE)
     s.read("x", tiles * TILE * s.d, 0, s.n * s.x.stride(0))
     s.read("y", tiles * TILE * s.d, 0, s.m * s.y.stride(0))
@@ -242,17 +242,17 @@ def _update(s: Launch, states: tuple[str, ...], scalar: int) -> None:
 
 
 @form("sgd_rows")
-def _(s: Launch) -> None:
+def sgd_rows(s: Launch) -> None:
     _update(s, ("buffer",), 6)
 
 
 @form("adamw_rows")
-def _(s: Launch) -> None:
+def adamw_rows(s: Launch) -> None:
     _update(s, ("first", "second"), 14)
 
 
 @form("distance_norms")
-def _(s: Launch) -> None:
+def distance_norms(s: Launch) -> None:
     s.read("rows", s.n * s.d, 0, s.n * s.stride)
     s.write("norms", s.n)
 
@@ -266,7 +266,7 @@ def _block_of(s: Launch, name: str, times: int = 1, write: bool = False) -> None
 
 
 @form("distance_products")
-def _(s: Launch) -> None:
+def distance_products(s: Launch) -> None:
     """Where no pair is near."""
     tiles = cdiv(s.n, TILE) * cdiv(s.m, TILE)
     s.read("x_norms", 16 * s.n * cdiv(s.m, TILE) // 16, 0, s.n)
@@ -277,7 +277,7 @@ def _(s: Launch) -> None:
 
 
 @form("distance_factors")
-def _(s: Launch) -> None:
+def distance_factors(s: Launch) -> None:
     _block_of(s, "grad")
     _block_of(s, "out")
     _block_of(s, "g", write=True)
@@ -289,7 +289,7 @@ def _(s: Launch) -> None:
 
 
 @form("distance_gradient")
-def _(s: Launch) -> None:
+def distance_gradient(s: Launch) -> None:
     """A block owns 64 rows by 64 coordinates; of near terms, where no pair is near."""
     rows, depth, splits = cdiv(s.n, TILE), cdiv(s.d, TILE), cdiv(s.m, s.span)
     if s.has("near"):
@@ -308,7 +308,7 @@ def _(s: Launch) -> None:
 
 
 @form("maxsim_maxima")
-def _(s: Launch) -> None:
+def maxsim_maxima(s: Launch) -> None:
     """Documents of some tokens each: their maxima are few."""
     high, wide = _block(s)
     _pair_tile(s, 1)
@@ -320,7 +320,7 @@ def _(s: Launch) -> None:
 
 
 @form("maxsim_query_gradients")
-def _(s: Launch) -> None:
+def maxsim_query_gradients(s: Launch) -> None:
     """Where every token has chosen."""
     chosen = s.query_tokens * s.documents
     for name in ("index", "owners", "grad", "offsets"):
@@ -331,7 +331,7 @@ def _(s: Launch) -> None:
 
 
 @form("maxsim_document_gradients")
-def _(s: Launch) -> None:
+def maxsim_document_gradients(s: Launch) -> None:
     """A tile of document tokens reads all choices, and the rows that chose it."""
     chosen = s.query_tokens * s.documents
     tiles = s.out.shape[0] // 32

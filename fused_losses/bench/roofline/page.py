@@ -1,0 +1,224 @@
+"""`fused-losses roofline`: bytes and FLOPs of every operation against its floor, without a GPU.
+
+The host code runs on tensors without data (`trace.Trace`); a launch takes as long as its busiest
+resource at the peaks of `peaks.PEAKS`, and a call the sum of its launches. Nothing here is a
+measurement: such a time is a bound that no run can beat if the peaks and the bytes are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from fused_losses.bench.roofline.cost import Cost, cost, traced
+from fused_losses.bench.roofline.ops import PLAIN, Op, ops
+from fused_losses.bench.roofline.peaks import PEAKS, PEERS, Peak
+from fused_losses.bench.roofline.work import Work
+
+DRAM_LIMIT = 1.3  # of the floor
+
+# what a backend moves beyond its floor or its best peer, and why; by operation and direction
+WHY = {
+    "margin_softmax, forward, triton": "On an H100 256 rows of x stay with a program "
+    "(forward_resident) and W is read once for them; on the others tiles of 128 x 256 read it for "
+    "128 rows, as cut-cross-entropy does. 1/|w| is one more reading of W out of L2.",
+    "margin_softmax, backward, triton": "G is stored and read by two products, whose tiles "
+    "weigh more than G itself; the sums of dx pass once for every chunk that fits in L2. "
+    "Rows resident as in the forward would be read anew for every chunk: no gain.",
+    "linear_cross_entropy, forward, triton": "Rows of D = 1024 fit in no shared memory: tiles of "
+    "128 x 256.",
+    "linear_cross_entropy, backward, triton": "G is a chunk of columns for 4,096 rows: x, and "
+    "the float32 sums of dx, pass once for every chunk. Fewer chunks would be a larger G.",
+    "info_nce, forward, triton": "Two classes of pairs and two sides take registers: 128 x "
+    "128, which is memeff's tile, spills. y passes once for every 8,192 rows.",
+    "info_nce, backward, triton": "Tiles of 128 x 64 recompute the scores (half of the bytes), "
+    "and G passes through products. The float32 sums of dx pass once for every run of columns: "
+    "with sums of all of dy besides they could stay, at twice the memory.",
+    "sigmoid, forward, triton": "y passes once for every 8,192 rows.",
+    "sigmoid, backward, triton": "As info_nce.",
+    "pair_attention, forward, triton": "One sweep for the lse, one for the weights: a running "
+    "rescaling of the output would be a third product in the first sweep.",
+    "batch_hard, forward, triton": "One screen for positives and one for negatives, and the "
+    "lists of every split; the floor is 4 MB.",
+    "euclidean, backward, triton": "grad and out pass once for dx and once for dy.",
+    "cityblock, backward, cuda": "grad passes once for dx and once for dy, and for every 64 "
+    "coordinates.",
+    "pair_attention, backward, triton": "As info_nce; two products a tile.",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compute an operation, on every GPU."""
+
+    op: Op
+    way: str
+    costs: dict[str, Cost]  # by GPU
+
+    def over(self, gpu: str) -> float:
+        return self.costs[gpu].dram / self.op.floor
+
+
+def rows(names: list[str] | None = None, wanted: tuple[str, ...] = ()) -> list[Row]:
+    """Every way of these operations, or those that are wanted, with its costs."""
+    found = []
+    for op in ops():
+        if names and op.name not in names:
+            continue
+        for way in wanted or op.ways:
+            costs: dict[str, Cost] = {}
+            works: dict[str, list[Work]] = {}
+            for gpu, peak in PEAKS.items():
+                if peak.arch not in works:
+                    works[peak.arch] = traced(op, way, peak)
+                costs[gpu] = cost(works[peak.arch], peak)
+            found.append(Row(op, way, costs))
+    return found
+
+
+def bound_seconds(op: Op, peak: Peak) -> float:
+    """No run is faster: the floor through DRAM, or the products."""
+    return max(op.floor / peak.dram, op.flops / peak.half)
+
+
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def page(found: list[Row]) -> str:
+    gpus = list(PEAKS)
+    out = [HEAD]
+    ran = dict.fromkeys((a.op.name, a.op.direction) for a in found)
+    out += ["| operation | form | products, TFLOP | GB, L2 | GB, DRAM | of the floor | ms, "]
+    out[-1] += " | ms, ".join(gpus) + " | busiest on H100 |"
+    out.append("| --- | --- " + "| ---: " * (4 + len(gpus)) + "| --- |")
+    for key in ran:
+        same = [a for a in found if (a.op.name, a.op.direction) == key]
+        op = same[0].op
+        times = " | ".join(figure(1e3 * bound_seconds(op, PEAKS[gpu])) for gpu in gpus)
+        floor = f"{figure(op.flops / 1e12)} | | {figure(op.floor / 1e9)} | 1 | {times} | |"
+        out.append(f"| **{op.name}, {op.direction}**, {op.shape} | floor | {floor}")
+        for a in same:
+            c = a.costs["H100"]
+            moved = f"{figure(c.flops / 1e12)} | {figure(c.l2 / 1e9)} | {figure(c.dram / 1e9)}"
+            times = " | ".join(figure(1e3 * a.costs[gpu].seconds) for gpu in gpus)
+            busy = f"{c.busiest}, in `{c.worst}`"
+            out.append(f"| | {a.way} | {moved} | {a.over('H100'):.2f} | {times} | {busy} |")
+        for peer, (moved, dram) in PEERS.get(key, {}).items():
+            ratio = dram * 1e9 / op.floor
+            row = f"{figure(moved)} | {figure(dram)} | {ratio:.2f} " + "| " * (len(gpus) + 1) + "|"
+            out.append(f"| | *{peer}* | | {row}")
+    out += ["", GAPS_HEAD, "", *gaps(found), ""]
+    return "\n".join(out)
+
+
+def gaps(found: list[Row]) -> list[str]:
+    """Where our backends move more than they should, in words."""
+    out = []
+    for a in found:
+        if a.way in PLAIN:
+            continue
+        key = a.op.name, a.op.direction
+        name = f"{a.op.name}, {a.op.direction}, {a.way}"
+        best = min((moved for moved, _ in PEERS.get(key, {}).values()), default=None)
+        wide = {gpu: a.over(gpu) for gpu in PEAKS if a.over(gpu) > DRAM_LIMIT}
+        more = best is not None and a.costs["H100"].l2 > best * 1e9
+        if not wide and not more:
+            continue
+        text = f"- **{name}**:"
+        if wide:
+            text += " DRAM " + ", ".join(f"{v:.1f} x on {gpu}" for gpu, v in wide.items()) + "."
+        if more:
+            text += f" L2 {figure(a.costs['H100'].l2 / 1e9)} GB, the best peer {figure(best)}."
+        why = WHY.get(name)
+        out.append(f"{text} {why}" if why else text)
+    return out
+
+
+HEAD = """# Bytes, FLOPs, and how far each kernel is from its floor
+
+Made by `fused-losses roofline --out docs/generated`; nothing on this page was measured on a GPU.
+
+- **Bytes and FLOPs** are those of the launches that the host code makes at that shape. What a
+  kernel of ours moves is a closed form of the launch's arguments and its tile; the tests hold it to
+  what the kernels load, store and multiply when they are executed at small shapes, byte for byte in
+  Triton's interpreter. A product of the library is taken for tiles of 128 x 256, on Hopper and
+  Blackwell shared by two multiprocessors; every other PyTorch operation reads its arguments and
+  writes its results.
+- **GB, L2**: between L2 and the multiprocessors, as requested; **GB, DRAM**: what an L2 of
+  least-recently-used lines, of three quarters of the real one's size, lets through. Both as on an
+  H100. **Floor**: each input once, each output once.
+- **ms**: the sum over launches of the busiest resource's time at the peaks of
+  `fused_losses/bench/roofline/peaks.py`: datasheet figures, and for L2 an assumption. It is a
+  bound, not a prediction of a run: nothing overlaps between launches, everything within one;
+  launches as such, idle multiprocessors and latencies cost nothing.
+- **eager**: the plain formula, each operation stored. **compiled**: pointwise results are never
+  stored, but computed again by each reader; products and selections read stored operands; a softmax
+  reads its argument twice.
+- *In italics*: kernels written elsewhere, their bytes derived from their tiles.
+
+![bounds on an H100](roofline.svg)
+"""
+GAPS_HEAD = f"""## Beyond {DRAM_LIMIT} x the floor through DRAM, or beyond the best peer in L2
+
+Of `cuda` with products: a float32 score is stored by the library and read again, 8 to 12 bytes
+beside what the product reads (the dispatch table takes this form where the sweep would read more),
+and blocks go along runs of columns: rows, and float32 sums of theirs, pass once for every run.
+"""
+
+COLOURS = {"triton": "#2a6f97", "cuda": "#d1495b", "compiled": "#8d99ae", "eager": "#c9cdd6"}
+BAR, LEFT, WIDTH = 9, 230, 560
+
+
+def plot(found: list[Row], gpu: str = "H100") -> str:
+    """Times over the bound of the floor, as bars on a logarithmic axis. SVG"""
+    from math import log10
+
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for a in found:
+        groups.setdefault((a.op.name, a.op.direction), []).append(a)
+    height = sum(BAR * len(g) + 8 for g in groups.values()) + 60
+    most = 2.0  # decades
+    x = [f'<text x="{LEFT}" y="14">time over the bound of the floor, {gpu}</text>']
+    for ratio in (1, 2, 5, 10, 20, 50, 100):
+        at = LEFT + WIDTH * log10(ratio) / most
+        x.append(f'<path d="M{at:.0f} 24V{height - 30}" stroke="#ddd"/>')
+        x.append(f'<text x="{at:.0f}" y="{height - 16}" text-anchor="middle">{ratio}</text>')
+    y = 30
+    for (name, step), group in groups.items():
+        middle = y + BAR * len(group) / 2 + 4
+        x.append(f'<text x="{LEFT - 8}" y="{middle:.0f}" text-anchor="end">{name} {step}</text>')
+        for a in group:
+            ratio = a.costs[gpu].seconds / bound_seconds(a.op, PEAKS[gpu])
+            wide = WIDTH * min(max(log10(max(ratio, 1)), 0.01), most) / most
+            bar = f'x="{LEFT}" y="{y}" width="{wide:.0f}" height="{BAR - 2}"'
+            x.append(f'<rect {bar} fill="{COLOURS[a.way]}"/>')
+            y += BAR
+        y += 8
+    for i, (form, colour) in enumerate(COLOURS.items()):
+        at = LEFT + 330 + 80 * i
+        x.append(f'<rect x="{at}" y="6" width="9" height="9" fill="{colour}"/>')
+        x.append(f'<text x="{at + 13}" y="14">{form}</text>')
+    body = "\n".join(x)
+    style = 'font-family="sans-serif" font-size="11"'
+    size = f'width="{LEFT + WIDTH + 80}" height="{height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n{body}\n</svg>\n'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="folder to write roofline.md and roofline.svg to "
+                        "(default: the page is printed)")  # fmt: skip
+    parser.add_argument("--op", choices=sorted({op.name for op in ops()}), action="append",
+                        help="may be repeated (default all)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    found = rows(args.op)
+    if args.out is None:
+        print(page(found))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "roofline.md").write_text(page(found))
+    (args.out / "roofline.svg").write_text(plot(found))
+    return 0

@@ -1,0 +1,369 @@
+"""Closed forms of the Triton kernels, by the kernel that is launched."""
+
+from __future__ import annotations
+
+from fused_losses.backends import (
+    triton_distance_kernels,
+    triton_gradients,
+    triton_kernels,
+    triton_maxsim_kernels,
+    triton_pair_kernels,
+    triton_topk_kernels,
+)
+from fused_losses.bench.roofline.work import Launch, cdiv, form
+
+
+def _tile_products(
+    s: Launch,
+    x: str,
+    y: str,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    d: int,
+    programs: int,
+) -> None:
+    """Tiles of BM x BN whose operands are read whole, rows (first, count) past the end as well."""
+    stride_x, stride_y = s.values[x].stride(0), s.values[y].stride(0)
+    # a row operand beyond half of L2 is gone through again for every wave of tiles
+    sweeps = cdiv(programs, 256)
+    s.read(x, programs * s.BM * d, rows[0] * stride_x, rows[1] * stride_x, sweeps)
+    s.read(y, programs * s.BN * d, columns[0] * stride_y, columns[1] * stride_y)
+    s.multiply(programs * s.BM * s.BN, cdiv(d, s.BK) * s.BK, s.values[x])
+
+
+def _columns(s: Launch, columns: int, times: int) -> None:
+    """`column_values`"""
+    s.read("inverse", columns * times)
+    s.read("classes", columns * times)
+    s.read("bias", columns * times)
+    s.read("column_weight", columns * times)
+
+
+@form(triton_kernels.forward_tiles)
+def forward_tiles(s: Launch) -> None:
+    tiles, columns = s.programs // s.row_tiles, s.count - s.first
+    _tile_products(s, "x", "w", (0, s.n), (s.first, columns), s.d, s.programs)
+    s.read("classes", s.programs * s.BN)
+    _columns(s, columns, s.row_tiles)
+    s.read("positions", s.n * tiles)
+    s.read("bend", 4 * s.n * tiles, 0, 4 * s.n)
+    for name in ("peak", "total", "best", "moment"):
+        s.write(name, s.n * tiles, 0, s.n * tiles)
+    s.work.scalar = 6 * s.programs * s.BM * s.BN
+
+
+@form(triton_kernels.forward_resident)
+def forward_resident(s: Launch) -> None:
+    splits, columns = s.programs // s.row_tiles, s.count - s.first
+    rows, d = 2 * s.BM, s.DEPTH * s.BK
+    last = columns - (splits - 1) * s.span
+    swept = ((splits - 1) * cdiv(s.span, s.BN) + cdiv(last, s.BN)) * s.BN * s.row_tiles
+    s.read("x", s.programs * rows * d, 0, s.n * s.stride_x)
+    s.read("w", swept * d, s.first * s.stride_w, columns * s.stride_w)
+    s.read("classes", swept)
+    s.read("inverse", columns * s.row_tiles)
+    s.read("positions", s.n * splits)
+    for name in ("peak", "total", "best"):
+        s.write(name, s.n * splits, 0, s.n * splits)
+    s.multiply(swept * rows, d, s.x)
+    s.work.scalar = 6 * swept * rows
+
+
+@form(triton_kernels.inverse_norms)
+def inverse_norms(s: Launch) -> None:
+    rows = s.programs * s.BN
+    s.read("w", rows * s.d, 0, s.count * s.stride_w)
+    s.read("classes", rows)
+    s.write("inverse", s.count)
+    s.work.scalar = 2 * rows * s.d
+
+
+def _merge(s: Launch) -> None:
+    for name in ("peak", "total", "best", "moment"):
+        s.read(name, s.groups * s.n, 0, s.groups * s.n)
+
+
+@form(triton_kernels.merge_tiles)
+def merge_tiles(s: Launch) -> None:
+    _merge(s)
+    for name in ("to_peak", "to_total", "to_best", "to_moment"):
+        s.write(name, s.n)
+
+
+@form(triton_kernels.forward_rows)
+def forward_rows(s: Launch) -> None:
+    _merge(s)
+    rows = s.programs * s.BM
+    s.read("positions", s.n)
+    s.read("classes", 2 * rows, 0, 2 * rows)
+    s.read("x", rows * s.d, 0, s.n * s.stride_x)
+    s.read("w", rows * s.d, 0, s.n * s.stride_w)
+    for name in ("lse", "target", "weighted", "hardest", "hardest_score"):
+        s.write(name, s.n)
+    s.work.scalar = 4 * rows * s.d
+
+
+def _row_vectors(s: Launch, times: int) -> None:
+    for name in ("positions", "lse", "grad_lse", "grad_target", "grad_weighted"):
+        s.read(name, s.n * times)
+    s.read("bend", 4 * s.n * times, 0, 4 * s.n)
+
+
+@form(triton_gradients.gradient_tiles)
+def gradient_tiles(s: Launch) -> None:
+    tiles, columns = s.programs // s.row_tiles, s.count - s.first
+    _tile_products(s, "x", "w", (0, s.n), (s.first, columns), s.d, s.programs)
+    s.read("classes", s.programs * s.BN)
+    _columns(s, columns, s.row_tiles)
+    s.read("inverse", columns * s.row_tiles)
+    _row_vectors(s, tiles)
+    s.write("ds", s.n * columns)
+    s.write("bias_sum", columns * s.row_tiles)
+    s.work.scalar = 6 * s.programs * s.BM * s.BN
+
+
+@form(triton_gradients.finish_weight)
+def finish_weight(s: Launch) -> None:
+    rows, columns = s.programs * s.BN, s.count - s.first
+    times = 2 if s.has("inverse") else 1
+    s.read("classes", rows)
+    s.read("unscale", s.programs)
+    s.read("bias_sum", columns * s.row_tiles)
+    s.write("dbias", columns)
+    if s.has("dweight"):
+        s.read("gradient", times * rows * s.d, 0, columns * s.d)
+        if s.has("inverse"):
+            s.read("w", times * rows * s.d, s.first * s.stride_w, columns * s.stride_w)
+            s.read("inverse", columns)
+        s.write("dweight", columns * s.d, s.first * s.stride_dw, columns * s.stride_dw)
+    s.work.scalar = 5 * rows * s.d
+
+
+@form(triton_gradients.owner_rows)
+def owner_rows(s: Launch) -> None:
+    swept, splits = s.programs * s.steps * s.BN, s.programs // s.row_tiles
+    s.read("x", s.programs * s.BM * s.d, 0, s.n * s.stride_x)
+    s.read("w", swept * s.d, 0, s.count * s.stride_w)
+    s.read("classes", swept)
+    _columns(s, s.count, s.row_tiles)
+    _row_vectors(s, splits)
+    s.write("dx", splits * s.n * s.d)
+    s.multiply(2 * swept * s.BM, s.BD, s.x)
+    s.work.scalar = 6 * swept * s.BM
+
+
+@form(triton_gradients.owner_classes)
+def owner_classes(s: Launch) -> None:
+    columns, swept = s.programs * s.BN, s.programs * cdiv(s.n, s.BM) * s.BM
+    s.read("w", columns * s.d * (2 if s.NORMALIZE else 1), 0, s.count * s.stride_w)
+    s.read("x", swept * s.d, 0, s.n * s.stride_x, cdiv(s.programs, 256))
+    s.read("classes", columns * (2 if s.has("classes") else 1) + s.count)
+    s.read("bias", s.count)
+    s.read("column_weight", s.count)
+    s.read("unscale", s.programs)
+    _row_vectors(s, s.programs)
+    s.write("inverse", s.count)
+    s.write("dbias", s.count)
+    s.write("dweight", s.count * s.d)
+    s.multiply(2 * swept * s.BN, s.BD, s.x)
+    s.work.scalar = 6 * swept * s.BN
+
+
+def _pair_tiles(s: Launch) -> tuple[int, int, int]:
+    """Products, biases and masks of pair kernels; their rows, columns and column tiles."""
+    high, wide = s.row_end - s.first_row, s.column_end - s.first_column
+    tiles = cdiv(wide, s.BN)
+    # below the diagonal a tile is left at once
+    live = s.programs
+    if s.TRIANGLE:
+        live = sum(
+            s.first_column + (t + 1) * s.BN - 1 > s.first_row + r * s.BM
+            for t in range(tiles)
+            for r in range(s.row_tiles)
+        )
+    share = live / s.programs
+    _tile_products(s, "x", "y", (s.first_row, high), (s.first_column, wide), s.d, live)
+    s.read("scale", live)
+    kinds = 1 if s.KIND is not None or not s.has("x_labels") else 2
+    for of, times in (("labels", kinds), ("bias", 1), ("ids", 1), ("groups", 1)):
+        s.read(f"x_{of}", round(high * tiles * times * share))
+        s.read(f"y_{of}", round(wide * s.row_tiles * times * share))
+    s.read("exclude", round(high * s.excluded * tiles * share))
+    s.read("x_window", round(2 * kinds * high * tiles * share))
+    s.read("y_window", round(2 * kinds * wide * s.row_tiles * share))
+    return high, wide, tiles
+
+
+@form(triton_pair_kernels.statistics_tiles)
+def statistics_tiles(s: Launch) -> None:
+    high, wide, tiles = _pair_tiles(s)
+    classes = s.row_part.shape[1]
+    s.write("row_part", 4 * classes * high * tiles)
+    s.write("column_part", 4 * classes * wide * s.row_tiles)
+    s.work.scalar = (8 + 6 * s.has("column_part")) * classes * s.programs * s.BM * s.BN
+
+
+@form(triton_pair_kernels.merge_tiles)
+def pair_merge_tiles(s: Launch) -> None:
+    s.read("part", 4 * s.CLASSES * s.groups * s.length)
+    state = 4 * s.CLASSES * s.length
+    s.read("state", state, 0, state)
+    s.write("state", state, 0, state)
+
+
+@form(triton_pair_kernels.gradient_tiles)
+def pair_gradient_tiles(s: Launch) -> None:
+    high, wide, tiles = _pair_tiles(s)
+    kinds, vectors = 2 if s.has("x_labels") else 1, 4 if s.REDUCTION == "lse" else 2
+    s.read("row_vectors", kinds * vectors * high * tiles, 0, kinds * vectors * high)
+    s.read("column_vectors", kinds * vectors * wide * s.row_tiles, 0, kinds * vectors * wide)
+    s.write("ds", high * wide)
+    s.work.scalar = (8 + 6 * s.has("column_vectors")) * kinds * s.programs * s.BM * s.BN
+
+
+@form(triton_pair_kernels.attention_tiles)
+def attention_tiles(s: Launch) -> None:
+    high, wide, tiles = _pair_tiles(s)
+    s.read("base", 2 * high * tiles)
+    s.write("weights", high * wide)
+    if s.has("ds"):
+        rows, columns = (s.first_row, high), (s.first_column, wide)
+        _tile_products(s, "grad_out", "values", rows, columns, s.width, s.programs)
+        s.read("shift", high * tiles)
+        s.write("ds", high * wide)
+    s.work.scalar = 10 * s.programs * s.BM * s.BN
+
+
+def _keys(s: Launch, rows: tuple[int, int], columns: tuple[int, int], tiles: int) -> None:
+    """`tile_keys` of so many tiles."""
+    _tile_products(s, "x", "y", rows, columns, s.d, tiles)
+    across, down = cdiv(columns[1], s.BN), s.row_tiles
+    s.read("center", tiles * s.d)
+    for name in ("offset", "multiplier"):
+        s.read(name, columns[1] * down)
+    masks = [] if s.MATCH == "any" else ["labels"]
+    for of in (*masks, "ids"):
+        s.read(f"x_{of}", rows[1] * across)
+        s.read(f"y_{of}", columns[1] * down)
+    s.read("exclude", rows[1] * s.excluded * across)
+    s.work.scalar = 5 * tiles * s.BM * s.BN
+
+
+@form(triton_topk_kernels.best_columns)
+def best_columns(s: Launch) -> None:
+    last = s.m - (s.splits - 1) * s.span
+    tiles = s.row_tiles * ((s.splits - 1) * cdiv(s.span, s.BN) + cdiv(last, s.BN))
+    _keys(s, (0, s.n), (0, s.m), tiles)
+    s.write("to", s.n * s.splits * s.keep)
+
+
+@form(triton_topk_kernels.key_tiles)
+def key_tiles(s: Launch) -> None:
+    rows = s.first_row, s.row_end - s.first_row
+    columns = s.first, min(s.programs // s.row_tiles * s.BN, s.m - s.first)
+    _keys(s, rows, columns, s.programs)
+    s.write("to", rows[1] * columns[1])
+
+
+@form(triton_distance_kernels.row_squares)
+def row_squares(s: Launch) -> None:
+    s.read("x", s.programs * s.BM * s.d, 0, s.n * s.stride_x)
+    s.write("squares", s.n)
+    s.work.scalar = 2 * s.n * s.d
+
+
+@form(triton_distance_kernels.distance_tiles)
+def distance_tiles(s: Launch) -> None:
+    _tile_products(s, "x", "y", (0, s.n), (0, s.m), s.d, s.programs)
+    s.read("x_squares", s.programs * s.BM, 0, s.n)
+    s.read("y_squares", s.programs * s.BN, 0, s.m)
+    s.write("near_rows", s.programs * s.BM)
+    s.write("out", s.n * s.m)
+    s.work.scalar = 5 * s.programs * s.BM * s.BN
+
+
+@form(triton_distance_kernels.near_distances)
+def near_distances(s: Launch) -> None:
+    """Where no pair is near."""
+    s.read("near_rows", s.programs * s.BM)
+
+
+@form(triton_distance_kernels.product_gradients)
+def product_gradients(s: Launch) -> None:
+    parts = s.programs // s.depth_tiles
+    splits = parts // s.row_tiles
+    last = s.m - (splits - 1) * s.span
+    swept = ((splits - 1) * cdiv(s.span, s.BN) + cdiv(last, s.BN)) * s.BN * s.row_tiles
+    s.read("other", swept * s.d, 0, s.m * s.stride_other)
+    s.read("grad", s.n * s.m * s.depth_tiles)
+    if s.has("distances"):
+        s.read("distances", s.n * s.m * s.depth_tiles)
+        s.read("own_squares", s.n * splits * s.depth_tiles)
+        s.read("other_squares", s.m * s.row_tiles * s.depth_tiles)
+        s.read("own", parts * s.BM * s.d, 0, s.n * s.stride_own)
+        s.write("near_range", 2 * parts)
+    s.write("to", splits * s.n * s.d)
+    s.multiply(swept * s.BM, s.depth_tiles * s.BK, s.own)
+    s.work.scalar = 8 * swept * s.BM * s.depth_tiles
+
+
+@form(triton_distance_kernels.near_gradients)
+def near_gradients(s: Launch) -> None:
+    """Where no pair is near."""
+    s.read("near_range", 2 * s.programs)
+
+
+@form(triton_maxsim_kernels.token_maxima)
+def token_maxima(s: Launch) -> None:
+    """Documents of one length."""
+    documents = s.programs // s.row_tiles
+    length = s.documents.shape[0] // s.count
+    tiles = cdiv(length, s.BN)
+    depth = s.d if s.WHOLE else cdiv(s.d, s.BK) * s.BK
+    s.read("queries", s.programs * s.BM * s.d * (1 if s.WHOLE else tiles))
+    at = s.first * length * s.stride_y
+    s.read("documents", s.programs * tiles * s.BN * s.d, at, documents * length * s.stride_y)
+    s.read("offsets", 2 * s.programs, 0, 2 * documents)
+    s.write("best_out", documents * s.tokens, 0, documents * s.tokens)
+    s.write("index", documents * s.tokens, 0, documents * s.tokens)
+    s.multiply(s.programs * tiles * s.BM * s.BN, s.BK if s.WHOLE else depth, s.queries)
+    s.work.scalar = 4 * s.programs * tiles * s.BM * s.BN
+
+
+@form(triton_maxsim_kernels.token_sums)
+def token_sums(s: Launch) -> None:
+    s.read("best", s.chunk * s.tokens, 0, s.chunk * s.tokens)
+    s.read("offsets", 2 * s.programs)
+    s.write("scores", s.query_count * s.chunk)
+
+
+def _choices(s: Launch, times: int) -> None:
+    for name, each in (("index", s.count), ("owners", s.count), ("grad", s.count)):
+        s.read(name, s.tokens * each * times)
+
+
+@form(triton_maxsim_kernels.query_gradients)
+def query_gradients(s: Launch) -> None:
+    """Where every token has chosen."""
+    _choices(s, s.depth_tiles)
+    s.read("offsets", s.programs * s.count)
+    s.read("documents", s.tokens * s.count * s.d)
+    s.write("dqueries", s.tokens * s.d)
+    s.work.scalar = 2 * s.tokens * s.count * s.d
+
+
+@form(triton_maxsim_kernels.document_gradients)
+def document_gradients(s: Launch) -> None:
+    """Documents of one length, where every token has chosen."""
+    length = s.ddocuments.shape[0] // s.count
+    tiles = s.count * cdiv(length, s.BN) * s.depth_tiles
+    each = cdiv(length, s.BN) * s.depth_tiles
+    _choices(s, each)
+    s.read("tile_documents", s.programs)
+    s.read("tile_ends", tiles)
+    s.read("offsets", 2 * tiles)
+    s.read("unscale", tiles)
+    swept = tiles // s.depth_tiles * cdiv(s.tokens, s.BM) * s.BM
+    s.read("queries", swept * s.d, 0, s.tokens * s.stride_x)
+    s.write("ddocuments", s.ddocuments.shape[0] * s.d)
+    s.multiply(swept * s.BN, s.depth_tiles * s.BK, s.queries)
