@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_losses.bench.heads import model as cost_model
+from fused_losses.bench.heads import calibration, model, page
+from fused_losses.bench.heads.calibration import calibrate, compared
 from fused_losses.bench.heads.model import (
     Profile,
     Step,
-    calibrate,
-    checks,
     gpu_profile,
     memory,
     phase_seconds,
@@ -119,7 +118,7 @@ def test_classes_that_take_part_are_those_the_sampler_draws() -> None:
     assert abs(found - step.part) < 4 * math.sqrt(step.part)
 
 
-@pytest.mark.parametrize("gpu", cost_model.GPUS)
+@pytest.mark.parametrize("gpu", model.GPUS)
 @pytest.mark.parametrize("precision", ["half", "split"])
 def test_more_costs_more(gpu: str, precision: str) -> None:
     profile = gpu_profile(gpu, precision)
@@ -173,15 +172,15 @@ def runs(noise: float, processors: int | None) -> list[dict]:
 
 @pytest.mark.parametrize("processors", [None, 2])
 def test_calibration_finds_the_prices(processors: int | None) -> None:
-    profile, found = checks(runs(0.0, processors), processors)
-    for price in (*cost_model.PRICED, "far_link", "far_hop"):
+    profile, found = compared(runs(0.0, processors), processors)
+    for price in (*calibration.PRICED, "far_link", "far_hop"):
         assert math.isclose(getattr(profile, price), getattr(PRICES, price), rel_tol=1e-6), price
     for check in found:
         assert math.isclose(check.foretold, check.seconds, rel_tol=1e-6)
         assert math.isclose(check.fitted, check.seconds, rel_tol=1e-6)
         assert check.bytes_sent == check.counted
 
-    noisy, found = checks(runs(0.1, processors), processors)
+    noisy, found = compared(runs(0.1, processors), processors)
     assert math.isclose(noisy.flop, PRICES.flop, rel_tol=0.1)
     for check in found:
         assert abs(check.foretold / check.seconds - 1) < 0.35
@@ -190,14 +189,14 @@ def test_calibration_finds_the_prices(processors: int | None) -> None:
 def test_calibration_blames_the_right_number_of_processors() -> None:
     # told that each rank had a processor of its own, it cannot fit what two processors did
     crowded = runs(0.0, 2)
-    wrong = max(abs(c.fitted / c.seconds - 1) for c in checks(crowded, None)[1])
+    wrong = max(abs(c.fitted / c.seconds - 1) for c in compared(crowded, None)[1])
     assert wrong > 0.1
 
 
 def test_prices_are_not_negative() -> None:
     a = torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]], dtype=torch.float64)
     b = torch.tensor([3.0, 2.0, 1.5], dtype=torch.float64)  # falls: the slope wants to be below 0
-    x = cost_model._nonnegative(a, b)
+    x = calibration._nonnegative(a, b)
     assert torch.linalg.lstsq(a, b).solution[1] < 0
     torch.testing.assert_close(x, torch.tensor([b.mean(), 0.0], dtype=torch.float64))
     alone = [r for r in runs(0.0, None) if r["world"] == 1]
@@ -229,7 +228,7 @@ def _without(key: str) -> dict:
 
 
 def test_published_figures_become_milliseconds_and_bytes() -> None:
-    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in cost_model.partial_fc_lines()]
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in page.partial_fc_lines()]
     by_row = {(row[0], row[1]): row for row in lines[2:]}
     last = by_row["29 M", "0.1"]
     assert last[2] == f"{1024 / 1855 * 1e3:.0f}"
@@ -244,7 +243,7 @@ NUMBER = re.compile(r"\d[\d,]*\.?\d*")
 
 def test_the_page_is_what_the_model_and_the_runs_give() -> None:
     saved = (DOCS / "simulation.md").read_text()
-    fresh = cost_model.page(cost_model.read_runs(DOCS / "simulation_runs.json"))
+    fresh = page.page(page.read_runs(DOCS / "simulation_runs.json"))
     assert NUMBER.sub("#", saved) == NUMBER.sub("#", fresh)
     for a, b in zip(NUMBER.findall(saved), NUMBER.findall(fresh), strict=True):
         # a fit on another machine's LAPACK may round its third digit elsewhere
@@ -256,13 +255,13 @@ def test_page_and_plot_are_written(tmp_path: Path) -> None:
     measured = runs(0.05, 2)
     stored = tmp_path / "simulation_runs.json"
     stored.write_text(json.dumps(measured))
-    assert cost_model.read_runs(stored)["runs"] == measured
+    assert page.read_runs(stored)["runs"] == measured
     stored.write_text(json.dumps({"machine": "an abacus", "processors": 2, "runs": measured}))
-    cost_model.main(["--out", str(tmp_path)])
+    page.main(["--out", str(tmp_path)])
     text = (tmp_path / "simulation.md").read_text()
     assert "20 runs on an abacus" in text
     rows = [line for line in text.splitlines() if line.startswith(("| 1 | 20,000", "| 4 | 60,000"))]
     assert len(rows) == 3
     first = (tmp_path / "simulation.svg").read_bytes()
-    cost_model.plot(tmp_path / "simulation.svg")
+    page.plot(tmp_path / "simulation.svg")
     assert (tmp_path / "simulation.svg").read_bytes() == first

@@ -1,5 +1,5 @@
-"""`python -m fused_losses.bench.heads`: writes the page of the model and its plot."""
+"""`python -m fused_losses.bench.heads`"""
 
-from fused_losses.bench.heads.model import main
+from fused_losses.bench.heads.page import main
 
 main()
