@@ -170,7 +170,7 @@ def maxsim(
 
 
 @dataclass(frozen=True)
-class Call:
+class HostCall:
     """One call of an operation; `make test` compiles it for the targets of `tested`."""
 
     run: Callable[..., None]
@@ -207,11 +207,11 @@ ROUNDED = dict(dtype=FP32, precision="bf16")
 HALF, WIDE = dict(dtype=BF16), dict(dtype=FP32)
 
 
-def _call(run: Callable[..., None], *tested: str, **options: Any) -> Call:
-    return Call(run, options, tested)
+def _call(run: Callable[..., None], *tested: str, **options: Any) -> HostCall:
+    return HostCall(run, options, tested)
 
 
-CALLS: dict[str, Call] = {
+CALLS: dict[str, HostCall] = {
     "row_statistics D512": _call(row_statistics, *ALSO, "sm_86", "sm_120", d=512, **HALF),
     "row_statistics D512 everything": _call(row_statistics, *ALSO, "sm_89", d=512, **HALF, **FULL),
     "row_statistics D512 classes": _call(row_statistics, d=512, **HALF, classes=100_000),

@@ -7,9 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tools.gpu_static.gate import RESERVED
 from tools.gpu_static.machine_code import LANES, Figures, dump, functions, read, tool, usage
 from tools.gpu_static.record import NVIDIA
-from tools.gpu_static.rules import RESERVED
 
 
 def demangled(names: list[str]) -> dict[str, str]:

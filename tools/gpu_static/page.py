@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tools.gpu_static.calls import CALLS
+from tools.gpu_static.gate import KIB, LIMITS, NARROW, SCALAR, faults, occupancy
 from tools.gpu_static.machine_code import Figures, tool
 from tools.gpu_static.record import NVIDIA
-from tools.gpu_static.rules import KIB, NARROW, SCALAR, TARGETS, faults, occupancy
 
-PEERS = Path(__file__).with_name("peers.csv")
+PEERS_FIGURES = Path(__file__).with_name("peers.csv")
 # a shape of the peers: what it is, and our kernels for it as (call, kernel, rows, columns, D);
 # bytes are operands that tiles read, where rows are given
 SHAPES = {
@@ -156,7 +156,7 @@ def _cuda(found: list[Figures]) -> list[str]:
 
 
 def peers() -> list[dict[str, str]]:
-    with PEERS.open(newline="") as file:
+    with PEERS_FIGURES.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -223,7 +223,7 @@ static: one in a loop counts once. A kernel that several calls share stands with
 {kernels} kernels times targets, {faults}.
 """
 
-RULES = """## The gate
+GATE = """## The gate
 
 `make gpu-static` fails, and `tests/test_gpu_static.py` with it on a selection, on
 
@@ -256,7 +256,7 @@ def write(path: Path, triton: Found, cuda: list[Figures], nvcc: str | None) -> l
     wrong = findings(triton, cuda)
     targets = [
         f"| {name} | {t.shared // KIB} | {t.shared_all // KIB} | {t.warps} | {t.blocks} |"
-        for name, t in TARGETS.items()
+        for name, t in LIMITS.items()
     ]
     text = INTRODUCTION.format(
         versions=versions(nvcc),
@@ -266,7 +266,7 @@ def write(path: Path, triton: Found, cuda: list[Figures], nvcc: str | None) -> l
     ).splitlines()
     text += ["", *(f"- {line}" for line in wrong)] if wrong else []
     exempt = [f"- `{k}`: {why}." for k, why in (NARROW | SCALAR).items()]
-    text += ["", *RULES.format(exempt="\n".join(exempt)).splitlines(), ""]
+    text += ["", *GATE.format(exempt="\n".join(exempt)).splitlines(), ""]
     text += ["## Beside the peers", ""]
     text += [*PEERS_NOTE.splitlines(), ""]
     text += _beside(triton)

@@ -11,7 +11,7 @@ KIB = 1024
 
 
 @dataclass(frozen=True)
-class Target:
+class Limits:
     """A GPU's limits: bytes of shared memory a block and a multiprocessor, warps, blocks."""
 
     shared: int
@@ -21,15 +21,15 @@ class Target:
     tensor_memory: int = 0  # columns
 
 
-TARGETS = {
-    "sm_80": Target(163 * KIB, 164 * KIB, 64, 32),
-    "sm_86": Target(99 * KIB, 100 * KIB, 48, 16),
-    "sm_89": Target(99 * KIB, 100 * KIB, 48, 24),
-    "sm_90": Target(227 * KIB, 228 * KIB, 64, 32),
-    "sm_100": Target(227 * KIB, 228 * KIB, 64, 32, 512),
-    "sm_120": Target(99 * KIB, 100 * KIB, 48, 24),
+LIMITS = {
+    "sm_80": Limits(163 * KIB, 164 * KIB, 64, 32),
+    "sm_86": Limits(99 * KIB, 100 * KIB, 48, 16),
+    "sm_89": Limits(99 * KIB, 100 * KIB, 48, 24),
+    "sm_90": Limits(227 * KIB, 228 * KIB, 64, 32),
+    "sm_100": Limits(227 * KIB, 228 * KIB, 64, 32, 512),
+    "sm_120": Limits(99 * KIB, 100 * KIB, 48, 24),
     # a compute unit: 64 KiB of LDS, four units of 8 wavefronts
-    "gfx942": Target(64 * KIB, 64 * KIB, 32, 16),
+    "gfx942": Limits(64 * KIB, 64 * KIB, 32, 16),
 }
 PARTITIONS = 4  # of a multiprocessor, each with its own registers
 REGISTERS = 16384  # of a partition
@@ -38,7 +38,7 @@ RESERVED = KIB  # of shared memory, a block
 
 def occupancy(arch: str, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
     """Blocks of one kernel that a multiprocessor holds at once; 0: the kernel does not launch."""
-    limit = TARGETS[arch]
+    limit = LIMITS[arch]
     if shared > limit.shared or tensor_memory > limit.tensor_memory:
         return 0
     if arch.startswith("gfx"):
@@ -82,7 +82,7 @@ def faults(f: Figures, aligned: bool = True) -> list[str]:
     """What the gate objects to; `aligned`: rows of the call are whole vectors."""
     if f.failure:
         return [f"does not compile: {f.failure}"]
-    limit, out = TARGETS[f.arch], []
+    limit, out = LIMITS[f.arch], []
     # kernels with tensor memory trap where none is left; a stub does nothing else
     if f.trap and f.instructions < STUB:
         out.append(f"a trap stub of {f.instructions} instructions instead of the kernel")
