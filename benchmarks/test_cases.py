@@ -1,44 +1,62 @@
-"""pytest-benchmark rows of the same cases as `fused-losses bench`, one group a case.
+"""The table of `fused-losses bench` at small sizes: a group a case, a row a provider.
 
-The paired ratios are `fused-losses bench`'s; these rows give the spread of each provider.
+Nothing is measured in a second way: the first row of a case has all its providers measured in turn
+(`measure.paired`), and each row hands pytest-benchmark the times that were found then, beside the
+memory, the floor and, of ours, the paired ratio against every rival.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from fused_losses.bench import measure
-from fused_losses.bench.heads import cases as head_cases
-from fused_losses.bench.micro import cases
+from fused_losses.bench.table import CASES, SIZES, title
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(256, 20_000, 512), (64, 50_000, 128)]
-CASES = {f"B{n}-C{c}-D{d}": cases.margin_softmax(n, c, d, DEVICE) for n, c, d in SHAPES}
+ROUNDS = 5
+MADE = {
+    title(name, shape): entry.case(shape, DEVICE)
+    for name, entry in CASES.items()
+    for shape in SIZES[entry.sizes].small
+}
+NOW = [0.0]
 
 
-def benchmark_step(benchmark, case: cases.Case, provider: str) -> None:
-    step = case.providers[provider]
-    case.clear()
-    step()
-    case.clear()
-    benchmark.group = case.title
-    benchmark.extra_info["extra_mib"] = max(0.0, measure.peak_mib(step) - case.gradients_mib)
-    benchmark.extra_info["flops_floor"] = case.flops
-    benchmark.extra_info["bytes_floor"] = case.bytes
-    benchmark.pedantic(step, setup=case.clear, rounds=5, warmup_rounds=1)
+def clock() -> float:
+    """Stands still, but for the times that were measured."""
+    return NOW[0]
 
 
+@cache
+def results(name: str) -> dict[str, measure.Result]:
+    """Of every provider of a case."""
+    return {result.name: result for result in measure.paired(MADE[name], ROUNDS)}
+
+
+@pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize(
-    ("shape", "provider"), [(s, p) for s, case in CASES.items() for p in case.providers]
+    ("name", "provider"), [(name, p) for name, case in MADE.items() for p in case.providers]
 )
-def test_margin_softmax(benchmark, shape: str, provider: str) -> None:
-    benchmark_step(benchmark, CASES[shape], provider)
+def test_case(benchmark: BenchmarkFixture, name: str, provider: str) -> None:
+    case, found = MADE[name], results(name)
+    result = found[provider]
+    assert result.error is None, result.error
+    benchmark.group = case.title
+    benchmark.extra_info |= {
+        "extra_mib": result.extra_mib,
+        "flops_floor": case.flops,
+        "bytes_floor": case.bytes,
+    }
+    if provider in case.ours:
+        rivals = (r for r in found.values() if r.name not in case.ours and not r.error)
+        benchmark.extra_info["ratios"] = {r.name: measure.paired_ratio(result, r) for r in rivals}
+    times = iter(result.times_ms)
 
+    def pass_by() -> None:
+        NOW[0] += next(times) / 1e3
 
-HEAD = head_cases.class_centers(256, 20_000, 512, DEVICE)
-
-
-@pytest.mark.parametrize("provider", HEAD.providers)
-def test_class_centers(benchmark, provider: str) -> None:
-    benchmark_step(benchmark, HEAD, provider)
+    benchmark.pedantic(pass_by, rounds=len(result.times_ms))

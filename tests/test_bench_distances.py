@@ -9,10 +9,11 @@ import torch
 
 from fused_losses import cli
 from fused_losses.bench import measure, report
-from fused_losses.bench.micro import distance_cases
 from fused_losses.bench.micro.cases import Case
+from fused_losses.bench.micro.peers import peer
+from fused_losses.bench.table import CASES
 
-MAKERS = {**distance_cases.MATRICES, **distance_cases.BATCHES, "topk": distance_cases.topk}
+MAKERS = {n: e.make for n, e in CASES.items() if e.sizes in ("distances", "bank", "batch")}
 
 
 def made(name: str, rivals: str = "eager") -> Case:
@@ -82,7 +83,7 @@ def test_a_slow_provider_is_timed_once() -> None:
 
 
 def test_a_peer_that_is_not_there_is_named(capsys) -> None:
-    assert distance_cases.peer("no_such_peer") is None
+    assert peer("no_such_peer") is None
     assert "without no_such_peer" in capsys.readouterr().err
 
 

@@ -10,12 +10,12 @@ import torch
 
 from fused_losses import cli
 from fused_losses.bench import measure
-from fused_losses.bench.micro import pair_cases
 from fused_losses.bench.micro.cases import Case
+from fused_losses.bench.table import CASES
 
 SIZES = {"n": 48, "d": 32}
 TOKENS = {"q": 5, "lq": 4, "b": 7, "ld": 9, "d": 32}
-MAKERS = {**pair_cases.BY_SHAPE, "maxsim": pair_cases.maxsim}
+MAKERS = {name: e.make for name, e in CASES.items() if e.sizes in ("pairs", "tokens")}
 
 
 def made(name: str, rivals: str) -> Case:

@@ -237,13 +237,18 @@ def test_host_code_is_left_as_it_was() -> None:
     assert before == (cuda_launch.launch, triton_launch.launch, cuda_launch.on_host)
 
 
-def test_page_and_plot() -> None:
+def test_page_and_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     found = page.rows(["maxsim", "cityblock"])
     text = page.page(found)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
     assert "| triton |" in text and "*LIK*" in text
-    assert page.plot(found).count("<rect") == len(found) + len(page.COLOURS)
+    page.plot(tmp_path / "bars.svg", found)
+    bars = (tmp_path / "bars.svg").read_text()
+    for way, colour in page.COLOURS.items():
+        # of the legend there are two: its own, and an empty one
+        assert bars.count(f"fill: {colour}") == sum(a.way == way for a in found) + 2
 
 
 def test_page_in_the_repository_is_that_of_the_code() -> None:

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-Step = Callable[[], Tensor]  # forward and backward; the loss, or what else is computed
+# a way to compute a case: forward and backward; the loss, or what else is computed
+Provider = Callable[[], Tensor]
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 SAMPLED = 1 << 20  # elements of a result or gradient that are compared
@@ -43,7 +44,7 @@ class Result:
 class Measured(Protocol):
     """What is asked of a case (`cases.Case`)."""
 
-    providers: dict[str, Step]
+    providers: dict[str, Provider]
     leaves: list[Tensor]
     unlike: tuple[str, ...]
     tolerance: dict[str, float]
@@ -77,7 +78,7 @@ def give_back_memory() -> None:
         pass
 
 
-def peak_mib(step: Step) -> float:
+def peak_mib(step: Provider) -> float:
     """Growth of the resident set's high-water mark over one step (the mark is reset first)."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -95,7 +96,7 @@ def peak_mib(step: Step) -> float:
     return resident_mib("VmHWM") - before
 
 
-def timed_ms(step: Step) -> float:
+def timed_ms(step: Provider) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()

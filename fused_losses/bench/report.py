@@ -10,54 +10,42 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fused_losses.bench import measure
-from fused_losses.bench.heads import cases as head_cases
 from fused_losses.bench.measure import Result
-from fused_losses.bench.micro import cases, distance_cases, pair_cases
+from fused_losses.bench.micro import cases
 from fused_losses.bench.micro.cases import Case
+from fused_losses.bench.plots import plotted
+from fused_losses.bench.table import CASES, SIZES, Shape, title
 from fused_losses.version import __version__
 
-CASES = (
-    "margin_softmax",
-    "class_centers",
-    *pair_cases.BY_SHAPE,
-    "maxsim",
-    *distance_cases.MATRICES,
-    "topk",
-    *distance_cases.BATCHES,
-)
 GROWTH = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fused-losses bench`."""
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder to write to")
     parser.add_argument("--rounds", type=int, default=7, help="timed turns of each provider")
-    parser.add_argument("--shape", type=_sizes(3), action="append", metavar="B,C,D",
-                        help="batch, classes, width; may be repeated "
-                        "(default 256,100000,512 and 128,1000000,512)")  # fmt: skip
-    parser.add_argument("--head", type=_sizes(3), default=(256, 200_000, 512), metavar="B,C,D",
-                        help="batch, classes and width of the large-class head "
-                        "(default 256,200000,512)")  # fmt: skip
-    parser.add_argument("--case", choices=CASES, action="append", help="may be repeated "
-                        "(default all)")  # fmt: skip
-    parser.add_argument("--pairs", type=_sizes(2), default=(8192, 512), metavar="N,D",
-                        help="batch and width of the losses over pairs "
-                        "(default 8192,512)")  # fmt: skip
-    parser.add_argument("--tokens", type=_sizes(5), default=(256, 32, 1024, 128, 128),
-                        metavar="Q,LQ,B,LD,D", help="queries and documents with their tokens, and "
-                        "width, of maxsim (default 256,32,1024,128,128)")  # fmt: skip
-    parser.add_argument("--distances", type=_sizes(2), default=(4096, 128), metavar="N,D",
-                        help="rows and width of the matrices of distances "
-                        "(default 4096,128)")  # fmt: skip
-    parser.add_argument("--bank", type=_sizes(4), default=(1024, 200_000, 256, 32),
-                        metavar="N,M,D,K", help="queries, bank, width and neighbours of topk "
-                        "(default 1024,200000,256,32)")  # fmt: skip
-    parser.add_argument("--batch", type=_sizes(2), metavar="N,D", help="batch and width of mining "
-                        "and of the losses over triplets (default 8192,128; all_triplets: "
-                        "4096,128)")  # fmt: skip
+    parser.add_argument(
+        "--case", choices=CASES, action="append", help="may be repeated (default all)"
+    )
+    for option, sizes in SIZES.items():
+        usual = [",".join(map(str, shape)) for shape in sizes.usual]
+        usual += [
+            f"{name}: {','.join(map(str, entry.own))}"
+            for name, entry in CASES.items()
+            if entry.sizes == option and entry.own
+        ]
+        parser.add_argument(
+            f"--{option}",
+            type=_sizes(len(sizes.letters.split(","))),
+            action="append",
+            metavar=sizes.letters,
+            help=f"{sizes.what}; may be repeated (default {'; '.join(usual)})",
+        )
     parser.add_argument("--no-growth", action="store_true", help="skip the cost against C")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda (default: cuda where there is a GPU)")  # fmt: skip
@@ -77,60 +65,28 @@ def _say(text: str) -> None:
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _dtypes(device: str) -> tuple[torch.dtype, ...]:
-    # the peers' kernels on a GPU take 16-bit rows only
-    return (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
-
-
-def _planned(args: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...], int, Case]]:
+def _planned(args: argparse.Namespace) -> Iterator[tuple[str, Shape, int, Case]]:
     """A file name, sizes, rounds and the case, made when its turn comes."""
-    wanted = args.case or CASES
-    for shape in args.shape or [(256, 100_000, 512), (128, 1_000_000, 512)]:
-        if "margin_softmax" in wanted:
-            n, c, d = shape
-            rounds = args.rounds if n * c <= 3e7 else max(3, args.rounds // 2)
-            for dtype in _dtypes(args.device):
-                case = cases.margin_softmax(n, c, d, args.device, dtype=dtype)
-                yield f"B{n}_C{c}_D{d}{_suffix(dtype)}", shape, rounds, case
-    if "class_centers" in wanted:
-        n, c, d = args.head
-        case = head_cases.class_centers(n, c, d, args.device)
-        yield f"class_centers_B{n}_C{c}_D{d}", args.head, max(3, args.rounds // 2), case
-    for name, make in pair_cases.BY_SHAPE.items():
-        if name in wanted:
-            n, d = args.pairs
-            rounds = max(3, args.rounds // 2)
-            taken = name in pair_cases.IN_16_BITS
-            for dtype in _dtypes(args.device) if taken else (torch.float32,):
-                case = make(n, d, args.device, **({"dtype": dtype} if taken else {}))
-                yield f"{name}_N{n}_D{d}{_suffix(dtype)}", args.pairs, rounds, case
-    if "maxsim" in wanted:
-        case = pair_cases.maxsim(*args.tokens, device=args.device)
-        # an eager step takes 20 s on two cores
-        yield "maxsim", args.tokens, max(1, args.rounds // 4), case
-    for name, make in distance_cases.MATRICES.items():
-        if name in wanted:
-            n, d = args.distances
-            yield f"{name}_N{n}_D{d}", args.distances, args.rounds, make(n, d, device=args.device)
-    if "topk" in wanted:
-        case = distance_cases.topk(*args.bank, device=args.device)
-        yield "topk", args.bank, max(3, args.rounds // 2), case
-    for name, make in distance_cases.BATCHES.items():
-        if name in wanted:
-            n, d = args.batch or (4096 if name == "all_triplets" else 8192, 128)
-            rounds = max(3, args.rounds // 2)
-            yield f"{name}_N{n}_D{d}", (n, d), rounds, make(n, d, args.device)
-
-
-def _suffix(dtype: torch.dtype) -> str:
-    return "" if dtype == torch.float32 else f"_{cases.short(dtype)}"
+    for name, entry in CASES.items():
+        if args.case and name not in args.case:
+            continue
+        for shape in getattr(args, entry.sizes) or entry.usual():
+            rounds = entry.rounds(args.rounds, shape)
+            for dtype in entry.dtypes(args.device):
+                yield (
+                    title(name, shape, dtype),
+                    shape,
+                    rounds,
+                    entry.case(shape, args.device, dtype),
+                )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the folder; 1 if a provider failed or disagreed with ours."""
     args.out.mkdir(parents=True, exist_ok=True)
     text = [f"# Benchmarks of fused_losses {__version__}", "", _machine(), ""]
-    record: dict[str, object] = {"version": __version__, "machine": _machine(), "cases": []}
+    found: list[dict[str, Any]] = []
+    record = {"version": __version__, "machine": _machine(), "cases": found}
     failed = False
     for name, shape, rounds, case in _planned(args):
         results = measure.paired(case, rounds, _say)
@@ -139,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         lines = table(case, results)
         print("\n".join(lines))
         text += [*lines, ""]
-        record["cases"].append(  # type: ignore[attr-defined]
+        found.append(
             {"title": case.title, "shape": list(shape), "flops_floor": case.flops,
              "bytes_floor": case.bytes, "results": [asdict(r) for r in results]}
         )  # fmt: skip
@@ -173,7 +129,7 @@ def table(case: Case, results: list[Result]) -> list[str]:
     lines = [
         f"## {case.title}",
         "",
-        f"Floor: {case.flops / 1e9:,.0f} GFLOP of {case.work}, "
+        f"Floor: {case.flops / 1e9:,.0f} GFLOP of {case.flops_of}, "
         f"{case.bytes / 2**20:,.0f} MiB read and written once. Ratios are medians of paired turns, "
         f"times medians; off: {_off(case)}.",
         "",
@@ -212,7 +168,7 @@ def growth(device: str, n: int = 128, d: int = 512) -> tuple[list[str], list[dic
     points = []
     for c in GROWTH:
         _say(f"growth: C={c:,}")
-        case = cases.margin_softmax(n, c, d, device, rivals=False)
+        case = cases.margin_softmax(n, c, d, device, rivals="none")
         case.providers = {"fused fp32": case.providers["fused fp32"]}
         result = measure.paired(case, 7)[0]
         points.append({"classes": c, "ms": min(result.times_ms), "extra_mib": result.extra_mib})
@@ -236,44 +192,25 @@ def growth(device: str, n: int = 128, d: int = 512) -> tuple[list[str], list[dic
     return lines, points
 
 
-def _pyplot():  # noqa: ANN202
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plots: matplotlib is not installed (extra `bench`)", file=sys.stderr)
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def _plot_bars(path: Path, case: Case, results: list[Result]) -> None:
-    plt = _pyplot()
-    if plt is None:
-        return
     done = [r for r in results if r.times_ms][::-1]
     colours = ["tab:blue" if r.name in case.ours else "tab:gray" for r in done]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.4 * len(done) + 1.5), sharey=True)
-    left.barh([r.name for r in done], [r.median_ms for r in done], color=colours)
-    left.set_xlabel("ms, forward + backward")
-    right.barh([r.name for r in done], [r.extra_mib for r in done], color=colours)
-    right.set_xlabel("MiB beyond inputs and gradients")
-    right.set_xscale("log")
-    figure.suptitle(case.title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+    def draw(figure: Any, left: Any, right: Any) -> None:
+        left.barh([r.name for r in done], [r.median_ms for r in done], color=colours)
+        left.set_xlabel("ms, forward + backward")
+        right.barh([r.name for r in done], [r.extra_mib for r in done], color=colours)
+        right.set_xlabel("MiB beyond inputs and gradients")
+        right.set_xscale("log")
+        figure.suptitle(case.title)
+
+    plotted(path, draw, ncols=2, figsize=(11, 0.4 * len(done) + 1.5), sharey=True)
 
 
 def _plot_growth(path: Path, points: list[dict[str, float]]) -> None:
-    plt = _pyplot()
-    if plt is None:
-        return
-    figure, axes = plt.subplots(figsize=(6, 4))
-    axes.loglog([p["classes"] for p in points], [p["ms"] for p in points], "o-")
-    axes.set_xlabel("classes")
-    axes.set_ylabel("ms, forward + backward")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    def draw(figure: Any, axes: Any) -> None:
+        axes.loglog([p["classes"] for p in points], [p["ms"] for p in points], "o-")
+        axes.set_xlabel("classes")
+        axes.set_ylabel("ms, forward + backward")
+
+    plotted(path, draw, figsize=(6, 4))

@@ -1,4 +1,4 @@
-"""`python -m fused_losses.bench.heads`: writes the page of the model, simulation.md, and its plot."""
+"""`python -m fused_losses.bench.heads`: writes the model's page, simulation.md, and its plot."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from fused_losses.bench.heads.model import (
     phases,
     step_seconds,
 )
+from fused_losses.bench.plots import plotted
 
 CLASSES = (10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8)
 WORLDS = (1, 8, 64, 512)
@@ -250,17 +251,11 @@ counted right and that a step is their sum."""
 
 
 def plot(path: Path, gpu: str = "H100") -> None:
-    """Step time and memory against classes, as SVG with the same bytes in every run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style = {"svg.hashsalt": "simulation", "svg.fonttype": "none", "font.size": 9}
+    """Step time and memory against classes."""
     table = TABLES[0]
     profile = gpu_profile(gpu, table.precision)
-    with matplotlib.rc_context(style):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+
+    def draw(figure: Any, left: Any, right: Any) -> None:
         for colour, world in zip(("C0", "C1", "C2", "C3"), WORLDS, strict=True):
             for rate, line in zip(RATES, ("-", "--"), strict=True):
                 steps = [_step(table, c, world, rate) for c in CLASSES]
@@ -275,8 +270,8 @@ def plot(path: Path, gpu: str = "H100") -> None:
         for axes in (left, right):
             axes.legend(fontsize=7)
             axes.grid(alpha=0.3)
-        figure.savefig(path, metadata={"Date": None})
-        pyplot.close(figure)
+
+    plotted(path, draw, ncols=2, figsize=(9, 3.6))
 
 
 def read_runs(path: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_losses import backends, functional
 from fused_losses.backends import cpu
-from fused_losses.bench.measure import LOWERED, Step
+from fused_losses.bench.measure import LOWERED, Provider
 from fused_losses.bench.micro import peers
 
 MARGIN, SCALE = 0.5, 64.0
@@ -25,14 +25,14 @@ class Case:
     """A measurement: providers by name, and the floor in FLOPs and bytes."""
 
     title: str
-    providers: dict[str, Step]
+    providers: dict[str, Provider]
     ours: list[str]
     leaves: list[Tensor]  # whose gradients every provider leaves in .grad
     flops: float  # the products that must be done, nothing kept
     bytes: float  # each input once, each output once
     unlike: tuple[str, ...] = ()  # providers that compute another loss
     tolerance: dict[str, float] = field(default_factory=dict)  # see measure.paired
-    work: str = "products with no score kept"  # what flops are
+    flops_of: str = "products with no score kept"
     # rounds that slow providers take part in; 0: timed in the warm-up, which is their only step
     turns: dict[str, int] = field(default_factory=dict)
     result_mib: float = 0.0  # what every provider returns
@@ -67,26 +67,30 @@ def torch_lce(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.linear_cross_entropy(F.normalize(x) * SCALE, F.normalize(w), y)
 
 
-class _Knob:
+@contextmanager
+def knob() -> Iterator[None]:
     """oneDNN's float32 kernels instead of MKL's (results keep float32 accuracy here)."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
-    def __init__(self, value: str) -> None:
-        self.value = value
 
-    def __enter__(self) -> None:
-        self.before = torch.backends.mkldnn.matmul.fp32_precision
-        torch.backends.mkldnn.matmul.fp32_precision = self.value
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.mkldnn.matmul.fp32_precision = self.before
+def knobbed(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """f under the knob."""
+    with knob():
+        return f(*inputs)
 
 
 def backward(loss: Tensor) -> Tensor:
+    """The loss, once its gradients are there."""
     loss.backward()
     return loss.detach()
 
 
-def _apart(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def apart(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same function with a code object of its own: torch.compile's cache hangs on that."""
     code = loss.__code__.replace()
     return FunctionType(code, loss.__globals__, loss.__name__, loss.__defaults__, loss.__closure__)
@@ -94,11 +98,13 @@ def _apart(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def rivals_of(
     loss: Callable[..., Tensor], inputs: tuple[Tensor, ...], compiled: bool = True
-) -> dict[str, Step]:
+) -> dict[str, Provider]:
     """The loss as plain PyTorch: eager and compiled, each also with the knob and under autocast."""
     device = inputs[0].device.type
 
-    def step(f: Callable[..., Tensor], around: Callable[[], AbstractContextManager]) -> Step:
+    def provider(
+        f: Callable[..., Tensor], around: Callable[[], AbstractContextManager]
+    ) -> Provider:
         def run() -> Tensor:
             with around():
                 value = f(*inputs)
@@ -106,23 +112,17 @@ def rivals_of(
 
         return run
 
-    def knobbed(f: Callable[..., Tensor]) -> Step:
-        def run() -> Tensor:
-            with _Knob("bf16"):
-                return backward(f(*inputs))
-
-        return run
-
-    steps: dict[str, Step] = {}
+    providers: dict[str, Provider] = {}
     kinds = {"eager": lambda f: f} | ({"torch.compile": torch.compile} if compiled else {})
     for name, made in kinds.items():
-        steps[name] = step(made(_apart(loss)), nullcontext)
-        steps[f"{name}, autocast bf16"] = step(
-            made(_apart(loss)), lambda: torch.autocast(device, torch.bfloat16)
+        providers[name] = provider(made(apart(loss)), nullcontext)
+        providers[f"{name}, autocast bf16"] = provider(
+            made(apart(loss)), lambda: torch.autocast(device, torch.bfloat16)
         )
         if device == "cpu":
-            steps[f"{name}, oneDNN knob"] = knobbed(made(_apart(loss)))
-    return steps
+            plain = provider(made(apart(loss)), nullcontext)
+            providers[f"{name}, oneDNN knob"] = lambda plain=plain: knobbed(plain)
+    return providers
 
 
 def our_ways(like: Tensor) -> Iterator[tuple[str, dict[str, str]]]:
@@ -147,12 +147,35 @@ def in_16_bits(case: Case) -> Case:
     return case
 
 
+def against_eager(
+    title: str,
+    fused: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    flops: float,
+    rivals: str,
+) -> Case:
+    """fused(*inputs, precision=) against eager(*inputs). rivals: "all", "eager" or "none"."""
+    like = inputs[0]
+    leaves = [t for t in inputs if t.requires_grad]
+    providers: dict[str, Provider] = {}
+    for name, options in our_ways(like):
+        providers[name] = lambda o=options: backward(fused(*inputs, **o))
+    ours = list(providers)
+    if rivals != "none":
+        providers |= rivals_of(eager, inputs, compiled=rivals == "all")
+    floor = 2.0 * sum(leaf.nbytes for leaf in leaves)
+    title = f"{title}, {short(like.dtype)} inputs, forward + backward"
+    case = Case(title, providers, ours, leaves, flops, floor)
+    return case if like.dtype == torch.float32 else in_16_bits(case)
+
+
 def margin_softmax(
     n: int,
     c: int,
     d: int,
     device: str = "cpu",
-    rivals: bool = True,
+    rivals: str = "all",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Case:
@@ -162,18 +185,18 @@ def margin_softmax(
     w = torch.randn(c, d, device=device, dtype=dtype).requires_grad_()
     y = torch.randint(0, c, (n,), device=device)
 
-    def ours(**options: object) -> Step:
+    def ours(**options: object) -> Provider:
         return lambda: backward(functional.margin_softmax(x, w, y, **options))
 
-    providers: dict[str, Step] = {}
+    providers: dict[str, Provider] = {}
     for name, options in our_ways(x):
         providers[name] = ours(**options)
         if device == "cpu":
             providers[f"{name}, 128 MiB kept"] = ours(**options, memory_budget=KEEP)
     names = list(providers)
     unlike: tuple[str, ...] = ()
-    if rivals:
-        providers |= rivals_of(eager_arcface, (x, w, y))
+    if rivals != "none":
+        providers |= rivals_of(eager_arcface, (x, w, y), compiled=rivals == "all")
         without_margin = {"F.linear_cross_entropy": lambda: backward(torch_lce(x, w, y))}
         without_margin |= peers.cross_entropy(x, w, y, SCALE)
         unlike = tuple(without_margin)
@@ -191,9 +214,11 @@ def margin_softmax(
 
 
 def short(dtype: torch.dtype) -> str:
+    """Without its module."""
     return str(dtype).removeprefix("torch.")
 
 
 def capability() -> str:
+    """What the CPU kernels run on."""
     built = cpu.extension()
     return built.capability() if built else "not built"

@@ -1,161 +1,19 @@
-"""The cases over distances, neighbours and mining: ours, and what users write or install.
-
-Peers are imported where they are installed; one that is not is left out with its reason printed.
-"""
+"""The cases over matrices of distances: ours, and what users write or install."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses import backends, functional
-from fused_losses.bench.measure import Step
-from fused_losses.bench.micro import peers
-from fused_losses.bench.micro.cases import Case, _apart, _Knob, backward, our_ways
-from fused_losses.bench.micro.pair_cases import _case
+from fused_losses import functional
+from fused_losses.bench.measure import Provider
+from fused_losses.bench.micro.cases import Case, apart, knobbed, our_ways
 from fused_losses.bench.micro.peers import peer
 
 BLOCK_BYTES = 64 << 20  # of differences, in an eager broadcast
-MARGIN = 0.2
-PER_CLASS = 4
-
-
-def _labels(n: int, device: str) -> Tensor:
-    """Classes of four rows, in no order."""
-    return torch.randperm(n, device=device) // PER_CLASS
-
-
-def _classes(n: int, d: int, device: str) -> tuple[Tensor, Tensor]:
-    """Unit rows around their class's centre, so that losses have something to say."""
-    labels = _labels(n, device)
-    centres = torch.randn(n // PER_CLASS + 1, d, device=device)
-    return F.normalize(centres[labels] + torch.randn(n, d, device=device)), labels
-
-
-def _bf16_screen(device: str) -> bool:
-    where = torch.device(device)
-    return device == "cpu" and not backends.reasons_against("cpu", where, torch.float32, "bf16")
-
-
-# ---- batch-hard mining --------------------------------------------------------------------------
-
-
-def masked_batch_hard(x: Tensor, labels: Tensor) -> Tensor:
-    """The farthest positive and the nearest negative of every row, by masks. [2, N]"""
-    distance = torch.cdist(x, x)
-    same = labels[:, None] == labels
-    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    far = distance.masked_fill(~same | itself, -torch.inf).argmax(dim=1)
-    near = distance.masked_fill(same, torch.inf).argmin(dim=1)
-    return torch.stack([far, near])
-
-
-def batch_hard_mining(
-    n: int = 8192, d: int = 128, device: str = "cpu", rivals: str = "all", seed: int = 0
-) -> Case:
-    """Classes of four. Steps return indices [2, N], which must be ours but for exact ties."""
-    torch.manual_seed(seed)
-    x, labels = _classes(n, d, device)
-
-    def ours() -> Tensor:
-        return torch.stack(functional.mine_triplets(x, labels)[1:3])
-
-    providers: dict[str, Step] = {"fused": ours}
-    if rivals != "none":
-        kinds = {"eager": lambda f: f}
-        kinds |= {"torch.compile": torch.compile} if rivals == "all" else {}
-        for name, made in kinds.items():
-            f, g = made(_apart(masked_batch_hard)), made(_apart(masked_batch_hard))
-            providers[name] = lambda f=f: f(x, labels)
-            if device == "cpu":
-                providers[f"{name}, oneDNN knob"] = lambda g=g: _knobbed(g, x, labels)
-        miners = peer("pytorch_metric_learning.miners")
-        if miners is not None:
-            # rows have norm 1: its normalisation would be work for nothing
-            distances = importlib.import_module("pytorch_metric_learning.distances")
-            miner = miners.BatchHardMiner(distance=distances.LpDistance(normalize_embeddings=False))
-            providers["pytorch-metric-learning"] = lambda: torch.stack(miner(x, labels)[1:])
-    wide = x.double()
-
-    def differ(got: list[Tensor], want: list[Tensor]) -> float:
-        """The share of choices at a distance that is not that of ours, in float64."""
-        if len(got[0]) != len(want[0]):
-            return 1.0
-        rows = wide.repeat(2, 1)
-        got, want = ((rows - wide[t[0].long()]).norm(dim=1) for t in (got, want))
-        return float(((got - want).abs() > 1e-5 * want).double().mean())
-
-    # products in float32 lose digits of a distance: a rival may take the next row
-    loose = {name: 0.05 if "knob" in name else 2e-3 for name in providers if name != "fused"}
-    title = f"Batch-hard mining, N={n:,} D={d}, {PER_CLASS} a class, float32"
-    floor = 4.0 * n * d + 16.0 * n
-    case = Case(title, providers, ["fused"], [], float(n) * n * d, floor, tolerance=loose)
-    case.differ = differ
-    return case
-
-
-def _knobbed(f: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """f with oneDNN's products in the place of MKL's."""
-    with _Knob("bf16"):
-        return f(*inputs)
-
-
-# ---- neighbours ---------------------------------------------------------------------------------
-
-
-def topk(
-    n: int = 1024,
-    m: int = 200_000,
-    d: int = 256,
-    k: int = 32,
-    device: str = "cpu",
-    rivals: str = "all",
-    seed: int = 0,
-) -> Case:
-    """The k largest products with a bank. Steps return scores, which must be equal, best first."""
-    torch.manual_seed(seed)
-    x, y = (torch.randn(rows, d, device=device) for rows in (n, m))
-
-    def ours(screen: str, **options: str) -> Step:
-        return lambda: functional.pairwise_topk(x, y, k, "dot", screen=screen, **options)[0]
-
-    providers: dict[str, Step] = {"fused, fp32 screen": ours("fp32")}
-    for backend in ("triton", "cuda") if device != "cpu" else ():
-        if not backends.reasons_against(backend, x.device, x.dtype, "fp32"):
-            providers[f"fused, fp32 screen, {backend}"] = ours("fp32", backend=backend)
-    if _bf16_screen(device):
-        providers["fused, bf16 screen"] = ours("bf16")
-    names = list(providers)
-    if rivals != "none":
-        providers["matmul + topk"] = lambda: (x @ y.T).topk(k).values
-        if device == "cpu":
-            providers["matmul + topk, oneDNN knob"] = lambda: _knobbed(
-                lambda a, b: (a @ b.T).topk(k).values, x, y
-            )
-        faiss = peer("faiss") if device == "cpu" else None
-        if device != "cpu":
-            providers |= peers.neighbours(x, y, k)
-        if faiss is not None:
-            index = faiss.IndexFlatIP(d)
-            index.add(y.numpy())
-            faiss.omp_set_num_threads(torch.get_num_threads())
-            providers["faiss IndexFlatIP"] = lambda: torch.from_numpy(index.search(x.numpy(), k)[0])
-    title = f"Top-{k} of {n:,} queries by <x, y> over {m:,} x {d}, float32"
-    # screens change nothing
-    tolerance = dict.fromkeys(names, 0.0)
-    floor = 4.0 * (n + m) * d + 12.0 * n * k
-    return Case(title, providers, names, [], 2.0 * n * m * d, floor, tolerance=tolerance)
-
-
-# ---- matrices of distances ----------------------------------------------------------------------
-
 # elementary operations a coordinate of a pair, a logarithm counted as ten
 OPERATIONS = {
     "cityblock": 2,
@@ -216,7 +74,7 @@ def distances(
     slope = torch.randn(n, n, device=device) if gradient else None
     leaves = [x.requires_grad_(), y.requires_grad_()] if gradient else []
 
-    def step(f: Callable[..., Tensor]) -> Step:
+    def step(f: Callable[..., Tensor]) -> Provider:
         def run() -> Tensor:
             out = f(x, y)
             if slope is not None:
@@ -231,7 +89,7 @@ def distances(
     if rivals != "none":
         kinds = {"eager, in blocks": eager_distance}
         if rivals == "all":
-            kinds["torch.compile, in blocks"] = torch.compile(_apart(eager_distance))
+            kinds["torch.compile, in blocks"] = torch.compile(apart(eager_distance))
         for name, f in kinds.items():
             providers[name] = step(lambda a, b, f=f: in_blocks(f, a, b, metric))
             turns[name] = 1
@@ -251,18 +109,18 @@ def distances(
         leaves,
         work,
         traffic,
-        work="elementary operations",
+        flops_of="elementary operations",
     )
     case.turns, case.result_mib = turns, 4 * elements / 2**20
     return case
 
 
 def _installed(
-    providers: dict[str, Step],
+    providers: dict[str, Provider],
     metric: str,
     x: Tensor,
     y: Tensor,
-    step: Callable[..., Step],
+    step: Callable[..., Provider],
     gradient: bool,
 ) -> dict[str, int]:
     """Adds scipy (no gradient) and torchpairwise; the turns they get, being slow."""
@@ -296,7 +154,7 @@ def euclidean(
     slope = torch.randn(n, n, device=device)
     leaves = [x.requires_grad_(), y.requires_grad_()]
 
-    def step(f: Callable[..., Tensor]) -> Step:
+    def step(f: Callable[..., Tensor]) -> Provider:
         def run() -> Tensor:
             out = f(x, y)
             out.backward(slope)
@@ -304,7 +162,7 @@ def euclidean(
 
         return run
 
-    providers: dict[str, Step] = {}
+    providers: dict[str, Provider] = {}
     for name, options in our_ways(x):
         providers[name] = step(lambda a, b, o=options: functional.pairwise_distance(a, b, **o))
     names = list(providers)
@@ -315,7 +173,7 @@ def euclidean(
             lambda a, b: torch.cdist(a, b, compute_mode=direct)
         )
         plain = step(torch.cdist)
-        providers["torch.cdist, oneDNN knob"] = lambda: _knobbed(plain)
+        providers["torch.cdist, oneDNN knob"] = lambda: knobbed(plain)
         if rivals == "all":
             providers["torch.compile of cdist"] = step(
                 torch.compile(lambda a, b: torch.cdist(a, b))
@@ -341,173 +199,12 @@ def euclidean(
     return case
 
 
-# ---- losses -------------------------------------------------------------------------------------
-
-
-def eager_contrastive(x: Tensor, labels: Tensor) -> Tensor:
-    """As pytorch-metric-learning: each side's mean over its terms that are not 0."""
-    distance = torch.cdist(x, x)
-    same = labels[:, None] == labels
-    positives = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    attract = torch.where(positives, distance, 0)
-    repel = torch.where(same, 0, F.relu(1.3 - distance))
-    return sum(part.sum() / (part > 0).sum().clamp_min(1) for part in (attract, repel))
-
-
-def eager_batch_hard(x: Tensor, labels: Tensor) -> Tensor:
-    """Hermans et al.'s loss from the matrix, soft margin."""
-    distance = torch.cdist(x, x)
-    same = labels[:, None] == labels
-    far = distance.masked_fill(~same, -torch.inf).amax(dim=1)
-    near = distance.masked_fill(same, torch.inf).amin(dim=1)
-    return F.softplus(far - near).mean()
-
-
-def gathered_triplets(x: Tensor, labels: Tensor) -> Tensor:
-    """Every positive of a row, gathered, against all its negatives: [N, 3, N]."""
-    distance = torch.cdist(x, x)
-    same = labels[:, None] == labels
-    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    columns = (same & ~itself).float().topk(PER_CLASS - 1, dim=1).indices
-    near = distance.gather(1, columns)
-    hinge = F.relu(near[:, :, None] - distance[:, None] + MARGIN)
-    hinge = torch.where(same[:, None], 0, hinge)
-    return hinge.sum() / (hinge > 0).sum().clamp_min(1)
-
-
-def masked_triplets(x: Tensor, labels: Tensor) -> Tensor:
-    """The N^3 triplets under a mask, a slice of anchors at a time; its own backward. The loss."""
-    distance = torch.cdist(x, x)
-    leaf = distance.detach().requires_grad_()
-    same = labels[:, None] == labels
-    positives = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    step = max(1, BLOCK_BYTES // (4 * len(x) ** 2))
-    total, count = 0.0, 0
-    for i in range(0, len(x), step):
-        rows = slice(i, i + step)
-        mask = positives[rows, :, None] & ~same[rows, None]
-        hinge = F.relu(leaf[rows, :, None] - leaf[rows, None] + MARGIN)
-        hinge = torch.where(mask, hinge, 0)
-        part = hinge.sum()
-        part.backward()
-        total, count = total + part.detach(), count + (hinge > 0).sum()
-    distance.backward(leaf.grad / count.clamp_min(1))
-    return total / count.clamp_min(1)
-
-
-def available_bytes() -> int:
-    """What the system could still give."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 1 << 62
-
-
-def all_triplets(
-    n: int = 4096, d: int = 128, device: str = "cpu", rivals: str = "all", seed: int = 0
-) -> Case:
-    """The hinge over all triplets, four rows a class."""
-    torch.manual_seed(seed)
-    rows, labels = _classes(n, d, device)
-    x = rows.requires_grad_()
-
-    def fused(x: Tensor, labels: Tensor, **options: object) -> Tensor:
-        return functional.all_triplets(x, labels, margin=MARGIN, **options)
-
-    # products of half the pairs, and those of a gradient
-    flops = 3.0 * n * n * d
-    title = f"All triplets, N={n:,} D={d}, {PER_CLASS} a class"
-    case = _case(title, fused, gathered_triplets, (x, labels), flops, rivals)
-    if rivals == "none":
-        return case
-    case.providers["eager, N^3 mask in slices"] = lambda: masked_triplets(x, labels)
-    case.turns["eager, N^3 mask in slices"] = 0
-    losses = peer("pytorch_metric_learning.losses")
-    # its mask of triplets in bytes, and the indices of the triplets that there are
-    needed = 2 * n**3 + 12 * 8 * n * (PER_CLASS - 1) * n
-    if losses is not None and needed > available_bytes():
-        print(f"without TripletMarginLoss: it needs {needed / 2**30:,.0f} GiB, "
-              f"{available_bytes() / 2**30:,.0f} GiB are free", file=sys.stderr)  # fmt: skip
-    elif losses is not None:
-        distance = importlib.import_module("pytorch_metric_learning.distances").LpDistance
-        loss = losses.TripletMarginLoss(
-            margin=MARGIN, distance=distance(normalize_embeddings=False)
-        )
-        case.providers["pytorch-metric-learning"] = lambda: backward(loss(x, labels))
-        case.turns["pytorch-metric-learning"] = 1
-    _loosen(case)
-    return case
-
-
-def _loosen(case: Case) -> None:
-    """Products of few bits move distances across hinges, and choose other rows."""
-    low = ("bf16", "mixed", "knob")
-    case.tolerance = {name: 0.5 for name in case.providers if any(w in name for w in low)}
-
-
-def _on_classes(
-    title: str,
-    fused: Callable[..., Tensor],
-    eager: Callable[..., Tensor],
-    flops: float,
-    n: int,
-    d: int,
-    device: str,
-    rivals: str,
-    seed: int,
-) -> Case:
-    torch.manual_seed(seed)
-    x, labels = _classes(n, d, device)
-    inputs = (x.requires_grad_(), labels)
-    title = f"{title}, N={n:,} D={d}, {PER_CLASS} a class"
-    case = _case(title, fused, eager, inputs, flops, rivals)
-    _loosen(case)
-    return case
-
-
-def contrastive(
-    n: int = 8192, d: int = 128, device: str = "cpu", rivals: str = "all", seed: int = 0
-) -> Case:
-    """Contrastive loss at a margin that many negatives are within."""
-
-    def fused(x: Tensor, labels: Tensor, **options: object) -> Tensor:
-        return functional.contrastive(x, labels, negative_margin=1.3, **options)
-
-    flops = 4.0 * n * n * d
-    given = (n, d, device, rivals, seed)
-    return _on_classes("Contrastive loss", fused, eager_contrastive, flops, *given)
-
-
-def batch_hard_triplet(
-    n: int = 8192, d: int = 128, device: str = "cpu", rivals: str = "all", seed: int = 0
-) -> Case:
-    """The soft-margin batch-hard loss."""
-
-    def fused(x: Tensor, labels: Tensor, **options: object) -> Tensor:
-        return functional.batch_hard_triplet(x, labels, **options)
-
-    # the gradient follows the chosen rows: no second matrix
-    flops = float(n) * n * d + 12.0 * n * d
-    given = (n, d, device, rivals, seed)
-    return _on_classes("Batch-hard triplet loss", fused, eager_batch_hard, flops, *given)
-
-
 def _of(metric: str, gradient: bool) -> Callable[..., Case]:
     return lambda *sizes, **options: distances(metric, *sizes, gradient=gradient, **options)
 
 
-# by the option that gives their sizes
 MATRICES: dict[str, Callable[..., Case]] = {
     **{metric: _of(metric, False) for metric in OPERATIONS},
     **{f"{metric}_gradient": _of(metric, True) for metric in OPERATIONS},
     "euclidean_gradient": euclidean,
-}
-BATCHES: dict[str, Callable[..., Case]] = {
-    "batch_hard_mining": batch_hard_mining,
-    "all_triplets": all_triplets,
-    "contrastive": contrastive,
-    "batch_hard_triplet": batch_hard_triplet,
 }

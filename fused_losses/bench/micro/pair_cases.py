@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import functional
-from fused_losses.bench.measure import Step
 from fused_losses.bench.micro import peers
-from fused_losses.bench.micro.cases import Case, backward, in_16_bits, our_ways, rivals_of, short
+from fused_losses.bench.micro.cases import Case, against_eager, backward
 from fused_losses.late_interaction import maxsim as fused_maxsim
 
 TEMPERATURE = 0.07
@@ -94,29 +93,6 @@ def _unit(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tenso
     return F.normalize(torch.randn(*shape, device=device), dim=-1).to(dtype).requires_grad_()
 
 
-def _case(
-    title: str,
-    fused: Callable[..., Tensor],
-    eager: Callable[..., Tensor],
-    inputs: tuple[Tensor, ...],
-    flops: float,
-    rivals: str,
-) -> Case:
-    """fused(*inputs, precision=) against eager(*inputs). rivals: "all", "eager" or "none"."""
-    like = inputs[0]
-    leaves = [t for t in inputs if t.requires_grad]
-    providers: dict[str, Step] = {}
-    for name, options in our_ways(like):
-        providers[name] = lambda o=options: backward(fused(*inputs, **o))
-    ours = list(providers)
-    if rivals != "none":
-        providers |= rivals_of(eager, inputs, compiled=rivals == "all")
-    floor = 2.0 * sum(leaf.nbytes for leaf in leaves)
-    title = f"{title}, {short(like.dtype)} inputs, forward + backward"
-    case = Case(title, providers, ours, leaves, flops, floor)
-    return case if like.dtype == torch.float32 else in_16_bits(case)
-
-
 def info_nce(
     n: int = 8192,
     d: int = 512,
@@ -135,7 +111,7 @@ def info_nce(
         return functional.info_nce(x, y, temperature=1 / scale, symmetric=True, **options)
 
     title = f"Symmetric InfoNCE, N=M={n:,} D={d}"
-    return _case(title, fused, eager_info_nce, inputs, 4 * 2.0 * n * n * d, rivals)
+    return against_eager(title, fused, eager_info_nce, inputs, 4 * 2.0 * n * n * d, rivals)
 
 
 def siglip(
@@ -156,7 +132,7 @@ def siglip(
         return functional.sigmoid_contrastive(x, y, scale=scale, bias=bias, **options)
 
     title = f"SigLIP, N=M={n:,} D={d}"
-    case = _case(title, fused, eager_siglip, inputs, 4 * 2.0 * n * n * d, rivals)
+    case = against_eager(title, fused, eager_siglip, inputs, 4 * 2.0 * n * n * d, rivals)
     if rivals != "none":
         case.providers |= peers.siglip(*inputs)
     return case
@@ -180,7 +156,7 @@ def attention(
 
     title = f"Similarity attention, N=M={n:,} D={d}"
     # products: 2 forward; backward the scores again, dP, dV, dQ and dK
-    case = _case(title, fused, eager_attention, inputs, 7 * 2.0 * n * n * d, rivals)
+    case = against_eager(title, fused, eager_attention, inputs, 7 * 2.0 * n * n * d, rivals)
     if rivals != "none":
         case.providers |= peers.attention(*inputs)
     return case
@@ -203,7 +179,7 @@ def _one_batch(
     if labelled:
         # eight rows a class, in no order
         inputs = (*inputs, torch.randperm(n, device=device) // 8)
-    return _case(f"{title}, N={n:,} D={d}", fused, eager, inputs, 4.0 * n * n * d, rivals)
+    return against_eager(f"{title}, N={n:,} D={d}", fused, eager, inputs, 4.0 * n * n * d, rivals)
 
 
 def supervised_contrastive(
@@ -276,19 +252,7 @@ def maxsim(
     # the gradient follows the chosen tokens: two sums of rows, no matrix
     flops = 2.0 * q * lq * b * ld * d + 2 * 2.0 * q * lq * b * d
     title = f"MaxSim, {q} x {lq} query tokens, {b:,} x {ld} document tokens, D={d}"
-    case = _case(title, fused, eager_maxsim, inputs, flops, rivals)
+    case = against_eager(title, fused, eager_maxsim, inputs, flops, rivals)
     # near ties: rounded products choose other tokens, and so do the gradients
     case.tolerance = {name: 0.5 for name in case.providers if "bf16" in name or "knob" in name}
     return case
-
-
-BY_SHAPE: dict[str, Callable[..., Case]] = {
-    "info_nce": info_nce,
-    "siglip": siglip,
-    "supervised_contrastive": supervised_contrastive,
-    "nt_xent": nt_xent,
-    "uniformity": uniformity,
-    "multi_similarity": multi_similarity,
-    "attention": attention,
-}
-IN_16_BITS = ("info_nce", "siglip", "attention")  # those that take a dtype

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.bench.measure import Step
+from fused_losses.bench.measure import Provider
 
 Loss = Callable[..., Tensor]
 
@@ -33,8 +33,8 @@ def peer(name: str) -> ModuleType | None:
         return None
 
 
-def _steps(losses: dict[str, Loss], *inputs: Tensor) -> dict[str, Step]:
-    def step(loss: Loss) -> Step:
+def _steps(losses: dict[str, Loss], *inputs: Tensor) -> dict[str, Provider]:
+    def step(loss: Loss) -> Provider:
         def run() -> Tensor:
             value = loss(*inputs)
             value.backward()
@@ -45,7 +45,7 @@ def _steps(losses: dict[str, Loss], *inputs: Tensor) -> dict[str, Step]:
     return {name: step(loss) for name, loss in losses.items()}
 
 
-def cross_entropy(x: Tensor, w: Tensor, y: Tensor, scale: float) -> dict[str, Step]:
+def cross_entropy(x: Tensor, w: Tensor, y: Tensor, scale: float) -> dict[str, Provider]:
     """Linear cross entropies of unit rows: no margin, so the peers do less. 16-bit inputs."""
     losses: dict[str, Loss] = {}
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
@@ -61,7 +61,7 @@ def cross_entropy(x: Tensor, w: Tensor, y: Tensor, scale: float) -> dict[str, St
     return _steps(losses, x, w, y)
 
 
-def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> dict[str, Step]:
+def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> dict[str, Provider]:
     """The sigmoid loss of siglip-kernel, whose temperature comes as a logarithm."""
     found = peer("siglip_kernel") if x.is_cuda else None
     if found is None:
@@ -70,7 +70,7 @@ def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> dict[str, Step]
     return _steps(loss, x, y, scale, bias)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> dict[str, Step]:
+def attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> dict[str, Provider]:
     """torch's own attention kernels, on one head: SDPA anywhere, flex_attention on a GPU."""
     kernels: dict[str, Loss] = {"SDPA": F.scaled_dot_product_attention}
     if query.is_cuda:
@@ -89,7 +89,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> dict[
     return _steps(losses, query, key, value)
 
 
-def neighbours(x: Tensor, y: Tensor, k: int) -> dict[str, Step]:
+def neighbours(x: Tensor, y: Tensor, k: int) -> dict[str, Provider]:
     """faiss' flat index with its bank on the GPU."""
     faiss = peer("faiss") if x.is_cuda else None
     if faiss is None or not hasattr(faiss, "StandardGpuResources"):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fused_losses.bench.plots import plotted
 from fused_losses.bench.roofline.cost import Cost, cost, traced
 from fused_losses.bench.roofline.ops import PLAIN, Op, ops
 from fused_losses.bench.roofline.peaks import PEAKS, PEERS, Peak
@@ -167,46 +169,36 @@ beside what the product reads (the dispatch table takes this form where the swee
 and blocks go along runs of columns: rows, and float32 sums of theirs, pass once for every run.
 """
 
-COLOURS = {"triton": "#2a6f97", "cuda": "#d1495b", "compiled": "#8d99ae", "eager": "#c9cdd6"}
-BAR, LEFT, WIDTH = 9, 230, 560
+TICKS = (1, 2, 5, 10, 20, 50, 100)
+COLOURS = {"triton": "#2a6f97", "cuda": "#d1495b", "eager": "#c9cdd6", "compiled": "#8d99ae"}
 
 
-def plot(found: list[Row], gpu: str = "H100") -> str:
-    """Times over the bound of the floor, as bars on a logarithmic axis. SVG"""
-    from math import log10
+def plot(path: Path, found: list[Row], gpu: str = "H100") -> None:
+    """Times over the bound of the floor, as bars on a logarithmic axis."""
 
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for a in found:
-        groups.setdefault((a.op.name, a.op.direction), []).append(a)
-    height = sum(BAR * len(g) + 8 for g in groups.values()) + 60
-    most = 2.0  # decades
-    x = [f'<text x="{LEFT}" y="14">time over the bound of the floor, {gpu}</text>']
-    for ratio in (1, 2, 5, 10, 20, 50, 100):
-        at = LEFT + WIDTH * log10(ratio) / most
-        x.append(f'<path d="M{at:.0f} 24V{height - 30}" stroke="#ddd"/>')
-        x.append(f'<text x="{at:.0f}" y="{height - 16}" text-anchor="middle">{ratio}</text>')
-    y = 30
-    for (name, step), group in groups.items():
-        middle = y + BAR * len(group) / 2 + 4
-        x.append(f'<text x="{LEFT - 8}" y="{middle:.0f}" text-anchor="end">{name} {step}</text>')
-        for a in group:
+    def draw(figure: Any, axes: Any) -> None:
+        names: dict[str, list[int]] = {}
+        for y, a in enumerate(found):
+            names.setdefault(f"{a.op.name} {a.op.direction}", []).append(y + len(names))
+        places = (y for ys in names.values() for y in ys)
+        for y, a in zip(places, found, strict=True):
             ratio = a.costs[gpu].seconds / bound_seconds(a.op, PEAKS[gpu])
-            wide = WIDTH * min(max(log10(max(ratio, 1)), 0.01), most) / most
-            bar = f'x="{LEFT}" y="{y}" width="{wide:.0f}" height="{BAR - 2}"'
-            x.append(f'<rect {bar} fill="{COLOURS[a.way]}"/>')
-            y += BAR
-        y += 8
-    for i, (form, colour) in enumerate(COLOURS.items()):
-        at = LEFT + 330 + 80 * i
-        x.append(f'<rect x="{at}" y="6" width="9" height="9" fill="{colour}"/>')
-        x.append(f'<text x="{at + 13}" y="14">{form}</text>')
-    body = "\n".join(x)
-    style = 'font-family="sans-serif" font-size="11"'
-    size = f'width="{LEFT + WIDTH + 80}" height="{height}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n{body}\n</svg>\n'
+            # a bar at the bound itself is to be seen
+            axes.barh(y, max(ratio, 1.02) - 1, left=1, color=COLOURS[a.way])
+        for way, colour in COLOURS.items():
+            axes.barh(0, 0, left=1, color=colour, label=way)
+        axes.set_yticks([sum(ys) / len(ys) for ys in names.values()], names)
+        axes.set(xscale="log", xlim=(1, 100), xlabel=f"time over the bound of the floor, {gpu}")
+        axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.5)
+        axes.legend()
+
+    plotted(path, draw, figsize=(8.7, 1.5 + 0.13 * len(found)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `fused-losses roofline`."""
     parser.add_argument("--out", type=Path, help="folder to write roofline.md and roofline.svg to "
                         "(default: the page is printed)")  # fmt: skip
     parser.add_argument("--op", choices=sorted({op.name for op in ops()}), action="append",
@@ -214,11 +206,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Prints the page, or writes it with its plot."""
     found = rows(args.op)
     if args.out is None:
         print(page(found))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "roofline.md").write_text(page(found))
-    (args.out / "roofline.svg").write_text(plot(found))
+    plot(args.out / "roofline.svg", found)
     return 0

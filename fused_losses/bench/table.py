@@ -1,0 +1,131 @@
+"""The table of cases: `fused-losses bench`, benchmarks/ and the tests draw on it at their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fused_losses.bench.heads import cases as head_cases
+from fused_losses.bench.micro import batch_cases, cases, distance_cases, pair_cases
+from fused_losses.bench.micro.cases import Case
+
+Shape = tuple[int, ...]
+
+
+class Sizes(NamedTuple):
+    """Sizes that cases share; an option of `fused-losses bench` gives others."""
+
+    letters: str
+    what: str
+    usual: list[Shape]
+    small: list[Shape]  # of benchmarks/
+
+
+SIZES = {
+    "shape": Sizes(
+        "B,C,D",
+        "batch, classes, width",
+        [(256, 100_000, 512), (128, 1_000_000, 512)],
+        [(256, 20_000, 512), (64, 50_000, 128)],
+    ),
+    "head": Sizes(
+        "B,C,D",
+        "batch, classes and width of the large-class head",
+        [(256, 200_000, 512)],
+        [(256, 20_000, 512)],
+    ),
+    "pairs": Sizes("N,D", "batch and width of the losses over pairs", [(8192, 512)], [(2048, 256)]),
+    "tokens": Sizes(
+        "Q,LQ,B,LD,D",
+        "queries and documents with their tokens, and width, of maxsim",
+        [(256, 32, 1024, 128, 128)],
+        [(32, 32, 128, 128, 128)],
+    ),
+    "distances": Sizes(
+        "N,D", "rows and width of the matrices of distances", [(4096, 128)], [(1024, 128)]
+    ),
+    "bank": Sizes(
+        "N,M,D,K",
+        "queries, bank, width and neighbours of topk",
+        [(1024, 200_000, 256, 32)],
+        [(256, 20_000, 256, 32)],
+    ),
+    "batch": Sizes(
+        "N,D",
+        "batch and width of mining and of the losses over triplets",
+        [(8192, 128)],
+        [(1024, 128)],
+    ),
+}
+
+
+def every(rounds: int, shape: Shape) -> int:
+    """All rounds that are asked for."""
+    return rounds
+
+
+def half(rounds: int, shape: Shape) -> int:
+    """Of the slower cases."""
+    return max(3, rounds // 2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case of the table. make(*shape, device=, rivals="all"|"eager"|"none", seed=)."""
+
+    make: Callable[..., Case]
+    sizes: str  # key of SIZES
+    rounds: Callable[[int, Shape], int] = half
+    own: Shape | None = None  # in the place of the usual sizes
+    in_16_bits: bool = False  # takes a dtype
+
+    def usual(self) -> list[Shape]:
+        """The shapes that are measured where none is asked for."""
+        return SIZES[self.sizes].usual if self.own is None else [self.own]
+
+    def dtypes(self, device: str) -> tuple[torch.dtype, ...]:
+        """The peers' kernels on a GPU take 16-bit rows only."""
+        both = self.in_16_bits and device != "cpu"
+        return (torch.float32, torch.bfloat16) if both else (torch.float32,)
+
+    def case(self, shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Case:
+        """The case at this shape, with all rivals."""
+        how = {"dtype": dtype} if self.in_16_bits else {}
+        return self.make(*shape, device=device, **how)
+
+
+CASES = {
+    "margin_softmax": Entry(
+        cases.margin_softmax,
+        "shape",
+        lambda rounds, shape: (every if shape[0] * shape[1] <= 3e7 else half)(rounds, shape),
+        in_16_bits=True,
+    ),
+    "class_centers": Entry(head_cases.class_centers, "head"),
+    "info_nce": Entry(pair_cases.info_nce, "pairs", in_16_bits=True),
+    "siglip": Entry(pair_cases.siglip, "pairs", in_16_bits=True),
+    "supervised_contrastive": Entry(pair_cases.supervised_contrastive, "pairs"),
+    "nt_xent": Entry(pair_cases.nt_xent, "pairs"),
+    "uniformity": Entry(pair_cases.uniformity, "pairs"),
+    "multi_similarity": Entry(pair_cases.multi_similarity, "pairs"),
+    "attention": Entry(pair_cases.attention, "pairs", in_16_bits=True),
+    # an eager step takes 20 s on two cores
+    "maxsim": Entry(pair_cases.maxsim, "tokens", lambda rounds, shape: max(1, rounds // 4)),
+    **{name: Entry(make, "distances", every) for name, make in distance_cases.MATRICES.items()},
+    "topk": Entry(batch_cases.topk, "bank"),
+    "batch_hard_mining": Entry(batch_cases.batch_hard_mining, "batch"),
+    "all_triplets": Entry(batch_cases.all_triplets, "batch", own=(4096, 128)),
+    "contrastive": Entry(batch_cases.contrastive, "batch"),
+    "batch_hard_triplet": Entry(batch_cases.batch_hard_triplet, "batch"),
+}
+
+
+def title(name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> str:
+    """The name of a case at a shape: of its files, of its rows."""
+    letters = SIZES[CASES[name].sizes].letters.split(",")
+    sizes = (f"{letter}{size}" for letter, size in zip(letters, shape, strict=True))
+    bits = [] if dtype == torch.float32 else [cases.short(dtype)]
+    return "_".join([name, *sizes, *bits])
