@@ -11,17 +11,16 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from fused_losses.backends import (
-    triton,
-    triton_distances,
-    triton_launch,
-    triton_maxsim,
-    triton_pairs,
-    triton_topk,
-)
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.bench.roofline.trace import triton_work
-from fused_losses.inputs import Inputs, Needs, RowGradients
-from fused_losses.pair_inputs import PairInputs, PairNeeds, Rule
+from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.maxsim import triton as triton_maxsim
+from fused_losses.primitives.pairs import triton as triton_pairs
+from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds, Rule
+from fused_losses.primitives.row_statistics import triton
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.topk import triton as triton_topk
 
 Counts = dict[str, list[int]]  # kernel -> bytes loaded, bytes stored, FLOPs of products
 
@@ -106,15 +105,15 @@ def rows(n: int, c: int, d: int, dtype: torch.dtype, processors: int = 10**6, **
     )
 
     def call() -> None:
-        saved = triton_launch.processors
-        triton_launch.processors = lambda device: processors
+        saved = gpu_device.processors
+        gpu_device.processors = lambda device: processors
         try:
             lse = triton.forward(inputs)[0]
             grads = torch.randn(n), torch.randn(n), torch.randn(n) if weighted else None
             needs = Needs(True, True, extra, compact=inputs.bend is not None)
             triton.backward(inputs, lse, RowGradients(*grads), needs)
         finally:
-            triton_launch.processors = saved
+            gpu_device.processors = saved
 
     return call
 

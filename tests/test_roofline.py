@@ -15,7 +15,9 @@ import torch
 import triton_interpreted
 from conftest import CUDA
 
-from fused_losses.backends import cuda_launch, triton_launch, triton_tiles
+from fused_losses.backends.cuda import launch as cuda_launch
+from fused_losses.backends.gpu import tiles as gpu_tiles
+from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.bench.roofline import cuda_forms, page
 from fused_losses.bench.roofline.cache import Cache
 from fused_losses.bench.roofline.cost import cost, traced
@@ -23,7 +25,8 @@ from fused_losses.bench.roofline.ops import PLAIN, ops
 from fused_losses.bench.roofline.peaks import PEAKS, PEERS
 from fused_losses.bench.roofline.trace import Trace, holders
 from fused_losses.bench.roofline.work import Work, access, work_of
-from fused_losses.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_statistics import triton_tiles
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 
 META = dict(device="meta")
 
@@ -59,7 +62,7 @@ def counted(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def cuda_rows(dtype: torch.dtype, bent: bool = False) -> None:
-    from fused_losses.backends import cuda
+    from fused_losses.primitives.row_statistics import cuda
 
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(48, 64, generator=g).to(dtype), torch.randn(512, 64, generator=g).to(dtype)
@@ -71,7 +74,7 @@ def cuda_rows(dtype: torch.dtype, bent: bool = False) -> None:
 
 
 def cuda_sums(dtype: torch.dtype) -> None:
-    from fused_losses.backends import cuda_distances
+    from fused_losses.primitives.distances import cuda as cuda_distances
 
     x, y = torch.randn(64, 48).to(dtype), torch.randn(128, 48).to(dtype)
     cuda_distances.forward(x, y, None, "cityblock", 1.0, "fp32")
@@ -176,7 +179,7 @@ def test_what_is_beyond_a_limit_says_why() -> None:
 def test_a_changed_tile_changes_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     before = sum(w.moved() for w in works("linear_cross_entropy", "forward", "triton"))
     tiles = triton_tiles.TABLES["sm_90"].tiles
-    narrow = triton_tiles.Tile(128, 64, 64)
+    narrow = gpu_tiles.Tile(128, 64, 64)
     monkeypatch.setitem(tiles, ("forward", "half"), narrow)
     after = sum(w.moved() for w in works("linear_cross_entropy", "forward", "triton"))
     assert 1.7 < after / before < 2.1

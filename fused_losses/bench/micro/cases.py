@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends, functional
-from fused_losses.backends import cpu
+from fused_losses.backends.cpu import capability as cpu
 from fused_losses.bench.measure import LOWERED, Provider
 from fused_losses.bench.micro import peers
 

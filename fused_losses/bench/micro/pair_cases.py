@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_losses import functional
 from fused_losses.bench.micro import peers
 from fused_losses.bench.micro.cases import Case, against_eager, backward
-from fused_losses.late_interaction import maxsim as fused_maxsim
+from fused_losses.primitives.maxsim.op import maxsim as fused_maxsim
 
 TEMPERATURE = 0.07
 ALPHA, BETA, BASE = 2.0, 50.0, 0.5  # multi-similarity

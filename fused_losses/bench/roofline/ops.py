@@ -11,22 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_losses.backends import (
-    cuda,
-    cuda_distances,
-    cuda_maxsim,
-    cuda_pairs,
-    cuda_topk,
-    triton,
-    triton_distances,
-    triton_maxsim,
-    triton_pairs,
-    triton_topk,
-)
-from fused_losses.inputs import Inputs, Needs, RowGradients
-from fused_losses.pair_inputs import PairInputs, PairNeeds
+from fused_losses.primitives.distances import cuda as cuda_distances
+from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.maxsim import cuda as cuda_maxsim
+from fused_losses.primitives.maxsim import triton as triton_maxsim
+from fused_losses.primitives.pairs import cuda as cuda_pairs
+from fused_losses.primitives.pairs import triton as triton_pairs
+from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
+from fused_losses.primitives.row_statistics import cuda, triton
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.topk import cuda as cuda_topk
+from fused_losses.primitives.topk import triton as triton_topk
+from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.row_update import Sgd, _sgd_on_kernel
-from fused_losses.selection import TopkInputs
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PLAIN = ("eager", "compiled")

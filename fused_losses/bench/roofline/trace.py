@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_losses import validation
-from fused_losses.backends import cuda_launch, triton_launch
+from fused_losses.backends.cuda import launch as cuda_launch
+from fused_losses.backends.triton import launch as triton_launch
+from fused_losses.base import validation
 from fused_losses.bench.roofline import cuda_forms  # noqa: F401 (enters them)
 from fused_losses.bench.roofline.work import Work, access, cdiv, count, work_of
 
@@ -211,7 +212,8 @@ class Trace(TorchDispatchMode):
     def triton(self, kernel: Any, programs: int, args: tuple, constants: dict, tile: Any) -> None:
         """In the place of `triton_launch.launch`."""
         self.work.append(triton_work(kernel, programs, args, constants))
-        self.kept += [t.untyped_storage() for t in args if isinstance(t, Tensor)]
+        given = triton_launch.by_name(kernel, args, {}).values()
+        self.kept += [t.untyped_storage() for t in given if isinstance(t, Tensor)]
 
     def cuda(self, name: str, **arguments: Any) -> None:
         """In the place of `cuda_launch.launch`."""
@@ -238,7 +240,7 @@ def triton_work(kernel: Any, programs: int, args: tuple, constants: dict) -> Wor
     # Triton, which its kernels are written in, is optional
     from fused_losses.bench.roofline import triton_forms  # noqa: F401 (enters them)
 
-    values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    values = triton_launch.by_name(kernel, args, constants)
     return work_of(kernel, kernel.fn.__name__, programs, values)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from fused_losses.backends import (
-    triton_distance_kernels,
-    triton_gradients,
-    triton_kernels,
-    triton_maxsim_kernels,
-    triton_pair_kernels,
-    triton_topk_kernels,
-)
 from fused_losses.bench.roofline.work import Launch, cdiv, form
+from fused_losses.primitives.distances import triton_kernels as triton_distance_kernels
+from fused_losses.primitives.maxsim import triton_kernels as triton_maxsim_kernels
+from fused_losses.primitives.pairs import triton_attention, triton_backward
+from fused_losses.primitives.pairs import triton_forward as triton_pair_kernels
+from fused_losses.primitives.row_statistics import triton_backward as triton_gradients
+from fused_losses.primitives.row_statistics import triton_forward as triton_kernels
+from fused_losses.primitives.topk import triton_kernels as triton_topk_kernels
 
 
 def _tile_products(
@@ -33,22 +32,20 @@ def _tile_products(
 
 def _columns(s: Launch, columns: int, times: int) -> None:
     """`column_values`"""
-    s.read("inverse", columns * times)
-    s.read("classes", columns * times)
-    s.read("bias", columns * times)
-    s.read("column_weight", columns * times)
+    for name in ("inverse", "ids", "bias", "weight"):
+        s.read(f"of_class.{name}", columns * times)
 
 
 @form(triton_kernels.forward_tiles)
 def forward_tiles(s: Launch) -> None:
     tiles, columns = s.programs // s.row_tiles, s.count - s.first
     _tile_products(s, "x", "w", (0, s.n), (s.first, columns), s.d, s.programs)
-    s.read("classes", s.programs * s.BN)
+    s.read("of_class.ids", s.programs * s.BN)
     _columns(s, columns, s.row_tiles)
-    s.read("positions", s.n * tiles)
-    s.read("bend", 4 * s.n * tiles, 0, 4 * s.n)
+    s.read("of_row.positions", s.n * tiles)
+    s.read("of_row.bend", 4 * s.n * tiles, 0, 4 * s.n)
     for name in ("peak", "total", "best", "moment"):
-        s.write(name, s.n * tiles, 0, s.n * tiles)
+        s.write(f"part.{name}", s.n * tiles, 0, s.n * tiles)
     s.work.scalar = 6 * s.programs * s.BM * s.BN
 
 
@@ -60,11 +57,11 @@ def forward_resident(s: Launch) -> None:
     swept = ((splits - 1) * cdiv(s.span, s.BN) + cdiv(last, s.BN)) * s.BN * s.row_tiles
     s.read("x", s.programs * rows * d, 0, s.n * s.stride_x)
     s.read("w", swept * d, s.first * s.stride_w, columns * s.stride_w)
-    s.read("classes", swept)
-    s.read("inverse", columns * s.row_tiles)
-    s.read("positions", s.n * splits)
+    s.read("of_class.ids", swept)
+    s.read("of_class.inverse", columns * s.row_tiles)
+    s.read("of_row.positions", s.n * splits)
     for name in ("peak", "total", "best"):
-        s.write(name, s.n * splits, 0, s.n * splits)
+        s.write(f"part.{name}", s.n * splits, 0, s.n * splits)
     s.multiply(swept * rows, d, s.x)
     s.work.scalar = 6 * swept * rows
 
@@ -80,14 +77,14 @@ def inverse_norms(s: Launch) -> None:
 
 def _merge(s: Launch) -> None:
     for name in ("peak", "total", "best", "moment"):
-        s.read(name, s.groups * s.n, 0, s.groups * s.n)
+        s.read(f"part.{name}", s.groups * s.n, 0, s.groups * s.n)
 
 
 @form(triton_kernels.merge_tiles)
 def merge_tiles(s: Launch) -> None:
     _merge(s)
-    for name in ("to_peak", "to_total", "to_best", "to_moment"):
-        s.write(name, s.n)
+    for name in ("peak", "total", "best", "moment"):
+        s.write(f"to.{name}", s.n)
 
 
 @form(triton_kernels.forward_rows)
@@ -105,17 +102,17 @@ def forward_rows(s: Launch) -> None:
 
 def _row_vectors(s: Launch, times: int) -> None:
     for name in ("positions", "lse", "grad_lse", "grad_target", "grad_weighted"):
-        s.read(name, s.n * times)
-    s.read("bend", 4 * s.n * times, 0, 4 * s.n)
+        s.read(f"of_row.{name}", s.n * times)
+    s.read("of_row.bend", 4 * s.n * times, 0, 4 * s.n)
 
 
 @form(triton_gradients.gradient_tiles)
 def gradient_tiles(s: Launch) -> None:
     tiles, columns = s.programs // s.row_tiles, s.count - s.first
     _tile_products(s, "x", "w", (0, s.n), (s.first, columns), s.d, s.programs)
-    s.read("classes", s.programs * s.BN)
+    s.read("of_class.ids", s.programs * s.BN)
     _columns(s, columns, s.row_tiles)
-    s.read("inverse", columns * s.row_tiles)
+    s.read("of_class.inverse", columns * s.row_tiles)
     _row_vectors(s, tiles)
     s.write("ds", s.n * columns)
     s.write("bias_sum", columns * s.row_tiles)
@@ -144,7 +141,7 @@ def owner_rows(s: Launch) -> None:
     swept, splits = s.programs * s.steps * s.BN, s.programs // s.row_tiles
     s.read("x", s.programs * s.BM * s.d, 0, s.n * s.stride_x)
     s.read("w", swept * s.d, 0, s.count * s.stride_w)
-    s.read("classes", swept)
+    s.read("of_class.ids", swept)
     _columns(s, s.count, s.row_tiles)
     _row_vectors(s, splits)
     s.write("dx", splits * s.n * s.d)
@@ -157,9 +154,9 @@ def owner_classes(s: Launch) -> None:
     columns, swept = s.programs * s.BN, s.programs * cdiv(s.n, s.BM) * s.BM
     s.read("w", columns * s.d * (2 if s.NORMALIZE else 1), 0, s.count * s.stride_w)
     s.read("x", swept * s.d, 0, s.n * s.stride_x, cdiv(s.programs, 256))
-    s.read("classes", columns * (2 if s.has("classes") else 1) + s.count)
-    s.read("bias", s.count)
-    s.read("column_weight", s.count)
+    s.read("of_class.ids", columns * (2 if s.has("of_class.ids") else 1) + s.count)
+    s.read("of_class.bias", s.count)
+    s.read("of_class.weight", s.count)
     s.read("unscale", s.programs)
     _row_vectors(s, s.programs)
     s.write("inverse", s.count)
@@ -182,15 +179,15 @@ def _pair_tiles(s: Launch) -> tuple[int, int, int]:
             for r in range(s.row_tiles)
         )
     share = live / s.programs
-    _tile_products(s, "x", "y", (s.first_row, high), (s.first_column, wide), s.d, live)
+    _tile_products(s, "x.rows", "y.rows", (s.first_row, high), (s.first_column, wide), s.d, live)
     s.read("scale", live)
-    kinds = 1 if s.KIND is not None or not s.has("x_labels") else 2
+    kinds = 1 if s.KIND is not None or not s.has("x.labels") else 2
     for of, times in (("labels", kinds), ("bias", 1), ("ids", 1), ("groups", 1)):
-        s.read(f"x_{of}", round(high * tiles * times * share))
-        s.read(f"y_{of}", round(wide * s.row_tiles * times * share))
+        s.read(f"x.{of}", round(high * tiles * times * share))
+        s.read(f"y.{of}", round(wide * s.row_tiles * times * share))
     s.read("exclude", round(high * s.excluded * tiles * share))
-    s.read("x_window", round(2 * kinds * high * tiles * share))
-    s.read("y_window", round(2 * kinds * wide * s.row_tiles * share))
+    s.read("x.window", round(2 * kinds * high * tiles * share))
+    s.read("y.window", round(2 * kinds * wide * s.row_tiles * share))
     return high, wide, tiles
 
 
@@ -211,17 +208,17 @@ def pair_merge_tiles(s: Launch) -> None:
     s.write("state", state, 0, state)
 
 
-@form(triton_pair_kernels.gradient_tiles)
+@form(triton_backward.gradient_tiles)
 def pair_gradient_tiles(s: Launch) -> None:
     high, wide, tiles = _pair_tiles(s)
-    kinds, vectors = 2 if s.has("x_labels") else 1, 4 if s.REDUCTION == "lse" else 2
+    kinds, vectors = 2 if s.has("x.labels") else 1, 4 if s.REDUCTION == "lse" else 2
     s.read("row_vectors", kinds * vectors * high * tiles, 0, kinds * vectors * high)
     s.read("column_vectors", kinds * vectors * wide * s.row_tiles, 0, kinds * vectors * wide)
     s.write("ds", high * wide)
     s.work.scalar = (8 + 6 * s.has("column_vectors")) * kinds * s.programs * s.BM * s.BN
 
 
-@form(triton_pair_kernels.attention_tiles)
+@form(triton_attention.attention_tiles)
 def attention_tiles(s: Launch) -> None:
     high, wide, tiles = _pair_tiles(s)
     s.read("base", 2 * high * tiles)
