@@ -76,7 +76,7 @@ cuda-sanitize: venv
 cuda-mutants: venv
 	$(ON_HOST) $(PYTEST) tests -m mutants
 
-# what every GPU kernel compiles to, without a GPU: writes docs/gpu_static.md, fails on a spill
+# what every GPU kernel compiles to, without a GPU: writes docs/generated/gpu_static.md, fails on a spill
 gpu-static: venv
 ifneq ($(shell which nvcc),)
 	$(CONFIGURE) -DFUSED_LOSSES_CUDA=ON > /dev/null

@@ -26,7 +26,7 @@ from fused_losses.primitives.maxsim import triton as triton_maxsim
 from fused_losses.primitives.pairs import triton_tiles as triton_pair_tiles
 from fused_losses.primitives.row_statistics import triton_tiles
 from fused_losses.primitives.topk import triton as triton_topk
-from tools.gpu_static import cuda_library, machine_code, page, rules, sweep
+from tools.gpu_static import cuda_library, gate, machine_code, page, sweep
 from tools.gpu_static.calls import CALLS, compilations
 from tools.gpu_static.machine_code import Figures
 from tools.gpu_static.record import AMD, NVIDIA, Compilation, launches, on, specialise
@@ -218,9 +218,9 @@ def test_occupancy_is_that_of_the_peers_table() -> None:
     for peer in page.peers():
         if "x" not in peer["tile"] or "CuTe" in peer["kernel"]:
             continue
-        shared = round(float(peer["shared_kib"]) * rules.KIB)
+        shared = round(float(peer["shared_kib"]) * gate.KIB)
         numbers = (int(peer[k]) for k in ("warps", "registers"))
-        got = rules.occupancy(peer["arch"], *numbers, shared, int(peer["tensor_memory"]))
+        got = gate.occupancy(peer["arch"], *numbers, shared, int(peer["tensor_memory"]))
         assert got == int(peer["blocks"]), peer
         compared += 1
     assert compared > 50
@@ -228,12 +228,12 @@ def test_occupancy_is_that_of_the_peers_table() -> None:
 
 def test_occupancy_by_hand() -> None:
     # 128 registers: 4 warps a partition, two blocks of 8; 99 KiB leave room for one block
-    assert rules.occupancy("sm_80", 8, 128, 64 * rules.KIB) == 2
-    assert rules.occupancy("sm_86", 8, 128, 64 * rules.KIB) == 1
-    assert rules.occupancy("sm_120", 8, 64, 0) == 4  # 32 of 48 warps: 4 partitions of 8
-    assert rules.occupancy("sm_89", 4, 16, 0) == 12
-    assert rules.occupancy("sm_86", 8, 64, 100 * rules.KIB) == 0
-    assert rules.occupancy("sm_100", 4, 64, 0, 200) == 2  # 256 columns are given out
+    assert gate.occupancy("sm_80", 8, 128, 64 * gate.KIB) == 2
+    assert gate.occupancy("sm_86", 8, 128, 64 * gate.KIB) == 1
+    assert gate.occupancy("sm_120", 8, 64, 0) == 4  # 32 of 48 warps: 4 partitions of 8
+    assert gate.occupancy("sm_89", 4, 16, 0) == 12
+    assert gate.occupancy("sm_86", 8, 64, 100 * gate.KIB) == 0
+    assert gate.occupancy("sm_100", 4, 64, 0, 200) == 2  # 256 columns are given out
 
 
 def test_the_page_has_every_kernel() -> None:
@@ -297,7 +297,7 @@ def test_planted_fault(name: str) -> None:
         warps,
         stages,
     )
-    found = rules.faults(machine_code.figures(arch, key))
+    found = gate.faults(machine_code.figures(arch, key))
     assert bool(found) == bool(said), found
     for words in said:
         assert any(words in fault for fault in found), (words, found)
@@ -356,5 +356,5 @@ def test_planted_cuda_fault(
 ) -> None:
     figures = planted_cuda[kernel]
     assert figures.warps == 4
-    found = rules.faults(figures)
+    found = gate.faults(figures)
     assert (found == []) if said is None else (len(found) == 1 and said in found[0]), found

@@ -75,9 +75,10 @@ def cuda_rows(dtype: torch.dtype, bent: bool = False) -> None:
 
 def cuda_sums(dtype: torch.dtype) -> None:
     from fused_losses.primitives.distances import cuda as cuda_distances
+    from fused_losses.primitives.distances.inputs import DistanceInputs
 
     x, y = torch.randn(64, 48).to(dtype), torch.randn(128, 48).to(dtype)
-    cuda_distances.forward(x, y, None, "cityblock", 1.0, "fp32")
+    cuda_distances.forward(DistanceInputs(x, y, None, "cityblock", 1.0))
 
 
 def cuda_update(dtype: torch.dtype) -> None:

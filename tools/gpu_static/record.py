@@ -6,16 +6,15 @@ The host code runs as it is, on tensors without data or on CPU tensors;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fused_losses.backends.gpu import device as gpu_device
-from fused_losses.backends.triton import launch as triton_launch
-from fused_losses.base import validation
+from fused_losses.bench.roofline.trace import pretended
 
 TYPES = {
     torch.float64: "*fp64",
@@ -37,23 +36,9 @@ def table_row(arch: str) -> str:
     return gpu_device.table_row(divmod(int(arch[3:]), 10))
 
 
-@contextmanager
-def on(arch: str, launch: Callable, processors: int = 132) -> Iterator[None]:
+def on(arch: str, launch: Callable[..., None], processors: int = 132) -> AbstractContextManager:
     """The host code believes in a GPU of this architecture and launches through `launch`."""
-    saved = triton_launch.launch, gpu_device.architecture, gpu_device.processors
-    checks = validation.check_labels, validation.check_classes, validation.check_labels_in_classes
-    row = table_row(arch)
-    triton_launch.launch = launch
-    gpu_device.architecture = lambda device: row
-    gpu_device.processors = lambda device: processors
-    validation.check_labels = validation.check_classes = lambda *a, **k: None
-    validation.check_labels_in_classes = lambda *a, **k: None
-    try:
-        yield
-    finally:
-        triton_launch.launch, gpu_device.architecture, gpu_device.processors = saved
-        validation.check_labels, validation.check_classes = checks[:2]
-        validation.check_labels_in_classes = checks[2]
+    return pretended(table_row(arch), processors, launch)
 
 
 @dataclass(frozen=True)

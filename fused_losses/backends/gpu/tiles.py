@@ -60,7 +60,7 @@ class Table:
 
     tiles: Tiles
     # of the stored G: with what its products read and write beside it, it must stay in L2
-    # (docs/roofline.md: at twice as much, 1024 x 1,000,000 x 512 moves four times its floor
+    # (roofline.md: at twice as much, 1024 x 1,000,000 x 512 moves four times its floor
     # through the DRAM of an A100 or an H100)
     ds_bytes: int
     chunk_bytes: int = 0  # of W that two kernels in a row should find in L2

@@ -13,17 +13,20 @@ from torch.nn import functional as F
 
 from fused_losses.primitives.distances import cuda as cuda_distances
 from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.maxsim import cuda as cuda_maxsim
 from fused_losses.primitives.maxsim import triton as triton_maxsim
+from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.pairs import cuda as cuda_pairs
 from fused_losses.primitives.pairs import triton as triton_pairs
 from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
 from fused_losses.primitives.row_statistics import cuda, triton
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_update import cuda as cuda_row_update
+from fused_losses.primitives.row_update.inputs import Sgd
 from fused_losses.primitives.topk import cuda as cuda_topk
 from fused_losses.primitives.topk import triton as triton_topk
 from fused_losses.primitives.topk.inputs import TopkInputs
-from fused_losses.row_update import Sgd, _sgd_on_kernel
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PLAIN = ("eager", "compiled")
@@ -229,9 +232,10 @@ def distance_op(n: int, d: int, kind: str) -> Iterator[Op]:
     if kind == "cityblock":
         del modules["triton"]
     grad, out = empty(n, n), empty(n, n)
+    inputs, needs = DistanceInputs(x, y, None, kind, 1.0), DistanceNeeds(True, True, False)
 
     def backward(m: Any) -> Run:
-        return lambda: m.backward(grad, out, x, y, None, kind, 1.0, "fp32", True, True, False)
+        return lambda: m.backward(grad, out, inputs, needs)
 
     def plain() -> Tensor:
         return torch.cdist(x, y, 1.0 if kind == "cityblock" else 2.0)
@@ -244,7 +248,7 @@ def distance_op(n: int, d: int, kind: str) -> Iterator[Op]:
         shape,
         bytes_of(x, y, out),
         2 * n * n * d * product,
-        {k: lambda m=m: m.forward(x, y, None, kind, 1.0, "fp32") for k, m in modules.items()},
+        {k: lambda m=m: m.forward(inputs) for k, m in modules.items()},
         plain,
     )
     yield Op(
@@ -260,19 +264,20 @@ def distance_op(n: int, d: int, kind: str) -> Iterator[Op]:
 def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterator[Op]:
     x, y = empty(queries * lq, d, dtype=BF16), empty(documents * ld, d, dtype=BF16)
     offsets = empty(queries + 1, dtype=torch.int64), empty(documents + 1, dtype=torch.int64)
+    inputs = MaxsimInputs(x, y, *offsets)
     scores = empty(queries, documents)
     index = empty(queries * lq, documents, dtype=torch.int32)
     modules = {"triton": triton_maxsim, "cuda": cuda_maxsim}
 
     def backward(m: Any) -> Run:
-        return lambda: m.backward(scores, index, x, y, *offsets, True, True)
+        return lambda: m.backward(scores, index, inputs, MaxsimNeeds(True, True))
 
     def plain(x: Tensor = x, y: Tensor = y) -> Tensor:
         z = x @ y.T
         return z.view(queries, lq, documents, ld).amax(3).float().sum(1)
 
     shape = f"{queries} x {lq} against {documents} x {ld} tokens, D={d} bf16"
-    forward = {k: lambda m=m: m.forward(x, y, *offsets, "fp32") for k, m in modules.items()}
+    forward = {k: lambda m=m: m.forward(inputs) for k, m in modules.items()}
     sides = bytes_of(x, y)
     flops = 2 * x.shape[0] * y.shape[0] * d
     yield Op("maxsim", "forward", shape, sides + bytes_of(scores, index), flops, forward, plain)
@@ -293,7 +298,9 @@ def update_op(count: int, d: int) -> Iterator[Op]:
     grad, rows = empty(count, d), empty(count, dtype=torch.int64)
 
     def own() -> None:
-        _sgd_on_kernel(Sgd(weight, rows, grad, momentum, None, 0.1, 0.9, 0.0, 0.0, False, False))
+        cuda_row_update.run(
+            Sgd(weight, rows, grad, momentum, None, 0.1, 0.9, 0.0, 0.0, False, False)
+        )
 
     def plain() -> None:
         step = momentum[rows].mul(0.9).add(grad)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_losses.backends.cuda import launch as cuda_launch
+from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.base import validation
 from fused_losses.bench.roofline import cuda_forms  # noqa: F401 (enters them)
@@ -258,8 +259,8 @@ def pretended(arch: str, processors: int, launch: Callable[..., None]) -> Iterat
     """
     doubles: dict[tuple[ModuleType, str], Callable[..., Any]] = {
         (triton_launch, "launch"): launch,
-        (triton_launch, "architecture"): lambda device: arch,
-        (triton_launch, "processors"): lambda device: processors,
+        (gpu_device, "architecture"): lambda device: arch,
+        (gpu_device, "processors"): lambda device: processors,
     }
     for name in dir(validation):
         if name.startswith("check_"):
