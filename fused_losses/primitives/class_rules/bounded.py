@@ -8,11 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base import validation
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
-from fused_losses.base.validation import NO_TARGET
-from fused_losses.primitives.class_rules.inputs import ClassInputs, ClassNeeds, ClassStatistics
-from fused_losses.primitives.class_rules.rules import RULES, merge, nothing
+from fused_losses.primitives.class_rules.inputs import (
+    ClassInputs,
+    ClassNeeds,
+    ClassStatistics,
+    check_ids,
+    places,
+    rule_values,
+    weight_rows,
+)
+from fused_losses.primitives.class_rules.rules import RULES, merge, nothing, pool
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.distances.op import DISTANCE_MATRIX
 
@@ -90,19 +96,6 @@ class _Tile(NamedTuple):
         return marks.scatter_(1, self.column, True)[:, :size]
 
 
-def pool(product: Tensor, softness: float) -> Tensor:
-    """A class's cosine from those of its centres, [..., K] -> [...].
-
-    softness 0: the highest (of equal ones the first, which also gets the gradient); else their mean
-    by softmax(product / softness), SoftTriple's relaxed similarity (Qian et al., 2019).
-    """
-    if product.shape[-1] == 1:
-        return product[..., 0]
-    if softness == 0:
-        return product.max(dim=-1).values
-    return (torch.softmax(product / softness, dim=-1) * product).sum(dim=-1)
-
-
 def _spread(grad: Tensor, tile: _Tile, p: ClassInputs) -> Tensor:
     """dL/dcosine [N, T] -> dL/dproduct [N, T K]."""
     if p.centers == 1:
@@ -116,34 +109,16 @@ def _spread(grad: Tensor, tile: _Tile, p: ClassInputs) -> Tensor:
     return share.mul_(grad[..., None]).flatten(1)
 
 
-def _places(p: ClassInputs) -> Tensor:
-    """[N, L]: where each label stands among the classes that take part; -1: nowhere."""
-    if p.classes is None:
-        return p.labels
-    if p.classes.numel() == 0:
-        return torch.full_like(p.labels, NO_TARGET)
-    place = torch.searchsorted(p.classes, p.labels).clamp_max(p.classes.numel() - 1)
-    return torch.where(p.classes[place] == p.labels, place, NO_TARGET)
-
-
-def _weight_rows(p: ClassInputs, part: slice) -> slice | Tensor:
-    k = p.centers
-    if p.classes is None:
-        return slice(part.start * k, part.stop * k)
-    ids = p.classes[part]
-    return ids if k == 1 else (ids[:, None] * k + torch.arange(k, device=ids.device)).flatten()
-
-
 def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_Tile]:
     """The classes that take part, a tile at a time, against the rows x (p.x as accumulated)."""
     if x.shape[0] == 0:
         return
-    step, place = tile_classes(p), _places(p)
+    step, place = tile_classes(p), places(p)
     dot = DISTANCE_MATRIX.op(backend)
     for start in range(0, p.taking_part, step):
         part = slice(start, min(start + step, p.taking_part))
         size = part.stop - start
-        rows = _weight_rows(p, part)
+        rows = weight_rows(p, part)
         weight = p.weight[rows].to(x.dtype)
         norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True) if p.normalize else None
         weight = unit_rows(weight) if p.normalize else weight
@@ -152,10 +127,6 @@ def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_Tile]:
         column = place - start
         column = torch.where((column < 0) | (column >= size), size, column)
         yield _Tile(part, rows, weight, norm, product, cosine, column)
-
-
-def _values(p: ClassInputs, dtype: torch.dtype) -> Tensor | None:
-    return None if p.values is None else p.values.to(dtype)[:, :, None]
 
 
 def _fold(kind: str, term: Tensor, positive: Tensor) -> Tensor:
@@ -195,20 +166,11 @@ def targets(
     return torch.where(labels < 0, 0, out.view_as(labels))
 
 
-def _check_ids(p: ClassInputs) -> None:
-    """Labels and classes in range, before anything is read by them."""
-    count = p.weight.shape[0] // p.centers
-    validation.check_labels(p.labels, count if p.taking_part else 0)
-    if p.classes is not None and p.taking_part and not p.labels.is_cuda:
-        validation.check_classes(p.classes, count)
-        validation.check_labels_in_classes(p.labels.flatten(), p.classes)
-
-
 def forward(backend: str, p: ClassInputs) -> ClassStatistics:
-    _check_ids(p)
+    check_ids(p)
     rule, params = RULES[p.rule], list(p.params)
     x = p.x.to(p.dtype)
-    n, values = x.shape[0], _values(p, x.dtype)
+    n, values = x.shape[0], rule_values(p, x.dtype)
     statistics = nothing(rule.kinds, n, x.device)
     hardest = torch.full((n,), -1, device=x.device)
     hardest_score = x.new_full((n,), -torch.inf)
@@ -234,7 +196,7 @@ def _tile_gradient(
     A row without negatives has lse = -inf, and infinities here that are masked.
     """
     rule, params = RULES[p.rule], list(p.params)
-    values = _values(p, tile.cosine.dtype)
+    values = rule_values(p, tile.cosine.dtype)
     terms = rule.terms(tile.cosine, values, params) if "lse" in rule.kinds else ()
     parts = []
     for s, slope in enumerate(rule.slopes(tile.cosine, values, params)):

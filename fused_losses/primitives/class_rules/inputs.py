@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.validation import NO_TARGET
 
 INPUTS = (
     "Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? values, "
@@ -62,3 +64,34 @@ class ClassStatistics(NamedTuple):
     targets: Tensor  # [N, L] in `row_dtype`; 0 where the label is -1
     hardest: Tensor  # [N] int64, the negative class of highest cosine, -1: there is none
     hardest_score: Tensor  # [N] its cosine (before any bend), -inf: there is none
+
+
+def places(p: ClassInputs) -> Tensor:
+    """[N, L]: where each label stands among the classes that take part; -1: nowhere."""
+    if p.classes is None:
+        return p.labels
+    if p.classes.numel() == 0:
+        return torch.full_like(p.labels, NO_TARGET)
+    place = torch.searchsorted(p.classes, p.labels).clamp_max(p.classes.numel() - 1)
+    return torch.where(p.classes[place] == p.labels, place, NO_TARGET)
+
+
+def weight_rows(p: ClassInputs, part: slice) -> slice | Tensor:
+    k = p.centers
+    if p.classes is None:
+        return slice(part.start * k, part.stop * k)
+    ids = p.classes[part]
+    return ids if k == 1 else (ids[:, None] * k + torch.arange(k, device=ids.device)).flatten()
+
+
+def rule_values(p: ClassInputs, dtype: torch.dtype) -> Tensor | None:
+    return None if p.values is None else p.values.to(dtype)[:, :, None]
+
+
+def check_ids(p: ClassInputs) -> None:
+    """Labels and classes in range, before anything is read by them."""
+    count = p.weight.shape[0] // p.centers
+    validation.check_labels(p.labels, count if p.taking_part else 0)
+    if p.classes is not None and p.taking_part and not p.labels.is_cuda:
+        validation.check_classes(p.classes, count)
+        validation.check_labels_in_classes(p.labels.flatten(), p.classes)

@@ -5,29 +5,29 @@ from __future__ import annotations
 import torch
 
 from fused_losses.base.numerics import row_dtype, unit_rows
-from fused_losses.primitives.class_rules.bounded import (
-    _check_ids,
-    _places,
-    _values,
-    _weight_rows,
-    pool,
+from fused_losses.primitives.class_rules.inputs import (
+    ClassInputs,
+    ClassStatistics,
+    check_ids,
+    places,
+    rule_values,
+    weight_rows,
 )
-from fused_losses.primitives.class_rules.inputs import ClassInputs, ClassStatistics
-from fused_losses.primitives.class_rules.rules import RULES
+from fused_losses.primitives.class_rules.rules import RULES, pool
 
 
 def reference(p: ClassInputs) -> ClassStatistics:
     """The same from the whole N x M matrix, in PyTorch that any order of autograd follows."""
-    _check_ids(p)
+    check_ids(p)
     rule, wide = RULES[p.rule], row_dtype(p.x.device)
-    rows = _weight_rows(p, slice(0, p.taking_part))
+    rows = weight_rows(p, slice(0, p.taking_part))
     weight = unit_rows(p.weight[rows]) if p.normalize else p.weight[rows]
     product = p.x.to(weight.dtype) @ weight.T
     cosine = pool(product.unflatten(1, (p.taking_part, p.centers)), p.softness)
-    place = _places(p)
+    place = places(p)
     ids = torch.arange(p.taking_part, device=p.x.device)
     positive = (place[:, :, None] == ids).any(dim=1)
-    terms = rule.terms(cosine, _values(p, cosine.dtype), list(p.params))
+    terms = rule.terms(cosine, rule_values(p, cosine.dtype), list(p.params))
     statistics = []
     for kind, term in zip(rule.kinds, terms, strict=True):
         term = term.to(wide).masked_fill(positive, -torch.inf if kind == "lse" else 0)

@@ -112,3 +112,16 @@ def nothing(kinds: tuple[str, ...], n: int, device: torch.device) -> Tensor:
     """Statistics [S, N] over no classes at all."""
     start = [-torch.inf if kind == "lse" else 0.0 for kind in kinds]
     return torch.tensor(start, dtype=row_dtype(device), device=device)[:, None].repeat(1, n)
+
+
+def pool(product: Tensor, softness: float) -> Tensor:
+    """A class's cosine from those of its centres, [..., K] -> [...].
+
+    softness 0: the highest (of equal ones the first, which also gets the gradient); else their mean
+    by softmax(product / softness), SoftTriple's relaxed similarity (Qian et al., 2019).
+    """
+    if product.shape[-1] == 1:
+        return product[..., 0]
+    if softness == 0:
+        return product.max(dim=-1).values
+    return (torch.softmax(product / softness, dim=-1) * product).sum(dim=-1)

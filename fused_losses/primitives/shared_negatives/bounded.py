@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.shared_negatives.inputs import SharedInputs
+from fused_losses.primitives.shared_negatives.inputs import SharedInputs, whiskers
 
 TILE_SIDE = 512  # rows and columns of a tile of pairs
 
@@ -20,13 +20,6 @@ LIVE_BYTES = 96  # a pair of a tile at the peak (tests/test_batch_negatives.py)
 DIGIT = 16  # bits of a float that a sweep of the selection settles
 
 BINS = 1 << DIGIT
-
-
-def whiskers(quartiles: Tensor, whisker: float) -> tuple[Tensor, Tensor]:
-    """The closed interval that is kept."""
-    q1, q3 = quartiles
-    reach = whisker * (q3 - q1)
-    return q1 - reach, q3 + reach
 
 
 def tile_side(device: torch.device) -> int:

@@ -22,3 +22,10 @@ class SharedInputs(NamedTuple):
     x: Tensor  # [N, D] in the accumulation dtype
     labels: Tensor  # [N] integers
     valid: Tensor  # [N] bool: the others are in no pair
+
+
+def whiskers(quartiles: Tensor, whisker: float) -> tuple[Tensor, Tensor]:
+    """The closed interval that is kept."""
+    q1, q3 = quartiles
+    reach = whisker * (q3 - q1)
+    return q1 - reach, q3 + reach

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.shared_negatives.bounded import whiskers
-from fused_losses.primitives.shared_negatives.inputs import SharedInputs
+from fused_losses.primitives.shared_negatives.inputs import SharedInputs, whiskers
 
 
 def reference(p: SharedInputs, scale: Tensor, whisker: float) -> Tensor:
