@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.maxsim import triton as triton_maxsim
+from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.pairs import triton as triton_pairs
 from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds, Rule
 from fused_losses.primitives.row_statistics import triton
@@ -114,9 +116,10 @@ def distances(
     kind: str, d: int, dtype: torch.dtype, precision: str = "fp32", n: int = 4096, m: int = 8192
 ) -> None:
     x, y = empty(n, d, dtype=dtype), empty(m, d, dtype=dtype)
-    out = triton_distances.forward(x, y, None, kind, 2.0, precision)
-    options = (None, kind, 2.0, precision, True, True, False)
-    triton_distances.backward(empty(*out.shape), out, x, y, *options)
+    inputs = DistanceInputs(x, y, None, kind, 2.0, precision)
+    out = triton_distances.forward(inputs)
+    needs = DistanceNeeds(True, True, False)
+    triton_distances.backward(empty(*out.shape), out, inputs, needs)
 
 
 def topk(
@@ -159,14 +162,15 @@ def maxsim(
     shape: tuple[int, int, int, int] = (64, 32, 64, 256),  # queries, tokens, documents, tokens
 ) -> None:
     query_count, query_length, count, length = shape
-    texts = (
+    inputs = MaxsimInputs(
         empty(query_count * query_length, d, dtype=dtype),
         empty(count * length, d, dtype=dtype),
         empty(query_count + 1, dtype=torch.int64),
         empty(count + 1, dtype=torch.int64),
+        precision,
     )
-    scores, index = triton_maxsim.forward(*texts, precision)
-    triton_maxsim.backward(empty(*scores.shape), index, *texts, True, True)
+    scores, index = triton_maxsim.forward(inputs)
+    triton_maxsim.backward(empty(*scores.shape), index, inputs, MaxsimNeeds(True, True))
 
 
 @dataclass(frozen=True)
