@@ -21,8 +21,11 @@ from fused_losses.backends import table
 
 NAMES = ("reference", "cpu", "triton", "cuda", "bounded")
 
+Choice = tuple[str, dict[str, list[str]]]  # who runs, and the reasons against those passed over
+
 _forced: list[str] = []
 _warned: set[str] = set()
+_watchers: list[list[Choice]] = []
 
 
 def capability(name: str) -> ModuleType:
@@ -62,6 +65,16 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+@contextmanager
+def watched() -> Iterator[list[Choice]]:
+    """The choices that are made within the block; nobody is warned of them."""
+    _watchers.append([])
+    try:
+        yield _watchers[-1]
+    finally:
+        _watchers.pop()
+
+
 def requested(backend: str | None) -> str:
     """The caller's `backend=`, else `use_backend`, else FUSED_LOSSES_BACKEND, else auto."""
     if backend is None:
@@ -89,7 +102,7 @@ def choose(
     precision: str,
     operation: str = "row_statistics",
     width: int = 0,
-) -> tuple[str, dict[str, list[str]]]:
+) -> Choice:
     """The backend that runs, and the reasons against those that were passed over.
 
     operation: of `table.OPERATIONS`; width: D, the size of a row.
@@ -102,7 +115,9 @@ def choose(
     for candidate in candidates:
         reasons = reasons_against(candidate, device, dtype, precision)
         if not reasons:
-            if name == "auto" and refused:
+            if _watchers:
+                _watchers[-1].append((candidate, refused))
+            elif name == "auto" and refused:
                 _warn_once(candidate, refused)
             return candidate, refused
         refused[candidate] = reasons

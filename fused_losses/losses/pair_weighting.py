@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses.base import validation
+from fused_losses.base import plans, validation
 from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
@@ -171,7 +171,9 @@ def lifted_structure(
         x = rows.x.to(accumulate_dtype(rows.x.dtype))
         # a zero that knows x, for a batch without positive pairs
         loss = (x * 0).sum(dim=1).to(stats.value.dtype)
-        for offset in range(1, int(stats.count[POSITIVE].max()) + 1 if len(x) else 0):
+        # every pass takes the same memory: two tell of all
+        passes = 2 if plans.explaining() else int(stats.count[POSITIVE].max()) if len(x) else 0
+        for offset in range(1, passes + 1):
             pair = (x, rows.labels, stats.value[NEGATIVE], offset)
             loss = loss + checkpoint(_lifted_pairs, *pair, use_reentrant=False)
         dtype = accumulate_dtype(both.x.dtype)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base import validation
+from fused_losses.base import plans, validation
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.sides import sides
 from fused_losses.base.unit_norm import unit
@@ -28,7 +28,8 @@ DISTANCES = (
     "braycurtis",
 )
 
-BLOCK_BYTES = 2 << 20  # of distances in a block; about ten such are alive
+BLOCK_BYTES = 2 << 20  # of distances in a block
+MINED_BLOCKS = 12  # alive at once
 
 
 class MiningBatch(NamedTuple):
@@ -131,6 +132,9 @@ def rows_at_once(batch: MiningBatch) -> int:
 def blocks(batch: MiningBatch) -> Iterator[MiningBlock]:
     n, m = batch.x.shape[0], batch.y.shape[0]
     step = rows_at_once(batch)
+    if plans.explaining():
+        plans.needs(MINED_BLOCKS * matrix(batch, batch.x[:step]).nbytes + 64 * (n + m))
+        return
     columns = torch.arange(m, device=batch.x.device)
     for start in range(0, n if m else 0, step):
         rows = slice(start, min(start + step, n))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_losses.base import plans
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.mining.batch import MiningBatch, MiningBlock, blocks
 
@@ -95,7 +96,8 @@ def gathered_triplets(batch: MiningBatch, lines: Iterable[Lines]) -> Triplets:
     for line in lines:
         table.add(line)
     out = Triplets(*table.columns())
-    out.left_out = batch.x.shape[0] - len(out.anchor.unique_consecutive())
+    if not plans.explaining():
+        out.left_out = batch.x.shape[0] - len(out.anchor.unique_consecutive())
     return out
 
 
@@ -137,6 +139,8 @@ def gathered_pairs(
             table.add((i + block.start, j, block.distance[i, j]))
     (a, p, near), (b, n, far) = (table.columns() for table in tables)
     out = Pairs(a, p, b, n, near, far)
+    if plans.explaining():
+        return out
     seen = torch.zeros(batch.x.shape[0], dtype=torch.bool, device=batch.x.device)
     seen[a] = True
     seen[b] = True

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_losses.base import validation
+from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, UNJUDGED, examples
 from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.validation import check_number, check_range
@@ -44,6 +44,7 @@ STRATEGIES = (
 )
 
 
+@plans.hands_out
 def mine_pairs(
     embeddings: Tensor,  # [N, D]
     labels: Tensor,  # [N]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fused_losses.base import validation
+from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import no_autocast
 from fused_losses.base.validation import check_number, check_range
@@ -33,6 +33,7 @@ RANKS = ("all", "hardest", "easiest")
 RULES = ("all", "hard", "semihard", "easy")
 
 
+@plans.hands_out
 def mine_triplets(
     embeddings: Tensor,  # [N, D]
     labels: Tensor,  # [N]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.base import validation
+from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.unit_norm import unit
@@ -30,6 +30,7 @@ from fused_losses.primitives.distances.inputs import FLAT
 SIMILARITIES = ("dot", "cosine", "rbf", "laplacian", "polynomial", "sigmoid")
 
 
+@plans.hands_out
 def pairwise_distance(
     x: Tensor,  # [..., N, D]
     y: Tensor | None = None,  # [..., M, D]
@@ -110,6 +111,7 @@ def pairwise_distance(
         return PLAIN[metric](call)
 
 
+@plans.hands_out
 def pairwise_similarity(
     x: Tensor,  # [..., N, D]
     y: Tensor | None = None,  # [..., M, D]

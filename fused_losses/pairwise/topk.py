@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses.base import validation
+from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import accumulate_dtype, root
 from fused_losses.base.sides import integers
@@ -60,6 +60,7 @@ PLANS = {
 }
 
 
+@plans.hands_out
 def pairwise_topk(
     x: Tensor,  # [N, D]
     y: Tensor | QuantizedRows | None,  # [M, D]; None: x itself
