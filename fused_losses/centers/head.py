@@ -27,8 +27,8 @@ from fused_losses.centers.statistics import HeadStats, over_shards
 from fused_losses.centers.step import SavedForward, Sharded
 from fused_losses.centers.storage import Storage, initialise_
 from fused_losses.centers.update import AutogradUpdates, RowUpdates
-from fused_losses.class_losses import ClassLoss, MergedRows
 from fused_losses.losses.adaptive_scale import AdaptiveScale
+from fused_losses.losses.class_values import ClassLoss, MergedRows
 from fused_losses.losses.unpg import UNPG
 from fused_losses.margins import ArcFace
 from fused_losses.primitives.shared_negatives.op import add_shared

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.centers.shard import Engine, RuleEngine, SoftmaxEngine
-from fused_losses.class_losses import ClassLoss, MergedRows, Softmax
 from fused_losses.losses.adaptive_scale import AdaptiveScale
+from fused_losses.losses.class_values import ClassLoss, MergedRows, Softmax
 from fused_losses.margins import Margin
 
 HeadMargin = Margin | ClassLoss | AdaptiveScale | None

@@ -9,7 +9,14 @@ from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import NO_TARGET, describe, meet, no_target
-from fused_losses.class_losses import MLCD, ClassLoss, MergedRows, SFace, Softmax, SphereFace2
+from fused_losses.losses.class_values import (
+    MLCD,
+    ClassLoss,
+    MergedRows,
+    SFace,
+    Softmax,
+    SphereFace2,
+)
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import class_statistics, class_targets
 

@@ -13,10 +13,10 @@ from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import GRADIENTS, check_smoothing, meet, no_target
-from fused_losses.class_losses import Softmax
 from fused_losses.losses import reference as losses_reference
 from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
 from fused_losses.losses.class_loss import class_loss
+from fused_losses.losses.class_values import Softmax
 from fused_losses.losses.margin_softmax_stats import MarginSoftmaxStats, blanked, reference_stats
 from fused_losses.margins import ArcFace, CosFace, Margin, MVSoftmax, apply_margin, bend_of
 from fused_losses.primitives.row_statistics import bounded

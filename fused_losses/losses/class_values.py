@@ -1,0 +1,302 @@
+"""Losses over classes with sub-centres, several labels a row, or no softmax; whole or sharded.
+
+A loss is a frozen value: which rule folds the negative classes (`primitives.class_rules`), and what
+it makes of a row's statistics and of the cosines of its labels, in ordinary PyTorch on small
+vectors. `class_loss` runs it in one process, `ClassCenters` over shards: the statistics merge.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.base.validation import GRADIENTS, describe
+from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
+from fused_losses.primitives.class_rules.rules import raised
+
+
+class MergedRows(NamedTuple):
+    """What a loss is made of: of every row, over all classes that take part."""
+
+    statistics: Tensor  # [S, N] of the rule, over the negatives
+    targets: Tensor  # [N, L] cosines with the labels, 0 where there is none
+    present: Tensor  # [N, L] bool: there is a label
+    norms: Tensor | None = None  # [N] |x| of the embeddings, for margins that use it
+
+
+class ClassLoss:
+    """What every loss has: the whole interface that `class_loss` and a sharded head ask for.
+
+    rule: a name in `class_rules.RULES`; softness: how a class's centres are pooled
+    (`class_rules.pool`), 0: the best one.
+    """
+
+    rule: str
+    softness: float = 0.0
+
+    def params(self) -> list[float]:
+        """The rule's."""
+        raise NotImplementedError
+
+    def values(self, targets: Tensor, present: Tensor) -> Tensor | None:
+        """Numbers of each row that the rule takes, [R, N] without gradient, or None.
+
+        targets [N, L]: cosines with the labels, 0 where there is none; present [N, L] bool.
+        """
+        return None
+
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        """Each row's loss [N], differentiable in statistics, targets and norms.
+
+        A row without labels may have any finite loss: the caller leaves it out.
+        """
+        raise NotImplementedError
+
+
+def _positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if isinstance(number, Tensor):  # whose gradient would be lost in the rule
+            raise TypeError(f"{name}: expected a float, got a tensor of {describe(number)}")
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name}: expected a finite value > 0, got {number}")
+
+
+def _present_sum(terms: Tensor, present: Tensor) -> Tensor:
+    return torch.where(present, terms, 0).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Softmax(ClassLoss):
+    """Cross entropy with a margin on the target, over classes of one centre or several.
+
+        mean over the row's labels p of  -log(e^{z_p} / (e^{z_p} + sum_neg e^{s psi(c_j)}))
+        z_p = s margin(c_p)
+
+    With one label that is margin softmax (sub-centre ArcFace: Deng et al., 2020); each of several
+    meets the negatives alone, not the other labels. margin: as in `margin_softmax`; one with a
+    `bend` moves the negatives by psi, and such a one, or one that uses the embeddings' norms,
+    takes one label a row. gradient: "exact" or "straight_through".
+    """
+
+    margin: Margin | None = ArcFace(0.5)
+    scale: float = 64.0
+    gradient: str = "exact"
+
+    rule = "softmax"
+
+    def __post_init__(self) -> None:
+        _positive(scale=self.scale)
+        validation.check_choice("gradient", self.gradient, GRADIENTS)
+
+    def params(self) -> list[float]:
+        return [self.scale]
+
+    def values(self, targets: Tensor, present: Tensor) -> Tensor | None:
+        if not hasattr(self.margin, "bend"):
+            return None
+        _one_label(self.margin, targets)
+        return bend_of(self.margin, targets[:, 0], present[:, 0])
+
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        moved = self._moved(rows.targets, rows.norms)
+        return _label_softmax(self.scale * moved, rows.statistics[0], rows.present) + self._penalty(
+            rows.norms
+        )
+
+    def _moved(self, targets: Tensor, norms: Tensor | None) -> Tensor:
+        """[N, L] target cosines after the margin."""
+        if getattr(self.margin, "uses_norm", False):
+            _one_label(self.margin, targets)
+            if norms is None:
+                raise ValueError(f"norms: expected [N], which {self.margin} uses, got None")
+            norms = norms.to(targets.dtype)
+        moved = apply_margin(self.margin, targets.flatten(), norms, self.gradient)
+        return moved.view_as(targets)
+
+    def _penalty(self, norms: Tensor | None) -> Tensor | float:
+        return self.margin.penalty(norms) if hasattr(self.margin, "penalty") else 0.0
+
+
+def _one_label(margin: Margin | None, targets: Tensor) -> None:
+    if targets.shape[1] != 1:
+        raise ValueError(
+            f"labels: expected one a row with {type(margin).__name__}, got {targets.shape[1]}"
+        )
+
+
+def _label_softmax(z: Tensor, lse: Tensor, present: Tensor) -> Tensor:
+    """Mean over a row's labels of softplus(lse - z), [N]; z [N, L], lse [N] of the negatives."""
+    loss = -F.logsigmoid(z - lse[:, None])
+    # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
+    loss = torch.where(z == torch.inf, torch.nan, loss)
+    return _present_sum(loss, present) / present.sum(dim=1).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class SoftTriple(ClassLoss):
+    """Cross entropy over classes whose centres are pooled softly (Qian et al., 2019).
+
+        S'_c = sum_k softmax_k(c_ck / gamma) c_ck,     z_j = la (S'_j - margin [j = y])
+
+    Several labels a row as in `Softmax`. Defaults: pytorch-metric-learning's. The paper's second
+    term, which draws the centres of a class together, is a function of the weight alone and is
+    not here.
+    """
+
+    la: float = 20.0
+    gamma: float = 0.1
+    margin: float = 0.01
+
+    rule = "softmax"
+
+    def __post_init__(self) -> None:
+        _positive(la=self.la, gamma=self.gamma)
+
+    @property
+    def softness(self) -> float:
+        return self.gamma
+
+    def params(self) -> list[float]:
+        return [self.la]
+
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        return _label_softmax(
+            self.la * (rows.targets - self.margin), rows.statistics[0], rows.present
+        )
+
+
+@dataclass(frozen=True)
+class SFace(ClassLoss):
+    """Cosines pulled and pushed with weights that fade by sigmoids of the angle (2205.12010).
+
+        loss = -s sum_labels sigmoid(k (theta_y - a)) c_y + s sum_neg sigmoid(k (b - theta_j)) c_j
+
+    The weights are detached. A cosine beyond +-1 by rounding counts as +-1 in its angle (the
+    authors' code gives NaN). Their run on CASIA has a = 0.87, b = 1.2.
+    """
+
+    scale: float = 64.0
+    k: float = 80.0
+    a: float = 0.8
+    b: float = 1.23
+
+    rule = "sface"
+
+    def __post_init__(self) -> None:
+        _positive(scale=self.scale, k=self.k)
+
+    def params(self) -> list[float]:
+        return [self.k, self.b]
+
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        angle = rows.targets.detach().clamp(-1, 1).acos()
+        pull = torch.sigmoid(self.k * (angle - self.a)) * rows.targets
+        return self.scale * (rows.statistics[0] - _present_sum(pull, rows.present))
+
+
+@dataclass(frozen=True)
+class SphereFace2(ClassLoss):
+    """A binary classifier a class instead of a softmax (Wen et al., 2022; additive margin "C").
+
+        g(c) = 2 ((c + 1) / 2)^t - 1,    z_y = r (g(c_y) - m) + b,    z_j = r (g(c_j) + m) + b
+        loss = lw / r (alpha sum_labels softplus(-z_y) + (1 - alpha) sum_neg softplus(z_j))
+
+    bias: a float, or a scalar tensor that may need a gradient; `balanced` gives the paper's start.
+    scale: r. gradient: "exact", or "straight_through": g's slope taken for 1 (opensphere).
+    """
+
+    bias: float | Tensor
+    scale: float = 40.0
+    margin: float = 0.4
+    t: float = 3.0
+    alpha: float = 0.7
+    lw: float = 50.0
+    gradient: str = "exact"
+
+    rule = "sphereface2"
+
+    def __post_init__(self) -> None:
+        _positive(scale=self.scale, lw=self.lw)
+        if not self.t >= 1:
+            raise ValueError(f"t: expected a value >= 1, got {self.t}")
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha: expected a value in (0, 1), got {self.alpha}")
+        if isinstance(self.bias, Tensor) and self.bias.numel() != 1:
+            raise ValueError(f"bias: expected one number, got {describe(self.bias)}")
+        validation.check_choice("gradient", self.gradient, GRADIENTS)
+
+    @classmethod
+    def balanced(
+        cls,
+        classes: int,
+        scale: float = 40.0,
+        margin: float = 0.4,
+        t: float = 3.0,
+        alpha: float = 0.7,
+        lw: float = 50.0,
+        gradient: str = "exact",
+    ) -> SphereFace2:
+        """With the bias at which the loss is smallest where every cosine is 0.
+
+        d loss / d b = 0: q (1 + e^{-v - b}) = 1 + e^{u + b} with u, v the scores of label and
+        negative without b and q = alpha / ((1 - alpha)(classes - 1)), a quadratic in e^b.
+        """
+        if classes < 2:
+            raise ValueError(f"classes: expected at least 2, got {classes}")
+        q = alpha / ((1 - alpha) * (classes - 1))
+        start = 2 * 0.5**t - 1
+        u, v = scale * (start - margin), scale * (start + margin)
+        root = math.sqrt((1 - q) ** 2 + 4 * q * math.exp(u - v))
+        bias = math.log(2 * q) - v - math.log(1 - q + root)
+        return cls(bias, scale, margin, t, alpha, lw, gradient)
+
+    def params(self) -> list[float]:
+        return [self.scale, self.margin, self.t, float(self.gradient == "straight_through")]
+
+    def values(self, targets: Tensor, present: Tensor) -> Tensor | None:
+        return self._bias(targets).detach().expand(1, targets.shape[0])
+
+    def _bias(self, like: Tensor) -> Tensor:
+        return torch.as_tensor(self.bias, dtype=like.dtype, device=like.device).reshape(())
+
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        bias = self._bias(rows.targets)
+        g = raised(rows.targets, self.t, self.gradient == "straight_through")
+        of_labels = _present_sum(-F.logsigmoid(self.scale * (g - self.margin) + bias), rows.present)
+        # worth 0: the gradient of the negatives' sum in the bias is their second statistic
+        of_bias = (bias - bias.detach()) * rows.statistics[1].detach()
+        of_negatives = rows.statistics[0] + of_bias
+        return self.lw / self.scale * (self.alpha * of_labels + (1 - self.alpha) * of_negatives)
+
+
+@dataclass(frozen=True)
+class MLCD(ClassLoss):
+    """Multi-label cluster discrimination (2407.17331): two sums, one of the labels' classes.
+
+        loss = log(1 + sum_labels e^{-s c_p}) + log(1 + sum_neg e^{s c_j})
+
+    The paper leaves the scale inside its similarities, and there is no public training code: the
+    default is ours.
+    """
+
+    scale: float = 64.0
+
+    rule = "softmax"
+
+    def __post_init__(self) -> None:
+        _positive(scale=self.scale)
+
+    def params(self) -> list[float]:
+        return [self.scale]
+
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        z = (-self.scale * rows.targets).masked_fill(~rows.present, -torch.inf)
+        # the 1 is one more term, e^0
+        of_labels = torch.logsumexp(F.pad(z, (0, 1)), dim=1)
+        return of_labels - F.logsigmoid(-rows.statistics[0])
