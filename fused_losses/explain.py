@@ -23,6 +23,7 @@ from fused_losses.base import plans
 from fused_losses.primitives import op as ops
 
 SLACK = 1 << 18  # of Python's objects, and of what is too small to be counted
+BESIDE = 1 / 8  # of the peak: what PyTorch's operators and products allocate within themselves
 KNOWN = 1 << 20  # elements of a tensor of integers whose values are carried along
 
 aten = torch.ops.aten
@@ -64,7 +65,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
                 f"values of a tensor on the host ({error.func})"
             ) from error
     name, refused = chosen[0] if chosen else ("bounded", {})
-    return Plan(name, refused, SLACK + trace.peak(counted=not plans.is_handed_out(fn)))
+    peak = trace.peak(counted=not plans.is_handed_out(fn))
+    return Plan(name, refused, SLACK + int(peak * (1 + BESIDE)))
 
 
 def _name(fn: Callable[..., Any]) -> str:
