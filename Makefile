@@ -30,7 +30,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 train: venv
 	$(BIN)/fused-losses train $(if $(DATA),--data $(DATA))
 
-# an answer within two minutes: one row of each test's table
+# a quick answer: one row of each test's table
 check: venv lint
 	OMP_WAIT_POLICY=passive $(PYTEST) --one-row
 

@@ -23,7 +23,8 @@ from fused_losses.base import plans
 from fused_losses.primitives import op as ops
 
 SLACK = 1 << 18  # of Python's objects, and of what is too small to be counted
-BESIDE = 1 / 8  # of the peak: what PyTorch's operators and products allocate within themselves
+# of the peak: what PyTorch's operators and products allocate within themselves; not derived
+BESIDE = 1 / 8
 KNOWN = 1 << 20  # elements of a tensor of integers whose values are carried along
 
 aten = torch.ops.aten
@@ -50,7 +51,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     fn: a function of `fused_losses.functional`, a primitive, or a loss of your own made of these
     and of PyTorch's operators. It is called on tensors that have a shape and no values: what
     PyTorch allocates is added up, and each op of ours tells its own workspace. Gradients are those
-    that the arguments ask for. Takes tens of milliseconds, whatever the sizes.
+    that the arguments ask for. Time of the call's operators without their work; the first call in a
+    process also sets up PyTorch's fake tensors.
     Raises what the call itself would raise for shapes, types and backends, and ValueError where
     what it does depends on the values of a tensor.
     """
