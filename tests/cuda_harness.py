@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from places import ROOT
 from torch import Tensor
 
 from fused_losses.backends.cuda import launch as cuda_launch
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = ROOT / "csrc"
 KERNELS = CSRC / "tests/cuda_harness/kernels.cu"
 SIMULATOR = sorted((CSRC / "cuda/host").glob("*.cpp"))
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-w", f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]

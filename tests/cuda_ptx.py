@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import ROOT, SHARED
 
 from fused_losses.backends.cuda import launch as cuda_launch
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
-SHARED = CSRC.parents[1] / "shared"
+CSRC = ROOT / "csrc"
 HOOK = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_char_p,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import widest
+from places import GOLDEN
 from torch import Tensor
 
 from fused_losses.losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax, lower_median
 
-FOLDER = Path(__file__).parent / "golden" / "negatives"
+FOLDER = GOLDEN / "negatives"
 INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]
 
 

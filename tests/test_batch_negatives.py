@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import widest
-from test_memory import COUNTER, told_by_child
+from counted import COUNTER, told_by_child
+from places import GOLDEN
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,7 +24,7 @@ from fused_losses.primitives.shared_negatives import inputs as shared_negatives_
 from fused_losses.primitives.shared_negatives import op as batch_negatives
 from fused_losses.primitives.shared_negatives.op import add_shared, shared_negatives
 
-FOLDER = Path(__file__).parent / "golden" / "negatives"
+FOLDER = GOLDEN / "negatives"
 INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]
 GOLDENS = sorted(name for name in INDEX if name.startswith("unpg"))
 

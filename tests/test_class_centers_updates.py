@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from class_center_cases import C, D, N, head
-from test_memory import COUNTER, told_by_child
+from counted import COUNTER, told_by_child
 from torch import Tensor
 
 from fused_losses.centers import ClassCenters

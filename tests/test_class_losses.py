@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import MEASURED, require, widest
-from test_memory import COUNTER, MIB, told_by_child
+from counted import COUNTER, MIB, told_by_child
+from places import GOLDEN
 from torch import Tensor
 
 from fused_losses import margins
@@ -32,7 +32,7 @@ from fused_losses.primitives.class_rules.op import (
 from fused_losses.primitives.class_rules.rules import RULES, merge
 
 N, D, C, K, L = 7, 5, 19, 3, 4
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = GOLDEN
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,8 @@ from pair_cases import (
     small_blocks,
 )
 from pair_formulas import eye, others, supcon_rows
-from test_row_loss_goldens import GOLDENS as ROW_GOLDENS
+from places import GOLDEN
+from row_loss_goldens import GOLDENS as ROW_GOLDENS
 from torch import Tensor
 
 from fused_losses import functional as fl
@@ -266,7 +266,7 @@ def test_torch_func_grad() -> None:
 
 # ---- the authors' numbers -----------------------------------------------------------------------
 
-FOLDER = Path(__file__).parent / "golden" / "pairs"
+FOLDER = GOLDEN / "pairs"
 INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 from fused_losses.bench.heads import calibration, model, page
 from fused_losses.bench.heads.calibration import calibrate, compared
@@ -27,7 +28,7 @@ from fused_losses.bench.heads.model import (
 from fused_losses.centers.collectives import step_traffic
 from fused_losses.centers.sampling import sample
 
-DOCS = Path(__file__).parents[1] / "docs" / "generated"
+DOCS = ROOT / "docs" / "generated"
 PRICES = Profile("made up", 2e-9, 1e-9, 3e-9, 5e-5, 3e-9, 5e-5, start=1e-3, overlapped=False)
 
 

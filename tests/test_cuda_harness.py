@@ -11,6 +11,7 @@ from pathlib import Path
 import cuda_harness as harness
 import pytest
 from cuda_harness import KERNELS_TABLE, Kernel
+from places import search_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cuda_harness")]
 
@@ -77,6 +78,7 @@ def test_sanitizers_report(name: str, fault: str, expected: str, sanitized: Path
         "ASAN_OPTIONS": "detect_leaks=0",
         "FUSED_LOSSES_CUDA_LIBRARY": str(sanitized),
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": search_path(),
     }
     command = [sys.executable, harness.__file__, name, fault]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import functools
 
 import pytest
 from conftest import CUDA, require
-from test_memory import COUNTER, told_by_child
+from counted import COUNTER, told_by_child
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import cuda_mutants
 import pytest
+from places import search_path
 
 pytest.importorskip("triton")
 
@@ -93,7 +94,7 @@ EQUIVALENT = {
 @pytest.mark.slow
 @pytest.mark.parametrize("source", EQUIVALENT)
 def test_planted_faults_are_noticed(source: str, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search_path()}
     command = [sys.executable, cuda_mutants.__file__, source, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

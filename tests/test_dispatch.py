@@ -7,18 +7,17 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import require
+from places import search_path
 
 import fused_losses
 from fused_losses import backends, functional
 from fused_losses.backends import table
 from fused_losses.losses import reference
 
-REPOSITORY = Path(__file__).parent.parent
 X, W, LABELS = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
 CPU = torch.device("cpu")
 
@@ -138,11 +137,10 @@ def test_naming_a_backend_warns_of_nothing() -> None:
 
 def child(program: str, **environment: str) -> subprocess.CompletedProcess:
     """A fresh interpreter: what is read from the environment, or at import, is seen only there."""
-    paths = os.pathsep.join(p for p in (str(REPOSITORY), os.environ.get("PYTHONPATH")) if p)
     known = {k: v for k, v in os.environ.items() if k != "FUSED_LOSSES_BACKEND"}
     return subprocess.run(
         [sys.executable, "-c", program],
-        env={**known, "PYTHONPATH": paths, **environment},
+        env={**known, "PYTHONPATH": search_path(), **environment},
         capture_output=True,
         text=True,
         timeout=120,

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import pytest
 from conftest import MEASURED, require
-from test_memory import COUNTER, MIB, told_by_child
+from counted import COUNTER, MIB, told_by_child
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("distance_memory")]
 

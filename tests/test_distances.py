@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import CUDA, STREAMED, require, widest
+from counted import COUNTER, MIB, told_by_child
 from scipy.spatial.distance import cdist, jensenshannon, pdist, squareform
 from scipy.special import rel_entr
-from test_memory import COUNTER, MIB, told_by_child
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

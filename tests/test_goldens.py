@@ -11,18 +11,18 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from places import GOLDEN
 from torch import Tensor
 
 import fused_losses
 from fused_losses import margins
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = GOLDEN
 INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]
 EXACT = 1e-9
 

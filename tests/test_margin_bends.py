@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import relative_error
+from places import GOLDEN
 from torch import Tensor
 
 import fused_losses
@@ -27,7 +27,6 @@ from fused_losses.primitives.row_statistics import reference
 from fused_losses.primitives.row_statistics.op import op, row_statistics
 
 F64, F32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-GOLDEN = Path(__file__).parent / "golden"
 EXACT = 1e-9
 
 

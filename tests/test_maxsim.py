@@ -7,6 +7,11 @@ import warnings
 import pytest
 import torch
 from conftest import CUDA, require
+from maxsim_checks import (  # noqa: F401
+    test_empty,
+    test_nan_reaches_its_scores_only,
+    test_ties_go_to_the_first_token,
+)
 from torch import Tensor
 
 from fused_losses.primitives.maxsim.op import MAXSIM, maxsim
@@ -53,29 +58,6 @@ def test_against_the_formula(q, lq, b, lb, d, dtype, backend: str) -> None:
     flat = documents[mask]
     ragged = run(lambda a, c: maxsim(a, c, lengths=lengths, **given), queries, flat)
     assert torch.equal(ragged[0], padded[0]) and torch.equal(ragged[2], padded[2][mask])
-
-
-def test_ties_go_to_the_first_token(backend: str) -> None:
-    queries = torch.ones(1, 1, 3)
-    documents = torch.ones(1, 4, 3, requires_grad=True)
-    maxsim(queries, documents, backend=backend).sum().backward()
-    assert torch.equal(documents.grad[0].sum(dim=1), torch.tensor([3.0, 0, 0, 0]))
-
-
-def test_nan_reaches_its_scores_only(backend: str) -> None:
-    queries, documents = torch.randn(2, 3, 4), torch.randn(5, 6, 4)
-    documents[1, 2] = torch.nan
-    scores = maxsim(queries, documents, backend=backend)
-    assert bool(scores[:, 1].isnan().all()) and int(scores.isnan().sum()) == 2
-
-
-@pytest.mark.parametrize(("q", "b"), [(0, 3), (3, 0), (0, 0)])
-def test_empty(q: int, b: int, backend: str) -> None:
-    queries, documents = torch.randn(q, 2, 4, requires_grad=True), torch.randn(b, 2, 4)
-    scores = maxsim(queries, documents, backend=backend)
-    assert scores.shape == (q, b)
-    scores.sum().backward()
-    assert queries.grad.shape == queries.shape
 
 
 @pytest.mark.parametrize("gpu", CUDA)

@@ -7,22 +7,14 @@ in forward and backward, beyond what lived before and the gradients that are han
 from __future__ import annotations
 
 import functools
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import pytest
 from conftest import CUDA, MEASURED, require
+from counted import COUNTER, MIB, told_by_child
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("memory")]
 
-HERE = Path(__file__).parent
-MIB = 1 << 20
 BOUND = 16 * MIB
 
 
@@ -62,22 +54,6 @@ HOST_CASES = [
     if case.id in ("many-classes", "bf16", "sampled-without-a-copy")
 ]
 
-# of every child: extra(step) is the peak of live bytes in step() beyond those before it
-COUNTER = """
-import ctypes, gc, json, sys
-import torch
-import fused_losses
-counter = ctypes.CDLL(None)
-counter.counted_live.restype = counter.counted_peak.restype = ctypes.c_longlong
-torch.set_num_threads(2)
-
-def extra(step):
-    gc.collect()
-    before = counter.counted_live()
-    counter.counted_reset()
-    step()
-    return counter.counted_peak() - before
-"""
 
 CHILD = (
     COUNTER
@@ -113,31 +89,6 @@ for case in cases:
 print(json.dumps({case["id"]: run(case, backend) for case in cases}))
 """
 )
-
-
-@functools.cache
-def library() -> str:
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("counting allocations needs a C compiler and glibc")
-    out = Path(tempfile.mkdtemp(prefix="count_allocations")) / "count.so"
-    source = HERE / "count_allocations.c"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", out, source], check=True)
-    return str(out)
-
-
-def told_by_child(program: str, argument: object, **environment: str) -> dict[str, tuple[int, int]]:
-    """What a child that counts its allocations prints, as JSON; the argument is its sys.argv[1]."""
-    paths = os.pathsep.join(p for p in (str(HERE.parent), os.environ.get("PYTHONPATH")) if p)
-    told = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(argument)],
-        env={**os.environ, "PYTHONPATH": paths, "LD_PRELOAD": library(), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert told.returncode == 0, told.stderr
-    return json.loads(told.stdout)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from conftest import widest
-from test_mining import (
+from mining_formulas import (
     allowed,
     batch,
     lines,

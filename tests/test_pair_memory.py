@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import pytest
 from conftest import MEASURED, require
-from test_memory import COUNTER, MIB, told_by_child
+from counted import COUNTER, MIB, told_by_child
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("pair_memory")]
 

@@ -6,12 +6,12 @@ import itertools
 import random
 import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import CUDA, require, widest
+from places import ROOT
 from torch import Tensor
 
 from fused_losses import backends
@@ -510,7 +510,7 @@ def test_compiles_whole_with_dynamic_shapes(streamed: str) -> None:
 
 
 def test_the_loss_of_the_documentation() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "pairs.md").read_text()
+    text = (ROOT / "docs" / "pairs.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
     space: dict[str, Any] = {"torch": torch}
     exec(code, space)

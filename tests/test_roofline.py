@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton_interpreted
 from conftest import CUDA
+from places import ROOT
 
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu import tiles as gpu_tiles
@@ -34,7 +35,7 @@ META = dict(device="meta")
 def test_closed_forms_of_triton_kernels() -> None:
     """Bytes loaded and stored and FLOPs of products, exactly, in Triton's interpreter."""
     pytest.importorskip("triton")
-    triton_interpreted.passes("roofline_cases.py")
+    triton_interpreted.passes(Path(__file__).with_name("roofline_cases.py"))
 
 
 # ---- the CUDA kernels, in the host execution ----------------------------------------------------
@@ -257,7 +258,7 @@ def test_page_and_plot(tmp_path: Path) -> None:
 
 def test_page_in_the_repository_is_that_of_the_code() -> None:
     """Its names, not its figures: a tile that changes need not fail a test."""
-    text = (Path(__file__).parents[1] / "docs" / "generated" / "roofline.md").read_text()
+    text = (ROOT / "docs" / "generated" / "roofline.md").read_text()
     for op in ops():
         assert f"**{op.name}, {op.direction}**, {op.shape}" in text
     assert "made on" not in text and os.sep + "work" not in text

@@ -3,62 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from pair_cases import BACKENDS
+from places import GOLDEN
 from row_loss_cases import require_rows
-from torch import Tensor
+from row_loss_goldens import GOLDENS
 
-from fused_losses.losses import centroids, margin_pairs, neighbours, variance
-from fused_losses.losses import ranking as rl
-from fused_losses.losses import triplets as tl
-
-FOLDER = Path(__file__).parent / "golden" / "pairs"
+FOLDER = GOLDEN / "pairs"
 INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]
 
 
-def listed(labels: Tensor) -> tuple[Tensor, ...]:
-    """Every triplet of a batch."""
-    same = labels[:, None] == labels
-    positive = same & ~torch.eye(len(labels), dtype=torch.bool)
-    return (positive[:, :, None] & ~same[:, None]).nonzero().unbind(1)
-
-
-def over_nonzero(losses: Tensor) -> Tensor:
-    return losses.sum() / (losses > 0).sum()
-
-
-def swap_smooth(x: Tensor, labels: Tensor, backend: str) -> Tensor:
-    """Listed triplets: no backend has a say."""
-    x = F.normalize(x)
-    options = dict(margin=0.2, eps=0.0, swap=True, smooth=True)
-    return tl.triplet_margin(x, x, x, triplets=listed(labels), **options)
-
-
-UNIT = {"normalize": True}
-GOLDENS: dict[str, Callable[..., Tensor]] = {
-    "pml_TripletMarginLoss_all": lambda x, y, **o: tl.all_triplets(x, y, **UNIT, **o),
-    "pml_TripletMarginLoss_swap_smooth": swap_smooth,
-    "pml_TripletMarginLoss_batchhard": lambda x, y, **o: over_nonzero(
-        tl.batch_hard_triplet(x, y, margin=0.2, reduction="none", **UNIT, **o)
-    ),
-    "pml_ContrastiveLoss": lambda x, y, **o: margin_pairs.contrastive(x, y, **UNIT, **o),
-    "pml_SignalToNoiseRatioContrastiveLoss": lambda x, y, **o: margin_pairs.snr_contrastive(
-        x, y, **UNIT, **o
-    ),
-    "ctl_batchhard_margin0.5": lambda x, y, **o: tl.batch_hard_triplet(x, y, margin=0.5, **o),
-    "ctl_centroid": lambda x, y, **o: centroids.centroid_triplet(x, y, **o),
-    "pml_AngularLoss": lambda x, y, **o: rl.angular(x, y, normalize_negatives=False, **UNIT, **o),
-    "pml_IntraPairVarianceLoss": lambda x, y, **o: variance.intra_pair_variance(x, y, **UNIT, **o),
-    "pml_HistogramLoss": lambda x, y, **o: rl.histogram(x, y, bins=20, **UNIT, **o),
-    "icnn_full": lambda x, y, **o: neighbours.icnn(x, y, neighbors=4, window=6, **o),
-}
 # the authors' small numbers in divisors are others than ours
 LOOSE = {"icnn_full": 1e-6}
 # those that ask no backend hold for the CUDA rows, too

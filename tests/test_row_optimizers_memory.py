@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import row_optimizer_cases as cases
 import torch
+from counted import COUNTER, MIB, told_by_child
 from row_optimizer_cases import (
     FP32,
     RULES,
     rules,
     take_step,
 )
-from test_memory import COUNTER, MIB, told_by_child
 from torch import Tensor
 
 from fused_losses.centers.optimizers import make_row_optimizer

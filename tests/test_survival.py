@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from places import search_path
 from torch import Tensor, nn
 
 from fused_losses import datasets
@@ -29,7 +30,6 @@ from fused_losses.train.large.loop import LargeTraining, Log, RunError, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("survival")]
 
-TESTS = Path(__file__).parent
 STEPS, KILLS, RANKS = 60, 10, 2
 # what a rank imports before its first step; DistributedDataParallel takes torch._dynamo
 PRELOAD = ["fused_losses.train.large.loop", "torch._dynamo", "pytest", "test_survival"]
@@ -89,10 +89,9 @@ class Run:
             if engine == "forks"
             else ["-m", "torch.distributed.run"]
         )
-        paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": search_path(Path(__file__).parent),
             "OMP_NUM_THREADS": "1",
         }
         with open(self.error, "w") as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from dataset_pictures import write_faces
+from places import ROOT
 
 from fused_losses.train import Interrupted, TrainConfig, cli, train
 from fused_losses.train.faces import backbone as backbones
@@ -22,7 +23,6 @@ from fused_losses.train.frame import checkpoint
 from fused_losses.train.frame.progress import Progress
 
 pytest.importorskip("PIL.Image", reason="reading pictures needs Pillow")
-ROOT = Path(__file__).resolve().parents[1]
 KEYS = (
     "verification_accuracy",
     "tar_at_far_1e-2",

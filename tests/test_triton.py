@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import triton_interpreted
 
@@ -10,7 +12,7 @@ from fused_losses.backends.triton import capability as triton_capability
 
 def test_interpreted() -> None:
     pytest.importorskip("triton")
-    triton_interpreted.passes("triton_cases.py")
+    triton_interpreted.passes(Path(__file__).with_name("triton_cases.py"))
 
 
 def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

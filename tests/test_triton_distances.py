@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import triton_interpreted
 
@@ -9,4 +11,4 @@ pytest.importorskip("triton")
 
 
 def test_interpreted() -> None:
-    triton_interpreted.passes("triton_distance_cases.py")
+    triton_interpreted.passes(Path(__file__).with_name("triton_distance_cases.py"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton_interpreted
+from places import SHARED
 
 pytest.importorskip("triton")
 
@@ -32,13 +33,12 @@ from tools.gpu_static import record  # noqa: E402
 if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
-HERE = Path(__file__).parent
-PTXSIM = HERE.parents[1] / "shared" / "ptxsim"
+PTXSIM = SHARED / "ptxsim"
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
 def test_interpreted() -> None:
-    triton_interpreted.passes("triton_maxsim_cases.py")
+    triton_interpreted.passes(Path(__file__).with_name("triton_maxsim_cases.py"))
 
 
 # more than one tile of tokens each way, ragged; whole tokens and pieces, with and without a tail

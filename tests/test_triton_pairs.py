@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import triton_interpreted
 
 
 def test_interpreted() -> None:
     pytest.importorskip("triton")
-    triton_interpreted.passes("triton_pair_cases.py")
+    triton_interpreted.passes(Path(__file__).with_name("triton_pair_cases.py"))

@@ -21,7 +21,7 @@ if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
 # both skip, saying why, where ptxsim is absent
-from test_triton_ptx import _on_the_path, simulate  # noqa: E402, F401
+from simulated import _on_the_path, simulate  # noqa: E402, F401
 from triton_pair_cases import Case, close, gradients, inputs, leaves_of  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -24,7 +24,7 @@ import triton_distance_cases as distances  # noqa: E402
 import triton_topk_cases as topk  # noqa: E402
 
 # both skip, saying why, where ptxsim is absent
-from test_triton_ptx import _on_the_path, simulate  # noqa: E402, F401
+from simulated import _on_the_path, simulate  # noqa: E402, F401
 
 BF16, FP16 = torch.bfloat16, torch.float16
 PRODUCTS = {"sm_80": ("mma.sync",), "sm_90": ("wgmma", "mma.sync")}

@@ -7,7 +7,6 @@ counts its allocations (test_memory.py).
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import MEASURED, require
-from test_memory import COUNTER, MIB, told_by_child
+from counted import COUNTER, MIB, told_by_child
+from places import search_path
 from torch import Tensor
 
 from fused_losses import backends
@@ -272,8 +272,7 @@ print(json.dumps({k: v for name in names for k, v in run(name, backend).items()}
 @functools.cache
 def measured(backend: str) -> dict[str, tuple[int, int]]:
     """By case and direction: bytes beyond inputs and outputs, and what the op had said of them."""
-    here = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
-    quiet = dict(OMP_WAIT_POLICY="passive", PYTHONPATH=f"{os.getcwd()}{os.pathsep}{here}")
+    quiet = dict(OMP_WAIT_POLICY="passive", PYTHONPATH=search_path(Path(__file__).parent))
     return told_by_child(CHILD, [backend, list(CASES)], **quiet)
 
 

@@ -9,7 +9,7 @@ import functools
 
 import pytest
 from conftest import require
-from test_memory import COUNTER, MIB, told_by_child
+from counted import COUNTER, MIB, told_by_child
 
 THREADS = (1, 2, 16)
 DTYPES = ("float32", "bfloat16", "float64")

@@ -7,17 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from places import ROOT, search_path
 
 
-def passes(cases: str) -> None:
-    """Every test of the file beside this one passes in Triton's interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
+def passes(cases: Path) -> None:
+    """Every test of the file passes in Triton's interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": search_path()}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [*command, str(HERE / cases)],
+        [*command, str(cases)],
         env=environment,
-        cwd=HERE.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

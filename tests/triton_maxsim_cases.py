@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from test_maxsim import (  # noqa: F401
+from maxsim_checks import (  # noqa: F401
     test_empty,
     test_nan_reaches_its_scores_only,
     test_ties_go_to_the_first_token,
@@ -43,7 +43,7 @@ class Case:
 
 @pytest.fixture(name="backend")
 def _backend() -> str:
-    """For the tests that come from `test_maxsim`: all but the large ones."""
+    """For the tests that come from `maxsim_checks`: all but the large ones."""
     return "triton"
 
 
