@@ -70,7 +70,7 @@ cuda-sanitize: venv
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	  FUSED_LOSSES_CUDA_ON_HOST=1 \
 	  FUSED_LOSSES_CUDA_LIBRARY=$(BUILD)/csrc/cuda/host/libfused_losses_cuda_sanitize.so \
-	  $(BIN)/python -m pytest tests/test_cuda_cases.py
+	  $(BIN)/python -m pytest tests/cuda_kernels/test_cuda_cases.py
 
 # faults planted in the CUDA kernels: the cases notice each
 cuda-mutants: venv

@@ -23,7 +23,14 @@ RECORD = Path("tests", "proven.json")
 SUFFIXES = (".c", ".cpp", ".cu", ".h", ".py", ".txt", ".cmake")
 KERNELS = ("csrc/*", "CMakeLists.txt", "setup.py")
 # also the kernels' launchers in Python, and the cases and the harness that look for faults
-CUDA = (*KERNELS, "fused_losses/*cuda*", "fused_losses/*gpu*", "tests/*cuda*", "tests/conftest.py")
+CUDA = (
+    *KERNELS,
+    "fused_losses/*cuda*",
+    "fused_losses/*gpu*",
+    "tests/*cuda*",
+    "tests/triton_kernels/*",  # whose cases the CUDA kernels share
+    "tests/conftest.py",
+)
 # each proof's files; a * also crosses folders
 PROOFS = {"mutants": CUDA, "sanitizers": CUDA, "ctest": KERNELS}
 

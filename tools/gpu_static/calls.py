@@ -2,7 +2,7 @@
 
 A call runs a forward and a backward on tensors without data, so that the kernels, their tiles and
 their specialisations are those that the host code chooses. Between them they take every entry of
-every tile table (tests/test_gpu_static.py).
+every tile table (test_gpu_static.py).
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ static: one in a loop counts once. A kernel that several calls share stands with
 
 GATE = """## The gate
 
-`make gpu-static` fails, and `tests/test_gpu_static.py` with it on a selection, on
+`make gpu-static` fails, and `test_gpu_static.py` with it on a selection, on
 
 - a kernel that does not compile, or compiles to a trap stub (what too much tensor memory leaves);
 - any spill or other local memory;

@@ -8,7 +8,7 @@ namespace fused_losses::cuda {
   F(const void*, y) F(void*, out) F(int64_t, n) F(int64_t, d) F(int32_t, blocks) F(int32_t, fault)
 FL_ARGUMENTS(HarnessArguments, HARNESS_FIELDS)
 
-// As tests/test_cuda_harness.py numbers them.
+// As test_cuda_harness.py numbers them.
 enum Fault : int32_t {
   kNone,
   kNoBarrier,         // between writing shared memory and reading it

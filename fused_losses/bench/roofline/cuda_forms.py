@@ -1,7 +1,7 @@
 """Closed forms of the CUDA kernels, by the name that is launched.
 
 What lanes of a warp load alike counts once a warp. The host build counts it once a lane, so that
-its counts lie above: tests/test_roofline.py says by how much.
+its counts lie above: test_roofline.py says by how much.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A closed form of a kernel is a function of the launch's own arguments and tile that says so;
 `FORMS` has them all, those of Triton's kernels (`triton_forms`) and of the CUDA ones
-(`cuda_forms`), by what is launched. tests/test_roofline.py holds them to what the kernels load,
+(`cuda_forms`), by what is launched. test_roofline.py holds them to what the kernels load,
 store and multiply when executed (Triton's interpreter, the host build).
 """
 

@@ -26,7 +26,7 @@ TILE_BYTES = 2 << 20  # of products and of weights in a tile, together
 
 GPU_TILE_BYTES = 16 << 20  # enough classes for every processor; a tile stays in L2
 
-LIVE_TILES = 8.0  # how many such are alive at the peak, in backward (tests/test_class_losses.py)
+LIVE_TILES = 8.0  # how many such are alive at the peak, in backward (test_class_losses.py)
 
 
 def tile_bytes(device: torch.device | None) -> int:

@@ -35,7 +35,7 @@ PARTIAL_BYTES = 32 << 20  # of a gradient's parts, where few rows are split over
 NEAR_EXACT, NEAR_ROUNDED = 2.0**-8, 2.0**-4
 SQUARES = Tile(16, 0, 128, 4, 1)
 
-# Registers a thread with Triton 3.6.0; nothing spills (tests/test_gpu_static.py).
+# Registers a thread with Triton 3.6.0; nothing spills (test_gpu_static.py).
 # Of a gradient: rows that own it, rows summed over, and D at a time (the last, at most)
 TILES = {
     # sm_80: 137 to 254; sm_90: 98 to 246; sm_100: 93 to 254; half at 128 x 256 was not tried

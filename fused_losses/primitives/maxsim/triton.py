@@ -33,7 +33,7 @@ GATHER = Tile(4, 0, 128, 1, 1)  # of dqueries: small, since what it waits for is
 GATHER_UNEVEN = Tile(4, 0, 64, 1, 1)  # where the wider one spills 51 bytes on sm_90
 
 # Registers a thread with Triton 3.6.0, half / rounded / tf32 / tf32x3; nothing spills
-# (tests/test_gpu_static.py). A thread holds three numbers a pair: product, maximum, place.
+# (test_gpu_static.py). A thread holds three numbers a pair: product, maximum, place.
 TILES = {
     "sm_80": by_kernel(
         # sm_80: 246 / 202 / 246 / 255; sm_90: 160 / 179 / 160 / 172; sm_100: 128 / 138 / 128 / 112

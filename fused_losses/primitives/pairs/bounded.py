@@ -28,7 +28,7 @@ from fused_losses.primitives.pairs.inputs import (
 )
 
 BLOCK_BYTES = 2 << 20  # of scores in a block
-LIVE_BLOCKS = 12  # how many such are alive at the peak (tests/test_pair_memory.py)
+LIVE_BLOCKS = 12  # how many such are alive at the peak (test_pair_memory.py)
 BLOCK_ROWS = 512
 VECTOR_BYTES = 200  # of a row or column
 

@@ -5,7 +5,7 @@ alone) or attention_gradient; `_two`: columns have statistics as well as rows; `
 groups, exclusions, windows, a root or a reach, or rows of an uneven width.
 
 Figures: registers a thread with Triton 3.6.0 and its ptxas, labels and biases present, as half /
-rounded / tf32 / tf32x3; nothing spills (tests/test_gpu_static.py). No time was measured:
+rounded / tf32 / tf32x3; nothing spills (test_gpu_static.py). No time was measured:
 the choice is the widest tile that does not spill. What a pair needs of its column is held for
 every column of a thread, 32 of them at 128 columns: two sides take narrow tiles.
 """

@@ -51,7 +51,7 @@ class RowRule(NamedTuple):
     formula: Callable[[RowBlock], Tensor]  # [B, S]
     forward: Callable[[RowBlock], Tensor]
     gradient: Callable[[RowBlock, Tensor], tuple[Tensor, Tensor | None]] | None
-    # how many of a block's scores are alive at the peak (tests/test_workspace.py)
+    # how many of a block's scores are alive at the peak (test_workspace.py)
     blocks: Callable[[list[float]], int] = lambda params: 14
     compiled: tuple[str, ...] = ()  # backends whose form has kernels for it
     by: Callable[[ModuleType], Compiled] | None = None  # the rule by such kernels

@@ -17,7 +17,7 @@ from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGrad
 
 TILE_BYTES = 3 << 20  # of scores and of weights in a tile, together
 ROW_BYTES = 200  # of vectors
-LIVE_TILES = 4.2  # how many such are alive at the peak, in backward (tests/test_memory.py)
+LIVE_TILES = 4.2  # how many such are alive at the peak, in backward (test_memory.py)
 
 
 def tile_classes(n: int, d: int, element_size: int) -> int:

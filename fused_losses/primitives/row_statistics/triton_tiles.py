@@ -4,7 +4,7 @@ kernel: forward, gradient (`Table`), forward_resident, and owner_rows, owner_cla
 owner_*wide up to 256. No owner entry: the form with stored G is used.
 
 Figures: registers a thread with Triton 3.6.0 and its ptxas, at 1024 x 1,000,000; nothing spills
-(tests/test_gpu_static.py). "all": classes, bias, weights at once. No time was measured: the
+(test_gpu_static.py). "all": classes, bias, weights at once. No time was measured: the
 choice is the widest tile that does not spill, since a wider one reads less from L2.
 """
 

@@ -15,7 +15,7 @@ TILE_SIDE = 512  # rows and columns of a tile of pairs
 
 GPU_TILE_SIDE = 2048
 
-LIVE_BYTES = 96  # a pair of a tile at the peak (tests/test_batch_negatives.py)
+LIVE_BYTES = 96  # a pair of a tile at the peak (test_batch_negatives.py)
 
 DIGIT = 16  # bits of a float that a sweep of the selection settles
 

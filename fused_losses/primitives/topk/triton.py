@@ -37,7 +37,7 @@ def _few(half: Tile, rounded: Tile | None, tf32x3: Tile | None) -> dict[str, Til
 
 
 NARROW = Tile(64, 32, 32)
-# Registers a thread with Triton 3.6.0; nothing spills (tests/test_gpu_static.py).
+# Registers a thread with Triton 3.6.0; nothing spills (test_gpu_static.py).
 # The best of 128 weigh as much as a tile of 64 x 128: sm_80: 180 to 255; sm_90: 142 to 255; sm_100:
 # 172 to 222; gfx942: 229 to 240. Keys: 170 / 170 / 74 / 155 at most. FEW, half / rounded / tf32x3:
 # at most 255 / 255 / -, 248 / 181 / 226, 194 / - / 180; wider ones spill under masks.

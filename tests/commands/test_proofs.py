@@ -66,8 +66,13 @@ def test_each_best_cpu_is_a_proof_of_its_own(tree: Path) -> None:
 
 def test_what_is_no_source_changes_nothing(tree: Path) -> None:
     before = proofs.content_hash(proofs.PROOFS, tree)
-    for name in ("csrc/cuda/library.so", "csrc/notes.md", "tests/test_topk.py", "build/a.cpp"):
-        (tree / name).parent.mkdir(exist_ok=True)
+    for name in (
+        "csrc/cuda/library.so",
+        "csrc/notes.md",
+        "tests/test_topk.py",
+        "build/a.cpp",
+    ):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text("other")
     assert proofs.content_hash(proofs.PROOFS, tree) == before
     (tree / "csrc/cpu/topk.h").rename(tree / "csrc/cpu/other.h")
