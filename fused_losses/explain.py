@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -23,11 +24,14 @@ from fused_losses.base import plans
 from fused_losses.primitives import op as ops
 
 SLACK = 1 << 18  # of Python's objects, and of what is too small to be counted
-# of the peak: what PyTorch's operators and products allocate within themselves; not derived
-BESIDE = 1 / 8
 KNOWN = 1 << 20  # elements of a tensor of integers whose values are carried along
 
 aten = torch.ops.aten
+PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.addmm_, aten.baddbmm_)
+SCATTERS = (aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_)
+WIDENED = (*PRODUCTS, *SCATTERS)
+REDUCTIONS = (aten.sum, aten.prod, aten.cumsum, aten.mean)
+AS_GIVEN = (aten.where, aten.masked_fill, aten.copy)  # whose tensors differ in dtype on purpose
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
             ) from error
     name, refused = chosen[0] if chosen else ("bounded", {})
     peak = trace.peak(counted=not plans.is_handed_out(fn))
-    return Plan(name, refused, SLACK + int(peak * (1 + BESIDE)))
+    return Plan(name, refused, SLACK + peak)
 
 
 def _name(fn: Callable[..., Any]) -> str:
@@ -164,6 +168,7 @@ class _Trace(TorchDispatchMode):
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for t in made:
             self._number(t)
+        self.add(_within(func, args, made))
         self._carry(func, args, kwargs, made)
         return out
 
@@ -227,3 +232,34 @@ def _workspace(func: Any, args: tuple) -> int:
     direction = "_backward" if name.endswith("_backward") else ""
     op, _, backend = name.removesuffix(direction).rpartition("_")
     return ops.OPS[op].workspace(backend, direction, args)
+
+
+def _within(func: Any, args: tuple, made: list[Tensor]) -> int:
+    """What an operator of PyTorch allocates within itself on the CPU, beside inputs and outputs.
+
+    There a reduction and an operator on elements first copy what they are given in another dtype
+    than they compute in (a mask that is summed or multiplied); logsumexp keeps the exponentials and
+    isinf the magnitudes, a mask as an index becomes a list of places, a sort holds keys and places
+    of the lines that it sorts, and 16-bit operands of products and of scatter are widened or
+    packed (at most 4 bytes an element).
+    """
+    given = [t for t in args if isinstance(t, Tensor)]
+    if not made or any(t.device.type != "cpu" for t in (*given, *made)):
+        return 0
+    if func.overloadpacket in (aten.logsumexp, aten.isinf):
+        return given[0].nbytes
+    if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+        masks = [t for t in args[1] if t is not None and t.dtype == torch.bool]
+        return sum(mask.numel() * mask.dim() * 8 for mask in masks)
+    if func.overloadpacket is aten.sort and given[0].dim():
+        line = given[0].shape[args[1] if len(args) > 1 and isinstance(args[1], int) else -1]
+        return line * (given[0].itemsize + 8) * torch.get_num_threads()
+    if func.overloadpacket in WIDENED and given[0].dtype in (torch.bfloat16, torch.float16):
+        return 4 * sum(t.numel() for t in given if t.dtype == given[0].dtype)
+    if func.overloadpacket in REDUCTIONS:
+        return given[0].numel() * made[0].itemsize if given[0].dtype != made[0].dtype else 0
+    if torch.Tag.pointwise in func.tags and func.overloadpacket not in AS_GIVEN:
+        kind = ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT
+        computed = elementwise_dtypes(*args, type_promotion_kind=kind)[1]
+        return sum(t.numel() for t in given if t.dtype != computed) * computed.itemsize
+    return 0
