@@ -17,13 +17,13 @@ from fused_losses.primitives.topk.op import quantize_rows
 from fused_losses.version import __version__
 
 __all__ = [
+    "UNPG",
     "AdaptiveScale",
     "ClassCenters",
     "Plan",
     "QuantizedRows",
     "RowStatistics",
     "RowStatisticsFunction",
-    "UNPG",
     "__version__",
     "backends",
     "class_losses",

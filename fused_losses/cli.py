@@ -1,10 +1,15 @@
-"""The command `fused-losses`: train, bench, roofline, verify, info. Parts are imported
-when they are asked for."""
+"""The command `fused-losses`: train, bench, roofline, verify, info."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+
+from fused_losses import info
+from fused_losses import verify as checks
+from fused_losses.bench import report
+from fused_losses.bench.roofline import page
+from fused_losses.train import cli as train_cli
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,24 +26,11 @@ def main(argv: list[str] | None = None) -> int:
         "train", help="train an embedding (faces, or glyphs) and evaluate it"
     )
     given = sys.argv[1:] if argv is None else argv
-    # the options of a part live in that part, which is imported only when it is the one asked for
-    if given[:1] == ["train"]:
-        from fused_losses.train import cli as train_cli
-
-        recipe = train_cli.recipe(given)
-        recipe.add_arguments(train)
-    if given[:1] == ["bench"]:
-        from fused_losses.bench import report
-
-        report.add_arguments(bench)
-    if given[:1] == ["verify"]:
-        from fused_losses import verify as checks
-
-        checks.add_arguments(verify)
-    if given[:1] == ["roofline"]:
-        from fused_losses.bench.roofline import page
-
-        page.add_arguments(roofline)
+    recipe = train_cli.recipe(given)
+    checks.add_arguments(verify)
+    report.add_arguments(bench)
+    page.add_arguments(roofline)
+    recipe.add_arguments(train)
     args = parser.parse_args(given)
     if args.command == "train":
         return recipe.run(args)
@@ -48,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
         return page.run(args)
     if args.command == "verify":
         return checks.run(device=args.device, shapes=args.shape, out=args.out)
-    from fused_losses import info
-
     print("\n".join(info.lines()))
     return 0
 

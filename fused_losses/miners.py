@@ -367,5 +367,5 @@ class CrossBatchMemory(nn.Module):
         return f"size={self.size}, embedding_size={self.embedding_size}, held={len(self)}"
 
 
-def _recount(memory: CrossBatchMemory, incompatible: Any) -> None:
+def _recount(memory: CrossBatchMemory, _: Any) -> None:
     memory._count = int(memory.id_memory.max()) + 1

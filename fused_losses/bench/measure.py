@@ -7,6 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -72,10 +73,8 @@ def resident_mib(key: str) -> float:
 def give_back_memory() -> None:
     """Freed memory back to the system, so that every provider starts from the same place."""
     gc.collect()
-    try:
+    with suppress(OSError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except OSError:
-        pass
 
 
 def peak_mib(step: Provider) -> float:

@@ -208,7 +208,7 @@ def _plot_bars(path: Path, case: Case, results: list[Result]) -> None:
 
 
 def _plot_growth(path: Path, points: list[dict[str, float]]) -> None:
-    def draw(figure: Any, axes: Any) -> None:
+    def draw(_: Any, axes: Any) -> None:
         axes.loglog([p["classes"] for p in points], [p["ms"] for p in points], "o-")
         axes.set_xlabel("classes")
         axes.set_ylabel("ms, forward + backward")

@@ -62,12 +62,12 @@ SIZES = {
 }
 
 
-def every(rounds: int, shape: Shape) -> int:
+def every(rounds: int, _: Shape) -> int:
     """All rounds that are asked for."""
     return rounds
 
 
-def half(rounds: int, shape: Shape) -> int:
+def half(rounds: int, _: Shape) -> int:
     """Of the slower cases."""
     return max(3, rounds // 2)
 

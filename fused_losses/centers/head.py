@@ -93,7 +93,7 @@ class ClassCenters(nn.Module):
         num_classes: int,
         embedding_dim: int,
         *,
-        margin: HeadMargin = ArcFace(0.5),  # noqa: B008 (frozen)
+        margin: HeadMargin = ArcFace(0.5),
         scale: float = 64.0,
         normalize: bool = True,
         gradient: str = "exact",

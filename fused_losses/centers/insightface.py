@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -199,7 +200,7 @@ def _gather_rows(
 ) -> Tensor | None:
     """Rows [begin, end) of the table, sent from their ranks to the writer; None elsewhere."""
     out = local.new_empty(end - begin, local.shape[1]) if rank == writer else None
-    for owner, (first, after) in enumerate(zip(starts, starts[1:], strict=False)):
+    for owner, (first, after) in enumerate(pairwise(starts)):
         low, high = max(begin, first), min(end, after)
         if low >= high:
             continue

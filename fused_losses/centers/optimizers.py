@@ -12,7 +12,7 @@ decoupled weight decay. docs/row_update.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class RowOptimizer:
     IndexError for what does not fit, RuntimeError for calls out of order.
     """
 
-    options: ParamGroup = {}  # hyper-parameters and their defaults
+    options: ClassVar[ParamGroup] = {}  # hyper-parameters and their defaults
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class RowOptimizer:
             self.states[name] = state
         return _flat(self.states[name])
 
-    def _zeros(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _zeros(self, _: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self._weight.device)
 
     def _options(self, step: int, phase: int) -> ParamGroup:
@@ -235,7 +235,7 @@ class RowSgd(RowOptimizer):
     State: momentum_buffer, once a step has momentum.
     """
 
-    options = dict(
+    options: ClassVar[ParamGroup] = dict(
         lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False
     )
 
@@ -292,7 +292,9 @@ class RowAdamw(RowOptimizer):
     t counts all steps. With every row in each step it is torch.optim.AdamW.
     """
 
-    options = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, maximize=False)
+    options: ClassVar[ParamGroup] = dict(
+        lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, maximize=False
+    )
 
     def __init__(self, weight: Tensor, **settings: Any) -> None:
         super().__init__(weight, **settings)
@@ -324,7 +326,7 @@ class RowAdagrad(RowOptimizer):
     State: sum, which is s and starts at 0.
     """
 
-    options = dict(
+    options: ClassVar[ParamGroup] = dict(
         lr=1e-2,
         lr_decay=0.0,
         weight_decay=0.0,

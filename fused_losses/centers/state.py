@@ -28,7 +28,7 @@ def _over_ranks(local: Tensor, ranks: Ranks, num_classes: int) -> Tensor:
     if ranks.group is None:
         return local
     # loading DTensor takes half as long as loading torch, and one process has no use for it
-    from torch.distributed import tensor as distributed
+    from torch.distributed import tensor as distributed  # noqa: PLC0415
 
     shape = torch.Size((num_classes, *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()

@@ -68,7 +68,7 @@ class Sharded(torch.autograd.Function):
     """This rank's embeddings -> statistics, targets and norms of the rows of all ranks."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         embeddings: Tensor,
         weight: Tensor,

@@ -38,7 +38,7 @@ class HeadOptimizer(torch.optim.Optimizer):
         self._updates.take_pending()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 (torch's signature)
         """Forgets the backwards since the last step (update="step")."""
         self._updates.pending.clear()
 

@@ -120,7 +120,7 @@ def adaptive_margin_softmax(
     weight: Tensor,  # [C, D]
     labels: Tensor,  # [N]
     *,
-    margin: AdaptiveScale = AdaptiveScale(),  # noqa: B008 (a frozen value)
+    margin: AdaptiveScale = AdaptiveScale(),
     training: bool = True,
     normalize: bool = True,
     ignore_index: int = -100,

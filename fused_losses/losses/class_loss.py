@@ -58,7 +58,7 @@ def class_loss(
     """
     if not isinstance(loss, ClassLoss):
         raise TypeError(f"loss: expected a ClassLoss, got {type(loss).__name__}")
-    labels = _checked(embeddings, weight, labels, ignore_index, reduction)
+    labels = _checked(embeddings, weight, labels, reduction)
     centers = weight.shape[1] if weight.dim() == 3 else 1
     embeddings = meet(embeddings, weight)
     if classes is not None:
@@ -100,9 +100,7 @@ def class_loss(
         return total if reduction == "sum" else total / valid.sum().clamp_min(1)
 
 
-def _checked(
-    embeddings: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str
-) -> Tensor:
+def _checked(embeddings: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
     """Checks at the door; the labels as int64 [N, L]."""
     if isinstance(weight, Tensor) and weight.dim() == 3:
         if weight.shape[1] == 0:

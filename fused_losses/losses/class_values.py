@@ -44,7 +44,7 @@ class ClassLoss:
         """The rule's."""
         raise NotImplementedError
 
-    def values(self, targets: Tensor, present: Tensor) -> Tensor | None:
+    def values(self, targets: Tensor, present: Tensor) -> Tensor | None:  # noqa: ARG002 (a hook)
         """Numbers of each row that the rule takes, [R, N] without gradient, or None.
 
         targets [N, L]: cosines with the labels, 0 where there is none; present [N, L] bool.
@@ -259,7 +259,7 @@ class SphereFace2(ClassLoss):
     def params(self) -> list[float]:
         return [self.scale, self.margin, self.t, float(self.gradient == "straight_through")]
 
-    def values(self, targets: Tensor, present: Tensor) -> Tensor | None:
+    def values(self, targets: Tensor, present: Tensor) -> Tensor | None:  # noqa: ARG002 (a hook)
         return self._bias(targets).detach().expand(1, targets.shape[0])
 
     def _bias(self, like: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    options: Any = None,
+    options: Any = None,  # noqa: ARG001 (torch's signature)
     precision: str = "fp32",
     memory_budget: int = 0,
     backend: str | None = None,

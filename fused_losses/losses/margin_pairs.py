@@ -40,10 +40,7 @@ def _windows(
     inputs = inputs._replace(
         x_labels=both.numbers.x_labels, x_window=window, positive=Rule(-1.0), negative=Rule(-1.0)
     )
-    if both.alone:
-        inputs = triangle(inputs)
-    else:
-        inputs = inputs._replace(y_labels=both.numbers.y_labels)
+    inputs = triangle(inputs) if both.alone else inputs._replace(y_labels=both.numbers.y_labels)
     stats, _ = pair_statistics(inputs, reduction="relu", backend=backend)
     return stats
 

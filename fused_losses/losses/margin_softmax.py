@@ -29,7 +29,7 @@ def margin_softmax(
     weight: Tensor,  # [C, D] or [C, K, D]
     labels: Tensor,  # [N] or [N, L]
     *,
-    margin: Any = ArcFace(0.5),  # noqa: B008 (a frozen value)
+    margin: Any = ArcFace(0.5),
     scale: float | Tensor = 64.0,
     normalize: bool = True,
     bias: Tensor | None = None,  # [C]
@@ -90,7 +90,7 @@ def margin_softmax(
     """
     of_class = isinstance(getattr(margin, "rule", None), str)
     several = isinstance(weight, Tensor) and weight.dim() == 3
-    several = several or isinstance(labels, Tensor) and labels.dim() == 2
+    several = several or (isinstance(labels, Tensor) and labels.dim() == 2)
     if of_class or several or hasattr(margin, "scale_of"):
         _refuse_others(
             bias=bias is not None,

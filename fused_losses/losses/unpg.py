@@ -36,9 +36,9 @@ def unpg_margin_softmax(
     weight: Tensor,  # [C, D]
     labels: Tensor,  # [N]
     *,
-    margin: Margin | None = CosFace(0.5),  # noqa: B008 (a frozen value)
+    margin: Margin | None = CosFace(0.5),
     scale: float | Tensor = 64.0,
-    negatives: UNPG = UNPG(),  # noqa: B008
+    negatives: UNPG = UNPG(),
     normalize: bool = True,
     ignore_index: int = -100,
     classes: Tensor | None = None,  # [K]

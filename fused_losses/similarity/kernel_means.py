@@ -135,7 +135,7 @@ def uniformity(
         return _log_mean(sums, n * (n - 1)).to(accumulate_dtype(x.dtype))
 
 
-def _scaled(name: str, x: Tensor, width: Tensor) -> Tensor:
+def _scaled(x: Tensor, width: Tensor) -> Tensor:
     """x / width in the accumulation dtype: its Gaussian kernel then has bandwidth 1."""
     return (x.to(accumulate_dtype(x.dtype)) / width).to(accumulate_dtype(x.dtype))
 
@@ -190,7 +190,7 @@ def hsic(
     widths = number("x_bandwidth", x_bandwidth, x), number("y_bandwidth", y_bandwidth, y)
     n = x.shape[0]
     with no_autocast(x.device):
-        a, b = _scaled("x", x, widths[0]), _scaled("y", y, widths[1])
+        a, b = _scaled(x, widths[0]), _scaled(y, widths[1])
         joint, k, l = _log_joint_rows(a, b, precision, backend)
         log_n = math.log(n)
         joint, k, l = (joint - log_n).exp(), (k - log_n).exp(), (l - log_n).exp()
@@ -218,7 +218,7 @@ def cauchy_schwarz_qmi(
     _check_paired("x", x, "y", y, precision)
     widths = number("x_bandwidth", x_bandwidth, x), number("y_bandwidth", y_bandwidth, y)
     with no_autocast(x.device):
-        a, b = _scaled("x", x, widths[0]), _scaled("y", y, widths[1])
+        a, b = _scaled(x, widths[0]), _scaled(y, widths[1])
         joint, k, l = _log_joint_rows(a, b, precision, backend)
         # the powers of N cancel
         out = over_last(joint) + over_last(k) + over_last(l) - 2 * over_last(k + l)
@@ -254,8 +254,8 @@ def cauchy_schwarz_divergence(
     other = width if target_bandwidth is None else number("target_bandwidth", target_bandwidth, x)
     one = number("bandwidth", 1.0, x)
     with no_autocast(x.device):
-        k = _scaled("x", x, width)
-        first, second = (_scaled("target", t, other) for t in (target, predicted))
+        k = _scaled(x, width)
+        first, second = (_scaled(t, other) for t in (target, predicted))
 
         def rows(u: Tensor, v: Tensor | None) -> Tensor:
             return _log_row_sums(u, v, "gaussian", one, precision, backend)

@@ -90,12 +90,12 @@ class _Trilinear(torch.autograd.Function):
         return _trilinear_forward(q, k1, k2, v1, v2, scale, precision, backend)[0].to(v1.dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:5])
         ctx.rest = inputs[5:]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple:
         return *_TrilinearBackward.apply(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
@@ -107,11 +107,11 @@ class _TrilinearBackward(torch.autograd.Function):
         return _trilinear_backward(grad, arguments[:5], *arguments[5:])
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001
+    def setup_context(ctx, inputs: tuple, output: tuple) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple:  # noqa: ANN001
+    def backward(ctx, *grads: Tensor) -> tuple:
         raise RuntimeError("trilinear_attention: a second derivative is not supported")
 
 

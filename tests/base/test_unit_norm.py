@@ -17,9 +17,10 @@ def test_is_torchs(ordered: bool, rows: int, monkeypatch: pytest.MonkeyPatch) ->
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     order = torch.randperm(7) if ordered else None
     weight = torch.randn(7, 5, dtype=torch.float64)
-    found = []
-    for u in (unit(x, order), F.normalize(x if order is None else x[order])):
-        found.append((u, *torch.autograd.grad((u * weight).sum(), x)))
+    found = [
+        (u, *torch.autograd.grad((u * weight).sum(), x))
+        for u in (unit(x, order), F.normalize(x if order is None else x[order]))
+    ]
     for got, wanted in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted)
     assert torch.autograd.gradcheck(lambda a: unit(a, order), x, fast_mode=True)

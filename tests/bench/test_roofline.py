@@ -26,8 +26,11 @@ from fused_losses.bench.roofline.ops import PLAIN, ops
 from fused_losses.bench.roofline.peaks import PEAKS, PEERS
 from fused_losses.bench.roofline.trace import Trace, holders
 from fused_losses.bench.roofline.work import Work, access, work_of
-from fused_losses.primitives.row_statistics import triton_tiles
+from fused_losses.primitives.distances import cuda as cuda_distances
+from fused_losses.primitives.distances.inputs import DistanceInputs
+from fused_losses.primitives.row_statistics import cuda, triton_tiles
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
+from fused_losses.primitives.row_update.op import sgd_rows_
 
 META = dict(device="meta")
 
@@ -63,8 +66,6 @@ def counted(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def cuda_rows(dtype: torch.dtype, bent: bool = False) -> None:
-    from fused_losses.primitives.row_statistics import cuda
-
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(48, 64, generator=g).to(dtype), torch.randn(512, 64, generator=g).to(dtype)
     bend = torch.randn(4, 48, generator=g) if bent else None
@@ -75,16 +76,11 @@ def cuda_rows(dtype: torch.dtype, bent: bool = False) -> None:
 
 
 def cuda_sums(dtype: torch.dtype) -> None:
-    from fused_losses.primitives.distances import cuda as cuda_distances
-    from fused_losses.primitives.distances.inputs import DistanceInputs
-
     x, y = torch.randn(64, 48).to(dtype), torch.randn(128, 48).to(dtype)
     cuda_distances.forward(DistanceInputs(x, y, None, "cityblock", 1.0))
 
 
 def cuda_update(dtype: torch.dtype) -> None:
-    from fused_losses.row_update import sgd_rows_
-
     weight, grad = torch.randn(200, 64).to(dtype), torch.randn(40, 64).to(dtype)
     rows = torch.randperm(200)[:40]
     sgd_rows_(weight, rows, grad, torch.zeros(200, 64), lr=0.1, momentum=0.9, backend="cuda")

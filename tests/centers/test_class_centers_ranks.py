@@ -8,7 +8,9 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from fused_losses import class_losses, margins
 from fused_losses.centers import ClassCenters, step_traffic
@@ -159,8 +161,6 @@ def pictures(step: int) -> Tensor:
 
 
 def with_backbone(rank: int, wrapped: str, steps: int = 4) -> list[Tensor]:
-    from torch.distributed.fsdp import fully_shard
-
     world = dist.get_world_size()
     net = backbone()
     if wrapped == "ddp":
@@ -301,8 +301,6 @@ def test_a_dimension_of_a_mesh() -> None:
 
 def kept(rank: int, folder: str) -> list[float]:
     """The average that CurricularFace keeps, before a save, and in another head after a load."""
-    import torch.distributed.checkpoint as checkpoint
-
     first, second = make("curricular", **SGD), make("curricular", **SGD)
     first(*own(rank, dist.get_world_size(), *batch("curricular"))).backward()
     checkpoint.save(first.state(), checkpoint_id=folder)
@@ -317,8 +315,6 @@ def test_state_has_what_a_margin_keeps(tmp_path: Any) -> None:
 
 
 def saved(rank: int, folder: str, classes: int) -> None:
-    import torch.distributed.checkpoint as checkpoint
-
     head = ClassCenters(classes, D, optimizer="sgd", optimizer_options=SGD["optimizer_options"],
                         sample_rate=0.5, seed=rank * 0 + 4)  # fmt: skip
     for step in range(3):
@@ -328,8 +324,6 @@ def saved(rank: int, folder: str, classes: int) -> None:
 
 
 def loaded(rank: int, folder: str, classes: int) -> dict[str, Any]:
-    import torch.distributed.checkpoint as checkpoint
-
     head = ClassCenters(classes, D, optimizer="sgd", optimizer_options=SGD["optimizer_options"],
                         sample_rate=0.5, seed=9)  # fmt: skip
     checkpoint.load(head.state(), checkpoint_id=folder)

@@ -33,6 +33,12 @@ from tools.gpu_static.machine_code import Figures
 from tools.gpu_static.record import AMD, NVIDIA, Compilation, launches, on, specialise
 
 pytest.importorskip("triton")
+
+from triton._utils import find_paths_if
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
 if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
@@ -65,8 +71,6 @@ def test_cuda_kernels() -> None:
 
 
 def test_every_kernel_is_compiled() -> None:
-    from triton.runtime.jit import JITFunction
-
     package = Path(primitives.__file__).parent
     entries = set()
     for file in package.glob("*/triton_*.py"):
@@ -89,7 +93,7 @@ class Taken(dict):
         return super().__getitem__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 (this is get)
 
 
 # what `same` and `wide` fill in, and no call can ask for: (kernel, products)
@@ -160,11 +164,6 @@ def test_sizes_decide_nothing(name: str, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ("row_statistics D128 everything", "pairs everything", "topk"))
 def test_specialisation_is_that_of_triton(name: str) -> None:
     """Of groups of arguments, too."""
-    from triton._utils import find_paths_if
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
-
     target = make_backend(GPUTarget("cuda", 90, 32))
     ran = []
 

@@ -125,7 +125,7 @@ class Executed:
         try:
             struct = ctypes.string_at(arguments, size)
             self.launch(kernel.decode(), blocks, threads, shared, struct)
-        except BaseException as error:  # noqa: BLE001, it may not pass through C++
+        except BaseException as error:  # it may not pass through C++
             self.errors.append(error)
             return 1
         return 0

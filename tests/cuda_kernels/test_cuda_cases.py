@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if os.environ.get("FUSED_LOSSES_CUDA_ON_HOST") != "1":
     pytest.skip("FUSED_LOSSES_CUDA_ON_HOST=1 runs the CUDA kernels", allow_module_level=True)
 
-from cuda_cases import CASES, CudaCase  # noqa: E402
+from cuda_cases import CASES, CudaCase
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

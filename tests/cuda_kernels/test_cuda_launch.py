@@ -79,5 +79,5 @@ def test_traffic_is_counted_by_buffer() -> None:
     loaded, stored = (ctypes.c_uint64 * 3)(), (ctypes.c_uint64 * 3)()
     cuda_launch.library().fused_losses_traffic(loaded, stored)
     # every lane of a warp reads its row's index; rows are read once and written once
-    assert list(loaded)[0] == list(stored)[2] == 2 * 8 * 4
-    assert list(loaded)[2] == list(stored)[0] == list(stored)[1] == 0
+    assert loaded[0] == stored[2] == 2 * 8 * 4
+    assert loaded[2] == stored[0] == stored[1] == 0

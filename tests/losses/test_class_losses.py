@@ -227,12 +227,13 @@ def curricular(t: float) -> margins.CurricularFace:
 def test_softmax_is_margin_softmax(margin: Any, gradient: str, backend: str) -> None:
     x, w, labels = inputs(False, 1, widest(backend))
     x = torch.where(x.isnan(), 1, 4 * x).detach().requires_grad_()
-    answers = []
-    for loss in (
+    losses = (
         margin_softmax(x, w, labels, margin=margin, gradient=gradient, backend="reference"),
         class_loss(x, w, labels, Softmax(margin, gradient=gradient), backend=backend),
-    ):
-        answers.append([t.double() for t in (loss.detach(), *torch.autograd.grad(loss, (x, w)))])
+    )
+    answers = [
+        [t.double() for t in (loss.detach(), *torch.autograd.grad(loss, (x, w)))] for loss in losses
+    ]
     for a, b in zip(*answers, strict=True):
         tolerance = 1e-5 if backend == "cuda" else 1e-11
         assert (a - b).norm() <= tolerance * a.norm()

@@ -80,21 +80,21 @@ CASES = [
     Case("no-margin-products-with-bias", 37, 33, 101, "none", 1.0, False, bias=True),
     Case("cosine-with-bias-and-smoothing", 21, 9, 40, "cosface", 20.0, bias=True, smoothing=0.1),
     Case("smoothing-weights-ignored-mean", 40, 11, 23, smoothing=0.2, ignored=0.3,
-         class_weight=True),  # fmt: skip
+         class_weight=True),
     Case("smoothing-weights-ignored-sum", 40, 11, 23, smoothing=0.2, ignored=0.3, class_weight=True,
-         reduction="sum"),  # fmt: skip
+         reduction="sum"),
     Case("smoothing-weights-ignored-none", 40, 11, 23, smoothing=0.2, ignored=0.3,
-         class_weight=True, reduction="none"),  # fmt: skip
+         class_weight=True, reduction="none"),
     Case("smoothing-one-is-uniform", 12, 8, 17, scale=8.0, smoothing=1.0),
     Case("class-weight-alone", 40, 11, 23, "cosface", class_weight=True),
     Case("ignored-alone", 40, 11, 23, "arcface", ignored=0.5),
     Case("classes-sorted", 50, 20, 301, "arcface", classes="sorted"),
     Case("classes-unsorted-bias-weights-smoothing-ignored", 50, 20, 301, "cosface", bias=True,
-         smoothing=0.1, ignored=0.2, class_weight=True, classes="unsorted"),  # fmt: skip
+         smoothing=0.1, ignored=0.2, class_weight=True, classes="unsorted"),
     Case("classes-just-the-target", 5, 8, 40, "arcface", classes="target"),
     Case("straight-through-arcface", 32, 16, 50, gradient="straight_through"),
     Case("straight-through-magface-keeps-penalty", 32, 16, 50, "magface", size=8.0,
-         gradient="straight_through"),  # fmt: skip
+         gradient="straight_through"),
     Case("scale-one", 32, 16, 50, scale=1.0),
     Case("scale-200", 32, 16, 50, scale=200.0),
     Case("scale-1000", 32, 16, 50, scale=1000.0),
@@ -107,14 +107,14 @@ CASES = [
     Case("adaface-in-eval", 32, 16, 50, "adaface", size=20.0),
     Case("magface", 32, 16, 50, "magface", size=8.0),
     Case("magface-ignored-weights", 40, 16, 50, "magface", size=8.0, ignored=0.3,
-         class_weight=True),  # fmt: skip
+         class_weight=True),
     Case("any-callable", 32, 16, 50, "callable"),
     Case("budget-partial", 70, 16, 301, options={"memory_budget": 128 * 8 * 100}),
     Case("budget-ample", 70, 16, 301, options={"memory_budget": 1 << 26}),
     Case("budget-below-one-class", 70, 16, 301, options={"memory_budget": 8}),
     Case("budget-partial-classes-bias-smoothing", 70, 16, 301, bias=True, smoothing=0.1,
          class_weight=True, ignored=0.1, classes="unsorted",
-         options={"memory_budget": 128 * 8 * 50}),  # fmt: skip
+         options={"memory_budget": 128 * 8 * 50}),
 ]  # fmt: skip
 
 

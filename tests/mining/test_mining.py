@@ -211,7 +211,7 @@ def test_nan_and_inf_are_contained(choice: tuple[str, str], backend: str) -> Non
 def test_fields_and_gradients(backend: str) -> None:
     x, labels = batch(8, 3, 2, widest(backend))
     found = mine_triplets(x.requires_grad_(), labels, backend=backend)
-    a, p, n, near, far = found
+    a, p, n, near, _ = found
     assert all(t.dtype == torch.int64 for t in (a, p, n)) and not near.requires_grad
     assert found._fields == (
         "anchor",

@@ -15,6 +15,7 @@ import torch
 from conftest import MEASURED, require, widest
 from oracles import relative_error
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fused_losses
 from fused_losses import margins
@@ -553,8 +554,6 @@ def test_autocast_through_a_layer(backend: str) -> None:
 
 
 def test_checkpoint_recomputes_the_same(backend: str) -> None:
-    from torch.utils.checkpoint import checkpoint
-
     x, w, labels = inputs(widest(backend))
     margin = margins.ElasticArcFace(0.5, 0.2)
 

@@ -21,6 +21,7 @@ from pair_cases import (
 from torch import Tensor
 
 from fused_losses import functional as fl
+from fused_losses.similarity import trilinear
 
 
 @pytest.fixture(params=BACKENDS)
@@ -130,8 +131,6 @@ def test_leading_dimensions(lead: tuple[int, ...], backend: str) -> None:
 
 
 def test_trilinear_blocks_merge(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_losses.similarity import trilinear
-
     q, k1, k2 = (torch.randn(n, 4, dtype=torch.float64) for n in (5, 7, 6))
     v1, v2 = torch.randn(7, 3).double(), torch.randn(6, 3).double()
     tensors = [t.requires_grad_() for t in (q, k1, k2, v1, v2)]

@@ -283,9 +283,9 @@ def require_pairs(name: str) -> str:
     """The backend's name; skips where it has no kernel for pairs."""
     why = backends.unavailable(name)
     op = f"fused_losses::pair_statistics_{name}"
-    if why is None and name == "cpu":
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU"):
-            why = "this build has no C++ kernels for pairs"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if why is None and name == "cpu" and not has_kernel(op, "CPU"):
+        why = "this build has no C++ kernels for pairs"
     if why is not None:
         pytest.skip(why)
     return name

@@ -25,19 +25,19 @@ DTYPES = [
     (FP32, BF16, FP32),
 ]
 OPTIONS = [
-    ("sgd", dict()),
+    ("sgd", {}),
     ("sgd", dict(weight_decay=0.2, maximize=True)),
     ("sgd", dict(momentum=0.9)),
     ("sgd", dict(momentum=0.9, dampening=0.3, weight_decay=0.1)),
     ("sgd", dict(momentum=0.8, nesterov=True, weight_decay=0.1)),
-    ("adamw", dict()),
+    ("adamw", {}),
     ("adamw", dict(weight_decay=0.3, maximize=True)),
     ("adamw", dict(betas=(0.7, 0.95), eps=1e-3, weight_decay=0.0)),
     ("adamw", dict(betas=(0.0, 0.5))),
-    ("adagrad", dict()),
+    ("adagrad", {}),
     ("adagrad", dict(initial_accumulator_value=0.4, eps=1e-3, maximize=True)),
 ]
-RULES = [("sgd", dict(momentum=0.9)), ("adamw", dict())]
+RULES = [("sgd", dict(momentum=0.9)), ("adamw", {})]
 rules = pytest.mark.parametrize(("rule", "options"), RULES, ids=["sgd", "adamw"])
 LR = 0.1
 ON_CUDA = ("sgd", "adamw")

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from places import search_path
 from torch import Tensor, nn
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
 from fused_losses import datasets
 from fused_losses.centers.checkpoint import Checkpoints
@@ -54,9 +56,6 @@ class SlowNet(nn.Sequential):
 
 def launch(*arguments: str) -> None:
     """torchrun's engine over forks of a process that has the imports: a restart is a second."""
-    from torch.distributed.launcher.api import elastic_launch
-    from torch.distributed.run import config_from_args, parse_args
-
     mp.set_forkserver_preload(PRELOAD)
     split = arguments.index("-m")
     config, _, _ = config_from_args(parse_args([*arguments[:split], "-m", "unused"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -303,8 +304,6 @@ def test_figures_are_optional(
 
 
 def test_two_processes_do_not_share_a_run(tiny: TrainConfig, tmp_path: Path) -> None:
-    import fcntl
-
     with open(tmp_path / "lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(RuntimeError, match="another process"):

@@ -16,7 +16,7 @@ from places import SHARED
 
 pytest.importorskip("triton")
 
-from triton_maxsim_cases import (  # noqa: E402
+from triton_maxsim_cases import (
     BACKWARD,
     Case,
     backward_truth,
@@ -26,9 +26,9 @@ from triton_maxsim_cases import (  # noqa: E402
 )
 
 from fused_losses.backends.triton import launch as triton_launch
-from fused_losses.primitives.maxsim import triton as backend  # noqa: E402
-from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds  # noqa: E402
-from tools.gpu_static import record  # noqa: E402
+from fused_losses.primitives.maxsim import triton as backend
+from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
+from tools.gpu_static import record
 
 if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
@@ -54,7 +54,7 @@ PTX = [
 @pytest.mark.skipif(not PTXSIM.is_dir(), reason="ptxsim is absent: no PTX is executed here")
 @pytest.mark.parametrize("arch, case", PTX, ids=lambda v: v if isinstance(v, str) else str(v.d))
 def test_ptx(arch: str, case: Case) -> None:
-    from test_triton_ptx import simulate
+    from simulated import simulate
 
     before, reports = list(sys.path), []
     texts = inputs(case)

@@ -21,8 +21,8 @@ if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
 # both skip, saying why, where ptxsim is absent
-from simulated import _on_the_path, simulate  # noqa: E402, F401
-from triton_pair_cases import Case, close, gradients, inputs, leaves_of  # noqa: E402
+from simulated import _on_the_path, simulate  # noqa: F401
+from triton_pair_cases import Case, close, gradients, inputs, leaves_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MANY = dict(labels=5, biases=True, ids=30, groups=3, windows=True)

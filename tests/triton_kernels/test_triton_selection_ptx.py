@@ -20,11 +20,11 @@ pytest.importorskip("triton")
 if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
-import triton_distance_cases as distances  # noqa: E402
-import triton_topk_cases as topk  # noqa: E402
+import triton_distance_cases as distances
+import triton_topk_cases as topk
 
 # both skip, saying why, where ptxsim is absent
-from simulated import _on_the_path, simulate  # noqa: E402, F401
+from simulated import _on_the_path, simulate  # noqa: F401
 
 BF16, FP16 = torch.bfloat16, torch.float16
 PRODUCTS = {"sm_80": ("mma.sync",), "sm_90": ("wgmma", "mma.sync")}

@@ -356,7 +356,7 @@ def test_near_zero_loss_keeps_its_digits() -> None:
 
 def test_nan_in_a_row() -> None:
     """Its own statistics and every column's are NaN; the other rows' are not."""
-    for extra in (dict(), dict(labels=3, windows=True), dict(root=True)):
+    for extra in ({}, dict(labels=3, windows=True), dict(root=True)):
         case = Case(n=20, m=23, cols=True, **extra)
         p, _ = inputs(case)
         x = p.x.clone()

@@ -100,7 +100,7 @@ def faults(f: Figures, aligned: bool = True) -> list[str]:
     unordered = sorted(
         name
         for name in f.atomics
-        if UNORDERED.search(name) or triton and not name.startswith("ATOMS")
+        if UNORDERED.search(name) or (triton and not name.startswith("ATOMS"))
     )
     if unordered:
         out.append(f"atomics or locks: {', '.join(unordered)}")

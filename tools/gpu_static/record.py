@@ -72,7 +72,7 @@ def specialise(kernel: Any, args: tuple, constants: dict, tile: Any) -> Compilat
             return TYPES[value.dtype]
         if isinstance(value, float):
             return "fp32"
-        if value is None or value == 1 and not varies:
+        if value is None or (value == 1 and not varies):
             const[place] = value
             return "constexpr"
         if value % 16 == 0 and not varies:

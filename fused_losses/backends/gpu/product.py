@@ -32,7 +32,7 @@ class Product:
         if wide and not bf16:
             # scores of a bfloat16 product against an exact lse would be off by whole factors at
             # scale 100, so the mixed backward recomputes them in tf32 and rounds G alone
-            coarse = precision == "tf32" or precision == "mixed" and gradient
+            coarse = precision == "tf32" or (precision == "mixed" and gradient)
             products = "tf32" if coarse else "tf32x3"
             # three tf32 products reach float32 accuracy on NVIDIA; AMD multiplies float32 itself
             dot = products if arch.startswith("sm_") else "ieee"

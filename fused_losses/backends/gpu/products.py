@@ -45,7 +45,7 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:
 
 def add_rows(dx: Tensor, g: Tensor, w: Tensor, piece: int) -> None:
     """dx[s] += G W over the s-th piece of the classes; the rest of a ragged chunk to the first."""
-    height, length = g.shape
+    length = g.shape[1]
     full = length // piece
     if full:
         split = g[:, : full * piece].unflatten(1, (full, piece)).transpose(0, 1)

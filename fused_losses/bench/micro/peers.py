@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from fused_losses.bench.measure import Provider
 
@@ -74,8 +75,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> dict[
     """torch's own attention kernels, on one head: SDPA anywhere, flex_attention on a GPU."""
     kernels: dict[str, Loss] = {"SDPA": F.scaled_dot_product_attention}
     if query.is_cuda:
-        from torch.nn.attention.flex_attention import flex_attention
-
         kernels["flex_attention"] = torch.compile(flex_attention)
 
     def loss(kernel: Loss) -> Loss:

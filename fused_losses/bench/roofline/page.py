@@ -176,7 +176,7 @@ COLOURS = {"triton": "#2a6f97", "cuda": "#d1495b", "eager": "#c9cdd6", "compiled
 def plot(path: Path, found: list[Row], gpu: str = "H100") -> None:
     """Times over the bound of the floor, as bars on a logarithmic axis."""
 
-    def draw(figure: Any, axes: Any) -> None:
+    def draw(_: Any, axes: Any) -> None:
         names: dict[str, list[int]] = {}
         for y, a in enumerate(found):
             names.setdefault(f"{a.op.name} {a.op.direction}", []).append(y + len(names))

@@ -180,18 +180,19 @@ class Trace(TorchDispatchMode):
         if name in WRITES:
             reads = [] if name != "copy_" else given[1:2]
             reads = [s for t in reads for s in self.source(t)]
-            return self.simple(name, reads, made)
+            self.simple(name, reads, made)
+            return
         lazy = self.compiled and not in_place
-        if lazy and torch.Tag.pointwise in func.tags or lazy and name in ("_to_copy", "clone"):
+        if (lazy and torch.Tag.pointwise in func.tags) or (lazy and name in ("_to_copy", "clone")):
             sources = {id(s): s for t in given for s in self.source(t)}
             for t in made:
                 self.made_of[t.untyped_storage()._cdata] = list(sources.values())
-            return None
+            return
         if self.compiled and "log_softmax" in name:
             read = {id(s): s for t in given for s in self.source(t)}
             self.simple(name, list(read.values()), [], 2 if name == "_log_softmax" else 1)
             self.made_of[made[0].untyped_storage()._cdata] = list(read.values())
-            return None
+            return
         if self.compiled and name in ("topk", "sort", "index", "gather"):
             given = [self.stored(t) for t in given]
         if name == "index_copy_":
@@ -200,17 +201,17 @@ class Trace(TorchDispatchMode):
             self.simple(name, [new], [])
             to = access(given[0], count(new) * new.element_size(), 0, count(new), write=True)
             self.work[-1].accesses.append(to)
-            return None
+            return
         if "gather" in name or name in ("index", "index_select", "nll_loss_forward"):
             # as much of the source as is taken from it
             self.simple(name, [*given[1:], made[0]], made)
-            return None
+            return
         read = {id(s): s for t in given for s in self.source(t)}
         self.simple(name, list(read.values()), made)
 
     # ---- our own launches -----------------------------------------------------------------------
 
-    def triton(self, kernel: Any, programs: int, args: tuple, constants: dict, tile: Any) -> None:
+    def triton(self, kernel: Any, programs: int, args: tuple, constants: dict, _: Any) -> None:
         """In the place of `triton_launch.launch`."""
         self.work.append(triton_work(kernel, programs, args, constants))
         given = triton_launch.by_name(kernel, args, {}).values()

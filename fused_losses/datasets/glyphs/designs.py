@@ -33,9 +33,9 @@ def designs(faces: list[Face], table: Spooled, read: Callable[[int], bytes]) -> 
     drawn = [_first_drawings(table, number) for number in range(len(faces))]
     for one in range(len(faces)):
         for other in range(one):
-            if groups.root(one) != groups.root(other):
-                if difference(drawn[one], drawn[other], read) < SAME_DESIGN:
-                    groups.join(one, other)
+            apart = groups.root(one) != groups.root(other)
+            if apart and difference(drawn[one], drawn[other], read) < SAME_DESIGN:
+                groups.join(one, other)
     roots = [groups.root(number) for number in range(len(faces))]
     order = {root: i for i, root in enumerate(sorted(set(roots)))}
     return [order[root] for root in roots]

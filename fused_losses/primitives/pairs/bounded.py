@@ -91,8 +91,8 @@ class Block:
             left_out.append(p.x_ids[rows, None] == p.y_ids[cols])
         if p.x_groups is not None:
             left_out.append(p.x_groups[rows, None] != p.y_groups[cols])
-        for column in () if p.exclude is None else p.exclude[rows].T:
-            left_out.append(column[:, None] == j)
+        if p.exclude is not None:
+            left_out.extend(column[:, None] == j for column in p.exclude[rows].T)
         if not left_out:
             return None
         out = left_out[0]

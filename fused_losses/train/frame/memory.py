@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -48,10 +49,9 @@ class PeakMemory:
 
 def _give_back_freed_memory() -> None:
     """Pages that malloc keeps from earlier work would hide growth."""
-    try:
+    # a library other than glibc has none
+    with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass  # not glibc
 
 
 def _status_bytes(key: str) -> int:

@@ -28,7 +28,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
 
-    def _note(self, number: int, frame: object) -> None:
+    def _note(self, number: int, _: object) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number

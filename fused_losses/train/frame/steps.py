@@ -145,7 +145,7 @@ class Training(ABC, Generic[C]):
         before, size = self.peak_mib, 0
         self.memory_by = memory.method
 
-        def step(number: int) -> None:
+        def step(_: int) -> None:
             loss = self.step()
             self.peak_mib = max(before, memory.mib())
             progress.step(what, loss)
@@ -155,7 +155,7 @@ class Training(ABC, Generic[C]):
             size = size or self.state_bytes()
             return schedule.due(done, size)
 
-        def save(done: int) -> None:
+        def save(_: int) -> None:
             checkpoint.save(path, self.state())
             schedule.written()
 

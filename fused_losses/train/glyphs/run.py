@@ -50,10 +50,7 @@ def train(
     """
     folder = Path(folder)
     files = (STAGES, *report.FILES)
-    with running(config, folder, written=files, resume=resume, overwrite=overwrite) as (
-        asked,
-        stop,
-    ):
+    with running(config, folder, written=files, resume=resume, overwrite=overwrite) as (_, stop):
         return _train(config, folder, stop, quiet, glyphs)
 
 
