@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,10 @@ def squared_norms(x: Tensor) -> Tensor:
     return x.to(accumulate_dtype(x.dtype)).square().sum(dim=1)
 
 
+@overload
+def centered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
+@overload
+def centered(x: Tensor, y: None) -> tuple[Tensor, None]: ...
 def centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both moved by y's mean, so that |x|^2 - 2<x, y> + |y|^2 cancels less."""
     about = (x if y is None else y).detach()

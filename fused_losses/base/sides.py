@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -72,7 +72,7 @@ def integers(
     if exclude is not None:
         check_integers("exclude", exclude, (rows.shape[0], None), rows)
         exclude = exclude.int()
-    return Integers(*numbers, exclude)
+    return Integers(*numbers)._replace(exclude=exclude)
 
 
 class Sides(NamedTuple):
@@ -83,6 +83,13 @@ class Sides(NamedTuple):
     alone: bool  # the batch meets itself
     numbers: Integers
     banks: Sequence[Bank] = ()
+
+    @property
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Of a call that has them, numbered: [N] and [M]."""
+        x_labels, y_labels = self.numbers[:2]
+        assert x_labels is not None and y_labels is not None
+        return x_labels, y_labels
 
     @property
     def other(self) -> Tensor | None:
@@ -101,7 +108,7 @@ def sides(
     offset: int | None = None,
     banks: Sequence[Bank] = (),
     labels: Both = NEITHER,
-    **known: Both | Tensor | bool | None,
+    **known: Any,
 ) -> Sides:
     """Raises ValueError, TypeError that name the argument; known: as in `integers`.
 
@@ -112,7 +119,7 @@ def sides(
         check_rows(names[0], x, precision)
     else:
         x = check_both(names[0], x, names[1], y, precision)
-    columns = x if alone else y
+    columns = x if alone or y is None else y
     numbers = integers(x, columns, prefixes, alone=alone, labels=labels, **known)
     if labels[0] is None and offset is not None:
         n, m = x.shape[0], columns.shape[0]

@@ -11,6 +11,8 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = ("fp32", "tf32", "mixed", "bf16")
 REDUCTIONS = ("mean", "sum", "none")
+# raises on the device, once a kernel comes to it; torch has no public name for it
+assert_async = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
 NO_TARGET = -1  # what the primitives take for "this row has no target here"
 
 
@@ -24,7 +26,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
+def check_matrix(name: str, tensor: Tensor | None, shape: str) -> Tensor:
     """A two-dimensional floating point tensor, or a TypeError / ValueError that says what came."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(tensor).__name__}")
@@ -35,6 +37,7 @@ def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
         )
     if tensor.dim() != 2:
         raise ValueError(f"{name}: expected two dimensions {shape}, got {describe(tensor)}")
+    return tensor
 
 
 def check_pair(rows_name: str, rows: Tensor, weight_name: str, weight: Tensor) -> None:
@@ -110,7 +113,7 @@ def check_labels(
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     extra = "" if ignore_index == NO_TARGET else f" or ignore_index={ignore_index}"
     if labels.is_cuda and os.environ.get("FUSED_LOSSES_VALIDATE") != "1":
-        torch._assert_async(~bad.any(), f"{name}: expected class ids in [0, {num_classes}){extra}")
+        assert_async(~bad.any(), f"{name}: expected class ids in [0, {num_classes}){extra}")
     elif bool(bad.any()):
         wrong = labels[bad]
         raise IndexError(
@@ -153,11 +156,11 @@ def check_rows(name: str, x: Tensor, precision: str) -> None:
 
 
 def check_both(
-    x_name: str, x: Tensor, y_name: str, y: Tensor, precision: str, rows: str = "M"
+    x_name: str, x: Tensor, y_name: str, y: Tensor | None, precision: str, rows: str = "M"
 ) -> Tensor:
     """Two sets of embeddings that meet in a product; x, under autocast in y's dtype."""
     check_rows(x_name, x, precision)
-    check_matrix(y_name, y, f"[{rows}, D]")
+    y = check_matrix(y_name, y, f"[{rows}, D]")
     if x.shape[1] != y.shape[1]:
         raise ValueError(
             f"{y_name}: expected [{rows}, {x.shape[1]}] to match {x_name} [N, {x.shape[1]}], got "
@@ -170,7 +173,9 @@ def check_both(
     return x
 
 
-def check_integers(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+def check_integers(
+    name: str, tensor: Tensor | None, shape: tuple[int | None, ...], like: Tensor
+) -> None:
     """An integer tensor on the device of `like`; None in the shape stands for any size."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected an integer tensor, got {type(tensor).__name__}")
@@ -218,7 +223,7 @@ def check_class_ids(name: str, labels: Tensor, classes: int) -> None:
         return
     bad = (labels < 0) | (labels >= classes)
     if labels.is_cuda and os.environ.get("FUSED_LOSSES_VALIDATE") != "1":
-        torch._assert_async(~bad.any(), f"{name}: expected class ids in [0, {classes})")
+        assert_async(~bad.any(), f"{name}: expected class ids in [0, {classes})")
     elif bool(bad.any()):
         wrong = labels[bad]
         raise IndexError(

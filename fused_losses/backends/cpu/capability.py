@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,8 +21,8 @@ def _load() -> ModuleType | ImportError:
         return error
 
 
-def extension() -> ModuleType | None:
-    """The compiled module, or None where it was not built."""
+def extension() -> Any:
+    """The compiled module, or None where it was not built (and none of its ops can be called)."""
     loaded = _load()
     return None if isinstance(loaded, ImportError) else loaded
 

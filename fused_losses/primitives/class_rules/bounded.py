@@ -35,7 +35,8 @@ def tile_bytes(device: torch.device | None) -> int:
 
 def tile_classes(p: ClassInputs) -> int:
     """How many classes a tile has, one at least."""
-    return max(1, tile_bytes(p.x.device) // _class_bytes(*p.x.shape, p.centers, p.dtype))
+    n, d = p.x.shape
+    return max(1, tile_bytes(p.x.device) // _class_bytes(n, d, p.centers, p.dtype))
 
 
 def _class_bytes(n: int, d: int, centers: int, dtype: torch.dtype) -> int:

@@ -182,7 +182,8 @@ class ClassRulesOp(StreamedOp):
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         p = ClassInputs(*arguments[3:-3])
-        return bounded.backward(backend, *arguments[:3], p, *arguments[-3:])
+        a, b, c = arguments[:3]
+        return bounded.backward(backend, a, b, c, p, *arguments[-3:])
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         if not direction:

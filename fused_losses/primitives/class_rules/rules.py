@@ -70,18 +70,23 @@ def raised(c: Tensor, t: float, straight_through: bool) -> Tensor:
     return c + (value - c).detach() if straight_through else value
 
 
-def _sphereface2_score(c: Tensor, values: Tensor, params: list[float]) -> Tensor:
+def _sphereface2_score(c: Tensor, values: Tensor | None, params: list[float]) -> Tensor:
     scale, margin, t, straight_through = params
+    assert values is not None
     return scale * (raised(c, t, bool(straight_through)) + margin) + values[0]
 
 
-def _sphereface2_terms(c: Tensor, values: Tensor, params: list[float]) -> tuple[Tensor, Tensor]:
+def _sphereface2_terms(
+    c: Tensor, values: Tensor | None, params: list[float]
+) -> tuple[Tensor, Tensor]:
     """softplus(z), and its slope in the bias."""
     z = _sphereface2_score(c, values, params)
     return -torch.nn.functional.logsigmoid(-z), torch.sigmoid(z)
 
 
-def _sphereface2_slopes(c: Tensor, values: Tensor, params: list[float]) -> tuple[Tensor, Tensor]:
+def _sphereface2_slopes(
+    c: Tensor, values: Tensor | None, params: list[float]
+) -> tuple[Tensor, Tensor]:
     scale, _, t, straight_through = params
     share = torch.sigmoid(_sphereface2_score(c, values, params))
     of_score: Tensor | float = scale

@@ -83,7 +83,7 @@ def forward(inputs: DistanceInputs) -> Tensor:
 
 def backward(
     grad: Tensor, out: Tensor, inputs: DistanceInputs, needs: DistanceNeeds
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """dx, dy, dw; what is not needed is empty."""
     x, y, w, kind, p, _ = inputs
     like = ((x, needs.x), (y, needs.y), (w, needs.w))
@@ -99,7 +99,7 @@ def backward(
     else:
         _through_terms(grad, out, x, y, w, kind, p, dx, dy, dw)
     return tuple(
-        x.new_empty(0) if g is None else g.to(t.dtype)
+        x.new_empty(0) if g is None or t is None else g.to(t.dtype)
         for g, (t, _) in zip((dx, dy, dw), like, strict=True)
     )
 
@@ -181,7 +181,7 @@ def _to_difference(grad: Tensor, out: Tensor, kind: str) -> Tensor:
 def _through_products(
     s: _Sides, grad: Tensor, out: Tensor, kind: str, dx: Tensor | None, dy: Tensor | None
 ) -> None:
-    for rows, cols in _blocks(*out.shape, out.element_size()):
+    for rows, cols in _blocks(out.shape[0], out.shape[1], out.element_size()):
         g = _to_difference(grad[rows, cols], out[rows, cols], kind)
         near = _near(s, out, kind, rows, cols)
         far = g.masked_fill(near, 0)
@@ -256,7 +256,7 @@ def _wide(x: Tensor, y: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor, Tenso
 
 def _of_columns(kind: str, w: Tensor | None, cols: slice) -> Tensor | None:
     """The weights of a block: of its columns, or of all coordinates."""
-    return w[cols] if kind == "scaled" else w
+    return w[cols] if kind == "scaled" and w is not None else w
 
 
 def _through_terms(
@@ -273,14 +273,15 @@ def _through_terms(
 ) -> None:
     slopes = KINDS[kind].slopes
     x, y, w = _wide(x, y, w)
-    for rows, cols in _blocks(*out.shape, x.shape[1] * out.element_size()):
+    assert slopes is not None
+    for rows, cols in _blocks(out.shape[0], out.shape[1], x.shape[1] * out.element_size()):
         g, of = grad[rows, cols, None], out[rows, cols, None]
         to_x, to_y, to_w = slopes(x[rows, None], y[cols], _of_columns(kind, w, cols), p, of)
         if dx is not None:
             dx[rows] += (g * to_x).sum(1)
         if dy is not None:
             dy[cols] += (g * to_y).sum(0)
-        if dw is not None:
+        if dw is not None and to_w is not None:
             if kind == "scaled":
                 dw[cols] += (g * to_w).sum(0)
             else:

@@ -81,14 +81,16 @@ def forward(inputs: DistanceInputs) -> Tensor:
 
 def backward(
     grad: Tensor, out: Tensor, inputs: DistanceInputs, needs: DistanceNeeds
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """dx, dy, dw; what is not needed is empty."""
     x, y, w, kind, p, precision = inputs
     kind = _simplified(kind, p)
     need_x, need_y, need_w = needs.x, needs.y, needs.w and w is not None
     asked = ((x, need_x), (y, need_y), (w, need_w))
     if min(x.shape[0], y.shape[0], x.shape[1]) == 0:
-        return tuple(t.new_zeros(t.shape) if need else x.new_empty(0) for t, need in asked)
+        return tuple(
+            t.new_zeros(t.shape) if need and t is not None else x.new_empty(0) for t, need in asked
+        )
     own, other = _rows(x), _rows(y)
     if kind in PRODUCTS:
         dx, dy = through_products(grad, out, own, other, kind, precision, need_x, need_y)
@@ -99,7 +101,7 @@ def backward(
     else:
         dx, dy, dw = through_terms(grad, out, own, other, w, kind, p, need_x, need_y, need_w)
     return tuple(
-        x.new_empty(0) if g is None else g.to(t.dtype)
+        x.new_empty(0) if g is None or t is None else g.to(t.dtype)
         for g, (t, _) in zip((dx, dy, dw), asked, strict=True)
     )
 

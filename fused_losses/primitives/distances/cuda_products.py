@@ -43,7 +43,7 @@ def from_products(x: Tensor, y: Tensor, out: Tensor, kind: str, precision: str) 
         return
     rounded = precision == "bf16" and x.dtype == torch.float32
     x_norms, y_norms = _norms(x, rounded), _norms(y, rounded)
-    for rows, cols in blocks(*out.shape, x.device):
+    for rows, cols in blocks(out.shape[0], out.shape[1], x.device):
         block = out[rows, cols]
         product(x[rows], y[cols].T, precision, out=block)
         cuda_launch.launch(
@@ -85,7 +85,7 @@ def through_products(
     norms = totals = near = None
     if differences:
         norms = _norms(x, False), _norms(y, False)
-        totals = tuple(torch.zeros_like(t) for t in norms)
+        totals = torch.zeros_like(norms[0]), torch.zeros_like(norms[1])
         near = torch.empty((ceil_div(n, TILE), ceil_div(m, TILE)), dtype=torch.int32, device=device)
     for rows, cols in blocks(n, m, device):
         u, v = x[rows], y[cols]
@@ -93,23 +93,22 @@ def through_products(
             g = grad[rows, cols]
         else:
             of = out[rows, cols] if differences else None
-            tiles = near[rows.start // TILE :, cols.start // TILE :] if differences else None
+            tiles = None if near is None else near[rows.start // TILE :, cols.start // TILE :]
             g, sums = _factors(grad[rows, cols], of, norms, rows, cols, tiles, kind, low)
-            if differences:
+            if totals is not None and sums is not None:
                 totals[0][rows] += sums[0]
                 totals[1][cols] += sums[1]
-        if need_x:
+        if dx is not None:
             add_product(dx[rows], g, v.to(low), precision)
-        if need_y:
+        if dy is not None:
             add_product(dy[cols], g.T, u.to(low), precision)
-    if differences:
-        term = f"near_{kind}"
+    if norms is not None and totals is not None and near is not None:
+        term, turned = f"near_{kind}", (norms[1], norms[0])
         if need_x:
-            given = dict(norms=norms, totals=totals[0], near=near, to=dx)
-            gradient(term, x, y, grad, out, **given)
+            gradient(term, x, y, grad, out, norms=norms, totals=totals[0], near=near, to=dx)
         if need_y:
-            given = dict(norms=norms[::-1], totals=totals[1], near=near.T, to=dy)
-            gradient(term, y, x, grad.T, out.T, **given)
+            given = grad.T, out.T
+            gradient(term, y, x, *given, norms=turned, totals=totals[1], near=near.T, to=dy)
     return dx, dy
 
 
@@ -149,4 +148,6 @@ def _factors(
         type=ELEMENTS[low],
         rooted=kind == "euclidean",
     )
-    return g, None if out is None else (row_sums.sum(0), column_sums.sum(0))
+    if row_sums is None or column_sums is None:
+        return g, None
+    return g, (row_sums.sum(0), column_sums.sum(0))

@@ -138,13 +138,13 @@ def through_pairs(
         torch.zeros(t.shape, dtype=torch.float32, device=t.device) if need else None
         for t, need in ((x, need_x), (y, need_y))
     )
-    for rows, cols in blocks(*out.shape, x.device):
+    for rows, cols in blocks(out.shape[0], out.shape[1], x.device):
         of, g = out[rows, cols], grad[rows, cols]
         pairs = torch.empty(of.shape, dtype=torch.float32, device=x.device)
         sums(WITH_PAIRS[kind], x[rows], y[cols], None, 0.0, pairs)
-        if need_x:
+        if dx is not None:
             gradient(term, x[rows], y[cols], g, of, pairs=pairs, to=dx[rows])
-        if need_y:
+        if dy is not None:
             gradient(term, y[cols], x[rows], g.T, of.T, pairs=pairs.T, to=dy[cols])
     return dx, dy
 

@@ -178,7 +178,7 @@ class DistanceMatrixOp(StreamedOp):
 
     def fake_backward(
         self, grad: Tensor, out: Tensor, x: Tensor, y: Tensor, w: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return tuple(
             x.new_empty(0) if t is None or not need else t.new_empty(t.shape)
             for t, need in zip((x, y, w), rest[-3:], strict=True)
@@ -195,9 +195,9 @@ class DistanceMatrixOp(StreamedOp):
         """The backward's own derivative, in PyTorch operations that autograd can follow."""
         if ctx.kind not in PRODUCTS:
             return refused(f"distance_matrix, kind={ctx.kind!r}")(ctx, *grads)
-        asked = [g if need else None for g, need in zip(grads[:2], ctx.needs[:2], strict=True)]
+        ddx, ddy = (g if need else None for g, need in zip(grads[:2], ctx.needs[:2], strict=True))
         with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            found = bounded.second(*asked, *ctx.saved_tensors, ctx.kind)
+            found = bounded.second(ddx, ddy, *ctx.saved_tensors, kind=ctx.kind)
         # grad, out, x, y, then w, kind, p, precision and the three needs
         return (*found, *(None,) * 7)
 

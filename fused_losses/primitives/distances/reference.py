@@ -31,6 +31,7 @@ def distance(kind: str, x: Tensor, y: Tensor, w: Tensor | None, p: float) -> Ten
     if kind == "canberra":
         return _canberra(x, y, w)
     if kind == "scaled":
+        assert w is not None
         return _root((x - y).square().mul(w.unsqueeze(-3)).sum(dim=-1))
     return _PLAIN[kind](x, y)
 

@@ -67,7 +67,7 @@ TILES["sm_100"] = TILES["sm_80"]
 TILES["sm_86"] = TILES["sm_80"] | by_kernel(gradient=same(Tile(64, 32, 32), "tf32x3"))
 NEAR_DEPTH = 32  # of D at a time, of the gradients of near pairs
 # a piece of a tile of distances, and how many differences make a slice
-NEAR = dict.fromkeys((*NVIDIA, "gfx942"), Tile(64, 64, 64, 8, 1))
+NEAR: dict[str, Tile] = dict.fromkeys((*NVIDIA, "gfx942"), Tile(64, 64, 64, 8, 1))
 NEAR["interpret"] = Tile(16, 16, 16, 8, 1)
 
 
@@ -178,14 +178,13 @@ def backward(
     if min(a.n, a.m, a.d) == 0:
         dx, dy = x.new_zeros(x.shape if needs.x else 0), y.new_zeros(y.shape if needs.y else 0)
         return dx, dy, x.new_empty(0)
-    norms = (None, None)
+    of_x = of_y = distances = None
     if kind != "dot":
-        norms = tuple(squares(a, t, False) for t in (a.x, a.y))
-    distances = None if kind == "dot" else out
+        of_x, of_y, distances = squares(a, a.x, False), squares(a, a.y, False), out
     if needs.x:
-        dx = _gradient(a, a.x, a.y, *norms, grad, distances, kind, 1)
+        dx = _gradient(a, a.x, a.y, of_x, of_y, grad, distances, kind, 1)
     if needs.y:
-        dy = _gradient(a, a.y, a.x, *norms[::-1], grad, distances, kind, -1)
+        dy = _gradient(a, a.y, a.x, of_y, of_x, grad, distances, kind, -1)
     return dx, dy, x.new_empty(0)
 
 

@@ -7,6 +7,8 @@ gradient gathers it. Memory beyond the outputs: the tile, and 12 bytes a query t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
     queries, documents, query_offsets, document_offsets, precision = inputs
     tokens, found = queries.shape[0], documents.shape[0]
     query_count, count = query_offsets.shape[0] - 1, document_offsets.shape[0] - 1
-    new = dict(dtype=torch.float32, device=queries.device)
+    new: dict[str, Any] = dict(dtype=torch.float32, device=queries.device)
     scores = torch.zeros((query_count, count), **new)
     index = torch.full((tokens, count), -1, dtype=torch.int32, device=queries.device)
     if tokens == 0 or found == 0:

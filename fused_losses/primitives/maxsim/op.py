@@ -63,6 +63,7 @@ def maxsim(
     if lengths is not None:
         _check_lengths(lengths, documents, ragged)
     if ragged:
+        assert lengths is not None
         flat_documents, document_offsets = documents, _offsets(lengths.to(documents.device))
     else:
         if lengths is not None:

@@ -11,6 +11,8 @@ vectors. No time was measured: the choice is a wide tile that does not spill.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
     p = Product.of(queries, documents, precision, gradient=False)
     tokens, count = p.n, document_offsets.shape[0] - 1
     query_count = query_offsets.shape[0] - 1
-    new = dict(dtype=torch.float32, device=queries.device)
+    new: dict[str, Any] = dict(dtype=torch.float32, device=queries.device)
     index = torch.empty((tokens, count), dtype=torch.int32, device=queries.device)
     if tokens == 0 or count == 0:
         return torch.zeros((query_count, count), **new), index

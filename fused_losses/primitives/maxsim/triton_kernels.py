@@ -5,6 +5,9 @@ of a document are its last token again: equal, and later, so never chosen. Offse
 64-bit.
 """
 
+# Triton types what its functions return as nothing that can be unpacked, nor gone through
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 

@@ -88,8 +88,10 @@ class Block:
         if p.skip_self:
             left_out.append(i == j)
         if p.x_ids is not None:
+            assert p.y_ids is not None
             left_out.append(p.x_ids[rows, None] == p.y_ids[cols])
         if p.x_groups is not None:
+            assert p.y_groups is not None
             left_out.append(p.x_groups[rows, None] != p.y_groups[cols])
         if p.exclude is not None:
             left_out.extend(column[:, None] == j for column in p.exclude[rows].T)
@@ -106,6 +108,7 @@ class Block:
         if p.x_labels is None:
             mask = torch.full_like(self.score, kind == NEGATIVE, dtype=torch.bool)
         else:
+            assert p.y_labels is not None
             same = p.x_labels[self.rows, None] == p.y_labels[self.cols]
             mask = same if kind == POSITIVE else ~same
         if self.taking_part is not None:
@@ -204,7 +207,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
                 new = _reduce(block.term(kind)[0], mask, dim, reduction, out.dtype)
                 out[:, kind, at] = _merge(out[:, kind, at], new, reduction)
     if p.triangle:
-        return _merge(*sides, reduction), sides[1][..., :0].contiguous()
+        return _merge(sides[0], sides[1], reduction), sides[1][..., :0].contiguous()
     return sides[0], sides[1]
 
 
@@ -389,8 +392,13 @@ def differentiable_backward(kind: str, arguments: list[Any]) -> tuple[Tensor, ..
     before, p, after = sorted_out(f"{kind}_backward", arguments)
     if kind == "pair_statistics":
         reduction, cols, *needs = after
-        found = statistics_backward(*before, p, reduction, cols, PairNeeds(*needs), True)
+        grad_rows, grad_columns, rows, columns = before
+        found = statistics_backward(
+            grad_rows, grad_columns, rows, columns, p, reduction, cols, PairNeeds(*needs), True
+        )
     else:
         positives, need_values, *needs = after
-        found = attention_backward(*before, p, positives, need_values, PairNeeds(*needs), True)
+        grad_out, grad_lse, out, lse, values = before
+        given = positives, need_values, PairNeeds(*needs)
+        found = attention_backward(grad_out, grad_lse, out, lse, values, p, *given, True)
     return tuple(p.x.new_empty(0) if g is None else g for g in found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,7 +160,7 @@ def tiles(
 def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tensor]:
     """rows and columns of `fused_losses.primitives.pairs`, [4, 2, N] and [4, 2, M or 0]."""
     s, both = sweep(p, gradient=False), p.triangle or cols
-    new = dict(dtype=row_dtype(p.x.device), device=p.x.device)
+    new: dict[str, Any] = dict(dtype=row_dtype(p.x.device), device=p.x.device)
     rows = gpu.nothing_yet(s.n, new)
     columns = rows if p.triangle else gpu.nothing_yet(s.m if cols else 0, new)
     parts = None
@@ -220,7 +221,7 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
     """out [N, Dv] and lse [N] of `pair_attention`, in one sweep."""
     p, kind = gpu.attending(p, positives)
     s = sweep(p, gradient=False)
-    new = dict(device=p.x.device)
+    new: dict[str, Any] = dict(device=p.x.device)
     out = torch.zeros((s.n, values.shape[1]), dtype=torch.float32, **new)
     best = torch.full((s.n,), -torch.inf, dtype=torch.float32, **new)
     mass = torch.zeros(s.n, dtype=row_dtype(p.x.device), **new)
@@ -283,7 +284,7 @@ def attention_backward(
             weights, ds = made[-1 - want] if need_values else None, made[-1] if want else None
             s.scores(block, tile)
             top, stop, first, end = block
-            if want:
+            if into is not None:
                 of_values = values[first:end].to(rounded.dtype).T
                 product(rounded[top:stop], of_values, s.precision, out=gpu.cut(into, block))
             s.launch(
@@ -300,8 +301,8 @@ def attention_backward(
                 unit=unit,
                 type=cuda_launch.ELEMENTS[s.low],
             )
-            if dvalues is not None:
+            if dvalues is not None and weights is not None:
                 dvalues.add(block, gpu.cut(weights, block), grad_low)
-            if want:
+            if ds is not None:
                 gradients.add(block, gpu.cut(ds, block))
     return (None if dvalues is None else dvalues.out, *gradients.results())

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,7 +166,8 @@ class Gradients:
         n, m = p.x.shape[0], p.y.shape[0]
         self.p, self.needs, self.unscale, self.scale = p, needs, unscale, scale * unscale
         self.x, self.y = x, x if p.triangle else y
-        sums, wide = (dict(dtype=t, device=x.device) for t in (torch.float32, row_dtype(x.device)))
+        sums: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
+        wide: dict[str, Any] = dict(dtype=row_dtype(x.device), device=x.device)
         self.dx = torch.zeros((n, x.shape[1]), **sums) if needs.x or needs.scale else None
         self.dy = None
         if needs.y:
@@ -195,18 +196,21 @@ class Gradients:
     def results(self) -> tuple[Tensor | None, ...]:
         p, needs = self.p, self.needs
         dscale = None
-        if needs.scale:
+        if needs.scale and self.dx is not None:
             # with triangle dx holds each pair twice
             factor = self.unscale * (0.5 if p.triangle else 1.0)
             dscale = (p.x.float() * self.dx).sum(dtype=row_dtype(p.x.device)) * factor
             dscale = dscale.reshape(()).to(p.scale)
         return (
-            (self.dx * self.scale).to(p.x.dtype) if needs.x else None,
-            self.dy.out if needs.y else None,
+            (self.dx * self.scale).to(p.x.dtype) if needs.x and self.dx is not None else None,
+            None if self.dy is None else self.dy.out,
             dscale,
-            (self.dx_bias * self.unscale).to(p.x_bias.dtype) if needs.x_bias else None,
-            (self.dy_bias * self.unscale).to(p.y_bias.dtype) if needs.y_bias else None,
+            self._of_bias(self.dx_bias, p.x_bias),
+            self._of_bias(self.dy_bias, p.y_bias),
         )
+
+    def _of_bias(self, total: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        return None if total is None or bias is None else (total * self.unscale).to(bias.dtype)
 
 
 def possible(needs: PairNeeds, p: PairInputs) -> PairNeeds:

@@ -45,8 +45,8 @@ class PairInputs(NamedTuple):
     x_window: Tensor | None = None  # [4, N] accumulation dtype, see `pairs`
     y_window: Tensor | None = None  # [4, M]
     score: str = "linear"  # psi: linear u; root -sqrt(max(-u, 0))
-    positive: Rule | list[float] = Rule()
-    negative: Rule | list[float] = Rule()
+    positive: Rule = Rule()  # a list of floats on its way through an op
+    negative: Rule = Rule()
     skip_self: bool = False  # leave out i == j
     triangle: bool = False  # y is x: pairs i < j only, each counted for both of its ends
     precision: str = "fp32"

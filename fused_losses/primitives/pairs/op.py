@@ -188,10 +188,10 @@ class PairsOp(StreamedOp):
         at = BEFORE[self.name]
         # of statistics value and total only: the others are counts
         part = slice(2) if self.name == "pair_statistics" else slice(None)
-        grads = [
+        grads = tuple(
             torch.zeros_like(o[part]) if g is None else g[part].contiguous()
             for g, o in zip(grads, output, strict=True)
-        ]
+        )
         needs = [needed[i] for i in range(at)] + [needed[at + i] for i in DIFFERENTIABLE]
         triangle = arguments[at + PairInputs._fields.index("triangle")]
         if triangle:
@@ -242,7 +242,7 @@ class PairStatisticsOp(PairsOp):
 
     def fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         _, p, (_, cols) = sorted_out(self.name, arguments)
-        new = dict(dtype=row_dtype(p.x.device))
+        new: dict[str, Any] = dict(dtype=row_dtype(p.x.device))
         rows = p.x.new_empty((4, 2, p.x.shape[0]), **new)
         return rows, p.x.new_empty((4, 2, p.y.shape[0] if cols else 0), **new)
 

@@ -31,7 +31,9 @@ def classes(p: PairInputs) -> tuple[Tensor, Tensor]:
     labels, ids, groups = (p.x_labels, p.y_labels), (p.x_ids, p.y_ids), (p.x_groups, p.y_groups)
 
     def equal(pair: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        return pair[0][:, None] == (pair[0] if p.triangle else pair[1])
+        x, y = pair[0], pair[0] if p.triangle else pair[1]
+        assert x is not None and y is not None
+        return x[:, None] == y
 
     kept = torch.ones(n, m, dtype=torch.bool, device=p.x.device)
     if p.skip_self or p.triangle:

@@ -185,7 +185,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
             REDUCTION=reduction,
         )
         _merge(s, row_part, rows, (first_row, first), (tile.rows, tile.columns), reduction, False)
-        if both:
+        if column_part is not None:
             firsts, sizes = (first, first_row), (tile.columns, tile.rows)
             _merge(s, column_part, columns, firsts, sizes, reduction, True)
     for out in (rows,) if p.triangle else (rows, columns):
@@ -355,8 +355,8 @@ def attention_backward(
             weights = buffers[0] if need_values else None
             ds = buffers[-1] if want else None
             _attend(s, tile, block, kind, base_rows, weights, grad_rows, values, shift, ds, unit)
-            if dvalues is not None:
+            if dvalues is not None and weights is not None:
                 dvalues.add(block, gpu.cut(weights, block), grad_low)
-            if want:
+            if ds is not None:
                 gradients.add(block, gpu.cut(ds, block))
     return (None if dvalues is None else dvalues.out, *gradients.results())

@@ -1,5 +1,8 @@
 """What the Triton kernels over pairs share: scores, which pairs take part, their terms."""
 
+# Triton types what its functions return as nothing that can be unpacked, nor gone through
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton

@@ -71,11 +71,14 @@ def backward(
     kind, sign = SCORES[p.score]
     dx = torch.empty_like(x) if need_x else p.x.new_empty(0)
     dy = torch.zeros_like(y) if need_y else p.y.new_empty(0)
-    dvalues = torch.zeros_like(p.values) if need_values else p.x.new_empty(0)
-    backward = DISTANCE_MATRIX.op(backend, "_backward")
+    dvalues = (
+        torch.zeros_like(p.values) if need_values and p.values is not None else p.x.new_empty(0)
+    )
+    backward, gradient = DISTANCE_MATRIX.op(backend, "_backward"), rule.on(backend).gradient
+    assert gradient is not None
     for rows in runs(p.x.shape[0], _tall(p)):
         score = _scores(backend, p, x[rows], y)
-        slope, of_values = rule.on(backend).gradient(
+        slope, of_values = gradient(
             block(p, -score if sign < 0 else score, rows), grad[rows].to(dtype)
         )
         slope = -slope if sign < 0 else slope

@@ -131,7 +131,9 @@ class RowLossesOp(StreamedOp):
         return (
             p.x.new_empty(p.x.shape if need_x else 0),
             p.y.new_empty(p.y.shape if need_y else 0),
-            torch.empty_like(p.values) if need_values else p.x.new_empty(0),
+            torch.empty_like(p.values)
+            if need_values and p.values is not None
+            else p.x.new_empty(0),
         )
 
     def forward(self, backend: str, *arguments: Any) -> Tensor:

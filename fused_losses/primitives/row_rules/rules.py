@@ -45,7 +45,7 @@ def _chosen(b: RowBlock) -> Tensor:
     # a positive is hard when it is far, a negative when it is near
     largest = [kinds[0] != "easiest", kinds[1] == "easiest"]
     order = (1, 0) if kinds[0] == "semihard" else (0, 1)
-    found: list[tuple[Tensor, Tensor]] = [None, None]  # type: ignore[list-item]
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for side in order:
         mask = masks[side]
         if kinds[side] == "semihard":
@@ -115,6 +115,7 @@ def _histogram_gradient(b: RowBlock, grad: Tensor) -> tuple[Tensor, None]:
 
 def _hinges(b: RowBlock) -> tuple[Tensor, Tensor]:
     """The arguments above 0 of both classes, 0 elsewhere."""
+    assert b.values is not None
     r, p, n = (v[:, None].to(b.score.dtype) for v in b.values.unbind(dim=1))
     scaled = r * b.score
     return (
@@ -132,6 +133,7 @@ def _hinges_formula(b: RowBlock) -> Tensor:
 
 
 def _hinges_gradient(b: RowBlock, grad: Tensor) -> tuple[Tensor, Tensor]:
+    assert b.values is not None
     near, far = (
         g[:, None] * (2 * h if b.params[0] == 2 else torch.where(h.isnan(), h, (h > 0).to(h.dtype)))
         for g, h in zip((grad[:, 0], grad[:, 2]), _hinges(b), strict=True)

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
-from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients, check
+from fused_losses.primitives.row_statistics.inputs import (
+    Inputs,
+    Needs,
+    RowGradients,
+    check,
+    gradient_shape,
+)
 
 TILE_BYTES = 3 << 20  # of scores and of weights in a tile, together
 ROW_BYTES = 200  # of vectors
@@ -145,8 +151,7 @@ def backward(
     rows = p.x.to(accumulate_dtype(p.x.dtype))
     dx = torch.zeros_like(rows) if needs.x else None
     compact = needs.compact and p.classes is not None
-    height = p.classes.shape[0] if compact else p.weight.shape[0]
-    dweight = p.weight.new_zeros((height, p.weight.shape[1])) if needs.weight else None
+    dweight = p.weight.new_zeros(gradient_shape(p, needs)) if needs.weight else None
     at = 0
     dbias = torch.zeros_like(p.bias) if needs.bias and p.bias is not None else None
     # a row without other classes has lse = -inf and no gradient to share out

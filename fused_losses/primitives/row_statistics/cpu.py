@@ -15,4 +15,5 @@ def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
 
 def workspace(p: Inputs, needs: Needs | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
-    return extra_bytes(*p.x.shape, p.weight.dtype, p.precision)
+    n, d = p.x.shape
+    return extra_bytes(n, d, p.weight.dtype, p.precision)

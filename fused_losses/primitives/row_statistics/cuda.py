@@ -77,7 +77,8 @@ def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
 
 def workspace(p: Inputs, needs: Needs | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
-    return extra_bytes(*p.x.shape, p.weight.dtype, p.precision)
+    n, d = p.x.shape
+    return extra_bytes(n, d, p.weight.dtype, p.precision)
 
 
 def _extra_bytes(sizes: Sizes, n: int, d: int, host: bool) -> int:
@@ -244,10 +245,9 @@ def backward(
     dbias = make(bias.shape, device=x.device) if needs.bias and bias is not None else None
     if p.n == 0 or p.count == 0:
         dx = torch.zeros_like(x) if needs.x else None
-        return dx, dweight, None if dbias is None else dbias.to(bias.dtype)
-    grads = [row_gradients.lse, row_gradients.target]
-    grads.append(row_gradients.weighted if weighted else None)
-    grads = [None if g is None else g.float().contiguous() for g in grads]
+        return dx, dweight, _like(dbias, bias)
+    given = (row_gradients.lse, row_gradients.target, row_gradients.weighted if weighted else None)
+    grads = [None if g is None else g.float().contiguous() for g in given]
     unscale = None
     if p.low == torch.float16:
         scale = float16_scale(grads, p.column_weight)
@@ -257,7 +257,11 @@ def backward(
         dx = _sweep(p, precision, rows, unscale, needs.x, dweight, dbias, compact)
     if dx is not None:
         dx = (dx if unscale is None else dx * unscale).to(x.dtype)
-    return dx, dweight, None if dbias is None else dbias.to(bias.dtype)
+    return dx, dweight, _like(dbias, bias)
+
+
+def _like(sums: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    return None if sums is None or bias is None else sums.to(bias.dtype)
 
 
 def _sweep(
@@ -325,9 +329,9 @@ def _sweep(
                 out_type=ELEMENTS[low],
             )
             g = tile.view(low)[:height, :length]
-            if dx is not None:
+            if dx is not None and w_low is not None:
                 add_rows(dx[:, part], g, w_low, piece)
-            if direct:
+            if direct and dweight is not None:
                 torch.mm(g.T, x_low, out=dweight[first:end])
             elif gradient is not None:
                 beta = float(part.start > 0)

@@ -70,8 +70,8 @@ def backward_arguments(
 
 def gradient_shape(p: Inputs, needs: Needs) -> tuple[int, int]:
     """Of the weight: its own, or with `compact` a row for each class that takes part."""
-    part = needs.compact and p.classes is not None
-    return (p.classes.shape[0] if part else p.weight.shape[0], p.weight.shape[1])
+    rows = p.classes if needs.compact and p.classes is not None else p.weight
+    return (rows.shape[0], p.weight.shape[1])
 
 
 def check(labels: Tensor, weight: Tensor, classes: Tensor | None) -> None:

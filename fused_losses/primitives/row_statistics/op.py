@@ -168,7 +168,9 @@ class RowStatisticsOp(StreamedOp):
         return (
             p.x.new_empty(p.x.shape if needs.x else 0),
             p.weight.new_empty(gradient_shape(p, needs) if needs.weight else 0),
-            p.bias.new_empty(p.bias.shape) if needs.bias else p.weight.new_empty(0),
+            p.bias.new_empty(p.bias.shape)
+            if needs.bias and p.bias is not None
+            else p.weight.new_empty(0),
         )
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:

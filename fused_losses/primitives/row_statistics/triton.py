@@ -6,6 +6,8 @@ float32, and in the backward one chunk of G and of dW. Never N x C.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,8 @@ def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
 
 def workspace(p: Inputs, needs: Needs | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
-    return extra_bytes(*p.x.shape, p.weight.dtype, p.precision)
+    n, d = p.x.shape
+    return extra_bytes(n, d, p.weight.dtype, p.precision)
 
 
 def _table(p: Problem) -> Table:
@@ -56,7 +59,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check(labels, inputs.weight, inputs.classes)
     p = row_statistics_gpu.problem(inputs, gradient=False)
     table = _table(p)
-    n, count, new = p.n, p.count, dict(dtype=torch.float32, device=x.device)
+    n, count = p.n, p.count
+    new: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
     lse = torch.full((n,), -torch.inf, **new)
     target = torch.zeros(n, **new)
     weighted_sum = torch.zeros(n if weighted else 0, **new)
@@ -182,12 +186,11 @@ def backward(
     compact = needs.compact and p.classes is not None
     dweight = row_statistics_gpu.weight_gradient(p, compact) if needs.weight else None
     make = torch.empty_like if p.classes is None and p.n > 0 else torch.zeros_like
-    dbias = make(p.bias) if needs.bias and bias is not None else None
+    dbias = make(bias) if needs.bias and bias is not None else None
     if p.n == 0 or p.count == 0:
         return torch.zeros_like(x) if needs.x else None, dweight, dbias
-    grads = [row_gradients.lse, row_gradients.target]
-    grads.append(row_gradients.weighted if weighted else None)
-    grads = [None if g is None else g.to(torch.float32).contiguous() for g in grads]
+    given = (row_gradients.lse, row_gradients.target, row_gradients.weighted if weighted else None)
+    grads = [None if g is None else g.to(torch.float32).contiguous() for g in given]
     unscale = None
     if x.dtype == torch.float16:
         scale = float16_scale(grads, p.column_weight)
@@ -215,7 +218,7 @@ def _owner_tiles(p: Problem, extra: bool) -> tuple[Tile, Tile] | None:
         return None
     if wide and extra and p.bend is not None:  # together they spill on sm_86
         return None
-    return tuple(tiles[name, p.products] for name in names)
+    return tiles[names[0], p.products], tiles[names[1], p.products]
 
 
 def _owners(
@@ -294,7 +297,7 @@ def _chunks(
     piece = min(piece, max(1, MAX_CHUNK // (splits * tile.columns)) * tile.columns)
     piece = min(piece, ceil_div(p.count, splits * tile.columns) * tile.columns)
     chunk = piece * splits
-    new = dict(dtype=torch.float32, device=device)
+    new: dict[str, Any] = dict(dtype=torch.float32, device=device)
     row_tiles = ceil_div(n, tile.rows)
     ds = torch.empty((block, chunk), dtype=low, device=device)
     bias_sum = torch.empty((row_tiles, chunk), **new) if dbias is not None else None
@@ -321,7 +324,7 @@ def _chunks(
                 kernel("row_statistics.triton_backward.gradient_tiles"),
                 ceil_div(height, tile.rows) * ceil_div(length, tile.columns),
                 (x[part], p.weight, of_class)
-                + (RowVectors(*(None if r is None else r[part] for r in of_row)), ds)
+                + (of_row.cut(part), ds)
                 + (from_column(bias_sum, top // tile.rows), x.stride(0), p.weight.stride(0), chunk)
                 + (height, first, end, d, ceil_div(height, tile.rows)),
                 dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth))
@@ -329,9 +332,9 @@ def _chunks(
                 tile,
             )
             g = ds[:height, :length]
-            if dx is not None:
+            if dx is not None and w is not None:
                 add_rows(dx[:, part], g, w, piece)
-            if direct:
+            if direct and dweight is not None:
                 torch.mm(g.T, x_low, out=dweight[first:end])
             elif gradient is not None:
                 beta = float(top > 0)

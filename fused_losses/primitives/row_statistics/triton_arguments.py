@@ -32,6 +32,11 @@ class RowVectors(NamedTuple):
     grad_target: Tensor | None = None  # [N]
     grad_weighted: Tensor | None = None  # [N]
 
+    def cut(self, part: slice) -> RowVectors:
+        """Those of some rows."""
+        positions, *rest = self
+        return RowVectors(positions[part], *(None if r is None else r[part] for r in rest))
+
 
 class Partials(NamedTuple):
     """Statistics of rows over a part of the classes; [T, N] of T parts."""

@@ -5,6 +5,9 @@ locks, a fixed order of sums. Loads are clamped to the last row instead of maske
 registers; what a clamped row gives is dropped at the end. Offsets of rows are 64-bit.
 """
 
+# Triton types what its functions return as nothing that can be unpacked, nor gone through
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def _float32(value: Tensor | None) -> Tensor | None:
 
 
 def _launch(
-    kernel: str, p: Sgd | Adamw, tables: dict[str, Tensor | None], numbers: dict[str, Any]
+    kernel: str, p: Sgd | Adamw, tables: Mapping[str, Tensor | None], numbers: dict[str, Any]
 ) -> None:
     narrow = p.grad.shape[1] <= 1 or p.grad.stride(1) == 1
     matrices = {**tables, "grad": p.grad if narrow else p.grad.contiguous()}

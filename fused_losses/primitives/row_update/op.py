@@ -20,7 +20,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
-from fused_losses.base.validation import describe
+from fused_losses.base.validation import assert_async, describe
 from fused_losses.primitives.op import LIBRARY
 from fused_losses.primitives.row_update import bounded, cuda, reference
 from fused_losses.primitives.row_update.inputs import (
@@ -281,7 +281,7 @@ def _check_values(rows: Tensor, count: int) -> None:
         return
     message = f"rows: expected values in [0, {count})"
     if rows.is_cuda and os.environ.get("FUSED_LOSSES_VALIDATE") != "1":
-        torch._assert_async(((rows >= 0) & (rows < count)).all(), message)
+        assert_async(((rows >= 0) & (rows < count)).all(), message)
         return
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= count:

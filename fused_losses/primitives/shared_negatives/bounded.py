@@ -94,11 +94,13 @@ def _quartiles(p: SharedInputs) -> Tensor:
             n = below[0, -1]
             rank = torch.stack([n // 4, 3 * n // 4])
             below = below.expand(2, -1).contiguous()
+        assert rank is not None
         digit = torch.searchsorted(below, rank[:, None], right=True).clamp_max(BINS - 1)
         before = below.gather(1, (digit - 1).clamp_min(0))[:, 0]
         digit = digit[:, 0]
         rank = rank - torch.where(digit > 0, before, 0)
         prefix = digit - BINS // 2 if prefix is None else (prefix << DIGIT) | digit
+    assert prefix is not None
     kind = torch.int32 if bits == 32 else torch.int64
     return _mirrored(prefix.to(kind)).view(p.x.dtype)
 

@@ -27,7 +27,7 @@ BLOCK_BYTES = 4 << 20
 LIVE_BLOCKS = 8  # how many such are alive at the peak
 # unit roundoffs of what is added up, and of what is multiplied
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
-EPSILON = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+EPSILON: dict[torch.dtype | None, float] = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Screen:
 
     x: Tensor  # [N, D] accumulation dtype, moved and turned so that larger is better
     center: Tensor | None  # [D] what y is moved by
-    multiplier: Tensor  # [M]
-    offset: Tensor  # [M]
+    multiplier: Tensor | None  # [M]
+    offset: Tensor | None  # [M]
     squares: Tensor  # [N] float64, |x_i|^2
     error: Tensor  # [N] float64
     keep: int
@@ -220,6 +220,7 @@ def products_of_blocks(p: TopkInputs, screen: Screen) -> tuple[Tensor, Tensor]:
         rank = screen.x.new_full((run.stop - run.start, 0), -torch.inf)
         place = torch.empty_like(rank, dtype=torch.int64)
         for block in runs(m, wide):
+            assert screen.multiplier is not None and screen.offset is not None
             y = screen.rows_of(p.y[block])
             fresh = screen.x[run] @ y.T * screen.multiplier[block] + screen.offset[block]
             # what is not a number is for float64 to decide

@@ -23,4 +23,5 @@ def workspace(p: TopkInputs) -> int:
     """Bytes beyond inputs and outputs, at most."""
     # of which half the pairs are taken
     triangle = p.symmetric and p.skip_self
-    return extra_bytes(*p.x.shape, p.k, p.x.dtype, triangle, p.codes is not None)
+    n, d = p.x.shape
+    return extra_bytes(n, d, p.k, p.x.dtype, triangle, p.codes is not None)

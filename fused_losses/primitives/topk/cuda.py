@@ -14,6 +14,8 @@ measured.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -114,7 +116,7 @@ def screened(p: TopkInputs) -> tuple[Screen, Tensor, Tensor]:
     x = certified_topk.turned(p, x if center is None else x - center)
     rounded = torch.bfloat16 if precision == "bf16" else None
     keep = min(m, FEW) if p.k == 1 and rounded is None else certified_topk.kept(p)
-    options = dict(dtype=torch.float32, device=p.x.device)
+    options: dict[str, Any] = dict(dtype=torch.float32, device=p.x.device)
     longest = torch.zeros(LONGEST_PARTS, dtype=torch.float64, device=p.x.device)
     tall = min(n, TILE_ROWS)
     most = HOST_TILE_BYTES if cuda_launch.on_host() else TILE_BYTES

@@ -16,9 +16,11 @@ def allowed(p: TopkInputs, rows: slice, cols: slice) -> Tensor:
     j = torch.arange(cols.start, cols.stop, device=p.x.device)
     mask = torch.ones((len(i), len(j)), dtype=torch.bool, device=p.x.device)
     if p.match != "any" and p.x_labels is not None:
+        assert p.y_labels is not None
         same = p.x_labels[rows, None] == p.y_labels[cols]
         mask = mask & (same if p.match == "same" else ~same)
     if p.x_ids is not None:
+        assert p.y_ids is not None
         mask = mask & (p.x_ids[rows, None] != p.y_ids[cols])
     if p.skip_self:
         mask = mask & (i != j)

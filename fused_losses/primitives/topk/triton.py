@@ -96,6 +96,7 @@ def workspace(p: TopkInputs) -> int:
 
 
 def _candidates(p: TopkInputs, s: certified_topk.Screen) -> tuple[Tensor, Tensor]:
+    assert s.offset is not None
     # the sign apart, x is what it was: 16-bit products are exact
     x = s.x if s.center is not None else s.x.to(p.x.dtype)
     return screen(
