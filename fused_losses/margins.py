@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +169,8 @@ class AdaFace(nn.Module):
     """
 
     uses_norm = True
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, margin: float = 0.4, h: float = 0.333, momentum: float = 0.01, eps: float = 1e-3
@@ -232,6 +235,8 @@ class CurricularFace(nn.Module):
     batch's mean target cosine, updated while training by `bend`, before use; NaN does not count.
     Neither t nor the threshold has a gradient.
     """
+
+    t: Tensor
 
     def __init__(self, margin: float = 0.5, momentum: float = 0.01) -> None:
         super().__init__()
@@ -320,7 +325,8 @@ class InterclassFilter(nn.Module):
 
     @property
     def penalty(self) -> Callable[[Tensor], Tensor]:
-        return self.margin.penalty  # an AttributeError where there is none, as of the margin alone
+        margin: Any = self.margin
+        return margin.penalty  # an AttributeError where there is none, as of the margin alone
 
     def forward(self, cosine: Tensor, *norm: Tensor) -> Tensor:  # [N] -> [N]
         return cosine if self.margin is None else self.margin(cosine, *norm)
@@ -340,7 +346,7 @@ def bend_of(margin: Margin | None, cosine: Tensor, present: Tensor) -> Tensor | 
 
     cosine [N] · present [N] bool, False where a row has no target.
     """
-    if not hasattr(margin, "bend"):
+    if margin is None or not hasattr(margin, "bend"):
         return None
     bend = margin.bend(torch.where(present, cosine.detach(), torch.nan)).detach()
     if bend.shape != (4, *cosine.shape):

@@ -54,7 +54,7 @@ class Miner(nn.Module):
         )
         self.left_out = 0
 
-    def mine(self, *batch: Tensor | None, **ids: Tensor | None) -> Triplets | Pairs:
+    def mine(self, *batch: Any, **ids: Tensor | None) -> Triplets | Pairs:
         """The function of `mining` with this miner's arguments."""
         raise NotImplementedError
 
@@ -82,7 +82,7 @@ class Miner(nn.Module):
 class BatchHardMiner(Miner):
     """(a, p, n): each anchor's farthest positive and nearest negative. Hermans et al., 2017."""
 
-    def mine(self, *batch: Tensor | None, **ids: Tensor | None) -> Triplets:
+    def mine(self, *batch: Any, **ids: Tensor | None) -> Triplets:
         return mine_triplets(*batch, **ids, **self.options)
 
 
@@ -116,7 +116,7 @@ class BatchEasyHardMiner(Miner):
         self.pos_strategy, self.neg_strategy = pos_strategy, neg_strategy
         self.allowed_pos_range, self.allowed_neg_range = allowed_pos_range, allowed_neg_range
 
-    def mine(self, *batch: Tensor | None, **ids: Tensor | None) -> Pairs:
+    def mine(self, *batch: Any, **ids: Tensor | None) -> Pairs:
         sides = {
             "positive": STRATEGIES[self.pos_strategy],
             "negative": STRATEGIES[self.neg_strategy],
@@ -149,15 +149,15 @@ class TripletMarginMiner(Miner):
         )
         self.margin, self.type_of_triplets = margin, type_of_triplets
 
-    def mine(self, *batch: Tensor | None, **ids: Tensor | None) -> Triplets:
-        rule = dict(triplets=self.type_of_triplets, margin=self.margin)
+    def mine(self, *batch: Any, **ids: Tensor | None) -> Triplets:
+        rule: dict[str, Any] = dict(triplets=self.type_of_triplets, margin=self.margin)
         return mine_triplets(*batch, positive="all", negative="all", **rule, **ids, **self.options)
 
 
 class _PairMiner(Miner):
     """A miner that is one strategy of `mine_pairs`."""
 
-    def _pairs(self, *batch: Tensor | None, **given: Any) -> Pairs:
+    def _pairs(self, *batch: Any, **given: Any) -> Pairs:
         return mine_pairs(*batch, **given, **self.options)
 
 
@@ -173,7 +173,7 @@ class MultiSimilarityMiner(_PairMiner):
         super().__init__(**kwargs)
         self.epsilon = epsilon
 
-    def mine(self, *batch: Tensor | None, **ids: Tensor | None) -> Pairs:
+    def mine(self, *batch: Any, **ids: Tensor | None) -> Pairs:
         return self._pairs(*batch, strategy="multi_similarity", epsilon=self.epsilon, **ids)
 
 
@@ -187,7 +187,7 @@ class PairMarginMiner(_PairMiner):
         super().__init__(**kwargs)
         self.pos_margin, self.neg_margin = pos_margin, neg_margin
 
-    def mine(self, *batch: Tensor | None, **ids: Tensor | None) -> Pairs:
+    def mine(self, *batch: Any, **ids: Tensor | None) -> Pairs:
         margins = dict(positive_margin=self.pos_margin, negative_margin=self.neg_margin)
         return self._pairs(*batch, strategy="pair_margin", **margins, **ids)
 
@@ -195,7 +195,7 @@ class PairMarginMiner(_PairMiner):
 class _Aligned(_PairMiner):
     """A strategy whose pairs are triplets."""
 
-    def _triplets(self, *batch: Tensor | None, **given: Any) -> Triplets:
+    def _triplets(self, *batch: Any, **given: Any) -> Triplets:
         pairs = self._pairs(*batch, **given)
         a, p, _, n, near, far = pairs
         found = Triplets(a, p, n, near, far)
@@ -221,7 +221,7 @@ class DistanceWeightedMiner(_Aligned):
         self.cutoff, self.nonzero_loss_cutoff = cutoff, nonzero_loss_cutoff
         self.generator = generator
 
-    def mine(self, *batch: Tensor | None, **ids: Tensor | None) -> Triplets:
+    def mine(self, *batch: Any, **ids: Tensor | None) -> Triplets:
         shape = dict(cutoff=self.cutoff, nonzero_loss_cutoff=self.nonzero_loss_cutoff)
         given = dict(strategy="distance_weighted", generator=self.generator, **shape)
         return self._triplets(*batch, **given, **ids)
@@ -238,7 +238,7 @@ class AngularMiner(_Aligned):
         super().__init__(normalize=normalize, **kwargs)
         self.angle = angle
 
-    def mine(self, *batch: Tensor | None, **ids: Tensor | None) -> Triplets:
+    def mine(self, *batch: Any, **ids: Tensor | None) -> Triplets:
         return self._triplets(*batch, strategy="angular", angle=self.angle, **ids)
 
 
@@ -249,7 +249,7 @@ class HardNegativeMiner(_PairMiner):
         super().__init__(**kwargs)
         self.k = k
 
-    def mine(self, *batch: Tensor | None, **ids: Tensor | None) -> Pairs:
+    def mine(self, *batch: Any, **ids: Tensor | None) -> Pairs:
         chosen = dict(strategy="ranked", positive="all", negative="hardest", k=self.k)
         return self._pairs(*batch, **chosen, **ids)
 
@@ -268,6 +268,10 @@ class CrossBatchMemory(nn.Module):
     on where it stopped. No gradient flows into the memory.
     Memory O(size D). Paper: Wang et al., Cross-Batch Memory, 2020.
     """
+
+    embedding_memory: Tensor  # [size, D]
+    label_memory: Tensor  # [size] int64
+    id_memory: Tensor  # [size] int64
 
     def __init__(
         self,

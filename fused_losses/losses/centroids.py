@@ -50,7 +50,7 @@ def centroid_triplet(
         dtype = accumulate_dtype(both.x.dtype)
         x = embeddings.to(dtype)
         x = unit(x) if normalize else x
-        numbers = both.numbers.x_labels
+        numbers = both.labels[0]
         others, rank = _leave_one_out(x, labels)
         # -1 and -2 meet nothing
         x_groups = torch.where(rank < 0, -1, rank)

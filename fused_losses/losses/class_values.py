@@ -120,7 +120,9 @@ class Softmax(ClassLoss):
         return moved.view_as(targets)
 
     def _penalty(self, norms: Tensor | None) -> Tensor | float:
-        return self.margin.penalty(norms) if hasattr(self.margin, "penalty") else 0.0
+        if self.margin is None or not hasattr(self.margin, "penalty"):
+            return 0.0
+        return self.margin.penalty(norms)
 
 
 def _one_label(margin: Margin | None, targets: Tensor) -> None:

@@ -75,7 +75,7 @@ def supervised_contrastive(
             inputs = scored(embeddings, None, 1 / t, normalize=normalize, precision=precision)
             inputs = inputs._replace(
                 x=inputs.x[:anchor_count],
-                x_labels=both.numbers.x_labels[:anchor_count],
+                x_labels=both.labels[0][:anchor_count],
                 y_labels=both.numbers.y_labels,
                 skip_self=True,
             )

@@ -117,7 +117,7 @@ def info_nce(
                 inputs, diagonal, offset, false_negative_margin, symmetric, backend
             )
         rows, columns = _both_ways(inputs, hardness, symmetric, backend)
-        if labels is None and ids is not None:
+        if diagonal is not None and ids is not None:
             rows = rows._replace(positive=diagonal)
             if columns is not None:
                 columns = columns._replace(positive=_on_columns(diagonal, offset, m))
@@ -160,7 +160,7 @@ class _Sums(NamedTuple):
         return _Sums(
             merged(self.positive, other.positive),
             merged(self.negative, other.negative),
-            None if self.tilt is None else merged(self.tilt, other.tilt),
+            None if self.tilt is None or other.tilt is None else merged(self.tilt, other.tilt),
             self.count + other.count,
         )
 
@@ -187,18 +187,13 @@ def _both_ways(
         second = pair_statistics(
             inputs._replace(negative=Rule(hardness)), cols=cols, backend=backend
         )
-    sides = [
-        None
-        if s is None
-        else _Sums(
-            s.value[POSITIVE],
-            s.value[NEGATIVE],
-            None if t is None else t.value[NEGATIVE],
-            s.count[NEGATIVE],
-        )
-        for s, t in zip(first, second, strict=True)
-    ]
-    return sides[0], sides[1]
+
+    def sums(s: PairStatistics, t: PairStatistics | None) -> _Sums:
+        tilt = None if t is None else t.value[NEGATIVE]
+        return _Sums(s.value[POSITIVE], s.value[NEGATIVE], tilt, s.count[NEGATIVE])
+
+    rows, columns = first
+    return sums(rows, second[0]), None if columns is None else sums(columns, second[1])
 
 
 def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _Sums:
@@ -242,9 +237,13 @@ def _with_windows(
     """Leaves out the negatives above the best positive of their row (column) plus the margin."""
     if diagonal is None:
         rows, columns = pair_statistics(inputs, cols=symmetric, backend=backend)
-        best = [rows.best[POSITIVE], columns.best[POSITIVE] if symmetric else None]
+        of_rows, of_columns = (
+            rows.best[POSITIVE],
+            None if columns is None else columns.best[POSITIVE],
+        )
     else:
-        best = [diagonal, _on_columns(diagonal, offset, inputs.y.shape[0]) if symmetric else None]
+        m = inputs.y.shape[0]
+        of_rows, of_columns = diagonal, _on_columns(diagonal, offset, m) if symmetric else None
 
     def window(top: Tensor) -> Tensor:
         high = torch.where(top == -torch.inf, torch.inf, top + margin * inputs.scale)
@@ -253,7 +252,7 @@ def _with_windows(
         return out.to(accumulate_dtype(inputs.x.dtype))
 
     return inputs._replace(
-        x_window=window(best[0]), y_window=window(best[1]) if symmetric else None
+        x_window=window(of_rows), y_window=None if of_columns is None else window(of_columns)
     )
 
 

@@ -94,6 +94,7 @@ def linear_cross_entropy(
             reduction="none" if reduction == "none" else "sum",
             backend=backend,
         )
+        assert isinstance(loss, Tensor)  # no stats were asked for
         if reduction == "mean":
             loss = loss / row_weights(labels.long(), ignored, weight, loss).sum()
     loss = loss.to(input.dtype)

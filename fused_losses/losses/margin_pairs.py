@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def _windows(
 
     With the counts, [2, N] each; both ends of a pair count where the batch meets itself.
     """
-    given = dict(similarity="euclidean", normalize=normalize, precision=precision)
+    given: dict[str, Any] = dict(similarity="euclidean", normalize=normalize, precision=precision)
     inputs = scored(both.x, both.other, number("scale", 1.0, both.x), **given)
     dtype = accumulate_dtype(both.x.dtype)
     endless = torch.full_like(nearest, torch.inf)

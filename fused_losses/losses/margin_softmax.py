@@ -101,14 +101,16 @@ def margin_softmax(
             return_stats=return_stats,
             scale=isinstance(scale, Tensor) and several and not of_class,
         )
-        shared = dict(
+        shared: dict[str, Any] = dict(
             normalize=normalize, ignore_index=ignore_index, classes=classes, precision=precision,
             reduction=reduction, backend=backend,
         )  # fmt: skip
         if hasattr(margin, "scale_of"):
             return adaptive_margin_softmax(embeddings, weight, labels, margin=margin, **shared)
-        loss = margin if of_class else Softmax(margin, scale, gradient)
-        return class_loss(embeddings, weight, labels, loss, **shared)
+        if not of_class:
+            assert not isinstance(scale, Tensor)  # refused above
+            margin = Softmax(margin, scale, gradient)
+        return class_loss(embeddings, weight, labels, margin, **shared)
     validation.check_pair("embeddings", embeddings, "weight", weight)
     n, c = embeddings.shape[0], weight.shape[0]
     validation.check_index_vector("labels", labels, n, embeddings)
@@ -178,7 +180,7 @@ def margin_softmax(
                 backend=name,
             )
         loss = _reduce(row_loss, labels, ignore_index, class_weight, reduction)
-    return (loss, stats) if return_stats else loss
+    return (loss, stats) if return_stats and stats is not None else loss
 
 
 def _refuse_others(**given: bool) -> None:
@@ -254,7 +256,7 @@ def _streamed(
         )  # fmt: skip
     else:
         loss = loss * row_weight
-    if hasattr(margin, "penalty"):
+    if margin is not None and hasattr(margin, "penalty"):
         loss = loss + margin.penalty(norm)
     with torch.no_grad():
         hardest_bias = 0.0 if bias is None else bias.to(accumulate)[stats.hardest.clamp_min(0)]
@@ -288,7 +290,9 @@ def _bend(
             "streamed kernels; use backend='reference', or detach the scale"
         )
     cosine = bounded.targets(x.detach(), weight.detach(), labels, normalize)
-    t, p, q, r = bend_of(margin, cosine, valid)
+    bend = bend_of(margin, cosine, valid)
+    assert bend is not None
+    t, p, q, r = bend
     return torch.stack((t * scale, p * scale, q, r / scale)).to(x.dtype)
 
 
@@ -319,7 +323,8 @@ def kept_classes(memory_budget: int, x: Tensor, weight: Tensor, taking_part: int
         return 0
     padded = (x.shape[0] + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
     fits = memory_budget // (max(padded, 1) * x.element_size())
-    return torch.sym_min(fits, taking_part)
+    kept: Any = torch.sym_min(fits, taking_part)  # an int, or a symbol of one
+    return kept
 
 
 def row_weights(

@@ -59,7 +59,8 @@ def icnn(
         index = row_losses(inputs, backend=backend).long()
         d = listed_distances(inputs.x, inputs.x, index, "euclidean")
         real = index >= 0
-        alike = both.numbers.x_labels[index.clamp_min(0)] == both.numbers.x_labels[:, None]
+        numbers = both.labels[0]
+        alike = numbers[index.clamp_min(0)] == numbers[:, None]
         first = torch.arange(window, device=index.device) < neighbors
         same, other = real & alike & first, real & ~alike
         beyond = torch.where(other, d, torch.inf).amin(dim=1, keepdim=True)

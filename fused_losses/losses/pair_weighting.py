@@ -260,7 +260,8 @@ def n_pairs(
     )
     if l2_weight == 0:
         return loss
-    squares = sum(t.to(loss.dtype).square().sum(dim=1) for t in (anchors, positives)) / 2
+    first, second = (t.to(loss.dtype).square().sum(dim=1) for t in (anchors, positives))
+    squares = (first + second) / 2
     everything = torch.ones_like(squares, dtype=torch.bool)
     return loss + l2_weight * reduced(squares, everything, reduction, loss.dtype)
 

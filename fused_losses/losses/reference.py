@@ -59,7 +59,7 @@ def margin_softmax(
         label_smoothing=label_smoothing,
         reduction="none",
     )
-    if hasattr(margin, "penalty"):
+    if margin is not None and hasattr(margin, "penalty"):
         loss = loss + torch.where(valid, margin.penalty(norm), 0)
     return loss, cosine, logits
 

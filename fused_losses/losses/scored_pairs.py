@@ -70,7 +70,7 @@ class ByLabel(NamedTuple):
 
 def by_label(both: Sides, normalize: bool) -> ByLabel:
     """Sorts a batch, and divides its rows by their norms; O(N D) memory, no host sync."""
-    numbers, order = both.numbers.x_labels.sort(stable=True)
+    numbers, order = both.labels[0].sort(stable=True)
     x = unit(both.x, order) if normalize else both.x.index_select(0, order)
     return ByLabel(x, numbers, order)
 

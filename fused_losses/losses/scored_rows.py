@@ -25,8 +25,7 @@ def scored_rows(both: Sides, distance: str, precision: str, normalize: bool = Fa
         x = unit(x.to(dtype))
         y = x if both.y is both.x else unit(both.y.to(dtype))
     score = {"cosine": "minus_dot"}.get(distance, distance)
-    labels = both.numbers.x_labels, both.numbers.y_labels
-    return RowInputs(x, y, *labels, score=score, skip_self=both.alone, precision=precision)
+    return RowInputs(x, y, *both.labels, score=score, skip_self=both.alone, precision=precision)
 
 
 def over_nonzero(total: Tensor, count: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ def over_terms(total: Tensor, count: Tensor, reduction: str, dtype: torch.dtype)
 
 def class_sizes(both: Sides) -> tuple[Tensor, Tensor]:
     """How many positives and negatives each row has, [N] each; O((N + M) log M)."""
-    ordered = both.numbers.y_labels.sort().values
-    last = torch.searchsorted(ordered, both.numbers.x_labels, right=True)
-    same = last - torch.searchsorted(ordered, both.numbers.x_labels)
+    labels, ordered = both.labels[0], both.labels[1].sort().values
+    last = torch.searchsorted(ordered, labels, right=True)
+    same = last - torch.searchsorted(ordered, labels)
     return same - int(both.alone), both.y.shape[0] - same

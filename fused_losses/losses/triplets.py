@@ -132,7 +132,7 @@ def harmonic_triplet(
     check_at_least("margin", margin, 0)
     with no_autocast(embeddings.device):
         columns = torch.cat([both.x, both.y.detach()])
-        numbers = both.numbers._replace(y_labels=torch.cat(both.numbers[:2]))
+        numbers = both.numbers._replace(y_labels=torch.cat(both.labels))
         both = both._replace(y=columns, alone=True, numbers=numbers)
         inputs = scored_rows(both, distance, precision, normalize)
         return _over_triplets(inputs, margin, triplets, False, reduction, backend)

@@ -70,7 +70,9 @@ def unpg_margin_softmax(
             ignore_index=validation.NO_TARGET,
             backend=rows.options.backend,
         )
-        penalty = margin.penalty(norm) if hasattr(margin, "penalty") else 0.0
+        penalty = 0.0
+        if margin is not None and hasattr(margin, "penalty"):
+            penalty = margin.penalty(norm)
         return rows.cross_entropy(scale * moved, add_shared(lse, shared), penalty)
 
 

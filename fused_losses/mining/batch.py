@@ -93,7 +93,7 @@ def checked_batch(
     kind = "dot" if metric == "cosine" else metric
     sign = -1 if metric in SIMILARITIES else 1
     return MiningBatch(
-        *(x, y, *both.numbers[:4], own, kind, sign),
+        *(x, y, *both.labels, *both.numbers[2:4], own, kind, sign),
         *(float(p), precision, backend),
     )
 

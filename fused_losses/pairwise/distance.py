@@ -6,6 +6,8 @@ result; `METRICS` and `SIMILARITIES` say which.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -205,7 +207,8 @@ def _on_the_sheet(t: Tensor) -> Tensor:
     return torch.cat([t.square().sum(1, keepdim=True).add(1).sqrt(), t], 1)
 
 
-_COORDINATES = dict(precisions=("fp32",), not_on=("triton",))  # no products to round
+# no products to round
+_COORDINATES: dict[str, Any] = dict(precisions=("fp32",), not_on=("triton",))
 
 
 _both = lambda f, t: f(t.x, t.y)

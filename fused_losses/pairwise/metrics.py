@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, root, row_dtype
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import describe
+from fused_losses.base.validation import assert_async, describe
 from fused_losses.pairwise.whitening import about_mean, whitened, wide
 from fused_losses.primitives.distances import reference as reference_distances
 from fused_losses.primitives.distances.op import choose, distance_matrix
@@ -28,7 +28,7 @@ def check_values(
     tensor = tensor.detach()
     bad = ~(good(tensor) | tensor.isnan())
     if tensor.is_cuda and os.environ.get("FUSED_LOSSES_VALIDATE") != "1":
-        torch._assert_async(~bad.any(), f"{name}: expected {expected}")
+        assert_async(~bad.any(), f"{name}: expected {expected}")
     elif bool(bad.any()):
         raise ValueError(f"{name}: expected {expected}, got {float(tensor[bad][0])}")
 
@@ -58,7 +58,9 @@ class Call(NamedTuple):
         self, kind: str, x: Tensor, y: Tensor, w: Tensor | None = None, p: float = 2.0
     ) -> Tensor:
         """`distance_matrix` over broadcast leading dimensions, [..., N, M]."""
-        options = dict(kind=kind, p=p, precision=self.precision, backend=self.backend)
+        options: dict[str, Any] = dict(
+            kind=kind, p=p, precision=self.precision, backend=self.backend
+        )
         lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
         (n, d), m = x.shape[-2:], y.shape[-2]
         of_rows = w is not None and w.dim() > 1  # a weight a row of y
@@ -66,12 +68,12 @@ class Call(NamedTuple):
             return distance_matrix(x, y, w, **options)
         # where only one side has several sets of rows, one matrix holds them all
         if y.shape[:-2].numel() == 1:
-            w = w.reshape(m, d) if of_rows else w
+            w = w.reshape(m, d) if w is not None and of_rows else w
             return distance_matrix(x.reshape(-1, d), y.reshape(m, d), w, **options).reshape(
                 *lead, n, m
             )
         if x.shape[:-2].numel() == 1:
-            w = w.reshape(-1, d) if of_rows else w
+            w = w.reshape(-1, d) if w is not None and of_rows else w
             whole = distance_matrix(x.reshape(n, d), y.reshape(-1, d), w, **options)
             return whole.reshape(n, -1, m).transpose(0, 1).reshape(*lead, n, m)
         if 0 in lead:
@@ -82,7 +84,7 @@ class Call(NamedTuple):
             return self._by_formula(kind, x, y, w, p)
         flat = [
             t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
-            for t in ((x, y, w) if of_rows else (x, y))
+            for t in ((x, y, w) if w is not None and of_rows else (x, y))
         ]
         rest = () if of_rows else (w,)
         found = [distance_matrix(*items, *rest, **options) for items in zip(*flat, strict=True)]

@@ -190,7 +190,8 @@ def _by_products(
     elif plan.rows is not None:
         x, bank = plan.rows(x), plan.rows(bank)
     bank = x if same else bank
-    codes = screen if isinstance(screen, QuantizedRows) else QuantizedRows(None, None, None)
+    codes = screen if isinstance(screen, QuantizedRows) else (None, None, None)
+    name = screen if isinstance(screen, str) else ""
     inputs = TopkInputs(
         x,
         bank,
@@ -198,7 +199,7 @@ def _by_products(
         *codes,
         kind=plan.kind,
         # codes are read in the place of products of y
-        screen=screen if screen in SCREENS[1:] else best_screen(x, backend),
+        screen=name if name in SCREENS[1:] else best_screen(x, backend),
         **{**asked, "largest": asked["largest"] != plan.similar},
     )
     keys, index = select(inputs, backend)
@@ -332,7 +333,9 @@ def _check_quantized(name: str, rows: QuantizedRows) -> None:
         validation.check_device(f"{name}.codes", rows.codes, f"{name}.{field}", vector)
 
 
-_INDICES = dict(name="topk", bound=EXACT, value=lambda found: found[1], precisions=("fp32", "bf16"))
+_INDICES: dict[str, Any] = dict(
+    name="topk", bound=EXACT, value=lambda found: found[1], precisions=("fp32", "bf16")
+)
 examples(
     pairwise_topk,
     lambda f, t: f(t.x, t.y, 9),

@@ -106,7 +106,8 @@ def logsumexp_similarity(
         other = seen if half else other
         dtype = accumulate_dtype(x.dtype)
 
-        def told(side: PairStatistics) -> Tensor:
+        def told(side: PairStatistics | None) -> Tensor:
+            assert side is not None  # it is told where it was asked for
             if match == "both":
                 return side.value.to(dtype)
             if match == "any" and labelled:
@@ -169,7 +170,7 @@ def similarity_attention(
             precision,
             names=("query", "key"),
             prefixes=("query_", "key_"),
-            labels=labels if labels and match != "any" else NEITHER,
+            labels=(labels[0], labels[1]) if labels and match != "any" else NEITHER,
         )
         check_values("value", v, "key", k)
         inputs = scored(both.x, k, factor, similarity=similarity, precision=precision)
@@ -179,8 +180,8 @@ def similarity_attention(
         )
         return out.to(v.dtype), lse.to(accumulate_dtype(both.x.dtype))
 
-    tensors = (query, key, value)
-    if query_labels is not None:
+    tensors: tuple[Tensor, ...] = (query, key, value)
+    if query_labels is not None and key_labels is not None:
         tensors = (*tensors, query_labels, key_labels)
     with no_autocast(query.device):
         out, lse = one_by_one(attend, lead, tensors, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class _TrilinearBackward(torch.autograd.Function):
     """The backward, where a second derivative is asked for: that is refused, not left out."""
 
     @staticmethod
-    def forward(grad: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+    def forward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         return _trilinear_backward(grad, arguments[:5], *arguments[5:])
 
     @staticmethod
@@ -125,7 +126,7 @@ def _trilinear_backward(
     """Gradients of q, k1, k2, v1 and v2."""
     rest = (scale, precision, backend)
     q, k1, k2, v1, v2 = tensors
-    out, lse = _trilinear_forward(*tensors, *rest)
+    out, lse = _trilinear_forward(q, k1, k2, v1, v2, *rest)
     narrow = accumulate_dtype(q.dtype)
     grad = grad.to(narrow)
     shift = (grad * out).sum(dim=1, keepdim=True)
@@ -134,7 +135,8 @@ def _trilinear_backward(
     for j in _blocks(q, k1):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (q, k1[j], k2, v2)]
-            part, part_lse = _trilinear_block(*leaves, *rest)
+            a, b, c, v = leaves
+            part, part_lse = _trilinear_block(a, b, c, v, *rest)
         weight = (part_lse.detach() - lse[:, None]).exp().to(narrow)
         mixed = part.detach() * grad[:, None]  # [N, J', Dv]
         dv1[j] = torch.einsum("nj,njv->jv", weight, mixed)
