@@ -46,10 +46,11 @@ def gather_batch(
     Raises this rank's ValueError, TypeError or IndexError, on the others a RuntimeError.
     """
     refusal: Exception | None = None
-    said = (0, 0, 0, 0)
+    said: tuple[int, int, int, int] = (0, 0, 0, 0)
     try:
         own = _checked_labels(embeddings, labels, table, num_classes, ignore_index)
-        said = (*embeddings.shape, own.shape[1], DTYPES.index(embeddings.dtype))
+        n, d = embeddings.shape
+        said = (n, d, own.shape[1], DTYPES.index(embeddings.dtype))
     except (ValueError, TypeError, IndexError) as error:
         refusal = error
     needs = torch.is_grad_enabled() and embeddings.requires_grad

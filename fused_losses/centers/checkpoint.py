@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 COMPLETE = re.compile(r"step-(\d{8,})")
@@ -92,21 +94,22 @@ class Checkpoints:
         if self._from_first(self.rank == 0 and self._path(step).exists()):
             raise ValueError(f"step: {self._path(step)} exists; a checkpoint is never rewritten")
         part = self.folder / f"{self._path(step).name}.{self._token}{PART}"
-        options = {
-            "storage_writer": dcp.FileSystemWriter(part, sync_files=True),
+        options: dict[str, Any] = {
+            "storage_writer": FileSystemWriter(part, sync_files=True),
             "process_group": self.group,
             "no_dist": self.group is None,
         }
         with _quiet():
             if asynchronous:
-                written = dcp.async_save(state, **options)
+                written = state_dict_saver.async_save(state, **options)
+                assert isinstance(written, Future)
                 self._pending = self._publisher.submit(self._publish_after, written, part, step)
                 return
             failure: BaseException | None = None
             try:
-                dcp.save(state, **options)
+                state_dict_saver.save(state, **options)
                 self._publish(part, step)
-            except (Exception, dcp.CheckpointException) as error:
+            except (Exception, CheckpointException) as error:
                 failure = error
         self._agree(failure)
 
@@ -133,20 +136,20 @@ class Checkpoints:
         path = self._path(step)
         failure: BaseException | None = None
         try:
-            reader = dcp.FileSystemReader(path)
+            reader = FileSystemReader(path)
             _check_fits(state, reader.read_metadata(), path)
         except Exception as error:
             failure = error
         self._agree(failure)
         try:
             with _quiet():
-                dcp.load(
+                state_dict_loader.load(
                     state,
                     storage_reader=reader,
                     process_group=self.group,
                     no_dist=self.group is None,
                 )
-        except (Exception, dcp.CheckpointException) as error:
+        except (Exception, CheckpointException) as error:
             raise CheckpointError(f"{path}: {_one_line(error)}") from error
         return step
 
@@ -231,7 +234,9 @@ def _gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | 
     if not (dist.is_available() and dist.is_initialized()):
         return None
     ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _check_state(state: dict[str, Any]) -> None:
@@ -270,7 +275,7 @@ def _sync_folder(path: Path) -> None:
 
 def _one_line(error: BaseException) -> str:
     """The cause that DCP collected from the ranks, or the error itself."""
-    if isinstance(error, dcp.CheckpointException):
+    if isinstance(error, CheckpointException):
         told = (f"rank {rank}: {pair[0]!r}" for rank, pair in error.failures.items())
         return "; ".join(told)
     return f"{type(error).__name__}: {error}"

@@ -87,13 +87,15 @@ class Ranks:
         self.group = process_group
         self._mesh = device_mesh
         if device_mesh is not None and device_mesh.ndim > 1:
-            self._mesh = device_mesh[mesh_dim]
+            dim: Any = mesh_dim
+            self._mesh = device_mesh[dim]
         self.world = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
 
     def device_mesh(self, device: torch.device) -> DeviceMesh:
         """The ranks as a one-dimensional mesh."""
         if self._mesh is None:
+            assert self.group is not None
             self._mesh = DeviceMesh.from_group(self.group, device.type)
         return self._mesh
 

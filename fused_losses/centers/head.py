@@ -296,9 +296,10 @@ class ClassCenters(nn.Module):
         self, shard: Shard, x: Tensor, present: Tensor, valid: Tensor
     ) -> tuple[ClassLoss, Tensor | None]:
         """The batch's loss, and the numbers of each row that its rule takes before the sweep."""
-        adaptive = isinstance(self.margin, AdaptiveScale)
+        margin = self.margin
+        adaptive = isinstance(margin, AdaptiveScale)
         if adaptive and present.shape[1] != 1:
-            raise ValueError(f"labels: expected one a row with {type(self.margin).__name__}")
+            raise ValueError(f"labels: expected one a row with {type(margin).__name__}")
         loss = self._loss_of(self.scale, valid)
         if not adaptive and not hasattr(getattr(loss, "margin", None), "bend"):
             none = x.new_zeros(present.shape, dtype=torch.float64)
@@ -307,7 +308,7 @@ class ClassCenters(nn.Module):
         targets = shard.targets(x, loss.softness, self.normalize)
         self.ranks.sum_(targets)
         if adaptive:
-            loss = self._loss_of(float(self.margin.scale_of(targets[:, 0], valid)), valid)
+            loss = self._loss_of(float(margin.scale_of(targets[:, 0], valid)), valid)
         with torch.no_grad():
             return loss, loss.values(targets, present)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,7 +65,10 @@ class Chunk(NamedTuple):
 class Engine(Protocol):
     """The kernels under a chunk; x [B, D] unit rows."""
 
-    kinds: tuple[str, ...]  # how each statistic merges
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """How each statistic merges."""
+        ...
 
     def forward(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> Sums: ...
 
@@ -303,7 +306,7 @@ class ShardSweep:
 
     def forward(self, x: Tensor, values: Tensor | None) -> Sums:
         kinds, b = self.engine.kinds, x.shape[0]
-        wide = dict(dtype=torch.float64, device=x.device)
+        wide: dict[str, Any] = dict(dtype=torch.float64, device=x.device)
         statistics = nothing(kinds, b, x.device)
         targets = torch.zeros(self.shard.labels.shape, **wide)
         best = torch.full((b,), -torch.inf, **wide)

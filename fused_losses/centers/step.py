@@ -55,7 +55,7 @@ class SavedForward(NamedTuple):
             first=first,
             last=last,
         ):
-            if dx is not None:
+            if dx is not None and part is not None:
                 dx += part
             yield rows, d_rows
 

@@ -78,9 +78,12 @@ class AutogradUpdates:
         dense = torch.zeros_like(table) if need and not sampled else None
         parts: list[tuple[Tensor, Tensor]] = []
         for rows, d_rows in saved.gradients(grad, dx, need_weight=need):
+            if not need or d_rows is None:
+                continue
             if dense is not None:
                 dense[rows] = d_rows.to(dense.device)
-            elif need:
+            else:
+                assert isinstance(rows, Tensor)
                 parts.append((rows.to(table.device), d_rows.to(table.device)))
         d_weight = _sparse(table, parts) if need and dense is None else dense
         return d_weight, _scattered(self.ranks, dx, saved)
@@ -179,7 +182,10 @@ class RowUpdates:
         group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
         return {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()}
 
-    def _update(self, device: torch.device, rows: Rows, d_rows: Tensor, factor: float) -> None:
+    def _update(
+        self, device: torch.device, rows: Rows, d_rows: Tensor | None, factor: float
+    ) -> None:
+        assert d_rows is not None
         d_rows = d_rows.to(device)
         if factor != 1:
             d_rows = d_rows * factor
@@ -202,7 +208,10 @@ class RowUpdates:
     def _summed(self, backwards: list[Backward]) -> Iterator[tuple[Rows, Tensor]]:
         """The sum of some backwards' gradients, a chunk of rows at a time."""
         if len(backwards) == 1:
-            yield from backwards[0][0].gradients(backwards[0][1], None, need_weight=True)
+            saved, grad = backwards[0]
+            for rows, d_rows in saved.gradients(grad, None, need_weight=True):
+                assert d_rows is not None
+                yield rows, d_rows
             return
         table, height = backwards[0][0].table, backwards[0][0].sweep.shard.height
         for first in range(0, table.shape[0], height):
@@ -213,6 +222,7 @@ class RowUpdates:
                 for rows, d_rows in saved.gradients(
                     grad, None, need_weight=True, first=first, last=last
                 ):
+                    assert d_rows is not None
                     if isinstance(rows, slice):
                         total[rows.start - first : rows.stop - first] += d_rows.to(total)
                         touched[rows.start - first : rows.stop - first] = True

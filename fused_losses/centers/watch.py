@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 EXIT_CODE = 86  # of a process that the watch ends: no shell's, no signal's and no interpreter's own
 VERDICT = "verdict"
@@ -84,7 +85,7 @@ class RankWatch:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         rank: int,
         world: int,
         *,
@@ -108,7 +109,8 @@ class RankWatch:
                 f"timeout={timeout}, got {hang_timeout} and {start_timeout}"
             )
         # a connection of its own: the main thread may block the one it shares
-        self.store = store.clone()
+        # (torch's stub leaves the method out)
+        self.store: Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self.rank, self.world = rank, world
         self.interval, self.timeout = interval, timeout
         self.hang_timeout, self.start_timeout = hang_timeout, start_timeout
@@ -129,7 +131,7 @@ class RankWatch:
         token = [uuid.uuid4().hex]
         dist.broadcast_object_list(token, group=process_group, group_src=0)
         # a restarted run may meet the marks of the one before in the same store
-        store = dist.PrefixStore(f"rank-watch/{token[0]}", _default_store())
+        store = PrefixStore(f"rank-watch/{token[0]}", _default_store())
         rank, world = dist.get_rank(process_group), dist.get_world_size(process_group)
         return cls(store, rank, world, **options)
 
@@ -277,18 +279,20 @@ class RankWatch:
         os._exit(EXIT_CODE)
 
 
-def _default_store() -> dist.Store:
+def _default_store() -> Store:
     return dist.distributed_c10d._get_default_store()
 
 
 def _default_groups() -> tuple[dist.ProcessGroup, ...]:
-    return (dist.group.WORLD,) if dist.is_initialized() else ()
+    world = dist.group.WORLD if dist.is_initialized() else None
+    return () if world is None else (world,)
 
 
 def _issued(group: dist.ProcessGroup) -> int:
     """Collectives that this process has begun in a group; 0 for a backend that does not count."""
     try:
-        return group._get_sequence_number_for_group()
+        # torch's stub leaves it out
+        return group._get_sequence_number_for_group()  # pyright: ignore[reportAttributeAccessIssue]
     except RuntimeError:
         return 0
 
