@@ -35,11 +35,20 @@ class DataError(ValueError):
 class ImageSet(Protocol):
     """Pictures with class labels, decoded at one size when they are read."""
 
-    labels: Tensor  # [n] int64 in [0, classes)
-    classes: int
-    names: Sequence[str] | None  # of the classes, if they have any
-
     def __len__(self) -> int: ...
+
+    @property
+    def labels(self) -> Tensor:
+        """[n] int64 in [0, classes)."""
+        ...
+
+    @property
+    def classes(self) -> int: ...
+
+    @property
+    def names(self) -> Sequence[str] | None:
+        """Of the classes, if they have any."""
+        ...
 
     def read(self, indices: Sequence[int] | Tensor) -> Tensor:
         """[B, channels, height, width] uint8, in the order of the B indices in [0, n)."""

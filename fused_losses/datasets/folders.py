@@ -43,6 +43,7 @@ class ImageFolders(EncodedImages):
         super().__init__(index["labels"], len(names), names, size, channels)
 
     def path(self, index: int) -> Path:
+        assert self.names is not None
         return self.root / self.names[int(self.labels[index])] / self.files[index]
 
     def encoded(self, index: int) -> bytes:

@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ def side_path(cache: Cache, path: Path) -> Path | None:
 def remembered(
     side: Path | None,
     stamps: object,  # what JSON can hold; changes when the data does
-    make: Callable[[], tuple[Index, object]],
-) -> tuple[Index, object]:
+    make: Callable[[], tuple[Index, Any]],
+) -> tuple[Index, Any]:
     """`make()`, or what it returned last time if the stamps are the same: tensors and a JSON value.
 
     A folder that can't be written gives a warning, and the index is not kept.
@@ -79,7 +79,7 @@ def _save(side: Path, stamps: object, tensors: Index, extra: object) -> None:
         "extra": extra,
     }
     parts = [json.dumps(head).encode() + b"\n"]
-    parts += [memoryview(t.contiguous().numpy()).cast("B") for t in tensors.values()]
+    parts += [t.contiguous().numpy().data.cast("B") for t in tensors.values()]
     crc = 0
     for part in parts:
         crc = zlib.crc32(part, crc)

@@ -106,7 +106,8 @@ def _members(file: StoredFile) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=_Headers(file), mode="r:", errorlevel=2) as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()
+                # typeshed does not tell of the list
+                archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                 end = member.offset_data + member.size
                 if not (member.isreg() or member.isdir()) or member.issparse():
                     raise DataError(
@@ -164,7 +165,7 @@ def _samples(file: StoredFile) -> Iterator[tuple[int, int, int]]:
         found = KEY.fullmatch(member.name)
         kind = found[2].lower() if found else ""
         part = "picture" if kind in PICTURES else kind
-        if part not in ("picture", "cls", "json"):
+        if found is None or part not in ("picture", "cls", "json"):
             continue
         if found[1] != key:
             if key is not None:

@@ -102,7 +102,7 @@ def knn_classify(
                 some = taken.any(dim=1)
                 winner[at] = torch.where(some, lowest, -1)
                 score[at] = torch.where(some, best[:, 0], 0).to(dtype)
-                if dense is not None:
+                if dense is not None and num_classes is not None:
                     # a place that is no neighbour writes to a column of its own
                     place = torch.where(taken, label[part], num_classes)
                     wide = dense.new_zeros((len(place), num_classes + 1))

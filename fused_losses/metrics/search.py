@@ -7,7 +7,7 @@ to a query are the gallery's rows of its label. Nearest first, equal ones by the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def checked(
     own = ref_embeddings is None or ref_embeddings is embeddings
     if ref_embeddings is None and ref_labels is not None:
         raise ValueError("ref_embeddings: expected a tensor beside ref_labels, got None")
-    if own:
+    if ref_embeddings is None or own:
         check_rows("embeddings", embeddings, "fp32")
         x = y = embeddings
         ref_labels = labels if ref_labels is None else ref_labels
@@ -75,7 +75,7 @@ def _check_metric(metric: str) -> None:
 
 
 def check_k(name: str, k: int | Sequence[int]) -> list[int]:
-    several = list(k) if isinstance(k, list | tuple) else [k]
+    several: list[Any] = list(k) if isinstance(k, list | tuple) else [k]
     for one in several:
         if isinstance(one, bool) or not isinstance(one, int):
             raise TypeError(f"{name}: expected integers >= 1, got {type(one).__name__}")
@@ -108,6 +108,7 @@ def _matches(values: Tensor, among: Tensor) -> Tensor:
 
 def _joint(search: Search) -> tuple[Tensor, Tensor]:
     """One number for each (label, id)."""
+    assert search.ids is not None and search.ref_ids is not None
     n = len(search.labels)
     labels = torch.cat([search.labels.long(), search.ref_labels.long()])
     ids = torch.cat([search.ids.long(), search.ref_ids.long()])
@@ -128,7 +129,7 @@ def neighbours(search: Search, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]
         yield from _long_neighbours(search, k)
         return
     step = max(1, LISTED // k)
-    given = dict(metric=search.metric, backend=search.backend)
+    given: dict[str, Any] = dict(metric=search.metric, backend=search.backend)
     if search.own and n <= step and search.ids is search.ref_ids:
         # half the work
         yield (

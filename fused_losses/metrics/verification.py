@@ -6,7 +6,7 @@ far (false accept rate): the share of impostor pairs that are accepted; tar: of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def _check_scores(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     return scores.detach().double() + 0.0, same
 
 
-def _check_far(far: float) -> float:
+def _check_far(far: object) -> float:
     if isinstance(far, bool) or not isinstance(far, int | float):
         raise TypeError(f"far: expected a rate in [0, 1], got {type(far).__name__}")
     if not 0 <= far <= 1:
@@ -128,9 +128,11 @@ def threshold_at_far(scores: Tensor, same: Tensor, far: float) -> float:
     return float(impostors.topk(allowed + 1).values[-1])
 
 
-def tar_at_far(
-    scores: Tensor, same: Tensor, far: float | Sequence[float]
-) -> float | dict[float, float]:
+@overload
+def tar_at_far(scores: Tensor, same: Tensor, far: float) -> float: ...
+@overload
+def tar_at_far(scores: Tensor, same: Tensor, far: Sequence[float]) -> dict[float, float]: ...
+def tar_at_far(scores: Tensor, same: Tensor, far: Any) -> float | dict[float, float]:
     """The share of genuine pairs above `threshold_at_far`; for several rates a dict of them.
 
     NaN without a genuine pair or with a NaN score. Arguments and errors as in `roc`.
@@ -275,7 +277,7 @@ def all_pairs_tar_at_far(
             step = max(1, BLOCK_BYTES // (size * max(1, n)))
             for i in range(0, n, step):
                 rows = slice(i, min(i + step, n))
-                options = dict(kind=kind, p=p, precision=precision, backend=backend)
+                options: dict[str, Any] = dict(kind=kind, p=p, precision=precision, backend=backend)
                 scores = sign * distance_matrix(x[rows], x[i:], **options) + 0.0
                 above = torch.ones_like(scores, dtype=torch.bool).triu(1)
                 same = numbers[rows, None] == numbers[i:]

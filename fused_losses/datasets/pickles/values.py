@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
+from typing import Any
 
 from fused_losses.datasets.base import DataError
 from fused_losses.datasets.pickles.arrays import (
@@ -116,7 +117,7 @@ class _Program:
         self.stack.pop()
         return values[::-1]
 
-    def top(self, kind: type) -> object:
+    def top(self, kind: type) -> Any:
         if not self.stack or not isinstance(self.stack[-1], kind):
             raise Unexpected(f"expected a {kind.__name__} on the stack")
         return self.stack[-1]
