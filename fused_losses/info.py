@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def _triton_version() -> str:
     return triton.__version__ + mode
 
 
-def _built(built: object) -> str:
+def _built(built: Any) -> str:
     return "not built" if built is None else ", ".join(f"{k} {v}" for k, v in built.build())
 
 

@@ -77,7 +77,7 @@ def give_back_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def peak_mib(step: Provider) -> float:
+def peak_mib(step: Callable[[], object]) -> float:
     """Growth of the resident set's high-water mark over one step (the mark is reset first)."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -113,7 +113,11 @@ def _sampled(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _found(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """A sample of the result and of each gradient."""
-    return _sampled([loss, *(leaf.grad for leaf in leaves)])
+    told = [loss]
+    for leaf in leaves:
+        assert leaf.grad is not None, "a leaf has no gradient"
+        told.append(leaf.grad)
+    return _sampled(told)
 
 
 def _errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
@@ -165,7 +169,7 @@ def paired(
                     raise ValueError(f"differs from ours by {result.difference:.1e}")
             del found
             case.clear()
-            if not once:
+            if result.extra_mib is None:
                 result.extra_mib = peak_mib(step)
             result.extra_mib = max(0.0, result.extra_mib - case.gradients_mib)
         except Exception as error:  # a rival's failure is a result too

@@ -21,7 +21,8 @@ def plotted(path: Path, draw: Callable[..., None], **subplots: Any) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": path.stem}):
+    style: dict[Any, Any] = STYLE | {"svg.hashsalt": path.stem}
+    with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(squeeze=False, layout="constrained", **subplots)
         draw(figure, *axes.flat)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_losses.primitives.distances import triton as triton_distances
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
@@ -75,7 +76,9 @@ def pairs(
     n: int = 4096,
     m: int = 8192,
 ) -> None:
-    def sides(wanted: bool, *head: int, dtype: torch.dtype = FP32) -> tuple:
+    def sides(
+        wanted: bool, *head: int, dtype: torch.dtype = FP32
+    ) -> tuple[Tensor | None, Tensor | None]:
         both = empty(*head, n, dtype=dtype), empty(*head, m, dtype=dtype)
         return (both[0], None if triangle else both[1]) if wanted else (None, None)
 

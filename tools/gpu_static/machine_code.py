@@ -187,7 +187,9 @@ def read_binary(out: Figures, binary: Any) -> Figures:
 
 def _read_amd(out: Figures, text: str) -> Figures:
     def number(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        assert found is not None, name
+        return int(found[1])
 
     out.registers = number("vgpr_count")
     # scalar registers spill into lanes of vector registers, not to memory

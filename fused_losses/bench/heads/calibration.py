@@ -39,7 +39,7 @@ def calibrate(
     least = len(PRICED)
     if len(measurements) < least:
         raise ValueError(f"measurements: expected at least {least} runs, got {len(measurements)}")
-    none = Profile(name, *[0.0] * 6, processors=processors, overlapped=False)
+    none = Profile(name, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, processors=processors, overlapped=False)
     singles = [replace(none, **{price: 1.0}) for price in PRICED]
     steps = [step_of(m) for m in measurements]
     seconds = torch.tensor([m["seconds"] for m in measurements], dtype=torch.float64)

@@ -19,7 +19,7 @@ from fused_losses.margins import ArcFace
 
 RATE = 0.1
 # the rate 0 keeps all tables equal: every provider does the whole update, and moves nothing
-SGD = dict(lr=0.0, momentum=0.9, weight_decay=5e-4)
+SGD: dict[str, Any] = dict(lr=0.0, momentum=0.9, weight_decay=5e-4)
 
 
 def _ours(x: Tensor, y: Tensor, head: ClassCenters) -> Provider:
@@ -86,6 +86,7 @@ def class_centers(n: int, c: int, d: int, device: str = "cpu", rivals: str = "al
         if head.update_at == "step":
             steps[name] = _then_step(steps[name], head)
     if rivals != "none":
+        assert table is not None
         steps["eager, dense SGD"] = _plain(x, y, table, compiled=False)
         if rivals == "all":
             steps["torch.compile, dense SGD"] = _plain(x, y, table, compiled=True)
@@ -103,9 +104,12 @@ def class_centers(n: int, c: int, d: int, device: str = "cpu", rivals: str = "al
 
 
 def _then_step(step: Provider, head: ClassCenters) -> Provider:
+    optimizer = head.optimizer
+    assert optimizer is not None
+
     def both() -> Tensor:
         value = step()
-        head.optimizer.step()
+        optimizer.step()
         return value
 
     return both

@@ -176,7 +176,7 @@ def partial_fc_lines() -> list[str]:
         cells = [f"{row.classes / 1e6:g} M", f"{row.rate:g}", f"{took:.0f}"]
         cells += ["", ""] if row is base else [f"{more:.0f}", f"{modelled:.0f}"]
         cells.append("" if row.mebibytes is None else f"{row.mebibytes:,}")
-        if row is base or row.mebibytes is None:
+        if row is base or row.mebibytes is None or base.mebibytes is None:
             cells += ["", ""]
         else:
             apart = step.rows - start.rows
@@ -283,7 +283,7 @@ def read_runs(path: Path) -> dict[str, Any] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--out", type=Path, default=Path("docs/generated"), help="folder to write to"
     )

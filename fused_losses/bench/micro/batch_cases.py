@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,8 @@ def batch_hard_mining(
         if len(got[0]) != len(want[0]):
             return 1.0
         rows = wide.repeat(2, 1)
-        got, want = ((rows - wide[t[0].long()]).norm(dim=1) for t in (got, want))
-        return float(((got - want).abs() > 1e-5 * want).double().mean())
+        theirs, ours = ((rows - wide[t[0].long()]).norm(dim=1) for t in (got, want))
+        return float(((theirs - ours).abs() > 1e-5 * ours).double().mean())
 
     # products in float32 lose digits of a distance: a rival may take the next row
     loose = {name: 0.05 if "knob" in name else 2e-3 for name in providers if name != "fused"}
@@ -112,7 +113,7 @@ def topk(
     torch.manual_seed(seed)
     x, y = (torch.randn(rows, d, device=device) for rows in (n, m))
 
-    def ours(screen: str, **options: str) -> Provider:
+    def ours(screen: str, **options: Any) -> Provider:
         return lambda: functional.pairwise_topk(x, y, k, "dot", screen=screen, **options)[0]
 
     providers: dict[str, Provider] = {"fused, fp32 screen": ours("fp32")}
@@ -153,7 +154,8 @@ def eager_contrastive(x: Tensor, labels: Tensor) -> Tensor:
     positives = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     attract = torch.where(positives, distance, 0)
     repel = torch.where(same, 0, F.relu(1.3 - distance))
-    return sum(part.sum() / (part > 0).sum().clamp_min(1) for part in (attract, repel))
+    near, far = (part.sum() / (part > 0).sum().clamp_min(1) for part in (attract, repel))
+    return near + far
 
 
 def eager_batch_hard(x: Tensor, labels: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ def masked_triplets(x: Tensor, labels: Tensor) -> Tensor:
     same = labels[:, None] == labels
     positives = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     step = max(1, BLOCK_BYTES // (4 * len(x) ** 2))
-    total, count = 0.0, 0
+    total, count = x.new_zeros(()), labels.new_zeros(())
     for i in range(0, len(x), step):
         rows = slice(i, i + step)
         mask = positives[rows, :, None] & ~same[rows, None]
@@ -193,6 +195,7 @@ def masked_triplets(x: Tensor, labels: Tensor) -> Tensor:
         part = hinge.sum()
         part.backward()
         total, count = total + part.detach(), count + (hinge > 0).sum()
+    assert leaf.grad is not None
     distance.backward(leaf.grad / count.clamp_min(1))
     return total / count.clamp_min(1)
 
@@ -216,7 +219,7 @@ def all_triplets(
     rows, labels = _classes(n, d, device)
     x = rows.requires_grad_()
 
-    def fused(x: Tensor, labels: Tensor, **options: object) -> Tensor:
+    def fused(x: Tensor, labels: Tensor, **options: Any) -> Tensor:
         return functional.all_triplets(x, labels, margin=HINGE, **options)
 
     # products of half the pairs, and those of a gradient
@@ -273,7 +276,7 @@ def contrastive(
 ) -> Case:
     """Contrastive loss at a margin that many negatives are within."""
 
-    def fused(x: Tensor, labels: Tensor, **options: object) -> Tensor:
+    def fused(x: Tensor, labels: Tensor, **options: Any) -> Tensor:
         return functional.contrastive(x, labels, negative_margin=1.3, **options)
 
     flops = 4.0 * n * n * d
@@ -286,7 +289,7 @@ def batch_hard_triplet(
 ) -> Case:
     """The soft-margin batch-hard loss."""
 
-    def fused(x: Tensor, labels: Tensor, **options: object) -> Tensor:
+    def fused(x: Tensor, labels: Tensor, **options: Any) -> Tensor:
         return functional.batch_hard_triplet(x, labels, **options)
 
     # the gradient follows the chosen rows: no second matrix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def distances(
 
         return run
 
-    given = {"p": P} if metric == "minkowski" else {}
+    given: dict[str, Any] = {"p": P} if metric == "minkowski" else {}
     providers = {"fused": step(lambda a, b: functional.pairwise_distance(a, b, metric, **given))}
     turns: dict[str, int] = {}
     if rivals != "none":
@@ -124,7 +125,7 @@ def _installed(
     gradient: bool,
 ) -> dict[str, int]:
     """Adds scipy (no gradient) and torchpairwise; the turns they get, being slow."""
-    given = {"p": P} if metric == "minkowski" else {}
+    given: dict[str, Any] = {"p": P} if metric == "minkowski" else {}
     turns = {}
     scipy = None if gradient or x.device.type != "cpu" else peer("scipy.spatial.distance")
     if scipy is not None:
@@ -183,6 +184,7 @@ def euclidean(
         a, b = (t.detach().double().requires_grad_() for t in (x, y))
         out = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
         out.backward(slope.double())
+        assert a.grad is not None and b.grad is not None
         return [out.detach(), a.grad, b.grad]
 
     # the distance's gradient follows the difference's direction, which rounding turns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ def info_nce(
     rows = (_unit(n, d, device=device, dtype=dtype) for _ in range(2))
     inputs = (*rows, scale)
 
-    def fused(x: Tensor, y: Tensor, scale: Tensor, **options: object) -> Tensor:
+    def fused(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
         return functional.info_nce(x, y, temperature=1 / scale, symmetric=True, **options)
 
     title = f"Symmetric InfoNCE, N=M={n:,} D={d}"
@@ -128,7 +129,7 @@ def siglip(
     rows = (_unit(n, d, device=device, dtype=dtype) for _ in range(2))
     inputs = (*rows, *numbers)
 
-    def fused(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, **options: object) -> Tensor:
+    def fused(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, **options: Any) -> Tensor:
         return functional.sigmoid_contrastive(x, y, scale=scale, bias=bias, **options)
 
     title = f"SigLIP, N=M={n:,} D={d}"
@@ -151,14 +152,17 @@ def attention(
     rows = (torch.randn(n, d, device=device, dtype=dtype) for _ in range(3))
     inputs = (*(t.requires_grad_() for t in rows), torch.randn(n, d, device=device))
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, **options: object) -> Tensor:
-        return (functional.similarity_attention(q, k, v, **options) * slope).sum()
+    def fused(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, **options: Any) -> Tensor:
+        out = functional.similarity_attention(q, k, v, **options)
+        assert isinstance(out, Tensor)  # no lse was asked for
+        return (out * slope).sum()
 
     title = f"Similarity attention, N=M={n:,} D={d}"
     # products: 2 forward; backward the scores again, dP, dV, dQ and dK
     case = against_eager(title, fused, eager_attention, inputs, 7 * 2.0 * n * n * d, rivals)
     if rivals != "none":
-        case.providers |= peers.attention(*inputs)
+        q, k, v, slope = inputs
+        case.providers |= peers.attention(q, k, v, slope)
     return case
 
 
@@ -187,7 +191,7 @@ def supervised_contrastive(
 ) -> Case:
     """SupCon, classes of eight."""
 
-    def fused(x: Tensor, labels: Tensor, **options: object) -> Tensor:
+    def fused(x: Tensor, labels: Tensor, **options: Any) -> Tensor:
         return functional.supervised_contrastive(x, labels, temperature=TEMPERATURE, **options)
 
     eager = eager_supervised_contrastive
@@ -199,7 +203,7 @@ def nt_xent(
 ) -> Case:
     """SimCLR's NT-Xent, two views."""
 
-    def fused(x: Tensor, **options: object) -> Tensor:
+    def fused(x: Tensor, **options: Any) -> Tensor:
         return functional.nt_xent(x, temperature=TEMPERATURE, **options)
 
     return _one_batch("NT-Xent", fused, eager_nt_xent, False, n, d, device, rivals, seed)
@@ -210,7 +214,7 @@ def uniformity(
 ) -> Case:
     """Uniformity, against a matrix of products and against the authors' code."""
 
-    def fused(x: Tensor, **options: object) -> Tensor:
+    def fused(x: Tensor, **options: Any) -> Tensor:
         return functional.uniformity(x, t=SPREAD, **options)
 
     case = _one_batch("Uniformity", fused, eager_uniformity, False, n, d, device, rivals, seed)
@@ -224,7 +228,7 @@ def multi_similarity(
 ) -> Case:
     """Multi-similarity without mining, classes of eight."""
 
-    def fused(x: Tensor, labels: Tensor, **options: object) -> Tensor:
+    def fused(x: Tensor, labels: Tensor, **options: Any) -> Tensor:
         return functional.multi_similarity(x, labels, alpha=ALPHA, beta=BETA, base=BASE, **options)
 
     eager = eager_multi_similarity
@@ -245,7 +249,7 @@ def maxsim(
     torch.manual_seed(seed)
     inputs = (_unit(q, lq, d, device=device), _unit(b, ld, d, device=device))
 
-    def fused(queries: Tensor, documents: Tensor, **options: object) -> Tensor:
+    def fused(queries: Tensor, documents: Tensor, **options: Any) -> Tensor:
         scores = fused_maxsim(queries, documents, **options)
         return F.cross_entropy(scores, torch.arange(len(queries), device=queries.device))
 

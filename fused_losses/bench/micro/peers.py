@@ -93,8 +93,8 @@ def neighbours(x: Tensor, y: Tensor, k: int) -> dict[str, Provider]:
     faiss = peer("faiss") if x.is_cuda else None
     if faiss is None or not hasattr(faiss, "StandardGpuResources"):
         return {}
-    import faiss.contrib.torch_utils  # its search then takes tensors of the device
-
+    # its search then takes tensors of the device
+    importlib.import_module("faiss.contrib.torch_utils")
     index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), y.shape[1])
     index.add(y.float())
     return {"faiss GpuIndexFlatIP": lambda: index.search(x.float(), k)[0]}

@@ -61,10 +61,12 @@ def traced(op: Op, way: str, peak: Peak) -> list[Work]:
     trace = Trace(peak.arch, peak.processors, compiled=way == "compiled", own=own)
     before = 0
     with trace.running():
+        run = op.backends[way] if own else op.plain
+        assert run is not None
         if own or op.direction == "forward":
-            (op.backends[way] if own else op.plain)()
+            run()
         else:
-            backward = op.plain()
+            backward = run()
             before = len(trace.work)
             backward()
     return trace.work[before:]

@@ -102,7 +102,7 @@ def rows_op(
     )
 
 
-def plain_backward(loss: Callable[[], Tensor], *leaves: Tensor) -> Run:
+def plain_backward(loss: Callable[..., Tensor], *leaves: Tensor) -> Run:
     def run() -> Run:
         """The forward; what it returns is the backward."""
         ours = [leaf.detach().requires_grad_() for leaf in leaves]

@@ -131,7 +131,7 @@ def gaps(found: list[Row]) -> list[str]:
         text = f"- **{name}**:"
         if wide:
             text += " DRAM " + ", ".join(f"{v:.1f} x on {gpu}" for gpu, v in wide.items()) + "."
-        if more:
+        if best is not None and more:
             text += f" L2 {figure(a.costs['H100'].l2 / 1e9)} GB, the best peer {figure(best)}."
         why = WHY.get(name)
         out.append(f"{text} {why}" if why else text)

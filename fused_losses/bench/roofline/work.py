@@ -57,7 +57,9 @@ def access(t: Tensor, moved: int, begin: int = 0, size: int | None = None, **how
         if size > 1.5 * count(t):
             size, how["block"] = count(t), True
     e = t.element_size()
-    return Access(t.untyped_storage(), (t.storage_offset() + begin) * e, size * e, moved, **how)
+    return Access(
+        t.untyped_storage(), (int(t.storage_offset()) + begin) * e, size * e, moved, **how
+    )
 
 
 class Launch:

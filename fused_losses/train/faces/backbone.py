@@ -41,7 +41,8 @@ class SmallFaceNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.embed = nn.Linear(before * height * width, embedding, bias=False)
         self.normalize = nn.BatchNorm1d(embedding, affine=False)
-        self.to(memory_format=torch.channels_last)
+        # torch's overloads leave it out
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, images: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, D]
         images = images.contiguous(memory_format=torch.channels_last)
@@ -54,7 +55,7 @@ def load_backbone(path: str) -> Callable[..., nn.Module]:
     if not module_name or not name:
         raise ValueError(f"backbone: expected 'small' or 'package.module:factory', got {path!r}")
     try:
-        factory = getattr(importlib.import_module(module_name), name)
+        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"backbone: {path!r} cannot be imported ({error})") from error
     if not callable(factory):
@@ -123,7 +124,8 @@ def embed(
     out = []
     for part in images.split(batch):
         each = views(normalize(part.to(device)))
-        rows = sum(F.normalize(backbone(view).float()) for view in each)
+        none = torch.zeros((), device=device)
+        rows = sum((F.normalize(backbone(view).float()) for view in each), none)
         out.append(F.normalize(rows).cpu())
     backbone.train(was_training)
     return torch.cat(out)

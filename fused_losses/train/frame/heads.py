@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fused_losses import margins
 
 
@@ -11,7 +13,9 @@ def make_margin(name: str, value: float | None) -> margins.Margin | None:
         return None
     if name == "magface":
         # its margin runs from l_margin to u_margin: `value` is where it starts
-        shift = {} if value is None else {"l_margin": value, "u_margin": value + 0.35}
+        shift: dict[str, Any] = (
+            {} if value is None else {"l_margin": value, "u_margin": value + 0.35}
+        )
         # this trainer's embeddings have unit variance: a norm near sqrt(D), not the paper's 110
         return margins.MagFace(l_a=2.0, u_a=14.0, **shift)
     kind = {
@@ -22,7 +26,7 @@ def make_margin(name: str, value: float | None) -> margins.Margin | None:
         "elastic-arcface": margins.ElasticArcFace,
         "elastic-cosface": margins.ElasticCosFace,
         "curricularface": margins.CurricularFace,
-        "mv-softmax": lambda *value: margins.MVSoftmax("am", *value or (0.35,)),
+        "mv-softmax": lambda value=0.35: margins.MVSoftmax("am", value),
     }[name]
     if value is not None:
         return kind(value)

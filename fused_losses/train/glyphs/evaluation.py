@@ -68,4 +68,5 @@ def evaluate(net: nn.Module, split: Split, centres: Tensor, *, queries: int, see
         torch.arange(len(centres), device=x.device),
         metric="dot",
     )
+    assert isinstance(found.value, dict) and isinstance(own.value, float)
     return Recall(found.value[1], found.value[5], own.value, len(asked), len(shown))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ class ReferenceHead(nn.Module):
     """weight [C, D] with a dense gradient: materialised logits and torch.optim.SGD."""
 
     def __init__(
-        self, classes: int, dim: int, margin: Margin | None, scale: float, **options: float
+        self, classes: int, dim: int, margin: Margin | None, scale: float, **options: Any
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(classes, dim))
@@ -25,7 +27,7 @@ class ReferenceHead(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # [B, D], [B] -> scalar
         self.optimizer.zero_grad(set_to_none=True)
-        return margin_softmax(
+        loss = margin_softmax(
             embeddings,
             self.weight,
             labels,
@@ -33,6 +35,8 @@ class ReferenceHead(nn.Module):
             scale=self.scale,
             backend="reference",
         )
+        assert isinstance(loss, Tensor)  # no stats were asked for
+        return loss
 
     def settle(self) -> None:
         """Nothing waits."""

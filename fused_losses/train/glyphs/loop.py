@@ -42,7 +42,9 @@ class GlyphTraining(Training[GlyphConfig]):
         self.order = EpochBatches(
             n, min(config.batch_size, n), seed=seed_from("order", config.seed), drop_last=True
         )
-        self.peaks = ((self.optimizer, config.lr), (self.head.optimizer, config.head_lr))
+        assert self.head.optimizer is not None
+        self.head_optimizer = self.head.optimizer
+        self.peaks = ((self.optimizer, config.lr), (self.head_optimizer, config.head_lr))
         self.head_ms: list[float] = []
 
     @torch.no_grad()
@@ -80,7 +82,7 @@ class GlyphTraining(Training[GlyphConfig]):
         start = time.perf_counter()
         loss = self.head(rows, labels.to(self.device))
         loss.backward()
-        self.head.optimizer.step()
+        self.head_optimizer.step()
         value = loss.item()
         self.head_ms.append(1e3 * (time.perf_counter() - start))
         assert rows.grad is not None

@@ -31,7 +31,8 @@ class GlyphNet(nn.Module):
         self.features = nn.Sequential(*layers)
         self.embed = nn.Linear(before * size * size, embedding, bias=False)
         self.normalize = nn.BatchNorm1d(embedding, affine=False)
-        self.to(memory_format=torch.channels_last)
+        # torch's overloads leave it out
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, pictures: Tensor) -> Tensor:  # [B, 1, size, size] -> [B, D]
         pictures = pictures.contiguous(memory_format=torch.channels_last)

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """0, or 2 for a run that cannot be; other errors end the process with their traceback."""
     try:
-        return _main(argv)
+        return _main(argv) or 0  # an int: `record` says that it might be None
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,16 +53,17 @@ class SyntheticVectors:
     x_i = m_c + noise e_i with m_c, e_i standard normal [features], c = i mod classes.
     """
 
-    names = None
+    names: Sequence[str] | None = None  # of classes that have none
 
     def __init__(self, classes: int, samples: int, features: int, noise: float, seed: int) -> None:
         self.classes, self.features, self.noise, self.seed = classes, features, noise, seed
-        self.labels = Cyclic(classes * samples, classes)
+        self.labels: Any = Cyclic(classes * samples, classes)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: Tensor) -> Tensor:  # [B] int64 -> [B, features] float32
+    def read(self, indices: Sequence[int] | Tensor) -> Tensor:  # [B] -> [B, features] float32
+        indices = torch.as_tensor(indices)
         means = hashed_normal(self.labels[indices], self.features, seed=2 * self.seed)
         return means + self.noise * hashed_normal(indices, self.features, seed=2 * self.seed + 1)
 

@@ -10,14 +10,14 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 POLL_SECONDS = 0.005
 
 
 def fresh_store(
-    store: dist.Store, rank: int, world: int, timeout: timedelta = timedelta(minutes=30)
-) -> dist.Store:
+    store: Store, rank: int, world: int, timeout: timedelta = timedelta(minutes=30)
+) -> Store:
     """The part of the store that only this attempt's ranks know; every rank must call it.
 
     Each rank shows rank 0 a number of its own and waits for the answer to that number: an answer
@@ -34,10 +34,10 @@ def fresh_store(
     else:
         token = number
         _answer_all(store, token, world, timeout)
-    return dist.PrefixStore(token, store)
+    return PrefixStore(token, store)
 
 
-def _answer_all(store: dist.Store, token: str, world: int, timeout: timedelta) -> None:
+def _answer_all(store: Store, token: str, world: int, timeout: timedelta) -> None:
     """Answer every number shown, old ones too, until all ranks say that they have the token."""
     deadline = time.monotonic() + timeout.total_seconds()
     missing, answered = set(range(1, world)), {}

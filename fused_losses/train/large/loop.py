@@ -13,9 +13,11 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_losses.base.files import write_text
@@ -94,7 +96,9 @@ class LargeTraining:
             precision=config.precision,
             backend=None if config.backend == "auto" else config.backend,
         )
-        self.peaks = ((self.optimizer, config.lr), (self.head.optimizer, config.head_lr))
+        assert self.head.optimizer is not None
+        self.head_optimizer = self.head.optimizer
+        self.peaks = ((self.optimizer, config.lr), (self.head_optimizer, config.head_lr))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds; tensors share the training's memory."""
@@ -166,7 +170,7 @@ class LargeTraining:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.head.optimizer.step()
+        self.head_optimizer.step()
         return float(loss.detach())
 
 
@@ -241,7 +245,8 @@ def _backbone(config: LargeConfig) -> nn.Module:
 def _spread(backbone: nn.Module, config: LargeConfig) -> nn.Module:
     """The backbone with its gradients averaged over the ranks."""
     if config.parallel == "fsdp2":
-        return fully_shard(backbone, mesh=init_device_mesh(config.device, (dist.get_world_size(),)))
+        fully_shard(backbone, mesh=init_device_mesh(config.device, (dist.get_world_size(),)))
+        return backbone
     # without this flag DDP lays its buckets out anew after the first step that it sees: a resumed
     # run would add three or more ranks' gradients in another order than one that went on
     return DistributedDataParallel(backbone, find_unused_parameters=dist.get_world_size() > 2)
@@ -269,11 +274,11 @@ def _process_group(config: LargeConfig) -> Iterator[torch.device]:
     # gloo beside NCCL: the checkpoints' threads talk on the host
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://"))
+        store, rank, world = next(rendezvous("env://"))
         store = fresh_store(store, rank, world)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     yield device
     # not after an error: it waits for ranks that may be gone
     dist.destroy_process_group()
@@ -284,15 +289,16 @@ def _deterministic() -> Iterator[None]:
     """Deterministic operations where torch has them; a warning names those that are not."""
     # not use_deterministic_algorithms: it imports torch's compiler
     former = torch.get_deterministic_debug_mode()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic
+    filled = deterministic.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("warn")
     # a pass over every new tensor, for programs that read what they have not written
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(former)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        deterministic.fill_uninitialized_memory = filled
 
 
 @contextlib.contextmanager
