@@ -91,13 +91,13 @@ bench: venv
 	$(BIN)/python -m pytest benchmarks --benchmark-json=runs/bench/pytest.json
 	$(BIN)/fused-losses bench
 
-lint: $(VENV)/.installed
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 	! grep -q '^.tool.importlinter' pyproject.toml || $(BIN)/lint-imports --no-cache
 
-# the package's type hints: settings in pyproject.toml
+# the type hints of package and tools: settings in pyproject.toml
 types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 

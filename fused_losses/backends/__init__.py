@@ -92,7 +92,7 @@ def reasons_against(
 
 # what torch.compiler.assume_constant_result sets, without its import of torch._dynamo (seconds):
 # Dynamo then asks once while it traces, and does not trace into importlib
-reasons_against._dynamo_marked_constant = True  # type: ignore[attr-defined]
+reasons_against._dynamo_marked_constant = True
 
 
 def choose(

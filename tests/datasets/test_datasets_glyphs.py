@@ -169,7 +169,7 @@ def test_the_set_is_drawn_once(
 ) -> None:
     def load(**changes: object) -> Glyphs:
         options = {"characters": characters(LATIN_GREEK_CYRILLIC), "processes": 1, **changes}
-        return load_glyphs([fonts], **options)  # type: ignore[arg-type]
+        return load_glyphs([fonts], **options)
 
     def refuse(*args: object) -> None:
         raise AssertionError("drawn again")

@@ -335,4 +335,4 @@ def test_straight_through_takes_the_slope_for_one() -> None:
 def test_values_are_frozen_and_compare() -> None:
     assert ArcFace(0.5) == ArcFace(0.5) != ArcFace(0.4)
     with pytest.raises(AttributeError):
-        ArcFace(0.5).margin = 0.4  # type: ignore[misc]
+        ArcFace(0.5).margin = 0.4
