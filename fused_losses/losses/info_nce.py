@@ -237,10 +237,8 @@ def _with_windows(
     """Leaves out the negatives above the best positive of their row (column) plus the margin."""
     if diagonal is None:
         rows, columns = pair_statistics(inputs, cols=symmetric, backend=backend)
-        of_rows, of_columns = (
-            rows.best[POSITIVE],
-            None if columns is None else columns.best[POSITIVE],
-        )
+        of_rows = rows.best[POSITIVE]
+        of_columns = None if columns is None else columns.best[POSITIVE]
     else:
         m = inputs.y.shape[0]
         of_rows, of_columns = diagonal, _on_columns(diagonal, offset, m) if symmetric else None

@@ -182,8 +182,9 @@ class ClassRulesOp(StreamedOp):
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         p = ClassInputs(*arguments[3:-3])
-        a, b, c = arguments[:3]
-        return bounded.backward(backend, a, b, c, p, *arguments[-3:])
+        grad_statistics, grad_targets, statistics = arguments[:3]
+        before = backend, grad_statistics, grad_targets, statistics
+        return bounded.backward(*before, p, *arguments[-3:])
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         if not direction:

@@ -186,7 +186,7 @@ def backward(
     compact = needs.compact and p.classes is not None
     dweight = row_statistics_gpu.weight_gradient(p, compact) if needs.weight else None
     make = torch.empty_like if p.classes is None and p.n > 0 else torch.zeros_like
-    dbias = make(bias) if needs.bias and bias is not None else None
+    dbias = make(p.bias) if needs.bias and p.bias is not None else None
     if p.n == 0 or p.count == 0:
         return torch.zeros_like(x) if needs.x else None, dweight, dbias
     given = (row_gradients.lse, row_gradients.target, row_gradients.weighted if weighted else None)
