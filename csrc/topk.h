@@ -5,9 +5,32 @@
 // one of the scores in double, ties to the lowest index, whatever the screen's precision.
 #pragma once
 
+#include <cmath>
+
 #include "row_statistics.h"
 
 namespace fused_losses {
+
+// How far a screen may be from a score: docs/topk.md derives it, bounds.py is its Python.
+struct ScreenBound {
+  static constexpr double kUnit = 0x1p-24;   // unit roundoff of what is added up
+  static constexpr double kJudge = 0x1p-53;  // of what decides
+  static constexpr double kBf16 = 0x1p-8;    // of what is multiplied
+  static constexpr double kTiny = 0x1p-126;  // below it an instruction may flush to 0
+  static constexpr double kLimit = 0x1p63;   // of a row's length: no product or sum overflows
+
+  double product;  // of |x| |y|
+  double offset;   // of |y|^2 / 2
+  double judge;    // of the key of a distance and of |x|^2
+
+  ScreenBound(int64_t d, bool cosine, bool bf16) {
+    const double sums = 2 * std::log1p(bf16 ? kBf16 : 0) + (3 * d + 16) * kJudge;
+    // a length is the root of a sum in float
+    product = std::expm1(sums + (d + 5 + (cosine ? 0.5 * d + 4 : 0)) * kUnit);
+    offset = std::expm1((d + 7) * kUnit + (3 * d + 16) * kJudge);
+    judge = (d + 8) * kJudge;
+  }
+};
 
 enum class Affinity { kDot, kCosine, kSquaredDistance };
 enum class Match { kAny, kSame, kDifferent };
@@ -46,6 +69,9 @@ struct TopkOut {
 struct TopkKernels {
   size_t (*bytes)(const TopkProblem&, int threads);
   void (*run)(const TopkProblem&, const TopkOut&, void* buffer, const Parallel&);
+  // For tests: every score of the screen with its bound, both [n, m], and what rows are moved by
+  void (*scores)(const TopkProblem&, float* scores, float* bounds, double* center, void* buffer,
+                 const Parallel&);
 };
 
 }  // namespace fused_losses

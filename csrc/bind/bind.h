@@ -3,7 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "../kernels.h"
 
@@ -45,6 +47,11 @@ size_t distance_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const s
 
 // `symmetric`: rows against themselves without i == j; `codes`: a narrow copy screens.
 void register_topk(torch::Library& m);
+// For tests: the screen's scores of all pairs, its bounds and what rows are moved by.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_scores(
+    const at::Tensor& x, const at::Tensor& y, const std::string& kind, bool largest,
+    const std::string& screen, const std::optional<at::Tensor>& codes,
+    const std::optional<at::Tensor>& codes_scale, const std::optional<at::Tensor>& codes_error);
 size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes);
 
 void register_triplets(torch::Library& m);

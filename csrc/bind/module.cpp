@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -111,6 +112,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("maxsim_workspace", &maxsim_workspace);
   m.def("distance_workspace", &distance_workspace);
   m.def("topk_workspace", &topk_workspace);
+  // For tests: what the screen of the top-k makes of every pair, and how far it may be wrong.
+  m.def("topk_scores", &topk_scores);
   m.def("build", [] {
     return std::vector<std::pair<std::string, std::string>>{{"compiler", __VERSION__},
                                                             {"c++", std::to_string(__cplusplus)}};

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -58,6 +59,40 @@ size_t candidate_bytes(int64_t n, int64_t d) {
   return std::max<size_t>(16 << 20, sizeof(float) * n * d);
 }
 
+// The rows of a problem and how they are compared.
+TopkProblem rows_of(Held& held, const Tensor& x, const Tensor& y, const OptionalTensor& y_scale,
+                    const OptionalTensor& codes, const OptionalTensor& codes_scale,
+                    const OptionalTensor& codes_error, c10::string_view kind, bool largest,
+                    bool symmetric, c10::string_view screen) {
+  const int64_t n = x.size(0), m = y.size(0);
+  TopkProblem p = {};
+  p.x = held.matrix(x);
+  // the same rows are then read by both sides
+  p.y = symmetric ? p.x : held.matrix(y);
+  p.y_scale = held.vector<float>(y_scale, at::kFloat, {m}, "y_scale");
+  TORCH_CHECK_VALUE((p.y.type == Type::kInt8) == (p.y_scale != nullptr),
+                    "y_scale: expected with int8 rows, and only with them");
+  if (codes) {
+    TORCH_CHECK_VALUE(codes->sizes() == y.sizes() && codes_scale && codes_error, "codes: expected ",
+                      y.sizes(), " with scale and error, got ", codes->sizes());
+    p.codes = {held.matrix(*codes), held.vector<float>(codes_scale, at::kFloat, {m}, "codes_scale"),
+               held.vector<float>(codes_error, at::kFloat, {m}, "codes_error")};
+  }
+  p.n = n, p.m = m, p.d = x.size(1);
+  p.affinity = affinity_of(kind);
+  p.largest = largest;
+  p.symmetric = symmetric;
+  p.bf16 = screen == "bf16" && best_kernels().bf16;
+  p.most_bytes = candidate_bytes(n, p.d);
+  return p;
+}
+
+// What kernels read: 16-bit queries are widened.
+Tensor queries(const Tensor& x) {
+  const bool narrow = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  return (narrow ? x.to(at::kFloat) : x).contiguous();
+}
+
 std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const OptionalTensor& y_scale,
                                 const OptionalTensor& codes, const OptionalTensor& codes_scale,
                                 const OptionalTensor& codes_error, const OptionalTensor& x_labels,
@@ -72,26 +107,12 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const Optio
   TORCH_CHECK_VALUE(k >= 1, "k: expected a value >= 1, got ", k);
   TORCH_CHECK_VALUE(y.size(0) < std::numeric_limits<int32_t>::max(),
                     "y: expected fewer than 2^31 rows, got ", y.size(0));
-  const bool narrow = x_in.scalar_type() == at::kBFloat16 || x_in.scalar_type() == at::kHalf;
-  const Tensor x = (narrow ? x_in.to(at::kFloat) : x_in).contiguous();
+  const Tensor x = queries(x_in);
   const int64_t n = x.size(0), m = y.size(0);
   Held held;
-  TopkProblem p = {};
-  p.x = held.matrix(x);
-  // the same rows are then read by both sides
-  p.y = symmetric ? p.x : held.matrix(y);
-  p.y_scale = held.vector<float>(y_scale, at::kFloat, {m}, "y_scale");
-  TORCH_CHECK_VALUE((p.y.type == Type::kInt8) == (p.y_scale != nullptr),
-                    "y_scale: expected with int8 rows, and only with them");
-  if (codes) {
-    TORCH_CHECK_VALUE(codes->sizes() == y.sizes() && codes_scale && codes_error, "codes: expected ",
-                      y.sizes(), " with scale and error, got ", codes->sizes());
-    p.codes = {held.matrix(*codes), held.vector<float>(codes_scale, at::kFloat, {m}, "codes_scale"),
-               held.vector<float>(codes_error, at::kFloat, {m}, "codes_error")};
-  }
-  p.n = n, p.m = m, p.d = x.size(1), p.k = k;
-  p.affinity = affinity_of(kind);
-  p.largest = largest;
+  TopkProblem p = rows_of(held, x, y, y_scale, codes, codes_scale, codes_error, kind, largest,
+                          symmetric, screen);
+  p.k = k;
   p.x_labels = held.vector<int32_t>(x_labels, at::kInt, {n}, "x_labels");
   p.y_labels = held.vector<int32_t>(y_labels, at::kInt, {m}, "y_labels");
   p.match = match_of(match);
@@ -107,9 +128,6 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const Optio
     p.exclude = held.vector<int32_t>(exclude, at::kInt, {n, p.excluded}, "exclude");
   }
   p.skip_self = skip_self;
-  p.symmetric = symmetric;
-  p.bf16 = screen == "bf16" && best_kernels().bf16;
-  p.most_bytes = candidate_bytes(n, p.d);
   const Tensor keys = at::empty({n, k}, x.options().dtype(at::kDouble));
   const Tensor index = at::empty({n, k}, x.options().dtype(at::kLong));
   const TopkKernels& kernels = best_kernels().topk;
@@ -122,6 +140,28 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const Optio
 }  // namespace
 
 void register_topk(torch::Library& m) { m.impl("pair_topk_cpu", &topk); }
+
+std::tuple<Tensor, Tensor, Tensor> topk_scores(const Tensor& x_in, const Tensor& y,
+                                               const std::string& kind, bool largest,
+                                               const std::string& screen,
+                                               const OptionalTensor& codes,
+                                               const OptionalTensor& codes_scale,
+                                               const OptionalTensor& codes_error) {
+  const Tensor x = queries(x_in);
+  Held held;
+  TopkProblem p =
+      rows_of(held, x, y, {}, codes, codes_scale, codes_error, kind, largest, false, screen);
+  p.k = 1;
+  const auto floats = x.options().dtype(at::kFloat);
+  const Tensor scores = at::empty({p.n, p.m}, floats), bounds = at::empty({p.n, p.m}, floats);
+  const Tensor center = at::empty({p.d}, x.options().dtype(at::kDouble));
+  const TopkKernels& kernels = best_kernels().topk;
+  const Parallel parallel = torch_threads();
+  const Tensor buffer = scratch(kernels.bytes(p, parallel.threads));
+  kernels.scores(p, scores.data_ptr<float>(), bounds.data_ptr<float>(), center.data_ptr<double>(),
+                 aligned(buffer), parallel);
+  return {scores, bounds, center};
+}
 
 size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes) {
   const int8_t code = 0;

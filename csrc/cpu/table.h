@@ -168,6 +168,10 @@ inline TopkKernels topk_table() {
   k.run = [](const TopkProblem& p, const TopkOut& out, void* buffer, const Parallel& parallel) {
     with_screen(p, [&]<class P>() { topk<P>(p, out, buffer, parallel); });
   };
+  k.scores = [](const TopkProblem& p, float* scores, float* bounds, double* center, void* buffer,
+                const Parallel& parallel) {
+    with_screen(p, [&]<class P>() { topk_scores<P>(p, scores, bounds, center, buffer, parallel); });
+  };
   return k;
 }
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
-from fused_losses.base.numerics import accumulate_dtype, root
+from fused_losses.base.numerics import accumulate_dtype, root, row_dtype
 from fused_losses.base.sides import integers
 from fused_losses.pairwise.distance import pairwise_distance
 from fused_losses.pairwise.metrics import METRICS
@@ -39,11 +39,16 @@ def _without_mean(x: Tensor) -> Tensor:
     return x - x.mean(dim=-1, keepdim=True)
 
 
+def _roots(x: Tensor) -> Tensor:
+    """Square roots with gradient 0 at 0; NaN below."""
+    return torch.where(x < 0, torch.nan, root(x))
+
+
 class _Plan(NamedTuple):
     """A metric by products: what the rows become, whose scores are taken, and their meaning."""
 
     kind: str
-    rows: Callable[[Tensor], Tensor] | None = None
+    rows: Callable[[Tensor], Tensor] | None = None  # of and to float64
     value: Callable[[Tensor], Tensor] | None = None
     similar: bool = False  # a large score is a small value
 
@@ -55,7 +60,7 @@ PLANS = {
     "cosine": _Plan("cosine", None, lambda c: 1 - c, True),
     "angular": _Plan("cosine", None, _angle, True),
     "correlation": _Plan("cosine", _without_mean, lambda c: 1 - c, True),
-    "hellinger": _Plan("sqeuclidean", torch.sqrt, lambda s: root(s / 2)),
+    "hellinger": _Plan("sqeuclidean", _roots, lambda s: root(s / 2)),
     "mahalanobis": _Plan("sqeuclidean", None, root),
 }
 
@@ -109,7 +114,7 @@ def pairwise_topk(
     Raises ValueError, TypeError for arguments that do not fit each other; RuntimeError where the
     backend or the screen cannot run.
     Time O(N M D), half where y is None and skip_self; memory O(N k + N D) and a few blocks, and a
-    transformed copy of y for correlation, hellinger and mahalanobis.
+    copy of y in float64 for correlation, hellinger and mahalanobis.
     """
     _check(x, y, k, metric, match, screen)
     bank = x if y is None else y
@@ -182,7 +187,11 @@ def _by_products(
         bank, y_scale = bank.codes, bank.scale
         if plan.rows is not None or metric == "mahalanobis":
             raise ValueError(f"y: expected float rows with metric={metric!r}, got QuantizedRows")
-    same = bank is x
+    dtype, same = accumulate_dtype(x.dtype), bank is x
+    if metric == "mahalanobis" or plan.rows is not None:
+        # rows that are rounded once more have an order of their own
+        x = x.to(row_dtype(x.device))
+        bank = x if same else bank.to(x.dtype)
     if metric == "mahalanobis":
         x, bank = whitened(x, bank, options.get("VI"), options.get("covariance"))
     elif any(v is not None for v in options.values()):
@@ -207,11 +216,10 @@ def _by_products(
     if torch.is_grad_enabled() and wants:
         keys = listed(x, bank, index, plan.kind, y_scale)
     values = keys if plan.value is None else plan.value(keys)
-    return _finished(x, values, index, asked["largest"]), index
+    return _finished(x, values.to(dtype), index, asked["largest"]), index
 
 
 def _finished(x: Tensor, values: Tensor, index: Tensor, largest: bool) -> Tensor:
-    values = values.to(accumulate_dtype(x.dtype))
     # a padded value is a constant
     nothing = -torch.inf if largest else torch.inf
     values = torch.where(index < 0, nothing, values)
@@ -275,6 +283,7 @@ def _in_full(
         else:
             values.append(of_rows(part, bank))
     values = torch.cat(values) if m else values[0].new_zeros((n, k))
+    values = values.to(accumulate_dtype(x.dtype))
     return _finished(x, values, index, asked["largest"]), index
 
 

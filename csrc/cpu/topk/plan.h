@@ -20,7 +20,7 @@ constexpr int64_t kTopkTileBytes = 256 << 10;  // of the bank in a tile
 constexpr int64_t kTopkQueries = 8192;         // of a block at most
 constexpr int64_t kTopkColumns = 1024;         // of a task of the triangle
 constexpr int64_t kAhead = 4;                  // candidates that are on their way into the caches
-constexpr double kNarrowNorm = 1e-11;          // norms below: float may not tell whether they are 0
+constexpr double kNarrowNorm = 1e-11;          // squares in float do not tell shorter rows from 0
 
 // Rows that the screen reads are at hand when a candidate turns up: it is scored at once, and a
 // heap holds the k best. What only codes were read of is scored late, for few: its row may be far
@@ -35,11 +35,12 @@ struct TopkPlan {
   using Word = typename P::Word;
   int64_t depth, tile, queries, kept;
   bool triangle;
-  float* center;  // what rows are moved by, zeros where they are not
+  double* center;  // what rows are moved by, zeros where they are not
   // shared, of a block of queries
   Word* panels;
   double *beta, *floor;   // a key is alpha s + beta; the least that the k-th best can be
-  float* size;            // |x|
+  double* square;         // |x - center|^2
+  float* size;            // |x - center|, 1 where only the direction counts
   Candidate* candidates;  // [queries, kept]
   int32_t* count;
   char* lock;
@@ -81,10 +82,11 @@ struct TopkPlan {
                p.x.type == p.y.type && padded <= affordable;
     queries = triangle ? padded : std::clamp(affordable, kPanel<P>, std::min(padded, kTopkQueries));
     Arena arena(base);
-    center = arena.take<float>(p.d);
+    center = arena.take<double>(p.d);
     panels = arena.take<Word>(queries * depth);
     beta = arena.take<double>(queries);
     floor = arena.take<double>(queries);
+    square = arena.take<double>(queries);
     size = arena.take<float>(queries);
     candidates = arena.take<Candidate>(queries * kept);
     count = arena.take<int32_t>(queries);

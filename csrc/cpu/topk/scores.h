@@ -49,66 +49,96 @@ struct RowTerms {
   float m, a, slope, extra;
 };
 
+// Of a row that float cannot judge: its score is inf or NaN, and every query scores it exactly.
+constexpr RowTerms kUnscreened = {0, std::numeric_limits<float>::infinity(), 0, 0};
+
 // The screen's rows: which matrix, moved by what, and their terms.
 class Screened {
  public:
-  Screened(const TopkProblem& p, const float* center, bool bf16)
-      : p_(p), center_(center), rows_(p.codes.rows.data ? p.codes.rows : p.y) {
+  Screened(const TopkProblem& p, const double* center, bool bf16)
+      : p_(p),
+        center_(center),
+        rows_(p.codes.rows.data ? p.codes.rows : p.y),
+        bound_(p.d, p.affinity == Affinity::kCosine, bf16) {
     scale_ = p.codes.rows.data ? p.codes.scale : p.y_scale;
-    const double unit = 0x1p-24;
-    // both factors are rounded to 8 bits: (1 + 2^-8)^2 - 1
-    each_ = float((2 * p.d + 16) * unit + (bf16 ? 2.01 * 0x1p-8 : 0));
   }
 
   bool in_place() const { return rows_.type == Type::kFloat32 && !center_; }
   const float* place(int64_t j) const {
     return static_cast<const float*>(rows_.data) + j * rows_.stride;
   }
-  void read(int64_t j, float* out) const {
-    read_row(rows_, j, p_.d, out);
-    move(out);
-  }
-  void move(float* row) const {
-    for (int64_t e = 0; center_ && e < p_.d; ++e) row[e] -= center_[e];
+  void read(int64_t j, float* out) const { read(rows_, j, out); }
+  // Moved before it is rounded to float.
+  void read(const Matrix& rows, int64_t j, float* out) const {
+    if (rows.type == Type::kFloat64 && center_) {
+      const double* from = static_cast<const double*>(rows.data) + j * rows.stride;
+      for (int64_t e = 0; e < p_.d; ++e) out[e] = static_cast<float>(from[e] - center_[e]);
+      return;
+    }
+    read_row(rows, j, p_.d, out);
+    for (int64_t e = 0; center_ && e < p_.d; ++e) out[e] = static_cast<float>(out[e] - center_[e]);
   }
 
   RowTerms terms(int64_t j, const float* row) const {
-    const float scale = scale_ ? scale_[j] : 1.0f;
-    const float error = p_.codes.rows.data ? p_.codes.error[j] : 0.0f;
-    const float squared = sum_of_squares(row, p_.d) * scale * scale;
-    const float norm = std::sqrt(squared);
-    RowTerms t = {scale, 0, each_ * norm + error, 0};
+    const double scale = scale_ ? scale_[j] : 1, d = p_.d;
+    const double error = p_.codes.rows.data ? p_.codes.error[j] : 0;
+    const double squared = sum_of_squares(row, p_.d) * scale * scale, norm = std::sqrt(squared);
+    // squares below the normal numbers may have vanished
+    const double most = std::sqrt(squared * (1 + (d + 8) * ScreenBound::kUnit) +
+                                  2 * d * ScreenBound::kTiny * std::max(scale * scale, 1.0));
+    if (!(most + error < ScreenBound::kLimit)) return kUnscreened;
+    double m = scale, a = 0, slope = bound_.product * most + error, extra = 0;
     if (p_.affinity == Affinity::kSquaredDistance) {
-      t.a = p_.largest ? 0.5f * squared : -0.5f * squared;
-      t.extra = each_ * squared + error * (norm + error);
+      a = p_.largest ? 0.5 * squared : -0.5 * squared;
+      extra = bound_.offset * 0.5 * most * most + error * (most + error);
     } else if (p_.affinity == Affinity::kCosine) {
-      const bool alive = !(norm <= float(kZeroNorm));
-      t.m = alive ? scale / norm : 0.0f;
-      t.slope = each_ + 2 * error * t.m / (scale != 0 ? scale : 1.0f);
-      // squares below the normal numbers vanish: is it a row of zeros?
-      bool zero = error == 0;
-      for (int64_t e = 0; zero && e < p_.d; ++e) zero = row[e] == 0;
-      if (!zero && norm < kNarrowNorm) t.slope = std::numeric_limits<float>::infinity();
+      if (!(norm >= kNarrowNorm)) return is_zero(row, error) ? RowTerms{} : kUnscreened;
+      m = scale / norm;
+      slope = bound_.product + 2 * error / norm * (1 + d * ScreenBound::kUnit);
     }
-    return t;
+    // what underflows: factors, products, sums and the score
+    const double wide = std::max(std::abs(m), 1.0);
+    slope += wide * std::sqrt(d) * ScreenBound::kTiny;
+    extra += (wide * 2 * d + std::sqrt(d) * std::max(most, 1.0) + 4) * ScreenBound::kTiny;
+    return {static_cast<float>(m), static_cast<float>(a), up(slope), up(extra)};
   }
 
+  double judge() const { return bound_.judge; }
+
  private:
+  static float up(double v) { return static_cast<float>(v * (1 + 1e-6)); }
+
+  bool is_zero(const float* row, double error) const {
+    return error == 0 && std::all_of(row, row + p_.d, [](float v) { return v == 0; });
+  }
+
   const TopkProblem& p_;
-  const float* center_;
+  const double* center_;
   Matrix rows_;
   const float* scale_;
-  float each_;
+  ScreenBound bound_;
 };
+
+// <x, y> / (|x| |y|), exactly 1 for equal rows and the same for rows of integers in one direction.
+inline double cosine_of(double product, double x_square, double y_square) {
+  const double square = x_square * y_square;
+  if (std::sqrt(x_square) <= kZeroNorm || std::sqrt(y_square) <= kZeroNorm) return 0 * product;
+  const double cosine = square < 1e300
+                            ? std::sqrt(product * product / square)
+                            : std::abs(product) / std::sqrt(x_square) / std::sqrt(y_square);
+  // a NaN stays
+  return std::copysign(cosine > 1 ? 1.0 : cosine, product);
+}
 
 // Exact scores, larger is better.
 class Scorer {
  public:
   Scorer(const TopkProblem& p, double* buffer) : p_(p), buffer_(buffer) {}
 
-  double operator()(int64_t i, int64_t j) const {
-    if (p_.x.type == Type::kFloat64) return against(row<double>(p_.x, i), j);
-    return against(row<float>(p_.x, i), j);
+  // square: |x_i|^2, with cosines
+  double operator()(int64_t i, int64_t j, double square) const {
+    if (p_.x.type == Type::kFloat64) return against(row<double>(p_.x, i), j, square);
+    return against(row<float>(p_.x, i), j, square);
   }
 
   void prefetch(int64_t j) const {
@@ -127,16 +157,16 @@ class Scorer {
   }
 
   template <class X>
-  double against(const X* x, int64_t j) const {
-    if (p_.y.type == Type::kFloat32) return score(x, row<float>(p_.y, j));
-    if (p_.y.type == Type::kFloat64) return score(x, row<double>(p_.y, j));
+  double against(const X* x, int64_t j, double square) const {
+    if (p_.y.type == Type::kFloat32) return score(x, row<float>(p_.y, j), square);
+    if (p_.y.type == Type::kFloat64) return score(x, row<double>(p_.y, j), square);
     read_row(p_.y, j, p_.d, buffer_);
     for (int64_t e = 0; p_.y_scale && e < p_.d; ++e) buffer_[e] *= p_.y_scale[j];
-    return score(x, static_cast<const double*>(buffer_));
+    return score(x, static_cast<const double*>(buffer_), square);
   }
 
   template <class X, class Y>
-  double score(const X* x, const Y* y) const {
+  double score(const X* x, const Y* y, double square) const {
     const auto product = [](auto a, auto b) { return a * b; };
     const auto difference = [](auto a, auto b) { return (a - b) * (a - b); };
     double s;
@@ -144,10 +174,7 @@ class Scorer {
       s = -sum_of(x, y, p_.d, difference);
     } else {
       s = sum_of(x, y, p_.d, product);
-      if (p_.affinity == Affinity::kCosine) {
-        const double norm = std::sqrt(sum_of(y, y, p_.d, product));
-        s = norm <= kZeroNorm ? 0.0 : s / norm;
-      }
+      if (p_.affinity == Affinity::kCosine) s = cosine_of(s, square, sum_of(y, y, p_.d, product));
     }
     return p_.largest == (p_.affinity == Affinity::kSquaredDistance) ? -s : s;
   }
@@ -157,29 +184,28 @@ class Scorer {
 };
 
 // The bank's mean, by a sample, where moving by it makes rows much shorter; else null.
-inline const float* choose_center(const TopkProblem& p, float* out, float* row) {
-  if (p.affinity != Affinity::kSquaredDistance || p.y_scale || p.codes.rows.data || p.m == 0) {
-    return nullptr;
-  }
+inline const double* choose_center(const TopkProblem& p, double* out, double* row) {
+  std::fill(out, out + p.d, 0.0);
+  if (p.affinity != Affinity::kSquaredDistance || p.y_scale || p.codes.rows.data) return nullptr;
   constexpr int64_t kSample = 256;
   const int64_t step = std::max<int64_t>(1, p.m / kSample);
-  std::vector<double> mean(p.d);
-  double squares = 0;
+  double squares = 0, moved = 0;
   int64_t count = 0;
-  for (int64_t j = 0; j < p.m; j += step, ++count) {
+  for (int64_t j = 0; j < p.m; j += step) {
     read_row(p.y, j, p.d, row);
-    for (int64_t e = 0; e < p.d; ++e) {
-      mean[e] += row[e];
-      squares += double(row[e]) * row[e];
-    }
+    const double square = sum_of(row, row, p.d, [](auto a, auto b) { return a * b; });
+    if (!std::isfinite(square)) continue;
+    for (int64_t e = 0; e < p.d; ++e) out[e] += row[e];
+    squares += square;
+    ++count;
   }
-  double moved = 0;
   for (int64_t e = 0; e < p.d; ++e) {
-    mean[e] /= count;
-    moved += mean[e] * mean[e];
-    out[e] = static_cast<float>(mean[e]);
+    out[e] /= std::max<int64_t>(count, 1);
+    moved += out[e] * out[e];
   }
-  return moved > 0.25 * squares / count ? out : nullptr;
+  if (moved * count > 0.25 * squares) return out;
+  std::fill(out, out + p.d, 0.0);
+  return nullptr;
 }
 
 }  // namespace fused_losses::FL_ISA

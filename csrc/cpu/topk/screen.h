@@ -22,6 +22,21 @@ inline uint32_t not_less(Floats a, Floats b) {
 }
 #endif
 
+// Row j of the bank as it is multiplied: in place, or in `to`, and in floats.
+template <class P>
+const typename P::Word* screen_row(const TopkProblem& p, const Screened& screen, int64_t j,
+                                   float* buffer, typename P::Word* to, const float*& row) {
+  row = screen.in_place() ? screen.place(j) : buffer;
+  if (!screen.in_place()) screen.read(j, buffer);
+  if constexpr (P::kPair == 2) {
+    narrow_row<P>(row, p.d, to);
+  } else {
+    if (screen.in_place()) return row;
+    std::copy(row, row + p.d, to);
+  }
+  return to;
+}
+
 // Queries [first, first + count) into panels, with what their keys need.
 template <class P>
 void pack_queries(const TopkProblem& p, const TopkPlan<P>& plan, const Screened& screen,
@@ -34,23 +49,28 @@ void pack_queries(const TopkProblem& p, const TopkPlan<P>& plan, const Screened&
       const int64_t q = task * kWide + l;
       plan.floor[q] = kNone<double>;
       plan.count[q] = plan.lock[q] = 0;
-      plan.beta[q] = plan.size[q] = 0;
+      plan.beta[q] = plan.square[q] = plan.size[q] = 0;
       if (l >= real) continue;
       const int64_t i = first + (plan.triangle ? plan.order[q] : q);
       float* out = t.gathered + l * p.d;
-      read_row(p.x, i, p.d, out);
-      const auto square = [](auto a, auto b) { return (a - b) * (a - b); };
-      double squared;
-      if (p.x.type == Type::kFloat32) {
-        squared = sum_of(out, plan.center, p.d, square);
-      } else {
-        read_row(p.x, i, p.d, t.scratch);
-        squared = sum_of(t.scratch, plan.center, p.d, square);
-      }
-      plan.size[q] = static_cast<float>(std::sqrt(squared) * (1 + 1e-6));
       const bool distance = p.affinity == Affinity::kSquaredDistance;
+      read_row(p.x, i, p.d, t.scratch);
+      const auto apart = [](auto a, auto b) { return (a - b) * (a - b); };
+      const double squared = sum_of(t.scratch, plan.center, p.d, apart);
+      double size = std::sqrt(squared);
+      if (p.affinity == Affinity::kCosine) {
+        // a direction: no length of a query is beyond float
+        const double inverse = size <= kZeroNorm ? 0 : 1 / size;
+        for (int64_t e = 0; e < p.d; ++e) out[e] = static_cast<float>(t.scratch[e] * inverse);
+        size *= inverse;
+      } else {
+        screen.read(p.x, i, out);
+      }
+      // beyond it a bound of inf: every column is scored
+      const float most = static_cast<float>(size * (1 + 1e-6));
+      plan.size[q] = size < ScreenBound::kLimit ? most : std::numeric_limits<float>::infinity();
+      plan.square[q] = squared;
       if (distance) plan.beta[q] = p.largest ? squared : -squared;
-      screen.move(out);
       if (p.largest == distance) {
         for (int64_t e = 0; e < p.d; ++e) out[e] = -out[e];
       }
@@ -132,31 +152,17 @@ void topk_rectangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screene
                     const Parallel& parallel) {
   using Word = typename P::Word;
   constexpr int64_t kWide = kPanel<P>;
-  const bool in_place = screen.in_place();
   on_tasks(parallel, ceil_div(p.m, plan.tile), [&](int thread, int64_t task) {
     Selector<P>& s = selectors[thread];
     const int64_t j0 = task * plan.tile, rows = std::min(plan.tile, p.m - j0);
     const Word* at[384 + kRows];
     for (int64_t r = 0; r < rows; ++r) {
-      Word* to = s.t.rows + r * plan.depth;
-      const float* row = s.t.row;
-      if (in_place) {
-        row = screen.place(j0 + r);
-      } else {
-        screen.read(j0 + r, s.t.row);
-      }
-      at[r] = to;
-      if constexpr (P::kPair == 2) {
-        narrow_row<P>(row, p.d, to);
-      } else if (in_place) {
-        at[r] = row;
-      } else {
-        std::copy(row, row + p.d, to);
-      }
+      const float* row;
+      at[r] = screen_row<P>(p, screen, j0 + r, s.t.row, s.t.rows + r * plan.depth, row);
       const RowTerms terms = screen.terms(j0 + r, row);
       s.t.multiplier[r] = terms.m;
       s.t.offset[r] = terms.a;
-      s.grow(terms.slope, terms.extra, terms.m);
+      s.grow(terms);
     }
     for (int64_t r = rows; r < rows + kRows; ++r) {
       at[r] = at[rows - 1];
@@ -185,24 +191,14 @@ void topk_triangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screened
   on_tasks(parallel, ceil_div(p.n, kRowsAtOnce), [&](int thread, int64_t task) {
     auto t = plan.thread(p, thread);
     for (int64_t c = task * kRowsAtOnce; c < std::min((task + 1) * kRowsAtOnce, p.n); ++c) {
-      const float* row = t.row;
-      if (in_place) {
-        row = screen.place(plan.order[c]);
-      } else {
-        screen.read(plan.order[c], t.row);
-        if constexpr (P::kPair == 2) {
-          narrow_row<P>(t.row, p.d, plan.left + c * plan.depth);
-        } else {
-          std::copy(t.row, t.row + p.d, plan.left + c * plan.depth);
-        }
-      }
+      const float* row;
+      screen_row<P>(p, screen, plan.order[c], t.row, plan.left + c * plan.depth, row);
       const RowTerms terms = screen.terms(plan.order[c], row);
       plan.multiplier[c] = terms.m;
       plan.offset[c] = terms.a;
       RowTerms& m = most[task];
-      m.slope = m.slope >= terms.slope ? m.slope : terms.slope;
-      m.extra = m.extra >= terms.extra ? m.extra : terms.extra;
-      m.m = m.m >= std::abs(terms.m) ? m.m : std::abs(terms.m);
+      m.slope = std::max(m.slope, terms.slope);
+      m.extra = std::max(m.extra, terms.extra);
     }
   });
   std::fill(plan.multiplier + p.n, plan.multiplier + plan.queries, 0.0f);
@@ -220,7 +216,7 @@ void topk_triangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screened
     if (plan.from[c0] >= q1 || plan.to[c1 - 1] <= q0) return;
     Selector<P>& s = selectors[thread];
     if (!ready[thread]) {
-      for (const RowTerms& m : most) s.grow(m.slope, m.extra, m.m);
+      for (const RowTerms& m : most) s.grow(m);
       for (int64_t q = 0; q < plan.queries; ++q) {
         s.t.limit[q] = q < p.n ? kNone<float> : std::numeric_limits<float>::infinity();
       }
@@ -247,6 +243,39 @@ void topk_triangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screened
       }
     }
   });
+}
+
+// For tests: every score of the screen, and its bound.
+template <class P>
+void topk_scores(const TopkProblem& p, float* scores, float* bounds, double* center, void* buffer,
+                 const Parallel& parallel) {
+  constexpr int64_t kWide = kPanel<P>;
+  const TopkPlan<P> plan(p, buffer);
+  std::vector<double> row(p.d);
+  const Screened screen(p, choose_center(p, plan.center, row.data()), P::kPair == 2);
+  std::copy(plan.center, plan.center + p.d, center);
+  for (int64_t first = 0; first < p.n; first += plan.queries) {
+    const int64_t count = std::min(plan.queries, p.n - first);
+    pack_queries<P>(p, plan, screen, first, count, parallel);
+    auto t = plan.thread(p, 0);
+    for (int64_t j = 0; j < p.m; ++j) {
+      const float* floats;
+      const auto* words = screen_row<P>(p, screen, j, t.row, t.rows, floats);
+      const typename P::Word* const at[kRows] = {words, words, words, words, words, words};
+      const RowTerms terms = screen.terms(j, floats);
+      for (int64_t lane = 0; lane < count; lane += kWide) {
+        multiply<P, true>(at, 1, plan.panels + lane * plan.depth, plan.depth,
+                          [&](int, int v, Floats sum) {
+                            store(t.sums + v * kLanes<float>, sum * terms.m + terms.a);
+                          });
+        for (int64_t q = lane; q < std::min(lane + kWide, count); ++q) {
+          const int64_t pair = (first + q) * p.m + j;
+          scores[pair] = t.sums[q - lane];
+          bounds[pair] = plan.size[q] * terms.slope + terms.extra;
+        }
+      }
+    }
+  }
 }
 
 }  // namespace fused_losses::FL_ISA

@@ -9,29 +9,31 @@ namespace fused_losses::FL_ISA {
 template <class P>
 class Selector {
  public:
-  Selector(const TopkProblem& p, const TopkPlan<P>& plan, int thread)
+  Selector(const TopkProblem& p, const TopkPlan<P>& plan, double judge, int thread)
       : t(plan.thread(p, thread)), p_(p), plan_(plan), score_(p, t.scratch) {
+    judge_ = p.affinity == Affinity::kSquaredDistance ? judge : 0;
     late_ = scores_late(p);
     alpha_ = p.affinity == Affinity::kSquaredDistance ? 2 : 1;
     inverse_ = 1 / alpha_;
   }
 
-  void grow(float slope, float extra, float m) {
-    // a NaN stays: nothing is then ruled out
-    slope_ = slope_ >= slope ? slope_ : slope;
-    extra_ = extra_ >= extra ? extra_ : extra;
-    longest_ = longest_ >= std::abs(m) ? longest_ : std::abs(m);
+  void grow(const RowTerms& terms) {
+    slope_ = std::max(slope_, terms.slope);
+    extra_ = std::max(extra_, terms.extra);
   }
 
-  float error(int64_t q) const {
-    // the last term: products below the normal numbers
-    return plan_.size[q] * slope_ + extra_ + 3e-38f * (p_.d + 1) * (plan_.size[q] + longest_ + 1);
+  // The most that a score may be wrong by.
+  float error(int64_t q) const { return plan_.size[q] * slope_ + extra_; }
+
+  // The same of a key for what double rounds: the key itself, and |x|^2.
+  double judge(int64_t q, double key) const {
+    return judge_ > 0 ? judge_ * (std::abs(key) + std::abs(plan_.beta[q])) + kLeast * p_.d : 0;
   }
 
   // What a score must not be less than.
   void limit(int64_t q) const {
     const double floor = known(q);
-    const double at = (floor - plan_.beta[q]) * inverse_ - error(q) * 1.000001;
+    const double at = (floor - plan_.beta[q] - judge(q, floor)) * inverse_ - error(q) * 1.000001;
     const float f = static_cast<float>(at);
     // rounded down, whichever way the conversion went
     t.limit[q] = f - std::abs(f) * 2e-7f;
@@ -55,10 +57,10 @@ class Selector {
     if (late_) {
       const float e = error(q);
       c.key = alpha_ * s + plan_.beta[q];
-      c.error = static_cast<float>(alpha_ * e * 1.00001);
+      c.error = static_cast<float>((alpha_ * e + judge(q, c.key)) * 1.00001);
     }
     if (!late_ || !(std::abs(c.key) < 3e38) || !(c.error < 3e38f)) {
-      c.key = score_(i, j);
+      c.key = score_(i, j, plan_.square[q]);
       c.error = 0;
       if (c.key != c.key) return;
     }
@@ -91,17 +93,19 @@ class Selector {
       n = std::remove_if(c, c + n, [&](const Candidate& a) { return a.key + a.error < floor; }) - c;
     }
     if (n > plan_.kept - plan_.kept / 4) {
-      n = exact(c, n, i);
+      n = exact(c, n, q, i);
       if (n == p_.k) raise(q, c[n - 1].key);
     }
     plan_.count[q] = static_cast<int32_t>(n);
   }
 
   // Scores candidates exactly and keeps the k best, in their order.
-  int64_t exact(Candidate* c, int64_t n, int64_t i) const {
+  int64_t exact(Candidate* c, int64_t n, int64_t q, int64_t i) const {
     for (int64_t a = 0; a < n; ++a) {
       if (a + kAhead < n) score_.prefetch(c[a + kAhead].index);
-      if (c[a].error != 0) c[a].key = score_(i, c[a].index), c[a].error = 0;
+      if (c[a].error == 0) continue;
+      c[a].key = score_(i, c[a].index, plan_.square[q]);
+      c[a].error = 0;
     }
     n = std::remove_if(c, c + n, [](const Candidate& a) { return a.key != a.key; }) - c;
     const int64_t most = std::min(n, p_.k);
@@ -154,8 +158,9 @@ class Selector {
   const TopkPlan<P>& plan_;
   Scorer score_;
   bool late_;
-  double alpha_, inverse_;
-  float slope_ = 0, extra_ = 0, longest_ = 0;
+  static constexpr double kLeast = std::numeric_limits<double>::min();
+  double alpha_, inverse_, judge_;
+  float slope_ = 0, extra_ = 0;
 };
 
 }  // namespace fused_losses::FL_ISA

@@ -32,10 +32,8 @@ void order_rows(const TopkProblem& p, const TopkPlan<P>& plan) {
 template <class P>
 void topk(const TopkProblem& p, const TopkOut& out, void* buffer, const Parallel& parallel) {
   const TopkPlan<P> plan(p, buffer);
-  std::vector<float> row(p.d);
-  const float* center = choose_center(p, plan.center, row.data());
-  if (!center) std::fill(plan.center, plan.center + p.d, 0.0f);
-  const Screened screen(p, center, P::kPair == 2);
+  std::vector<double> row(p.d);
+  const Screened screen(p, choose_center(p, plan.center, row.data()), P::kPair == 2);
   if (plan.triangle) {
     order_rows(p, plan);
   }
@@ -45,7 +43,7 @@ void topk(const TopkProblem& p, const TopkOut& out, void* buffer, const Parallel
     std::vector<Selector<P>> selectors;
     selectors.reserve(parallel.threads);
     for (int i = 0; i < parallel.threads; ++i) {
-      selectors.emplace_back(p, plan, i);
+      selectors.emplace_back(p, plan, screen.judge(), i);
     }
     if (plan.triangle) {
       topk_triangle<P>(p, plan, screen, selectors, parallel);
@@ -64,14 +62,8 @@ void topk(const TopkProblem& p, const TopkOut& out, void* buffer, const Parallel
         Candidate* held = plan.candidates + q * plan.kept;
         const auto beaten = [&](const Candidate& c) { return c.key + c.error < plan.floor[q]; };
         const int64_t kept = std::remove_if(held, held + plan.count[q], beaten) - held;
-        const int64_t found = selectors[thread].exact(held, kept, i);
-        double by = p.largest ? 1 : -1;
-        if (p.affinity == Affinity::kCosine) {
-          read_row(p.x, i, p.d, selectors[thread].t.scratch);
-          const double* x = selectors[thread].t.scratch;
-          const double norm = std::sqrt(sum_of(x, x, p.d, [](auto a, auto b) { return a * b; }));
-          by *= norm <= kZeroNorm ? 0 : 1 / norm;
-        }
+        const int64_t found = selectors[thread].exact(held, kept, q, i);
+        const double by = p.largest ? 1 : -1;
         for (int64_t a = 0; a < p.k; ++a) {
           const bool real = a < found;
           const double key = real ? by * held[a].key : NAN;

@@ -4,21 +4,21 @@
 
 namespace fused_losses::cuda::topk {
 
-#define BANK_FIELDS(F)                                               \
-  F(const void*, y)       /* [rows, d] */                            \
-  F(const float*, center) /* [d], null: 0 */                         \
-  F(const float*, scale)  /* [rows], null: 1 */                      \
-  F(float*, multiplier)   /* [rows], null: not asked; as the next */ \
-  F(float*, offset)                                                  \
-  F(double*, longest) /* [parts], max |y - center| so far */         \
-  F(double*, squares) /* [rows] |y - center|^2 */                    \
-  F(int64_t, stride)                                                 \
-  F(int64_t, rows)                                                   \
-  F(int64_t, d)                                                      \
-  F(int64_t, parts)                                                  \
-  F(int32_t, type)                                                   \
-  F(int32_t, group)                                                  \
-  F(int32_t, kind)                                                   \
+#define BANK_FIELDS(F)                                                \
+  F(const void*, y)        /* [rows, d] */                            \
+  F(const double*, center) /* [d], null: 0 */                         \
+  F(const float*, scale)   /* [rows], null: 1 */                      \
+  F(float*, multiplier)    /* [rows], null: not asked; as the next */ \
+  F(float*, offset)                                                   \
+  F(double*, longest) /* [parts], max |y - center| so far */          \
+  F(double*, squares) /* [rows] |y - center|^2 */                     \
+  F(int64_t, stride)                                                  \
+  F(int64_t, rows)                                                    \
+  F(int64_t, d)                                                       \
+  F(int64_t, parts)                                                   \
+  F(int32_t, type)                                                    \
+  F(int32_t, group)                                                   \
+  F(int32_t, kind)                                                    \
   F(bool, largest)
 FL_ARGUMENTS(BankArguments, BANK_FIELDS)
 

@@ -30,33 +30,33 @@ FL_DEVICE double score_of(int64_t order, bool largest) {
   return largest || v == 0 ? v : -v;
 }
 
-#define EXACT_FIELDS(F)                                                        \
-  PAIR_FIELDS(F)                                                               \
-  F(const void*, x)           /* [n, d] */                                     \
-  F(const void*, y)           /* [m, d] */                                     \
-  F(const float*, y_scale)    /* [m], null: 1 */                               \
-  F(const double*, x_inverse) /* [n] 1 / |x|, with cosine */                   \
-  F(const int32_t*, listed)   /* [n, columns], -1: none; null: all of y */     \
-  F(const int64_t*, rows)     /* those to do; null: every one */               \
-  F(const int64_t*, count)    /* how many of them; null: n */                  \
-  F(void*, parts)             /* [n, splits, k] Scored, null with one split */ \
-  F(double*, keys)            /* [n, k] */                                     \
-  F(int64_t*, index)                                                           \
-  F(int64_t, stride_x)                                                         \
-  F(int64_t, stride_y)                                                         \
-  F(int64_t, n)                                                                \
-  F(int64_t, d)                                                                \
-  F(int64_t, columns)                                                          \
-  F(int64_t, span) /* columns of a split */                                    \
-  F(int32_t, splits)                                                           \
-  F(int32_t, k)                                                                \
-  F(int32_t, slots) /* a power of two, k or more */                            \
-  F(int32_t, width) /* columns at a time, a power of two */                    \
-  F(int32_t, group)                                                            \
-  F(int32_t, places) /* of x in shared memory */                               \
-  F(int32_t, x_type)                                                           \
-  F(int32_t, y_type)                                                           \
-  F(int32_t, kind)                                                             \
+#define EXACT_FIELDS(F)                                                       \
+  PAIR_FIELDS(F)                                                              \
+  F(const void*, x)          /* [n, d] */                                     \
+  F(const void*, y)          /* [m, d] */                                     \
+  F(const float*, y_scale)   /* [m], null: 1 */                               \
+  F(const double*, x_square) /* [n] |x|^2, with cosine */                     \
+  F(const int32_t*, listed)  /* [n, columns], -1: none; null: all of y */     \
+  F(const int64_t*, rows)    /* those to do; null: every one */               \
+  F(const int64_t*, count)   /* how many of them; null: n */                  \
+  F(void*, parts)            /* [n, splits, k] Scored, null with one split */ \
+  F(double*, keys)           /* [n, k] */                                     \
+  F(int64_t*, index)                                                          \
+  F(int64_t, stride_x)                                                        \
+  F(int64_t, stride_y)                                                        \
+  F(int64_t, n)                                                               \
+  F(int64_t, d)                                                               \
+  F(int64_t, columns)                                                         \
+  F(int64_t, span) /* columns of a split */                                   \
+  F(int32_t, splits)                                                          \
+  F(int32_t, k)                                                               \
+  F(int32_t, slots) /* a power of two, k or more */                           \
+  F(int32_t, width) /* columns at a time, a power of two */                   \
+  F(int32_t, group)                                                           \
+  F(int32_t, places) /* of x in shared memory */                              \
+  F(int32_t, x_type)                                                          \
+  F(int32_t, y_type)                                                          \
+  F(int32_t, kind)                                                            \
   F(bool, largest)
 FL_ARGUMENTS(ExactArguments, EXACT_FIELDS)
 
@@ -89,7 +89,7 @@ FL_DEVICE double exact_score(const ExactArguments& a, const double* x, int64_t i
   }
   sum = group_sum(sum, a.group);
   if (a.kind != kCosine) return sum;
-  return sum * ld(a.x_inverse + i) * inverse_length(group_sum(square, a.group));
+  return cosine_of(sum, ld(a.x_square + i), group_sum(square, a.group));
 }
 
 // A block for a range of a row's columns. Rows beyond `count` cost nothing.

@@ -6,6 +6,7 @@
 namespace fused_losses::cuda::topk {
 
 constexpr int32_t kTypeDouble = 4;
+constexpr double kZeroSquare = 1e-24;  // of a row that counts as zeros
 
 enum Kind : int32_t { kDot, kCosine, kSquaredDistance };
 
@@ -70,14 +71,38 @@ FL_DEVICE double group_sum(double v, int group) {
   return v;
 }
 
+FL_DEVICE double inverse_root(double v) {
+#if defined(__CUDA_ARCH__)
+  return rsqrt(v);  // a root and a quotient call functions, which spill
+#else
+  return 1 / std::sqrt(v);
+#endif
+}
+
 // 1 / |v|, 0 for a row of zeros.
 FL_DEVICE double inverse_length(double square) {
-#if defined(__CUDA_ARCH__)
-  const double inverse = rsqrt(square);  // a root and a quotient call functions, which spill
-#else
-  const double inverse = 1 / std::sqrt(square);
-#endif
-  return square <= 1e-24 ? 0.0 : inverse;
+  const double inverse = inverse_root(square);
+  return square <= kZeroSquare ? 0.0 : inverse;
+}
+
+// <x, y> / (|x| |y|), exactly 1 for equal rows and the same for rows of integers in one direction:
+// the root of a quotient of sums, each rounded once (but for a case in 2^50).
+FL_DEVICE double cosine_of(double product, double x_square, double y_square) {
+  if (x_square <= kZeroSquare || y_square <= kZeroSquare) return 0 * product;
+  const double square = x_square * y_square, over = product * product;
+  double cosine = std::abs(product) * inverse_root(x_square) * inverse_root(y_square);
+  if (square < 1e300) {
+    const double inverse = inverse_root(square);
+    double each = inverse * inverse;
+    each = std::fma(std::fma(-square, each, 1.0), each, each);
+    double quotient = over * each;
+    quotient = std::fma(std::fma(-square, quotient, over), each, quotient);
+    const double root = quotient * inverse_root(quotient);
+    cosine = std::fma(std::fma(-root, root, quotient), 0.5 * inverse_root(quotient), root);
+    if (quotient == 0) cosine = 0;
+  }
+  cosine = cosine > 1 ? 1.0 : cosine;
+  return product < 0 ? -cosine : cosine;
 }
 
 }  // namespace fused_losses::cuda::topk

@@ -19,33 +19,31 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
+from fused_losses.primitives.topk import bounds
+from fused_losses.primitives.topk.bounds import IEEE, TINY, Products
 from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.primitives.topk.listed import listed_forward, scores_of
 from fused_losses.primitives.topk.reference import allowed, best, wide_rows
 
 BLOCK_BYTES = 4 << 20
 LIVE_BLOCKS = 8  # how many such are alive at the peak
-# unit roundoffs of what is added up, and of what is multiplied
-ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
-EPSILON: dict[torch.dtype | None, float] = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 @dataclass(frozen=True)
 class Screen:
-    """s_ij = m_j <x_i, y_j - center> + a_j, larger is better, and its error bound."""
+    """s_ij = m_j <x_i - center, y_j - center> + a_j, larger is better, and its error bound."""
 
-    x: Tensor  # [N, D] accumulation dtype, moved and turned so that larger is better
-    center: Tensor | None  # [D] what y is moved by
-    multiplier: Tensor | None  # [M]
-    offset: Tensor | None  # [M]
-    squares: Tensor  # [N] float64, |x_i|^2
+    x: Tensor  # [N, D] as it is multiplied, moved and turned so that larger is better
+    center: Tensor | None  # [D] what rows are moved by; float64 for float64 rows of y
+    multiplier: Tensor  # [M]
+    offset: Tensor  # [M]
+    squares: Tensor  # [N] float64, |x_i - center|^2 of the rows as they are stored
     error: Tensor  # [N] float64
     keep: int
 
     def rows_of(self, y: Tensor) -> Tensor:
         """A block of y as the screen multiplies it."""
-        y = y.to(self.x.dtype)
-        return y if self.center is None else y - self.center
+        return moved(y, self.center, self.x.dtype)
 
 
 Candidates = Callable[[TopkInputs, Screen], tuple[Tensor, Tensor]]
@@ -69,16 +67,25 @@ def certified_bytes(p: TopkInputs) -> int:
     """Of a screen in blocks and its judge in PyTorch, beyond inputs and outputs, at most."""
     (n, d), m, keep = p.x.shape, p.y.shape[0], p.k + max(16, p.k // 2)
     size = accumulate_dtype(p.x.dtype).itemsize
-    return LIVE_BLOCKS * BLOCK_BYTES + 3 * n * d * size + 2 * m * size + 72 * n * keep
+    # moved in float64 where y is
+    rows = 3 * n * d * max(size, accumulate_dtype(p.y.dtype).itemsize if p.y_scale is None else 0)
+    return LIVE_BLOCKS * BLOCK_BYTES + rows + 16 * keep * d + 2 * m * size + 96 * n * keep
 
 
 def center_of(p: TopkInputs) -> Tensor | None:
-    """What moves y near the origin, where a squared distance loses the least. [D]"""
+    """What moves both sides near the origin, where a squared distance loses the least. [D]"""
     m = p.y.shape[0]
     if p.kind != "sqeuclidean" or m == 0 or p.y_scale is not None:
         return None
     sample = p.y[:: max(1, m // 256)].to(row_dtype(p.x.device))
-    return sample.mean(dim=0).nan_to_num(0, 0, 0).to(accumulate_dtype(p.x.dtype))
+    sample = torch.where(sample.isfinite().all(dim=1, keepdim=True), sample, torch.nan)
+    # kernels move float32 rows by a float32
+    return sample.nanmean(dim=0).nan_to_num(0, 0, 0).to(accumulate_dtype(p.y.dtype))
+
+
+def moved(rows: Tensor, center: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows about the center: in float64 where either is, and only then rounded."""
+    return (rows if center is None else rows - center).to(dtype)
 
 
 def turned(p: TopkInputs, x: Tensor) -> Tensor:
@@ -86,50 +93,32 @@ def turned(p: TopkInputs, x: Tensor) -> Tensor:
     return x if p.largest != (p.kind == "sqeuclidean") else -x
 
 
-def bound(
-    x: Tensor,  # [N, D] as it is multiplied
-    squares: Tensor,  # [N] |x_i|^2
-    longest: Tensor,  # the largest |y - center|
-    furthest: Tensor,  # the largest |offset|
-    product: torch.dtype | None,
-) -> Tensor:
-    """The most that a key may be wrong by, of each row. [N]"""
-    narrow, d = accumulate_dtype(x.dtype), x.shape[1]
-    unit = ROUNDOFF[narrow]
-    each = (d + 8) * unit + 2 * EPSILON.get(product, 0.0) * 1.01
-    size = squares.sqrt()
-    # the last term: products below the normal numbers
-    tiny = torch.finfo(narrow).tiny * (d + 1) * (1 + size + longest)
-    return each * size * longest + 4 * unit * furthest + tiny
-
-
-def prepared(p: TopkInputs, product: torch.dtype | None = None) -> Screen:
-    """What a screen needs; `product`: the type that its factors are rounded to, if narrower."""
-    m, d = p.y.shape
-    narrow, wide = accumulate_dtype(p.x.dtype), row_dtype(p.x.device)
+def prepared(p: TopkInputs, products: Products = IEEE, narrow: torch.dtype | None = None) -> Screen:
+    """What a screen needs; narrow: the type that it adds up in, if not that of x."""
+    (n, d), m = p.x.shape, p.y.shape[0]
+    narrow, wide = narrow or accumulate_dtype(p.x.dtype), row_dtype(p.x.device)
     center = center_of(p)
-    x = p.x.to(narrow)
-    x = turned(p, x if center is None else x - center)
-    multiplier, offset = x.new_ones(m), x.new_zeros(m)
-    longest, furthest = x.new_zeros((), dtype=wide), x.new_zeros((), dtype=wide)
-    for block in runs(m, max(1, BLOCK_BYTES // (8 * max(d, 1)))):
-        y = wide_rows(p, block)
-        if center is not None:
-            y = y - center.to(wide)
+    multiplier, offset = (f(m, dtype=narrow, device=p.x.device) for f in (torch.ones, torch.zeros))
+    longest = torch.zeros((), dtype=wide, device=p.x.device)
+    step = max(1, BLOCK_BYTES // (8 * max(d, 1)))
+    for block in runs(m, step):
+        y = moved(wide_rows(p, block), center, wide)
         norm = torch.linalg.vector_norm(y, dim=1)
         if p.kind == "cosine":
             alive = ~(norm <= ZERO_NORM)
             multiplier[block] = torch.where(alive, 1 / torch.where(alive, norm, 1), 0).to(narrow)
-            norm = alive.to(wide)
         elif p.kind == "sqeuclidean":
             half = norm.square() / 2
             offset[block] = (half if p.largest else -half).to(narrow)
-            furthest = torch.maximum(furthest, half.max())
         if p.y_scale is not None:
             multiplier[block] *= p.y_scale[block].to(narrow)
-        longest = torch.maximum(longest, norm.max())
-    squares = x.to(wide).square().sum(dim=1)
-    error = bound(x, squares, longest, furthest, product)
+        # the products of a row with NaN or inf are right, or NaN
+        longest = torch.maximum(longest, torch.where(y.isfinite().all(dim=1), norm, 0).max())
+    squares = torch.empty(n, dtype=wide, device=p.x.device)
+    for run in runs(n, step):
+        squares[run] = moved(p.x[run].to(wide), center, wide).square().sum(dim=1)
+    error = bounds.of_scores(p, squares.sqrt(), longest, narrow, products)
+    x = turned(p, moved(p.x, center, narrow))
     return Screen(x, center, multiplier, offset, squares, error, kept(p))
 
 
@@ -166,9 +155,10 @@ def _certain(p: TopkInputs, screen: Screen, last: Tensor, end: Tensor, kth: Tens
     elif p.kind == "dot":
         score = kth if p.largest else -kth
     else:
-        half = screen.squares / 2
-        score = kth / 2 - half if p.largest else half - kth / 2
-        beyond = beyond + half * max(1e-15, (p.x.shape[1] + 8) * ROUNDOFF[torch.float64])
+        half, key = screen.squares / 2, kth / 2
+        score = key - half if p.largest else half - key
+        d = p.x.shape[1]
+        beyond = beyond + bounds.judge_unit(d, kth.dtype) * (half + key) + d * TINY[kth.dtype]
     # fewer candidates than were asked for: all were kept; a row with NaN has none
     return (score > beyond) | (end < 0) | p.x.isnan().any(dim=1)
 
@@ -181,24 +171,27 @@ def _listed(p: TopkInputs, index: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unsure_rows(p: TopkInputs, unsure: Tensor, keys: Tensor, found: Tensor) -> None:
     """One host sync that asks whether every row is certain, and which are not."""
-    for i in unsure.nonzero().flatten().tolist():
-        keys[i : i + 1], found[i : i + 1] = _whole_row(p, i)
+    rows = unsure.nonzero().flatten()
+    if len(rows) == 0:
+        return
+    m, d = p.y.shape
+    columns = min(m, max(p.k, BLOCK_BYTES // (8 * max(d, 1))))
+    for run in runs(len(rows), max(1, BLOCK_BYTES // (8 * columns * max(d, 1)))):
+        keys[rows[run]], found[rows[run]] = _whole_rows(p, rows[run], columns)
 
 
 IN_TORCH = Judge(_listed, _unsure_rows)
 
 
-def _whole_row(p: TopkInputs, i: int) -> tuple[Tensor, Tensor]:
-    """One row against every column in float64, the k best carried from block to block."""
-    m, d = p.y.shape
-    rows = slice(i, i + 1)
+def _whole_rows(p: TopkInputs, rows: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Rows against every column in float64, the k best carried from block to block."""
     x = p.x[rows].to(row_dtype(p.x.device))
-    keys = x.new_full((1, p.k), torch.nan)
+    keys = x.new_full((len(rows), p.k), torch.nan)
     index = torch.full_like(keys, -1, dtype=torch.int64)
-    for block in runs(m, max(p.k, BLOCK_BYTES // (8 * max(d, 1)))):
+    for block in runs(p.y.shape[0], columns):
         fresh = scores_of(x, wide_rows(p, block)[None], p.kind)
         fresh = torch.where(allowed(p, rows, block), fresh, torch.nan)
-        at = torch.arange(block.start, block.stop, device=x.device)[None]
+        at = torch.arange(block.start, block.stop, device=x.device).expand(fresh.shape)
         keys, index = best(torch.cat([keys, fresh], 1), torch.cat([index, at], 1), p.k, p.largest)
     return keys, index
 
@@ -212,8 +205,8 @@ def unpacked(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def products_of_blocks(p: TopkInputs, screen: Screen) -> tuple[Tensor, Tensor]:
     """A screen in pure PyTorch: blocks of products, the best carried along."""
-    n, m = p.x.shape[0], p.y.shape[0]
-    size, wide = screen.x.element_size(), max(screen.keep, 4096)
+    (n, d), m, size = p.x.shape, p.y.shape[0], screen.x.element_size()
+    wide = max(screen.keep, min(4096, BLOCK_BYTES // (8 * max(d, 1))))
     rows = max(1, BLOCK_BYTES // (wide * size))
     ranks, places = [], []
     for run in runs(n, rows):

@@ -23,8 +23,9 @@ from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.library_products import product
-from fused_losses.base.numerics import ZERO_NORM
+from fused_losses.primitives.topk import bounds
 from fused_losses.primitives.topk import certified as certified_topk
+from fused_losses.primitives.topk.bounds import BF16, IEEE, on_tensor_cores
 from fused_losses.primitives.topk.certified import Judge, Screen
 from fused_losses.primitives.topk.inputs import KINDS, MATCHES, TopkInputs
 
@@ -108,13 +109,10 @@ def screened(p: TopkInputs) -> tuple[Screen, Tensor, Tensor]:
     (n, d), m = p.x.shape, p.y.shape[0]
     # 16-bit rows are multiplied as they are, exactly; others in float32, near the origin
     exact = p.x.dtype.itemsize == 2 and p.y.dtype in (p.x.dtype, torch.int8)
-    precision = "bf16" if p.screen == "bf16" and not exact else "fp32"
+    rounded = torch.bfloat16 if p.screen == "bf16" and not exact else None
     low = p.x.dtype if exact else torch.float32
     center = None if exact else certified_topk.center_of(p)
-    center = None if center is None else center.float()
-    x = p.x.to(low)
-    x = certified_topk.turned(p, x if center is None else x - center)
-    rounded = torch.bfloat16 if precision == "bf16" else None
+    x = certified_topk.turned(p, certified_topk.moved(p.x, center, low))
     keep = min(m, FEW) if p.k == 1 and rounded is None else certified_topk.kept(p)
     options: dict[str, Any] = dict(dtype=torch.float32, device=p.x.device)
     longest = torch.zeros(LONGEST_PARTS, dtype=torch.float64, device=p.x.device)
@@ -139,21 +137,19 @@ def screened(p: TopkInputs) -> tuple[Screen, Tensor, Tensor]:
     for first in range(0, m, wide):
         block = slice(first, min(first + wide, m))
         _bank(p.y[block], p, block, center, multiplier, offset, longest)
-        y = p.y[block].to(low)
-        y = (y if center is None else y - center).to(multiplied.dtype)
+        y = certified_topk.moved(p.y[block], center, low).to(multiplied.dtype)
         for top in range(0, n, tall):
             rows = slice(top, min(top + tall, n))
             out = tile[: rows.stop - top, : block.stop - first]
             product(multiplied[rows], y.T, "fp32", out=out)
             lists.add(rows, block)
     squares = torch.empty(n, dtype=torch.float64, device=p.x.device)
-    _squares(x, squares)
-    most = longest.max()
-    furthest = most.square() / 2 if p.kind == "sqeuclidean" else torch.zeros_like(most)
-    most = most.clamp_max(1) if p.kind == "cosine" else most
-    error = certified_topk.bound(x, squares, most, furthest, rounded)
-    # tensor cores cut off what they add: a few units a term, where the bound has one
-    screen = Screen(x, center, multiplier, offset, squares, 3 * error, keep)
+    _squares(p.x, center, squares)
+    products = BF16 if rounded else IEEE
+    if low != torch.float32 or rounded:
+        products = products if cuda_launch.on_host() else on_tensor_cores(products)
+    error = bounds.of_scores(p, squares.sqrt(), longest.max(), torch.float32, products)
+    screen = Screen(x, center, multiplier, offset, squares, error, keep)
     return screen, *certified_topk.unpacked(lists.sorted())
 
 
@@ -170,7 +166,7 @@ def _bank(
     cuda_launch.launch(
         "topk_bank",
         y=y,
-        center=center,
+        center=None if center is None else center.double(),
         scale=None if p.y_scale is None else p.y_scale[block],
         multiplier=multiplier,
         offset=offset,
@@ -187,12 +183,12 @@ def _bank(
     )
 
 
-def _squares(x: Tensor, to: Tensor) -> None:
-    """to = |x_i|^2 in double."""
+def _squares(x: Tensor, center: Tensor | None, to: Tensor) -> None:
+    """to = |x_i - center|^2 in double."""
     cuda_launch.launch(
         "topk_bank",
         y=x,
-        center=None,
+        center=None if center is None else center.double(),
         scale=None,
         multiplier=None,
         offset=None,
@@ -309,18 +305,16 @@ def _exact(
         splits = max(1, min(fitting, ceil_div(m, SPLIT), 8 * gpu_device.processors(p.x.device)))
         if splits > 1:
             parts = torch.empty((n, splits, p.k, 2), dtype=torch.int64, device=p.x.device)
-    inverse = None
+    squares = None
     if p.kind == "cosine":
-        inverse = torch.empty(n, dtype=torch.float64, device=p.x.device)
-        _squares(p.x, inverse)
-        length = inverse.sqrt()
-        inverse = torch.where(length <= ZERO_NORM, 0, 1 / length)
+        squares = torch.empty(n, dtype=torch.float64, device=p.x.device)
+        _squares(p.x, None, squares)
     cuda_launch.launch(
         "topk_exact",
         x=p.x,
         y=p.y,
         y_scale=p.y_scale,
-        x_inverse=inverse,
+        x_square=squares,
         listed=listed,
         rows=rows,
         count=count,

@@ -41,7 +41,7 @@ def _gathered(y: Tensor, y_scale: Tensor | None, index: Tensor, dtype: torch.dty
     return torch.where(index[..., None] < 0, 0, rows)
 
 
-def _norms(x: Tensor) -> Tensor:
+def _inverse_norms(x: Tensor) -> Tensor:
     """1 / |x|, 0 for a zero row."""
     norm = torch.linalg.vector_norm(x, dim=-1)
     alive = ~(norm <= ZERO_NORM)
@@ -53,7 +53,22 @@ def scores_of(x: Tensor, y: Tensor, kind: str) -> Tensor:
     if kind == "sqeuclidean":
         return (x[:, None] - y).square().sum(dim=-1)
     product = (x[:, None] * y).sum(dim=-1)
-    return product if kind == "dot" else product * _norms(x)[:, None] * _norms(y)
+    if kind == "dot":
+        return product
+    return _cosine(product, x.square().sum(dim=-1)[:, None], y.square().sum(dim=-1))
+
+
+def _cosine(product: Tensor, x_square: Tensor, y_square: Tensor) -> Tensor:
+    """Exactly 1 for equal rows, and the same for rows of integers in one direction.
+
+    0 for a row of zeros; NaN for one with NaN or inf.
+    """
+    zero = (x_square.sqrt() <= ZERO_NORM) | (y_square.sqrt() <= ZERO_NORM)
+    square = x_square * y_square
+    size = (product.square() / square).sqrt()
+    apart = product.abs() / x_square.sqrt() / y_square.sqrt()
+    size = torch.where(square < 1e300, size, apart).clamp_max(1)
+    return torch.where(zero, 0 * product, torch.where(product < 0, -size, size))
 
 
 def listed_forward(
@@ -94,7 +109,7 @@ def _listed_backward(
         elif kind == "dot":
             da, db = g * b, g * a
         else:
-            a_inverse, b_inverse = _norms(a)[..., None], _norms(b)[..., None]
+            a_inverse, b_inverse = _inverse_norms(a)[..., None], _inverse_norms(b)[..., None]
             u, v = a * a_inverse, b * b_inverse
             cosine = (u * v).sum(dim=-1, keepdim=True)
             da, db = g * (v - cosine * u) * a_inverse, g * (u - cosine * v) * b_inverse

@@ -51,11 +51,11 @@ def select(inputs: TopkInputs, backend: str | None = None) -> tuple[Tensor, Tens
     the index is -1 and the key NaN. A pair whose score is NaN is no candidate. Time O(N M D), half
     for the kernels where symmetric with skip_self; memory O(N k) and a few blocks.
     """
-    narrow = inputs.screen == "bf16"
-    # a screen of float64 rows may be narrow, too: the answer is not
-    dtype = torch.float32 if narrow else inputs.x.dtype
+    precision = "bf16" if inputs.screen == "bf16" else "fp32"
+    # a screen of float64 rows may be narrow: the answer is not
+    dtype = torch.float32 if inputs.x.dtype == torch.float64 else inputs.x.dtype
     name, _ = backends.choose(
-        backend, inputs.x.device, dtype, "bf16" if narrow else "fp32", "topk", inputs.x.shape[1]
+        backend, inputs.x.device, dtype, precision, "topk", inputs.x.shape[1]
     )
     inputs = inputs._replace(x=inputs.x.detach(), y=inputs.y.detach())
     with torch.autocast(inputs.x.device.type, enabled=False):

@@ -10,18 +10,20 @@ from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.primitives.topk.listed import scores_of
 
 
-def allowed(p: TopkInputs, rows: slice, cols: slice) -> Tensor:
+def allowed(p: TopkInputs, rows: slice | Tensor, cols: slice) -> Tensor:
     """[rows, cols] which pairs are candidates."""
-    i = torch.arange(rows.start, rows.stop, device=p.x.device)[:, None]
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=p.x.device)
+    i = rows[:, None]
     j = torch.arange(cols.start, cols.stop, device=p.x.device)
     mask = torch.ones((len(i), len(j)), dtype=torch.bool, device=p.x.device)
     if p.match != "any" and p.x_labels is not None:
         assert p.y_labels is not None
-        same = p.x_labels[rows, None] == p.y_labels[cols]
+        same = p.x_labels[rows][:, None] == p.y_labels[cols]
         mask = mask & (same if p.match == "same" else ~same)
     if p.x_ids is not None:
         assert p.y_ids is not None
-        mask = mask & (p.x_ids[rows, None] != p.y_ids[cols])
+        mask = mask & (p.x_ids[rows][:, None] != p.y_ids[cols])
     if p.skip_self:
         mask = mask & (i != j)
     for column in () if p.exclude is None else p.exclude[rows].T:

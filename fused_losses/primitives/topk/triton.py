@@ -10,8 +10,6 @@ time was measured: the choice is a wide tile that does not spill.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from fused_losses.backends.gpu.tiles import ALL, Tile, by_kernel, pick, same, wi
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.topk import certified as certified_topk
+from fused_losses.primitives.topk.bounds import BF16, IEEE, TF32X3, Products, on_tensor_cores
 from fused_losses.primitives.topk.inputs import TopkInputs
 
 FUSED = 128  # candidates a row that stay in registers
@@ -80,28 +79,44 @@ TILES["sm_86"] = TILES["sm_80"]
 
 def select(p: TopkInputs) -> tuple[Tensor, Tensor]:
     """As `fused_losses.primitives.topk.op.select`; a screen's codes are not read: y itself is."""
-    rounded = torch.bfloat16 if p.screen == "bf16" else None
     with torch.no_grad():
-        prepared = certified_topk.prepared(p, rounded)
-        # split products leave out up to 12 units of 2^-24 a term, where its bound has d + 8
-        prepared = replace(prepared, error=3 * prepared.error)
+        prepared = certified_topk.prepared(p, _products(p), torch.float32)
         return certified_topk.certified(p, prepared, _candidates)
+
+
+def _exact(p: TopkInputs) -> bool:
+    """Whether rows are multiplied as they are: 16-bit ones, that no center moves."""
+    exact = p.x.dtype.itemsize == 2 and p.y.dtype in (p.x.dtype, torch.int8)
+    return exact and p.kind != "sqeuclidean"
+
+
+def _products(p: TopkInputs) -> Products:
+    """How the kernels multiply here."""
+    interpreted = gpu_device.architecture(p.x.device) == "interpret"
+    if _exact(p):
+        return IEEE if interpreted else on_tensor_cores(IEEE)
+    if p.screen == "bf16":
+        return BF16 if interpreted else on_tensor_cores(BF16)
+    return IEEE if interpreted else TF32X3
 
 
 def workspace(p: TopkInputs) -> int:
     """Bytes beyond inputs and outputs, at most."""
     kept = p.k + max(16, p.k // 2)
     lists = max(PARTIAL_BYTES, 8 * p.x.shape[0] * kept)
-    return certified_topk.certified_bytes(p) + lists + 3 * BLOCK_BYTES
+    narrowed = p.y.numel() * 12 if p.y.dtype == torch.float64 else 0
+    return certified_topk.certified_bytes(p) + lists + 3 * BLOCK_BYTES + narrowed
 
 
 def _candidates(p: TopkInputs, s: certified_topk.Screen) -> tuple[Tensor, Tensor]:
     assert s.offset is not None
     # the sign apart, x is what it was: 16-bit products are exact
-    x = s.x if s.center is not None else s.x.to(p.x.dtype)
+    x = s.x.to(p.x.dtype) if _exact(p) else s.x
+    # float64 rows are moved before they are rounded, others as they are read
+    y, center = (s.rows_of(p.y), None) if p.y.dtype == torch.float64 else (p.y, s.center)
     return screen(
         x,
-        p.y,
+        y,
         s.offset,
         s.multiplier,
         s.keep,
@@ -113,13 +128,13 @@ def _candidates(p: TopkInputs, s: certified_topk.Screen) -> tuple[Tensor, Tensor
         p.exclude,
         p.skip_self,
         "bf16" if p.screen == "bf16" and x.dtype == torch.float32 else "fp32",
-        s.center,
+        center,
     )
 
 
 def screen(
     x: Tensor,  # [N, D] float32, bfloat16, float16
-    y: Tensor,  # [M, D] of these, or int8
+    y: Tensor,  # [M, D] of these, or int8; float64 rows are rounded
     a: Tensor,  # [M] float32
     m: Tensor | None,  # [M] float32
     keep: int,

@@ -1,0 +1,620 @@
+"""The top-k on hard data: what its certificates rule out may never be among the k best.
+
+The oracle has no code in common with the package: rational numbers for small rows, long double
+where only the size of a rounding is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from conftest import CUDA, STREAMED, require
+from torch import Tensor
+
+from fused_losses import backends
+from fused_losses.backends.cpu.capability import extension
+from fused_losses.metrics.retrieval import recall_at_k
+from fused_losses.pairwise.topk import pairwise_topk
+from fused_losses.primitives.topk import bounded, bounds, certified
+from fused_losses.primitives.topk.inputs import KINDS, TopkInputs
+from fused_losses.primitives.topk.op import quantize_rows, select
+
+DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+# names, so that rows of float64 reach the CUDA kernels, too: here they take them
+PAIRS = [("f64", "f64"), ("f32", "f32"), ("bf16", "bf16"), ("f16", "f16")]
+PAIRS += [("f32", "f64"), ("f64", "f32"), ("bf16", "f32"), ("f16", "bf16")]
+
+
+def screens(backend: str) -> list[str]:
+    """Those that a backend can make its products in."""
+    device = torch.device("cpu")
+    if backends.reasons_against(backend, device, torch.float32, "bf16"):
+        return ["fp32"]
+    return ["fp32"] if backend in ("bounded", "reference") else ["fp32", "bf16"]
+
+
+# ---- the oracle ---------------------------------------------------------------------------------
+
+
+def exactly(rows: Tensor) -> list[list[Fraction | None]]:
+    """Rows of rational numbers, None for one with NaN or inf."""
+    return [
+        [Fraction(v) for v in row] if all(map(math.isfinite, row)) else [None]
+        for row in rows.double().tolist()
+    ]
+
+
+def score(u: list[Fraction], v: list[Fraction], kind: str) -> Fraction:
+    """The score; of a cosine the square, with its sign."""
+    if kind == "sqeuclidean":
+        return sum(((a - b) ** 2 for a, b in zip(u, v, strict=True)), Fraction(0))
+    product = sum((a * b for a, b in zip(u, v, strict=True)), Fraction(0))
+    if kind == "dot":
+        return product
+    sizes = sum(a * a for a in u), sum(b * b for b in v)
+    if min(sizes) <= Fraction(1, 10**24):
+        return Fraction(0)
+    return product * abs(product) / (sizes[0] * sizes[1])
+
+
+def rounding(u: list[Fraction], v: list[Fraction], kind: str, key: Fraction) -> Fraction:
+    """What a score in float64 may be off by: the rounding of its sum."""
+    unit = Fraction(2 * len(u) + 8, 2**52)
+    if kind == "dot":
+        return unit * sum((abs(a * b) for a, b in zip(u, v, strict=True)), Fraction(0))
+    return unit * (abs(key) if kind == "sqeuclidean" else 2) + Fraction(1, 2**1000)
+
+
+def check(found: Tensor, x: Tensor, y: Tensor, kind: str, k: int, largest: bool, own: bool) -> None:
+    """The k best by exact scores, but for the rounding of a score in float64; copies in order."""
+    left, right = exactly(x), exactly(y)
+    sign = 1 if largest else -1
+    for i, u in enumerate(left):
+        if u == [None]:
+            continue
+        keys = {
+            j: sign * score(u, v, kind)
+            for j, v in enumerate(right)
+            if v != [None] and not (own and i == j)
+        }
+        best = sorted(keys, key=lambda j: (-keys[j], j))[:k]
+        mine = found[i].tolist()
+        # rows with inf have scores of their own: test_rows_with_infinities
+        mine = [j for j in mine if j in keys]
+        assert len(set(mine)) == len(mine)
+        for place, (got, want) in enumerate(zip(mine, best, strict=False)):
+            loss = keys[want] - keys[got]
+            slack = rounding(u, right[got], kind, keys[got])
+            slack += rounding(u, right[want], kind, keys[want])
+            assert abs(loss) <= slack, (i, place, got, want, float(loss), float(slack))
+        for a, b in zip(mine, mine[1:], strict=False):
+            assert right[a] != right[b] or a < b, (i, a, b)
+        # of equal rows, none is passed over
+        if mine:
+            last = right[mine[-1]]
+            copies = [j for j in keys if right[j] == last]
+            taken = [j for j in mine if right[j] == last]
+            assert taken == copies[: len(taken)], (i, taken, copies)
+
+
+# ---- hard data ----------------------------------------------------------------------------------
+
+Draw = Callable[[int], Tensor]
+
+
+def clusters(n: int, d: int = 4, at: float = 1e3, spread: float = 1e-3) -> Tensor:
+    centers = torch.where(torch.rand(3, d).double() < 0.5, -at, at)
+    return centers[torch.arange(n) % 3] + spread * torch.randn(n, d).double()
+
+
+def near_duplicates(n: int) -> Tensor:
+    base = torch.randn(5, 6).double()
+    return base[torch.arange(n) % 5] * (1 + 1e-7 * torch.randn(n, 1).double())
+
+
+def duplicates(n: int) -> Tensor:
+    return torch.randn(4, 5).double()[torch.randint(0, 4, (n,))]
+
+
+def constant_rows(n: int) -> Tensor:
+    return (1 + 1e-6 * torch.randn(n, 1).double()).expand(n, 7).clone()
+
+
+def near_constant(n: int) -> Tensor:
+    return 1.00389 + 2e-5 * torch.rand(n, 24).double() - 1e-5
+
+
+def relu_sparse(n: int) -> Tensor:
+    return (torch.randn(n, 8).double() - 1.2).relu()
+
+
+def one_outlier(n: int) -> Tensor:
+    x = torch.randn(n, 6).double()
+    x[:, 2] += 1e4
+    x[n // 2, 4] = 3e4
+    return x
+
+
+def scales(n: int) -> Tensor:
+    return torch.randn(n, 5).double() * 10.0 ** (60 * torch.rand(n, 1).double() - 30)
+
+
+def denormals(n: int) -> Tensor:
+    return torch.randint(-9, 10, (n, 4)).double() * 2.0**-149
+
+
+def one_dimension(n: int) -> Tensor:
+    return torch.randn(n, 1).double() + 300
+
+
+def integers(n: int) -> Tensor:
+    return torch.randint(-2, 3, (n, 3)).double()
+
+
+def seconds(n: int) -> Tensor:
+    return 1.7e9 + torch.arange(n).double()[:, None]
+
+
+def milliseconds(n: int) -> Tensor:
+    return torch.stack([1.7e12 + 7 * torch.arange(n), torch.arange(n) % 5], 1).double()
+
+
+def maps(n: int) -> Tensor:
+    return torch.tensor([5e5, 5.4e6, 200.0]) + 2 * torch.rand(n, 3).double()
+
+
+HARD: dict[str, Draw] = {
+    f.__name__: f
+    for f in (
+        clusters, near_duplicates, duplicates, constant_rows, near_constant, relu_sparse,
+        one_outlier, scales, denormals, one_dimension, integers, seconds, milliseconds, maps,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("types", PAIRS, ids="-".join)
+@pytest.mark.parametrize("data", HARD)
+def test_the_k_best_of_hard_rows(data: str, types: tuple, kind: str, streamed: str) -> None:
+    """Every screen of every backend, near and far, with and without the row itself."""
+    n, m = 5, 90
+    rows = HARD[data](n + m)
+    x, y = rows[:: m // n][:n].to(DTYPES[types[0]]), rows.to(DTYPES[types[1]])
+    for k, largest in ((1, kind != "sqeuclidean"), (7, kind == "sqeuclidean"), (3, True)):
+        for screen in screens(streamed):
+            asked = dict(kind=kind, k=k, largest=largest, screen=screen)
+            found = select(TopkInputs(x, y, **asked), streamed)[1]
+            check(found, x, y, kind, k, largest, own=False)
+    own = y[:40]
+    given = dict(kind=kind, k=2, largest=False, skip_self=True, symmetric=True)
+    found = select(TopkInputs(own, own, **given), streamed)[1]
+    check(found, own, own, kind, 2, False, own=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("data", HARD)
+def test_codes_of_hard_rows(data: str, kind: str) -> None:
+    """A screen of int8 codes, and a bank of them."""
+    require("cpu")
+    rows = HARD[data](70)
+    for dtype in (torch.float64, torch.float32):
+        x, y = rows[:4].to(dtype), rows.to(dtype)
+        codes = quantize_rows(y)
+        for largest in (False, True):
+            p = TopkInputs(x, y, None, *codes, kind=kind, k=4, largest=largest)
+            check(select(p, "cpu")[1], x, y, kind, 4, largest, own=False)
+            bank = codes.codes.double() * codes.scale[:, None].double()
+            if bool(bank.isfinite().all()):
+                p = TopkInputs(x, codes.codes, codes.scale, kind=kind, k=4, largest=largest)
+                for name in STREAMED:
+                    found = select(p, name)[1]
+                    check(found, x, bank, kind, 4, largest, own=False)
+
+
+# ---- what was wrong -----------------------------------------------------------------------------
+
+
+def nearest(x: Tensor, y: Tensor) -> Tensor:
+    apart = (x.double()[:, None] - y.double()).square().sum(dim=-1)
+    return apart.fill_diagonal_(torch.inf).argmin(dim=1)
+
+
+def test_consecutive_seconds(backend: str) -> None:
+    """Rounded to float32, 1.7e9 s are whole minutes: 142 of 300 neighbours were wrong."""
+    rows = 1.7e9 + torch.arange(300).double()[:, None]
+    want = (torch.arange(300) - 1).clamp_min(0)
+    want[0] = 1
+    for screen in screens(backend):
+        given = dict(skip_self=True, backend=backend, screen=screen)
+        assert torch.equal(pairwise_topk(rows, None, 1, **given)[1][:, 0], want)
+        values, index = pairwise_topk(rows, rows, 1, **given)
+        assert torch.equal(index[:, 0], want) and torch.equal(values, torch.ones(300, 1).double())
+
+
+def test_map_coordinates(backend: str) -> None:
+    """Metres from a meridian and from the equator: 76 of 400 neighbours were wrong."""
+    rows = torch.tensor([5e5, 5.4e6, 200.0]) + 2 * torch.rand(400, 3).double()
+    for screen in screens(backend):
+        index = pairwise_topk(rows, None, 1, skip_self=True, backend=backend, screen=screen)[1]
+        assert torch.equal(index[:, 0], nearest(rows, rows))
+
+
+def test_float32_queries_of_a_float64_bank(backend: str) -> None:
+    bank = torch.tensor([5e5, 5.4e6, 200.0]) + 2 * torch.rand(400, 3).double()
+    for x, y in ((bank.float(), bank), (bank, bank.float())):
+        index = pairwise_topk(x, y, 1, skip_self=True, backend=backend)[1]
+        assert torch.equal(index[:, 0], nearest(x, y))
+
+
+def test_near_constant_rows(streamed: str) -> None:
+    """The unit roundoff of bfloat16 is 2^-8: 999 of 1,000 rows were wrong."""
+    x = torch.full((1, 256), 1.00389)
+    bank = torch.zeros(64, 256)
+    bank[0], bank[40] = 1.003, 1.00389
+    for screen in screens(streamed):
+        given = dict(backend=streamed, screen=screen)
+        assert pairwise_topk(x, bank, 1, "dot", **given)[1].item() == 40
+        rows = 1.00389 + 2e-5 * torch.rand(300, 256) - 1e-5
+        found = pairwise_topk(rows, rows, 10, "dot", **given)[1]
+        assert torch.equal(found, pairwise_topk(rows, rows, 10, "dot", backend="reference")[1])
+
+
+def test_what_stands_on_the_top_k() -> None:
+    """Recall of seconds in labelled pairs: each one's neighbour is the other."""
+    labels = torch.arange(150).repeat_interleave(2)
+    rows = 1.7e9 + (3 * labels + torch.arange(300) % 2).double()
+    assert recall_at_k(rows[:, None], labels, metric="euclidean").value == 1.0
+
+
+def test_queries_far_from_the_bank(streamed: str) -> None:
+    """|x|^2 of rounded rows is off by more than the scores of a bank far away differ."""
+    bank = torch.randn(200, 4)
+    x = torch.tensor([[1e6, 0, 0, 0], [-2e5, 1e5, 0, 0], [1e9, -1e9, 1, 1]])
+    for dtype in (torch.float32, torch.float64):
+        for k, largest in ((1, False), (6, True)):
+            p = TopkInputs(x.to(dtype), bank, kind="sqeuclidean", k=k, largest=largest)
+            check(select(p, streamed)[1], x, bank, "sqeuclidean", k, largest, own=False)
+
+
+def test_sums_that_overflow_on_their_way(streamed: str) -> None:
+    """-inf after two terms, 2e38 after four."""
+    x = torch.tensor([[1e20, 1e20, 1e20, 1e20]])
+    y = torch.cat([torch.randn(60, 4), torch.tensor([[-2e18, -2e18, 3e18, 3e18]])])
+    for screen in screens(streamed):
+        assert select(TopkInputs(x, y, screen=screen), streamed)[1].item() == 60
+
+
+def test_squares_that_underflow(streamed: str) -> None:
+    """Rows of 1e-20 against queries of 1e20: their lengths in float32 are 0, their products 1."""
+    y = 1e-20 * (1 + 1e-6 * torch.randn(200, 8))
+    x = 1e20 * (1 + torch.rand(3, 8))
+    for screen in screens(streamed):
+        check(select(TopkInputs(x, y, k=3, screen=screen), streamed)[1], x, y, "dot", 3, True, False)
+
+
+def test_cosines_of_long_rows(streamed: str) -> None:
+    """Squares beyond float32, whose rows the compiled screen took for zeros."""
+    y = torch.randn(100, 6) * 1e25
+    for x in (torch.randn(4, 6), torch.randn(4, 6) * 1e-10, torch.randn(4, 6) * 1e30):
+        for screen in screens(streamed):
+            found = select(TopkInputs(x, y, kind="cosine", k=3, screen=screen), streamed)[1]
+            check(found, x, y, "cosine", 3, True, False)
+
+
+def test_exact_ties_of_directions(backend: str) -> None:
+    """Rows of integers in one direction have one cosine, whatever their lengths."""
+    y = torch.tensor([[3.0, 6, 9], [1, 2, 3], [7, 14, 21], [2, 4, 6.5], [-5, -10, -15]])
+    y = torch.cat([y, y, y])
+    x = torch.tensor([[1.0, 2, 3], [2, 1, 5]])
+    index = pairwise_topk(x, y, 9, "cosine", backend=backend)[1]
+    assert torch.equal(index, torch.tensor([[0, 1, 2, 5, 6, 7, 10, 11, 12]] * 2)[:, :9]) or (
+        index[1].tolist() == [3, 8, 13, 0, 1, 2, 5, 6, 7]
+    )
+    assert index[0].tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 12]
+
+
+def test_equal_rows_have_distance_zero(backend: str) -> None:
+    """As in the matrix: 1 minus a cosine of exactly 1."""
+    for d in (1, 3, 17, 64, 130):
+        x = torch.randn(30, d)
+        for metric in ("cosine", "correlation", "angular") if d > 1 else ("cosine", "angular"):
+            for scale in (1.0, 4.0, 0.5):
+                values, index = pairwise_topk(x, scale * x, 1, metric, backend=backend)
+                assert torch.equal(values, torch.zeros(30, 1)), metric
+                if d > 1:
+                    assert torch.equal(index[:, 0], torch.arange(30))
+
+
+def test_cosines_of_infinities_are_no_candidates(backend: str) -> None:
+    x, y = torch.randn(4, 5), torch.randn(30, 5)
+    x[1, 2], y[7, 0], y[9] = torch.inf, -torch.inf, 0
+    x[3] = 0
+    for metric in ("cosine", "angular"):
+        for largest in (False, True):
+            values, index = pairwise_topk(x, y, 30, metric, largest=largest, backend=backend)
+            assert bool((index[1] == -1).all())
+            assert bool((values[1] == (-torch.inf if largest else torch.inf)).all())
+            assert not bool((index == 7).any()) and bool((index[[0, 2, 3], :29] >= 0).all())
+            assert not bool(values.isnan().any())
+
+
+@pytest.mark.parametrize("kind", ["dot", "sqeuclidean"])
+def test_rows_with_infinities(kind: str, backend: str) -> None:
+    """Infinite scores come first or last, NaN nowhere, and the others are as without them."""
+    x, y = torch.randn(6, 3), torch.randn(60, 3)
+    y[4, 1], y[20], y[33, 0], y[34] = torch.inf, -torch.inf, torch.nan, 1e30
+    x[2, 0], x[4, 1] = torch.inf, 0
+    a, b = x.double(), y.double()
+    for dtype in (torch.float32, torch.float64):
+        for largest in (False, True):
+            for k in (5, 60):
+                p = TopkInputs(x.to(dtype), y, kind=kind, k=k, largest=largest)
+                keys, index = select(p, backend)
+                every = (a[:, None] * b).sum(-1)
+                every = (a[:, None] - b).square().sum(-1) if kind == "sqeuclidean" else every
+                for i, row in enumerate(every.tolist()):
+                    order = [j for j in range(60) if row[j] == row[j]]
+                    order.sort(key=lambda j: (-row[j] if largest else row[j], j))
+                    want = (order + [-1] * 60)[:k]
+                    assert index[i].tolist() == want
+                    assert torch.equal(keys[i].isnan(), torch.tensor([j < 0 for j in want]))
+
+
+@pytest.mark.parametrize("metric", ["hellinger", "correlation", "mahalanobis"])
+def test_sixteen_bit_rows_are_transformed_in_float64(metric: str, backend: str) -> None:
+    x, y = (torch.rand(n, 12).bfloat16() for n in (5, 200))
+    given = {"covariance": torch.eye(12) + 0.2} if metric == "mahalanobis" else {}
+    values, index = pairwise_topk(x, y, 6, metric, backend=backend, **given)
+    a, b = x.double(), y.double()
+    if metric == "hellinger":
+        table = ((a.sqrt()[:, None] - b.sqrt()).square().sum(-1) / 2).sqrt()
+    elif metric == "correlation":
+        a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+        table = 1 - (a @ b.T) / a.norm(dim=1)[:, None] / b.norm(dim=1)
+    else:
+        apart = a[:, None] - b
+        inverse = given["covariance"].double().inverse()
+        table = torch.einsum("nmd,de,nme->nm", apart, inverse, apart).sqrt()
+    want = table.sort(dim=1)[0][:, :6]
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values.double(), want, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(table.gather(1, index), want, rtol=1e-12, atol=1e-12)
+
+
+def test_correlation_of_near_constant_rows(backend: str) -> None:
+    """A mean in float32 is off by more than these rows vary."""
+    y = 1e4 + torch.randn(150, 9).double()
+    y32 = y.float()
+    x = y32[:5].clone()
+    b = y32.double() - y32.double().mean(1, keepdim=True)
+    table = 1 - (b[:5] @ b.T) / b[:5].norm(dim=1)[:, None] / b.norm(dim=1)
+    index = pairwise_topk(x, y32, 4, "correlation", backend=backend)[1]
+    want = table.sort(dim=1)[0][:, :4]
+    torch.testing.assert_close(table.gather(1, index), want, rtol=0, atol=1e-13)
+
+
+def test_hellinger_has_a_gradient_at_zero(backend: str) -> None:
+    """0, as in the matrix, where it was -inf."""
+    x = torch.tensor([[0.0, 0.5, 0.5]], requires_grad=True)
+    y = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.0, 0.4]], requires_grad=True)
+    values, _ = pairwise_topk(x, y, 2, "hellinger", backend=backend)
+    values.sum().backward()
+    assert x.grad[0, 0] == 0 and y.grad[1, 1] == 0
+    assert bool(x.grad.isfinite().all()) and bool(y.grad.isfinite().all())
+    assert float(x.grad[0, 1]) != 0
+    below = pairwise_topk(-y.detach(), y.detach(), 1, "hellinger", backend=backend)[1]
+    assert below.tolist() == [[-1], [-1]]
+
+
+def test_a_bank_with_nan_costs_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are no candidates do not send the others through float64."""
+    unsure = []
+    whole = certified.Judge(certified.IN_TORCH.listed, lambda p, u, *out: unsure.append(u))
+    monkeypatch.setattr(certified, "IN_TORCH", whole)
+    x, y = torch.randn(20, 8), torch.randn(300, 8)
+    y[3, 2], y[8] = torch.nan, torch.inf
+    for kind in KINDS:
+        bounded.select(TopkInputs(x, y, kind=kind, k=3, largest=kind != "sqeuclidean"))
+        assert not bool(unsure.pop().any()), kind
+
+
+def test_many_unsure_rows_at_once() -> None:
+    """Rows without a certificate go through float64 in runs of several."""
+    y = torch.randn(40, 6).repeat(30, 1)
+    x = torch.randn(700, 6)
+    labels = torch.arange(700) % 5, torch.arange(1200) % 5
+    given = dict(x_labels=labels[0], y_labels=labels[1], match="different", exclude=None)
+    exclude = torch.randint(0, 1200, (700, 2))
+    for metric in ("dot", "euclidean"):
+        given["exclude"] = exclude
+        a, b = (pairwise_topk(x, y, 3, metric, backend=n, **given) for n in ("bounded", "reference"))
+        assert torch.equal(a[1], b[1])
+
+
+# ---- the bounds themselves ----------------------------------------------------------------------
+
+
+def long(rows: Tensor) -> np.ndarray:
+    return rows.double().numpy().astype(np.longdouble)
+
+
+def inverse(rows: np.ndarray) -> np.ndarray:
+    """1 / length, 0 for rows that count as zeros."""
+    norm = np.sqrt((rows * rows).sum(-1))
+    return np.where(norm <= 1e-12, 0, 1 / np.where(norm == 0, 1, norm))
+
+
+def real_scores(p: TopkInputs, center: Tensor | None, directions: bool) -> np.ndarray:
+    """m <x - c, y - c> + a in long double, turned; directions: over |x|. [N, M]"""
+    c = np.longdouble(0) if center is None else long(center)
+    x, y = long(p.x) - c, long(p.y) - c
+    if p.y_scale is not None:
+        y = y * long(p.y_scale)[:, None]
+    product = (x[:, None] * y).sum(-1)
+    if p.kind == "cosine":
+        product = product * inverse(y)
+        product = product * inverse(x)[:, None] if directions else product
+        return product if p.largest else -product
+    if p.kind == "dot":
+        return product if p.largest else -product
+    half = (y * y).sum(-1) / 2
+    return half - product if p.largest else product - half
+
+
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores, bounds, the real scores
+
+
+def of_compiled(p: TopkInputs, capability: str) -> Found:
+    module = extension()
+    module.force_capability(capability)
+    try:
+        codes = (p.codes, p.codes_scale, p.codes_error)
+        scores, errors, center = module.topk_scores(p.x, p.y, p.kind, p.largest, p.screen, *codes)
+    finally:
+        module.force_capability(None)
+    return scores.numpy(), errors.numpy(), real_scores(p, center, directions=True)
+
+
+def placed(rank: Tensor, index: Tensor, m: int) -> np.ndarray:
+    """Keys of lists in the order of their columns."""
+    out = rank.new_full((rank.shape[0], m), torch.nan)
+    return out.scatter(1, index.long(), rank).numpy()
+
+
+def of_bounded(p: TopkInputs, _: str = "") -> Found:
+    screen = replace(certified.prepared(p), keep=p.y.shape[0])
+    scores = placed(*certified.products_of_blocks(p, screen), p.y.shape[0])
+    real = real_scores(p, screen.center, directions=False)
+    return scores, screen.error.numpy()[:, None] + 0 * scores, real
+
+
+def of_cuda(p: TopkInputs, _: str = "") -> Found:
+    from fused_losses.primitives.topk import cuda
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certified, "kept", lambda p: p.y.shape[0])
+        screen, rank, index = cuda.screened(p._replace(k=2))
+    scores = placed(rank, index, p.y.shape[0])
+    real = real_scores(p, screen.center, directions=False)
+    return scores, screen.error.numpy()[:, None] + 0 * scores, real
+
+
+def capabilities() -> list[str]:
+    """The instruction sets that run here, the best last."""
+    names = ["default", "avx2", "avx512", "avx512_bf16"]
+    if backends.unavailable("cpu"):
+        return []
+    return names[: names.index(extension().capability()) + 1]
+
+
+SCREENS = {
+    **{f"cpu-{c}-fp32": (of_compiled, c, "fp32") for c in capabilities()},
+    "cpu-bf16": (of_compiled, "avx512_bf16", "bf16"),
+    "cpu-codes": (of_compiled, "avx512_bf16", "codes"),
+    "bounded-f32": (of_bounded, "", "fp32"),
+    "bounded-f64": (of_bounded, "", "wide"),
+    **{f"cuda-{s}": (of_cuda, "", s) for s in ("fp32", "bf16") if CUDA},
+}
+SCREENS = {
+    name: value
+    for name, value in SCREENS.items()
+    if not name.startswith("cpu-") or value[1] in capabilities()
+}
+
+
+def worst_of_rounding(n: int, digits: int, d: int) -> Tensor:
+    """Entries just below the middle of two numbers of so many bits, and of all products' signs."""
+    base = 1 + torch.randint(1, 30, (n, d)).double() * 2.0 ** (1 - digits)
+    return base + 2.0**-digits * (1 - 2.0**-6 * torch.rand(n, d).double())
+
+
+def adversaries(screen: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows that a screen rounds the most, and hard ones."""
+    for d in (1, 2, 5, 40):
+        for digits in (8, 24):
+            yield worst_of_rounding(40, digits, d), worst_of_rounding(200, digits, d)
+        # a sum that grows by what its last bit cannot hold
+        yield torch.full((3, d), 1 + 2.0**-12), torch.full((5, d), 1 + 3 * 2.0**-13)
+    for draw in HARD.values():
+        yield draw(12), draw(60)
+    # along what codes lose
+    y = torch.randn(40, 9)
+    codes = quantize_rows(y)
+    yield (y - codes.dequantize()) * 100, y
+    if screen == "wide":
+        return
+    yield 1e-22 * torch.randn(6, 5).double(), 1e-18 * torch.randn(20, 5).double()
+    yield 1e18 * torch.randn(6, 5).double(), 1e-25 * torch.randn(20, 5).double()
+
+
+@cache
+def margins(name: str) -> dict[str, float]:
+    """The largest error over its bound, by kind."""
+    scored, capability, screen = SCREENS[name]
+    largest = {}
+    for kind in KINDS:
+        worst = [0.0]
+        for x, y in adversaries(screen):
+            types = [DTYPES["f64"]] if screen == "wide" else [torch.float64, torch.float32]
+            if scored is not of_compiled and screen != "wide":
+                types = [torch.float32]
+            types += [] if screen in ("wide", "codes") else [torch.bfloat16]
+            for dtype in types:
+                for other in {dtype, torch.float64}:
+                    p = TopkInputs(x.to(dtype), y.to(other), kind=kind, largest=len(worst) % 2 == 0)
+                    if screen == "codes":
+                        p = p._replace(**dict(zip(p._fields[3:6], quantize_rows(p.y), strict=True)))
+                    p = p._replace(screen="bf16" if screen == "bf16" else "fp32")
+                    scores, errors, real = scored(p, capability)
+                    # beyond the screen's range the bound is inf, or the score NaN or inf: kept
+                    judged = np.isfinite(errors) & (scores < np.inf)
+                    apart = np.abs(scores.astype(np.longdouble) - real)
+                    assert not np.isnan(real).any()
+                    excess = judged & ~(apart <= errors)
+                    assert not excess.any(), (name, kind, dtype, other, apart[excess][0])
+                    some = judged & (errors > 0)
+                    worst.append(float((apart[some] / errors[some]).max(initial=0)))
+        largest[kind] = max(worst)
+    return largest
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_no_error_is_beyond_its_bound_and_some_are_near(name: str) -> None:
+    found = margins(name)
+    print(name, {kind: round(ratio, 3) for kind, ratio in found.items()})
+    assert max(found.values()) <= 1
+    assert max(found.values()) >= 1 / 8
+
+
+@pytest.mark.parametrize("d", [1, 3, 64, 1000])
+def test_the_compiled_bound_is_that_of_python(d: int) -> None:
+    """On rows of length 1: the product's part, and what is added for float lengths."""
+    require("cpu")
+    x = torch.zeros(1, d)
+    x[0, 0] = 1
+    for screen in ("fp32", "bf16"):
+        if screen == "bf16" and not extension().has_bf16():
+            continue
+        products = bounds.BF16 if screen == "bf16" else bounds.IEEE
+        want = bounds.of_products(d, torch.float32, torch.float64, products)
+        found = extension().topk_scores(x, x, "dot", True, screen, None, None, None)[1].item()
+        assert want <= found <= want * (1 + 2e-5 + (d + 8) * 2.0**-24)
+        more = (0.5 * d + 4) * 2.0**-24
+        found = extension().topk_scores(x, x, "cosine", True, screen, None, None, None)[1].item()
+        assert want + more <= found <= (want + more) * (1 + 2e-5 + 2.0**-7)
+
+
+def test_beyond_the_range_nothing_is_ruled_out() -> None:
+    """2^63: a row's length from which on no bound is given."""
+    x = torch.tensor([[2.0**62, 0], [2.0**63, 0]])
+    p = TopkInputs(x, torch.randn(30, 2), k=1)
+    assert certified.prepared(p).error.isinf().tolist() == [False, True]
+    p = TopkInputs(torch.randn(2, 2), torch.tensor([[1.0, 0], [2.0**63, 0]]), k=1)
+    assert certified.prepared(p).error.isinf().all()
