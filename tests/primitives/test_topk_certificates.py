@@ -540,6 +540,8 @@ def adversaries(screen: str) -> Iterator[tuple[Tensor, Tensor]]:
     for d in (1, 2, 5, 40):
         for digits in (8, 24):
             yield worst_of_rounding(40, digits, d), worst_of_rounding(200, digits, d)
+        # all 53 bits
+        yield 1 + torch.rand(40, d).double() / 32, 1 + torch.rand(200, d).double() / 32
         # a sum that grows by what its last bit cannot hold
         yield torch.full((3, d), 1 + 2.0**-12), torch.full((5, d), 1 + 3 * 2.0**-13)
     for draw in HARD.values():
@@ -603,10 +605,11 @@ def test_the_compiled_bound_is_that_of_python(d: int) -> None:
         if screen == "bf16" and not extension().has_bf16():
             continue
         products = bounds.BF16 if screen == "bf16" else bounds.IEEE
-        want = bounds.of_products(d, torch.float32, torch.float64, products)
+        of = lambda kind: bounds.of_products(d, kind, torch.float32, torch.float64, products)
+        want = of("dot")
         found = extension().topk_scores(x, x, "dot", True, screen, None, None, None)[1].item()
         assert want <= found <= want * (1 + 2e-5 + (d + 8) * 2.0**-24)
-        more = (0.5 * d + 4) * 2.0**-24
+        want, more = of("cosine"), (0.5 * d + 4) * 2.0**-24
         found = extension().topk_scores(x, x, "cosine", True, screen, None, None, None)[1].item()
         assert want + more <= found <= (want + more) * (1 + 2e-5 + 2.0**-7)
 

@@ -43,21 +43,29 @@ def on_tensor_cores(products: Products) -> Products:
 TF32X3 = on_tensor_cores(Products(term=12.0))
 
 
-def judge_unit(d: int, wide: torch.dtype) -> float:
-    """Of a sum of d squares in the type that decides, and what is made of it."""
-    return (3 * d + 16) * UNIT[wide]
+# roundings, in the type that decides, of lengths and (but for distances) of the key: a d + b
+JUDGED = {"dot": (2, 6), "cosine": (3, 16), "sqeuclidean": (1, 6)}
 
 
-def of_products(d: int, narrow: torch.dtype, wide: torch.dtype, products: Products) -> float:
-    """The most that m <x, y> is wrong by, in |x| |m y|."""
+def of_products(
+    d: int, kind: str, narrow: torch.dtype, wide: torch.dtype, products: Products
+) -> float:
+    """The most that m <x, y> and a key are apart, in |x| |m y|."""
     # two factors, m, the product with it, the sum with a; then the terms
     rounded = (5 + products.term + d * products.step) * UNIT[narrow]
-    return math.expm1(2 * math.log1p(products.factor) + rounded + judge_unit(d, wide))
+    each, once = JUDGED[kind]
+    judged = (each * d + once) * UNIT[wide]
+    return math.expm1(2 * math.log1p(products.factor) + rounded + judged)
 
 
 def of_offsets(d: int, narrow: torch.dtype, wide: torch.dtype) -> float:
     """The most that a is wrong by and moves the sum by, in |a|."""
-    return math.expm1(2 * UNIT[narrow] + judge_unit(d, wide))
+    return math.expm1(2 * UNIT[narrow] + (d + 6) * UNIT[wide])
+
+
+def of_distances(d: int, wide: torch.dtype) -> float:
+    """The most that |x - y|^2 and |x|^2 are wrong by, in their sum, where they decide."""
+    return (d + 8) * UNIT[wide]
 
 
 def of_scores(
@@ -75,7 +83,7 @@ def of_scores(
         steepest, scaled = 1 / ZERO_NORM, torch.ones_like(longest)
     elif p.y_scale is not None:
         steepest = p.y_scale.max().clamp_min(1).to(wide)
-    error = of_products(d, narrow, wide, products) * size * scaled
+    error = of_products(d, p.kind, narrow, wide, products) * size * scaled
     if p.kind == "sqeuclidean":
         error = error + of_offsets(d, narrow, wide) * longest.square() / 2
     # what underflows: products and sums, factors of either side, the score

@@ -158,7 +158,7 @@ def _certain(p: TopkInputs, screen: Screen, last: Tensor, end: Tensor, kth: Tens
         half, key = screen.squares / 2, kth / 2
         score = key - half if p.largest else half - key
         d = p.x.shape[1]
-        beyond = beyond + bounds.judge_unit(d, kth.dtype) * (half + key) + d * TINY[kth.dtype]
+        beyond = beyond + bounds.of_distances(d, kth.dtype) * (half + key) + d * TINY[kth.dtype]
     # fewer candidates than were asked for: all were kept; a row with NaN has none
     return (score > beyond) | (end < 0) | p.x.isnan().any(dim=1)
 
