@@ -91,6 +91,7 @@ struct Strip {
   const TopkPlan<P>& plan;
   Selector<P>& s;
   int64_t first, count;  // the block of queries
+  const bool directions = p.affinity == Affinity::kCosine;
 
   // Rows bank, bank + 1, ... by their pointers a, terms m and o; `real` of the six exist.
   [[gnu::always_inline]] void run(const Word* const* a, int64_t bank, int64_t real, const float* m,
@@ -105,10 +106,13 @@ struct Strip {
         a, 1, plan.panels + lane * plan.depth, plan.depth, [&](int r, int v, Floats sum) {
           const int64_t at = v * kLanes<float>;
           store(s.t.sums + r * kWide + at, sum);
-          words[r] |= MaskWord(not_less(sum * m[r] + o[r], load(limit + at))) << (16 * v);
+          const Floats score = sum * m[r] + o[r];
+          words[r] |= MaskWord(not_less(score, load(limit + at))) << (16 * v);
           if constexpr (kTriangle) {
-            const Floats other =
-                sum * load(plan.multiplier + lane + at) + load(plan.offset + lane + at);
+            // the cosine is the same from either side: a query is a direction already
+            const Floats other = directions ? score
+                                            : sum * load(plan.multiplier + lane + at) +
+                                                  load(plan.offset + lane + at);
             words[kRows + r] |= MaskWord(not_less(other, Floats{} + row_limit[r])) << (16 * v);
           }
         });
@@ -131,7 +135,9 @@ struct Strip {
         for_each(words[kRows + r], [&](int64_t at) {
           const int64_t q = lane + at;
           if (q < from || q >= to) return;
-          s.offer(c, j, plan.order[q], sums[at] * plan.multiplier[q] + plan.offset[q]);
+          const float other =
+              directions ? sums[at] * m[r] + o[r] : sums[at] * plan.multiplier[q] + plan.offset[q];
+          s.offer(c, j, plan.order[q], other);
         });
       }
     }

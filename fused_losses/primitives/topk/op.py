@@ -54,9 +54,7 @@ def select(inputs: TopkInputs, backend: str | None = None) -> tuple[Tensor, Tens
     precision = "bf16" if inputs.screen == "bf16" else "fp32"
     # a screen of float64 rows may be narrow: the answer is not
     dtype = torch.float32 if inputs.x.dtype == torch.float64 else inputs.x.dtype
-    name, _ = backends.choose(
-        backend, inputs.x.device, dtype, precision, "topk", inputs.x.shape[1]
-    )
+    name, _ = backends.choose(backend, inputs.x.device, dtype, precision, "topk", inputs.x.shape[1])
     inputs = inputs._replace(x=inputs.x.detach(), y=inputs.y.detach())
     with torch.autocast(inputs.x.device.type, enabled=False):
         if name == "reference":
