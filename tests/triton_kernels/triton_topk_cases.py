@@ -7,7 +7,7 @@ order, ties to the lowest column among it, must be the very one of a stable sort
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.primitives.topk import bounded as bounded_topk
+from fused_losses.primitives.topk import reference as reference_topk
 from fused_losses.primitives.topk import triton as backend
 from fused_losses.primitives.topk.inputs import KINDS, TopkInputs
 
@@ -240,3 +241,47 @@ def test_offsets_past_two_to_the_31() -> None:
     call = inputs(case)
     far.copy_(call["y"])
     check(case, call | dict(y=far), *backend.screen(**call | dict(y=far)))
+
+
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_errors_stay_below_their_bound(precision: str) -> None:
+    """Entries just below the middle of two numbers of the narrow type, which all round one way."""
+    nearest = 0.0
+    wide = torch.float64
+    for kind in KINDS:
+        for dtype, y_dtype in (
+            (torch.float32,) * 2,
+            (wide, wide),
+            (torch.float32, wide),
+            (BF16,) * 2,
+        ):
+            for d in (1, 3, 40):
+                digits = 8 if precision == "bf16" else 24
+                rows = 1 + torch.randint(1, 30, (80, d)).double() * 2.0 ** (1 - digits)
+                rows += 2.0**-digits * (1 - 2.0**-6 * torch.rand(80, d).double())
+                p = TopkInputs(rows[:20].to(dtype), rows.to(y_dtype), kind=kind, screen=precision)
+                made = backend.prepared(p)
+                keys, index = backend._candidates(p, replace(made, keep=80))
+                x, y = p.x.double(), p.y.double()
+                if made.center is not None:
+                    x, y = x - made.center, y - made.center
+                real = x @ y.T
+                if kind == "cosine":
+                    real = real / y.norm(dim=1)
+                elif kind == "sqeuclidean":
+                    real = y.square().sum(dim=1) / 2 - real
+                ratio = (keys - real.gather(1, index.long())).abs() / made.error[:, None]
+                assert float(ratio.max()) <= 1, (kind, dtype, y_dtype, d)
+                nearest = max(nearest, float(ratio.max()))
+    print(precision, nearest)
+    assert nearest >= 1 / 8
+
+
+@pytest.mark.parametrize("screen", ("fp32", "bf16"))
+def test_rows_of_float64_are_moved_before_they_are_rounded(screen: str) -> None:
+    """Consecutive seconds, which in float32 are whole minutes."""
+    rows = 1.7e9 + torch.arange(40).double()[:, None]
+    for x, y in ((rows, rows), (rows.float(), rows), (rows, rows.float())):
+        p = TopkInputs(x, y, kind="sqeuclidean", k=2, largest=False, skip_self=True, screen=screen)
+        got, want = backend.select(p), reference_topk.select(p)
+        assert torch.equal(got[1], want[1]) and torch.equal(got[0], want[0])
