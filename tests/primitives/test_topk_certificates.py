@@ -6,6 +6,7 @@ where only the size of a rounding is asked for.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -96,7 +97,7 @@ def check(found: Tensor, x: Tensor, y: Tensor, kind: str, k: int, largest: bool,
         for place, (got, want) in enumerate(zip(mine, best, strict=True)):
             loss = abs(scores[want][0] - scores[got][0])
             assert loss <= scores[want][1] + scores[got][1], (i, place, got, want)
-        for a, b in zip(mine, mine[1:], strict=False):
+        for a, b in itertools.pairwise(mine):
             assert right[a] != right[b] or a < b, (i, a, b)
         # of equal rows, none is passed over
         copies = [j for j in scores if right[j] == right[mine[-1]]]
@@ -502,7 +503,7 @@ def of_bounded(p: TopkInputs, _: str = "") -> Found:
 
 
 def of_cuda(p: TopkInputs, _: str = "") -> Found:
-    from fused_losses.primitives.topk import cuda
+    from fused_losses.primitives.topk import cuda  # noqa: PLC0415  # needs its library
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certified, "kept", lambda p: p.y.shape[0])

@@ -35,8 +35,8 @@ class Screen:
 
     x: Tensor  # [N, D] as it is multiplied, moved and turned so that larger is better
     center: Tensor | None  # [D] what rows are moved by; float64 for float64 rows of y
-    multiplier: Tensor  # [M]
-    offset: Tensor  # [M]
+    multiplier: Tensor | None  # [M]
+    offset: Tensor | None  # [M]
     squares: Tensor  # [N] float64, |x_i - center|^2 of the rows as they are stored
     error: Tensor  # [N] float64
     keep: int
