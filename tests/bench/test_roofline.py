@@ -35,6 +35,7 @@ from fused_losses.primitives.row_update.op import sgd_rows_
 META = dict(device="meta")
 
 
+@pytest.mark.slow
 def test_closed_forms_of_triton_kernels() -> None:
     """Bytes loaded and stored and FLOPs of products, exactly, in Triton's interpreter."""
     pytest.importorskip("triton")

@@ -21,6 +21,7 @@ def test_info_says_what_runs_and_why_the_rest_does_not(capsys) -> None:
         assert any(name in line and state in line for line in told.splitlines())
 
 
+@pytest.mark.slow
 def test_verify_checks_every_backend_that_can_run(capsys, tmp_path) -> None:
     out = tmp_path / "verify" / "table.md"
     assert cli.main(["verify", "--shape", "13,58,24", "--out", str(out)]) == 0

@@ -27,6 +27,7 @@ SOURCES = tuple(sorted((cuda_ptx.CSRC / "cuda").rglob("*.cu")))
 NOT_SEEN = {"foreign lane"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All cases in one test: at the end every kernel must have run, and most of each."""

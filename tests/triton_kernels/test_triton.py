@@ -10,6 +10,7 @@ import triton_interpreted
 from fused_losses.backends.triton import capability as triton_capability
 
 
+@pytest.mark.slow
 def test_interpreted() -> None:
     pytest.importorskip("triton")
     triton_interpreted.passes(Path(__file__).with_name("triton_cases.py"))

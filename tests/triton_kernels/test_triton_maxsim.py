@@ -37,6 +37,7 @@ PTXSIM = SHARED / "ptxsim"
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
+@pytest.mark.slow
 def test_interpreted() -> None:
     triton_interpreted.passes(Path(__file__).with_name("triton_maxsim_cases.py"))
 

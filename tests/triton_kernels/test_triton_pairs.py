@@ -8,6 +8,7 @@ import pytest
 import triton_interpreted
 
 
+@pytest.mark.slow
 def test_interpreted() -> None:
     pytest.importorskip("triton")
     triton_interpreted.passes(Path(__file__).with_name("triton_pair_cases.py"))

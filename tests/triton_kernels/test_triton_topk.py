@@ -10,5 +10,6 @@ import triton_interpreted
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 def test_interpreted() -> None:
     triton_interpreted.passes(Path(__file__).with_name("triton_topk_cases.py"))
