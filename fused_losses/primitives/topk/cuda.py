@@ -112,6 +112,7 @@ def screened(p: TopkInputs) -> tuple[Screen, Tensor, Tensor]:
     rounded = torch.bfloat16 if p.screen == "bf16" and not exact else None
     low = p.x.dtype if exact else torch.float32
     center = None if exact else certified_topk.center_of(p)
+    wide_center = None if center is None else center.double()
     x = certified_topk.turned(p, certified_topk.moved(p.x, center, low))
     keep = min(m, FEW) if p.k == 1 and rounded is None else certified_topk.kept(p)
     options: dict[str, Any] = dict(dtype=torch.float32, device=p.x.device)
@@ -136,7 +137,7 @@ def screened(p: TopkInputs) -> tuple[Screen, Tensor, Tensor]:
     multiplied = x.to(rounded or low)
     for first in range(0, m, wide):
         block = slice(first, min(first + wide, m))
-        _bank(p.y[block], p, block, center, multiplier, offset, longest)
+        _bank(p.y[block], p, block, wide_center, multiplier, offset, longest)
         y = certified_topk.moved(p.y[block], center, low).to(multiplied.dtype)
         for top in range(0, n, tall):
             rows = slice(top, min(top + tall, n))
@@ -144,7 +145,7 @@ def screened(p: TopkInputs) -> tuple[Screen, Tensor, Tensor]:
             product(multiplied[rows], y.T, "fp32", out=out)
             lists.add(rows, block)
     squares = torch.empty(n, dtype=torch.float64, device=p.x.device)
-    _squares(p.x, center, squares)
+    _squares(p.x, wide_center, squares)
     products = BF16 if rounded else IEEE
     if low != torch.float32 or rounded:
         products = products if cuda_launch.on_host() else on_tensor_cores(products)
@@ -166,7 +167,7 @@ def _bank(
     cuda_launch.launch(
         "topk_bank",
         y=y,
-        center=None if center is None else center.double(),
+        center=center,
         scale=None if p.y_scale is None else p.y_scale[block],
         multiplier=multiplier,
         offset=offset,
@@ -188,7 +189,7 @@ def _squares(x: Tensor, center: Tensor | None, to: Tensor) -> None:
     cuda_launch.launch(
         "topk_bank",
         y=x,
-        center=None if center is None else center.double(),
+        center=center,
         scale=None,
         multiplier=None,
         offset=None,
