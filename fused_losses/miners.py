@@ -7,6 +7,7 @@ anchor, negative). Rows are normalised first (`normalize`), as there. `mining` h
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -283,7 +284,7 @@ class CrossBatchMemory(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("size", size), ("embedding_size", embedding_size)):
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name}: expected an integer >= 1, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name}: expected a value >= 1, got {value}")

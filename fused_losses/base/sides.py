@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_losses.base.integers import count_up, dense_together
@@ -13,6 +14,7 @@ from fused_losses.base.validation import (
     check_both,
     check_choice,
     check_class_ids,
+    check_columns,
     check_diagonal,
     check_integer_pair,
     check_integers,
@@ -24,6 +26,25 @@ Both = tuple[Tensor | None, Tensor | None]  # the rows' integers and the columns
 Bank = tuple[Tensor, Tensor | None]  # further columns [Q, D] and their labels [Q]
 
 NEITHER: Both = (None, None)
+
+
+def same_rows(x: Tensor, y: Tensor | None) -> bool:
+    """Whether y is x once more: no y, the same tensor, or a view of the same memory.
+
+    Then a batch meets itself, and no row meets itself. Compiled code and `torch.func`, whose
+    tensors have no memory, know the same tensor alone.
+    """
+    if y is None or y is x:
+        return True
+    if torch.compiler.is_compiling() or not isinstance(y, Tensor):
+        return False
+    if (x.dtype, x.device, x.shape, x.stride()) != (y.dtype, y.device, y.shape, y.stride()):
+        return False
+    try:
+        one, other = x.untyped_storage(), y.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return one._cdata == other._cdata and x.storage_offset() == y.storage_offset()
 
 
 class Integers(NamedTuple):
@@ -68,10 +89,11 @@ def integers(
         else:
             sizes = rows.shape[0], columns.shape[0]
             check_integer_pair(x_name, of_x, y_name, of_y, sizes, rows)
-        numbers += dense_together(of_x) * 2 if of_x is of_y else dense_together(of_x, of_y)
+        once = of_x is None or same_rows(of_x, of_y)
+        numbers += dense_together(of_x) * 2 if once else dense_together(of_x, of_y)
     if exclude is not None:
         check_integers("exclude", exclude, (rows.shape[0], None), rows)
-        exclude = exclude.int()
+        exclude = check_columns("exclude", exclude, columns.shape[0])
     return Integers(*numbers)._replace(exclude=exclude)
 
 
@@ -79,8 +101,8 @@ class Sides(NamedTuple):
     """Rows and columns of one call, and what is known of them."""
 
     x: Tensor  # [N, D]
-    y: Tensor  # [M, D], x itself where a batch meets itself
-    alone: bool  # the batch meets itself
+    y: Tensor  # [M, D], x itself where there is one tensor
+    alone: bool  # the batch meets itself (`same_rows`): pairs i == j are left out
     numbers: Integers
     banks: Sequence[Bank] = ()
 
@@ -93,8 +115,13 @@ class Sides(NamedTuple):
 
     @property
     def other(self) -> Tensor | None:
-        """The second set of rows, None where the batch meets itself."""
-        return None if self.alone else self.y
+        """The second set of rows, None where it is the first."""
+        return None if self.y is self.x else self.y
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether half of the pairs tell all: one tensor, whose rows have one label each."""
+        return self.alone and self.y is self.x and self.labels[0] is self.labels[1]
 
 
 def sides(
@@ -112,14 +139,16 @@ def sides(
 ) -> Sides:
     """Raises ValueError, TypeError that name the argument; known: as in `integers`.
 
-    alone: the batch meets itself, whatever y. offset: without labels, column offset + i is row i's
-    positive. banks: of a call whose banks are its `queue`; their labels are numbered with the rest.
+    alone: the batch meets itself, y has its memory. offset: without labels, column offset + i is
+    row i's positive. banks: of a call whose banks are its `queue`; their labels are numbered with
+    the rest.
     """
+    given = x  # autocast may change it
     if alone:
         check_rows(names[0], x, precision)
     else:
         x = check_both(names[0], x, names[1], y, precision)
-    columns = x if alone or y is None else y
+    columns = x if y is None or (alone and y is given) else y
     numbers = integers(x, columns, prefixes, alone=alone, labels=labels, **known)
     if labels[0] is None and offset is not None:
         n, m = x.shape[0], columns.shape[0]
@@ -145,7 +174,7 @@ def batch_sides(
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
 ) -> Sides:
-    """A batch [N, D] with labels [N], alone or against a second."""
+    """A batch [N, D] with labels [N], alone or against a second; the same rows are no second."""
     if (ref_embeddings is None) != (ref_labels is None):
         given, missing = ("ref_embeddings", "ref_labels")[:: 1 if ref_labels is None else -1]
         raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
@@ -153,7 +182,7 @@ def batch_sides(
         embeddings,
         ref_embeddings,
         precision,
-        alone=ref_embeddings is None,
+        alone=same_rows(embeddings, ref_embeddings),
         labels=(labels, ref_labels),
         labelled=True,
     )

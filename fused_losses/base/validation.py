@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -232,9 +233,26 @@ def check_class_ids(name: str, labels: Tensor, classes: int) -> None:
         )
 
 
+def check_columns(name: str, columns: Tensor, m: int) -> Tensor:
+    """Columns in [0, M), or -1 for none, as int32; on a GPU as in `validation.check_labels`."""
+    columns = columns.long()
+    bad = (columns < -1) | (columns >= m)
+    unread = torch.compiler.is_compiling() or columns.is_meta or columns.numel() == 0
+    if columns.is_cuda and not unread and os.environ.get("FUSED_LOSSES_VALIDATE") != "1":
+        assert_async(~bad.any(), f"{name}: expected columns in [0, {m}), or -1")
+    elif not unread and bool(bad.any()):
+        wrong = columns[bad]
+        raise IndexError(
+            f"{name}: expected columns in [0, {m}), or -1, got values from {int(wrong.min())} to "
+            f"{int(wrong.max())}"
+        )
+    # where nothing was read, a stray column must at least not become another one
+    return torch.where(bad, NO_TARGET, columns).int()
+
+
 def check_number(name: str, value: float) -> None:
     """A number that is no NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if math.isnan(value):
         raise ValueError(f"{name}: expected a number, got {value}")
@@ -263,7 +281,7 @@ def number(name: str, value: float | Tensor, like: Tensor, *, positive: bool = T
         if positive and readable and float(value.detach()) <= 0:
             raise ValueError(f"{name}: expected a value > 0, got {float(value.detach())}")
         return value.reshape(()).double()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number or a scalar tensor, got {type(value).__name__}")
     if positive and not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a value > 0, got {value}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.examples import JUMPS, examples
+from fused_losses.base.integers import count_up
 from fused_losses.base.numerics import (
     accumulate_dtype,
     merged,
@@ -35,6 +36,7 @@ def info_nce(
     key_labels: Tensor | None = None,  # [M]
     offset: int = 0,
     symmetric: bool = False,
+    own_key: bool = False,
     negatives: Tensor | None = None,  # [N, K, D]
     queue: Tensor | Sequence[Tensor] | None = None,  # [Q, D]
     queue_labels: Tensor | Sequence[Tensor] | None = None,  # [Q]
@@ -61,20 +63,25 @@ def info_nce(
             offset + i is the positive of query i.
         offset: where this rank's queries stand among gathered keys (no labels).
         symmetric: the mean of this loss and of the one with rows and columns exchanged (CLIP),
-            from one sweep. `negatives` and `queue` stand in the rows' denominators alone.
+            from one sweep. `negatives` and `queue` stand in the rows' denominators alone. Not with
+            an offset: global CLIP is the mean over ranks and over two calls,
+            info_nce(query, all_keys, offset=o) and info_nce(key, all_queries, offset=o).
+        own_key: MoCo: key offset + i is query i's positive and no other query's negative; the
+            negatives are `queue` and `negatives` (no labels, ids, exclude nor symmetric).
         negatives: [N, K, D], further negatives of each query; O(N K D) work and memory.
         queue: one or more banks [Q, D] of further keys (MoCo, XBM), swept where they lie, without
             concatenation; negatives, or with queue_labels what the labels say.
         hardness: beta >= 0 of Robinson et al.: the negatives' sum becomes
             count * sum_N e^((1 + beta) z) / sum_N e^(beta z). Twice the work.
         false_negative_margin: a negative with s_ij > s_i + margin is left out, s = <q, k> and s_i
-            that of the row's (column's) best positive; not differentiated.
+            that of the row's (column's) best positive, a bank's too; not differentiated.
         ids, key_ids: integers; pairs with equal ids are left out, but for the positive on the
             diagonal where there are no labels. Without key_ids the keys have the queries' ids.
+            What `exclude` lists stays left out.
         exclude: [N, E] columns left out of each row, -1 for none.
         normalize: divide rows by their norms (in float32, rounded to the inputs' dtype).
         reduction: "mean" over the rows with a positive, "sum", or "none" [N]; symmetric: half the
-            rows' and half the columns' (column offset + i for row i).
+            rows' and half the columns' (column i for row i).
 
     A row without positives has loss 0 and is not in the mean; one without negatives has loss 0.
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
@@ -102,37 +109,45 @@ def info_nce(
             f"reduction: expected 'mean' or 'sum' for symmetric=True with labels and N={n} != "
             f"M={m}, got 'none'"
         )
+    if symmetric and offset:
+        raise ValueError(
+            f"symmetric: expected False with offset={offset}: the columns' half would miss the "
+            "other ranks' queries; take the mean of info_nce(query, all_keys, offset=offset) and "
+            "info_nce(key, all_queries, offset=offset)"
+        )
+    if own_key:
+        given = dict(labels=labels, ids=ids, exclude=exclude, symmetric=symmetric or None)
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}: expected none with own_key=True, got one")
     if negatives is not None:
         _check_negatives(negatives, query)
 
     with no_autocast(query.device):
         inputs = scored(query, key, scale, normalize=normalize, precision=precision)
         inputs = inputs._replace(**both.numbers._asdict())
-        # the sweep leaves equal ids out, so the diagonal is put back beside it
-        diagonal = None
-        if labels is None and (ids is not None or false_negative_margin is not None):
-            diagonal = _diagonal(inputs, offset)
-        if false_negative_margin is not None:
-            inputs = _with_windows(
-                inputs, diagonal, offset, false_negative_margin, symmetric, backend
-            )
-        rows, columns = _both_ways(inputs, hardness, symmetric, backend)
-        if diagonal is not None and ids is not None:
-            rows = rows._replace(positive=diagonal)
+        further = [_against(bank, number_, inputs, normalize) for bank, number_ in both.banks]
+        if own_key:
+            rows, columns = _alone(_diagonal(inputs, offset), hardness), None
+            if false_negative_margin is not None:
+                best = rows.positive.detach()
+                inputs = inputs._replace(x_window=_window(best, inputs, false_negative_margin))
+        else:
+            if false_negative_margin is not None:
+                inputs = _with_windows(
+                    inputs, further, labels is None, false_negative_margin, symmetric, backend
+                )
+            rows, columns = _both_ways(inputs, hardness, symmetric, backend)
+        if labels is None and ids is not None:
+            # the sweep leaves equal ids out, so the diagonal is put back beside it
+            rows = rows._replace(positive=_diagonal(inputs, offset))
             if columns is not None:
-                columns = columns._replace(positive=_on_columns(diagonal, offset, m))
-        for bank, bank_number in both.banks:
-            bank = unit(bank) if normalize else bank
-            further = inputs._replace(
-                y=bank.contiguous(),
-                x_labels=None if bank_number is None else inputs.x_labels,
-                y_labels=bank_number,
-                x_ids=None,
-                y_ids=None,
-                exclude=None,
-                y_window=None,
-            )
-            rows = rows.joined(_both_ways(further, hardness, False, backend)[0])
+                further_keys = (0, m - n)
+                own = torch.nn.functional.pad(rows.positive, further_keys, value=-torch.inf)
+                columns = columns._replace(positive=own)
+        for bank in further:
+            bank = bank._replace(x_window=inputs.x_window)
+            rows = rows.joined(_both_ways(bank, hardness, False, backend)[0])
         if negatives is not None and negatives.shape[1] > 0:
             negatives = unit(negatives) if normalize else negatives
             rows = rows.joined(_own_negatives(inputs, negatives, hardness))
@@ -144,7 +159,7 @@ def info_nce(
             return out
         loss, counted = columns.loss()
         if reduction == "none" and labels is None:
-            loss, counted = loss[offset : offset + n], counted[offset : offset + n]
+            loss, counted = loss[:n], counted[:n]
         return (out + reduced(loss, counted, reduction, dtype)) / 2
 
 
@@ -203,7 +218,7 @@ def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _S
     z = product.double() * inputs.scale
     kept = torch.ones_like(z, dtype=torch.bool)
     if inputs.x_window is not None:
-        kept = ~(z >= inputs.x_window[3, :, None])
+        kept = ~(z.to(narrow) >= inputs.x_window[3, :, None])
     tilt = over_last(hardness * z, kept) if hardness else None
     return _Sums(
         torch.full_like(z[:, 0], -torch.inf),
@@ -214,44 +229,69 @@ def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _S
 
 
 def _diagonal(inputs: PairInputs, offset: int) -> Tensor:
-    """z of query i and key offset + i, [N]."""
-    narrow = accumulate_dtype(inputs.x.dtype)
-    x, y = inputs.x.to(narrow), inputs.y[offset : offset + inputs.x.shape[0]].to(narrow)
-    return torch.einsum("nd,nd->n", x, y).double() * inputs.scale
+    """z of query i and key offset + i, -inf where it is excluded. [N]"""
+    n, narrow = inputs.x.shape[0], accumulate_dtype(inputs.x.dtype)
+    x, y = inputs.x.to(narrow), inputs.y[offset : offset + n].to(narrow)
+    z = torch.einsum("nd,nd->n", x, y).double() * inputs.scale
+    if inputs.exclude is None:
+        return z
+    out = (inputs.exclude == count_up(n, x, offset)[:, None]).any(dim=1)
+    return torch.where(out, -torch.inf, z)
 
 
-def _on_columns(diagonal: Tensor, offset: int, m: int) -> Tensor:
-    after = m - offset - diagonal.shape[0]
-    return torch.nn.functional.pad(diagonal, (offset, after), value=-torch.inf)
+def _alone(positive: Tensor, hardness: float) -> _Sums:
+    """Positives without a negative."""
+    nothing = torch.full_like(positive, -torch.inf)
+    return _Sums(positive, nothing, nothing if hardness else None, torch.zeros_like(positive))
+
+
+def _against(
+    bank: Tensor, bank_labels: Tensor | None, inputs: PairInputs, normalize: bool
+) -> PairInputs:
+    """The pairs of the queries and a bank."""
+    return inputs._replace(
+        y=(unit(bank) if normalize else bank).contiguous(),
+        x_labels=None if bank_labels is None else inputs.x_labels,
+        y_labels=bank_labels,
+        x_ids=None,
+        y_ids=None,
+        exclude=None,
+    )
 
 
 @torch.no_grad()
 def _with_windows(
     inputs: PairInputs,
-    diagonal: Tensor | None,
-    offset: int,
+    further: list[PairInputs],
+    on_diagonal: bool,
     margin: float,
     symmetric: bool,
     backend: str | None,
 ) -> PairInputs:
-    """Leaves out the negatives above the best positive of their row (column) plus the margin."""
-    if diagonal is None:
-        rows, columns = pair_statistics(inputs, cols=symmetric, backend=backend)
-        of_rows = rows.best[POSITIVE]
-        of_columns = None if columns is None else columns.best[POSITIVE]
-    else:
-        m = inputs.y.shape[0]
-        of_rows, of_columns = diagonal, _on_columns(diagonal, offset, m) if symmetric else None
+    """Leaves out the negatives above the best positive of their row (column) plus the margin.
 
-    def window(top: Tensor) -> Tensor:
-        high = torch.where(top == -torch.inf, torch.inf, top + margin * inputs.scale)
-        out = torch.full((4, top.shape[0]), torch.inf, dtype=high.dtype, device=high.device)
-        out[0], out[2], out[3] = -torch.inf, -torch.inf, high
-        return out.to(accumulate_dtype(inputs.x.dtype))
-
+    The positives' scores are the sweep's own: another sum's rounding would part equal scores.
+    """
+    # ids leave no positive of the diagonal out
+    seen = inputs._replace(x_ids=None, y_ids=None) if on_diagonal else inputs
+    rows, columns = pair_statistics(seen, cols=symmetric, backend=backend)
+    best = [rows.best[POSITIVE]]
+    labelled = [bank for bank in further if bank.x_labels is not None]
+    best += [pair_statistics(bank, backend=backend)[0].best[POSITIVE] for bank in labelled]
     return inputs._replace(
-        x_window=window(of_rows), y_window=None if of_columns is None else window(of_columns)
+        x_window=_window(torch.stack(best).amax(dim=0), inputs, margin),
+        y_window=None if columns is None else _window(columns.best[POSITIVE], inputs, margin),
     )
+
+
+def _window(best: Tensor, inputs: PairInputs, margin: float) -> Tensor:
+    """No negative above best + margin; a row without a positive keeps all. [4, N]"""
+    narrow = accumulate_dtype(inputs.x.dtype)
+    top = torch.where(best == -torch.inf, torch.inf, best + margin * inputs.scale).to(narrow)
+    # a window leaves out its end, and equal to the limit is not above it
+    high = top.nextafter(torch.full_like(top, torch.inf))
+    endless = torch.full_like(top, torch.inf)
+    return torch.stack([-endless, endless, -endless, high])
 
 
 def _check_negatives(negatives: Tensor, query: Tensor) -> None:
@@ -310,10 +350,11 @@ examples(
     {
         "": {},
         "symmetric": dict(symmetric=True),
-        "gathered": lambda t: dict(offset=len(t.y) - len(t.x), symmetric=True),
+        "gathered": lambda t: dict(offset=len(t.y) - len(t.x)),
         "labels": _labelled,
         "labels, symmetric": lambda t: dict(symmetric=True, **_labelled(t)),
         "banks and negatives": _queue_and_more,
+        "own key": lambda t: dict(own_key=True, **_queue_and_more(t)),
         "labelled banks": lambda t: _labelled(t) | _labelled_queue(t),
         "hardness": dict(hardness=0.7, symmetric=True),
         "hardness, banks": lambda t: dict(hardness=0.7, **_queue_and_more(t)),

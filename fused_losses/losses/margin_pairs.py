@@ -42,7 +42,10 @@ def _windows(
     inputs = inputs._replace(
         x_labels=both.numbers.x_labels, x_window=window, positive=Rule(-1.0), negative=Rule(-1.0)
     )
-    inputs = triangle(inputs) if both.alone else inputs._replace(y_labels=both.numbers.y_labels)
+    if both.mirrored:
+        inputs = triangle(inputs)
+    else:
+        inputs = inputs._replace(y_labels=both.numbers.y_labels, skip_self=both.alone)
     stats, _ = pair_statistics(inputs, reduction="relu", backend=backend)
     return stats
 
@@ -176,7 +179,7 @@ def snr_contrastive(
         x, y = inputs.x.to(dtype), inputs.y.to(dtype)
         sums = x.sum(dim=1)
         x = x - x.mean(dim=1, keepdim=True)
-        y = x if both.alone else y - y.mean(dim=1, keepdim=True)
+        y = x if both.y is both.x else y - y.mean(dim=1, keepdim=True)
         power = x.to(wide).square().sum(dim=1)
         alive = ~(power <= 0)
         inverse = torch.where(alive, 1 / torch.where(alive, power, 1), 0)

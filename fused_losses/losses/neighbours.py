@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def icnn(
     """
     both = batch_sides(embeddings, labels, "mean", precision)
     for name, value in (("neighbors", neighbors), ("window", window)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
         check_at_least(name, value, 1)
     check_at_least("window", window, neighbors)

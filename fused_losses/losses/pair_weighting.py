@@ -92,7 +92,7 @@ def _mined(inputs: PairInputs, margin: float, duplicate: float, backend: str | N
     """Windows (positive low, high, negative low, high) of the multi-similarity miner."""
     n, dtype = inputs.x.shape[0], accumulate_dtype(inputs.x.dtype)
     window = torch.full((4, n), torch.inf, dtype=dtype, device=inputs.x.device)
-    window[0], window[1], window[2] = -torch.inf, duplicate, -torch.inf
+    window[0], window[1], window[2] = -torch.inf, float(duplicate), -torch.inf
     # z = -s on positives: their best is minus their least similarity
     seen, _ = pair_statistics(
         inputs._replace(x_window=window, positive=Rule(-1.0)), backend=backend

@@ -6,6 +6,7 @@ Equal labels make a positive; where a batch meets itself a row is not its own po
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -233,7 +234,7 @@ def fast_ap(
 
 
 def _check_bins(bins: int) -> None:
-    if isinstance(bins, bool) or not isinstance(bins, int):
+    if isinstance(bins, bool) or not isinstance(bins, Integral):
         raise TypeError(f"bins: expected an integer, got {type(bins).__name__}")
     check_at_least("bins", bins, 1)
 

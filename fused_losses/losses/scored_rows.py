@@ -44,7 +44,10 @@ def over_terms(total: Tensor, count: Tensor, reduction: str, dtype: torch.dtype)
 
 def class_sizes(both: Sides) -> tuple[Tensor, Tensor]:
     """How many positives and negatives each row has, [N] each; O((N + M) log M)."""
-    labels, ordered = both.labels[0], both.labels[1].sort().values
+    labels, others = both.labels
+    ordered = others.sort().values
     last = torch.searchsorted(ordered, labels, right=True)
     same = last - torch.searchsorted(ordered, labels)
-    return same - int(both.alone), both.y.shape[0] - same
+    if both.alone:
+        same = same - (labels == others[: labels.shape[0]]).long()
+    return same, both.y.shape[0] - int(both.alone) - same

@@ -263,7 +263,7 @@ def _extremes(inputs: RowInputs, farthest: bool, nearest: bool, backend: str | N
                 largest=far == (sign > 0),
                 match=match,
                 skip_self=inputs.skip_self,
-                symmetric=same,
+                symmetric=same and inputs.x_labels is inputs.y_labels,
                 screen=best_screen(x, backend),
             ),
             backend,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
+from fused_losses.base.sides import same_rows
 from fused_losses.base.validation import check_integers
 from fused_losses.metrics.search import LISTED, check_k, checked, neighbours
 
@@ -61,7 +63,7 @@ def knn_classify(
         raise TypeError(f"k: expected an integer, got {type(k).__name__}")
     check_k("k", k)
     validation.check_choice("weights", weights, WEIGHTS)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature: expected a number > 0, got {type(temperature).__name__}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a number > 0, got {temperature}")
@@ -75,7 +77,7 @@ def knn_classify(
     if num_classes is not None:
         validation.check_labels(ref_labels, num_classes, name="ref_labels")
     unused = torch.zeros(len(embeddings), dtype=torch.int64, device=embeddings.device)
-    if embeddings is ref_embeddings:
+    if same_rows(embeddings, ref_embeddings):
         unused = ref_labels
     search = checked(
         *(embeddings, unused, ref_embeddings, ref_labels, metric, ids, ref_ids, backend)

@@ -7,6 +7,7 @@ to a query are the gallery's rows of its label. Nearest first, equal ones by the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.sides import same_rows
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
 from fused_losses.pairwise.distance import pairwise_distance, pairwise_similarity
@@ -49,7 +51,7 @@ def checked(
     backend: str | None,
 ) -> Search:
     _check_metric(metric)
-    own = ref_embeddings is None or ref_embeddings is embeddings
+    own = same_rows(embeddings, ref_embeddings)
     if ref_embeddings is None and ref_labels is not None:
         raise ValueError("ref_embeddings: expected a tensor beside ref_labels, got None")
     if ref_embeddings is None or own:
@@ -77,7 +79,7 @@ def _check_metric(metric: str) -> None:
 def check_k(name: str, k: int | Sequence[int]) -> list[int]:
     several: list[Any] = list(k) if isinstance(k, list | tuple) else [k]
     for one in several:
-        if isinstance(one, bool) or not isinstance(one, int):
+        if isinstance(one, bool) or not isinstance(one, Integral):
             raise TypeError(f"{name}: expected integers >= 1, got {type(one).__name__}")
         if one < 1:
             raise ValueError(f"{name}: expected values >= 1, got {one}")
@@ -101,9 +103,10 @@ def relevant_rows(search: Search) -> Tensor:
 
 
 def _matches(values: Tensor, among: Tensor) -> Tensor:
-    among = among.sort().values
-    high = torch.searchsorted(among, values.to(among.dtype).contiguous(), right=True)
-    return high - torch.searchsorted(among, values.to(among.dtype).contiguous())
+    # one type for both: the narrower would wrap the other's
+    among, values = among.long().sort().values, values.long().contiguous()
+    high = torch.searchsorted(among, values, right=True)
+    return high - torch.searchsorted(among, values)
 
 
 def _joint(search: Search) -> tuple[Tensor, Tensor]:

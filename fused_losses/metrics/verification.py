@@ -6,6 +6,7 @@ far (false accept rate): the share of impostor pairs that are accepted; tar: of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -17,6 +18,7 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_integers, check_rows
 from fused_losses.mining.batch import DISTANCES, SIMILARITIES
+from fused_losses.pairwise.distance import check_exponent
 from fused_losses.primitives.distances.op import distance_matrix
 
 BLOCK_BYTES = 2 << 20  # of scores in a block; about ten such are alive
@@ -78,11 +80,12 @@ def _check_scores(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_far(far: object) -> float:
-    if isinstance(far, bool) or not isinstance(far, int | float):
+    if isinstance(far, bool) or not isinstance(far, Real):
         raise TypeError(f"far: expected a rate in [0, 1], got {type(far).__name__}")
-    if not 0 <= far <= 1:
+    rate = float(far)
+    if not 0 <= rate <= 1:
         raise ValueError(f"far: expected a rate in [0, 1], got {far}")
-    return float(far)
+    return rate
 
 
 def _allowed(far: float, impostors: int) -> int:
@@ -210,7 +213,7 @@ def verification_accuracy(
         check_integers("folds", folds, (n,), scores)
         names, fold = folds.unique(return_inverse=True)
         count = len(names)
-    elif isinstance(folds, bool) or not isinstance(folds, int):
+    elif isinstance(folds, bool) or not isinstance(folds, Integral):
         raise TypeError(f"folds: expected an integer or a tensor, got {type(folds).__name__}")
     else:
         count = folds
@@ -262,6 +265,7 @@ def all_pairs_tar_at_far(
     check_rows("embeddings", embeddings, precision)
     check_integers("labels", labels, (embeddings.shape[0],), embeddings)
     validation.check_choice("metric", metric, (*SIMILARITIES, *DISTANCES))
+    check_exponent(metric, p)
     several = isinstance(far, list | tuple)
     rates = [_check_far(rate) for rate in (far if several else [far])]
     with torch.no_grad(), no_autocast(embeddings.device):

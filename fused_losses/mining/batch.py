@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fused_losses.base import plans, validation
 from fused_losses.base.numerics import accumulate_dtype
-from fused_losses.base.sides import sides
+from fused_losses.base.sides import same_rows, sides
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_number
+from fused_losses.pairwise.distance import check_exponent
 from fused_losses.primitives.distances.op import distance_matrix
 
 SIMILARITIES = ("dot", "cosine")
@@ -48,6 +49,11 @@ class MiningBatch(NamedTuple):
     precision: str
     backend: str | None
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether i sees j where j sees i."""
+        return self.x_labels is self.y_labels and self.x_ids is self.y_ids
+
 
 def checked_batch(
     embeddings: Tensor,
@@ -64,13 +70,12 @@ def checked_batch(
 ) -> MiningBatch:
     validation.check_choice("metric", metric, (*DISTANCES, *SIMILARITIES))
     check_number("p", p)
-    if p != 2.0 and metric != "minkowski":
-        raise ValueError(f"p: expected no value with metric={metric!r}, got {p}")
+    check_exponent(metric, p)
     if not 0 < p < math.inf:
         raise ValueError(f"p: expected a finite value > 0, got {p}")
     if ref_embeddings is None and ref_labels is not None:
         raise ValueError("ref_embeddings: expected a tensor beside ref_labels, got None")
-    own = ref_embeddings is None or ref_embeddings is embeddings
+    own = same_rows(embeddings, ref_embeddings)
     if ref_labels is None and not own:
         raise ValueError("ref_labels: expected a tensor beside ref_embeddings, got None")
     both = sides(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def mine_pairs(
         raise ValueError(f"cutoff: expected a distance in (0, 2], got {cutoff}")
     if not 0 < angle < 90:
         raise ValueError(f"angle: expected degrees in (0, 90), got {angle}")
-    if isinstance(k, bool) or not isinstance(k, int):
+    if isinstance(k, bool) or not isinstance(k, Integral):
         raise TypeError(f"k: expected an integer >= 1, got {type(k).__name__}")
     if k < 1:
         raise ValueError(f"k: expected a value >= 1, got {k}")

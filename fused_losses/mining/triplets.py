@@ -134,7 +134,7 @@ def _one_each(batch: MiningBatch, positive: str, negative: str, keep: Keep | Non
             largest=farthest == (batch.sign > 0),
             match=match,
             skip_self=batch.own,
-            symmetric=batch.own,
+            symmetric=batch.own and batch.mirrored,
         )
         values, index = best_columns(
             batch.x, batch.y, batch.kind, asked, p=batch.p, backend=batch.backend

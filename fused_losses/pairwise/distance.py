@@ -6,6 +6,7 @@ result; `METRICS` and `SIMILARITIES` say which.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -84,24 +85,11 @@ def pairwise_distance(
     x, y = _rows(x, y, precision, bools=metric in FLAT)
     d = x.shape[-1]
     if w is not None:
-        if metric not in WEIGHTED:
-            raise ValueError(
-                f"w: expected None, metric={metric!r} has no weights (SciPy gives them to "
-                f"{', '.join(WEIGHTED)})"
-            )
+        check_weighted(metric)
         validation.check_vector("w", w, d, "one a coordinate", x)
         check_values("w", w, lambda v: v >= 0, "values >= 0")
         w = w.to(row_dtype(x.device))
-    if metric != "minkowski" and p != 2.0:
-        raise ValueError(f"p: expected no value with metric={metric!r}, got {p}")
-    if metric != "jensenshannon" and base is not None:
-        raise ValueError(f"base: expected None with metric={metric!r}, got {base}")
-    shapes = dict(VI=VI, covariance=covariance, variance=variance)
-    given = [name for name, value in shapes.items() if value is not None]
-    if given and metric != "mahalanobis":
-        raise ValueError(f"{given[0]}: expected None with metric={metric!r}, got a tensor")
-    if len(given) > 1:
-        raise ValueError(f"{given[1]}: expected one of VI, covariance and variance, got {given}")
+    check_options(metric, p, VI=VI, covariance=covariance, variance=variance, base=base)
     call = Call(x, y, w, precision, backend)
     with no_autocast(x.device):
         if metric == "minkowski":
@@ -142,8 +130,9 @@ def pairwise_similarity(
     """
     validation.check_choice("similarity", similarity, SIMILARITIES)
     x, y = _rows(x, y, precision, bools=False)
-    if isinstance(degree, bool) or not isinstance(degree, int | float):
+    if isinstance(degree, bool) or not isinstance(degree, Real):
         raise TypeError(f"degree: expected a number, got {type(degree).__name__}")
+    degree = float(degree)
     gamma = 1 / max(x.shape[-1], 1) if gamma is None else gamma
     gamma = number("gamma", gamma, x, positive=similarity in ("rbf", "laplacian"))
     coef0 = number("coef0", coef0, x, positive=False)
@@ -159,6 +148,31 @@ def pairwise_similarity(
             return (-gamma * call.matrix("cityblock", x, y)).exp()
         inner = gamma * call.matrix("dot", x, y) + coef0
         return inner.tanh() if similarity == "sigmoid" else inner**degree
+
+
+def check_weighted(metric: str) -> None:
+    if metric not in WEIGHTED:
+        raise ValueError(
+            f"w: expected None, metric={metric!r} has no weights (SciPy gives them to "
+            f"{', '.join(WEIGHTED)})"
+        )
+
+
+def check_exponent(metric: str, p: float) -> None:
+    if metric != "minkowski" and p != 2.0:
+        raise ValueError(f"p: expected no value with metric={metric!r}, got {p}")
+
+
+def check_options(metric: str, p: float, base: float | None = None, **matrices: Any) -> None:
+    """What a metric has no use for is an error; matrices: VI, covariance, variance."""
+    check_exponent(metric, p)
+    if metric != "jensenshannon" and base is not None:
+        raise ValueError(f"base: expected None with metric={metric!r}, got {base}")
+    given = [name for name, value in matrices.items() if value is not None]
+    if given and metric != "mahalanobis":
+        raise ValueError(f"{given[0]}: expected None with metric={metric!r}, got a tensor")
+    if len(given) > 1:
+        raise ValueError(f"{given[1]}: expected one of VI, covariance and variance, got {given}")
 
 
 def _rows(x: Tensor, y: Tensor | None, precision: str, bools: bool) -> tuple[Tensor, Tensor]:

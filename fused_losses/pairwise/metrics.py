@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -69,13 +70,13 @@ class Call(NamedTuple):
         # where only one side has several sets of rows, one matrix holds them all
         if y.shape[:-2].numel() == 1:
             w = w.reshape(m, d) if w is not None and of_rows else w
-            return distance_matrix(x.reshape(-1, d), y.reshape(m, d), w, **options).reshape(
+            return distance_matrix(x.flatten(0, -2), y.reshape(m, d), w, **options).reshape(
                 *lead, n, m
             )
         if x.shape[:-2].numel() == 1:
-            w = w.reshape(-1, d) if w is not None and of_rows else w
-            whole = distance_matrix(x.reshape(n, d), y.reshape(-1, d), w, **options)
-            return whole.reshape(n, -1, m).transpose(0, 1).reshape(*lead, n, m)
+            w = w.flatten(0, -2) if w is not None and of_rows else w
+            whole = distance_matrix(x.reshape(n, d), y.flatten(0, -2), w, **options)
+            return whole.reshape(n, y.shape[:-2].numel(), m).transpose(0, 1).reshape(*lead, n, m)
         if 0 in lead:
             # nothing, that is still a function of both
             return (wide(x).sum() + wide(y).sum()).expand(*lead, n, m)
@@ -83,7 +84,7 @@ class Call(NamedTuple):
             # the differences of all pairs are no larger than the rows themselves
             return self._by_formula(kind, x, y, w, p)
         flat = [
-            t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
+            t.expand(*lead, *t.shape[-2:]).flatten(0, -3)
             for t in ((x, y, w) if w is not None and of_rows else (x, y))
         ]
         rest = () if of_rows else (w,)
@@ -125,16 +126,17 @@ def _lp(kind: str, power: float) -> Callable[[Call], Tensor]:
 
 
 def minkowski(call: Call, p: float) -> Tensor:
-    if isinstance(p, bool) or not isinstance(p, int | float):
+    if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"p: expected a number, got {type(p).__name__}")
+    p = float(p)
     if not p > 0:
         raise ValueError(f"p: expected a value > 0, got {p}")
     if p == math.inf:
         return _chebyshev(call)
-    known = {1: "cityblock", 2: "euclidean"}
+    known = {1.0: "cityblock", 2.0: "euclidean"}
     if p in known:
         return PLAIN[known[p]](call)
-    return call.matrix("minkowski", *call.weighted(1 / p), p=float(p))
+    return call.matrix("minkowski", *call.weighted(1 / p), p=p)
 
 
 def _chebyshev(call: Call) -> Tensor:

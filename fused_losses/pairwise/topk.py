@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import accumulate_dtype, root, row_dtype
-from fused_losses.base.sides import integers
-from fused_losses.pairwise.distance import pairwise_distance
+from fused_losses.base.sides import Integers, integers
+from fused_losses.pairwise.distance import check_options, check_weighted, pairwise_distance
 from fused_losses.pairwise.metrics import METRICS
 from fused_losses.pairwise.whitening import whitened
 from fused_losses.primitives.distances.inputs import FLAT
@@ -140,7 +141,7 @@ def pairwise_topk(
         largest=metric == "dot" if largest is None else largest,
         match=match,
         skip_self=skip_self,
-        symmetric=y is None,
+        symmetric=y is None and mirrored(numbers),
     )
     return best_columns(
         x, bank, metric, asked, p=p, screen=screen, backend=backend, **metric_options
@@ -159,12 +160,10 @@ def best_columns(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`pairwise_topk` behind its door; asked: fields of `TopkInputs`, checked and numbered."""
+    _check_options(metric, p, options)
     plan = PLANS.get(metric)
     if options.get("w") is not None or options.get("variance") is not None:
         plan = None
-    if plan is None and metric not in METRICS:
-        known = ", ".join(sorted({*METRICS, "dot"}))
-        raise ValueError(f"metric: expected one of {known}, got {metric!r}")
     with torch.autocast(x.device.type, enabled=False):
         if plan is None:
             return _in_full(x, bank, metric, asked, {"p": p, "backend": backend, **options})
@@ -194,8 +193,6 @@ def _by_products(
         bank = x if same else bank.to(x.dtype)
     if metric == "mahalanobis":
         x, bank = whitened(x, bank, options.get("VI"), options.get("covariance"))
-    elif any(v is not None for v in options.values()):
-        raise TypeError(f"{sorted(options)[0]}: metric={metric!r} takes no such argument")
     elif plan.rows is not None:
         x, bank = plan.rows(x), plan.rows(bank)
     bank = x if same else bank
@@ -287,6 +284,28 @@ def _in_full(
     return _finished(x, values, index, asked["largest"]), index
 
 
+def mirrored(numbers: Integers) -> bool:
+    """Whether i sees j where j sees i, of one set of rows."""
+    return numbers.x_labels is numbers.y_labels and numbers.x_ids is numbers.y_ids
+
+
+def _check_options(metric: str, p: float, options: dict[str, Any]) -> None:
+    """The options of `pairwise_distance`, and no others, where the metric has them."""
+    if metric not in METRICS and metric not in PLANS:
+        known = ", ".join(sorted({*METRICS, "dot"}))
+        raise ValueError(f"metric: expected one of {known}, got {metric!r}")
+    stray = sorted(set(options) - {"w", "VI", "covariance", "variance", "base"})
+    if stray:
+        raise TypeError(
+            f"{stray[0]}: expected one of w, VI, covariance, variance and base, which "
+            f"pairwise_distance takes"
+        )
+    rest = {name: value for name, value in options.items() if name != "w"}
+    check_options(metric, p, **rest)
+    if options.get("w") is not None:
+        check_weighted(metric)
+
+
 def _check_side(name: str, rows: Tensor, shape: str, metric: str) -> None:
     bits = metric in FLAT and isinstance(rows, Tensor) and rows.dtype == torch.bool
     validation.check_matrix(name, rows[:0].float() if bits else rows, shape)
@@ -301,7 +320,7 @@ def _check(
     screen: str | QuantizedRows,
 ) -> None:
     _check_side("x", x, "[N, D]", metric)
-    if isinstance(k, bool) or not isinstance(k, int):
+    if isinstance(k, bool) or not isinstance(k, Integral):
         raise TypeError(f"k: expected an integer in [1, {MOST}], got {type(k).__name__}")
     if not 1 <= k <= MOST:
         raise ValueError(f"k: expected a value in [1, {MOST}], got {k}")

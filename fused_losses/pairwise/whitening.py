@@ -26,12 +26,11 @@ def wide(x: Tensor) -> Tensor:
 
 def about_mean(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both moved by the mean of y's rows: a later factor then rounds less."""
-    d = x.shape[-1]
-    flat = wide(x).reshape(-1, d)
+    flat = wide(x).flatten(0, -2)
     if y is x:
         moved = centered(flat, None)[0].reshape(x.shape)
         return moved, moved
-    moved, other = centered(flat, wide(y).reshape(-1, d))
+    moved, other = centered(flat, wide(y).flatten(0, -2))
     return moved.reshape(x.shape), other.reshape(y.shape)
 
 
@@ -51,7 +50,6 @@ def whitened(
     same = y is x
     x = x.to(wide)
     y = x if same else y.to(wide)
-    d = x.shape[-1]
     if VI is not None:
         _check_square("VI", VI, x)
         factor = _cholesky("VI", VI.to(wide))
@@ -63,7 +61,7 @@ def whitened(
             _check_square("covariance", covariance, x)
         factor = _cholesky("covariance", covariance.to(wide))
         whiten = lambda r: torch.linalg.solve_triangular(
-            factor, r.reshape(-1, d).mT, upper=False
+            factor, r.flatten(0, -2).mT, upper=False
         ).mT.reshape(r.shape)
     x, y = about_mean(x, y)
     x = whiten(x).to(dtype)
@@ -73,7 +71,7 @@ def whitened(
 def _covariance(x: Tensor, y: Tensor) -> Tensor:
     d = x.shape[-1]
     sides = (x,) if y is x else (x, y)
-    rows = torch.cat([r.reshape(-1, d) for r in sides])
+    rows = torch.cat([r.flatten(0, -2) for r in sides])
     if rows.shape[0] <= d:
         raise ValueError(
             f"covariance: expected one, or VI or variance: {rows.shape[0]} rows of size {d} have a "

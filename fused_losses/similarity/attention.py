@@ -221,10 +221,12 @@ def one_by_one(
     """f of each item of the leading dimensions, stacked; rows as tensors[0], columns as value."""
     if not lead:
         return f(*tensors)
-    flat = [t.reshape(-1, *t.shape[len(lead) :]) for t in tensors]
+    flat = [t.flatten(0, len(lead) - 1) for t in tensors]
     if flat[0].shape[0] == 0:
-        out = value.new_zeros(*tensors[0].shape[:-1], value.shape[-1])
-        return out, out.new_zeros(out.shape[:-1])
+        # nothing, that is still a function of all
+        zero = sum(t.sum().to(value.dtype) for t in tensors if t.is_floating_point())
+        out = value.new_zeros(*tensors[0].shape[:-1], value.shape[-1]) + zero
+        return out, out.new_zeros(out.shape[:-1], dtype=accumulate_dtype(value.dtype))
     found = [f(*items) for items in zip(*flat, strict=True)]
     out, lse = (torch.stack(parts) for parts in zip(*found, strict=True))
     return out.reshape(*lead, *out.shape[1:]), lse.reshape(*lead, *lse.shape[1:])

@@ -67,11 +67,11 @@ def _trilinear_block(
     q: Tensor, k1: Tensor, k2: Tensor, v2: Tensor, scale: float, precision: str, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Attention over l for a few j: out [N, J', Dv] and lse [N, J']."""
-    n, d = q.shape
-    products = (q[:, None] * k1).reshape(-1, d)
+    n = len(q)
+    products = (q[:, None] * k1).flatten(0, 1)
     inputs = scored(products, k2, number("scale", scale, q), precision=precision)
     out, lse = pair_attention(v2.contiguous(), inputs, backend=backend)
-    return out.reshape(n, -1, v2.shape[1]), lse.reshape(n, -1)
+    return out.unflatten(0, (n, len(k1))), lse.unflatten(0, (n, len(k1)))
 
 
 class _Trilinear(torch.autograd.Function):

@@ -414,7 +414,7 @@ def test_a_forced_screen_that_cannot_run_is_refused() -> None:
         (dict(exclude=torch.zeros(3, 1).long()), ValueError, "exclude: expected shape"),
         (dict(screen="int4"), ValueError, "screen: expected one of"),
         (dict(screen=quantize_rows(torch.randn(8, 4))), ValueError, "screen: expected the Quant"),
-        (dict(VI=torch.eye(4)), TypeError, "VI: metric='euclidean' takes no such"),
+        (dict(VI=torch.eye(4)), ValueError, "VI: expected None with metric='euclidean'"),
         (
             dict(y=quantize_rows(torch.randn(9, 4)), metric="cityblock"),
             ValueError,

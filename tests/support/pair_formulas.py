@@ -177,7 +177,14 @@ def diagonal_nce(t: Inputs, symmetric: bool = False, **options: object) -> Tenso
 def gathered_nce(t: Inputs) -> Tensor:
     n, m = len(t.x), len(t.y)
     positive = eye(n, m, m - n)
-    return nce(t.x @ t.y.T / 0.2, positive, ~positive, True)
+    return nce(t.x @ t.y.T / 0.2, positive, ~positive)
+
+
+def own_key_nce(t: Inputs) -> Tensor:
+    """MoCo: the positive, and no other key of the batch."""
+    z, positive = segments(t)
+    further = torch.arange(z.shape[1]) >= len(t.y)
+    return nce(z, positive, further.expand_as(z))
 
 
 def labelled_nce(t: Inputs, symmetric: bool = False) -> Tensor:
