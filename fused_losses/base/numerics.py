@@ -6,6 +6,7 @@ import contextlib
 from typing import overload
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -94,6 +95,19 @@ def reduced(loss: Tensor, counted: Tensor, reduction: str, dtype: torch.dtype) -
     elif reduction == "sum":
         loss = loss.sum()
     return loss.to(dtype)
+
+
+def followed(*tensors: Tensor) -> bool:
+    """Whether a derivative through one of them is asked for, in reverse mode or in forward mode."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(t.is_floating_point() and _moves(t) for t in tensors)
+
+
+def _moves(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype
@@ -46,6 +47,8 @@ def _backward(x: Tensor, grad: Tensor) -> Tensor:
 
 
 class _Unit(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, order: Tensor | None) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -57,6 +60,7 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -74,3 +78,12 @@ class _Unit(torch.autograd.Function):
                 rows = order[i : i + ROWS]
                 out[rows] = _backward(x[rows], grad[i : i + ROWS])
         return out, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        x, order = ctx.saved_tensors
+        x = forward_ad.unpack_dual(x).primal
+        if order is not None:
+            x, tangent = x.index_select(0, order), tangent.index_select(0, order)
+        # the Jacobian is symmetric
+        return _backward(x, tangent)

@@ -103,6 +103,13 @@ class Sharded(torch.autograd.Function):
                 dx = (dx * saved.dx_scale).to(embeddings.dtype)
         return dx, d_weight, None, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise NotImplementedError(
+            "ClassCenters: forward mode through the sharded head is not supported; use reverse "
+            "mode, or margin_softmax on one process"
+        )
+
 
 def _to_embeddings(
     embeddings: Tensor, dx: Tensor, d_norms: Tensor, d_gathered: Tensor, normalize: bool

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, unit_rows
+from fused_losses.base.numerics import accumulate_dtype, followed, unit_rows
 from fused_losses.base.validation import meet
 from fused_losses.margins import Margin, bend_of
 from fused_losses.primitives.row_statistics import bounded, reference
@@ -80,7 +80,8 @@ class ClassRows(NamedTuple):
         )
         if bend is None:
             return None
-        if self.options.backend != "reference" and getattr(scale, "requires_grad", False):
+        streamed = self.options.backend != "reference"
+        if streamed and isinstance(scale, Tensor) and followed(scale):
             raise NotImplementedError(
                 "scale: its gradient through a margin that bends other classes is not supported "
                 "by the streamed kernels; use backend='reference', or detach the scale"

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
+from fused_losses.base.numerics import accumulate_dtype, followed, no_autocast, unit_rows
 from fused_losses.base.validation import GRADIENTS, check_smoothing, meet, no_target
 from fused_losses.losses import reference as losses_reference
 from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
@@ -284,7 +284,7 @@ def _bend(
     """The margin's bends [4, N] of scores, from its bends of cosines, in the accumulation dtype."""
     if not hasattr(margin, "bend"):
         return None
-    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+    if isinstance(scale, Tensor) and followed(scale):
         raise NotImplementedError(
             "scale: its gradient through a margin that bends other classes is not supported by the "
             "streamed kernels; use backend='reference', or detach the scale"

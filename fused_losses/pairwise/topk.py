@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
-from fused_losses.base.numerics import accumulate_dtype, root, row_dtype
+from fused_losses.base.numerics import accumulate_dtype, followed, root, row_dtype
 from fused_losses.base.sides import Integers, integers
 from fused_losses.pairwise.distance import check_options, check_weighted, pairwise_distance
 from fused_losses.pairwise.metrics import METRICS
@@ -209,8 +209,7 @@ def _by_products(
         **{**asked, "largest": asked["largest"] != plan.similar},
     )
     keys, index = select(inputs, backend)
-    wants = x.requires_grad or (y_scale is None and bank.requires_grad)
-    if torch.is_grad_enabled() and wants:
+    if followed(x) or (y_scale is None and followed(bank)):
         keys = listed(x, bank, index, plan.kind, y_scale)
     values = keys if plan.value is None else plan.value(keys)
     return _finished(x, values.to(dtype), index, asked["largest"]), index
@@ -275,7 +274,7 @@ def _in_full(
             return distances(rows[:, None], others[at], at)[:, 0]
 
         part = x[i : i + step]
-        if torch.is_grad_enabled() and (x.requires_grad or bank.requires_grad):
+        if followed(x, bank):
             values.append(checkpoint(of_rows, part, bank, use_reentrant=False))
         else:
             values.append(of_rows(part, bank))

@@ -6,10 +6,12 @@ The schemas stand here for every backend: C++ adds its kernels to what this defi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fused_losses import backends
@@ -91,12 +93,28 @@ class StreamedOp:
 
     def __call__(self, backend: str, *arguments: Any) -> Any:
         # torch.library.register_autograd makes a Function without setup_context, which torch.func
-        # refuses (torch 2.13); ours has one
+        # refuses (torch 2.13), and without jvp, so that tangents end in it; ours has both
         differentiable = self.backward_schema is not None
-        transformed = differentiable and not torch.compiler.is_compiling()
-        if transformed and torch._C._are_functorch_transforms_active():
+        if differentiable and not torch.compiler.is_compiling() and _transformed():
             return StreamedFunction.apply(self, backend, *arguments)
         return self.op(backend)(*arguments)
+
+    def run_backward(self, backend: str, *arguments: Any) -> Any:
+        """The backward op, also within a transform of torch.func or a level of forward mode."""
+        if _transformed():
+            return _BackwardFunction.apply(self, backend, *arguments)
+        return self.op(backend, "_backward")(*arguments)
+
+    def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
+        """What the outputs move by where the arguments do by moves, None: not at all.
+
+        Here one sweep of the bounded form with dual numbers, which keeps no graph.
+        """
+        del output  # of which forms with a sweep of their own make use
+        given = duals(arguments, moves)
+        if direction:
+            return moves_of(self.backward("bounded", *given))
+        return tangents_of(self.forward("bounded", *given))
 
     def define(self) -> None:
         """Registers the op with every backend that this build has."""
@@ -146,17 +164,90 @@ def _python(run: Op, backend: str) -> Op:
     return on_backend
 
 
+def _transformed() -> bool:
+    """Within a transform of torch.func or a level of forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def duals(arguments: tuple, moves: tuple) -> list[Any]:
+    """The arguments as dual numbers, where they have a tangent; a level must be open."""
+    return [
+        a if t is None else forward_ad.make_dual(a.detach(), t.detach())
+        for a, t in zip(arguments, moves, strict=True)
+    ]
+
+
+def primals(saved: tuple) -> tuple:
+    """What `jvp` finds saved, without the tangents; what else differentiates follows it still."""
+    return tuple(
+        forward_ad.unpack_dual(t).primal if t is not None and t.is_floating_point() else t
+        for t in saved
+    )
+
+
+def tangents_of(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """What dual numbers move by; None: not at all."""
+    return tuple(
+        forward_ad.unpack_dual(o).tangent if o.is_floating_point() else None
+        for o in ((out,) if isinstance(out, Tensor) else out)
+    )
+
+
+def moves_of(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`tangents_of` what a backward gave, each of which must have one."""
+    found = zip(gradients, tangents_of(gradients), strict=True)
+    return tuple(torch.zeros_like(g) if t is None else t for g, t in found)
+
+
+def _keep(ctx: Any, inputs: tuple, output: Any) -> None:
+    """What `jvp` needs: the tensors where autograd finds them, the rest beside."""
+    ctx.single = isinstance(output, Tensor)
+    output = (output,) if ctx.single else output
+    ctx.save_for_forward(*[a if isinstance(a, Tensor) else None for a in inputs], *output)
+    ctx.others = [None if isinstance(a, Tensor) else a for a in inputs]
+
+
+def _moved(ctx: Any, direction: str, tangents: tuple) -> Any:
+    """The outputs' tangents, as `jvp` returns them."""
+    saved, count = primals(ctx.saved_tensors), len(ctx.others)
+    arguments = (
+        other if tensor is None else tensor
+        for tensor, other in zip(saved[:count], ctx.others, strict=True)
+    )
+    of, name = partial(ctx.streamed.tangents, direction), ctx.streamed.name
+    found = TangentFunction.apply(name, of, count, *arguments, *tangents[2:], *saved[count:])
+    return found[0] if ctx.single else found
+
+
+def _each(function: Any, info: Any, in_dims: tuple, arguments: tuple) -> tuple[Any, Any]:
+    """A rule for vmap: one call an item, its outputs stacked."""
+    calls = [
+        function.apply(
+            *(
+                a.select(dim, i).contiguous() if isinstance(dim, int) else a
+                for a, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    out = tuple(None if o[0] is None else torch.stack(o) for o in zip(*calls, strict=True))
+    return out, tuple(None if o is None else 0 for o in out)
+
+
 class StreamedFunction(torch.autograd.Function):
-    """A streamed op under torch.func: the same gradient as the registered op's."""
+    """A streamed op under torch.func and in forward mode: the registered op's own gradient."""
 
     @staticmethod
-    def forward(streamed: StreamedOp, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(streamed: StreamedOp, backend: str, *arguments: Any) -> Any:
         return streamed.op(backend)(*arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.streamed, ctx.backend = inputs[:2]
         ctx.streamed.setup_context(ctx, inputs[2:], output)
+        _keep(ctx, inputs[2:], output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
@@ -165,6 +256,17 @@ class StreamedFunction(torch.autograd.Function):
 
         needed = ctx.needs_input_grad[2:]
         return (None, None, *ctx.streamed.gradients(backward_op, ctx, needed, grads))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _moved(ctx, "", tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, streamed: StreamedOp, *arguments: Any) -> Any:
+        raise NotImplementedError(
+            f"{streamed.name}: torch.func.vmap over the rows of a streamed op is not supported; "
+            "give it all rows at once, or call it in a loop"
+        )
 
 
 class _BackwardFunction(torch.autograd.Function):
@@ -177,8 +279,46 @@ class _BackwardFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.streamed = inputs[0]
+        _keep(ctx, inputs[2:], output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple:
-        hint = "" if ctx.streamed.second is None else " under torch.func"
+        hint = "" if ctx.streamed.second is None else " under torch.func or in forward mode"
         return refused(ctx.streamed.name, hint)(ctx, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
+        return _moved(ctx, "_backward", tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Any, Any]:
+        return _each(_BackwardFunction, info, in_dims, arguments)
+
+
+class TangentFunction(torch.autograd.Function):
+    """of(arguments, tangents, output), with no further derivative: that is refused."""
+
+    @staticmethod
+    def forward(
+        name: str, of: Callable[[tuple, tuple, tuple], tuple], count: int, *given: Any
+    ) -> tuple[Any, ...]:
+        arguments, tangents, output = given[:count], given[count : 2 * count], given[2 * count :]
+        exact = torch.autocast(arguments[0].device.type, enabled=False)
+        with exact, forward_ad._set_fwd_grad_enabled(True):
+            return of(arguments, tangents, output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        return refused(ctx.name, " (forward mode has one direction)")(ctx, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
+        return refused(ctx.name, " (forward mode has one direction)")(ctx, *tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[Any, Any]:
+        return _each(TangentFunction, info, in_dims, arguments)

@@ -13,6 +13,7 @@ from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
 from fused_losses.base.validation import check_both, number
 from fused_losses.losses.scored_pairs import scored
+from fused_losses.primitives.op import TangentFunction, duals, primals, tangents_of
 from fused_losses.primitives.pairs.op import pair_attention
 from fused_losses.similarity.attention import check_leading, check_values, one_by_one
 
@@ -93,11 +94,23 @@ class _Trilinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5])
         ctx.rest = inputs[5:]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         return *_TrilinearBackward.apply(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents: Tensor | None) -> Tensor:
+        rest = ctx.rest
+
+        def of(tensors: tuple, tangents: tuple, _: tuple) -> tuple:
+            out = _trilinear_forward(*duals(tensors, tangents), *rest)[0]
+            return tangents_of(out.to(tensors[3].dtype))
+
+        given = *primals(ctx.saved_tensors), *tangents[:5]
+        return TangentFunction.apply("trilinear_attention", of, 5, *given)[0]
 
 
 class _TrilinearBackward(torch.autograd.Function):

@@ -115,7 +115,6 @@ def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_Tile]:
     if x.shape[0] == 0:
         return
     step, place = tile_classes(p), places(p)
-    dot = DISTANCE_MATRIX.op(backend)
     for start in range(0, p.taking_part, step):
         part = slice(start, min(start + step, p.taking_part))
         size = part.stop - start
@@ -123,7 +122,7 @@ def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_Tile]:
         weight = p.weight[rows].to(x.dtype)
         norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True) if p.normalize else None
         weight = unit_rows(weight) if p.normalize else weight
-        product = dot(x, weight, None, "dot", 2.0, p.precision)
+        product = DISTANCE_MATRIX(backend, x, weight, None, "dot", 2.0, p.precision)
         cosine = pool(product.unflatten(1, (size, p.centers)), p.softness)
         column = place - start
         column = torch.where((column < 0) | (column >= size), size, column)
@@ -228,11 +227,11 @@ def backward(
     compact = compact and p.classes is not None
     merged, grads = statistics.to(x.dtype), grad_statistics.to(x.dtype)
     of_targets = grad_targets.to(x.dtype)
-    backward = DISTANCE_MATRIX.op(backend, "_backward")
     for tile in _tiles(backend, p, x) if need_x or need_weight else ():
         g = _spread(_tile_gradient(p, tile, grads, merged, of_targets), tile, p)
         given = (g, tile.product, x, tile.weight, None, "dot", 2.0, p.precision)
-        of_x, of_weight, _ = backward(*given, need_x, need_weight, False)
+        needs = (need_x, need_weight, False)
+        of_x, of_weight, _ = DISTANCE_MATRIX.run_backward(backend, *given, *needs)
         if need_x:
             dx += of_x
         if need_weight:

@@ -22,7 +22,7 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import row_dtype
 from fused_losses.base.validation import describe
-from fused_losses.primitives.class_rules import bounded
+from fused_losses.primitives.class_rules import bounded, tangents
 from fused_losses.primitives.class_rules.bounded import gradient_shape
 from fused_losses.primitives.class_rules.inputs import (
     BACKWARD,
@@ -33,7 +33,7 @@ from fused_losses.primitives.class_rules.inputs import (
 )
 from fused_losses.primitives.class_rules.reference import reference
 from fused_losses.primitives.class_rules.rules import RULES
-from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
+from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp, duals
 
 # ---- what the op is given -----------------------------------------------------------------------
 
@@ -185,6 +185,13 @@ class ClassRulesOp(StreamedOp):
         grad_statistics, grad_targets, statistics = arguments[:3]
         before = backend, grad_statistics, grad_targets, statistics
         return bounded.backward(*before, p, *arguments[-3:])
+
+    def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
+        if direction:
+            return super().tangents(direction, arguments, moves, output)
+        moving = tuple(t if i < 2 else None for i, t in enumerate(moves))
+        p = ClassInputs(*duals(arguments, moving))
+        return *tangents.statistics(p, output[0]), None, None
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         if not direction:

@@ -104,6 +104,33 @@ def backward(
     )
 
 
+def tangent(
+    dx: Tensor | None, dy: Tensor | None, dw: Tensor | None, out: Tensor, inputs: DistanceInputs
+) -> Tensor:
+    """What out moves by where the rows and weights do. [N, M]"""
+    x, y, w, kind, p, _ = inputs
+    dx, dy, dw = (
+        None if t is None else torch.zeros_like(t) if d is None else d
+        for t, d in ((x, dx), (y, dy), (w, dw))
+    )
+    assert dx is not None and dy is not None
+    (x, y, w), (dx, dy, dw) = _wide(x, y, w), _wide(dx, dy, dw)
+    if kind == "dot":
+        return dx @ y.T + x @ dy.T
+    if kind in PRODUCTS:
+        return _to_difference(_products_of_differences(dx, dy, x, y, kind, out), out, kind)
+    slopes, found = KINDS[kind].slopes, torch.empty_like(out)
+    assert slopes is not None
+    for rows, cols in _blocks(x.shape[0], y.shape[0], x.shape[1] * out.element_size()):
+        given = x[rows, None], y[cols], _of_columns(kind, w, cols), p, out[rows, cols, None]
+        to_x, to_y, to_w = slopes(*given)
+        moved = (to_x * dx[rows, None] + to_y * dy[cols]).sum(dim=2)
+        if to_w is not None and dw is not None:
+            moved += (to_w * (dw[cols] if kind == "scaled" else dw)).sum(dim=2)
+        found[rows, cols] = moved
+    return found
+
+
 def _blocks(n: int, m: int, pair_bytes: int) -> Iterator[tuple[slice, slice]]:
     """Blocks of pairs of at most BLOCK_BYTES, one pair at least."""
     pairs = max(1, BLOCK_BYTES // max(pair_bytes, 1))

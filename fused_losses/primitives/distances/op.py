@@ -208,6 +208,18 @@ class DistanceMatrixOp(StreamedOp):
         p, needs = DistanceInputs(*rest[:-3]), DistanceNeeds(*rest[-3:])
         return self.form(backend).backward(grad, out, p, needs)
 
+    def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
+        kind = arguments[5 if direction else 3]
+        if kind in FLAT:
+            return (None,)
+        if not direction:
+            dx, dy, dw = moves[:3]
+            return (bounded.tangent(dx, dy, dw, output[0], DistanceInputs(*arguments)),)
+        if kind not in PRODUCTS:
+            name = f"distance_matrix, kind={kind!r}"
+            return refused(name)(None)
+        return super().tangents(direction, arguments, moves, output)
+
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         if not direction:
             return self.form(backend).workspace(DistanceInputs(*arguments), None)

@@ -207,7 +207,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
                 new = _reduce(block.term(kind)[0], mask, dim, reduction, out.dtype)
                 out[:, kind, at] = _merge(out[:, kind, at], new, reduction)
     if p.triangle:
-        return _merge(sides[0], sides[1], reduction), sides[1][..., :0].contiguous()
+        return _merge(sides[0], sides[1], reduction), sides[1][..., :0].clone()
     return sides[0], sides[1]
 
 

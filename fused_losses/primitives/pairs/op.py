@@ -32,8 +32,8 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.base.validation import describe
-from fused_losses.primitives.op import StreamedOp
-from fused_losses.primitives.pairs import bounded
+from fused_losses.primitives.op import StreamedOp, duals, moves_of
+from fused_losses.primitives.pairs import bounded, tangents
 from fused_losses.primitives.pairs import reference as reference_pairs
 from fused_losses.primitives.pairs.inputs import (
     BEFORE,
@@ -200,6 +200,21 @@ class PairsOp(StreamedOp):
         out = [g if need else None for g, need in zip(out, needs, strict=True)]
         return (*out, *[None] * (count - len(out)))
 
+    def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
+        """In one sweep, from the statistics that are known."""
+        name = self.name + direction
+        at = BEFORE[name]
+        moving = {*range(at), *(at + i for i in DIFFERENTIABLE)}
+        given = duals(arguments, tuple(t if i in moving else None for i, t in enumerate(moves)))
+        if direction:
+            return moves_of(self.backward("bounded", *given))
+        before, p, after = sorted_out(name, given)
+        return self.moved(before, p, after, output)
+
+    def moved(self, before: tuple, p: PairInputs, after: tuple, output: tuple) -> tuple:
+        """Tangents of the output, that of dual inputs."""
+        raise NotImplementedError
+
     def setup_second(self, ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in inputs])
         ctx.rest = [None if isinstance(a, Tensor) else a for a in inputs]
@@ -254,6 +269,10 @@ class PairStatisticsOp(PairsOp):
         _, p, after = sorted_out(self.name, arguments)
         return self.form(backend).statistics(p, *after)
 
+    def moved(self, before: tuple, p: PairInputs, after: tuple, output: tuple) -> tuple:
+        (rows, columns), (reduction, cols) = output, after
+        return tangents.statistics(p, rows, columns, reduction, cols)
+
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         before, p, (reduction, cols, *needs) = sorted_out(f"{self.name}_backward", arguments)
         run = self.form(backend).statistics_backward
@@ -285,6 +304,10 @@ class PairAttentionOp(PairsOp):
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         before, p, after = sorted_out(self.name, arguments)
         return self.form(backend).attention(*before, p, *after)
+
+    def moved(self, before: tuple, p: PairInputs, after: tuple, output: tuple) -> tuple:
+        (values,), (positives,), (out, lse) = before, after, output
+        return tangents.attention(values, p, positives, out, lse)
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         before, p, (positives, need_values, *needs) = sorted_out(f"{self.name}_backward", arguments)

@@ -49,7 +49,7 @@ def _score_bytes(backend: str, p: RowInputs, tall: int, needs: RowNeeds | None) 
 
 def _scores(backend: str, p: RowInputs, x: Tensor, y: Tensor) -> Tensor:
     """Scores [B, M] of rows x, before their sign."""
-    return DISTANCE_MATRIX.op(backend)(x, y, None, SCORES[p.score][0], 2.0, p.precision)
+    return DISTANCE_MATRIX(backend, x, y, None, SCORES[p.score][0], 2.0, p.precision)
 
 
 def forward(backend: str, p: RowInputs) -> Tensor:
@@ -74,7 +74,7 @@ def backward(
     dvalues = (
         torch.zeros_like(p.values) if need_values and p.values is not None else p.x.new_empty(0)
     )
-    backward, gradient = DISTANCE_MATRIX.op(backend, "_backward"), rule.on(backend).gradient
+    gradient = rule.on(backend).gradient
     assert gradient is not None
     for rows in runs(p.x.shape[0], _tall(p)):
         score = _scores(backend, p, x[rows], y)
@@ -83,7 +83,7 @@ def backward(
         )
         slope = -slope if sign < 0 else slope
         given = (slope.to(dtype), score, x[rows], y, None, kind, 2.0, p.precision)
-        of_x, of_y, _ = backward(*given, need_x, need_y, False)
+        of_x, of_y, _ = DISTANCE_MATRIX.run_backward(backend, *given, need_x, need_y, False)
         if need_x:
             dx[rows] = of_x
         if need_y:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
-from fused_losses.primitives.op import StreamedFunction, StreamedOp
+from fused_losses.primitives.op import StreamedFunction, StreamedOp, duals
+from fused_losses.primitives.row_statistics import tangents
 from fused_losses.primitives.row_statistics.inputs import (
     BACKWARD,
     FORWARD,
@@ -186,6 +187,14 @@ class RowStatisticsOp(StreamedOp):
         grads = grads._replace(lse=grads.lse.to(narrow), target=grads.target.to(narrow))
         out = self.form(backend).backward(p, lse.to(narrow), grads, needs)
         return tuple(p.weight.new_empty(0) if g is None else g for g in out)
+
+    def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
+        if direction:
+            return super().tangents(direction, arguments, moves, output)
+        # the bend has no gradient
+        moving = tuple(t if i in (0, 1, 4) else None for i, t in enumerate(moves))
+        p = Inputs(*duals(arguments, moving)[:-1])
+        return *tangents.statistics(p, output[0]), None, None, None
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         if not direction:

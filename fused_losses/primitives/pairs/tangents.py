@@ -1,0 +1,67 @@
+"""Forward mode over pairs: what statistics move by, in one sweep of blocks of dual numbers."""
+
+from __future__ import annotations
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from fused_losses.primitives.pairs.bounded import Block, both_sides, cuts
+from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, VALUE, PairInputs
+
+
+def statistics(
+    p: PairInputs, rows: Tensor, columns: Tensor, reduction: str, cols: bool
+) -> tuple[Tensor, Tensor]:
+    """Tangents of rows and columns, the statistics of the dual p. [4, 2, N], [4, 2, M or 0]"""
+    p = both_sides(p)
+    # with triangle a pair counts in the rows of both its ends
+    stats = (rows, rows if p.triangle else columns)
+    found = [torch.zeros_like(s) for s in stats]
+    for i, j in cuts(p):
+        block = Block(p, i, j)
+        for dim, at, window in block.sides(cols or p.triangle):
+            out, of = found[1 - dim], stats[1 - dim]
+            for kind in (POSITIVE, NEGATIVE) if p.x_labels is not None else (NEGATIVE,):
+                z, moved = _dual(block.term(kind)[0])
+                moved = torch.where(block.members(kind, window), moved, 0)
+                slope = _slope(z, of[VALUE, kind, at], dim, reduction)
+                out[0, kind, at] += torch.where(moved == 0, 0, slope * moved).sum(dim).to(out)
+                out[1, kind, at] += moved.sum(dim).to(out)
+    if p.triangle:
+        return found[0] + found[1], columns.new_zeros(columns.shape)
+    return found[0], found[1]
+
+
+def _slope(z: Tensor, value: Tensor, dim: int, reduction: str) -> Tensor:
+    """dvalue/dz of every pair of a block."""
+    if reduction != "lse":
+        return torch.sigmoid(z) if reduction == "softplus" else (z > 0).to(z.dtype)
+    lse = torch.where(value == -torch.inf, 0, value).to(z.dtype)
+    return (z - lse.unsqueeze(dim)).exp()
+
+
+def _dual(z: Tensor) -> tuple[Tensor, Tensor]:
+    """A dual number's two parts."""
+    z, moved = forward_ad.unpack_dual(z)
+    return z, torch.zeros_like(z) if moved is None else moved
+
+
+def attention(
+    values: Tensor, p: PairInputs, positives: bool, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tangents of out and lse, the attention of the duals p and values."""
+    kind = POSITIVE if positives else NEGATIVE
+    values, of_values = _dual(values.to(out.dtype))
+    safe = torch.where(lse == -torch.inf, 0, lse).to(out.dtype)
+    to_out, to_lse = torch.zeros_like(out), torch.zeros_like(lse)
+    for i, j in cuts(p):
+        block = Block(p, i, j)
+        _, _, window = next(block.sides(False))
+        z, moved = _dual(block.term(kind)[0])
+        members = block.members(kind, window)
+        weights = torch.where(members, (z - safe[i, None]).exp(), 0)
+        moved = torch.where(members, weights * moved, 0)
+        to_out[i] += moved @ values[j] + weights @ of_values[j]
+        to_lse[i] += moved.sum(1).to(lse)
+    return to_out - out * to_lse[:, None].to(out), to_lse
