@@ -4,6 +4,10 @@
 //   forward: value, total, count and best of each class of pairs, for rows and for columns
 //   backward: G_ij = dL/du_ij,  dx = scale G y,  dy = scale G^T x,  dscale = sum G <x, y>
 //
+// apart: u = -scale/2 |x - y|^2, with a = -scale/2 |x|^2 and b alike. A pair is near when not
+// |u| >= share |a + b|: its u comes from differences, its G stays out of the bias sums, and adds
+// scale G (y - x) to dx, scale G (x - y) to dy, -G |x - y|^2 / 2 to dscale.
+//
 // Work goes in blocks and tiles of sizes that the number of threads does not change, and every sum
 // has one owner or a fixed order: the results are the same bits on any number of threads.
 #pragma once
@@ -44,6 +48,7 @@ struct PairProblem {
   Rule rule[kClasses];
   Reduction reduction;
   bool skip_self, triangle;
+  bool apart;      // near pairs are mended: see below
   bool both;       // statistics of the columns too (always with triangle)
   bool is_double;  // x and y are double, else float
   Precision precision;

@@ -35,7 +35,7 @@ size_t row_workspace(int64_t n, int64_t d, int64_t itemsize, bool bf16);
 // `width`: of an attention's values, 0: none.
 void register_pairs(torch::Library& m);
 size_t pair_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& precision,
-                      int64_t width);
+                      int64_t width, bool apart);
 
 void register_maxsim(torch::Library& m);
 size_t maxsim_workspace(int64_t query_tokens, int64_t document_tokens, int64_t d, int64_t item,

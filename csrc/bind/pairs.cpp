@@ -1,5 +1,7 @@
 // The cpu ops of the sweep over pairs; module.cpp registers them.
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/dot.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vecdot.h>
 #include <ATen/ops/sub.h>
@@ -8,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -26,11 +29,37 @@ Rule rule_of(c10::ArrayRef<double> r, const char* name) {
   return {r[0], r[1], r[2]};
 }
 
+template <class T>
+void squared_norms(const T* x, int64_t first, int64_t end, int64_t d, double* out) {
+  for (int64_t i = first; i < end; ++i) {
+    double sums[8] = {};
+    for (int64_t e = 0; e < d; ++e) {
+      const double v = x[i * d + e];
+      sums[e % 8] += v * v;
+    }
+    out[i] = std::accumulate(sums, sums + 8, 0.0);
+  }
+}
+
+// |x|^2 a row, in double.
+Tensor squared_norms(const Tensor& x) {
+  const Tensor out = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
+  at::parallel_for(0, x.size(0), 256, [&](int64_t first, int64_t end) {
+    if (x.scalar_type() == at::kDouble) {
+      squared_norms(x.const_data_ptr<double>(), first, end, x.size(1), out.data_ptr<double>());
+    } else {
+      squared_norms(x.const_data_ptr<float>(), first, end, x.size(1), out.data_ptr<double>());
+    }
+  });
+  return out;
+}
+
 // A PairProblem and what it points to.
 struct PairCall {
   Tensor x, y;
   std::vector<Tensor> held;
   at::ScalarType accumulate;
+  Tensor x_norms, y_norms;  // of a call apart, double
   PairProblem problem;
 
   const void* vector(const OptionalTensor& t, at::ScalarType type, at::IntArrayRef shape,
@@ -53,8 +82,8 @@ struct PairCall {
            const OptionalTensor& y_groups, const OptionalTensor& exclude,
            const OptionalTensor& x_window, const OptionalTensor& y_window, c10::string_view score,
            c10::ArrayRef<double> positive, c10::ArrayRef<double> negative, bool skip_self,
-           bool triangle, c10::string_view precision, c10::string_view reduction = "lse",
-           bool cols = false) {
+           bool triangle, bool apart, c10::string_view precision,
+           c10::string_view reduction = "lse", bool cols = false) {
     TORCH_CHECK_VALUE(x_in.dim() == 2 && y_in.dim() == 2 && x_in.size(1) == y_in.size(1),
                       "pairs: expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ",
                       y_in.sizes());
@@ -93,6 +122,7 @@ struct PairCall {
     TORCH_CHECK_VALUE(!exclude || !triangle, "exclude: not with triangle");
     problem.d = x.size(1);
     problem.scale = scale.item<double>();
+    if (apart) lower(x_bias, y_bias);
     problem.excluded = exclude ? exclude->size(1) : 0;
     problem.exclude = indices(exclude, {n, problem.excluded}, "exclude");
     TORCH_CHECK_VALUE(score == "linear" || score == "root", "score: expected linear or root, got ",
@@ -114,6 +144,23 @@ struct PairCall {
                 "pairs: expected fewer than 2^31 rows");
   }
 
+  // -scale |x - y|^2 as a product and two biases, whose near pairs the kernels mend
+  // (primitives/pairs/apart.py).
+  void lower(const OptionalTensor& x_bias, const OptionalTensor& y_bias) {
+    TORCH_CHECK_VALUE(!x_bias && !y_bias, "x_bias, y_bias: expected None with apart, got a tensor");
+    const bool one = y.const_data_ptr() == x.const_data_ptr() && y.size(0) == x.size(0);
+    x_norms = squared_norms(x);
+    y_norms = one ? x_norms : squared_norms(y);
+    const auto bias = [&](const Tensor& norms) {
+      held.push_back(norms.mul(-problem.scale).to(accumulate));
+      return held.back().const_data_ptr();
+    };
+    problem.apart = true;
+    problem.rows.bias = bias(x_norms);
+    problem.columns.bias = one ? problem.rows.bias : bias(y_norms);
+    problem.scale *= 2;
+  }
+
   Tensor empty(at::IntArrayRef shape) const {
     const Tensor t = at::empty(shape, x.options());
     advise_huge(t);
@@ -133,11 +180,11 @@ std::tuple<Tensor, Tensor> statistics(
     const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& x_groups,
     const OptionalTensor& y_groups, const OptionalTensor& exclude, const OptionalTensor& x_window,
     const OptionalTensor& y_window, c10::string_view score, c10::ArrayRef<double> positive,
-    c10::ArrayRef<double> negative, bool skip_self, bool triangle, c10::string_view precision,
-    c10::string_view reduction, bool cols) {
+    c10::ArrayRef<double> negative, bool skip_self, bool triangle, bool apart,
+    c10::string_view precision, c10::string_view reduction, bool cols) {
   const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
                       y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
-                      triangle, precision, reduction, cols);
+                      triangle, apart, precision, reduction, cols);
   const PairProblem& p = call.problem;
   const Tensor rows = doubles({kStatistics, kClasses, p.rows.count});
   const Tensor columns = doubles({kStatistics, kClasses, cols && !triangle ? p.columns.count : 0});
@@ -175,14 +222,29 @@ struct Gradients {
       dscale = doubles({});
       out.dscale = dscale.data_ptr<double>();
     }
-    if (need_x_bias && x_bias) {
+    if (p.apart ? need_x || need_scale : need_x_bias && x_bias) {
       dx_bias = call.empty({p.rows.count});
       out.dx_bias = dx_bias.data_ptr();
     }
-    if (need_y_bias && y_bias) {
+    if (p.apart ? !p.triangle && (need_y || need_scale) : need_y_bias && y_bias) {
       dy_bias = call.empty({p.columns.count});
       out.dy_bias = dy_bias.data_ptr();
     }
+  }
+
+  // The gradients of a call apart from those of the lowered one.
+  void raise(const PairCall& call) {
+    const PairProblem& p = call.problem;
+    if (out.dscale) {
+      *out.dscale = 2 * *out.dscale - at::dot(dx_bias.to(at::kDouble), call.x_norms).item<double>();
+      if (out.dy_bias) {
+        *out.dscale -= at::dot(dy_bias.to(at::kDouble), call.y_norms).item<double>();
+      }
+    }
+    if (out.dx) dx.addcmul_(call.x, dx_bias.unsqueeze(1), -p.scale);
+    if (out.dy) dy.addcmul_(call.y, dy_bias.unsqueeze(1), -p.scale);
+    dx_bias = nothing(call.x);
+    dy_bias = nothing(call.x);
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as(const Tensor& x, const Tensor& y,
@@ -199,15 +261,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics_backward(
     const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& x_groups,
     const OptionalTensor& y_groups, const OptionalTensor& exclude, const OptionalTensor& x_window,
     const OptionalTensor& y_window, c10::string_view score, c10::ArrayRef<double> positive,
-    c10::ArrayRef<double> negative, bool skip_self, bool triangle, c10::string_view precision,
-    c10::string_view reduction, bool cols, bool need_x, bool need_y, bool need_scale,
-    bool need_x_bias, bool need_y_bias) {
+    c10::ArrayRef<double> negative, bool skip_self, bool triangle, bool apart,
+    c10::string_view precision, c10::string_view reduction, bool cols, bool need_x, bool need_y,
+    bool need_scale, bool need_x_bias, bool need_y_bias) {
   const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
                       y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
-                      triangle, precision, reduction, cols);
+                      triangle, apart, precision, reduction, cols);
   const PairProblem& p = call.problem;
-  const Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias,
-                    need_y_bias);
+  Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias, need_y_bias);
   std::vector<Tensor> held;
   for (const Tensor* t : {&grad_rows, &grad_columns, &rows, &columns}) {
     held.push_back(t->to(at::kDouble).contiguous());
@@ -218,6 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics_backward(
   const Parallel parallel = torch_threads();
   const Tensor buffer = scratch(kernels.backward_bytes(p, g.out, parallel.threads));
   kernels.backward(p, in, g.out, aligned(buffer), parallel);
+  if (p.apart) g.raise(call);
   return g.as(x, y, scale);
 }
 
@@ -236,11 +298,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& values_in, const Tensor& x, c
                                      const OptionalTensor& x_window, const OptionalTensor& y_window,
                                      c10::string_view score, c10::ArrayRef<double> positive,
                                      c10::ArrayRef<double> negative, bool skip_self, bool triangle,
-                                     c10::string_view precision, bool positives) {
+                                     bool apart, c10::string_view precision, bool positives) {
   TORCH_CHECK_VALUE(!triangle, "pair_attention: not with triangle");
   const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
                       y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
-                      triangle, precision);
+                      triangle, apart, precision);
   const PairProblem& p = call.problem;
   const Tensor values = values_in.to(call.accumulate).contiguous();
   const AttentionIn in = attention_in(values, call, positives);
@@ -260,16 +322,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& x_groups, const OptionalTensor& y_groups, const OptionalTensor& exclude,
     const OptionalTensor& x_window, const OptionalTensor& y_window, c10::string_view score,
     c10::ArrayRef<double> positive, c10::ArrayRef<double> negative, bool skip_self, bool triangle,
-    c10::string_view precision, bool positives, bool need_values, bool need_x, bool need_y,
-    bool need_scale, bool need_x_bias, bool need_y_bias) {
+    bool apart, c10::string_view precision, bool positives, bool need_values, bool need_x,
+    bool need_y, bool need_scale, bool need_x_bias, bool need_y_bias) {
   const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
                       y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
-                      triangle, precision);
+                      triangle, apart, precision);
   const PairProblem& p = call.problem;
   const Tensor values = values_in.to(call.accumulate).contiguous();
   const AttentionIn in = attention_in(values, call, positives);
-  const Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias,
-                    need_y_bias);
+  Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias, need_y_bias);
   const Tensor dvalues = need_values ? call.empty(values.sizes()) : nothing(values);
   const Tensor grad = grad_out.to(call.accumulate).contiguous();
   const Tensor shift =
@@ -283,6 +344,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
       scratch(kernels.attention_backward_bytes(p, in, g.out, need_values, parallel.threads));
   kernels.attention_backward(p, in, given, g.out, need_values ? dvalues.data_ptr() : nullptr,
                              aligned(buffer), parallel);
+  if (p.apart) g.raise(call);
   return std::tuple_cat(std::tuple(dvalues.to(values_in.scalar_type())), g.as(x, y, scale));
 }
 
@@ -296,8 +358,9 @@ void register_pairs(torch::Library& m) {
 }
 
 size_t pair_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& precision,
-                      int64_t width) {
+                      int64_t width, bool apart) {
   PairProblem p = {};
+  p.apart = apart;
   p.rows.count = n;
   p.columns.count = m;
   p.d = d;
@@ -325,8 +388,10 @@ size_t pair_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::
     }
     p.triangle = false;
   }
+  // norms, biases and the gradients of these
+  const size_t vectors = apart ? 4 * sizeof(double) * (n + m) : 0;
   const size_t widened = item == 2 ? 2 * kWidened * (n + m) * (d + width) : 0;
-  return scratch_bytes(most) + shift + widened;
+  return scratch_bytes(most) + shift + vectors + widened;
 }
 
 }  // namespace fused_losses

@@ -62,6 +62,38 @@ def centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x - mean, None if y is None else y - mean
 
 
+@overload
+def exactly_centered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
+@overload
+def exactly_centered(x: Tensor, y: None) -> tuple[Tensor, None]: ...
+def exactly_centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both moved towards 0 by one row, without a rounding: no difference of rows changes.
+
+    A coordinate c moves where all its values have one sign, by their mean but at most twice the
+    smallest |value|, cut to a multiple of the largest one's unit in the last place. Then v - c is a
+    multiple of v's unit and no larger than v: it has a number of its own (Sterbenz).
+    """
+    sides = [t.detach() for t in (x, y) if t is not None and t.shape[0]]
+    if not sides or not x.shape[1]:
+        return x, y
+    wide = accumulate_dtype(x.dtype)
+    low = torch.stack([t.amin(dim=0) for t in sides]).amin(dim=0).to(wide)
+    high = torch.stack([t.amax(dim=0) for t in sides]).amax(dim=0).to(wide)
+    mean = sides[-1].mean(dim=0, dtype=wide).abs()
+    least, most = torch.minimum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())
+    # 2^e <= most < 2^(e + 1): the exponent's bits alone
+    bits, exponent = (
+        (torch.int64, 0x7FF0000000000000) if wide == torch.float64 else (torch.int32, 0x7F800000)
+    )
+    binade = (most.view(bits) & exponent).view(wide)
+    unit = (binade * torch.finfo(x.dtype).eps).clamp_min(torch.finfo(x.dtype).tiny)
+    center = (torch.minimum(mean, 2 * least) / unit).floor() * unit
+    # so written, a NaN or an infinite value leaves its coordinate where it is
+    movable = ((low > 0) | (high < 0)) & (most < torch.finfo(x.dtype).max)
+    center = torch.where(movable, center.copysign(low), 0).to(x.dtype)
+    return x - center, None if y is None else y - center
+
+
 def softplus(z: Tensor) -> Tensor:
     """log(1 + e^z), without F.softplus's cut at 20, which costs float64 its digits."""
     return -F.logsigmoid(-z)

@@ -1,7 +1,7 @@
 """What the functions over pairs share around the sweep: scores by name, a batch by its labels.
 
-A score by name becomes u = scale <x, y> + a + b. "rbf": -g |x - y|^2 = 2g <x, y> - g|x|^2 - g|y|^2,
-"euclidean" the root of that with g squared, -g |x - y|.
+A score by name becomes u = scale <x, y>, or apart u = -scale |x - y|^2: "rbf"; "euclidean" is the
+root of that with the scale squared, -scale |x - y|.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fused_losses.base.numerics import accumulate_dtype, centered, squared_norms
+from fused_losses.base.numerics import exactly_centered
 from fused_losses.base.sides import Sides
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import number
@@ -34,16 +34,13 @@ def scored(
     if similarity in ("dot", "cosine"):
         x = x.contiguous()
         return PairInputs(x, x if y is None else y.contiguous(), scale, precision=precision)
-    x, y = centered(x, y)
+    x, y = exactly_centered(x, y)
     x = x.contiguous()
     y = x if y is None else y.contiguous()
     # the root is taken of u: g |x - y| is the root of g^2 |x - y|^2
     scale = scale.square() if similarity == "euclidean" else scale
-    narrow = accumulate_dtype(x.dtype)
-    x_bias = (-scale * squared_norms(x)).to(narrow)
-    y_bias = x_bias if y is x else (-scale * squared_norms(y)).to(narrow)
     score = "root" if similarity == "euclidean" else "linear"
-    return PairInputs(x, y, 2 * scale, x_bias, y_bias, score=score, precision=precision)
+    return PairInputs(x, y, scale, score=score, apart=True, precision=precision)
 
 
 def triangle(inputs: PairInputs) -> PairInputs:

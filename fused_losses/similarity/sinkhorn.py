@@ -9,10 +9,16 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, centered, no_autocast, squared_norms
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    exactly_centered,
+    no_autocast,
+    squared_norms,
+)
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, number
 from fused_losses.losses.scored_pairs import scored
+from fused_losses.primitives.pairs.apart import lowered
 from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
 from fused_losses.primitives.pairs.op import pair_attention, pair_statistics
 
@@ -77,9 +83,11 @@ def sinkhorn(
         if cost == "cosine":
             x, y = unit(x), unit(y)
         elif cost == "sqeuclidean":
-            x, y = centered(x, y)
+            x, y = exactly_centered(x, y)
         similarity = "rbf" if cost == "sqeuclidean" else "dot"
         fixed = scored(x.detach(), y.detach(), sharp, similarity=similarity, precision=precision)
+        # with biases of its own: no score apart
+        fixed = lowered(fixed)._replace(apart=False)
         # (f_i + g_j - C_ij) / eps, where "dot" and "cosine" have C = 1 - <x, y>
         constant = 0 if cost == "sqeuclidean" else -sharp
         f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)  # over eps

@@ -58,7 +58,7 @@ def pairs(n: int, m: int, d: int, **kinds: Any) -> Callable:
         both = (labels(n), None if triangle else labels(m)) if not width else (None, None)
         rule = [1.0, 0.0, float("inf")]
         flat = (x, y, scale, None, None, *both, *(None,) * 7, "linear", rule, rule)
-        flat = (*flat, False, triangle, "fp32")
+        flat = (*flat, False, triangle, False, "fp32")
         if width:
             return (rows(dtype, m, width), *flat, False)
         return (*flat, "lse", not triangle)

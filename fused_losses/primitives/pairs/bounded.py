@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
+from fused_losses.primitives.pairs import apart
 from fused_losses.primitives.pairs.inputs import (
     BEST,
     COUNT,
@@ -28,6 +29,8 @@ from fused_losses.primitives.pairs.inputs import (
 )
 
 BLOCK_BYTES = 2 << 20  # of scores in a block
+PIECE_BYTES = 256 << 10  # of differences of near pairs
+LIVE_PIECES = 6
 LIVE_BLOCKS = 12  # how many such are alive at the peak (test_pair_memory.py)
 BLOCK_ROWS = 512
 VECTOR_BYTES = 200  # of a row or column
@@ -46,7 +49,9 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     """
     (n, d), m, size = p.x.shape, p.y.shape[0], accumulate_dtype(p.x.dtype).itemsize
     block = min(n, BLOCK_ROWS) * min(m, block_columns(n, size)) * size
-    return LIVE_BLOCKS * block + (n + m) * (3 * (d + width) * size + VECTOR_BYTES)
+    # near pairs: a flag and 8 bytes each, and their differences
+    near = LIVE_PIECES * max(PIECE_BYTES, d * size) + 3 * block if p.apart else 0
+    return LIVE_BLOCKS * block + near + (n + m) * (3 * (d + width) * size + VECTOR_BYTES)
 
 
 def block_columns(n: int, size: int) -> int:
@@ -61,21 +66,43 @@ class Block:
         dtype = accumulate_dtype(p.x.dtype)
         self.p, self.rows, self.cols = p, rows, cols
         self.x, self.y = p.x[rows].to(dtype), p.y[cols].to(dtype)
-        self.product = self.x @ self.y.T
+        # what the scale is multiplied with
+        self.product = -self._squared() if p.apart else self.x @ self.y.T
         u = self.product * p.scale.to(dtype)
         if p.x_bias is not None:
             u = u + p.x_bias[rows, None]
         if p.y_bias is not None:
             u = u + p.y_bias[cols]
         if p.score == "root":
-            apart = u < 0
-            root = torch.where(apart, -u, 1).sqrt()
+            positive = u < 0
+            root = torch.where(positive, -u, 1).sqrt()
             # a NaN must stay NaN
-            self.score = torch.where(apart, -root, torch.where(u.isnan(), u, 0))
-            self.slope = torch.where(apart, 0.5 / root, 0)
+            self.score = torch.where(positive, -root, torch.where(u.isnan(), u, 0))
+            self.slope = torch.where(positive, 0.5 / root, 0)
         else:
             self.score, self.slope = u, None
         self.taking_part = self._taking_part()
+
+    def _squared(self) -> Tensor:
+        """|x - y|^2, near pairs from their differences."""
+        norms = self.x.square().sum(1)[:, None] + self.y.square().sum(1)
+        squared = torch.addmm(norms, self.x, self.y.T, alpha=-2)
+        # `not >=`: NaN and what has overflowed as well
+        self.near = ~(squared.detach() >= norms.detach() * apart.SHARE)
+        del norms
+        for i, j in self.near_pairs():
+            found = _run(squared.requires_grad, _of_differences, self.x, self.y, i, j)
+            squared = squared.index_put_((i, j), found)
+        return squared
+
+    def near_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows and columns of the near pairs, so many that [pairs, D] is a piece."""
+        listed = self.near.flatten().nonzero()[:, 0]
+        step = max(1, PIECE_BYTES // max(self.x.shape[1] * self.x.element_size(), 1))
+        for start in range(0, len(listed), step):
+            at = listed[start : start + step]
+            i = at // self.near.shape[1]
+            yield i, at - i * self.near.shape[1]
 
     def _taking_part(self) -> Tensor | None:
         """Which pairs are not left out, windows apart; None: all of them."""
@@ -135,6 +162,19 @@ class Block:
         yield 1, self.rows, None if p.x_window is None else p.x_window[:, self.rows, None]
         if cols:
             yield 0, self.cols, None if p.y_window is None else p.y_window[:, None, self.cols]
+
+
+def _of_differences(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return (x[i] - y[j]).square().sum(1)
+
+
+def _through_differences(
+    x: Tensor, y: Tensor, g: Tensor, i: Tensor, j: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sum_j G (y_j - x_i) and sum_i G (x_i - y_j) over listed pairs."""
+    each = g[i, j, None] * (y[j] - x[i])
+    nothing = torch.zeros_like(x), torch.zeros_like(y)
+    return nothing[0].index_add(0, i, each), nothing[1].index_add(0, j, each, alpha=-1)
 
 
 def both_sides(p: PairInputs) -> PairInputs:
@@ -251,7 +291,17 @@ def _products(block: Block, g: Tensor) -> tuple[Tensor, ...]:
         g = g * block.slope
     wide = block.p.scale.dtype
     dscale = (g * block.product).sum(dtype=wide)
-    return g @ block.y, g.T @ block.x, dscale, g.sum(1), g.sum(0)
+    if not block.p.apart:
+        return g @ block.y, g.T @ block.x, dscale, g.sum(1), g.sum(0)
+    # of u / 2 scale, which is sum_j G (y_j - x_i)
+    far = g.masked_fill(block.near, 0)
+    of_rows, of_columns = far.sum(1), far.sum(0)
+    gx = far @ block.y - of_rows[:, None] * block.x
+    gy = far.T @ block.x - of_columns[:, None] * block.y
+    for i, j in block.near_pairs():
+        more = _run(gx.requires_grad, _through_differences, block.x, block.y, g, i, j)
+        gx, gy = gx + more[0], gy + more[1]
+    return gx, gy, dscale, of_rows, of_columns
 
 
 def _collect(
@@ -271,7 +321,7 @@ def _collect(
         dscale = dscale + gs
     if p.triangle:
         dx, dx_bias = dx + dy, dx_bias + dy_bias
-    scale = p.scale.to(dtype)
+    scale = p.scale.to(dtype) * (2 if p.apart else 1)
     return (
         (dx * scale).to(p.x.dtype) if needs.x else None,
         (dy * scale).to(p.y.dtype) if needs.y else None,

@@ -9,13 +9,19 @@ from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
 
 
 def extra_bytes(
-    n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32", width: int = 0
+    n: int,
+    m: int,
+    d: int,
+    dtype: torch.dtype,
+    precision: str = "fp32",
+    width: int = 0,
+    apart: bool = False,
 ) -> int:
     """Peak memory of forward and backward beyond inputs and the gradients of both sides.
 
     width: of the values, in an attention. With everything asked for.
     """
-    return extension().pair_workspace(n, m, d, dtype.itemsize, precision, width)
+    return extension().pair_workspace(n, m, d, dtype.itemsize, precision, width, apart)
 
 
 def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
@@ -24,4 +30,4 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     width: of an attention's values.
     """
     (n, d), m = p.x.shape, p.y.shape[0]
-    return extra_bytes(n, m, d, p.x.dtype, p.precision, width)
+    return extra_bytes(n, m, d, p.x.dtype, p.precision, width, p.apart)

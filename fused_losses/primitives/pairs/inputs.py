@@ -49,6 +49,7 @@ class PairInputs(NamedTuple):
     negative: Rule = Rule()
     skip_self: bool = False  # leave out i == j
     triangle: bool = False  # y is x: pairs i < j only, each counted for both of its ends
+    apart: bool = False  # u_ij = -scale |x_i - y_j|^2, without biases (`apart`)
     precision: str = "fp32"
 
 
@@ -84,7 +85,8 @@ INPUTS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? x_bias, Tensor? y_bias, Tensor? x_labels, "
     "Tensor? y_labels, Tensor? x_ids, Tensor? y_ids, Tensor? x_groups, Tensor? y_groups, "
     "Tensor? exclude, Tensor? x_window, Tensor? y_window, str score, float[] positive, "
-    "float[] negative, bool skip_self, bool triangle, str precision"
+    "float[] negative, bool skip_self, bool triangle, bool apart, "
+    "str precision"
 )
 
 NEEDS = "bool need_x, bool need_y, bool need_scale, bool need_x_bias, bool need_y_bias"

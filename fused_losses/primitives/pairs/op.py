@@ -1,6 +1,7 @@
 """The streamed primitive over pairs: statistics of a score matrix's rows and columns, never stored.
 
-    u_ij = scale <x_i, y_j> + a_i + b_j          s_ij = psi(u_ij)             (the score)
+    u_ij = scale <x_i, y_j> + a_i + b_j, or with apart -scale |x_i - y_j|^2
+                                                 s_ij = psi(u_ij)             (the score)
     each pair is positive, negative or left out                               (the pairs)
     z_ij = factor_c (s_ij - center_c) w_ij       for its class c              (`Rule`)
     value_ci = log sum_j exp z_ij, or sum_j f(z_ij)   over row i's pairs of class c (the reduction)
@@ -118,6 +119,9 @@ def _check(p: PairInputs) -> None:
     validation.check_device("x", p.x, "y", p.y)
     validation.check_same_dtype("x", p.x, "y", p.y)
     validation.check_choice("score", p.score, SCORES)
+    for name in ("x_bias", "y_bias") if p.apart else ():
+        if getattr(p, name) is not None:
+            raise ValueError(f"{name}: expected None with apart, got a tensor")
     for side, rows in (("x", p.x),) if p.triangle else (("x", p.x), ("y", p.y)):
         n = rows.shape[0]
         for name in ("bias", "labels", "ids", "groups", "window"):

@@ -8,15 +8,45 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from fused_losses.base.numerics import row_dtype
+from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
+
+COORDINATES = 8  # that differences are taken of at a time
+
+
+def _of_differences(x: Tensor, y: Tensor) -> Tensor:
+    """sum_d (x_d - y_d)^2, [N, M]; all differences are alive at once."""
+    return (x[:, None] - y).square().sum(dim=2)
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """|x - y|^2, [N, M], from differences: near pairs have all their digits.
+
+    Some coordinates at a time, whose differences a backward takes anew.
+    """
+    # neither torch.func nor a trace wants a checkpoint's hooks
+    kept = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    total = x.new_zeros(x.shape[0], y.shape[0])
+    for a, b in zip(x.split(COORDINATES, 1), y.split(COORDINATES, 1), strict=True):
+        if kept or not torch.is_grad_enabled():
+            total = total + _of_differences(a, b)
+            continue
+        total = total + checkpoint(
+            _of_differences, a, b, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
 
 
 def scores(p: PairInputs) -> Tensor:
-    """s = psi(scale <x, y> + a + b), [N, M]."""
+    """s = psi(scale <x, y> + a + b), or psi(-scale |x - y|^2), [N, M]."""
     y, y_bias = (p.x, p.x_bias) if p.triangle else (p.y, p.y_bias)
-    u = p.scale.to(p.x.dtype) * (p.x @ y.T)
+    if p.apart:
+        wide = accumulate_dtype(p.x.dtype)
+        u = -p.scale.to(wide) * squared_distances(p.x.to(wide), y.to(wide))
+    else:
+        u = p.scale.to(p.x.dtype) * (p.x @ y.T)
     u = u if p.x_bias is None else u + p.x_bias[:, None].to(u.dtype)
     u = u if y_bias is None else u + y_bias.to(u.dtype)
     if p.score == "linear":
