@@ -23,8 +23,30 @@ def row_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
 
 
+def power_of_two(x: Tensor) -> Tensor:
+    """A power of two a row that brings its largest entry near 1: x times it is exact. [..., 1]
+
+    Squares then neither overflow nor underflow, and a row of normal lengths keeps its bits.
+    """
+    if x.shape[-1] == 0:
+        return x.new_ones((*x.shape[:-1], 1))
+    most = {torch.float64: 2.0**1020, torch.float16: 2.0**14}.get(x.dtype, 2.0**124)
+    top = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
+    top = top.clamp(1 / most, most)
+    return torch.frexp(top).mantissa / top
+
+
 def unit_rows(x: Tensor) -> Tensor:
-    """x / |x| a row; a row with |x| <= 1e-12 becomes zero and gets gradient zero. [N, D]"""
+    """x / |x| a row, of any length; a row of zeros stays zero and gets gradient zero. [N, D]"""
+    x = x * power_of_two(x)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    # `not <=` and not `>`: a NaN norm must stay NaN
+    alive = ~(norm <= 0)
+    return torch.where(alive, x / torch.where(alive, norm, 1), 0)
+
+
+def unit_centers(x: Tensor) -> Tensor:
+    """x / |x| a row, as the kernels over classes have it: zero where |x| <= 1e-12. [C, D]"""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     # `not <=` and not `>`: a NaN norm must stay NaN
     alive = ~(norm <= ZERO_NORM)

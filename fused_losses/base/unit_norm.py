@@ -2,7 +2,8 @@
 
     u = x / |x|        dx = (du - u <u, du>) / |x|
 
-A row with |x| <= 1e-12 becomes zero and gets gradient zero, as in `rows.unit_rows`.
+Of any length: the squares are of rows brought near 1 by a power of two, which is exact. A row of
+zeros stays zero and gets gradient zero, as in `numerics.unit_rows`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype
+from fused_losses.base.numerics import accumulate_dtype, power_of_two
 
 ROWS = 1024  # that are widened to the accumulation dtype at a time
 
@@ -26,14 +27,16 @@ def unit(x: Tensor, order: Tensor | None = None) -> Tensor:
     return _Unit.apply(x, order)
 
 
-def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """u and 1 / |x| (0 for a zero row)."""
+def _parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, and two factors whose product is 1 / |x| (the first 0 for a zero row)."""
     x = x.to(accumulate_dtype(x.dtype))
+    factor = power_of_two(x)
+    x = x * factor
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     # `not <=` and not `>`: a NaN norm must stay NaN
-    alive = ~(norm <= ZERO_NORM)
+    alive = ~(norm <= 0)
     inverse = torch.where(alive, 1 / torch.where(alive, norm, 1), 0)
-    return torch.where(alive, x * inverse, 0), inverse
+    return torch.where(alive, x * inverse, 0), inverse, factor
 
 
 def _forward(x: Tensor) -> Tensor:
@@ -41,9 +44,11 @@ def _forward(x: Tensor) -> Tensor:
 
 
 def _backward(x: Tensor, grad: Tensor) -> Tensor:
-    u, inverse = _parts(x)
+    u, inverse, factor = _parts(x)
     wide = grad.to(u.dtype)
-    return (inverse * (wide - u * (u * wide).sum(dim=-1, keepdim=True))).to(x.dtype)
+    across = wide - u * (u * wide).sum(dim=-1, keepdim=True)
+    # one after the other: 1 / |x| itself may overflow
+    return (inverse * across * factor).to(x.dtype)
 
 
 class _Unit(torch.autograd.Function):

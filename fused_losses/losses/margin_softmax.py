@@ -65,8 +65,9 @@ def margin_softmax(
             `ClassLoss` or an `AdaptiveScale` (which have scales of their own).
         scale: > 0; a float, a scalar tensor or one value a row [N]; may need a gradient, but with
             a margin that bends only on the reference (NotImplementedError elsewhere).
-        normalize: divide rows of both sides by their norm; a row with norm <= 1e-12 counts as
-            zero and gets gradient zero. False: the products are taken for cosines as they are.
+        normalize: divide rows of both sides by their norm; zero rows, and rows of the weight with
+            norm <= 1e-12, count as zero and get gradient zero. False: the products are taken for
+            cosines as they are.
         bias: [C], added to the logits after the scale.
         label_smoothing: in [0, 1]; torch's meaning, the uniform part over the classes that take
             part.

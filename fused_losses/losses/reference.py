@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.base.numerics import unit_rows
+from fused_losses.base.numerics import unit_centers, unit_rows
 from fused_losses.margins import Margin, apply_margin, bend_of
 from fused_losses.primitives.row_statistics.reference import bent
 
@@ -39,7 +39,7 @@ def margin_softmax(
     embeddings = torch.where(valid[:, None], embeddings, 0)
     norm = embeddings.norm(dim=1)
     x = unit_rows(embeddings) if normalize else embeddings
-    w = unit_rows(weight) if normalize else weight
+    w = unit_centers(weight) if normalize else weight
     cosine = x @ w.T
     picked = torch.where(valid, labels, 0)[:, None]
     target = cosine.gather(1, picked)[:, 0]

@@ -90,39 +90,45 @@ def knn_classify(
     with no_autocast(embeddings.device):
         for run, value, index in neighbours(search, k) if len(ref_embeddings) else ():
             label = ref_labels.long()[index.clamp_min(0)]
-            weight = _weights(value, index, weights, temperature, metric)
+            weight, shift = _weights(value, index, weights, temperature, metric)
             for i in range(0, len(index), step := max(1, LISTED // (k * k))):
                 part = slice(i, i + step)
                 at = slice(run.start + i, min(run.start + i + step, run.stop))
                 # a class's sum has one order, so equal ones are equal to the bit
                 same = label[part, :, None] == label[part, None, :]
                 total = torch.where(same, weight[part, None, :], 0).sum(dim=2)
+                told = total if shift is None else (total.log() + shift[part]).exp()
                 taken = index[part] >= 0
                 best = torch.where(taken, total, -torch.inf).amax(dim=1, keepdim=True)
                 first = taken & (total == best)
                 lowest = torch.where(first, label[part], torch.iinfo(torch.int64).max).amin(dim=1)
                 some = taken.any(dim=1)
                 winner[at] = torch.where(some, lowest, -1)
-                score[at] = torch.where(some, best[:, 0], 0).to(dtype)
+                largest = torch.where(first, told, -torch.inf).amax(dim=1)
+                score[at] = torch.where(some, largest, 0).to(dtype)
                 if dense is not None and num_classes is not None:
                     # a place that is no neighbour writes to a column of its own
                     place = torch.where(taken, label[part], num_classes)
                     wide = dense.new_zeros((len(place), num_classes + 1))
-                    dense[at] = wide.scatter(1, place, total.to(dtype))[:, :num_classes]
+                    dense[at] = wide.scatter(1, place, told.to(dtype))[:, :num_classes]
     return KnnClasses(winner, score, dense)
 
 
-def _weights(value: Tensor, index: Tensor, weights: str, temperature: float, metric: str) -> Tensor:
-    """The weight of each neighbour, 0 where there is none. [B, k] float64 where there is that"""
+def _weights(
+    value: Tensor, index: Tensor, weights: str, temperature: float, metric: str
+) -> tuple[Tensor, Tensor | None]:
+    """Each neighbour's weight, 0 where there is none [B, k], and what its log was moved by [B, 1].
+
+    float64 where there is that.
+    """
     taken = index >= 0
     value = value.to(row_dtype(value.device))
     if weights == "uniform":
-        return taken.to(value.dtype)
+        return taken.to(value.dtype), None
     similarity = value if metric == "dot" else 1 - value if metric == "cosine" else -value
     z = torch.where(taken, similarity / temperature, -torch.inf)
+    top = z.amax(dim=1, keepdim=True)
+    mass = torch.where(taken, z - top, -torch.inf).exp()
     if weights == "softmax":
-        top = z.amax(dim=1, keepdim=True)
-        z = torch.where(taken, z - top, -torch.inf)
-        mass = z.exp()
-        return mass / mass.sum(dim=1, keepdim=True).clamp_min(1)
-    return z.exp()
+        return mass / mass.sum(dim=1, keepdim=True).clamp_min(1), None
+    return mass, top

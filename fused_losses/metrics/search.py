@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
 from fused_losses.base.sides import same_rows
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
@@ -158,6 +158,9 @@ def neighbours(search: Search, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]
 def distances(search: Search) -> Iterator[tuple[slice, Tensor]]:
     """Runs of queries against the whole gallery, smaller is nearer; NaN where not a candidate."""
     x, y, metric = search.x, search.y, search.metric
+    # as in the top-k a row of zeros has cosine 0 with another one
+    apart = {"cosine": 1.0, "angular": 0.5, "correlation": 1.0}.get(metric)
+    of_x, of_y = _without_direction(x, metric), _without_direction(y, metric)
     if metric == "cosine":
         # not once a run
         x, metric = unit(x.to(accumulate_dtype(x.dtype))), "sqeuclidean"
@@ -173,11 +176,20 @@ def distances(search: Search) -> Iterator[tuple[slice, Tensor]]:
             d = pairwise_distance(x[run], y, metric, backend=search.backend)
         if search.metric == "cosine":
             d = d / 2  # 1 - cos = |u - v|^2 / 2
+        if apart is not None:
+            d = torch.where((of_x[run, None] | of_y) & ~d.isnan(), apart, d)
         if search.own:
             d[torch.arange(len(d)), torch.arange(i, run.stop)] = torch.nan
         if search.ids is not None:
             d[search.ids[run, None] == search.ref_ids] = torch.nan
         yield run, d
+
+
+def _without_direction(x: Tensor, metric: str) -> Tensor:
+    """Which rows have no cosine in the top-k: as good as zero, or of correlation constant. [N]"""
+    if metric == "correlation":
+        return (x == x[:, :1]).all(dim=1)
+    return torch.linalg.vector_norm(x.to(row_dtype(x.device)), dim=1) <= ZERO_NORM
 
 
 def _long_neighbours(search: Search, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -82,6 +82,7 @@ def _check_scores(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
 def _check_far(far: object) -> float:
     if isinstance(far, bool) or not isinstance(far, Real):
         raise TypeError(f"far: expected a rate in [0, 1], got {type(far).__name__}")
+
     rate = float(far)
     if not 0 <= rate <= 1:
         raise ValueError(f"far: expected a rate in [0, 1], got {far}")
@@ -90,7 +91,13 @@ def _check_far(far: object) -> float:
 
 def _allowed(far: float, impostors: int) -> int:
     """How many impostors a rate lets through."""
-    return int(far * impostors + 1e-9)  # 0.29 * 100 is 28.999...
+    count = int(far * impostors)
+    # the most whose share is at most the rate, as `roc` divides: 0.29 * 100 is 28.999...
+    while count < impostors and (count + 1) / impostors <= far:
+        count += 1
+    while count and count / impostors > far:
+        count -= 1
+    return count
 
 
 def roc(scores: Tensor, same: Tensor) -> Roc:

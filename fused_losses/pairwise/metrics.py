@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, root, row_dtype
+from fused_losses.base.numerics import accumulate_dtype, power_of_two, root, row_dtype
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import assert_async, describe
 from fused_losses.pairwise.whitening import about_mean, whitened, wide
@@ -109,9 +109,11 @@ def _moved(x: Tensor, w: Tensor | None = None) -> Tensor:
     """Rows moved by their own (weighted) mean."""
     x = wide(x)
     if w is None:
-        return x - x.mean(dim=-1, keepdim=True)
-    share = (w / w.sum()).to(x.dtype)
-    return x - (x * share).sum(dim=-1, keepdim=True)
+        moved = x - x.mean(dim=-1, keepdim=True)
+    else:
+        moved = x - (x * (w / w.sum()).to(x.dtype)).sum(dim=-1, keepdim=True)
+    # what rounding leaves of a constant row is no direction
+    return torch.where((x == x[..., :1]).all(dim=-1, keepdim=True), 0, moved)
 
 
 def _lp(kind: str, power: float) -> Callable[[Call], Tensor]:
@@ -173,7 +175,17 @@ def _angular(call: Call) -> Tensor:
 
 
 def _canberra(call: Call) -> Tensor:
-    return call.matrix("canberra", call.x, call.y, call.w)
+    # the same of all rows times a number: kernels divide by no sum below 1e-37
+    factor = torch.minimum(*(_enlarged(rows) for rows in (call.x, call.y)))
+    return call.matrix("canberra", *call.both(lambda r: wide(r) * factor), call.w)
+
+
+def _enlarged(x: Tensor) -> Tensor:
+    """The power of two that brings the largest entry to 2^60, at least 1. []"""
+    if x.numel() == 0 or x.dtype == torch.float16:
+        return torch.ones((), dtype=accumulate_dtype(x.dtype), device=x.device)
+    factor = power_of_two(wide(x).reshape(1, -1)).reshape(())
+    return torch.where(factor.isnan(), 1, factor * 2.0**60).clamp(1, 2.0**120)
 
 
 def _braycurtis(call: Call) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
-from fused_losses.base.numerics import accumulate_dtype, followed, root, row_dtype
+from fused_losses.base.numerics import accumulate_dtype, followed, power_of_two, root, row_dtype
 from fused_losses.base.sides import Integers, integers
 from fused_losses.pairwise.distance import check_options, check_weighted, pairwise_distance
 from fused_losses.pairwise.metrics import METRICS
@@ -37,7 +37,10 @@ def _angle(cosine: Tensor) -> Tensor:
 
 
 def _without_mean(x: Tensor) -> Tensor:
-    return x - x.mean(dim=-1, keepdim=True)
+    moved = x - x.mean(dim=-1, keepdim=True)
+    # what rounding leaves of a constant row is no direction; any other has one, however short
+    moved = torch.where((x == x[..., :1]).all(dim=-1, keepdim=True), 0, moved)
+    return moved * power_of_two(moved)
 
 
 def _roots(x: Tensor) -> Tensor:
@@ -110,7 +113,8 @@ def pairwise_topk(
     Returns (values [N, k] float32, or float64 for float64 x, best first; indices [N, k] int64).
     Equal scores go by the lowest index. A row with fewer than k candidates is padded with index -1
     and +inf (-inf when largest). A pair whose score is NaN is no candidate, and a row of x with NaN
-    has the index -1 and the value NaN throughout. A row of zeros has cosine 0 with every row.
+    has the index -1 and the value NaN throughout. A row of zeros, or of norm
+    <= 1e-12, has cosine 0 with every row.
     values are differentiable in x and y, once; nothing flows through a padded value.
     Raises ValueError, TypeError for arguments that do not fit each other; RuntimeError where the
     backend or the screen cannot run.

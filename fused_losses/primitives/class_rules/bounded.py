@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
+from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_centers
 from fused_losses.primitives.class_rules.inputs import (
     ClassInputs,
     ClassNeeds,
@@ -121,7 +121,7 @@ def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_Tile]:
         rows = weight_rows(p, part)
         weight = p.weight[rows].to(x.dtype)
         norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True) if p.normalize else None
-        weight = unit_rows(weight) if p.normalize else weight
+        weight = unit_centers(weight) if p.normalize else weight
         product = DISTANCE_MATRIX(backend, x, weight, None, "dot", 2.0, p.precision)
         cosine = pool(product.unflatten(1, (size, p.centers)), p.softness)
         column = place - start
@@ -160,7 +160,7 @@ def targets(
     for start in range(0, flat.shape[0], step):
         of = torch.arange(start, min(start + step, flat.shape[0]), device=x.device)
         w = weight[flat[of].clamp_min(0)].to(wide)
-        w = unit_rows(w) if normalize else w
+        w = unit_centers(w) if normalize else w
         rows = x[of // labels.shape[1]].to(wide)
         out[of] = pool((w * rows[:, None]).sum(dim=2), softness)
     return torch.where(labels < 0, 0, out.view_as(labels))

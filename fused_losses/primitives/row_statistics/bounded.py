@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_rows
+from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_centers
 from fused_losses.primitives.row_statistics.inputs import (
     Inputs,
     Needs,
@@ -74,7 +74,7 @@ def tiles(p: Inputs, x: Tensor) -> Iterator[Tile]:
             part = weight[ids].to(x.dtype)
         norm = torch.linalg.vector_norm(part, dim=1, keepdim=True) if p.normalize else None
         if p.normalize:
-            part = unit_rows(part)
+            part = unit_centers(part)
         raw = x @ part.T
         scores = raw if p.bend is None else bent(raw, p.bend)
         scores = scores if bias is None else scores + bias[ids].to(x.dtype)
@@ -114,7 +114,7 @@ def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tenso
 def _targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tensor:
     wide = row_dtype(x.device)
     w = weight[labels.clamp_min(0)].to(wide)
-    w = unit_rows(w) if normalize else w
+    w = unit_centers(w) if normalize else w
     return torch.where(labels < 0, 0, (x.to(wide) * w).sum(dim=1))
 
 
