@@ -4,9 +4,9 @@
 //   forward: value, total, count and best of each class of pairs, for rows and for columns
 //   backward: G_ij = dL/du_ij,  dx = scale G y,  dy = scale G^T x,  dscale = sum G <x, y>
 //
-// apart: u = -scale/2 |x - y|^2, with a = -scale/2 |x|^2 and b alike. A pair is near when not
-// |u| >= share |a + b|: its u comes from differences, its G stays out of the bias sums, and adds
-// scale G (y - x) to dx, scale G (x - y) to dy, -G |x - y|^2 / 2 to dscale.
+// apart: u = scale v with v = -|x - y|^2 / 2 in place of the product, and the biases are
+// -|x|^2 / 2 and -|y|^2 / 2. A pair is near when not v <= share (a + b), and its v and gradients
+// come from differences. dx = scale sum G (y - x), dy = scale sum G (x - y), dscale = sum G v.
 //
 // Work goes in blocks and tiles of sizes that the number of threads does not change, and every sum
 // has one owner or a fixed order: the results are the same bits on any number of threads.

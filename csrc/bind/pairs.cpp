@@ -1,7 +1,6 @@
 // The cpu ops of the sweep over pairs; module.cpp registers them.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/dot.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vecdot.h>
 #include <ATen/ops/sub.h>
@@ -30,25 +29,22 @@ Rule rule_of(c10::ArrayRef<double> r, const char* name) {
 }
 
 template <class T>
-void squared_norms(const T* x, int64_t first, int64_t end, int64_t d, double* out) {
+void half_norms(const T* x, int64_t first, int64_t end, int64_t d, T* out) {
   for (int64_t i = first; i < end; ++i) {
     double sums[8] = {};
-    for (int64_t e = 0; e < d; ++e) {
-      const double v = x[i * d + e];
-      sums[e % 8] += v * v;
-    }
-    out[i] = std::accumulate(sums, sums + 8, 0.0);
+    for (int64_t e = 0; e < d; ++e) sums[e % 8] += double(x[i * d + e]) * x[i * d + e];
+    out[i] = static_cast<T>(std::accumulate(sums, sums + 8, 0.0) / -2);
   }
 }
 
-// |x|^2 a row, in double.
-Tensor squared_norms(const Tensor& x) {
-  const Tensor out = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
+// -|x|^2 / 2 a row.
+Tensor half_norms(const Tensor& x) {
+  const Tensor out = at::empty({x.size(0)}, x.options());
   at::parallel_for(0, x.size(0), 256, [&](int64_t first, int64_t end) {
     if (x.scalar_type() == at::kDouble) {
-      squared_norms(x.const_data_ptr<double>(), first, end, x.size(1), out.data_ptr<double>());
+      half_norms(x.const_data_ptr<double>(), first, end, x.size(1), out.data_ptr<double>());
     } else {
-      squared_norms(x.const_data_ptr<float>(), first, end, x.size(1), out.data_ptr<double>());
+      half_norms(x.const_data_ptr<float>(), first, end, x.size(1), out.data_ptr<float>());
     }
   });
   return out;
@@ -59,7 +55,6 @@ struct PairCall {
   Tensor x, y;
   std::vector<Tensor> held;
   at::ScalarType accumulate;
-  Tensor x_norms, y_norms;  // of a call apart, double
   PairProblem problem;
 
   const void* vector(const OptionalTensor& t, at::ScalarType type, at::IntArrayRef shape,
@@ -144,20 +139,15 @@ struct PairCall {
                 "pairs: expected fewer than 2^31 rows");
   }
 
-  // -scale |x - y|^2 as a product and two biases, whose near pairs the kernels mend
-  // (primitives/pairs/apart.py).
+  // -scale |x - y|^2 as the kernels want it.
   void lower(const OptionalTensor& x_bias, const OptionalTensor& y_bias) {
     TORCH_CHECK_VALUE(!x_bias && !y_bias, "x_bias, y_bias: expected None with apart, got a tensor");
     const bool one = y.const_data_ptr() == x.const_data_ptr() && y.size(0) == x.size(0);
-    x_norms = squared_norms(x);
-    y_norms = one ? x_norms : squared_norms(y);
-    const auto bias = [&](const Tensor& norms) {
-      held.push_back(norms.mul(-problem.scale).to(accumulate));
-      return held.back().const_data_ptr();
-    };
     problem.apart = true;
-    problem.rows.bias = bias(x_norms);
-    problem.columns.bias = one ? problem.rows.bias : bias(y_norms);
+    held.push_back(half_norms(x));
+    problem.rows.bias = held.back().const_data_ptr();
+    if (!one) held.push_back(half_norms(y));
+    problem.columns.bias = held.back().const_data_ptr();
     problem.scale *= 2;
   }
 
@@ -222,29 +212,14 @@ struct Gradients {
       dscale = doubles({});
       out.dscale = dscale.data_ptr<double>();
     }
-    if (p.apart ? need_x || need_scale : need_x_bias && x_bias) {
+    if (need_x_bias && x_bias) {
       dx_bias = call.empty({p.rows.count});
       out.dx_bias = dx_bias.data_ptr();
     }
-    if (p.apart ? !p.triangle && (need_y || need_scale) : need_y_bias && y_bias) {
+    if (need_y_bias && y_bias) {
       dy_bias = call.empty({p.columns.count});
       out.dy_bias = dy_bias.data_ptr();
     }
-  }
-
-  // The gradients of a call apart from those of the lowered one.
-  void raise(const PairCall& call) {
-    const PairProblem& p = call.problem;
-    if (out.dscale) {
-      *out.dscale = 2 * *out.dscale - at::dot(dx_bias.to(at::kDouble), call.x_norms).item<double>();
-      if (out.dy_bias) {
-        *out.dscale -= at::dot(dy_bias.to(at::kDouble), call.y_norms).item<double>();
-      }
-    }
-    if (out.dx) dx.addcmul_(call.x, dx_bias.unsqueeze(1), -p.scale);
-    if (out.dy) dy.addcmul_(call.y, dy_bias.unsqueeze(1), -p.scale);
-    dx_bias = nothing(call.x);
-    dy_bias = nothing(call.x);
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as(const Tensor& x, const Tensor& y,
@@ -268,7 +243,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics_backward(
                       y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
                       triangle, apart, precision, reduction, cols);
   const PairProblem& p = call.problem;
-  Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias, need_y_bias);
+  const Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias,
+                    need_y_bias);
   std::vector<Tensor> held;
   for (const Tensor* t : {&grad_rows, &grad_columns, &rows, &columns}) {
     held.push_back(t->to(at::kDouble).contiguous());
@@ -279,7 +255,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics_backward(
   const Parallel parallel = torch_threads();
   const Tensor buffer = scratch(kernels.backward_bytes(p, g.out, parallel.threads));
   kernels.backward(p, in, g.out, aligned(buffer), parallel);
-  if (p.apart) g.raise(call);
+  // of 2 scale
+  if (p.apart && g.out.dscale) *g.out.dscale *= 2;
   return g.as(x, y, scale);
 }
 
@@ -330,7 +307,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const PairProblem& p = call.problem;
   const Tensor values = values_in.to(call.accumulate).contiguous();
   const AttentionIn in = attention_in(values, call, positives);
-  Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias, need_y_bias);
+  const Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias,
+                    need_y_bias);
   const Tensor dvalues = need_values ? call.empty(values.sizes()) : nothing(values);
   const Tensor grad = grad_out.to(call.accumulate).contiguous();
   const Tensor shift =
@@ -344,7 +322,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
       scratch(kernels.attention_backward_bytes(p, in, g.out, need_values, parallel.threads));
   kernels.attention_backward(p, in, given, g.out, need_values ? dvalues.data_ptr() : nullptr,
                              aligned(buffer), parallel);
-  if (p.apart) g.raise(call);
+  // of 2 scale
+  if (p.apart && g.out.dscale) *g.out.dscale *= 2;
   return std::tuple_cat(std::tuple(dvalues.to(values_in.scalar_type())), g.as(x, y, scale));
 }
 
@@ -388,10 +367,9 @@ size_t pair_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::
     }
     p.triangle = false;
   }
-  // norms, biases and the gradients of these
-  const size_t vectors = apart ? 4 * sizeof(double) * (n + m) : 0;
+  const size_t norms = apart ? std::max<size_t>(item, sizeof(float)) * (n + m) : 0;
   const size_t widened = item == 2 ? 2 * kWidened * (n + m) * (d + width) : 0;
-  return scratch_bytes(most) + shift + vectors + widened;
+  return scratch_bytes(most) + shift + norms + widened;
 }
 
 }  // namespace fused_losses

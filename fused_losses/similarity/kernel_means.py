@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    merged,
+    no_autocast,
+    over_last,
+    row_dtype,
+)
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_rows, number
 from fused_losses.losses.scored_pairs import scored, triangle
@@ -78,15 +84,30 @@ def kernel_mean(
         if skip_self:
             raise ValueError("skip_self: expected False where y is given, got True")
     width = number("bandwidth", bandwidth, x)
-    n, m = x.shape[0], (x if y is None else y).shape[0] - skip_self
+    m = (x if y is None else y).shape[0] - skip_self
     with no_autocast(x.device):
-        sums = _log_row_sums(x, y, kernel, width, precision, backend, skip_self)
         dtype = accumulate_dtype(x.dtype)
         if reduction == "none":
+            sums = _log_row_sums(x, y, kernel, width, precision, backend, skip_self)
             return (sums - math.log(max(m, 1))).exp().to(dtype)
-        if n == 0 or m <= 0:
-            return x.new_zeros((), dtype=dtype) + x.sum() * 0
-        return _log_mean(sums, n * m).exp().to(dtype)
+        return _mean(x, y, kernel, width, precision, backend, skip_self).to(dtype)
+
+
+def _mean(
+    x: Tensor,
+    y: Tensor | None,
+    kernel: str,
+    width: Tensor,
+    precision: str,
+    backend: str | None,
+    skip_self: bool = False,
+) -> Tensor:
+    """The mean of a kernel matrix in the row dtype; over no pairs 0."""
+    n, m = x.shape[0], (x if y is None else y).shape[0] - skip_self
+    if n == 0 or m <= 0:
+        return x.new_zeros((), dtype=row_dtype(x.device)) + x.sum() * 0
+    sums = _log_row_sums(x, y, kernel, width, precision, backend, skip_self)
+    return _log_mean(sums, n * m).exp()
 
 
 def mmd(
@@ -105,9 +126,13 @@ def mmd(
     `kernel_mean`. Paper: Gretton et al., 2012.
     """
     x = check_both("x", x, "y", y, precision)
-    rest = {"precision": precision, "backend": backend}
-    within = [kernel_mean(t, None, kernel, bandwidth, skip_self=unbiased, **rest) for t in (x, y)]
-    return within[0] + within[1] - 2 * kernel_mean(x, y, kernel, bandwidth, **rest)
+    _check_kernel(kernel)
+    width = number("bandwidth", bandwidth, x)
+    with no_autocast(x.device):
+        given = kernel, width, precision, backend
+        within = [_mean(t, None, *given, skip_self=unbiased) for t in (x, y)]
+        # the means agree in their first digits: not rounded before they are subtracted
+        return (within[0] + within[1] - 2 * _mean(x, y, *given)).to(accumulate_dtype(x.dtype))
 
 
 def uniformity(

@@ -9,11 +9,11 @@ inline PairClass class_of(const AttentionIn& a) { return a.positives ? kPositive
 
 // Terms of the class asked for over a tile, -inf elsewhere.
 template <class T, class Thread>
-inline void attention_terms(const PairProblem& p, const PairTile& t, Thread& th, int64_t ld,
-                            PairClass c, T* slope) {
+inline void attention_terms(const PairProblem& p, const PairTile& t, Thread& th, const T* scores,
+                            int64_t ld, PairClass c, T* slope) {
   if (t.mixed) t.codes(p, th.codes, ld);
   const Window window = p.rows.window ? Window::kRows : Window::kNone;
-  fill_terms<T>(p, t, th.products, ld, t.mixed ? th.codes : nullptr, c, window, th.terms, slope);
+  fill_terms<T>(p, t, scores, ld, t.mixed ? th.codes : nullptr, c, window, th.terms, slope);
 }
 
 inline bool attends(const PairTile& t, PairClass c) { return !t.skip && (t.mixed || t.pure == c); }
@@ -140,7 +140,8 @@ void attention(const PairProblem& p, const AttentionIn& a, const AttentionForwar
         const int64_t ld = round_up(t.columns, kPanel<PS>);
         multiply_tile<PS>(left + i * plan.depth, tall, plan.depth, plan.panels + j * plan.depth, ld,
                           th.products, ld);
-        attention_terms<T>(p, t, th, ld, c, nullptr);
+        if (p.apart) mend_tile<T>(p, t, th.products, ld, th.products, nullptr);
+        attention_terms<T>(p, t, th, th.products, ld, c, nullptr);
         online_weights<T>(th.terms, ld, t, plan.best + i, plan.mass + i, out + i * a.width,
                           a.width);
         th.weights.put(th.terms, ld, 0, 0, tall, t.columns);
@@ -226,7 +227,7 @@ void attention_backward(const PairProblem& p, const AttentionIn& a, const Attent
       if (dvalues) all.weights.put_zero(row, column, t.rows, t.columns);
       return;
     }
-    attention_terms<T>(p, t, th, ld, c, th.slope);
+    attention_terms<T>(p, t, th, th.scores, ld, c, th.slope);
     // <grad_out, v> in place of the products
     multiply_tile<PS>(grad_left + t.row0 * all.depth, t.rows, all.depth,
                       all.value_panels + column * all.depth, ld, th.products, ld);

@@ -18,6 +18,8 @@ struct PairBackwardPlan {
   T *dy_turned, *dx;
   T *row_sums, *column_sums;  // [column tile][block rows], [row tile][block columns]
   T* vectors;                 // what the tile's functor prepared, [vector_count]
+  NearPairs<T> near;
+  bool apart;
   size_t shared_bytes, thread_bytes;
   char* buffer;
 
@@ -25,21 +27,26 @@ struct PairBackwardPlan {
     T *products, *terms, *slope, *gradient;
     Code<T>* codes;
     T *row_factor, *column_factor;
-    Thread(Arena& arena, int64_t tile_rows)
+    T* scores;  // what the terms are made of: the products, apart v
+    uint16_t* near;
+    int64_t near_count = 0;
+    Thread(Arena& arena, int64_t tile_rows, bool apart)
         : products(arena.take<T>(tile_rows * kTileColumns)),
           terms(arena.take<T>(tile_rows * kTileColumns)),
           slope(arena.take<T>(tile_rows * kTileColumns)),
           gradient(arena.take<T>(tile_rows * kTileColumns)),
           codes(arena.take<Code<T>>(tile_rows * kTileColumns)),
           row_factor(arena.take<T>(tile_rows + 64)),
-          column_factor(arena.take<T>(kTileColumns + 64)) {}
+          column_factor(arena.take<T>(kTileColumns + 64)),
+          scores(apart ? arena.take<T>(tile_rows * kTileColumns) : products),
+          near(arena.take<uint16_t>(apart ? tile_rows * kTileColumns : 0)) {}
   };
 
   PairBackwardPlan(const PairProblem& p, const PairBackwardOut& out, int64_t vector_count,
                    Arena& arena)
-      : g(prepare(p, arena)) {
+      : g(prepare(p, arena)), near(p, tile_rows, block_rows, block_columns, arena), apart(p.apart) {
     const int64_t n = p.rows.count;
-    sums = out.dx_bias || out.dy_bias;
+    sums = out.dx_bias || out.dy_bias || p.apart;
     left = arena.take<WordS>(PS::kPair == 2 ? n * depth : 0);
     panels = arena.take<WordS>(block_columns * depth);
     wide = round_up(p.d, kPanel<PG>);
@@ -56,13 +63,13 @@ struct PairBackwardPlan {
     vectors = arena.take<T>(vector_count);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
-    Thread thread(scratch, tile_rows);
+    Thread thread(scratch, tile_rows, apart);
     thread_bytes = scratch.used();
   }
 
   Thread thread(int index) const {
     Arena arena(buffer + shared_bytes + index * thread_bytes);
-    return Thread(arena, tile_rows);
+    return Thread(arena, tile_rows, apart);
   }
 
  private:
@@ -116,8 +123,10 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
   const T* x = static_cast<const T*>(p.rows.data);
   const T* y = static_cast<const T*>(p.columns.data);
   T* dx = out.dx ? static_cast<T*>(out.dx) : plan.dx;
-  T* dx_bias = static_cast<T*>(out.dx_bias);
-  T* dy_bias = p.triangle ? dx_bias : static_cast<T*>(out.dy_bias);
+  T* dx_bias = p.apart ? plan.near.dx_bias : static_cast<T*>(out.dx_bias);
+  T* dy_bias = p.apart ? plan.near.dy_bias : static_cast<T*>(out.dy_bias);
+  if (p.triangle) dy_bias = dx_bias;
+  double apart_scale = 0;
   const bool turn = out.dy || p.triangle;
   const bool direct = out.dx || out.dscale || dx_bias;
   const WordS* left = plan.left;
@@ -145,6 +154,8 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
     if (turn) {
       on_tasks(parallel, d, [&](int, int64_t e) {
         std::fill_n(plan.dy_turned + e * plan.block_columns, plan.block_columns, T(0));
+        if (!p.apart) return;
+        std::fill_n(plan.near.of_columns + e * plan.block_columns, plan.block_columns, T(0));
       });
     }
     begin_columns(j0, width);
@@ -164,13 +175,18 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
         if (!t.skip) {
           multiply_tile<PS>(left + (i0 + i) * plan.depth, t.rows, plan.depth,
                             plan.panels + j * plan.depth, ld, th.products, ld);
+          if (p.apart) th.near_count = mend_tile<T>(p, t, th.products, ld, th.scores, th.near);
         }
         gradient(th, t, ld, i, j);
         if (t.skip) {
           plan.g.put_zero(i, j, t.rows, t.columns);
           std::fill(row_sums, row_sums + (plan.sums ? t.rows : 0), T(0));
           std::fill(column_sums, column_sums + (plan.sums ? t.columns : 0), T(0));
+          if (p.apart) plan.near.parts[task] = plan.near.present[task] = 0;
           return;
+        }
+        if (p.apart) {
+          plan.near.split(t, th.scores, ld, th.near, th.near_count, task, i, j, th.gradient);
         }
         plan.g.put(th.gradient, ld, i, j, t.rows, t.columns);
         if (plan.sums) tile_sums(th.gradient, ld, t.rows, t.columns, row_sums, column_sums);
@@ -185,6 +201,12 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
           for (int64_t r = 0; r < rows; ++r) {
             dx_bias[i0 + i + r] += plan.row_sums[bj * plan.block_rows + i + r];
           }
+        }
+        for (int64_t bj = 0; p.apart && bj < column_tiles; ++bj) {
+          if (!plan.near.present[bi * column_tiles + bj]) continue;
+          const int64_t j = bj * kTileColumns;
+          plan.near.add_rows(i, rows, j, std::min(kTileColumns, width - j), x + (i0 + i) * d,
+                             y + (j0 + j) * d, d, dx + (i0 + i) * d);
         }
       });
       if (turn) {
@@ -201,6 +223,21 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
                           e, std::min(strip, d - e), plan.dy_turned, plan.block_columns);
         });
       }
+      bool any = false;
+      for (int64_t task = 0; p.apart && task < row_tiles * column_tiles; ++task) {
+        apart_scale += plan.near.parts[task];
+        any = any || plan.near.present[task];
+      }
+      constexpr int64_t kOwned = 16;
+      on_tasks(parallel, any && turn ? ceil_div(width, kOwned) : 0, [&](int, int64_t task) {
+        const int64_t j = task * kOwned;
+        for (int64_t bi = 0; bi < row_tiles; ++bi) {
+          if (!plan.near.present[bi * column_tiles + j / kTileColumns]) continue;
+          const int64_t i = bi * plan.tile_rows;
+          plan.near.add_columns(i, std::min(plan.tile_rows, tall - i), j,
+                                std::min(kOwned, width - j), x + (i0 + i) * d, y + (j0 + j) * d, d);
+        }
+      });
       for (int64_t bi = 0; dy_bias && bi < row_tiles; ++bi) {
         for (int64_t j = 0; j < width; ++j) {
           dy_bias[j0 + j] += plan.column_sums[bi * plan.block_columns + j];
@@ -217,8 +254,11 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
       for (int64_t e0 = 0; e0 < d; e0 += 16) {
         for (int64_t j = task * 64; j < end; ++j) {
           T* to = dy + (j0 + j) * d;
+          const T far = p.apart && !p.triangle ? dy_bias[j0 + j] : T(0);
           for (int64_t e = e0; e < std::min(e0 + 16, d); ++e) {
-            const T value = plan.dy_turned[e * plan.block_columns + j] * scale;
+            T value = plan.dy_turned[e * plan.block_columns + j];
+            if (p.apart) value += plan.near.of_columns[j * d + e] - far * y[(j0 + j) * d + e];
+            value *= scale;
             to[e] = p.triangle ? to[e] + value : value;
           }
         }
@@ -235,6 +275,7 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
       T row = 0;
       for (int64_t e = 0; e < d; ++e) {
         row += x[i * d + e] * dx[i * d + e];
+        if (p.apart) dx[i * d + e] -= dx_bias[i] * x[i * d + e];
         dx[i * d + e] *= static_cast<T>(p.scale);
       }
       total += row;
@@ -242,6 +283,10 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
     parts[task] = total;
   });
   if (!out.dscale) return;
+  if (p.apart) {
+    *out.dscale = apart_scale;
+    return;
+  }
   double total = 0;
   for (int64_t k = 0; k < chunks; ++k) total += parts[k];
   // each end of a pair has counted it once

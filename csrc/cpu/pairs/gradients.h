@@ -128,16 +128,16 @@ inline void tile_gradient(const PairProblem& p, const PairTile& t, Thread& th, i
                        p.reduction == Reduction::kLse && !rows.any_share[k] &&
                        !(columns && columns->any_share[k]);
     const Window first = p.rows.window ? Window::kRows : Window::kNone;
-    fill_terms<T>(p, t, th.products, ld, codes, c, first, th.terms, plain ? nullptr : th.slope);
+    fill_terms<T>(p, t, th.scores, ld, codes, c, first, th.terms, plain ? nullptr : th.slope);
     if (plain) {
       if (shared_slopes<T>(p, t, th, ld, c, rows, columns)) return;
-      fill_terms<T>(p, t, th.products, ld, codes, c, first, th.terms, th.slope);
+      fill_terms<T>(p, t, th.scores, ld, codes, c, first, th.terms, th.slope);
     }
     add_slopes<T>(p, t, th, ld, c, &rows, windows ? nullptr : columns, fresh);
     fresh = false;
     if (windows && columns) {
       const Window second = p.columns.window ? Window::kColumns : Window::kNone;
-      fill_terms<T>(p, t, th.products, ld, codes, c, second, th.terms, th.slope);
+      fill_terms<T>(p, t, th.scores, ld, codes, c, second, th.terms, th.slope);
       add_slopes<T>(p, t, th, ld, c, static_cast<const SideVectors<T>*>(nullptr), columns, false);
     }
   }

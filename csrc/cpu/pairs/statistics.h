@@ -1,7 +1,7 @@
 // Forward of the sweep over pairs: online maxima, rows and columns from one product.
 #pragma once
 
-#include "tile.h"
+#include "apart.h"
 
 namespace fused_losses::FL_ISA {
 
@@ -327,6 +327,7 @@ void pair_forward(const PairProblem& p, const PairForwardOut& out, void* buffer,
           const int64_t ld = round_up(t.columns, kPanel<PS>);
           multiply_tile<PS>(left + i * plan.depth, tall, plan.depth, plan.panels + j * plan.depth,
                             ld, th.products, ld);
+          if (p.apart) mend_tile<T>(p, t, th.products, ld, th.products, nullptr);
           Sums<T> own[kClasses] = {plan.part(tile, 0).at(j), plan.part(tile, 1).at(j)};
           tile_statistics<T>(p, t, th, ld, p.both ? own : nullptr, [&](PairClass c) {
             rows.merge(c, i, tall, th.rows, lse);
