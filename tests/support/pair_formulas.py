@@ -293,7 +293,7 @@ def nt_xent_pairs(t: Inputs) -> Tensor:
 
 
 def nt_xent_views(t: Inputs) -> Tensor:
-    x = torch.cat([t.x, t.x.flip(1) + 0.1])
+    x = torch.cat([t.x, t.x.flip(1) / 2])
     n = len(t.x)
     z, positive = x @ x.T / 0.3, eye(2 * n, 2 * n, n) | eye(2 * n, 2 * n, -n)
     return mean_over(lse(z, ~eye(2 * n))[:, None] - z, positive)
