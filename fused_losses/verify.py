@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.base.disturbance import ROUNDOFF, SURE, distance, movement
+from fused_losses.base.disturbance import SURE, distance, movement, rounded_once
 from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, Example, Inputs
 from fused_losses.version import __version__
 
@@ -155,7 +155,7 @@ def _nearest_its_bound(
     found = []
     for part, right, movement_of in zip(got, want, moved, strict=True):
         size = max(float(right.norm()), 1e-300)
-        stored = ROUNDOFF[part.dtype] * size
+        stored = rounded_once(part, size)
         found.append((distance(part, right) / size, (SURE * movement_of + stored) / size))
     return max(found, key=lambda pair: pair[0] / max(pair[1], 1e-300))
 

@@ -167,13 +167,14 @@ def _finite(size: Tensor) -> Tensor:
 
 def _added(s: Step) -> Tensor:
     """Of rows the result's own; of scores their terms', which others may add in another order."""
-    both = _magnitude(s.args[0]) + abs(s.kwargs.get("alpha", 1)) * _magnitude(s.args[1])
-    unit = s.mode.unit
-    if s.mode.wide(s.out):
-        # others move rows before they are stored, or take pairs' differences from a product
-        rough = max(s.mode.lowered, s.mode.row_unit if s.mode.row_unit > unit else 0)
-        return unit * s.out.abs() + (rough * both if s.out.dim() > 2 else 0)
-    return (unit * both).expand(s.out.shape)
+    mode, first, second = s.mode, s.args[0], s.args[1]
+    both = _magnitude(first) + abs(s.kwargs.get("alpha", 1)) * _magnitude(second)
+    pairs = s.out.dim() > 2 and isinstance(second, Tensor) and first.shape != second.shape
+    if not pairs and not mode.wide(s.out):
+        return (mode.unit * both).expand(s.out.shape)
+    # others move rows before they are stored, or take pairs' differences from a product
+    stored = mode.row_unit if mode.row_unit > mode.unit else 0
+    return mode.unit * s.out.abs() + (max(mode.lowered, stored) * both if pairs else 0)
 
 
 def _summed(s: Step) -> Tensor:
@@ -266,6 +267,12 @@ def movement(
         for i, (part, right) in enumerate(zip(moved, truth, strict=True)):
             most[i] = max(most[i], distance(part, right))
     return most
+
+
+def rounded_once(stored: Tensor, size: float) -> float:
+    """What storing a tensor of this norm costs at most; numbers near 0 have fewer digits."""
+    smallest = torch.finfo(stored.dtype).smallest_normal * ROUNDOFF[stored.dtype]
+    return ROUNDOFF[stored.dtype] * size + smallest * stored.numel() ** 0.5
 
 
 def distance(got: Tensor, want: Tensor) -> float:
