@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fused_losses.base.numerics import followed
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = ("fp32", "tf32", "mixed", "bf16")
 REDUCTIONS = ("mean", "sum", "none")
@@ -286,6 +288,16 @@ def number(name: str, value: float | Tensor, like: Tensor, *, positive: bool = T
     if positive and not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a value > 0, got {value}")
     return torch.full((), float(value), dtype=torch.float64, device=like.device)
+
+
+def check_plain(**values: object) -> None:
+    """Numbers through which no gradient goes: a tensor that asks for one is refused."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) and followed(value):
+            raise TypeError(
+                f"{name}: expected a number, got a tensor that asks for a gradient, which this "
+                "argument has none of; detach it"
+            )
 
 
 def check_at_least(name: str, value: float, low: float) -> None:

@@ -9,7 +9,7 @@ from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced
 from fused_losses.base.sides import batch_sides, class_sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_at_least
+from fused_losses.base.validation import check_at_least, check_plain
 from fused_losses.losses.scored_rows import scored_rows
 from fused_losses.losses.triplets import chosen_distances, violated
 from fused_losses.primitives.row_rules.inputs import RowInputs
@@ -43,6 +43,7 @@ def centroid_triplet(
     TypeError for bad arguments. Time O(N^2 D), memory O(N D) and a few blocks.
     Paper: Wieczorek et al., On the Unreasonable Effectiveness of Centroids, 2021.
     """
+    check_plain(margin=margin)
     both = batch_sides(embeddings, labels, reduction, precision)
     if margin is not None:
         check_at_least("margin", margin, 0)
@@ -113,6 +114,7 @@ def prototype_triplet(
     TypeError, IndexError for bad arguments. Time O(N C D); memory O((N + C) D) and a few blocks.
     Paper: Mendez-Ruiz et al., SuSana Distancia is all you need, 2023.
     """
+    check_plain(margin=margin, eps=eps)
     both = class_sides(embeddings, "prototypes", prototypes, labels, reduction, precision)
     check_at_least("margin", margin, 0)
     check_at_least("eps", eps, 0)

@@ -21,7 +21,7 @@ from fused_losses.base.numerics import (
 )
 from fused_losses.base.sides import Bank, sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_at_least, number
+from fused_losses.base.validation import check_at_least, check_plain, number
 from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
@@ -88,6 +88,7 @@ def info_nce(
     Time O(N M D); memory O((N + M) D). Papers: van den Oord et al., 2018; Radford et al., 2021; He
     et al., 2020 (queue); Robinson et al., 2021 (hardness); Khosla et al., 2020 ("in").
     """
+    check_plain(hardness=hardness, false_negative_margin=false_negative_margin)
     both = sides(
         query,
         key,

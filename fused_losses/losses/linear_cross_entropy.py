@@ -12,7 +12,7 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
-from fused_losses.base.validation import check_smoothing, meet
+from fused_losses.base.validation import check_plain, check_smoothing, meet
 from fused_losses.losses.margin_softmax import kept_classes, margin_softmax, row_weights
 from fused_losses.primitives.row_statistics.op import row_statistics
 
@@ -40,6 +40,7 @@ def linear_cross_entropy(
     A K-dimensional loss (linear_weight with more than two dimensions) is refused: call once for
     each position. Memory, precision, budget and errors as in `margin_softmax`.
     """
+    check_plain(label_smoothing=label_smoothing)
     single = input.dim() == 1
     rows = input[None] if single else input
     if linear_weight.dim() > 2:

@@ -11,7 +11,7 @@ from fused_losses.base import validation
 from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
 from fused_losses.base.sides import Sides, batch_sides
-from fused_losses.base.validation import check_at_least, check_class_ids, number
+from fused_losses.base.validation import check_at_least, check_class_ids, check_plain, number
 from fused_losses.losses.scored_pairs import scored, triangle
 from fused_losses.losses.scored_rows import class_sizes, over_nonzero, over_terms, scored_rows
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
@@ -75,6 +75,7 @@ def contrastive(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N M D), half for one batch; memory O((N + M) D). Paper: Hadsell et al., 2006.
     """
+    check_plain(positive_margin=positive_margin, negative_margin=negative_margin)
     both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     with no_autocast(embeddings.device):
         ones = torch.ones(both.x.shape[0], dtype=row_dtype(both.x.device), device=both.x.device)
@@ -123,6 +124,7 @@ def margin_loss(
     arguments. Time O(N M D), half for one batch; memory O((N + M) D). Paper: Wu et al., Sampling
     Matters in Deep Embedding Learning, 2017.
     """
+    check_plain(margin=margin, nu=nu)
     both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     validation.check_choice("per", per, PER)
     n = embeddings.shape[0]
@@ -171,6 +173,11 @@ def snr_contrastive(
     same; time O(N M D), memory O((N + M) D) and a few blocks. Paper: Yuan et al., Signal-To-Noise
     Ratio: A Robust Distance Metric for Deep Metric Learning, 2019.
     """
+    check_plain(
+        positive_margin=positive_margin,
+        negative_margin=negative_margin,
+        zero_mean_weight=zero_mean_weight,
+    )
     both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     check_at_least("zero_mean_weight", zero_mean_weight, 0)
     with no_autocast(embeddings.device):

@@ -12,7 +12,7 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, followed, no_autocast, unit_rows
-from fused_losses.base.validation import GRADIENTS, check_smoothing, meet, no_target
+from fused_losses.base.validation import GRADIENTS, check_plain, check_smoothing, meet, no_target
 from fused_losses.losses import reference as losses_reference
 from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
 from fused_losses.losses.class_loss import class_loss
@@ -89,6 +89,7 @@ def margin_softmax(
     Time O(N C D). Memory beyond inputs and gradients: O(N D) plus a tile, plus memory_budget.
     Papers: see `fused_losses.margins`; PartialFC: An et al., 2022.
     """
+    check_plain(label_smoothing=label_smoothing)
     of_class = isinstance(getattr(margin, "rule", None), str)
     several = isinstance(weight, Tensor) and weight.dim() == 3
     several = several or (isinstance(labels, Tensor) and labels.dim() == 2)

@@ -21,7 +21,7 @@ from fused_losses.base.numerics import (
     softplus,
 )
 from fused_losses.base.sides import batch_sides
-from fused_losses.base.validation import check_both, number
+from fused_losses.base.validation import check_both, check_plain, number
 from fused_losses.losses.info_nce import info_nce
 from fused_losses.losses.scored_pairs import labelled_pairs
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
@@ -68,6 +68,7 @@ def multi_similarity(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N^2 D / 2), mined O(N^2 D); memory O(N D). Paper: Wang et al., 2019.
     """
+    check_plain(alpha=alpha, beta=beta, base=base, mining_margin=mining_margin, duplicate=duplicate)
     both = batch_sides(embeddings, labels, reduction, precision)
     for name, value in (("alpha", alpha), ("beta", beta)):
         number(name, value, embeddings)
@@ -126,6 +127,7 @@ def circle(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N^2 D / 2); memory O(N D). Paper: Sun et al., 2020.
     """
+    check_plain(m=m, gamma=gamma)
     both = batch_sides(embeddings, labels, reduction, precision)
     number("gamma", gamma, embeddings)
     with no_autocast(embeddings.device):
@@ -164,6 +166,7 @@ def lifted_structure(
     Time O(N^2 D / 2) and a pass of O(N D) for each row of the largest class, whose size the host
     reads; memory O(N D). Paper: Oh Song et al., 2016.
     """
+    check_plain(margin=margin)
     both = batch_sides(embeddings, labels, reduction, precision)
     with no_autocast(embeddings.device):
         rows, inputs = labelled_pairs(both, "euclidean", normalize, precision)
@@ -212,6 +215,7 @@ def generalized_lifted_structure(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N^2 D / 2); memory O(N D). Paper: Hermans et al., 2017.
     """
+    check_plain(negative_margin=negative_margin, positive_margin=positive_margin)
     both = batch_sides(embeddings, labels, reduction, precision)
     with no_autocast(embeddings.device):
         rows, inputs = labelled_pairs(both, "euclidean", normalize, precision)
@@ -258,7 +262,7 @@ def n_pairs(
         precision=precision,
         backend=backend,
     )
-    if l2_weight == 0:
+    if not isinstance(l2_weight, Tensor) and l2_weight == 0:
         return loss
     first, second = (t.to(loss.dtype).square().sum(dim=1) for t in (anchors, positives))
     squares = (first + second) / 2

@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, softplus
 from fused_losses.base.sides import class_sides
-from fused_losses.base.validation import number
+from fused_losses.base.validation import check_plain, number
 from fused_losses.losses.pair_weighting import has_both
 from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
@@ -77,6 +77,7 @@ def proxy_anchor(
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError, IndexError for bad
     arguments. Time O(N C D); memory O((N + C) D). Paper: Kim et al., 2020.
     """
+    check_plain(alpha=alpha, margin=margin)
     both = class_sides(embeddings, "proxies", proxies, labels, reduction, precision)
     number("alpha", alpha, embeddings)
     with no_autocast(embeddings.device):

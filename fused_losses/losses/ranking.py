@@ -16,7 +16,7 @@ from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, row_dtype, softplus
 from fused_losses.base.sides import batch_sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_at_least, number
+from fused_losses.base.validation import check_at_least, check_plain, number
 from fused_losses.losses.scored_pairs import by_label
 from fused_losses.losses.scored_rows import class_sizes, over_terms, scored_rows
 from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
@@ -51,6 +51,7 @@ def tuplet_margin(
     Time O(N M D); memory O((N + M) D) and a few blocks. Paper: Yu and Tao, Deep Metric Learning
     with Tuplet Margin Loss, 2019.
     """
+    check_plain(margin=margin, scale=scale)
     both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     number("scale", scale, embeddings)
     with no_autocast(embeddings.device):
@@ -86,6 +87,7 @@ def angular(
     whose size the host reads; memory O(N D). Paper: Wang et al., Deep Metric Learning with Angular
     Loss, 2017.
     """
+    check_plain(alpha=alpha)
     both = batch_sides(embeddings, labels, reduction, precision)
     if not 0 < alpha < 90:
         raise ValueError(f"alpha: expected degrees in (0, 90), got {alpha}")
@@ -171,6 +173,13 @@ def ranked_list(
     Time O(N^2 D); memory O(N D) and a few blocks. Paper: Wang et al., Ranked List Loss for Deep
     Metric Learning, 2019.
     """
+    check_plain(
+        margin=margin,
+        alpha=alpha,
+        imbalance=imbalance,
+        positive_temperature=positive_temperature,
+        negative_temperature=negative_temperature,
+    )
     both = batch_sides(embeddings, labels, reduction, precision)
     if not 0 <= imbalance <= 1:
         raise ValueError(f"imbalance: expected a value in [0, 1], got {imbalance}")

@@ -27,6 +27,7 @@ from fused_losses.base.validation import (
     check_at_least,
     check_class_ids,
     check_integers,
+    check_plain,
     number,
 )
 from fused_losses.losses.scored_rows import DISTANCES, over_terms, scored_rows
@@ -71,6 +72,7 @@ def all_triplets(
     Time O(N M D), and O(M P) a row with P <= 32 positives, else O(M log M); smooth: O(M P). Memory
     O((N + M) D) and a few blocks. Paper: Schroff et al., FaceNet, 2015.
     """
+    check_plain(margin=margin)
     both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     check_at_least("margin", margin, 0)
     validation.check_choice("triplets", triplets, TRIPLETS)
@@ -117,6 +119,7 @@ def harmonic_triplet(
     are the same samples). A row is not its own positive, but its old version is. Other arguments,
     result, errors and cost as in `all_triplets`, with N + M columns.
     """
+    check_plain(margin=margin)
     both = sides(
         embeddings,
         frozen,
@@ -164,6 +167,7 @@ def triplet_margin(
     Returns float32 (float64 for float64 inputs); differentiable to any order. Raises ValueError,
     TypeError, IndexError for bad arguments. Time and memory O(T D).
     """
+    check_plain(margin=margin, p=p, eps=eps)
     parts = dict(anchor=anchor, positive=positive, negative=negative)
     for name, rows in parts.items():
         validation.check_matrix(name, rows, "[T, D]")
@@ -302,6 +306,7 @@ def batch_hard_triplet(
     TypeError for bad arguments. Time O(N M D); memory O((N + M) D) and a few blocks.
     Paper: Hermans et al., In Defense of the Triplet Loss, 2017.
     """
+    check_plain(margin=margin)
     return batch_easy_hard_triplet(
         embeddings,
         labels,
@@ -341,6 +346,7 @@ def batch_easy_hard_triplet(
     left out as well. Paper: Xuan et al., Improved Embeddings with Easy Positive Triplet Mining,
     2020.
     """
+    check_plain(margin=margin)
     both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
     validation.check_choice("positive", positive, PICKS)
     validation.check_choice("negative", negative, PICKS)

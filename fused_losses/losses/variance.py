@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.sides import batch_sides
-from fused_losses.base.validation import check_at_least, number
+from fused_losses.base.validation import check_at_least, check_plain, number
 from fused_losses.losses.scored_pairs import scored, triangle
 from fused_losses.losses.scored_rows import scored_rows
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE
@@ -37,6 +37,7 @@ def intra_pair_variance(
     Time O(N^2 D), in two sweeps; memory O(N D) and a few blocks. Paper: Yu et al., Deep Metric
     Learning with Intra-Pair Variance, 2020 (as in pytorch-metric-learning).
     """
+    check_plain(positive_eps=positive_eps, negative_eps=negative_eps)
     both = batch_sides(embeddings, labels, "mean", precision)
     check_at_least("positive_eps", positive_eps, 0)
     check_at_least("negative_eps", negative_eps, 0)

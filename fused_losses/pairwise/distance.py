@@ -16,7 +16,7 @@ from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import describe, number
+from fused_losses.base.validation import check_plain, describe, number
 from fused_losses.pairwise.metrics import (
     METRICS,
     PLAIN,
@@ -81,6 +81,7 @@ def pairwise_distance(
     Time O(N M D); memory beyond the result, its like in the gradient, and a few [N, M] where a
     metric is a function of another: O((N + M) D) plus a block.
     """
+    check_plain(p=p, base=base)
     validation.check_choice("metric", metric, METRICS)
     x, y = _rows(x, y, precision, bools=metric in FLAT)
     d = x.shape[-1]
@@ -128,6 +129,7 @@ def pairwise_similarity(
     RuntimeError where the backend cannot run.
     Time O(N M D); memory beyond the result: O((N + M) D), a block, and one or two [N, M].
     """
+    check_plain(degree=degree)
     validation.check_choice("similarity", similarity, SIMILARITIES)
     x, y = _rows(x, y, precision, bools=False)
     if isinstance(degree, bool) or not isinstance(degree, Real):

@@ -15,6 +15,7 @@ from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import accumulate_dtype, followed, power_of_two, root, row_dtype
 from fused_losses.base.sides import Integers, integers
+from fused_losses.base.validation import check_plain
 from fused_losses.pairwise.distance import check_options, check_weighted, pairwise_distance
 from fused_losses.pairwise.metrics import METRICS
 from fused_losses.pairwise.whitening import whitened
@@ -121,6 +122,7 @@ def pairwise_topk(
     Time O(N M D), half where y is None and skip_self; memory O(N k + N D) and a few blocks, and a
     copy of y in float64 for correlation, hellinger and mahalanobis.
     """
+    check_plain(p=p)
     _check(x, y, k, metric, match, screen)
     bank = x if y is None else y
     rows = bank.codes if isinstance(bank, QuantizedRows) else bank

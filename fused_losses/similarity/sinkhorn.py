@@ -16,7 +16,7 @@ from fused_losses.base.numerics import (
     squared_norms,
 )
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_both, number
+from fused_losses.base.validation import check_both, check_plain, number
 from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.pairs.apart import lowered
 from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
@@ -64,6 +64,7 @@ def sinkhorn(
     Raises ValueError, TypeError for bad arguments. Time O(iterations N M D); memory O((N + M) D).
     Papers: Cuturi, 2013; Jia et al., 2025 (FOA: eps 0.1, at most 100 iterations).
     """
+    check_plain(eps=eps, tolerance=tolerance, x_weight=x_weight, y_weight=y_weight)
     x = check_both("x", x, "y", y, precision)
     n, m = x.shape[0], y.shape[0]
     if n == 0 or m == 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
-from fused_losses.base.validation import check_both, number
+from fused_losses.base.validation import check_both, check_plain, number
 from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.op import TangentFunction, duals, primals, tangents_of
 from fused_losses.primitives.pairs.op import pair_attention
@@ -40,6 +40,7 @@ def trilinear_attention(
     Raises ValueError, TypeError for bad arguments. Time O(N J L (D + Dv)), put J, the side that is
     looped over, on the smaller; memory O((N + J + L)(D + Dv)). Paper: Alman and Song, 2023.
     """
+    check_plain(scale=scale)
     check_leading(("q", q), ("k1", k1), ("k2", k2), ("v1", v1), ("v2", v2))
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))

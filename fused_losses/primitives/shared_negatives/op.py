@@ -21,7 +21,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base.examples import JUMPS, examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype, unit_rows
-from fused_losses.base.validation import check_integers, check_rows, number
+from fused_losses.base.validation import check_integers, check_plain, check_rows, number
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
 from fused_losses.primitives.shared_negatives import bounded
 from fused_losses.primitives.shared_negatives.inputs import BACKWARD, FORWARD, SharedInputs
@@ -52,6 +52,7 @@ def shared_negatives(
     but on "reference". Time O(N^2 D) for each of 4 sweeps (6 in float64), one of them backward's;
     memory O(N D) plus a tile, on "reference" O(N^2).
     """
+    check_plain(whisker=whisker)
     check_rows("embeddings", embeddings, "fp32")
     check_integers("labels", labels, (embeddings.shape[0],), embeddings)
     scale = number("scale", scale, embeddings)
