@@ -254,18 +254,20 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
 # ---- gradients ----------------------------------------------------------------------------------
 
 
-def _to_score(block: Block, grad: Tensor, stats: Tensor, dim: int, at: slice, reduction: str, kind):
-    """dL/dz through one side's value and total, before the mask."""
-    z, _ = block.term(kind)
+def _to_score(
+    z: Tensor, mask: Tensor, grad: Tensor, stats: Tensor, dim: int, reduction: str
+) -> Tensor:
+    """dL/dz of one class through one side's value and total; off the mask anything finite."""
     spread = (lambda v: v[:, None]) if dim == 1 else (lambda v: v[None, :])
     narrow = z.dtype
-    g_value, g_total = grad[0, kind, at], grad[1, kind, at]
+    g_value, g_total = grad[0], grad[1]
     if reduction != "lse":
         slope = torch.sigmoid(z) if reduction == "softplus" else (z > 0).to(narrow)
         return spread(g_value.to(narrow)) * slope + spread(g_total.to(narrow))
-    lse, count = stats[VALUE, kind, at], stats[COUNT, kind, at].detach()
+    lse, count = stats[VALUE], stats[COUNT].detach()
     lse = torch.where(lse == -torch.inf, 0, lse)
-    q = (z - spread(lse.to(narrow))).exp()
+    # masked before the exponential: off the mask it may overflow, and inf * 0 be the derivative
+    q = (z - spread(lse.to(narrow))).masked_fill(~mask, -torch.inf).exp()
     # g q + t, in a form whose large parts cancel in float64: near zero loss g -> -t count
     share = (-g_total * count).to(narrow)
     rest = (g_value + g_total * count).to(narrow)
@@ -280,9 +282,10 @@ def _block_gradient(
     g = torch.zeros_like(block.score)
     for dim, at, window in block.sides(both):
         for kind in (POSITIVE, NEGATIVE) if p.x_labels is not None else (NEGATIVE,):
-            part = _to_score(block, grads[1 - dim], stats[1 - dim], dim, at, reduction, kind)
-            part = part * block.term(kind)[1]
-            g = g + torch.where(block.members(kind, window), part, 0)
+            grad, known = grads[1 - dim][:, kind, at], stats[1 - dim][:, kind, at]
+            (z, slope), mask = block.term(kind), block.members(kind, window)
+            part = _to_score(z, mask, grad, known, dim, reduction) * slope
+            g = g + torch.where(mask, part, 0)
     return _products(block, g)
 
 
@@ -398,8 +401,8 @@ def _block_attention(
     _, _, window = next(block.sides(False))
     z, slope = block.term(kind)
     v = values[cols].to(z.dtype)
+    z = z.masked_fill(~block.members(kind, window), -torch.inf)
     weights = (z - lse[rows, None].to(z.dtype)).exp()
-    weights = torch.where(block.members(kind, window), weights, 0)
     g = weights * (grad_out[rows] @ v.T - shift[rows, None]) * slope
     return weights.T @ grad_out[rows], *_products(block, g)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses.base.numerics import accumulate_dtype, row_dtype
+from fused_losses.base.numerics import accumulate_dtype, row_dtype, softplus
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 
 COORDINATES = 8  # that differences are taken of at a time
@@ -106,8 +106,7 @@ def _side(p: PairInputs, s: Tensor, masks: tuple, window: Tensor | None, reducti
             value = torch.where(alive, none, 0).logsumexp(dim=1, keepdim=True)
             value = torch.where(alive, value, -torch.inf)[:, 0]
         else:
-            # F.softplus is linear past 20, wrong by 2e-9
-            f = torch.logaddexp(z, torch.zeros_like(z)) if reduction == "softplus" else F.relu(z)
+            f = softplus(z) if reduction == "softplus" else F.relu(z)
             value = f.masked_fill(~mask, 0).sum(dim=1)
         total = z.masked_fill(~mask, 0).sum(dim=1)
         best = none.amax(dim=1) if s.shape[1] else s.new_full(s.shape[:1], -torch.inf)
