@@ -189,7 +189,7 @@ void check(const Kernels& kernels, const Shape& s) {
   const std::string at = name;
   // far pairs round in their products, by 16 or 4 times as much as their distances
   const double u = s.precision == Precision::kFull ? 6e-8 : 4e-3;
-  const double bound = (d / 8.0 + 16) * u * (s.precision == Precision::kFull ? 16 : 4);
+  const double bound = (d + 8.0) * u * (s.precision == Precision::kFull ? 16 : 4);
   rows[0].resize(want.size());
   expect(largest(rows[0], want, size) < bound, at + ": rows");
   expect(largest(got_dx[0], dx, dx_size) < bound, at + ": dx");
@@ -273,7 +273,7 @@ void check_attention(const Kernels& kernels, const Shape& s, int64_t width) {
                          (s.score == Score::kRoot ? "root " : "") +
                          std::to_string(int(s.precision));
   const double u = s.precision == Precision::kFull ? 6e-8 : 4e-3;
-  const double bound = (d / 8.0 + 16) * u * (s.precision == Precision::kFull ? 16 : 4);
+  const double bound = (d + 8.0) * u * (s.precision == Precision::kFull ? 16 : 4);
   expect(largest(out, want, size) < bound, at + ": out");
   expect(largest(dx, want_dx, dx_size) < bound, at + ": dx");
   expect(largest(dy, want_dy, dy_size) < bound, at + ": dy");

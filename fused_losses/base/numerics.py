@@ -84,21 +84,18 @@ def centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x - mean, None if y is None else y - mean
 
 
-@overload
-def exactly_centered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
-@overload
-def exactly_centered(x: Tensor, y: None) -> tuple[Tensor, None]: ...
-def exactly_centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both moved towards 0 by one row, without a rounding: no difference of rows changes.
+def exact_center(*sides: Tensor) -> Tensor | None:
+    """A row [D] by which all rows can be moved towards 0 without a rounding; None: there is none.
 
-    A coordinate c moves where all its values have one sign, by their mean but at most twice the
+    A coordinate has one where all its values have one sign: their mean, but at most twice the
     smallest |value|, cut to a multiple of the largest one's unit in the last place. Then v - c is a
-    multiple of v's unit and no larger than v: it has a number of its own (Sterbenz).
+    multiple of v's unit and no larger than v: it has a number of its own (Sterbenz). The mean is
+    that of the last side's rows.
     """
-    sides = [t.detach() for t in (x, y) if t is not None and t.shape[0]]
-    if not sides or not x.shape[1]:
-        return x, y
-    wide = accumulate_dtype(x.dtype)
+    sides = tuple(t.detach() for t in sides if t.shape[0])
+    if not sides or not sides[0].shape[1]:
+        return None
+    dtype, wide = sides[0].dtype, accumulate_dtype(sides[0].dtype)
     low = torch.stack([t.amin(dim=0) for t in sides]).amin(dim=0).to(wide)
     high = torch.stack([t.amax(dim=0) for t in sides]).amax(dim=0).to(wide)
     mean = sides[-1].mean(dim=0, dtype=wide).abs()
@@ -108,11 +105,22 @@ def exactly_centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None
         (torch.int64, 0x7FF0000000000000) if wide == torch.float64 else (torch.int32, 0x7F800000)
     )
     binade = (most.view(bits) & exponent).view(wide)
-    unit = (binade * torch.finfo(x.dtype).eps).clamp_min(torch.finfo(x.dtype).tiny)
+    unit = (binade * torch.finfo(dtype).eps).clamp_min(torch.finfo(dtype).tiny)
     center = (torch.minimum(mean, 2 * least) / unit).floor() * unit
     # so written, a NaN or an infinite value leaves its coordinate where it is
-    movable = ((low > 0) | (high < 0)) & (most < torch.finfo(x.dtype).max)
-    center = torch.where(movable, center.copysign(low), 0).to(x.dtype)
+    movable = ((low > 0) | (high < 0)) & (most < torch.finfo(dtype).max)
+    return torch.where(movable, center.copysign(low), 0).to(dtype)
+
+
+@overload
+def exactly_centered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
+@overload
+def exactly_centered(x: Tensor, y: None) -> tuple[Tensor, None]: ...
+def exactly_centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both moved towards 0, while no difference of rows changes by so much as a rounding."""
+    center = exact_center(x) if y is None else exact_center(x, y)
+    if center is None:
+        return x, y
     return x - center, None if y is None else y - center
 
 

@@ -116,13 +116,13 @@ def _moved(x: Tensor, w: Tensor | None = None) -> Tensor:
     return torch.where((x == x[..., :1]).all(dim=-1, keepdim=True), 0, moved)
 
 
-def _lp(kind: str, power: float) -> Callable[[Call], Tensor]:
+def _lp(kind: str, power: float, p: float = 2.0) -> Callable[[Call], Tensor]:
     """A norm of the difference: weights scale the coordinates by w^power."""
 
     def metric(call: Call) -> Tensor:
         if call.w is not None:
             call = call._replace(**dict(zip("xy", about_mean(call.x, call.y), strict=True)))
-        return call.matrix(kind, *call.weighted(power))
+        return call.matrix(kind, *call.weighted(power), p=p)
 
     return metric
 
@@ -138,7 +138,7 @@ def minkowski(call: Call, p: float) -> Tensor:
     known = {1.0: "cityblock", 2.0: "euclidean"}
     if p in known:
         return PLAIN[known[p]](call)
-    return call.matrix("minkowski", *call.weighted(1 / p), p=p)
+    return _lp("minkowski", 1 / p, p)(call)
 
 
 def _chebyshev(call: Call) -> Tensor:

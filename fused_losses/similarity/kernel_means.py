@@ -11,6 +11,7 @@ from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
+    exactly_centered,
     merged,
     no_autocast,
     over_last,
@@ -160,23 +161,27 @@ def uniformity(
         return _log_mean(sums, n * (n - 1)).to(accumulate_dtype(x.dtype))
 
 
-def _scaled(x: Tensor, width: Tensor) -> Tensor:
-    """x / width in the accumulation dtype: its Gaussian kernel then has bandwidth 1."""
-    return (x.to(accumulate_dtype(x.dtype)) / width).to(accumulate_dtype(x.dtype))
+def _side_by_side(x: Tensor, y: Tensor, ratio: Tensor) -> Tensor:
+    """[x, ratio y]: its Gaussian kernel is that of x times that of y, of bandwidths in this ratio.
+
+    In the accumulation dtype; the factor rounds the rows that it is given.
+    """
+    dtype = accumulate_dtype(x.dtype)
+    return torch.cat([x.to(dtype), (y.to(dtype) * ratio).to(dtype)], dim=1)
 
 
 def _log_joint_rows(
-    x: Tensor, y: Tensor, precision: str, backend: str | None
+    x: Tensor, y: Tensor, widths: tuple[Tensor, Tensor], precision: str, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log row sums of K L, K and L, bandwidths 1.
+    """log row sums of K L, K and L.
 
     The product of two Gaussian kernels is one Gaussian kernel on the features side by side.
     """
-    one = number("bandwidth", 1.0, x)
-    sums = [
-        _log_row_sums(t, None, "gaussian", one, precision, backend)
-        for t in (torch.cat([x, y], dim=1), x, y)
-    ]
+    # near 0 a factor rounds less
+    moved, _ = exactly_centered(y, None)
+    joint = _side_by_side(x, moved, widths[0] / widths[1])
+    given = (joint, widths[0]), (x, widths[0]), (y, widths[1])
+    sums = [_log_row_sums(t, None, "gaussian", w, precision, backend) for t, w in given]
     return sums[0], sums[1], sums[2]
 
 
@@ -215,8 +220,7 @@ def hsic(
     widths = number("x_bandwidth", x_bandwidth, x), number("y_bandwidth", y_bandwidth, y)
     n = x.shape[0]
     with no_autocast(x.device):
-        a, b = _scaled(x, widths[0]), _scaled(y, widths[1])
-        joint, k, l = _log_joint_rows(a, b, precision, backend)
+        joint, k, l = _log_joint_rows(x, y, widths, precision, backend)
         log_n = math.log(n)
         joint, k, l = (joint - log_n).exp(), (k - log_n).exp(), (l - log_n).exp()
         # row means: the sum of (k - mean k)(l - mean l) cancels less than its expansion
@@ -243,8 +247,7 @@ def cauchy_schwarz_qmi(
     _check_paired("x", x, "y", y, precision)
     widths = number("x_bandwidth", x_bandwidth, x), number("y_bandwidth", y_bandwidth, y)
     with no_autocast(x.device):
-        a, b = _scaled(x, widths[0]), _scaled(y, widths[1])
-        joint, k, l = _log_joint_rows(a, b, precision, backend)
+        joint, k, l = _log_joint_rows(x, y, widths, precision, backend)
         # the powers of N cancel
         out = over_last(joint) + over_last(k) + over_last(l) - 2 * over_last(k + l)
         return out.to(accumulate_dtype(x.dtype))
@@ -277,17 +280,15 @@ def cauchy_schwarz_divergence(
         )
     width = number("bandwidth", bandwidth, x)
     other = width if target_bandwidth is None else number("target_bandwidth", target_bandwidth, x)
-    one = number("bandwidth", 1.0, x)
     with no_autocast(x.device):
-        k = _scaled(x, width)
-        first, second = (_scaled(t, other) for t in (target, predicted))
 
-        def rows(u: Tensor, v: Tensor | None) -> Tensor:
-            return _log_row_sums(u, v, "gaussian", one, precision, backend)
+        def rows(u: Tensor, v: Tensor | None, width: Tensor = width) -> Tensor:
+            return _log_row_sums(u, v, "gaussian", width, precision, backend)
 
-        # K^2 is the Gaussian kernel of features larger by sqrt(2)
-        weight = rows(k * math.sqrt(2), None)
-        true, guess = torch.cat([k, first], dim=1), torch.cat([k, second], dim=1)
+        # K^2 is the Gaussian kernel of a bandwidth smaller by sqrt(2)
+        weight = rows(x, None, width / math.sqrt(2))
+        sides = exactly_centered(target, predicted)
+        true, guess = (_side_by_side(x, t, width / other) for t in sides)
         terms = [
             over_last(s - weight) for s in (rows(true, None), rows(guess, None), rows(guess, true))
         ]

@@ -1,10 +1,10 @@
 """Rows that nearly meet, on every backend, against literal formulas of differences in float64.
 
 Bounds (docs/pairs.md). With unit roundoff u, a far pair's |x - y|^2 comes from products, whose
-error of at most (D/8 + 16) u (|x|^2 + |y|^2) is 16 times that of |x - y|^2; a near one's comes from
-differences, with (D/8 + 8) u. How far that moves a value is its derivative G = dL/d|x - y|^2, how
+error of at most (D + 8) u (|x|^2 + |y|^2) is 16 times that of |x - y|^2; a near one's comes from
+differences, with (D + 3) u. How far that moves a value is its derivative G = dL/d|x - y|^2, how
 far it moves G the second derivative. A gradient sum_j G_ij (x_i - y_j) is held against
-sum_j |G_ij| |x_i - y_j|: a far pair's part loses (D/8 + 16) u 4 times over, as |x| <= 4 |x - y|.
+sum_j |G_ij| |x_i - y_j|: a far pair's part loses its roundings 4 times over, as |x| <= 4 |x - y|.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from conftest import require
 from torch import Tensor
 
 from fused_losses import functional
+from fused_losses.base.numerics import exactly_centered
+from fused_losses.pairwise.distance import pairwise_distance
 from fused_losses.similarity.attention import similarity_attention
 from fused_losses.similarity.kernel_means import kernel_mean, mmd, uniformity
 
@@ -290,9 +292,9 @@ def test_near_pairs(name: str, data: str, dtype: torch.dtype, backend: str) -> N
     found.backward()
     assert x.grad is not None
     u = torch.finfo(dtype).eps / 2
-    product = (D / 8 + 16) * u
+    product = (D + 8) * u
     # exponentials, whose arguments round where they count (|z| < 16), and sums over N pairs
-    own = (N / 8 + 32) * u
+    own = (N + 32) * u
     moves = product / SHARE
     error = (found.detach().double() - want.value).abs()
     assert float(error) <= float(moves * want.value_moves + own * want.value.abs() + 2 * u)
@@ -325,9 +327,135 @@ def test_mmd_of_clusters(kernel: str, backend: str) -> None:
     found = mmd(x, y, kernel, width, backend=backend)
     u = torch.finfo(torch.float32).eps / 2
     # each mean by its distances, of which t e^-t <= 1/e, and by its own roundings
-    assert abs(float(found) - float(want)) <= 4 * ((D / 8 + 16) * u / SHARE + (N / 8 + 16) * u)
+    assert abs(float(found) - float(want)) <= 4 * ((D + 8) * u / SHARE + (N + 16) * u)
+
+
+def two_kernels(x: Tensor, y: Tensor, width: float) -> tuple[Tensor, Tensor]:
+    a, b = ((-squares(t.double(), t.double()) / (2 * width**2)).exp() for t in (x, y))
+    return a, b
+
+
+def criterion(x: Tensor, y: Tensor, width: float) -> Tensor:
+    k, l = two_kernels(x, y, width)
+    h = torch.eye(N).double() - 1 / N
+    return (k @ h @ l @ h).trace() / N**2
+
+
+def information(x: Tensor, y: Tensor, width: float) -> Tensor:
+    k, l = two_kernels(x, y, width)
+    cross = (k.sum(1) * l.sum(1)).sum()
+    return (k * l).sum().log() + (k.sum() * l.sum()).log() - 2 * cross.log()
+
+
+def divergence(x: Tensor, y: Tensor, width: float) -> Tensor:
+    k, l = two_kernels(x, y, width)
+    m = two_kernels(y.flip(0), y, width)[0]
+    between = (-squares(y.double().flip(0), y.double()) / (2 * width**2)).exp()
+    weight = k.square().sum(1)
+    terms = [((k * t).sum(1) / weight).sum().log() for t in (l, m, between)]
+    return terms[0] + terms[1] - 2 * terms[2]
+
+
+@pytest.mark.parametrize("data", ["clusters", "far away", "duplicates"])
+def test_kernels_of_two_features(data: str, backend: str) -> None:
+    p = problem(DATA[data], torch.float32)
+    x, y, w = p.x, DATA[data]().roll(3, dims=0), p.width
+    both = dict(x_bandwidth=w, y_bandwidth=w, backend=backend)
+    u = torch.finfo(torch.float32).eps / 2
+    # of every kernel entry, as t e^-t <= 1/e; means of rows cancel, which four times covers
+    rounding = (2 * D + 8) * u / SHARE + (N + 16) * u
+    means = 1.0  # no kernel has a larger one
+    assert abs(float(functional.hsic(x, y, **both)) - float(criterion(x, y, w))) <= 4 * (
+        rounding * means
+    )
+    found = float(functional.cauchy_schwarz_qmi(x, y, **both))
+    want = information(x, y, w)
+    # of logarithms: each term's exponent is below 32 where it counts
+    assert abs(found - float(want)) <= 4 * 32 * rounding
+    found = float(
+        functional.cauchy_schwarz_divergence(x, y, y.flip(0), bandwidth=w, backend=backend)
+    )
+    assert abs(found - float(divergence(x, y, w))) <= 4 * 32 * rounding
 
 
 def test_kernel_mean_cannot_exceed_one(backend: str) -> None:
     found = kernel_mean(clusters(), bandwidth=0.03, backend=backend)
     assert 0 < float(found) < 1
+
+
+def test_attention_over_nearly_equal_values(backend: str) -> None:
+    # the gradient of a score is w (<g, v_j> - <g, out>), of values that share their first digits
+    q, k, g = torch.randn(N, D), torch.randn(N, D), torch.randn(N, 5)
+    v = 1e3 + 0.01 * torch.randn(N, 5)
+    query = q.clone().requires_grad_()
+    out = similarity_attention(query, k, v, scale=0.3, backend=backend)
+    out.backward(g)
+    assert query.grad is not None
+    wide = q.double().requires_grad_()
+    weights = (0.3 * wide @ k.double().T).softmax(1)
+    want = weights @ v.double()
+    want.backward(g.double())
+    assert wide.grad is not None
+    u = torch.finfo(torch.float32).eps / 2
+    assert float((out.double() - want).detach().abs().max()) <= 1e3 * 4 * u
+    # of what is summed: a weight, by how far its value lies from the mean, along g, times a key
+    along = (g.double() @ v.double().T - (g.double() * want.detach()).sum(1, keepdim=True)).abs()
+    size = 0.3 * (weights.detach() * along) @ k.double().abs()
+    bound = (N + D + 64) * u * size.amax(dim=1, keepdim=True) * 4
+    assert ((query.grad.double() - wide.grad).abs() <= bound).all()
+
+
+def test_attention_over_nothing_is_zero(backend: str) -> None:
+    # of values that are moved and moved back
+    x, v = torch.randn(4, D), 5 + torch.rand(4, 3)
+    labels = torch.tensor([0, 0, 1, 2])
+    out = similarity_attention(
+        x,
+        x,
+        v,
+        query_labels=labels + 1,
+        key_labels=labels,
+        match="same",
+        backend=backend,
+    )
+    assert not out[labels == 2].any()
+    torch.testing.assert_close(out[:2], v[2].expand(2, 3))
+
+
+@pytest.mark.parametrize("p", [1.5, 3.0])
+def test_weighted_minkowski_far_from_the_origin(p: float, backend: str) -> None:
+    x, y, w = far_away(), far_away(), torch.rand(D) + 0.1
+    want = (w.double() * (x.double()[:, None] - y.double()).abs() ** p).sum(2) ** (1 / p)
+    found = pairwise_distance(x, y, "minkowski", p=p, w=w, backend=backend)
+    u = torch.finfo(torch.float32).eps / 2
+    # moved exactly, a row is weighted at its distance from the mean: of that its product rounds
+    size = max(float((t.double() - y.double().mean(0)).abs().max()) for t in (x, y))
+    bound = (D + 8) * u * want + 4 * u * size * float(w.max()) ** (1 / p) * D ** (1 / p)
+    assert ((found.double() - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_center_moves_without_rounding(dtype: torch.dtype) -> None:
+    x = torch.stack(
+        [
+            1e4 + torch.randn(N),
+            3 + torch.randn(N),  # some below the mean's half, or of the other sign
+            torch.rand(N) + 1e-3,
+            -1e-3 * torch.rand(N) - 1e-5,
+            torch.logspace(-4, 4, N),
+            torch.randn(N),
+        ],
+        dim=1,
+    ).to(dtype)
+    moved, _ = exactly_centered(x, None)
+    center = x.double() - moved.double()
+    assert (center == center[:1]).all()
+    assert center[0, 0] > 5e3
+
+
+def test_a_center_leaves_out_what_is_not_finite() -> None:
+    x = 100 + torch.randn(N, 3)
+    x[1, 0], x[2, 1] = torch.nan, torch.inf
+    moved, _ = exactly_centered(x, None)
+    torch.testing.assert_close(moved[:, :2], x[:, :2], equal_nan=True, rtol=0, atol=0)
+    assert moved[:, 2].abs().max() < 10

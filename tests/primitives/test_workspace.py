@@ -53,12 +53,15 @@ def statistics(n: int, c: int, d: int, bend: bool = False, sampled: int = 0) -> 
 def pairs(n: int, m: int, d: int, **kinds: Any) -> Callable:
     def make(dtype: torch.dtype) -> tuple:
         triangle, width = kinds.get("triangle", False), kinds.get("width", 0)
+        apart = kinds.get("apart", False)
         x, scale = rows(dtype, n, d), torch.tensor(8.0, dtype=torch.float64)
-        y = x if triangle else rows(dtype, m, d)
+        # apart: every pair is near, the most that a form has to hold
+        x = 1 + 0.01 * x if apart else x
+        y = x if triangle else 1 + 0.01 * rows(dtype, m, d) if apart else rows(dtype, m, d)
         both = (labels(n), None if triangle else labels(m)) if not width else (None, None)
         rule = [1.0, 0.0, float("inf")]
         flat = (x, y, scale, None, None, *both, *(None,) * 7, "linear", rule, rule)
-        flat = (*flat, False, triangle, False, "fp32")
+        flat = (*flat, False, triangle, apart, "fp32")
         if width:
             return (rows(dtype, m, width), *flat, False)
         return (*flat, "lse", not triangle)
@@ -153,6 +156,9 @@ CASES = {
     "pairs-half": Case("pair_statistics", pairs(1_500, 1_200, 64), "bfloat16"),
     "pairs-triangle": Case("pair_statistics", pairs(1_500, 1_500, 64, triangle=True)),
     # on the CPU its forward says what the backward needs
+    "pairs-apart": Case("pair_statistics", pairs(700, 600, 64, apart=True)),
+    "pairs-apart-triangle": Case("pair_statistics", pairs(700, 700, 64, triangle=True, apart=True)),
+    "attention-apart": Case("pair_attention", pairs(600, 700, 64, width=96, apart=True), less=9),
     "attention": Case("pair_attention", pairs(1_200, 1_500, 64, width=96), less=9),
     "attention-half": Case("pair_attention", pairs(1_200, 1_500, 64, width=96), "bfloat16"),
     "dot": Case("distance_matrix", distances(900, 1_100, 64, "dot")),
