@@ -48,8 +48,9 @@ def _score_bytes(backend: str, p: RowInputs, tall: int, needs: RowNeeds | None) 
 
 
 def _scores(backend: str, p: RowInputs, x: Tensor, y: Tensor) -> Tensor:
-    """Scores [B, M] of rows x, before their sign."""
-    return DISTANCE_MATRIX(backend, x, y, None, SCORES[p.score][0], 2.0, p.precision)
+    """Scores [B, M] of rows x, before their sign; NaN where infinite, as in the reference."""
+    score = DISTANCE_MATRIX(backend, x, y, None, SCORES[p.score][0], 2.0, p.precision)
+    return score.masked_fill_(score.isinf(), torch.nan)
 
 
 def forward(backend: str, p: RowInputs) -> Tensor:

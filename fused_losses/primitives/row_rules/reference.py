@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fused_losses.primitives.distances import reference as reference_distances
@@ -13,4 +14,6 @@ def reference(p: RowInputs) -> Tensor:
     """The rule's formula on the whole matrix, of every difference of two rows at once."""
     kind, sign = SCORES[p.score]
     score = sign * reference_distances.distance(kind, p.x, p.y, None, 2.0)
+    # one rule for what is not finite, whichever way a kernel would have ordered it
+    score = score.masked_fill(score.isinf(), torch.nan)
     return RULES[p.rule].formula(block(p, score, slice(0, p.x.shape[0])))

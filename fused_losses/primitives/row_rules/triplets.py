@@ -57,7 +57,8 @@ def _each_positive(b: RowBlock) -> Iterator[tuple[Tensor, Tensor, Tensor | None]
     for p in range(index.shape[1]):
         at = index[:, p : p + 1]
         near = b.score.gather(1, at).masked_fill(~real[:, p : p + 1], -torch.inf)
-        violation = near + margin - far
+        # where a row has no such positive, no NaN of its others
+        violation = (near + margin - far).masked_fill_(~real[:, p : p + 1], -torch.inf)
         if kind == "all":
             yield at, violation, None
         elif kind == "hard":

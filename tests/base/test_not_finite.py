@@ -1,0 +1,87 @@
+"""Rows with NaN or inf: what they make NaN, the same on every backend (docs/pairs.md)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_losses.functional as fl
+from fused_losses.base.examples import TABLE, Inputs
+
+NO_ROWS = ("info_nce, labels, symmetric",)  # of more columns than rows: no loss of a row
+REFUSED = ("pairwise_distance, mahalanobis",)  # a covariance of NaN
+LOSSES = [
+    (name, side)
+    for name, example in TABLE.items()
+    for side in ("x", "y", "w")
+    if side in example.leaves and example.takes("backend") and name not in REFUSED
+]
+# whose scores of rows are blocks of distances or products: inf is NaN there
+FOLDED = (
+    "all_triplets",
+    "harmonic_triplet",
+    "tuplet_margin",
+    "ranked_list",
+    "fast_ap",
+    "histogram",
+    "snr_contrastive",
+    "intra_pair_variance",
+)
+
+
+def which(name: str, side: str, value: float, backend: str) -> list[Any]:
+    """Of every result, which of its rows have a NaN."""
+    example = TABLE[name]
+    inputs = Inputs(12, 20, 8)
+    rows = getattr(inputs, side)
+    rows.data[3, 2] = value
+    options: dict[str, Any] = {"backend": backend}
+    if example.takes("reduction") and name not in NO_ROWS:
+        options["reduction"] = "none"
+    out = example(inputs, **options)
+    out = out if isinstance(out, tuple) else (out,)
+    return [
+        t.detach().isnan().reshape(t.shape[:1].numel(), -1).any(dim=1).tolist()
+        for t in out
+        if isinstance(t, Tensor) and t.is_floating_point()
+    ]
+
+
+@pytest.mark.parametrize("name, side", LOSSES)
+def test_a_row_with_nan_makes_the_same_nan_on_every_backend(
+    name: str, side: str, streamed: str
+) -> None:
+    assert which(name, side, math.nan, streamed) == which(name, side, math.nan, "reference")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name, side", [(name, side) for name, side in LOSSES if name.split(",")[0] in FOLDED]
+)
+def test_inf_is_nan_in_folds_over_rows(name: str, side: str, value: float, streamed: str) -> None:
+    found = [which(name, side, v, b) for v in (value, math.nan) for b in (streamed, "reference")]
+    assert all(one == found[0] for one in found)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("triplets", ["all", "hard", "semihard"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_triplets_of_a_bad_row(value: float, triplets: str, smooth: bool, backend: str) -> None:
+    """NaN is what has a triplet with the row; an anchor without any keeps 0, its gradient, too."""
+    x = torch.randn(9, 4)
+    x[2, 1] = value
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3])
+    x.requires_grad_()
+    options: dict[str, Any] = dict(triplets=triplets, smooth=smooth, backend=backend)
+    rows = fl.all_triplets(x, labels, reduction="none", **options)
+    assert rows.isnan().tolist() == [True] * 8 + [False] and rows[8] == 0
+    assert fl.all_triplets(x, labels, **options).isnan()
+    # many positives are counted by sorting
+    many = torch.randn(90, 4)
+    many[2, 1] = value
+    rows = fl.all_triplets(many, torch.arange(90) % 2, reduction="none", **options)
+    assert rows.isnan().all()
