@@ -170,6 +170,7 @@ def pairs(n: int, m: int, d: int, dtype: torch.dtype, **more: Any) -> Any:
         y_ids=integers(m, ids),
         positive=Rule(-1.5, 0.25),
         negative=Rule(2.0, 0.75),
+        apart=more.get("apart", False),
     )
     reduction, cols = more.get("reduction", "lse"), more.get("cols", True)
 
@@ -194,6 +195,11 @@ PAIRS = {
     "two sides": (pairs(37, 53, 24, torch.float32), STATISTICS),
     "rows": (pairs(40, 70, 32, torch.bfloat16, labels=False, cols=False), STATISTICS),
     "sigmoid": (pairs(33, 67, 40, torch.float16, reduction="softplus", cols=False), STATISTICS),
+    # of rows that are far apart, as the closed forms say
+    "apart": (
+        pairs(37, 53, 24, torch.float32, apart=True),
+        {*STATISTICS, "distance_tiles", "near_distances", "split_tiles", "near_sums"},
+    ),
     "ids": (pairs(33, 67, 16, torch.bfloat16, ids=True), STATISTICS),
     "attention": (
         pairs(37, 53, 24, torch.float32, attention=16, labels=False),

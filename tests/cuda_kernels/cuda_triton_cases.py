@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import apart_cases
 import torch
 import triton_oracle as oracle
 from cuda_case import CudaCase, near
@@ -158,6 +159,18 @@ def pair_cases() -> list[CudaCase]:
     return [CudaCase(f"pairs-{c.name}", "pairs", pairs(c)) for c in found]
 
 
+def pairs_apart(case: apart_cases.Apart) -> Callable[[], None]:
+    def check() -> None:
+        backend = backends.module("pairs", "cuda")
+        with narrow_tiles(backend):
+            apart_cases.check(case, backend)
+
+    return check
+
+
+APART = [CudaCase(f"apart-{c.name}", "pairs", pairs_apart(c)) for c in apart_cases.CASES]
+
+
 # ---- late interaction --------------------------------------------------------------------------
 
 
@@ -212,5 +225,6 @@ def maxsim_cases() -> list[CudaCase]:
 TRITON_CASES: list[CudaCase] = [
     *(CudaCase(f"rows-{c.name}", "row_statistics", rows(c)) for c in ROWS),
     *pair_cases(),
+    *APART,
     *maxsim_cases(),
 ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import require
+from conftest import CUDA, require
 from torch import Tensor
 
 from fused_losses import functional
@@ -23,7 +23,7 @@ from fused_losses.pairwise.distance import pairwise_distance
 from fused_losses.similarity.attention import similarity_attention
 from fused_losses.similarity.kernel_means import kernel_mean, mmd, uniformity
 
-BACKENDS = ("reference", "bounded", "cpu")  # those whose near pairs are mended
+BACKENDS = ("reference", "bounded", "cpu", *CUDA)
 N, D = 32, 24
 SHARE = 1 / 16
 

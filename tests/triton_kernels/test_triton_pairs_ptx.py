@@ -20,6 +20,9 @@ pytest.importorskip("triton")
 if triton_launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
+import apart_cases
+from apart_cases import Apart
+
 # both skip, saying why, where ptxsim is absent
 from simulated import _on_the_path, simulate  # noqa: F401
 from triton_pair_cases import Case, close, gradients, inputs, leaves_of
@@ -91,6 +94,25 @@ def test_ptx(case: Case, arch: str) -> None:
         assert report.coverage() > 0.6, (name, report.coverage())
         if name != "merge_tiles":
             assert any(op.startswith(products) for op in report.opcodes()), name
+
+
+# squared distances, G without its near pairs, and their sums
+APART = [
+    (Apart(n=70, m=90, d=40, dtype=BF16, cols=True, labels=4), "sm_90"),
+    (Apart(data="partners", n=70, d=27, triangle=True, labels=4, root=True), "sm_80"),
+    (Apart(data="partners", n=70, m=66, d=32, values=32), "sm_90"),
+]
+
+
+@pytest.mark.parametrize("case, arch", APART, ids=lambda v: getattr(v, "name", v))
+def test_apart_ptx(case: Apart, arch: str) -> None:
+    reports: list[tuple[str, Any]] = []
+    with record.on(arch, simulate(int(arch[3:]), reports)):
+        apart_cases.check(case, backend)
+    for name, report in reports:
+        # where no tile has near pairs a kernel leaves at once
+        assert report.coverage() > 0.6 or name.startswith("near"), (name, report.coverage())
+    assert {"split_tiles", "near_sums", "near_distances"} <= {name for name, _ in reports}
 
 
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90"))

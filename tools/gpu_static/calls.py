@@ -72,6 +72,7 @@ def pairs(
     root: bool = False,
     reach: float = float("inf"),
     skip_self: bool = False,
+    apart: bool = False,
     attention: int = 0,  # width of the values; 0: statistics
     n: int = 4096,
     m: int = 8192,
@@ -98,6 +99,7 @@ def pairs(
         negative=Rule(2.0, 0.75, reach),
         skip_self=skip_self,
         triangle=triangle,
+        apart=apart,
         precision=precision,
     )
     if not cols:
@@ -203,6 +205,10 @@ ALSO = MAIN + AMD
 MASKS = dict(biases=True, ids=True, groups=True, windows=True, root=True, reach=1.0)
 TWO = dict(**MASKS, cols=True, exclude=3, skip_self=True)
 ATTEND = dict(attention=512, exclude=3, skip_self=True, **MASKS)
+# of pairs apart, whose scores have no biases
+APART = dict(apart=True, labels=True, ids=True, groups=True, windows=True, root=True, reach=1.0)
+APART_TWO = dict(**APART, cols=True, exclude=3, skip_self=True)
+APART_ATTEND = dict(**APART, attention=512, exclude=3, skip_self=True)
 CHOSEN = dict(everything=True, match="different", center=True)
 FULL = dict(extra=True, classes=100_000)
 BENT = dict(bent=True, **FULL)
@@ -287,6 +293,17 @@ CALLS: dict[str, HostCall] = {
     "distances rounded": _call(distances, "sm_100", kind="euclidean", d=128, **ROUNDED),
     "distances rounded D100": _call(distances, kind="euclidean", d=100, **ROUNDED),
     "distances dot": _call(distances, "sm_80", "gfx942", kind="dot", d=128, **HALF),
+    "pairs apart": _call(pairs, *ALSO, "sm_120", d=512, **HALF, **APART_TWO),
+    "pairs apart D500": _call(pairs, d=500, **HALF, **APART),
+    "pairs apart triangle": _call(pairs, "sm_90", d=512, **WIDE, apart=True, triangle=True),
+    "pairs apart fp32": _call(pairs, "sm_80", d=512, **WIDE, **APART_TWO),
+    "pairs apart tf32": _call(pairs, d=512, **TF32, **APART_TWO),
+    "pairs apart softplus": _call(pairs, d=512, **WIDE, reduction="softplus", **APART_TWO),
+    "pairs apart rounded": _call(pairs, "sm_100", d=512, **ROUNDED, **APART_TWO),
+    "pairs apart rows": _call(pairs, d=512, **HALF, apart=True),
+    "pairs apart attention": _call(pairs, *ALSO, d=512, **HALF, **APART_ATTEND),
+    "pairs apart attention plain": _call(pairs, d=512, **WIDE, apart=True, attention=512),
+    "pairs apart rounded attention": _call(pairs, d=512, **ROUNDED, **APART_ATTEND),
     "topk": _call(topk, *ALSO, "sm_120", keep=128, d=128, **HALF, everything=True),
     "topk few": _call(topk, "sm_90", keep=17, d=512, **HALF, match="same"),
     "topk few fp32": _call(topk, keep=17, d=512, **WIDE, match="same"),

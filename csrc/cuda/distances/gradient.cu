@@ -23,11 +23,18 @@ struct NearTerm : distance_rules::DifferenceTerm<FloatMath> {
   }
 };
 
+// f (other - own) of near pairs, f as it is given.
+struct NearPairTerm : distance_rules::DifferenceTerm<FloatMath, true> {
+  FL_DEVICE static float factor(float g, float out, float& size) {
+    return is_near(out, size, false) ? g : 0.0f;
+  }
+};
+
 template <class Term>
 constexpr bool kIsChebyshev = std::is_same_v<Term, ChebyshevTerm>;
 template <class Term>
-constexpr bool kIsNear =
-    std::is_same_v<Term, NearTerm<false>> || std::is_same_v<Term, NearTerm<true>>;
+constexpr bool kIsNear = std::is_same_v<Term, NearTerm<false>> ||
+                         std::is_same_v<Term, NearTerm<true>> || std::is_same_v<Term, NearPairTerm>;
 
 // As backends/cuda_distances.py numbers them.
 enum TermKind : int32_t {
@@ -45,6 +52,7 @@ enum TermKind : int32_t {
   kScaledOfW,
   kNearSquared,
   kNearEuclidean,
+  kNearPair,
 };
 
 // clang-format off
@@ -58,7 +66,7 @@ enum TermKind : int32_t {
   F(const float*, pairs) /* null, or a number a pair: kSumOfSizes, kLargest */ \
   F(const float*, own_norms) /* of the near terms */ \
   F(const float*, other_norms) \
-  F(const float*, totals) /* of the near terms, [n] */ \
+  F(const float*, totals) /* of the near terms of distances, [n] */ \
   F(const int32_t*, near) /* of `distance_factors` */ \
   F(float*, to) /* [splits, n, d] */ \
   F(int64_t, own_stride) \
@@ -79,7 +87,7 @@ enum TermKind : int32_t {
   F(int64_t, span) /* rows of other in a split: a multiple of kTile */ \
   F(int32_t, type) \
   F(int32_t, term) \
-  F(bool, add) /* to what `to` has; near terms: to own totals - to */ \
+  F(bool, add) /* to what `to` has; with totals: to own totals - to */ \
   F(double, p)
 // clang-format on
 FL_ARGUMENTS(DistanceGradient, DISTANCE_GRADIENT_FIELDS)
@@ -170,6 +178,14 @@ distance_gradient(GradientArguments<Term> a) {
     const int64_t split = task / tiles, tile = task % tiles, i0 = tile / across * kTile;
     const int32_t k0 = static_cast<int32_t>(tile % across) * kTile, k = k0 + tx * kEach;
     const int64_t end = split * in.span + in.span < in.m ? split * in.span + in.span : in.m;
+    if constexpr (kIsNear<Term>) {
+      bool any = in.totals != nullptr;
+      for (int64_t j = split * in.span; j < end && !any; j += kTile) {
+        any = ld(in.near + i0 / kTile * in.near_own + j / kTile * in.near_other) != 0;
+      }
+      // nothing is added: rows need not be read
+      if (!any) continue;
+    }
     float mine[kEach][kEach], total[kEach][kEach] = {};
     with_rows<float>(own, [&](const auto* at, bool) {
       for (int r = 0; r < kEach; ++r) {
@@ -222,7 +238,7 @@ distance_gradient(GradientArguments<Term> a) {
       float* to = in.to + (split * in.n + i) * in.d + k;
       float before[kEach] = {}, sum[kEach];
       if (in.add) load_four(to, 1, d - k, packed, before);
-      if constexpr (kIsNear<Term>) {
+      if (kIsNear<Term> && in.totals) {
         const float far = ld(in.totals + i);
         for (int e = 0; e < kEach; ++e) before[e] = mine[r][e] * far - before[e];
       }
@@ -282,6 +298,8 @@ int run_distance_gradient(const DistanceGradient& a, Stream stream) {
       return of(NearTerm<false>{});
     case kNearEuclidean:
       return of(NearTerm<true>{});
+    case kNearPair:
+      return of(NearPairTerm{});
     default:
       return 1;
   }

@@ -62,7 +62,8 @@ FL_EXPORT(distance_norms, DistanceNorms, DISTANCE_NORMS_FIELDS, run_distance_nor
   F(int64_t, m) \
   F(int64_t, d) \
   F(int32_t, type) \
-  F(bool, rooted)
+  F(bool, rooted) \
+  F(float, share) /* of |x|^2 + |y|^2, below which a pair is near */
 // clang-format on
 FL_ARGUMENTS(DistanceProducts, DISTANCE_PRODUCTS_FIELDS)
 
@@ -90,7 +91,7 @@ FL_KERNEL(kThreads, kBlocks) distance_products(DistanceProducts a) {
         const float size = row + columns[e];
         v[e] = distance_rules::from_product<FloatMath>(size, v[e]);
         // `not >=`: NaN and what has overflowed as well
-        const bool cancels = !(v[e] >= size * distance_rules::kNear<float>);
+        const bool cancels = !(v[e] >= size * a.share);
         near |= static_cast<unsigned>(cancels && j + e < a.m) << (r * kEach + e);
         v[e] = a.rooted ? sqrtf(v[e]) : v[e];
       }

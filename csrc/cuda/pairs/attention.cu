@@ -95,6 +95,7 @@ FL_EXPORT(pair_attention, AttentionArguments, ATTENTION_FIELDS, run_attention)
   F(const float*, into)  /* [rows, stride] <grad_out, values>, or null: no G */             \
   F(void*, weights)      /* [rows, low_stride] unit softmax(z), or null; may be the tile */ \
   F(void*, ds)           /* [rows, low_stride] G, or null; may be `into` */                 \
+  F(int32_t, ds_type)                                                                       \
   F(int64_t, low_stride) /* a multiple of kWide */                                          \
   F(float, unit) F(int32_t, type)
 FL_ARGUMENTS(AttentionGradientArguments, ATTENTION_GRADIENT_FIELDS)
@@ -122,7 +123,7 @@ pair_attention_gradients(AttentionGradientArguments a) {
         g[c] = member ? p * term.slope * (through[c] + shift) : 0.0f;
       }
       if (a.weights) store_row(a.type, a.weights, row * a.low_stride + column, weight);
-      if (a.ds) store_row(a.type, a.ds, row * a.low_stride + column, g);
+      if (a.ds) store_row(a.ds_type, a.ds, row * a.low_stride + column, g);
     }
   });
 }

@@ -190,6 +190,21 @@ def pair_attention_gradients(s: Launch) -> None:
     s.work.scalar = 10 * high * wide
 
 
+@form("pair_split")
+def pair_split(s: Launch) -> None:
+    across, down = cdiv(s.m, TILE), cdiv(s.n, TILE)
+    for name in ("g", "squares"):
+        s.read(name, s.n * s.m, 0, (s.n - 1) * s.stride + s.m)
+    s.read("x_norms", s.n * across, 0, s.n)
+    s.read("y_norms", s.m * down * TILE // 4, 0, s.m)
+    s.write("far", s.n * s.m, 0, (s.n - 1) * s.far_stride + s.m)
+    for name in ("row_sums", "moments"):
+        s.write(name, s.n * across)
+    s.write("column_sums", s.m * down)
+    s.write("near", down * across)
+    s.work.scalar = 8 * s.n * s.m
+
+
 # ---- the others ---------------------------------------------------------------------------------
 
 
@@ -294,6 +309,8 @@ def distance_gradient(s: Launch) -> None:
     rows, depth, splits = cdiv(s.n, TILE), cdiv(s.d, TILE), cdiv(s.m, s.span)
     if s.has("near"):
         s.read("near", rows * depth * cdiv(s.m, TILE), 0, rows * cdiv(s.m, TILE))
+        if not s.has("totals"):
+            return
         s.read("totals", s.n * depth)
         s.read("own", s.n * s.d, 0, s.n * s.own_stride)
         s.read("to", s.n * s.d)

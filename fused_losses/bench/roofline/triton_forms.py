@@ -5,7 +5,7 @@ from __future__ import annotations
 from fused_losses.bench.roofline.work import Launch, cdiv, form
 from fused_losses.primitives.distances import triton_kernels as triton_distance_kernels
 from fused_losses.primitives.maxsim import triton_kernels as triton_maxsim_kernels
-from fused_losses.primitives.pairs import triton_attention, triton_backward
+from fused_losses.primitives.pairs import triton_attention, triton_backward, triton_near
 from fused_losses.primitives.pairs import triton_forward as triton_pair_kernels
 from fused_losses.primitives.row_statistics import triton_backward as triton_gradients
 from fused_losses.primitives.row_statistics import triton_forward as triton_kernels
@@ -179,7 +179,13 @@ def _pair_tiles(s: Launch) -> tuple[int, int, int]:
             for r in range(s.row_tiles)
         )
     share = live / s.programs
-    _tile_products(s, "x.rows", "y.rows", (s.first_row, high), (s.first_column, wide), s.d, live)
+    if s.has("squares"):
+        s.read(
+            "squares", round(high * tiles * s.BN * share), 0, (high - 1) * s.stride_squares + wide
+        )
+    else:
+        rows, columns = (s.first_row, high), (s.first_column, wide)
+        _tile_products(s, "x.rows", "y.rows", rows, columns, s.d, live)
     s.read("scale", live)
     kinds = 1 if s.KIND is not None or not s.has("x.labels") else 2
     for of, times in (("labels", kinds), ("bias", 1), ("ids", 1), ("groups", 1)):
@@ -216,6 +222,27 @@ def pair_gradient_tiles(s: Launch) -> None:
     s.read("column_vectors", kinds * vectors * wide * s.row_tiles, 0, kinds * vectors * wide)
     s.write("ds", high * wide)
     s.work.scalar = (8 + 6 * s.has("column_vectors")) * kinds * s.programs * s.BM * s.BN
+
+
+@form(triton_near.split_tiles)
+def pair_split_tiles(s: Launch) -> None:
+    across = cdiv(s.m, s.BN)
+    for name in ("g", "squares"):
+        s.read(name, s.n * across * s.BN, 0, (s.n - 1) * s.values[name].stride(0) + s.m)
+    s.read("x_norms", s.n * across, 0, s.n)
+    s.read("y_norms", s.m * s.row_tiles, 0, s.m)
+    s.write("far", s.n * s.m, 0, (s.n - 1) * s.stride_far + s.m)
+    for name in ("row_sums", "moments", "near_rows"):
+        s.write(name, s.n * across)
+    for name in ("column_sums", "near_columns"):
+        s.write(name, s.m * s.row_tiles)
+    s.work.scalar = 8 * s.programs * s.BM * s.BN
+
+
+@form(triton_near.near_sums)
+def pair_near_sums(s: Launch) -> None:
+    """Where no pair is near."""
+    s.read("near", s.n * cdiv(s.m, s.BN) * s.depth_tiles)
 
 
 @form(triton_attention.attention_tiles)

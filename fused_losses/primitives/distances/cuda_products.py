@@ -18,8 +18,11 @@ from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.library_products import ROUNDED, add_product, product
 from fused_losses.primitives.distances.cuda_sums import TILE, blocks, gradient
 
+# of |x|^2 + |y|^2, below which a distance is summed from differences
+NEAR = 1 / 16
 
-def _norms(rows: Tensor, rounded: bool) -> Tensor:
+
+def squared_norms(rows: Tensor, rounded: bool = False) -> Tensor:
     """|row|^2 in float32, of rows as the products round them. [N]"""
     norms = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     cuda_launch.launch(
@@ -35,6 +38,35 @@ def _norms(rows: Tensor, rounded: bool) -> Tensor:
     return norms
 
 
+def distances_of_products(
+    x: Tensor,  # [n, D]
+    y: Tensor,  # [m, D]
+    x_norms: Tensor,  # [n] of rows as the products rounded them
+    y_norms: Tensor,  # [m]
+    out: Tensor,  # [n, m] products, which become distances
+    rooted: bool,
+    share: float = NEAR,
+) -> None:
+    """Distances in the place of products; near pairs are summed from differences."""
+    cuda_launch.launch(
+        "distance_products",
+        x=x,
+        y=y,
+        x_norms=x_norms,
+        y_norms=y_norms,
+        out=out,
+        x_stride=x.stride(0),
+        y_stride=y.stride(0),
+        out_stride=out.stride(0),
+        n=out.shape[0],
+        m=out.shape[1],
+        d=x.shape[1],
+        type=ELEMENTS[x.dtype],
+        rooted=rooted,
+        share=share,
+    )
+
+
 def from_products(x: Tensor, y: Tensor, out: Tensor, kind: str, precision: str) -> None:
     # mixed rounds gradients alone
     precision = "fp32" if precision == "mixed" else precision
@@ -42,26 +74,12 @@ def from_products(x: Tensor, y: Tensor, out: Tensor, kind: str, precision: str) 
         product(x, y.T, precision, out=out)
         return
     rounded = precision == "bf16" and x.dtype == torch.float32
-    x_norms, y_norms = _norms(x, rounded), _norms(y, rounded)
+    x_norms, y_norms = squared_norms(x, rounded), squared_norms(y, rounded)
     for rows, cols in blocks(out.shape[0], out.shape[1], x.device):
         block = out[rows, cols]
         product(x[rows], y[cols].T, precision, out=block)
-        cuda_launch.launch(
-            "distance_products",
-            x=x[rows],
-            y=y[cols],
-            x_norms=x_norms[rows],
-            y_norms=y_norms[cols],
-            out=block,
-            x_stride=x.stride(0),
-            y_stride=y.stride(0),
-            out_stride=out.stride(0),
-            n=block.shape[0],
-            m=block.shape[1],
-            d=x.shape[1],
-            type=ELEMENTS[x.dtype],
-            rooted=kind == "euclidean",
-        )
+        norms = x_norms[rows], y_norms[cols]
+        distances_of_products(x[rows], y[cols], *norms, block, kind == "euclidean")
 
 
 def through_products(
@@ -84,7 +102,7 @@ def through_products(
     differences = kind != "dot"
     norms = totals = near = None
     if differences:
-        norms = _norms(x, False), _norms(y, False)
+        norms = squared_norms(x), squared_norms(y)
         totals = torch.zeros_like(norms[0]), torch.zeros_like(norms[1])
         near = torch.empty((ceil_div(n, TILE), ceil_div(m, TILE)), dtype=torch.int32, device=device)
     for rows, cols in blocks(n, m, device):

@@ -40,6 +40,7 @@ TERMS = (
     "scaled_of_w",
     "near_sqeuclidean",
     "near_euclidean",
+    "near_pair",
 )
 # by kind the terms of dx and dy
 TERMS_OF = {

@@ -30,7 +30,10 @@ from fused_losses.primitives.distances.inputs import PRODUCTS, DistanceInputs, D
 KINDS = PRODUCTS
 NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
 PARTIAL_BYTES = 32 << 20  # of a gradient's parts, where few rows are split over many programs
-# of d^2 / (|x|^2 + |y|^2), below which a gradient is summed from differences: where products are
+# of d^2 / (|x|^2 + |y|^2), below which a distance is summed from differences: a product is off by
+# 2^-22 / it
+NEAR_SHARE = 1 / 16
+# likewise, below which a gradient is summed from differences: where products are
 # exact but for their sums x_i - y_j loses 4 bits there, where they are rounded 2
 NEAR_EXACT, NEAR_ROUNDED = 2.0**-8, 2.0**-4
 SQUARES = Tile(16, 0, 128, 4, 1)
@@ -122,22 +125,36 @@ def forward(inputs: DistanceInputs) -> Tensor:
     if min(n, m, a.d) == 0:
         return torch.zeros((n, m), dtype=torch.float32, device=x.device)
     out = torch.empty((n, m), dtype=torch.float32, device=x.device)
-    norms = (None, None)
+    norms: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
     if kind != "dot":
-        norms = tuple(squares(a, t, a.bf16) for t in (a.x, a.y))
+        norms = squares(a, a.x, a.bf16), squares(a, a.y, a.bf16)
+    tiles(a, norms, out, kind == "euclidean")
+    return out
+
+
+def tiles(
+    a: Product,
+    norms: tuple[Tensor, Tensor] | tuple[None, None],  # of `squares`; None: products alone
+    out: Tensor,  # [n, m] float32
+    root: bool,
+    share: float = NEAR_SHARE,
+) -> None:
+    """Every tile of the distances, and their near pairs from differences."""
+    n, m = a.n, a.m
     tile = pick(TILES, a, "distances")
     row_tiles = ceil_div(n, tile.rows)
-    tiles = row_tiles * ceil_div(m, tile.columns)
+    count = row_tiles * ceil_div(m, tile.columns)
     near_rows = None
-    if kind != "dot":
-        near_rows = torch.empty((tiles, tile.rows), dtype=torch.int8, device=x.device)
+    if norms[0] is not None:
+        near_rows = torch.empty((count, tile.rows), dtype=torch.int8, device=out.device)
     sizes = (a.x.stride(0), a.y.stride(0), n, m, a.d, row_tiles)
     triton_launch.launch(
         kernel("distances.triton_kernels.distance_tiles"),
-        tiles,
+        count,
         (a.x, a.y, *norms, out, near_rows, *sizes),
         dict(
-            ROOT=kind == "euclidean",
+            ROOT=root,
+            SHARE=share,
             BM=tile.rows,
             BN=tile.columns,
             BK=tile.depth,
@@ -148,23 +165,22 @@ def forward(inputs: DistanceInputs) -> Tensor:
         tile,
     )
     if near_rows is not None:
-        piece = NEAR[gpu_device.architecture(x.device)]
+        piece = NEAR[gpu_device.architecture(out.device)]
         down, across = tile.rows // piece.rows, tile.columns // piece.columns
         triton_launch.launch(
             kernel("distances.triton_kernels.near_distances"),
-            tiles * down * across,
+            count * down * across,
             (a.x, a.y, out, near_rows, *sizes),
             dict(
                 DOWN=down,
                 ACROSS=across,
-                ROOT=kind == "euclidean",
+                ROOT=root,
                 BM=piece.rows,
                 BN=piece.columns,
                 BK=piece.depth,
             ),
             piece,
         )
-    return out
 
 
 def backward(

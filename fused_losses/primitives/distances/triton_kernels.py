@@ -23,9 +23,6 @@ from fused_losses.backends.triton.tile_math import (
     row_offsets,
 )
 
-# d^2 / (a + b) below which a distance is summed from differences: the product is off by 2^-22 / it
-NEAR = tl.constexpr(1.0 / 16.0)
-
 
 @triton.jit(do_not_specialize=["n"])
 def row_squares(
@@ -66,6 +63,7 @@ def distance_tiles(
     d,
     row_tiles,
     ROOT: tl.constexpr,
+    SHARE: tl.constexpr,  # d^2 / (a + b) below which a pair is near
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -87,7 +85,7 @@ def distance_tiles(
         both = a[:, None] + b[None, :]
         z = both - 2.0 * z
         # a NaN counts as near
-        close = (z >= NEAR * both) == 0
+        close = (z >= SHARE * both) == 0
         if ROOT:
             z = tl.sqrt_rn(z)
         z = tl.where(close, -1.0, z)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,15 @@ from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu.library_products import low_dtype, product, scores_precision
 from fused_losses.backends.gpu.products import library_tf32
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.pairs import gpu
+from fused_losses.primitives.distances.cuda_products import (
+    NEAR,
+    distances_of_products,
+    squared_norms,
+)
+from fused_losses.primitives.distances.cuda_sums import TILE, gradient
+from fused_losses.primitives.pairs import apart, gpu
 from fused_losses.primitives.pairs.gpu import Block, ColumnSums, Gradients
+from fused_losses.primitives.pairs.gpu_apart import ApartGradients, Split
 from fused_losses.primitives.pairs.inputs import REDUCTIONS, PairInputs, PairNeeds
 
 TILE_BYTES = 16 << 20  # of all tiles of a block: with their operands they stay in L2 from sm_80 on
@@ -55,6 +63,7 @@ class Sweep:
     scale: Tensor  # [1] float32
     precision: str  # of the scores
     low: torch.dtype  # of G and what it is multiplied with
+    norms: tuple[Tensor, Tensor] | None  # of pairs apart: |x|^2 [N] and |y|^2 [M] float32
 
     @property
     def n(self) -> int:
@@ -65,14 +74,22 @@ class Sweep:
         return self.p.y.shape[0]
 
     @property
+    def share(self) -> float:
+        return apart.share(self.p.precision)
+
+    @property
     def wide(self) -> bool:
         """Whether G and weights are float32, and may take the place of what they are made of."""
         return self.low == torch.float32
 
     def scores(self, block: Block, tile: Tensor) -> None:
-        """Products of a block into its tile; listed pairs are marked."""
+        """Products of a block into its tile, or squared distances; listed pairs are marked."""
         top, stop, first, end = block
         product(self.x[top:stop], self.y[first:end].T, self.precision, out=gpu.cut(tile, block))
+        if self.norms is not None:
+            norms = self.norms[0][top:stop], self.norms[1][first:end]
+            rows = self.p.x[top:stop], self.p.y[first:end]
+            distances_of_products(*rows, *norms, gpu.cut(tile, block), False, self.share)
         exclude = self.p.exclude
         if exclude is not None and exclude.numel():
             self.launch("pair_exclude", tile, block, exclude=exclude, excluded=exclude.shape[1])
@@ -117,23 +134,75 @@ class Sweep:
             **more,
         )
 
-    def gradients(self, needs: PairNeeds, unscale: Tensor | float) -> Gradients:
-        return Gradients(self.p, self.x.to(self.low), self.y, self.scale, needs, unscale)
+    def gradients(self, needs: PairNeeds, unscale: Tensor | float) -> Gradients | ApartGradients:
+        given = self.p, self.x.to(self.low), self.y
+        if self.p.apart:
+            return ApartGradients(*given, -self.scale, needs, unscale, self.near_sums)
+        return Gradients(*given, self.scale, needs, unscale)
+
+    # ---- pairs apart ----------------------------------------------------------------------------
+
+    def near_norms(self, block: Block) -> tuple[Tensor, Tensor]:
+        """|x|^2 and |y|^2 as `is_near` of the kernels takes them, whose share is NEAR."""
+        assert self.norms is not None
+        top, stop, first, end = block
+        factor = self.share / NEAR
+        return self.norms[0][top:stop] * factor, self.norms[1][first:end] * factor
+
+    def split(self, block: Block, g: Tensor, squares: Tensor, far: Tensor) -> Split:
+        """A tile of G without its near pairs, into `far`; all of the tiles' full width."""
+        n, m = block.row_end - block.first_row, block.column_end - block.first_column
+        new = partial(torch.empty, device=far.device)
+        across, down = -(-m // TILE), -(-n // TILE)
+        x_norms, y_norms = self.near_norms(block)
+        row_sums, moments = new((across, n)), new((across, n))
+        column_sums, near = new((down, m)), new((down, across), dtype=torch.int32)
+        cuda_launch.launch(
+            "pair_split",
+            g=g,
+            squares=squares,
+            x_norms=x_norms,
+            y_norms=y_norms,
+            far=far,
+            row_sums=row_sums,
+            column_sums=column_sums,
+            moments=moments,
+            near=near,
+            stride=g.stride(0),
+            far_stride=far.stride(0),
+            n=n,
+            m=m,
+            type=cuda_launch.ELEMENTS[self.low],
+        )
+        moment = moments.sum(dtype=row_dtype(far.device))
+        return Split(gpu.cut(far, block), row_sums.sum(0), column_sums.sum(0), moment, near)
+
+    def near_sums(
+        self, block: Block, g: Tensor, squares: Tensor, near: Tensor, to: Tensor, turned: bool
+    ) -> None:
+        top, stop, first, end = block
+        x, y, norms = self.p.x[top:stop], self.p.y[first:end], self.near_norms(block)
+        g, squares = gpu.cut(g, block), gpu.cut(squares, block)
+        if turned:
+            x, y, norms, near = y, x, (norms[1], norms[0]), near.T
+            g, squares = g.T, squares.T
+        gradient("near_pair", x, y, g, squares, norms=norms, near=near, to=to)
 
 
 def sweep(p: PairInputs, gradient: bool) -> Sweep:
     p, scale = gpu.kernel_form(p)
+    if p.apart:
+        p = p._replace(x=p.x.contiguous(), y=p.y.contiguous())
     precision = scores_precision(p.precision, gradient)
     low = low_dtype(p.x.dtype, precision)
+    x, y, norms = p.x.to(low), p.y.to(low), None
+    if p.apart:
+        x_norms = squared_norms(x)
+        # the kernels score squared distances
+        norms, scale = (x_norms, x_norms if p.triangle else squared_norms(y)), -scale
     # a rounded forward would be no float32 accuracy: mixed rounds in the backward alone
-    return Sweep(
-        p,
-        p.x.to(low),
-        p.y.to(low),
-        scale,
-        precision,
-        low_dtype(p.x.dtype, p.precision) if gradient else low,
-    )
+    low = low_dtype(p.x.dtype, p.precision) if gradient else low
+    return Sweep(p, x, y, scale, precision, low, norms)
 
 
 def tiles(
@@ -176,6 +245,21 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
     return rows, rows[..., :0].contiguous() if p.triangle else columns
 
 
+def _add(
+    s: Sweep,
+    gradients: Gradients | ApartGradients,
+    block: Block,
+    ds: Tensor,
+    tile: Tensor,
+    far: Tensor,
+) -> None:
+    """What a tile of G makes; pairs apart: beside that of their squares, and room for `far`."""
+    if isinstance(gradients, ApartGradients):
+        gradients.add(block, ds, tile, s.split(block, ds, tile, far))
+    else:
+        gradients.add(block, gpu.cut(ds, block))
+
+
 def statistics_backward(
     grad_rows: Tensor,  # [2, 2, N]: of value and total
     grad_columns: Tensor,
@@ -195,9 +279,10 @@ def statistics_backward(
         column_vectors = gpu.packed(gpu.vectors(grad_columns, columns, reduction), gain)
     gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
     with library_tf32(p.precision == "tf32"):
-        low = () if s.wide else (s.low,)
+        low = (torch.float32, s.low) if p.apart else () if s.wide else (s.low,)
         for block, made in tiles(s, torch.float32, *low, backward=True):
-            tile, ds = made[0], made[-1]
+            # pairs apart: the squares stay, and the tile after G is that of its products
+            tile, ds = made[0], made[1 if p.apart else -1]
             s.scores(block, tile)
             s.launch(
                 "pair_gradients",
@@ -208,9 +293,9 @@ def statistics_backward(
                 column_vectors=column_vectors if both else None,
                 ds=ds,
                 ds_stride=ds.stride(0),
-                type=cuda_launch.ELEMENTS[s.low],
+                type=cuda_launch.ELEMENTS[ds.dtype],
             )
-            gradients.add(block, gpu.cut(ds, block))
+            _add(s, gradients, block, ds, tile, made[-1])
     return gradients.results()
 
 
@@ -275,13 +360,14 @@ def attention_backward(
         dvalues = torch.empty(values.shape, dtype=values.dtype, device=values.device)
         dvalues = ColumnSums(dvalues if s.n else dvalues.zero_(), s.n, 1 / (gain * unit))
     want = any(needs)
-    low = () if s.wide else (s.low,) * (need_values + want)
+    low = () if s.wide and not p.apart else (s.low,) * (need_values + want)
     gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
     with library_tf32(p.precision == "tf32"):
         for block, made in tiles(s, *(torch.float32,) * (1 + want), *low, backward=True):
             tile, into = made[0], made[1] if want else None
             # the weights take the place of the scores, G that of the other product
             weights, ds = made[-1 - want] if need_values else None, made[-1] if want else None
+            ds = into if p.apart else ds
             s.scores(block, tile)
             top, stop, first, end = block
             if into is not None:
@@ -297,6 +383,7 @@ def attention_backward(
                 into=into,
                 weights=weights,
                 ds=ds,
+                ds_type=cuda_launch.ELEMENTS[s.low if ds is None else ds.dtype],
                 low_stride=made[-1].stride(0),
                 unit=unit,
                 type=cuda_launch.ELEMENTS[s.low],
@@ -304,5 +391,5 @@ def attention_backward(
             if dvalues is not None and weights is not None:
                 dvalues.add(block, gpu.cut(weights, block), grad_low)
             if ds is not None:
-                gradients.add(block, gpu.cut(ds, block))
+                _add(s, gradients, block, ds, tile, made[-1])
     return (None if dvalues is None else dvalues.out, *gradients.results())

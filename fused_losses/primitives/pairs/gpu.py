@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fused_losses.backends.gpu.products import accumulate, float16_scale
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.pairs import apart
 from fused_losses.primitives.pairs.bounded import both_sides
 from fused_losses.primitives.pairs.inputs import (
     BEST,
@@ -45,7 +44,7 @@ class Block(NamedTuple):
 
 def kernel_form(p: PairInputs) -> tuple[PairInputs, Tensor]:
     """Both sides' vectors in the types that kernels read, and the scale, [1] float32."""
-    p = both_sides(apart.lowered(p))
+    p = both_sides(p)
 
     def rows(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None if t is None else t.to(dtype).contiguous()
@@ -144,15 +143,18 @@ class ColumnSums:
         self.sums = out.new_empty((0, out.shape[1]), dtype=torch.float32)
 
     def add(
-        self, block: Block, a: Tensor, b: Tensor, less: tuple[Tensor, Tensor] | None = None
+        self,
+        block: Block,
+        a: Tensor,
+        b: Tensor,
+        rest: Callable[[Tensor], None] | None = None,  # adds what else belongs to the sums
     ) -> None:
-        """less: of the last block, what is taken off, a number a column times its row."""
         top, stop, first, end = block
         if top == 0:
             self.sums = self.sums.new_empty((end - first, self.out.shape[1]))
         add(self.sums, a.T, b[top:stop], float(top > 0))
-        if less is not None:
-            self.sums.addcmul_(less[0].float()[:, None], less[1].float(), value=-1)
+        if rest is not None:
+            rest(self.sums)
         if stop == self.height:
             self.out[first:end] = self.sums * self.factor
 
@@ -170,8 +172,7 @@ class Gradients:
         unscale: Tensor | float,
     ) -> None:
         n, m = p.x.shape[0], p.y.shape[0]
-        self.p, self.wanted, self.unscale, self.scale = p, needs, unscale, scale * unscale
-        self.needs = needs = apart.lowered_needs(p, needs)
+        self.p, self.needs, self.unscale, self.scale = p, needs, unscale, scale * unscale
         self.x, self.y = x, x if p.triangle else y
         sums: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
         wide: dict[str, Any] = dict(dtype=row_dtype(x.device), device=x.device)
@@ -190,6 +191,8 @@ class Gradients:
             add(self.dx[top:stop], g, self.y[first:end].to(g.dtype))
             if triangle:
                 add(self.dx[first:end], g.T, self.x[top:stop])
+        if self.dy is not None:
+            self.dy.add(block, g, self.x)
         # of the rounded G, as dx is: where a bias stands for -|x|^2 the two must cancel
         if self.dx_bias is not None:
             self.dx_bias[top:stop] += g.sum(1, dtype=torch.float32)
@@ -197,32 +200,21 @@ class Gradients:
                 self.dx_bias[first:end] += g.sum(0, dtype=torch.float32)
         if self.dy_bias is not None:
             self.dy_bias[first:end] += g.sum(0, dtype=torch.float32)
-        if self.dy is not None:
-            last = stop == self.p.x.shape[0]
-            if self.p.apart and last and self.dy_bias is not None:
-                self.dy.add(block, g, self.x, (self.dy_bias[first:end], self.p.y[first:end]))
-            else:
-                self.dy.add(block, g, self.x)
 
     def results(self) -> tuple[Tensor | None, ...]:
-        p, needs = self.p, self.wanted
+        p, needs = self.p, self.needs
         dscale = None
         if needs.scale and self.dx is not None:
             # with triangle dx holds each pair twice
             factor = self.unscale * (0.5 if p.triangle else 1.0)
             dscale = (p.x.float() * self.dx).sum(dtype=row_dtype(p.x.device)) * factor
-            if p.apart and self.dx_bias is not None:
-                of_columns = None if self.dy_bias is None else self.dy_bias * self.unscale
-                dscale = apart.raised(dscale, self.dx_bias * self.unscale, of_columns, p)
             dscale = dscale.reshape(()).to(p.scale)
-        if p.apart and self.dx is not None and self.dx_bias is not None:
-            self.dx.addcmul_(self.dx_bias.float()[:, None], p.x.float(), value=-1)
         return (
             (self.dx * self.scale).to(p.x.dtype) if needs.x and self.dx is not None else None,
             None if self.dy is None else self.dy.out,
             dscale,
-            self._of_bias(self.dx_bias, p.x_bias) if needs.x_bias else None,
-            self._of_bias(self.dy_bias, p.y_bias) if needs.y_bias else None,
+            self._of_bias(self.dx_bias, p.x_bias),
+            self._of_bias(self.dy_bias, p.y_bias),
         )
 
     def _of_bias(self, total: Tensor | None, bias: Tensor | None) -> Tensor | None:

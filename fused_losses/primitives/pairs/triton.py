@@ -12,24 +12,28 @@ backward x and dx once for every run of columns: the floor would take sums of al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
-from fused_losses.backends.gpu.product import Product
 from fused_losses.backends.gpu.products import library_tf32
-from fused_losses.backends.gpu.tiles import Table, Tile
+from fused_losses.backends.gpu.tiles import Tile
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.base.numerics import row_dtype
 from fused_losses.primitives.pairs import gpu
-from fused_losses.primitives.pairs.gpu import Block, ColumnSums, Gradients
-from fused_losses.primitives.pairs.inputs import VALUE, PairInputs, PairNeeds, Rule
+from fused_losses.primitives.pairs.gpu import Block, ColumnSums
+from fused_losses.primitives.pairs.inputs import VALUE, PairInputs, PairNeeds
+from fused_losses.primitives.pairs.triton_sweep import (
+    Sweep,
+    add_block,
+    columns_within,
+    stored,
+    stored_gradient,
+    sweep,
+)
 from fused_losses.primitives.pairs.triton_tiles import TABLES
 
 PARTIAL_BYTES = 16 << 20  # of a block's partials, which are read back while they are in L2
@@ -52,99 +56,6 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     return extra_bytes(n, m, d + width, p.x.dtype, p.precision)
 
 
-class Side(NamedTuple):
-    """One side of the matrix as the kernels read it; all but its rows may be missing."""
-
-    rows: Tensor  # [N, D]
-    bias: Tensor | None  # [N] float32
-    labels: Tensor | None  # [N] int32
-    ids: Tensor | None  # [N] int32
-    groups: Tensor | None  # [N] int32
-    window: Tensor | None  # [4, N] float32
-    stride: int
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One call as the kernels want it."""
-
-    p: PairInputs  # y is x with triangle, and so are its vectors
-    operands: Product
-    scale: Tensor  # [1] float32
-
-    @property
-    def n(self) -> int:
-        return self.p.x.shape[0]
-
-    @property
-    def m(self) -> int:
-        return self.p.y.shape[0]
-
-    def tile(self, kernel: str, two_sides: bool = False, more: bool = False) -> Tile:
-        """A tile of the table; the narrower of two where a pair has more to hold."""
-        p = self.p
-        masks = p.x_ids, p.x_groups, p.exclude, p.x_window, p.y_window
-        more = more or p.score == "root" or self.reach or any(t is not None for t in masks)
-        return self.table.tile(self.operands, f"{kernel}_two" if two_sides else kernel, more)
-
-    @property
-    def table(self) -> Table:
-        return TABLES[gpu_device.architecture(self.p.x.device)]
-
-    @property
-    def reach(self) -> bool:
-        return min(self.p.positive.reach, self.p.negative.reach) < float("inf")
-
-    def gradients(self, needs: PairNeeds, unscale: Tensor | float) -> Gradients:
-        x = self.operands.x.to(self.operands.low)
-        return Gradients(self.p, x, self.operands.y, self.scale, needs, unscale)
-
-    def launch(
-        self,
-        kernel: Any,
-        tile: Tile,
-        block: Block,
-        after: tuple,
-        strides: tuple = (),
-        widths: tuple = (),
-        **constants: Any,
-    ) -> None:
-        """One program a tile of the block."""
-        p, o = self.p, self.operands
-        row_tiles = ceil_div(block.row_end - block.first_row, tile.rows)
-        excluded = 0 if p.exclude is None else p.exclude.shape[1]
-        triton_launch.launch(
-            kernel,
-            row_tiles * ceil_div(block.column_end - block.first_column, tile.columns),
-            (
-                Side(o.x, p.x_bias, p.x_labels, p.x_ids, p.x_groups, p.x_window, o.x.stride(0)),
-                Side(o.y, p.y_bias, p.y_labels, p.y_ids, p.y_groups, p.y_window, o.y.stride(0)),
-                *(self.scale, p.exclude, *after),
-                *(Rule(*map(float, rule)) for rule in (p.positive, p.negative)),
-                *(*strides, excluded, self.n, self.m, *block, o.d, *widths, row_tiles),
-            ),
-            dict(
-                REACH=self.reach,
-                ROOT=p.score == "root",
-                SKIP_SELF=p.skip_self,
-                TRIANGLE=p.triangle,
-                BM=tile.rows,
-                BN=tile.columns,
-                BK=tile.depth,
-                EVEN=o.even(tile.depth),
-                BF16=o.bf16,
-                DOT=o.dot,
-            )
-            | constants,
-            tile,
-        )
-
-
-def sweep(p: PairInputs, gradient: bool) -> Sweep:
-    p, scale = gpu.kernel_form(p)
-    return Sweep(p, Product.of(p.x, p.y, p.precision, gradient), scale)
-
-
 # ---- statistics ---------------------------------------------------------------------------------
 
 
@@ -164,6 +75,11 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
     )
     width = max(1, PARTIAL_BYTES // max(tile_bytes, 1)) * tile.columns
     width = min(width, ceil_div(s.m, tile.columns) * tile.columns)
+    buffer = None
+    if s.squares is not None:
+        step = s.columns(tile)
+        width = max(step, min(width, columns_within(s, tile, height, 4)) // step * step)
+        buffer = torch.empty(height * width, dtype=torch.float32, device=p.x.device)
     sizes = [4 * classes * ceil_div(width, tile.columns) * height]
     sizes += [4 * classes * ceil_div(height, tile.rows) * width] if both else []
     kept = [torch.empty(size, dtype=torch.float32, device=p.x.device) for size in sizes]
@@ -182,6 +98,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
             tile,
             block,
             (row_part, column_part),
+            s.scored(block, buffer, tile),
             REDUCTION=reduction,
         )
         _merge(s, row_part, rows, (first_row, first), (tile.rows, tile.columns), reduction, False)
@@ -227,17 +144,6 @@ def _merge(
 # ---- gradients ----------------------------------------------------------------------------------
 
 
-def stored(s: Sweep, tile: Tile, count: int) -> Iterator[tuple[Block, list[Tensor]]]:
-    """Blocks whose tiles are stored for library products, and where to store them."""
-    low, height = s.operands.low, min(s.n, gpu.ROW_BLOCK)
-    width = s.table.ds_bytes // (max(height, 1) * low.itemsize * tile.columns)
-    width = min(max(width, 1), max(1, gpu.MAX_CHUNK // tile.columns), ceil_div(s.m, tile.columns))
-    width *= tile.columns
-    buffers = torch.empty((count, height, width), dtype=low, device=s.p.x.device)
-    for block in gpu.blocks(s.p, height, width):
-        yield block, list(buffers)
-
-
 def statistics_backward(
     grad_rows: Tensor,  # [2, 2, N]: of value and total
     grad_columns: Tensor,
@@ -258,16 +164,18 @@ def statistics_backward(
     tile = s.tile("gradient", both)
     gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
     with library_tf32(p.precision == "tf32" and p.x.is_cuda):
-        for block, (ds,) in stored(s, tile, 1):
+        for block, squares, buffers in stored(s, tile, *stored_gradient(s)):
+            ds = buffers[0]
             s.launch(
                 kernel("pairs.triton_backward.gradient_tiles"),
                 tile,
                 block,
                 (per_side[0], per_side[1] if both else None, ds),
+                squares,
                 strides=(ds.stride(0),),
                 REDUCTION=reduction,
             )
-            gradients.add(block, gpu.cut(ds, block))
+            add_block(s, gradients, block, squares, buffers)
     return gradients.results()
 
 
@@ -285,8 +193,9 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
     out = torch.zeros((s.n, values.shape[1]), dtype=torch.float32, device=p.x.device)
     tile, base_rows, unit = s.tile("attention"), gpu.weight_base(lse), gpu.weight_unit(p)
     with library_tf32(p.precision == "tf32" and p.x.is_cuda):
-        for block, (weights,) in stored(s, tile, 1):
-            _attend(s, tile, block, kind, base_rows, weights, None, None, None, None, unit)
+        for block, squares, (weights,) in stored(s, tile, s.operands.low):
+            given = squares, kind, base_rows, weights, None, None, None, None, unit
+            _attend(s, tile, block, *given)
             top, stop, first, end = block
             gpu.add(out[top:stop], gpu.cut(weights, block), values[first:end].to(weights.dtype))
     return out / unit, lse
@@ -296,6 +205,7 @@ def _attend(
     s: Sweep,
     tile: Tile,
     block: Block,
+    squares: Tensor | None,
     kind: int,
     base_rows: Tensor,
     weights: Tensor | None,
@@ -313,6 +223,7 @@ def _attend(
         tile,
         block,
         (base_rows, weights, grad_out, values, shift, ds, unit),
+        squares,
         strides=(*strides, stride),
         widths=(width,),
         KIND=kind,
@@ -351,12 +262,14 @@ def attention_backward(
     tile = s.tile("attention_gradient" if want else "attention", more=want and uneven)
     gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
     with library_tf32(p.precision == "tf32" and p.x.is_cuda):
-        for block, buffers in stored(s, tile, int(need_values) + int(want)):
+        kept = [low] * need_values + stored_gradient(s) * want
+        for block, squares, buffers in stored(s, tile, *kept):
             weights = buffers[0] if need_values else None
-            ds = buffers[-1] if want else None
-            _attend(s, tile, block, kind, base_rows, weights, grad_rows, values, shift, ds, unit)
+            ds = buffers[int(need_values)] if want else None
+            given = squares, kind, base_rows, weights, grad_rows, values, shift, ds, unit
+            _attend(s, tile, block, *given)
             if dvalues is not None and weights is not None:
                 dvalues.add(block, gpu.cut(weights, block), grad_low)
-            if ds is not None:
-                gradients.add(block, gpu.cut(ds, block))
+            if want:
+                add_block(s, gradients, block, squares, buffers)
     return (None if dvalues is None else dvalues.out, *gradients.results())

@@ -24,6 +24,8 @@ def attention_tiles(
     y,  # without a window: the rows' softmax asks nothing of the columns
     scale,
     exclude,
+    squares,
+    stride_squares,
     base,  # [2, N] lse in float32, and exp(that - lse) for what the rounding lost
     weights,  # [block rows, stride_ds] unit softmax(z), rounded; or None
     grad_out,  # [N, Dv] of the dtype of values, or None: no gradient
@@ -70,9 +72,13 @@ def attention_tiles(
         y,
         scale,
         exclude,
+        squares,
+        stride_squares,
         excluded,
         rows,
         columns,
+        row_tile,
+        tile,
         block,
         d,
         ROOT,

@@ -66,6 +66,8 @@ def gradient_tiles(
     y,
     scale,
     exclude,
+    squares,
+    stride_squares,
     row_vectors,  # [2, VECTORS, N]
     column_vectors,  # [2, VECTORS, M], or None: columns have no statistics
     ds,  # [block rows, stride_ds] G, rounded to the dtype of the products that follow
@@ -108,9 +110,13 @@ def gradient_tiles(
         y,
         scale,
         exclude,
+        squares,
+        stride_squares,
         excluded,
         rows,
         columns,
+        row_tile,
+        tile,
         block,
         d,
         ROOT,

@@ -73,6 +73,8 @@ def statistics_tiles(
     y,  # `Side` of the columns
     scale,  # [1] float32
     exclude,  # [N, excluded] int32, or None
+    squares,  # [block rows, stride_squares] |x - y|^2, to score instead of products; or None
+    stride_squares,
     row_part,  # [4, classes, column tiles, block rows]
     column_part,  # [4, classes, row tiles, block columns], or None
     positive,  # `Rule`
@@ -113,9 +115,13 @@ def statistics_tiles(
         y,
         scale,
         exclude,
+        squares,
+        stride_squares,
         excluded,
         rows,
         columns,
+        row_tile,
+        tile,
         block,
         d,
         ROOT,

@@ -73,9 +73,13 @@ def scores(
     y,
     scale,
     exclude,
+    squares,
+    stride_squares,
     excluded,
     rows,
     columns,
+    row_tile,
+    tile,
     block,
     d,
     ROOT: tl.constexpr,
@@ -87,9 +91,17 @@ def scores(
     DOT: tl.constexpr,
 ):
     """s = psi(u) of a tile, -inf where a pair is left out."""
-    x_rows = row_offsets(rows, block.row_end, None, x.stride)
-    y_rows = row_offsets(columns, block.column_end, None, y.stride)
-    u = products(x.rows, y.rows, x_rows, y_rows, d, BK, EVEN, BF16, DOT)
+    if squares is not None:
+        # from the block's corner, and no mask of columns: either would narrow the loads
+        BM: tl.constexpr = rows.shape[0]
+        BN: tl.constexpr = columns.shape[0]
+        at = squares + (row_tile * BM + tl.arange(0, BM)).to(tl.int64)[:, None] * stride_squares
+        at += (tile * BN + tl.arange(0, BN))[None, :]
+        u = tl.load(at, mask=(rows < block.row_end)[:, None], other=0.0)
+    else:
+        x_rows = row_offsets(rows, block.row_end, None, x.stride)
+        y_rows = row_offsets(columns, block.column_end, None, y.stride)
+        u = products(x.rows, y.rows, x_rows, y_rows, d, BK, EVEN, BF16, DOT)
     u *= tl.load(scale)
     if x.bias is not None:
         u += tl.load(x.bias + rows, mask=rows < block.row_end, other=0.0)[:, None]

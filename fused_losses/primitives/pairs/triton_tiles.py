@@ -2,7 +2,8 @@
 
 `tiles[kernel, products]` as in `gpu.tiles`. kernel: statistics, gradient, attention (weights
 alone) or attention_gradient; `_two`: columns have statistics as well as rows; `_extra`: ids,
-groups, exclusions, windows, a root or a reach, or rows of an uneven width.
+groups, exclusions, windows, a root or a reach, pairs apart, or rows of an uneven width; `_apart`:
+where these spill with pairs apart, which have no products.
 
 Figures: registers a thread with Triton 3.6.0 and its ptxas, labels and biases present, as half /
 rounded / tf32 / tf32x3; nothing spills (test_gpu_static.py). No time was measured:
@@ -102,6 +103,8 @@ TABLES = {
         statistics_two=_shallow(SMALL, SMALL, SMALL),
         # 128 / 194; rounded at 64 x 32 spills 10 bytes
         statistics_two_extra=_shallow(SLIM, SMALL, SLIM),
+        # 64 x 64 spills 37 bytes
+        statistics_two_apart=same(SLIM, "rounded", "tf32"),
         # 144 / 196
         gradient=_shallow(TALL, TALL, SMALL),
         # 96 / 64
@@ -153,8 +156,14 @@ TABLES = {
         },
     ),
 }
-# sm_86, sm_89 and sm_120; half at 64 x 64 spills 10 bytes on sm_120
+# sm_86, sm_89 and sm_120; half at 64 x 64 spills 10 bytes on sm_120, and 22 of pairs apart
 TABLES["sm_86"] = replace(
     TABLES["sm_80"],
-    tiles=TABLES["sm_80"].tiles | by_kernel(gradient_extra=same(SLIM, "half")),
+    tiles=TABLES["sm_80"].tiles
+    | by_kernel(
+        gradient_extra=same(SLIM, "half"),
+        statistics_two_apart=same(SLIM, "half", "rounded", "tf32"),
+        # 10 bytes
+        attention_apart=same(SMALL, "half"),
+    ),
 )
