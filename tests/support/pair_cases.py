@@ -78,7 +78,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base.examples import TABLE
-from fused_losses.primitives.pairs import bounded as bounded_pairs
+from fused_losses.primitives.pairs import blocks as pair_blocks
 
 
 @dataclass(frozen=True)
@@ -331,8 +331,8 @@ def error(got: Tensor, wanted: Tensor, floor: float = 1e-3) -> float:
 @contextmanager
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several ragged blocks each way also at these sizes, where threads would only wait."""
-    monkeypatch.setattr(bounded_pairs, "BLOCK_ROWS", 8)
-    monkeypatch.setattr(bounded_pairs, "BLOCK_BYTES", 8 * 16 * 4)
+    monkeypatch.setattr(pair_blocks, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(pair_blocks, "BLOCK_BYTES", 8 * 16 * 4)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

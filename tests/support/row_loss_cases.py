@@ -15,7 +15,7 @@ import torch
 from pair_cases import Case, case, require_pairs
 from pair_formulas import batch
 
-from fused_losses.primitives.pairs import bounded as bounded_pairs
+from fused_losses.primitives.pairs import blocks as pair_blocks
 from fused_losses.primitives.row_rules import bounded as row_rules_bounded
 
 TOWERS = ("x", "y")
@@ -150,6 +150,6 @@ def require_rows(name: str) -> str:
 def small_row_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several ragged blocks also at these sizes."""
     monkeypatch.setattr(row_rules_bounded, "BLOCK_BYTES", 5 * 29 * 8)
-    monkeypatch.setattr(bounded_pairs, "BLOCK_ROWS", 8)
-    monkeypatch.setattr(bounded_pairs, "BLOCK_BYTES", 8 * 16 * 4)
+    monkeypatch.setattr(pair_blocks, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(pair_blocks, "BLOCK_BYTES", 8 * 16 * 4)
     yield

@@ -11,11 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
-from fused_losses.primitives.pairs import apart
+from fused_losses.primitives.pairs.blocks import (
+    BLOCK_BYTES,
+    BLOCK_ROWS,
+    PIECE_BYTES,
+    Block,
+    block_columns,
+    both_sides,
+    cuts,
+    run,
+    through_differences,
+)
 from fused_losses.primitives.pairs.inputs import (
     BEST,
     COUNT,
@@ -24,15 +32,11 @@ from fused_losses.primitives.pairs.inputs import (
     VALUE,
     PairInputs,
     PairNeeds,
-    Rule,
     sorted_out,
 )
 
-BLOCK_BYTES = 2 << 20  # of scores in a block
-PIECE_BYTES = 256 << 10  # of differences of near pairs
+LIVE_BLOCKS = 12  # how many blocks are alive at the peak (test_pair_memory.py)
 LIVE_PIECES = 6
-LIVE_BLOCKS = 12  # how many such are alive at the peak (test_pair_memory.py)
-BLOCK_ROWS = 512
 VECTOR_BYTES = 200  # of a row or column
 
 
@@ -52,152 +56,6 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     # near pairs: a flag and 8 bytes each, and their differences
     near = LIVE_PIECES * max(PIECE_BYTES, d * size) + 3 * block if p.apart else 0
     return LIVE_BLOCKS * block + near + (n + m) * (3 * (d + width) * size + VECTOR_BYTES)
-
-
-def block_columns(n: int, size: int) -> int:
-    """How many columns a block of n rows has, of elements of so many bytes."""
-    return max(16, BLOCK_BYTES // (min(max(n, 1), BLOCK_ROWS) * size))
-
-
-class Block:
-    """Scores of a run of rows against a run of columns, with their classes."""
-
-    def __init__(self, p: PairInputs, rows: slice, cols: slice) -> None:
-        dtype = accumulate_dtype(p.x.dtype)
-        self.p, self.rows, self.cols = p, rows, cols
-        self.x, self.y = p.x[rows].to(dtype), p.y[cols].to(dtype)
-        # what the scale is multiplied with
-        self.product = -self._squared() if p.apart else self.x @ self.y.T
-        u = self.product * p.scale.to(dtype)
-        if p.x_bias is not None:
-            u = u + p.x_bias[rows, None]
-        if p.y_bias is not None:
-            u = u + p.y_bias[cols]
-        if p.score == "root":
-            positive = u < 0
-            root = torch.where(positive, -u, 1).sqrt()
-            # a NaN must stay NaN
-            self.score = torch.where(positive, -root, torch.where(u.isnan(), u, 0))
-            self.slope = torch.where(positive, 0.5 / root, 0)
-        else:
-            self.score, self.slope = u, None
-        self.taking_part = self._taking_part()
-
-    def _squared(self) -> Tensor:
-        """|x - y|^2, near pairs from their differences."""
-        norms = self.x.square().sum(1)[:, None] + self.y.square().sum(1)
-        squared = torch.addmm(norms, self.x, self.y.T, alpha=-2)
-        # `not >=`: NaN and what has overflowed as well
-        self.near = ~(squared.detach() >= norms.detach() * apart.SHARE)
-        del norms
-        for i, j in self.near_pairs():
-            found = _run(squared.requires_grad, _of_differences, self.x, self.y, i, j)
-            squared = squared.index_put_((i, j), found)
-        return squared
-
-    def near_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows and columns of the near pairs, so many that [pairs, D] is a piece."""
-        listed = self.near.flatten().nonzero()[:, 0]
-        step = max(1, PIECE_BYTES // max(self.x.shape[1] * self.x.element_size(), 1))
-        for start in range(0, len(listed), step):
-            at = listed[start : start + step]
-            i = at // self.near.shape[1]
-            yield i, at - i * self.near.shape[1]
-
-    def _taking_part(self) -> Tensor | None:
-        """Which pairs are not left out, windows apart; None: all of them."""
-        p, rows, cols = self.p, self.rows, self.cols
-        i = torch.arange(rows.start, rows.stop, device=p.x.device)[:, None]
-        j = torch.arange(cols.start, cols.stop, device=p.x.device)
-        left_out = []
-        if p.triangle and cols.start < rows.stop:
-            left_out.append(j <= i)
-        if p.skip_self:
-            left_out.append(i == j)
-        if p.x_ids is not None:
-            assert p.y_ids is not None
-            left_out.append(p.x_ids[rows, None] == p.y_ids[cols])
-        if p.x_groups is not None:
-            assert p.y_groups is not None
-            left_out.append(p.x_groups[rows, None] != p.y_groups[cols])
-        if p.exclude is not None:
-            left_out.extend(column[:, None] == j for column in p.exclude[rows].T)
-        if not left_out:
-            return None
-        out = left_out[0]
-        for more in left_out[1:]:
-            out = out | more
-        return ~out
-
-    def members(self, kind: int, window: Tensor | None) -> Tensor:
-        """[rows, cols] which pairs are of this class; window: [4, rows, 1] or [4, 1, cols]."""
-        p = self.p
-        if p.x_labels is None:
-            mask = torch.full_like(self.score, kind == NEGATIVE, dtype=torch.bool)
-        else:
-            assert p.y_labels is not None
-            same = p.x_labels[self.rows, None] == p.y_labels[self.cols]
-            mask = same if kind == POSITIVE else ~same
-        if self.taking_part is not None:
-            mask = mask & self.taking_part
-        if window is not None:
-            low, high = window[2 * kind], window[2 * kind + 1]
-            # written so that a NaN score takes part
-            mask = mask & ~((self.score <= low) | (self.score >= high))
-        return mask
-
-    def term(self, kind: int) -> tuple[Tensor, Tensor | float]:
-        """z of a class and dz/ds."""
-        rule: Rule = self.p.positive if kind == POSITIVE else self.p.negative
-        z, slope = rule.factor * (self.score - rule.center), rule.factor
-        if rule.reach != float("inf"):
-            sign = 1.0 if rule.factor >= 0 else -1.0
-            weight = (rule.reach + sign * self.score.detach()).clamp_min(0)
-            z, slope = z * weight, slope * weight
-        return z, slope
-
-    def sides(self, cols: bool) -> Iterator[tuple[int, slice, Tensor | None]]:
-        """The dimension that a side sums over, its vectors' slice and its window."""
-        p = self.p
-        yield 1, self.rows, None if p.x_window is None else p.x_window[:, self.rows, None]
-        if cols:
-            yield 0, self.cols, None if p.y_window is None else p.y_window[:, None, self.cols]
-
-
-def _of_differences(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    return (x[i] - y[j]).square().sum(1)
-
-
-def _through_differences(
-    x: Tensor, y: Tensor, g: Tensor, i: Tensor, j: Tensor
-) -> tuple[Tensor, Tensor]:
-    """sum_j G (y_j - x_i) and sum_i G (x_i - y_j) over listed pairs."""
-    each = g[i, j, None] * (y[j] - x[i])
-    nothing = torch.zeros_like(x), torch.zeros_like(y)
-    return nothing[0].index_add(0, i, each), nothing[1].index_add(0, j, each, alpha=-1)
-
-
-def both_sides(p: PairInputs) -> PairInputs:
-    """With triangle, the columns' tensors are the rows'."""
-    if not p.triangle:
-        return p
-    return p._replace(
-        y=p.x,
-        y_bias=p.x_bias,
-        y_labels=p.x_labels,
-        y_ids=p.x_ids,
-        y_groups=p.x_groups,
-        y_window=p.x_window,
-    )
-
-
-def cuts(p: PairInputs) -> Iterator[tuple[slice, slice]]:
-    n, m = p.x.shape[0], p.y.shape[0]
-    wide = block_columns(n, accumulate_dtype(p.x.dtype).itemsize)
-    for rows in runs(n, BLOCK_ROWS):
-        for cols in runs(m, wide):
-            if not p.triangle or cols.stop - 1 > rows.start:
-                yield rows, cols
 
 
 # ---- statistics ---------------------------------------------------------------------------------
@@ -302,7 +160,7 @@ def _products(block: Block, g: Tensor) -> tuple[Tensor, ...]:
     gx = far @ block.y - of_rows[:, None] * block.x
     gy = far.T @ block.x - of_columns[:, None] * block.y
     for i, j in block.near_pairs():
-        more = _run(gx.requires_grad, _through_differences, block.x, block.y, g, i, j)
+        more = run(gx.requires_grad, through_differences, block.x, block.y, g, i, j)
         gx, gy = gx + more[0], gy + more[1]
     return gx, gy, dscale, of_rows, of_columns
 
@@ -334,11 +192,6 @@ def _collect(
     )
 
 
-def _run(keep: bool, f: Any, *arguments: Any) -> Any:
-    """f(*arguments); under autograd nothing of it is kept but its arguments."""
-    return checkpoint(f, *arguments, use_reentrant=False) if keep else f(*arguments)
-
-
 def statistics_backward(
     grad_rows: Tensor,
     grad_columns: Tensor,
@@ -356,7 +209,7 @@ def statistics_backward(
     stats = (rows, rows if p.triangle else columns)
     both = cols or p.triangle
     parts = (
-        (i, j, _run(differentiable, _block_gradient, p, i, j, grads, stats, reduction, both))
+        (i, j, run(differentiable, _block_gradient, p, i, j, grads, stats, reduction, both))
         for i, j in cuts(p)
     )
     return _collect(p, needs, parts)
@@ -427,7 +280,7 @@ def attention_backward(
 
     def parts() -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
         for i, j in cuts(p):
-            found = _run(
+            found = run(
                 differentiable, _block_attention, p, i, j, grad_out, shift, lse, values, kind
             )
             dvalues[j] += found[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_losses.backends.gpu.products import accumulate, float16_scale
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.pairs.bounded import both_sides
+from fused_losses.primitives.pairs.blocks import both_sides
 from fused_losses.primitives.pairs.inputs import (
     BEST,
     COUNT,

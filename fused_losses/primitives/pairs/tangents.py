@@ -6,7 +6,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from fused_losses.primitives.pairs.bounded import Block, both_sides, cuts
+from fused_losses.primitives.pairs.blocks import Block, both_sides, cuts
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, VALUE, PairInputs
 
 
