@@ -163,6 +163,18 @@ def uniform(square: Tensor, p: Problem) -> Tensor:
     return z.flatten().logsumexp(0) - torch.tensor(float(N * (N - 1))).double().log()
 
 
+def proxies(square: Tensor, p: Problem) -> Tensor:
+    # each fourth row is the proxy of its label
+    z = -square[:, ::4] / p.width**2
+    same = p.labels[:, None] == p.labels[::4]
+    return (lse(z, torch.ones_like(same)) - lse(z, same)).mean()
+
+
+def summed(square: Tensor, p: Problem) -> Tensor:
+    others = ~torch.eye(len(p.x), dtype=torch.bool)
+    return lse(-root(square) / p.width, others).mean()
+
+
 def values_of(p: Problem) -> Tensor:
     return torch.linspace(-1, 1, len(p.x) * 5, dtype=torch.float64).cos().view(-1, 5)
 
@@ -222,6 +234,23 @@ FUNCTIONS = {
     ),
     "uniformity": Function(
         uniform, lambda x, p, backend: uniformity(x, t=0.5 / p.width**2, backend=backend)
+    ),
+    "proxy_nca": Function(
+        proxies,
+        lambda x, p, backend: functional.proxy_nca(
+            x,
+            x[::4],
+            p.labels,
+            scale=p.width**-2,
+            positive_in_denominator=True,
+            backend=backend,
+        ),
+    ),
+    "logsumexp_similarity": Function(
+        summed,
+        lambda x, p, backend: functional.logsumexp_similarity(
+            x, similarity="euclidean", scale=1 / p.width, skip_self=True, backend=backend
+        ).mean(),
     ),
     "attention, rbf": Function(
         attended(lambda square, p: -square / p.width**2), attention("rbf", 2)
