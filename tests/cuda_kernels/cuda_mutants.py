@@ -23,7 +23,10 @@ import cuda_harness
 
 CUDA = cuda_harness.CSRC / "cuda"
 # what a source's operations launch besides its own kernels
-BESIDE = {"row_statistics": ("gather",)}
+BESIDE = {
+    "row_statistics": ("gather",),
+    "pairs": ("distances/products", "distances/gradient"),
+}
 SEEDS = ("0", "1", "2")
 SECONDS = 20  # of a fault, or it hangs
 DECLARATION = """#include "platform.h"

@@ -49,6 +49,8 @@ EQUIVALENT = {
     "pairs": [
         ("<=", "first < a.row_end; first += step", "each row is tested of its own"),
         ("no barrier", "__syncthreads();", "one piece a block here; test_pairs.py has several"),
+        ("no barrier", "__syncthreads();", "of `pair_split`: a tile a block here"),
+        ("<=", "if (i < a.n && j < a.m) {", "each column is tested of its own"),
         ("no barrier", "__syncwarp();", "the shuffles make the host wait, but do not order memory"),
     ],
     "topk": [
