@@ -19,6 +19,7 @@ SCORES = 4 * N * N
 CALLS = {
     "info_nce": "f.info_nce(x, y, symmetric=True, **o)",
     "multi_similarity": "f.multi_similarity(x, labels, **o)",
+    "contrastive": "f.contrastive(x, labels, **o)",
     "similarity_attention": "f.similarity_attention(x, y, y, **o).sum()",
     "maxsim": "maxsim(x.view(-1, 16, x.shape[1]), y.view(-1, 16, y.shape[1]), **o).sum()",
     "mine_triplets": "f.mine_triplets(x, labels, **o)",
