@@ -1,7 +1,7 @@
 """Scores made of distances, u = -scale |x - y|^2: near pairs, which products would cancel in.
 
-A pair is near when not |x - y|^2 >= share (|x|^2 + |y|^2) (a NaN is near). Then |x - y|^2 comes from
-the differences of the rows, in the accumulation dtype, and so does its part of the gradients:
+A pair is near when not |x - y|^2 >= share (|x|^2 + |y|^2) (a NaN is near). Then |x - y|^2 comes
+from the differences of the rows, in the accumulation dtype, and so does its part of the gradients:
 
     dx_i = 2 scale (sum_far G_ij y_j - x_i sum_far G_ij + sum_near G_ij (y_j - x_i)),   G = dL/du
     dscale = -sum G |x - y|^2
