@@ -159,6 +159,13 @@ def reduced(loss: Tensor, counted: Tensor, reduction: str, dtype: torch.dtype) -
     return loss.to(dtype)
 
 
+def traced(*tensors: Tensor) -> bool:
+    """Whether every operation must be seen: in compiled code, in torch.func, or with a tangent."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(_moves(t) for t in tensors)
+
+
 def followed(*tensors: Tensor) -> bool:
     """Whether a derivative through one of them is asked for, in reverse mode or in forward mode."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

@@ -5,10 +5,11 @@ Most are the grammar's two sums of a row, its positives' and its negatives', eac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base import plans, validation
 from fused_losses.base.examples import JUMPS, examples
@@ -19,6 +20,7 @@ from fused_losses.base.numerics import (
     reduced,
     root,
     softplus,
+    traced,
 )
 from fused_losses.base.sides import batch_sides
 from fused_losses.base.validation import check_both, check_plain, number
@@ -172,18 +174,55 @@ def lifted_structure(
         rows, inputs = labelled_pairs(both, "euclidean", normalize, precision)
         stats, _ = pair_statistics(inputs._replace(negative=Rule(1.0, -margin)), backend=backend)
         x = rows.x.to(accumulate_dtype(rows.x.dtype))
-        # a zero that knows x, for a batch without positive pairs
-        loss = (x * 0).sum(dim=1).to(stats.value.dtype)
         # every pass takes the same memory: two tell of all
         passes = 2 if plans.explaining() else int(stats.count[POSITIVE].max()) if len(x) else 0
-        for offset in range(1, passes + 1):
-            pair = (x, rows.labels, stats.value[NEGATIVE], offset)
-            loss = loss + checkpoint(_lifted_pairs, *pair, use_reentrant=False)
+        given = (x, rows.labels, stats.value[NEGATIVE], passes)
+        loss = _lifted(*given) if traced(x) else _Lifted.apply(*given)
         dtype = accumulate_dtype(both.x.dtype)
         if reduction == "none":
             return rows.restored(loss).to(dtype)
         pairs = (stats.count[POSITIVE].sum() / 2).clamp_min(1)
         return (loss.sum() / (pairs if reduction == "mean" else 1)).to(dtype)
+
+
+def _lifted(x: Tensor, labels: Tensor, lse: Tensor, passes: int) -> Tensor:
+    """The rows' halves of their pairs' losses, [N]."""
+    # a zero that knows x, for a batch without positive pairs
+    loss = (x * 0).sum(dim=1).to(lse.dtype)
+    for offset in range(1, passes + 1):
+        loss = loss + _lifted_pairs(x, labels, lse, offset)
+    return loss
+
+
+class _Lifted(torch.autograd.Function):
+    """`_lifted`, of whose passes autograd keeps nothing: the backward runs them one by one."""
+
+    @staticmethod
+    def forward(x: Tensor, labels: Tensor, lse: Tensor, passes: int) -> Tensor:
+        return _lifted(x, labels, lse, passes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.passes = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        x, labels, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # a second derivative asks for the graph of all passes; lse is a function of x, too
+            leaves = x.view_as(x), lse.view_as(lse)
+            out = _lifted(leaves[0], labels, leaves[1], ctx.passes)
+            dx, dlse = torch.autograd.grad(out, leaves, grad, create_graph=True, allow_unused=True)
+            return dx, None, torch.zeros_like(lse) if dlse is None else dlse, None
+        dx, dlse = torch.zeros_like(x), torch.zeros_like(lse)
+        for offset in range(1, ctx.passes + 1):
+            with torch.enable_grad():
+                leaves = x.detach().requires_grad_(), lse.detach().requires_grad_()
+                out = _lifted_pairs(leaves[0], labels, leaves[1], offset)
+            for total, part in zip((dx, dlse), torch.autograd.grad(out, leaves, grad), strict=True):
+                total += part
+        return dx, None, dlse, None
 
 
 def _lifted_pairs(x: Tensor, labels: Tensor, lse: Tensor, offset: int) -> Tensor:
