@@ -434,6 +434,22 @@ def test_attention_over_nearly_equal_values(backend: str) -> None:
     assert ((query.grad.double() - wide.grad).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("similarity", ["rbf", "euclidean"])
+def test_attention_of_halves(similarity: str, dtype: torch.dtype, backend: str) -> None:
+    # distances are in the accumulation dtype, values are not
+    x, v = torch.randn(N, D).to(dtype), torch.rand(N, 5).to(dtype)
+    found = similarity_attention(x, x, v, similarity=similarity, scale=0.2, backend=backend)
+    square = squares(x.double(), x.double())
+    z = -0.2 * (square if similarity == "rbf" else root(square))
+    assert found.dtype == dtype
+    # a weight or the result rounded to a half, of values below 1
+    assert (
+        float((found.double() - z.softmax(1) @ v.double()).abs().max())
+        <= 3 * torch.finfo(dtype).eps
+    )
+
+
 def test_attention_over_nothing_is_zero(backend: str) -> None:
     # of values that are moved and moved back
     x, v = torch.randn(4, D), 5 + torch.rand(4, 3)

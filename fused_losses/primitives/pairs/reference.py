@@ -133,6 +133,6 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
     alive = mask.any(dim=1, keepdim=True)
     # a row without pairs: softmax over zeros, then dropped, so that no gradient is NaN
     weights = torch.where(alive, z.masked_fill(~mask & alive, -torch.inf), 0).softmax(dim=1)
-    out = torch.where(alive, weights @ values, 0)
+    out = torch.where(alive, weights @ values.to(weights.dtype), 0)
     lse = torch.where(alive, z.masked_fill(~mask & alive, -torch.inf), 0).logsumexp(dim=1)
     return out, torch.where(alive[:, 0], lse, -torch.inf).to(row_dtype(s.device))
