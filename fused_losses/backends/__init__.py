@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
 
@@ -23,7 +24,8 @@ NAMES = ("reference", "cpu", "triton", "cuda", "bounded")
 
 Choice = tuple[str, dict[str, list[str]]]  # who runs, and the reasons against those passed over
 
-_forced: list[str] = []
+_forced_here: ContextVar[str | None] = ContextVar("fused_losses_backend", default=None)
+_forced: list[str] = []  # the same of all threads, which Dynamo can guard on
 _warned: set[str] = set()
 _watchers: list[list[Choice]] = []
 
@@ -57,12 +59,17 @@ def check_name(name: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every function without `backend=` runs on this backend."""
-    _forced.append(check_name(name))
+    """Within the block, and its thread or task, functions without `backend=` run on this backend.
+
+    `torch.compile` sees the block entered last in any thread.
+    """
+    token = _forced_here.set(check_name(name))
+    _forced.append(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.remove(name)
+        _forced_here.reset(token)
 
 
 @contextmanager
@@ -78,7 +85,10 @@ def watched() -> Iterator[list[Choice]]:
 def requested(backend: str | None) -> str:
     """The caller's `backend=`, else `use_backend`, else FUSED_LOSSES_BACKEND, else auto."""
     if backend is None:
-        backend = _forced[-1] if _forced else os.environ.get("FUSED_LOSSES_BACKEND", "auto")
+        # Dynamo knows no context variables
+        traced = torch.compiler.is_compiling()
+        forced = (_forced[-1] if _forced else None) if traced else _forced_here.get()
+        backend = forced or os.environ.get("FUSED_LOSSES_BACKEND", "auto")
     return check_name(backend)
 
 

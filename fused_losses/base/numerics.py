@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import overload
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 ZERO_NORM = 1e-12
 
@@ -177,6 +179,16 @@ def followed(*tensors: Tensor) -> bool:
 
 def _moves(t: Tensor) -> bool:
     return forward_ad.unpack_dual(t).tangent is not None
+
+
+def recomputed(f: Callable[..., Any], *arguments: Any) -> Any:
+    """f(*arguments), of which autograd keeps the arguments alone and runs f again.
+
+    Neither torch.func nor a trace takes a checkpoint's hooks: there f is called as it is.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return f(*arguments)
+    return checkpoint(f, *arguments, use_reentrant=False)
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

@@ -20,6 +20,7 @@ from fused_losses.base.validation import (
     check_integers,
     check_rows,
     check_same_dtype,
+    in_one_dtype,
 )
 
 Both = tuple[Tensor | None, Tensor | None]  # the rows' integers and the columns'
@@ -156,13 +157,14 @@ def sides(
         numbers = numbers._replace(x_labels=count_up(n, x, offset), y_labels=count_up(m, x))
     for bank, told in banks:
         check_both(names[0], x, "queue", bank, precision, rows="Q")
-        check_same_dtype(names[0], x, "queue", bank)
+        check_same_dtype(names[0], x, "queue", *in_one_dtype(x, bank))
         if told is not None:
             check_integers("queue_labels", told, (bank.shape[0],), x)
     if any(told is not None for _, told in banks):
         of_x, of_y, *told = dense_together(*labels, *(told for _, told in banks))
         numbers = numbers._replace(x_labels=of_x, y_labels=of_y)
         banks = [(bank, of_bank) for (bank, _), of_bank in zip(banks, told, strict=True)]
+    banks = [(in_one_dtype(x, bank)[0], told) for bank, told in banks]
     return Sides(x, columns, alone, numbers, banks)
 
 

@@ -305,6 +305,13 @@ def check_at_least(name: str, value: float, low: float) -> None:
         raise ValueError(f"{name}: expected a value >= {low:g}, got {value}")
 
 
+def in_one_dtype(like: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The others, under autocast in the dtype of `like`."""
+    if not torch.is_autocast_enabled(like.device.type):
+        return others
+    return tuple(t.to(like.dtype) if t.is_floating_point() else t for t in others)
+
+
 GRADIENTS = ("exact", "straight_through")
 
 

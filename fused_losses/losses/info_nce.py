@@ -19,6 +19,7 @@ from fused_losses.base.numerics import (
     reduced,
     softplus,
 )
+from fused_losses.base.products import product
 from fused_losses.base.sides import Bank, sides
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_at_least, check_plain, number
@@ -122,7 +123,7 @@ def info_nce(
             if value is not None:
                 raise ValueError(f"{name}: expected none with own_key=True, got one")
     if negatives is not None:
-        _check_negatives(negatives, query)
+        negatives = _negatives(negatives, query)
 
     with no_autocast(query.device):
         inputs = scored(query, key, scale, normalize=normalize, precision=precision)
@@ -215,8 +216,8 @@ def _both_ways(
 def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _Sums:
     """The side of negatives [N, K, D] that each row has to itself."""
     narrow = accumulate_dtype(inputs.x.dtype)
-    product = torch.einsum("nd,nkd->nk", inputs.x.to(narrow), negatives.to(narrow))
-    z = product.double() * inputs.scale
+    found = product(inputs.x.to(narrow)[:, None], negatives.to(narrow))[:, 0]
+    z = found.double() * inputs.scale
     kept = torch.ones_like(z, dtype=torch.bool)
     if inputs.x_window is not None:
         kept = ~(z.to(narrow) >= inputs.x_window[3, :, None])
@@ -233,7 +234,7 @@ def _diagonal(inputs: PairInputs, offset: int) -> Tensor:
     """z of query i and key offset + i, -inf where it is excluded. [N]"""
     n, narrow = inputs.x.shape[0], accumulate_dtype(inputs.x.dtype)
     x, y = inputs.x.to(narrow), inputs.y[offset : offset + n].to(narrow)
-    z = torch.einsum("nd,nd->n", x, y).double() * inputs.scale
+    z = product(x[:, None], y[:, None])[:, 0, 0].double() * inputs.scale
     if inputs.exclude is None:
         return z
     out = (inputs.exclude == count_up(n, x, offset)[:, None]).any(dim=1)
@@ -295,7 +296,8 @@ def _window(best: Tensor, inputs: PairInputs, margin: float) -> Tensor:
     return torch.stack([-endless, endless, -endless, high])
 
 
-def _check_negatives(negatives: Tensor, query: Tensor) -> None:
+def _negatives(negatives: Tensor, query: Tensor) -> Tensor:
+    """[N, K, D], checked."""
     n, d = query.shape
     if not isinstance(negatives, Tensor):
         raise TypeError(f"negatives: expected a tensor [N, K, D], got {type(negatives).__name__}")
@@ -304,7 +306,9 @@ def _check_negatives(negatives: Tensor, query: Tensor) -> None:
             f"negatives: expected shape ({n}, K, {d}), got {validation.describe(negatives)}"
         )
     validation.check_device("query", query, "negatives", negatives)
+    (negatives,) = validation.in_one_dtype(query, negatives)
     validation.check_same_dtype("query", query, "negatives", negatives)
+    return negatives
 
 
 def _banks(

@@ -10,10 +10,16 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base.examples import JUMPS, examples
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, row_dtype, softplus
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    no_autocast,
+    recomputed,
+    reduced,
+    row_dtype,
+    softplus,
+)
 from fused_losses.base.sides import batch_sides
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_at_least, check_plain, number
@@ -107,10 +113,8 @@ def angular(
             if first.shape[0] == 0:
                 break
             pairs += first.shape[0]
-            each = checkpoint(
-                _angular_pairs, x, y, rows.labels, first, offset, t, precision, backend,
-                use_reentrant=False,
-            )  # fmt: skip
+            given = (x, y, rows.labels, first, offset, t, precision, backend)
+            each = recomputed(_angular_pairs, *given)
             loss = loss.index_add(0, first, each).index_add(0, first + offset, each)
         dtype = accumulate_dtype(both.x.dtype)
         if reduction == "mean":

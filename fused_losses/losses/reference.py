@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.base.numerics import unit_centers, unit_rows
+from fused_losses.base.products import product
 from fused_losses.margins import Margin, apply_margin, bend_of
 from fused_losses.primitives.row_statistics.reference import bent
 
@@ -40,7 +41,7 @@ def margin_softmax(
     norm = embeddings.norm(dim=1)
     x = unit_rows(embeddings) if normalize else embeddings
     w = unit_centers(weight) if normalize else weight
-    cosine = x @ w.T
+    cosine = product(x, w)
     picked = torch.where(valid, labels, 0)[:, None]
     target = cosine.gather(1, picked)[:, 0]
     bend = bend_of(margin, target, valid)

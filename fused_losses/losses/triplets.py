@@ -177,7 +177,8 @@ def triplet_margin(
                 f"{validation.describe(rows)}"
             )
         validation.check_device("anchor", anchor, name, rows)
-        validation.check_same_dtype("anchor", anchor, name, rows)
+        (parts[name],) = validation.in_one_dtype(anchor, rows)
+        validation.check_same_dtype("anchor", anchor, name, parts[name])
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     for name, value in (("margin", margin), ("p", p)):
         number(name, value, anchor)

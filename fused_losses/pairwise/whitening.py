@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_losses.base import plans, validation
 from fused_losses.base.numerics import accumulate_dtype, centered, row_dtype
+from fused_losses.base.products import product
 from fused_losses.base.validation import describe
 
 
@@ -53,7 +54,7 @@ def whitened(
     if VI is not None:
         _check_square("VI", VI, x)
         factor = _cholesky("VI", VI.to(wide))
-        whiten = lambda r: r @ factor
+        whiten = lambda r: product(r, factor.T)
     else:
         if covariance is None:
             covariance = _covariance(x, y)

@@ -116,6 +116,14 @@ class StreamedOp:
             return moves_of(self.backward("bounded", *given))
         return tangents_of(self.forward("bounded", *given))
 
+    def _exact_gradients(self, backward_op: Op, ctx: Any, grads: tuple) -> tuple:
+        """`gradients`, also where autocast surrounds the backward."""
+        of = next((g for g in grads if g is not None), None)
+        if of is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with torch.autocast(of.device.type, enabled=False):
+            return self.gradients(backward_op, ctx, ctx.needs_input_grad, grads)
+
     def define(self) -> None:
         """Registers the op with every backend that this build has."""
         OPS[self.name] = self
@@ -143,7 +151,7 @@ class StreamedOp:
         torch.library.register_fake(f"{name}_backward", self.fake_backward)
         torch.library.register_autograd(
             name,
-            lambda ctx, *grads: self.gradients(backward_op, ctx, ctx.needs_input_grad, grads),
+            lambda ctx, *grads: self._exact_gradients(backward_op, ctx, grads),
             setup_context=lambda ctx, inputs, output: self.setup_context(ctx, inputs, output),
         )
         torch.library.register_autograd(
@@ -255,7 +263,11 @@ class StreamedFunction(torch.autograd.Function):
             return _BackwardFunction.apply(ctx.streamed, ctx.backend, *arguments)
 
         needed = ctx.needs_input_grad[2:]
-        return (None, None, *ctx.streamed.gradients(backward_op, ctx, needed, grads))
+        of = next((g for g in grads if g is not None), None)
+        if of is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with torch.autocast(of.device.type, enabled=False):
+            return (None, None, *ctx.streamed.gradients(backward_op, ctx, needed, grads))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

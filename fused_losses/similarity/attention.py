@@ -149,6 +149,7 @@ def similarity_attention(
     Time O(N M (D + Dv)); memory O((N + M)(D + Dv)).
     """
     check_leading(("query", query), ("key", key), ("value", value))
+    query, value = validation.in_one_dtype(key, query, value)
     validation.check_choice("similarity", similarity, SCORED_BY)
     validation.check_choice("match", match, MATCHES[:3])
     lead = query.shape[:-2]

@@ -49,7 +49,12 @@ def _log_row_sums(
 
 
 def _log_mean(row_sums: Tensor, pairs: int) -> Tensor:
-    return over_last(row_sums) - math.log(max(pairs, 1))
+    return over_last(row_sums) - _log(pairs, row_sums)
+
+
+def _log(count: int, like: Tensor) -> Tensor:
+    """log of a count, 0 of none; a tensor, or a compiled call would be of this count alone."""
+    return torch.full((), count, dtype=like.dtype, device=like.device).clamp_min(1).log()
 
 
 def kernel_mean(
@@ -90,7 +95,7 @@ def kernel_mean(
         dtype = accumulate_dtype(x.dtype)
         if reduction == "none":
             sums = _log_row_sums(x, y, kernel, width, precision, backend, skip_self)
-            return (sums - math.log(max(m, 1))).exp().to(dtype)
+            return (sums - _log(m, sums)).exp().to(dtype)
         return _mean(x, y, kernel, width, precision, backend, skip_self).to(dtype)
 
 
@@ -185,8 +190,8 @@ def _log_joint_rows(
     return sums[0], sums[1], sums[2]
 
 
-def _check_paired(x_name: str, x: Tensor, y_name: str, y: Tensor, precision: str) -> None:
-    """Two sets of features, of any two widths, of the same samples."""
+def _of_same_samples(x_name: str, x: Tensor, y_name: str, y: Tensor, precision: str) -> Tensor:
+    """Two sets of features, of any two widths, of the same samples, checked; y, to go with x."""
     check_rows(x_name, x, precision)
     check_rows(y_name, y, precision)
     if x.shape[0] != y.shape[0]:
@@ -196,7 +201,9 @@ def _check_paired(x_name: str, x: Tensor, y_name: str, y: Tensor, precision: str
     if x.shape[0] == 0:
         raise ValueError(f"{x_name}: expected at least one row, got {validation.describe(x)}")
     validation.check_device(x_name, x, y_name, y)
+    (y,) = validation.in_one_dtype(x, y)
     validation.check_same_dtype(x_name, x, y_name, y)
+    return y
 
 
 def hsic(
@@ -216,12 +223,12 @@ def hsic(
     float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     Time O(N^2 (Dx + Dy)); memory O(N (Dx + Dy)). Paper: Gretton et al., 2005.
     """
-    _check_paired("x", x, "y", y, precision)
+    y = _of_same_samples("x", x, "y", y, precision)
     widths = number("x_bandwidth", x_bandwidth, x), number("y_bandwidth", y_bandwidth, y)
     n = x.shape[0]
     with no_autocast(x.device):
         joint, k, l = _log_joint_rows(x, y, widths, precision, backend)
-        log_n = math.log(n)
+        log_n = _log(n, joint)
         joint, k, l = (joint - log_n).exp(), (k - log_n).exp(), (l - log_n).exp()
         # row means: the sum of (k - mean k)(l - mean l) cancels less than its expansion
         cross = ((k - k.mean()) * (l - l.mean())).mean()
@@ -244,7 +251,7 @@ def cauchy_schwarz_qmi(
 
     Arguments, errors and cost as in `hsic`. Paper: Yu et al., 2024.
     """
-    _check_paired("x", x, "y", y, precision)
+    y = _of_same_samples("x", x, "y", y, precision)
     widths = number("x_bandwidth", x_bandwidth, x), number("y_bandwidth", y_bandwidth, y)
     with no_autocast(x.device):
         joint, k, l = _log_joint_rows(x, y, widths, precision, backend)
@@ -272,8 +279,8 @@ def cauchy_schwarz_divergence(
     `bandwidth`. The authors' code is in bits. Arguments, errors and cost as in `hsic`.
     Paper: Yu et al., 2024.
     """
-    _check_paired("x", x, "target", target, precision)
-    _check_paired("x", x, "predicted", predicted, precision)
+    target = _of_same_samples("x", x, "target", target, precision)
+    predicted = _of_same_samples("x", x, "predicted", predicted, precision)
     if target.shape != predicted.shape:
         raise ValueError(
             f"predicted: expected shape {tuple(target.shape)}, got {validation.describe(predicted)}"

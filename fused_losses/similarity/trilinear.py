@@ -42,6 +42,7 @@ def trilinear_attention(
     """
     check_plain(scale=scale)
     check_leading(("q", q), ("k1", k1), ("k2", k2), ("v1", v1), ("v2", v2))
+    q, k2, v1, v2 = validation.in_one_dtype(k1, q, k2, v1, v2)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
     number("scale", scale, q)
@@ -119,7 +120,8 @@ class _TrilinearBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        return _trilinear_backward(grad, arguments[:5], *arguments[5:])
+        with no_autocast(grad.device):
+            return _trilinear_backward(grad, arguments[:5], *arguments[5:])
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fused_losses.base.numerics import row_dtype, unit_centers
+from fused_losses.base.products import product
 from fused_losses.primitives.class_rules.inputs import (
     ClassInputs,
     ClassStatistics,
@@ -22,8 +23,8 @@ def reference(p: ClassInputs) -> ClassStatistics:
     rule, wide = RULES[p.rule], row_dtype(p.x.device)
     rows = weight_rows(p, slice(0, p.taking_part))
     weight = unit_centers(p.weight[rows]) if p.normalize else p.weight[rows]
-    product = p.x.to(weight.dtype) @ weight.T
-    cosine = pool(product.unflatten(1, (p.taking_part, p.centers)), p.softness)
+    found = product(p.x.to(weight.dtype), weight)
+    cosine = pool(found.unflatten(1, (p.taking_part, p.centers)), p.softness)
     place = places(p)
     ids = torch.arange(p.taking_part, device=p.x.device)
     positive = (place[:, :, None] == ids).any(dim=1)

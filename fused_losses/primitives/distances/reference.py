@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.products import product
 
 
 def distance(kind: str, x: Tensor, y: Tensor, w: Tensor | None, p: float) -> Tensor:
@@ -24,7 +25,7 @@ def distance(kind: str, x: Tensor, y: Tensor, w: Tensor | None, p: float) -> Ten
     dtype = accumulate_dtype(x.dtype)
     x, y = x.to(dtype), y.to(dtype)
     if kind == "dot":
-        return x @ y.mT
+        return product(x, y)
     x, y = x.unsqueeze(-2), y.unsqueeze(-3)
     if kind == "minkowski":
         return _minkowski(x, y, p)

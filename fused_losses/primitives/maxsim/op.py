@@ -54,6 +54,7 @@ def maxsim(
             f"{validation.describe(documents)}"
         )
     validation.check_device("queries", queries, "documents", documents)
+    (documents,) = validation.in_one_dtype(queries, documents)
     validation.check_same_dtype("queries", queries, "documents", documents)
     if ragged and (lengths is None or document_mask is not None):
         raise ValueError(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.products import product
 
 
 def scores(
@@ -13,7 +14,7 @@ def scores(
 ) -> Tensor:
     """The formula with every product at once, in the dtype of its inputs or float32."""
     dtype = accumulate_dtype(queries.dtype)
-    products = queries.to(dtype) @ documents.to(dtype).T
+    products = product(queries.to(dtype), documents.to(dtype))
     best = [
         products[:, a:b].max(dim=1).values if b > a else products[:, a:b].sum(dim=1)
         for a, b in zip(document_offsets.tolist(), document_offsets[1:].tolist(), strict=False)

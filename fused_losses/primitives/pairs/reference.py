@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base.numerics import accumulate_dtype, row_dtype, softplus
+from fused_losses.base.products import product
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 
 COORDINATES = 8  # that differences are taken of at a time
@@ -46,7 +47,7 @@ def scores(p: PairInputs) -> Tensor:
         wide = accumulate_dtype(p.x.dtype)
         u = -p.scale.to(wide) * squared_distances(p.x.to(wide), y.to(wide))
     else:
-        u = p.scale.to(p.x.dtype) * (p.x @ y.T)
+        u = p.scale.to(p.x.dtype) * product(p.x, y)
     u = u if p.x_bias is None else u + p.x_bias[:, None].to(u.dtype)
     u = u if y_bias is None else u + y_bias.to(u.dtype)
     if p.score == "linear":
@@ -133,6 +134,6 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
     alive = mask.any(dim=1, keepdim=True)
     # a row without pairs: softmax over zeros, then dropped, so that no gradient is NaN
     weights = torch.where(alive, z.masked_fill(~mask & alive, -torch.inf), 0).softmax(dim=1)
-    out = torch.where(alive, weights @ values.to(weights.dtype), 0)
+    out = torch.where(alive, product(weights, values.to(weights.dtype).T), 0)
     lse = torch.where(alive, z.masked_fill(~mask & alive, -torch.inf), 0).logsumexp(dim=1)
     return out, torch.where(alive[:, 0], lse, -torch.inf).to(row_dtype(s.device))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import unit_centers
+from fused_losses.base.products import product
 
 
 def bent(score: Tensor, bend: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def row_statistics(
     """The primitive, spelled out on the score matrix."""
     ids = torch.arange(weight.shape[0], device=x.device) if classes is None else classes
     w = unit_centers(weight) if normalize else weight
-    raw = x @ w.T
+    raw = product(x, w)
     scores = raw if bend is None else bent(raw, bend)
     scores = (scores if bias is None else scores + bias)[:, ids]
     is_target = labels[:, None] == ids[None, :]

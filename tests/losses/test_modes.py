@@ -1,0 +1,133 @@
+"""Modes that must not change an answer: autocast, torch.func.grad, a backend of another thread."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_losses
+from fused_losses import backends
+from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, Inputs
+
+DIFFERENTIABLE = [n for n, example in TABLE.items() if example.bound not in (EXACT, UNJUDGED)]
+SHAPE = (12, 17, 8)
+
+
+def _fields() -> dict[str, Tensor]:
+    given = Inputs(*SHAPE)
+    names = [k for k, v in vars(Inputs).items() if isinstance(v, cached_property)]
+    return {name: getattr(given, name).detach() for name in names}
+
+
+FIELDS = _fields()
+
+
+def floats(out: Any) -> Iterator[Tensor]:
+    """The floating point tensors of a result."""
+    if isinstance(out, Tensor):
+        if out.is_floating_point():
+            yield out
+    elif isinstance(out, tuple | list):
+        for part in out:
+            yield from floats(part)
+
+
+def total(name: str, backend: str, **leaves: Tensor) -> Tensor:
+    """One number of the example, float64."""
+    example, inputs = TABLE[name], Inputs(*SHAPE)
+    vars(inputs).update(FIELDS, **leaves)
+    options = {"backend": backend} if example.takes("backend") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts = [o.double() for o in floats(example(inputs, **options)) if o.requires_grad]
+    return torch.stack(
+        [(p * torch.linspace(0.5, 1.5, p.numel()).view_as(p)).sum() for p in parts]
+    ).sum()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_autocast_changes_neither_value_nor_gradient(name: str, backend: str) -> None:
+    answers = []
+    for enabled in (False, True):
+        leaves = {k: FIELDS[k].clone().requires_grad_() for k in TABLE[name].leaves}
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = total(name, backend, **leaves)
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        answers.append([loss, *(g for g in found if g is not None)])
+    for exact, got in zip(*answers, strict=True):
+        # the same operations in the same order
+        assert torch.equal(exact, got)
+
+
+@pytest.mark.parametrize("name", [n for n in DIFFERENTIABLE if "x" in TABLE[n].leaves])
+def test_func_grad_is_the_gradient(name: str, streamed: str) -> None:
+    leaf = FIELDS["x"].clone().requires_grad_()
+    (want,) = torch.autograd.grad(total(name, streamed, x=leaf), leaf)
+    got = torch.func.grad(lambda x: total(name, streamed, x=x))(leaf.detach())
+    # another order of sums at most: two roundings of each of a row's terms
+    size = want.abs().max()
+    assert (got - want).abs().max() <= 2 * SHAPE[1] * torch.finfo(torch.float32).eps * size
+
+
+HALF = torch.bfloat16
+x, y, far = torch.ones(4, 8), torch.ones(4, 8), torch.ones(4, 3, 8)
+MET: dict[str, Callable[[], Tensor]] = {
+    "a queue": lambda: fused_losses.info_nce(x.to(HALF), y.to(HALF), queue=y),
+    "negatives": lambda: fused_losses.info_nce(x.to(HALF), y.to(HALF), negatives=far),
+    "maxsim": lambda: fused_losses.maxsim(far.to(HALF), far),
+    "attention": lambda: fused_losses.similarity_attention(x.to(HALF), y.to(HALF), y),
+    "trilinear": lambda: fused_losses.trilinear_attention(x.to(HALF), y, y, x.to(HALF), y),
+    "hsic": lambda: fused_losses.hsic(x.to(HALF), y),
+    "triplets": lambda: fused_losses.triplet_margin(x.to(HALF), y, y),
+}
+
+
+@pytest.mark.parametrize("name", MET)
+def test_autocast_brings_unlike_dtypes_together(name: str) -> None:
+    with torch.autocast("cpu", HALF):
+        assert MET[name]().isfinite().all()
+    with pytest.raises(TypeError, match="dtype"):
+        MET[name]()
+
+
+def test_a_backend_is_forced_in_its_own_thread_alone() -> None:
+    inside, outside = threading.Barrier(2), threading.Barrier(2)
+    seen: dict[str, str] = {}
+
+    def forced() -> None:
+        with backends.use_backend("reference"):
+            inside.wait(30)
+            outside.wait(30)
+            seen["forced"] = backends.requested(None)
+
+    def free() -> None:
+        inside.wait(30)
+        seen["free"] = backends.requested(None)
+        with backends.use_backend("bounded"):
+            outside.wait(30)
+            seen["other"] = backends.requested(None)
+
+    threads = [threading.Thread(target=run) for run in (forced, free)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert seen == {"free": backends.requested(None), "forced": "reference", "other": "bounded"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kernel_mean", "mmd", "hsic", "uniformity"])
+def test_compile_serves_every_batch_size(name: str) -> None:
+    function = getattr(fused_losses, name)
+    torch._dynamo.reset()
+    one = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in range(5, 16):  # more than Dynamo would compile anew
+        rows = [torch.randn(n, 4) for _ in range(1 if name in ("uniformity", "kernel_mean") else 2)]
+        torch.testing.assert_close(one(*rows), function(*rows))
