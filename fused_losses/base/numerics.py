@@ -186,7 +186,7 @@ def recomputed(f: Callable[..., Any], *arguments: Any) -> Any:
 
     Neither torch.func nor a trace takes a checkpoint's hooks: there f is called as it is.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if traced():
         return f(*arguments)
     return checkpoint(f, *arguments, use_reentrant=False)
 
