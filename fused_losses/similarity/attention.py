@@ -183,7 +183,8 @@ def similarity_attention(
             moved.contiguous(), inputs, positives=match == "same", backend=backend
         )
         if center is not None:
-            out = torch.where((lse == -torch.inf)[:, None], 0, out + center)
+            some = (lse != -torch.inf)[:, None]
+            out = torch.addcmul(out, some.to(out.dtype), center.to(out.dtype))
         return out.to(v.dtype), lse.to(accumulate_dtype(both.x.dtype))
 
     tensors: tuple[Tensor, ...] = (query, key, value)

@@ -50,7 +50,9 @@ def made(what, dtype):
     if what == "attention":
         values = y.detach().clone().requires_grad_()
         call = lambda: f.similarity_attention(x, y, values, backend="cpu")
-        return (x, y, values), call, pairs.extra_bytes(N, M, D, dtype, width=D)
+        told = pairs.extra_bytes(N, M, D, dtype, width=D)
+        # and values about a center, and what comes back of them
+        return (x, y, values), call, told + (N + M) * D * dtype.itemsize
     if what == "maxsim":
         tokens = (x.view(-1, 10, D), y.view(-1, 15, D))
         call = lambda: maxsim(*tokens, backend="cpu")
