@@ -131,7 +131,8 @@ def margin_loss(
     if isinstance(beta, Tensor) and beta.dim() == 1 and beta.shape[0] != 1:
         validation.check_vector("beta", beta, beta.shape[0], "one a class", embeddings)
         check_class_ids("labels", labels, beta.shape[0])
-        boundary = beta.index_select(0, labels.long())
+        # widened first: the rows' gradients add up in the dtype of the gather
+        boundary = beta.to(accumulate_dtype(beta.dtype)).index_select(0, labels.long())
     else:
         boundary = number("beta", beta, embeddings, positive=False).expand(n)
     with no_autocast(embeddings.device):

@@ -272,7 +272,7 @@ def statistics_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, scale, x_bias and y_bias, each None where it is not needed."""
     s, both = sweep(p, gradient=True), p.triangle or cols
-    gain = gpu.statistics_gain(p, (grad_rows, grad_columns))
+    gain = gpu.statistics_gain(p, (grad_rows, grad_columns), (rows, columns))
     row_vectors = gpu.packed(gpu.vectors(grad_rows, rows, reduction), gain)
     column_vectors = row_vectors if p.triangle else None
     if cols and not p.triangle:

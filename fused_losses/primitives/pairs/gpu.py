@@ -85,12 +85,19 @@ def finish(out: Tensor, reduction: str) -> None:
 # ---- gradients ----------------------------------------------------------------------------------
 
 
-def statistics_gain(p: PairInputs, grads: tuple[Tensor, Tensor]) -> Tensor | float:
-    """What G of float16 products is multiplied with, lest it be 0."""
+def statistics_gain(
+    p: PairInputs, grads: tuple[Tensor, Tensor], stats: tuple[Tensor, Tensor]
+) -> Tensor | float:
+    """What G of float16 products is multiplied with, lest it be 0.
+
+    A class without pairs has no part in G, however steep a loss is in its sum of nothing.
+    """
     if p.x.dtype != torch.float16 or not (p.x.shape[0] and p.y.shape[0]):
         return 1.0
     factor = max(abs(p.positive.factor), abs(p.negative.factor))
-    return float16_scale([v.abs() * factor for v in grads if v.numel()], None)
+    sides = [(v, side) for v, side in zip(grads, stats, strict=True) if v.numel()]
+    steep = [torch.where(side[COUNT] > 0, v.abs() * factor, 0) for v, side in sides]
+    return float16_scale([*steep], None)
 
 
 def attention_gain(p: PairInputs, grad_out: Tensor, grad_lse: Tensor) -> Tensor | float:

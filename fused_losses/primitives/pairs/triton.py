@@ -159,7 +159,7 @@ def statistics_backward(
     sides = [gpu.vectors(grad_rows, rows, reduction)]
     if both:
         sides += sides if p.triangle else [gpu.vectors(grad_columns, columns, reduction)]
-    gain = gpu.statistics_gain(p, (grad_rows, grad_columns))
+    gain = gpu.statistics_gain(p, (grad_rows, grad_columns), (rows, columns))
     per_side = [gpu.packed(side, gain) for side in sides]
     tile = s.tile("gradient", both)
     gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
