@@ -3,7 +3,7 @@
 A person with a new machine runs this first; with --out the table is Markdown, to paste into an
 issue. The bound of a row is what roundings can do at its inputs, whoever makes them: the float64
 formula is run again with its roundings drawn anew (`base/disturbance.py`), and a result may be
-twice as far from the truth as the largest of these movements, and its own rounding.
+four times as far from the truth as the largest of these movements, and its own rounding.
 """
 
 from __future__ import annotations

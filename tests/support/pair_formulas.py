@@ -136,6 +136,13 @@ def distance(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
 
 
+def unit(x: Tensor) -> Tensor:
+    """x / |x| a row; a row of zeros stays one, with gradient 0."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    zero = norm == 0
+    return torch.where(zero, 0, x / torch.where(zero, 1, norm))
+
+
 def others(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Positive and negative pairs of one batch."""
     same = equal(labels, labels)
@@ -254,7 +261,7 @@ def exclude_nce(t: Inputs) -> Tensor:
 
 
 def learned_nce(t: Inputs) -> Tensor:
-    z = F.normalize(t.x) @ F.normalize(t.y).T / t.temperature
+    z = unit(t.x) @ unit(t.y).T / t.temperature
     return nce(z, eye(*z.shape), ~eye(*z.shape), True)
 
 
@@ -265,7 +272,7 @@ def supcon_rows(z: Tensor, positive: Tensor, everything: Tensor) -> tuple[Tensor
 
 
 def supcon_out(t: Inputs) -> Tensor:
-    z = F.normalize(t.x) @ F.normalize(t.x).T / t.temperature
+    z = unit(t.x) @ unit(t.x).T / t.temperature
     rows, _ = supcon_rows(z, others(t.labels)[0], ~eye(len(z)))
     return rows.mean() * t.temperature / 0.07
 
@@ -301,7 +308,8 @@ def nt_xent_views(t: Inputs) -> Tensor:
 
 def sigmoid(t: Inputs, positive: Tensor) -> Tensor:
     z = t.scale * (t.x @ t.y.T) + t.bias
-    return F.softplus(torch.where(positive, -z, z)).sum() / len(z)
+    # F.softplus is linear past 20, wrong by 2e-9
+    return torch.logaddexp(torch.where(positive, -z, z), z.new_zeros(())).sum() / len(z)
 
 
 def soft_nearest(t: Inputs) -> Tensor:
@@ -310,7 +318,7 @@ def soft_nearest(t: Inputs) -> Tensor:
 
 
 def multi_similarity(t: Inputs) -> Tensor:
-    s = F.normalize(t.x) @ F.normalize(t.x).T
+    s = unit(t.x) @ unit(t.x).T
     positive, negative = others(t.labels)
     attract = torch.where(positive, torch.exp(-2 * (s - 0.5)), 0).sum(1)
     repel = torch.where(negative, torch.exp(20 * (s - 0.5)), 0).sum(1)
@@ -318,7 +326,7 @@ def multi_similarity(t: Inputs) -> Tensor:
 
 
 def orthogonal_projection(t: Inputs, gamma: float = 0.5, absolute: bool = False) -> Tensor:
-    s = F.normalize(t.x) @ F.normalize(t.x).T
+    s = unit(t.x) @ unit(t.x).T
     positive, negative = others(t.labels)
     far = s.abs() if absolute else s
     near = torch.where(positive, s, 0).sum() / (positive.sum().to(s.dtype) + 1e-6)
@@ -328,7 +336,7 @@ def orthogonal_projection(t: Inputs, gamma: float = 0.5, absolute: bool = False)
 
 
 def multi_similarity_mined(t: Inputs) -> Tensor:
-    s = F.normalize(t.x) @ F.normalize(t.x).T
+    s = unit(t.x) @ unit(t.x).T
     positive, negative = others(t.labels)
     positive = positive & (s < 1 - 1e-5)
     least = torch.where(positive, s, torch.inf).amin(1, keepdim=True)
@@ -341,7 +349,7 @@ def multi_similarity_mined(t: Inputs) -> Tensor:
 
 
 def circle(t: Inputs) -> Tensor:
-    s = F.normalize(t.x) @ F.normalize(t.x).T
+    s = unit(t.x) @ unit(t.x).T
     positive, negative = others(t.labels)
     attract = -40 * F.relu(1.25 - s.detach()) * (s - 0.75)
     repel = 40 * F.relu(s.detach() + 0.25) * (s - 0.25)
@@ -374,7 +382,7 @@ def n_pairs(t: Inputs) -> Tensor:
 
 
 def proxy_nca(t: Inputs, inside: bool) -> Tensor:
-    z = -t.scale * square_distance(F.normalize(t.x), F.normalize(t.w))
+    z = -t.scale * square_distance(unit(t.x), unit(t.w))
     target = eye(len(t.w))[t.targets]
     if inside:
         return F.cross_entropy(z, t.targets)
@@ -384,7 +392,7 @@ def proxy_nca(t: Inputs, inside: bool) -> Tensor:
 
 
 def proxy_anchor(t: Inputs) -> Tensor:
-    s, target = F.normalize(t.w) @ F.normalize(t.x).T, equal(torch.arange(len(t.w)), t.targets)
+    s, target = unit(t.w) @ unit(t.x).T, equal(torch.arange(len(t.w)), t.targets)
     attract = (1 + torch.where(target, torch.exp(-8 * (s - 0.1)), 0).sum(1)).log()
     repel = (1 + torch.where(target, 0, torch.exp(8 * (s + 0.1))).sum(1)).log()
     return attract.sum() / target.any(1).sum() + repel.mean()
@@ -392,7 +400,7 @@ def proxy_anchor(t: Inputs) -> Tensor:
 
 def transport(t: Inputs, cost: str) -> Tensor:
     c = {
-        "cosine": lambda: 1 - F.normalize(t.x) @ F.normalize(t.y).T,
+        "cosine": lambda: 1 - unit(t.x) @ unit(t.y).T,
         "dot": lambda: 1 - t.x @ t.y.T,
         "sqeuclidean": lambda: square_distance(t.x, t.y),
     }[cost]()
@@ -411,7 +419,7 @@ def attend(z: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def cosine_attention(t: Inputs) -> Tensor:
-    z = t.scale * (F.normalize(t.x) @ F.normalize(t.y).T)
+    z = t.scale * (unit(t.x) @ unit(t.y).T)
     same = equal(t.labels, t.y_labels)
     return attend(z, t.v, same)
 
@@ -460,7 +468,7 @@ def divergence(t: Inputs) -> Tensor:
 
 
 def uniformity(t: Inputs) -> Tensor:
-    x = F.normalize(t.x)
+    x = unit(t.x)
     if len(x) < 2:
         return (x * 0).sum()
     return lse((-2 * square_distance(x, x)).flatten(), ~eye(len(x)).flatten()) - math.log(
@@ -475,7 +483,7 @@ def group_rows(t: Inputs) -> Tensor:
 
 
 def masked_both(t: Inputs) -> Tensor:
-    z = F.normalize(t.x) @ F.normalize(t.y).T * t.scale
+    z = unit(t.x) @ unit(t.y).T * t.scale
     kept = ~equal(t.labels, t.y_labels + 1)
     same = equal(t.labels, t.y_labels)
     rows = torch.cat([lse(z, same & kept), lse(z, ~same & kept)])

@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from pair_formulas import Inputs, batch
+from pair_formulas import Inputs, batch, unit
 from torch import Tensor
 
 # ---- inputs -------------------------------------------------------------------------------------
@@ -49,10 +49,6 @@ def prototypes(n: int, m: int, d: int) -> Inputs:
 
 
 # ---- distances and who is whose positive --------------------------------------------------------
-
-
-def unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=1)
 
 
 def root(squared: Tensor) -> Tensor:
