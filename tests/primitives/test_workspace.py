@@ -21,6 +21,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.primitives.distances.inputs import FLAT
 from fused_losses.primitives.op import OPS
+from fused_losses.primitives.pairs.inputs import PairInputs
 
 SLACK = MIB // 8  # Python's own objects and the library's small buffers
 
@@ -215,7 +216,8 @@ def of_backward(case: Case, given: tuple, output: Any) -> tuple | None:
         grads = (*ones[:2], ones[2] if weighted else None)
         return (*grads, *x_to_weights, lse, kept, *settings, False, True, True, False)
     if case.op == "pair_statistics":
-        needs = (True, not given[17], True, False, False)
+        triangle = given[PairInputs._fields.index("triangle")]
+        needs = (True, not triangle, True, False, False)
         return (*(o[:2].contiguous() for o in ones), *outputs, *given, *needs)
     if case.op == "pair_attention":
         return (*ones, *outputs, *given, True, True, True, True, False, False)

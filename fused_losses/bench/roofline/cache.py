@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from fused_losses.bench.roofline.work import Access, cdiv
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.bench.roofline.work import Access
 
 LINE = 128 << 10  # bytes of a piece of a tensor in the model of L2
 L2_SHARE = 0.75  # of L2 that a stream leaves to what is reused; assumed
@@ -25,7 +26,7 @@ class Cache:
         place = a.begin if a.block else -1
         if a.size > self.capacity / 2:
             traffic += (a.sweeps - 1) * a.size
-        for piece in range(first // LINE, cdiv(end, LINE)):
+        for piece in range(first // LINE, ceil_div(end, LINE)):
             size = min(end, (piece + 1) * LINE) - max(first, piece * LINE)
             entry = self.pieces.pop((key, place, piece), None)
             if entry is None:

@@ -6,7 +6,8 @@ its counts lie above: test_roofline.py says by how much.
 
 from __future__ import annotations
 
-from fused_losses.bench.roofline.work import Launch, cdiv, form
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.bench.roofline.work import Launch, form
 
 WARP = 32
 
@@ -66,11 +67,11 @@ def row_gradient(s: Launch) -> None:
     _tile(s, times, write=True)
     _score_columns(s, s.rows * times)
     s.read("inverse", s.rows * s.length)
-    warps = min(8, cdiv(s.length, WARP * (8 if s.out_type else 4)))
+    warps = min(8, ceil_div(s.length, WARP * (8 if s.out_type else 4)))
     for name in ("positions", "lse", "grad_lse", "grad_target", "grad_weighted"):
         s.read(name, s.rows * warps, 0, s.rows)
     s.read("bend", 4 * s.rows * warps, 0, 4 * s.rows)
-    s.write("sums", cdiv(s.rows, s.rows_a_sum) * s.length)
+    s.write("sums", ceil_div(s.rows, s.rows_a_sum) * s.length)
     s.work.scalar = 6 * times * s.rows * s.length
 
 
@@ -132,9 +133,9 @@ def pair_statistics(s: Launch) -> None:
     both = s.has("columns")
     _pair_tile(s, 2 if both else 1)
     # two rows at a time; down the columns a thread keeps its own
-    segments = cdiv(high, SEGMENT)
-    warps = cdiv(wide, ACROSS)
-    _vectors(s, high + both * high * warps, cdiv(high, 2) * wide + both * 4 * segments * wide)
+    segments = ceil_div(high, SEGMENT)
+    warps = ceil_div(wide, ACROSS)
+    _vectors(s, high + both * high * warps, ceil_div(high, 2) * wide + both * 4 * segments * wide)
     state = 4 * KINDS * high
     s.read("rows", state, 0, state)
     s.write("rows", state, 0, state)
@@ -150,7 +151,7 @@ def pair_statistics(s: Launch) -> None:
 @form("pair_gradients")
 def pair_gradients(s: Launch) -> None:
     high, wide = _block(s)
-    segments, warps = cdiv(high, SEGMENT), cdiv(wide, ACROSS)
+    segments, warps = ceil_div(high, SEGMENT), ceil_div(wide, ACROSS)
     kinds = KINDS if s.has("x_labels") else 1
     _pair_tile(s, 1)
     _vectors(s, high * warps, 4 * segments * wide)
@@ -178,7 +179,7 @@ def pair_attention(s: Launch) -> None:
 @form("pair_attention_gradients")
 def pair_attention_gradients(s: Launch) -> None:
     high, wide = _block(s)
-    segments, warps = cdiv(high, SEGMENT), cdiv(wide, ACROSS)
+    segments, warps = ceil_div(high, SEGMENT), ceil_div(wide, ACROSS)
     _pair_tile(s, 1)
     _vectors(s, high * warps, 4 * segments * wide)
     s.read("base", 2 * high * warps)
@@ -192,7 +193,7 @@ def pair_attention_gradients(s: Launch) -> None:
 
 @form("pair_split")
 def pair_split(s: Launch) -> None:
-    across, down = cdiv(s.m, TILE), cdiv(s.n, TILE)
+    across, down = ceil_div(s.m, TILE), ceil_div(s.n, TILE)
     for name in ("g", "squares"):
         s.read(name, s.n * s.m, 0, (s.n - 1) * s.stride + s.m)
     s.read("x_norms", s.n * across, 0, s.n)
@@ -238,7 +239,7 @@ TILE = 64  # rows of either side of a tile of distances
 
 @form("distance_sums")
 def distance_sums(s: Launch) -> None:
-    tiles = cdiv(s.n, TILE) * cdiv(s.m, TILE)
+    tiles = ceil_div(s.n, TILE) * ceil_div(s.m, TILE)
     s.read("x", tiles * TILE * s.d, 0, s.n * s.x.stride(0))
     s.read("y", tiles * TILE * s.d, 0, s.m * s.y.stride(0))
     s.write("out", s.n * s.m)
@@ -283,8 +284,8 @@ def _block_of(s: Launch, name: str, times: int = 1, write: bool = False) -> None
 @form("distance_products")
 def distance_products(s: Launch) -> None:
     """Where no pair is near."""
-    tiles = cdiv(s.n, TILE) * cdiv(s.m, TILE)
-    s.read("x_norms", 16 * s.n * cdiv(s.m, TILE) // 16, 0, s.n)
+    tiles = ceil_div(s.n, TILE) * ceil_div(s.m, TILE)
+    s.read("x_norms", 16 * s.n * ceil_div(s.m, TILE) // 16, 0, s.n)
     s.read("y_norms", tiles * TILE * TILE // 4, 0, s.m)
     _block_of(s, "out")
     _block_of(s, "out", write=True)
@@ -296,7 +297,7 @@ def distance_factors(s: Launch) -> None:
     _block_of(s, "grad")
     _block_of(s, "out")
     _block_of(s, "g", write=True)
-    tiles = cdiv(s.n, TILE) * cdiv(s.m, TILE)
+    tiles = ceil_div(s.n, TILE) * ceil_div(s.m, TILE)
     s.write("row_sums", tiles * TILE)
     s.write("column_sums", tiles * TILE)
     s.write("near", tiles)
@@ -306,9 +307,9 @@ def distance_factors(s: Launch) -> None:
 @form("distance_gradient")
 def distance_gradient(s: Launch) -> None:
     """A block owns 64 rows by 64 coordinates; of near terms, where no pair is near."""
-    rows, depth, splits = cdiv(s.n, TILE), cdiv(s.d, TILE), cdiv(s.m, s.span)
+    rows, depth, splits = ceil_div(s.n, TILE), ceil_div(s.d, TILE), ceil_div(s.m, s.span)
     if s.has("near"):
-        s.read("near", rows * depth * cdiv(s.m, TILE), 0, rows * cdiv(s.m, TILE))
+        s.read("near", rows * depth * ceil_div(s.m, TILE), 0, rows * ceil_div(s.m, TILE))
         if not s.has("totals"):
             return
         s.read("totals", s.n * depth)
@@ -329,7 +330,7 @@ def maxsim_maxima(s: Launch) -> None:
     """Documents of some tokens each: their maxima are few."""
     high, wide = _block(s)
     _pair_tile(s, 1)
-    documents = cdiv(s.documents * wide, max(s.column_end, 1))
+    documents = ceil_div(s.documents * wide, max(s.column_end, 1))
     s.write("index", high * documents, 0, high * documents)
     s.read("open_best", high)
     s.write("open_best", high)
@@ -352,7 +353,7 @@ def maxsim_document_gradients(s: Launch) -> None:
     """A tile of document tokens reads all choices, and the rows that chose it."""
     chosen = s.query_tokens * s.documents
     tiles = s.out.shape[0] // 32
-    each = cdiv(tiles, s.documents)
+    each = ceil_div(tiles, s.documents)
     s.read("index", chosen * each)
     s.read("grad", chosen * each)
     s.read("owners", s.query_tokens * tiles)

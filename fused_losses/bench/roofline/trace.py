@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.base import validation
 from fused_losses.bench.roofline import cuda_forms  # noqa: F401 (enters them)
-from fused_losses.bench.roofline.work import Work, access, cdiv, count, work_of
+from fused_losses.bench.roofline.work import Work, access, count, work_of
 
 # of a library's product, assumed: 128 x 256, which from sm_90 on two processors share (clusters
 # with multicast; `gpu_anchors.md` saw as much in Liger's): 256 x 256 as L2 sees it
@@ -63,8 +64,8 @@ def product_work(
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     high, wide = LIBRARY_TILE[arch] if m <= n else LIBRARY_TILE[arch][::-1]
     work = Work("product", "half" if half else "fp32", 2 * batch * m * n * k)
-    moved_a = batch * m * k * cdiv(n, wide) * a.element_size()
-    moved_b = batch * k * n * cdiv(m, high) * b.element_size()
+    moved_a = batch * m * k * ceil_div(n, wide) * a.element_size()
+    moved_b = batch * k * n * ceil_div(m, high) * b.element_size()
     moved_out = batch * m * n * out.element_size()
     work.accesses = [access(a, moved_a), access(b, moved_b), access(out, moved_out, write=True)]
     if more is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fused_losses.bench.roofline.work import Launch, cdiv, form
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.bench.roofline.work import Launch, form
 from fused_losses.primitives.distances import triton_kernels as triton_distance_kernels
 from fused_losses.primitives.maxsim import triton_kernels as triton_maxsim_kernels
 from fused_losses.primitives.pairs import triton_attention, triton_backward, triton_near
@@ -24,10 +25,10 @@ def _tile_products(
     """Tiles of BM x BN whose operands are read whole, rows (first, count) past the end as well."""
     stride_x, stride_y = s.values[x].stride(0), s.values[y].stride(0)
     # a row operand beyond half of L2 is gone through again for every wave of tiles
-    sweeps = cdiv(programs, 256)
+    sweeps = ceil_div(programs, 256)
     s.read(x, programs * s.BM * d, rows[0] * stride_x, rows[1] * stride_x, sweeps)
     s.read(y, programs * s.BN * d, columns[0] * stride_y, columns[1] * stride_y)
-    s.multiply(programs * s.BM * s.BN, cdiv(d, s.BK) * s.BK, s.values[x])
+    s.multiply(programs * s.BM * s.BN, ceil_div(d, s.BK) * s.BK, s.values[x])
 
 
 def _columns(s: Launch, columns: int, times: int) -> None:
@@ -54,7 +55,7 @@ def forward_resident(s: Launch) -> None:
     splits, columns = s.programs // s.row_tiles, s.count - s.first
     rows, d = 2 * s.BM, s.DEPTH * s.BK
     last = columns - (splits - 1) * s.span
-    swept = ((splits - 1) * cdiv(s.span, s.BN) + cdiv(last, s.BN)) * s.BN * s.row_tiles
+    swept = ((splits - 1) * ceil_div(s.span, s.BN) + ceil_div(last, s.BN)) * s.BN * s.row_tiles
     s.read("x", s.programs * rows * d, 0, s.n * s.stride_x)
     s.read("w", swept * d, s.first * s.stride_w, columns * s.stride_w)
     s.read("of_class.ids", swept)
@@ -151,9 +152,9 @@ def owner_rows(s: Launch) -> None:
 
 @form(triton_gradients.owner_classes)
 def owner_classes(s: Launch) -> None:
-    columns, swept = s.programs * s.BN, s.programs * cdiv(s.n, s.BM) * s.BM
+    columns, swept = s.programs * s.BN, s.programs * ceil_div(s.n, s.BM) * s.BM
     s.read("w", columns * s.d * (2 if s.NORMALIZE else 1), 0, s.count * s.stride_w)
-    s.read("x", swept * s.d, 0, s.n * s.stride_x, cdiv(s.programs, 256))
+    s.read("x", swept * s.d, 0, s.n * s.stride_x, ceil_div(s.programs, 256))
     s.read("of_class.ids", columns * (2 if s.has("of_class.ids") else 1) + s.count)
     s.read("of_class.bias", s.count)
     s.read("of_class.weight", s.count)
@@ -169,7 +170,7 @@ def owner_classes(s: Launch) -> None:
 def _pair_tiles(s: Launch) -> tuple[int, int, int]:
     """Products, biases and masks of pair kernels; their rows, columns and column tiles."""
     high, wide = s.row_end - s.first_row, s.column_end - s.first_column
-    tiles = cdiv(wide, s.BN)
+    tiles = ceil_div(wide, s.BN)
     # below the diagonal a tile is left at once
     live = s.programs
     if s.TRIANGLE:
@@ -226,7 +227,7 @@ def pair_gradient_tiles(s: Launch) -> None:
 
 @form(triton_near.split_tiles)
 def pair_split_tiles(s: Launch) -> None:
-    across = cdiv(s.m, s.BN)
+    across = ceil_div(s.m, s.BN)
     for name in ("g", "squares"):
         s.read(name, s.n * across * s.BN, 0, (s.n - 1) * s.values[name].stride(0) + s.m)
     s.read("x_norms", s.n * across, 0, s.n)
@@ -242,7 +243,7 @@ def pair_split_tiles(s: Launch) -> None:
 @form(triton_near.near_sums)
 def pair_near_sums(s: Launch) -> None:
     """Where no pair is near."""
-    s.read("near", s.n * cdiv(s.m, s.BN) * s.depth_tiles)
+    s.read("near", s.n * ceil_div(s.m, s.BN) * s.depth_tiles)
 
 
 @form(triton_attention.attention_tiles)
@@ -261,7 +262,7 @@ def attention_tiles(s: Launch) -> None:
 def _keys(s: Launch, rows: tuple[int, int], columns: tuple[int, int], tiles: int) -> None:
     """`tile_keys` of so many tiles."""
     _tile_products(s, "x", "y", rows, columns, s.d, tiles)
-    across, down = cdiv(columns[1], s.BN), s.row_tiles
+    across, down = ceil_div(columns[1], s.BN), s.row_tiles
     s.read("center", tiles * s.d)
     for name in ("offset", "multiplier"):
         s.read(name, columns[1] * down)
@@ -276,7 +277,7 @@ def _keys(s: Launch, rows: tuple[int, int], columns: tuple[int, int], tiles: int
 @form(triton_topk_kernels.best_columns)
 def best_columns(s: Launch) -> None:
     last = s.m - (s.splits - 1) * s.span
-    tiles = s.row_tiles * ((s.splits - 1) * cdiv(s.span, s.BN) + cdiv(last, s.BN))
+    tiles = s.row_tiles * ((s.splits - 1) * ceil_div(s.span, s.BN) + ceil_div(last, s.BN))
     _keys(s, (0, s.n), (0, s.m), tiles)
     s.write("to", s.n * s.splits * s.keep)
 
@@ -317,7 +318,7 @@ def product_gradients(s: Launch) -> None:
     parts = s.programs // s.depth_tiles
     splits = parts // s.row_tiles
     last = s.m - (splits - 1) * s.span
-    swept = ((splits - 1) * cdiv(s.span, s.BN) + cdiv(last, s.BN)) * s.BN * s.row_tiles
+    swept = ((splits - 1) * ceil_div(s.span, s.BN) + ceil_div(last, s.BN)) * s.BN * s.row_tiles
     s.read("other", swept * s.d, 0, s.m * s.stride_other)
     s.read("grad", s.n * s.m * s.depth_tiles)
     if s.has("distances"):
@@ -342,8 +343,8 @@ def token_maxima(s: Launch) -> None:
     """Documents of one length."""
     documents = s.programs // s.row_tiles
     length = s.documents.shape[0] // s.count
-    tiles = cdiv(length, s.BN)
-    depth = s.d if s.WHOLE else cdiv(s.d, s.BK) * s.BK
+    tiles = ceil_div(length, s.BN)
+    depth = s.d if s.WHOLE else ceil_div(s.d, s.BK) * s.BK
     s.read("queries", s.programs * s.BM * s.d * (1 if s.WHOLE else tiles))
     at = s.first * length * s.stride_y
     s.read("documents", s.programs * tiles * s.BN * s.d, at, documents * length * s.stride_y)
@@ -380,14 +381,14 @@ def query_gradients(s: Launch) -> None:
 def document_gradients(s: Launch) -> None:
     """Documents of one length, where every token has chosen."""
     length = s.ddocuments.shape[0] // s.count
-    tiles = s.count * cdiv(length, s.BN) * s.depth_tiles
-    each = cdiv(length, s.BN) * s.depth_tiles
+    tiles = s.count * ceil_div(length, s.BN) * s.depth_tiles
+    each = ceil_div(length, s.BN) * s.depth_tiles
     _choices(s, each)
     s.read("tile_documents", s.programs)
     s.read("tile_ends", tiles)
     s.read("offsets", 2 * tiles)
     s.read("unscale", tiles)
-    swept = tiles // s.depth_tiles * cdiv(s.tokens, s.BM) * s.BM
+    swept = tiles // s.depth_tiles * ceil_div(s.tokens, s.BM) * s.BM
     s.read("queries", swept * s.d, 0, s.tokens * s.stride_x)
     s.write("ddocuments", s.ddocuments.shape[0] * s.d)
     s.multiply(swept * s.BN, s.depth_tiles * s.BK, s.queries)

@@ -122,8 +122,3 @@ def work_of(kernel: Hashable, name: str, programs: int, values: dict[str, Any]) 
     launch = Launch(name, programs, values)
     FORMS[kernel](launch)
     return launch.work
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
