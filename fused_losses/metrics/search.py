@@ -166,7 +166,7 @@ def distances(search: Search) -> Iterator[tuple[slice, Tensor]]:
         x, metric = unit(x.to(accumulate_dtype(x.dtype))), "sqeuclidean"
         y = x if search.own else unit(y.to(x.dtype))
     n, m = x.shape[0], y.shape[0]
-    size = 8 if x.dtype == torch.float64 else 4
+    size = accumulate_dtype(x.dtype).itemsize
     step = max(1, BLOCK_BYTES // (size * max(1, m)))
     for i in range(0, n, step):
         run = slice(i, min(i + step, n))

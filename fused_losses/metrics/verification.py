@@ -284,7 +284,7 @@ def all_pairs_tar_at_far(
         numbers = dense(labels)
 
         def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-            n, size = len(x), 8 if x.dtype == torch.float64 else 4
+            n, size = len(x), accumulate_dtype(x.dtype).itemsize
             step = max(1, BLOCK_BYTES // (size * max(1, n)))
             for i in range(0, n, step):
                 rows = slice(i, min(i + step, n))

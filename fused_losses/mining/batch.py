@@ -130,7 +130,7 @@ def matrix(batch: MiningBatch, rows: Tensor) -> Tensor:
 
 
 def rows_at_once(batch: MiningBatch) -> int:
-    size = 8 if batch.x.dtype == torch.float64 else 4
+    size = accumulate_dtype(batch.x.dtype).itemsize
     return max(1, BLOCK_BYTES // (size * max(1, batch.y.shape[0])))
 
 

@@ -43,7 +43,7 @@ NEAR = 1 / 16
 
 def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, kind: str) -> int:
     """Peak memory of forward and backward beyond inputs, result and their gradients."""
-    size = 8 if dtype == torch.float64 else 4
+    size = accumulate_dtype(dtype).itemsize
     # a block has one pair at least
     block = max(BLOCK_BYTES, d * size)
     return LIVE_BLOCKS[kind] * block + 4 * (n + m) * (d + 1) * size

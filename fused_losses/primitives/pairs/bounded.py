@@ -42,7 +42,7 @@ VECTOR_BYTES = 200  # of a row or column
 
 def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients."""
-    size = 8 if dtype == torch.float64 else 4
+    size = accumulate_dtype(dtype).itemsize
     return LIVE_BLOCKS * BLOCK_BYTES + 3 * (n + m) * d * size + 200 * (n + m)
 
 

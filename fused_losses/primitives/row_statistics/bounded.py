@@ -32,7 +32,7 @@ def tile_classes(n: int, d: int, element_size: int) -> int:
 
 def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients."""
-    size = 8 if dtype == torch.float64 else 4
+    size = accumulate_dtype(dtype).itemsize
     return int(LIVE_TILES * tile_classes(n, d, size) * (n + d) * size) + 3 * n * d * size
 
 
