@@ -62,7 +62,10 @@ def made(what, dtype):
         kind, op = what, f.pairwise_similarity if what == "dot" else f.pairwise_distance
         gradient = what != "hamming" and dtype != torch.bool
         call = lambda: op(x, y, kind, backend="cpu")
-        return (x, y), call, distances.extra_bytes(N, M, D, dtype, kind, gradient=gradient)
+        told = distances.extra_bytes(N, M, D, dtype, kind, gradient=gradient)
+        # canberra: and the rows times a power of two
+        moved = (N + M) * D * dtype.itemsize if kind == "canberra" else 0
+        return (x, y), call, told + moved
     own = what == "topk-self"
     other = None if own else fused_losses.quantize_rows(y) if what == "topk-codes" else y
     call = lambda: f.pairwise_topk(y if own else x, other, K, "dot", skip_self=own, backend="cpu")
