@@ -185,7 +185,7 @@ class Inputs:
         return self._held(1 + drawn / 3)
 
 
-SMOOTH, JUMPS, TIES, EXACT, UNJUDGED = "smooth", "jumps", "ties", "exact", "unjudged"
+ROUNDED, EXACT, UNJUDGED = "rounded", "exact", "unjudged"
 PRECISIONS = ("fp32", "tf32", "mixed", "bf16")
 Call = Callable[[Callable[..., Any], Any], Any]  # (function, inputs)
 Options = dict[str, Any]
@@ -205,20 +205,18 @@ class _Seen:
 class Example:
     """One way to call a function, of any shape, dtype and device.
 
-    bound says how `verify` judges a backend's numbers. "smooth": by its rounding; "jumps": a slope
-    jumps, and a rounding may take a term across; "ties": a rounded product may choose another
-    token; "exact": one right answer, without gradients; "unjudged": a rounding may choose other
-    rows, so that only a formula on the same choice can judge (the tests' tables do).
+    bound says how `verify` judges a backend's numbers. "rounded": by what roundings do to them;
+    "exact": one right answer, without gradients; "unjudged": a rounding may choose other rows, so
+    that only a formula on the same choice can judge (the tests' tables do).
     """
 
     name: str
     function: Callable[..., Any]
     call: Call
     options: Options | Callable[[Any], Options]
-    bound: str = SMOOTH
+    bound: str = ROUNDED
     value: Callable[[Any], Tensor] | None = None  # of what is returned, what is compared
     precisions: tuple[str, ...] = PRECISIONS
-    cancels: float = 1.0  # how much larger its terms are than what they leave of each other
     not_on: tuple[str, ...] = ()  # backends that have no kernel for it
 
     def __call__(self, inputs: Any, **more: object) -> Any:

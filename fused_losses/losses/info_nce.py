@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.examples import JUMPS, examples
+from fused_losses.base.examples import examples
 from fused_losses.base.integers import count_up
 from fused_losses.base.numerics import (
     accumulate_dtype,
@@ -383,5 +383,4 @@ examples(
         "false negatives, labels": _labelled,
         "hard false negatives": lambda t: dict(hardness=0.5, negatives=t.negatives),
     },
-    bound=JUMPS,
 )

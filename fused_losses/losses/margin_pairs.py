@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.examples import JUMPS, examples
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
 from fused_losses.base.sides import Sides, batch_sides
 from fused_losses.base.validation import check_at_least, check_class_ids, check_plain, number
@@ -210,9 +210,8 @@ examples(
     contrastive,
     lambda f, t: f(t.x, t.labels),
     {"": _MARGINS, "none": dict(reduction="none", **_MARGINS), "unit": dict(normalize=True)},
-    bound=JUMPS,
 )
-examples(contrastive, _REF, {"ref": dict(reduction="none", **_MARGINS)}, bound=JUMPS)
+examples(contrastive, _REF, {"ref": dict(reduction="none", **_MARGINS)})
 examples(
     margin_loss,
     lambda f, t: f(t.x, t.labels, nu=0.1),
@@ -223,7 +222,6 @@ examples(
         "class beta, triplet": lambda t: dict(beta=t.class_beta, per="triplet"),
         "none": lambda t: dict(beta=t.class_beta, per="triplet", reduction="none"),
     },
-    bound=JUMPS,
 )
-examples(snr_contrastive, lambda f, t: f(t.x, t.labels), {"": _SNR_MARGINS}, bound=JUMPS)
-examples(snr_contrastive, _REF, {"ref": _SNR_MARGINS}, bound=JUMPS)
+examples(snr_contrastive, lambda f, t: f(t.x, t.labels), {"": _SNR_MARGINS})
+examples(snr_contrastive, _REF, {"ref": _SNR_MARGINS})

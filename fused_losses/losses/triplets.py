@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.examples import JUMPS, PRECISIONS, examples
+from fused_losses.base.examples import PRECISIONS, examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
     no_autocast,
@@ -388,10 +388,9 @@ examples(
         "smooth, semihard": dict(smooth=True, **_SEMIHARD),
         "cosine": dict(margin=0.3, distance="cosine", normalize=True),
     },
-    bound=JUMPS,
 )
-examples(all_triplets, _ref, {"ref": dict(margin=0.3)}, bound=JUMPS)
-examples(harmonic_triplet, _ref, {"": dict(margin=0.4, distance="sqeuclidean")}, bound=JUMPS)
+examples(all_triplets, _ref, {"ref": dict(margin=0.3)})
+examples(harmonic_triplet, _ref, {"": dict(margin=0.4, distance="sqeuclidean")})
 examples(
     triplet_margin, lambda f, t: f(t.x, t.x, t.y, triplets=(torch.arange(len(t.x)),) * 3, swap=True)
 )
@@ -404,9 +403,8 @@ examples(
         "none": dict(margin=0.3, reduction="none"),
         "cosine": dict(margin=0.3, distance="cosine", normalize=True),
     },
-    bound=JUMPS,
 )
-examples(batch_hard_triplet, _ref, {"ref": dict(margin=0.3, distance="sqeuclidean")}, bound=JUMPS)
+examples(batch_hard_triplet, _ref, {"ref": dict(margin=0.3, distance="sqeuclidean")})
 examples(
     batch_easy_hard_triplet,
     lambda f, t: f(t.x, t.labels, margin=0.3),
@@ -415,8 +413,7 @@ examples(
         "semihard, hard": dict(positive="semihard", negative="hardest"),
         "semihard, easy": dict(positive="semihard", negative="easiest", reduction="sum"),
     },
-    bound=JUMPS,
     precisions=PRECISIONS[:3],  # rounded scores choose other semi-hard rows
 )
 _hardest = dict(margin=0.3, positive="hardest", negative="easiest")
-examples(batch_easy_hard_triplet, _ref, {"ref": _hardest}, bound=JUMPS)
+examples(batch_easy_hard_triplet, _ref, {"ref": _hardest})

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.examples import EXACT, PRECISIONS, SMOOTH, Inputs, examples
+from fused_losses.base.examples import EXACT, PRECISIONS, ROUNDED, Inputs, examples
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.primitives.distances import bounded
 from fused_losses.primitives.distances import reference as reference_distances
@@ -247,7 +247,7 @@ for _kind in KINDS:
         lambda f, t, kind=_kind: f(*_entries(kind, t), p=3.0),
         {_kind: dict(kind=_kind)},
         name="distances",
-        bound=EXACT if _kind in FLAT else SMOOTH,
+        bound=EXACT if _kind in FLAT else ROUNDED,
         precisions=PRECISIONS if _kind in PRODUCTS else ("fp32",),
         not_on=() if _kind in PRODUCTS else ("triton",),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.examples import TIES, examples
+from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.primitives.maxsim.inputs import BACKWARD, FORWARD, MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.maxsim.reference import scores
@@ -206,5 +206,4 @@ examples(
     maxsim,
     lambda f, t: f(_tokens(t.x), _tokens(t.y)),
     {"": {}, "lengths": lambda t: dict(lengths=t.y_labels[: len(t.y) // 8] % 8 + 1)},
-    bound=TIES,
 )
