@@ -94,15 +94,14 @@ inline PairKernels pair_table() {
     });
   };
   k.attention_bytes = [](const PairProblem& p, const AttentionIn& a, int threads) {
-    return with_products(p, [&]<class PS, class PG, class T>() {
-      return attention_bytes<PS, PG, T>(p, a, threads);
-    });
+    // of a forward no product is a gradient's: mixed rounds none
+    return with_products(
+        p, [&]<class PS, class, class T>() { return attention_bytes<PS, PS, T>(p, a, threads); });
   };
   k.attention = [](const PairProblem& p, const AttentionIn& a, const AttentionForwardOut& out,
                    void* buffer, const Parallel& parallel) {
-    with_products(p, [&]<class PS, class PG, class T>() {
-      attention<PS, PG, T>(p, a, out, buffer, parallel);
-    });
+    with_products(
+        p, [&]<class PS, class, class T>() { attention<PS, PS, T>(p, a, out, buffer, parallel); });
   };
   k.attention_backward_bytes = [](const PairProblem& p, const AttentionIn& a,
                                   const PairBackwardOut& out, bool dvalues, int threads) {

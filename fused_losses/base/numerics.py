@@ -191,6 +191,13 @@ def recomputed(f: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(f, *arguments, use_reentrant=False)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast surrounds the caller on this device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Our own casts decide; autocast must not lower the [N, D] work around the kernels."""
+    if device.type == "meta":
+        return contextlib.nullcontext()  # it has no autocast
     return torch.autocast(device.type, enabled=False)

@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import followed
+from fused_losses.base.numerics import autocasts, followed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = ("fp32", "tf32", "mixed", "bf16")
@@ -111,7 +111,7 @@ def check_labels(
     On a GPU this is an asynchronous device assertion (no host sync) unless
     FUSED_LOSSES_VALIDATE=1 asks for the eager check with the values in its text.
     """
-    if labels.numel() == 0:
+    if labels.numel() == 0 or labels.is_meta:
         return
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     extra = "" if ignore_index == NO_TARGET else f" or ignore_index={ignore_index}"
@@ -129,6 +129,8 @@ def check_classes(classes: Tensor, num_classes: int) -> None:
     """Strictly increasing ids in [0, num_classes): what the primitives take for `classes`."""
     if classes.numel() == 0:
         raise ValueError("classes: expected at least one class id, got an empty tensor")
+    if classes.is_meta:
+        return
     if int(classes[0]) < 0 or int(classes[-1]) >= num_classes:
         raise IndexError(
             label_error("classes", num_classes, int(classes.min()), int(classes.max()))
@@ -170,7 +172,7 @@ def check_both(
             f"{describe(y)}"
         )
     check_device(x_name, x, y_name, y)
-    if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != y.dtype and autocasts(x.device):
         return x.to(y.dtype)
     check_same_dtype(x_name, x, y_name, y)
     return x
@@ -222,7 +224,7 @@ def check_diagonal(name: str, y: Tensor, n: int, offset: int) -> None:
 
 def check_class_ids(name: str, labels: Tensor, classes: int) -> None:
     """Every label in [0, classes): none is ignored. On a GPU as in `validation.check_labels`."""
-    if torch.compiler.is_compiling() or labels.numel() == 0:
+    if torch.compiler.is_compiling() or labels.numel() == 0 or labels.is_meta:
         return
     bad = (labels < 0) | (labels >= classes)
     if labels.is_cuda and os.environ.get("FUSED_LOSSES_VALIDATE") != "1":
@@ -307,7 +309,7 @@ def check_at_least(name: str, value: float, low: float) -> None:
 
 def in_one_dtype(like: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """The others, under autocast in the dtype of `like`."""
-    if not torch.is_autocast_enabled(like.device.type):
+    if not autocasts(like.device):
         return others
     return tuple(t.to(like.dtype) if t.is_floating_point() else t for t in others)
 
@@ -322,7 +324,7 @@ def meet(
     weight_name: str = "weight",
 ) -> Tensor:
     """One dtype for both sides: the caller's, or under autocast the weight's."""
-    if rows.dtype != weight.dtype and torch.is_autocast_enabled(rows.device.type):
+    if rows.dtype != weight.dtype and autocasts(rows.device):
         return rows.to(weight.dtype)
     check_same_dtype(rows_name, rows, weight_name, weight)
     return rows

@@ -174,8 +174,9 @@ def lifted_structure(
         rows, inputs = labelled_pairs(both, "euclidean", normalize, precision)
         stats, _ = pair_statistics(inputs._replace(negative=Rule(1.0, -margin)), backend=backend)
         x = rows.x.to(accumulate_dtype(rows.x.dtype))
-        # every pass takes the same memory: two tell of all
-        passes = 2 if plans.explaining() else int(stats.count[POSITIVE].max()) if len(x) else 0
+        # every pass takes the same memory and has the same shapes: two tell of all
+        told = plans.explaining() or x.is_meta
+        passes = 2 if told else int(stats.count[POSITIVE].max()) if len(x) else 0
         given = (x, rows.labels, stats.value[NEGATIVE], passes)
         loss = _lifted(*given) if traced(x) else _Lifted.apply(*given)
         dtype = accumulate_dtype(both.x.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
-from fused_losses.base.numerics import no_autocast, row_dtype
+from fused_losses.base.numerics import autocasts, no_autocast, row_dtype
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_plain, describe, number
 from fused_losses.pairwise.metrics import (
@@ -207,7 +207,7 @@ def _rows(x: Tensor, y: Tensor | None, precision: str, bools: bool) -> tuple[Ten
             f"{describe(y)}"
         ) from None
     validation.check_device("x", x, "y", y)
-    if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != y.dtype and autocasts(x.device):
         x = x.to(y.dtype)
     validation.check_same_dtype("x", x, "y", y)
     return x, y

@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, examples
-from fused_losses.base.numerics import accumulate_dtype, followed, power_of_two, root, row_dtype
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    followed,
+    no_autocast,
+    power_of_two,
+    root,
+    row_dtype,
+)
 from fused_losses.base.sides import Integers, integers
 from fused_losses.base.validation import check_plain
 from fused_losses.pairwise.distance import check_options, check_weighted, pairwise_distance
@@ -170,7 +177,7 @@ def best_columns(
     plan = PLANS.get(metric)
     if options.get("w") is not None or options.get("variance") is not None:
         plan = None
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         if plan is None:
             return _in_full(x, bank, metric, asked, {"p": p, "backend": backend, **options})
         return _by_products(x, bank, metric, plan, asked, screen, backend, options)

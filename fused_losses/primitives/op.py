@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fused_losses import backends
+from fused_losses.base.numerics import no_autocast
 
 PYTHON_BACKENDS = ("bounded", "triton", "cuda")
 LIBRARY = torch.library.Library("fused_losses", "FRAGMENT")
@@ -121,7 +122,7 @@ class StreamedOp:
         of = next((g for g in grads if g is not None), None)
         if of is None:
             return (None,) * len(ctx.needs_input_grad)
-        with torch.autocast(of.device.type, enabled=False):
+        with no_autocast(of.device):
             return self.gradients(backward_op, ctx, ctx.needs_input_grad, grads)
 
     def define(self) -> None:
@@ -166,7 +167,7 @@ OPS: dict[str, StreamedOp] = {}
 def _python(run: Op, backend: str) -> Op:
     def on_backend(*arguments: Any) -> Any:
         # a product inside a kernel is ours to round, also where autocast surrounds the backward
-        with torch.autocast(arguments[0].device.type, enabled=False):
+        with no_autocast(arguments[0].device):
             return run(backend, *arguments)
 
     return on_backend
@@ -266,7 +267,7 @@ class StreamedFunction(torch.autograd.Function):
         of = next((g for g in grads if g is not None), None)
         if of is None:
             return (None,) * len(ctx.needs_input_grad)
-        with torch.autocast(of.device.type, enabled=False):
+        with no_autocast(of.device):
             return (None, None, *ctx.streamed.gradients(backward_op, ctx, needed, grads))
 
     @staticmethod
@@ -315,7 +316,7 @@ class TangentFunction(torch.autograd.Function):
         name: str, of: Callable[[tuple, tuple, tuple], tuple], count: int, *given: Any
     ) -> tuple[Any, ...]:
         arguments, tangents, output = given[:count], given[count : 2 * count], given[2 * count :]
-        exact = torch.autocast(arguments[0].device.type, enabled=False)
+        exact = no_autocast(arguments[0].device)
         with exact, forward_ad._set_fwd_grad_enabled(True):
             return of(arguments, tangents, output)
 

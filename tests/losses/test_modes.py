@@ -97,6 +97,66 @@ def test_autocast_brings_unlike_dtypes_together(name: str) -> None:
         MET[name]()
 
 
+# how many numbers they return is for values to say, or PyTorch has no shapes for what they use
+VALUED = (
+    *("angular", "mine_", "shared_negatives", "unpg", "maxsim, lengths"),
+    "pairwise_distance, mahalanobis",
+)
+# reference walks over lengths, or over a list of classes
+LISTED = {("reference", "maxsim"), ("reference", "margin_softmax, classes")}
+SHAPED = [
+    (backend, name)
+    for name, example in TABLE.items()
+    for backend in ("reference", "bounded")
+    if example.takes("backend") and not name.startswith(VALUED)
+    if (backend, name) not in LISTED
+]
+
+
+def on_meta(given: Any) -> Any:
+    """The same tensors without values."""
+    if isinstance(given, Tensor):
+        bare = given.detach().to("meta")
+        return bare.requires_grad_() if bare.is_floating_point() else bare
+    if isinstance(given, tuple) and hasattr(given, "_fields"):
+        return type(given)(*map(on_meta, given))
+    if isinstance(given, (list, tuple)):
+        return type(given)(map(on_meta, given))
+    return given
+
+
+@pytest.mark.parametrize(("backend", "name"), SHAPED)
+def test_tensors_without_values_have_an_answer_of_the_right_shape(backend: str, name: str) -> None:
+    example = TABLE[name]
+    args, options = example.arguments(Inputs(*SHAPE))
+    options = options | {"backend": backend}
+    shapes = []
+    for f in (lambda given: given, on_meta):
+        given = {key: f(value) for key, value in options.items()}
+        found = example.function(*[f(argument) for argument in args], **given)
+        shapes.append([(part.shape, part.dtype) for part in floats(found)])
+    assert shapes[0] == shapes[1]
+
+
+PRECISE = [n for n in DIFFERENTIABLE if TABLE[n].takes("precision")]
+
+
+@pytest.mark.parametrize("name", PRECISE)
+def test_mixed_rounds_no_forward(name: str, streamed: str) -> None:
+    """`precision="mixed"` promises the value of fp32: only gradients' products are rounded."""
+    example, values = TABLE[name], []
+    device = torch.device("cpu")
+    if backends.reasons_against(streamed, device, torch.float32, "mixed"):
+        pytest.skip(f"{streamed} has no mixed products here")
+    for precision in ("fp32", "mixed"):
+        inputs = Inputs(*SHAPE)
+        vars(inputs).update(FIELDS)
+        found = example(inputs, backend=streamed, precision=precision)
+        values.append(torch.cat([part.flatten().double() for part in floats(found)]))
+    # 2^-8 is a product's rounding to bfloat16; a sum of another order moves a float32 by far less
+    assert torch.allclose(*values, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_a_backend_is_forced_in_its_own_thread_alone() -> None:
     inside, outside = threading.Barrier(2), threading.Barrier(2)
     seen: dict[str, str] = {}

@@ -20,7 +20,7 @@ class Product:
     products: str  # the products column of the tile tables
     bf16: bool  # round float32 operands to bfloat16
     dot: str
-    low: torch.dtype  # of G and what it is multiplied with
+    low: torch.dtype  # of G, or an attention's weights, and what these are multiplied with
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, precision: str, gradient: bool, **more: Any) -> Self:
@@ -43,7 +43,7 @@ class Product:
             products=products,
             bf16=bf16,
             dot="interpret" if arch == "interpret" else dot,
-            low=torch.bfloat16 if wide and precision in ("mixed", "bf16") else x.dtype,
+            low=torch.bfloat16 if bf16 or (wide and gradient and precision == "mixed") else x.dtype,
             **more,
         )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import row_dtype
+from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.validation import describe
 from fused_losses.primitives.class_rules import bounded, tangents
 from fused_losses.primitives.class_rules.bounded import gradient_shape
@@ -48,7 +48,7 @@ def class_statistics(inputs: ClassInputs, *, backend: str | None = None) -> Clas
     _check(inputs)
     inputs = inputs._replace(params=[float(p) for p in inputs.params])
     name = _choose(inputs, backend)
-    with torch.autocast(inputs.x.device.type, enabled=False):
+    with no_autocast(inputs.x.device):
         if name == "reference":
             return reference(inputs)
         return ClassStatistics(*CLASS_RULES(name, *inputs))

@@ -32,7 +32,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import EXACT, PRECISIONS, ROUNDED, Inputs, examples
-from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.primitives.distances import bounded
 from fused_losses.primitives.distances import reference as reference_distances
 from fused_losses.primitives.distances.inputs import (
@@ -83,7 +83,7 @@ def distance_matrix(
         return x.to(dtype).sum(dim=1)[:, None] + y.to(dtype).sum(dim=1)
     if w is not None:
         w = w.to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         if name == "reference":
             return reference_distances.distance(kind, x, y, w, p)
         return DISTANCE_MATRIX(name, x, y, w, kind, p, precision)
@@ -196,7 +196,7 @@ class DistanceMatrixOp(StreamedOp):
         if ctx.kind not in PRODUCTS:
             return refused(f"distance_matrix, kind={ctx.kind!r}")(ctx, *grads)
         ddx, ddy = (g if need else None for g, need in zip(grads[:2], ctx.needs[:2], strict=True))
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+        with no_autocast(ctx.saved_tensors[0].device):
             found = bounded.second(ddx, ddy, *ctx.saved_tensors, kind=ctx.kind)
         # grad, out, x, y, then w, kind, p, precision and the three needs
         return (*found, *(None,) * 7)

@@ -88,10 +88,11 @@ def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
 
 def gradient_product(x: Tensor, y: Tensor, precision: str) -> Product:
     """Of G, which is rounded as the rows are, and the rows of the other side."""
-    p = Product.of(x, y, precision, gradient=False)
-    if p.low == torch.bfloat16:
-        return replace(p, bf16=True, products="half" if x.dtype == p.low else "rounded")
-    if p.low == torch.float16:
+    low = Product.of(x, y, precision, gradient=True).low
+    p = replace(Product.of(x, y, precision, gradient=False), low=low)
+    if low == torch.bfloat16:
+        return replace(p, bf16=True, products="half" if x.dtype == low else "rounded")
+    if low == torch.float16:
         # as tf32, which holds a float16: G has no bounds that a float16 could be scaled to
         dot = "tf32" if gpu_device.architecture(x.device) in NVIDIA else p.dot
         return replace(p, products="tf32", dot=dot)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.primitives.maxsim.inputs import BACKWARD, FORWARD, MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.maxsim.reference import scores
 from fused_losses.primitives.op import StreamedOp
@@ -76,7 +76,7 @@ def maxsim(
     flat_queries, query_offsets = _flatten("query_mask", queries, query_mask)
     name, _ = backends.choose(backend, queries.device, queries.dtype, precision, "maxsim")
     arguments = (flat_queries, flat_documents, query_offsets, document_offsets)
-    with torch.autocast(queries.device.type, enabled=False):
+    with no_autocast(queries.device):
         if name == "reference":
             return scores(*arguments)
         return MAXSIM(name, *arguments, precision)[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import row_dtype
+from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.validation import describe
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
 from fused_losses.primitives.row_rules import bounded
@@ -48,7 +48,7 @@ def row_losses(inputs: RowInputs, *, backend: str | None = None) -> Tensor:
     name, _ = backends.choose(
         backend, inputs.x.device, inputs.x.dtype, inputs.precision, "rows", inputs.x.shape[1]
     )
-    with torch.autocast(inputs.x.device.type, enabled=False):
+    with no_autocast(inputs.x.device):
         if name == "reference":
             return reference(inputs)
         # kernels need a coordinate

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import row_dtype
+from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.primitives.op import StreamedOp
 from fused_losses.primitives.topk.inputs import SCHEMA, QuantizedRows, TopkInputs
 
@@ -56,7 +56,7 @@ def select(inputs: TopkInputs, backend: str | None = None) -> tuple[Tensor, Tens
     dtype = torch.float32 if inputs.x.dtype == torch.float64 else inputs.x.dtype
     name, _ = backends.choose(backend, inputs.x.device, dtype, precision, "topk", inputs.x.shape[1])
     inputs = inputs._replace(x=inputs.x.detach(), y=inputs.y.detach())
-    with torch.autocast(inputs.x.device.type, enabled=False):
+    with no_autocast(inputs.x.device):
         if name == "reference":
             return backends.module("topk", "reference").select(inputs)
         return PAIR_TOPK(name, *inputs)
