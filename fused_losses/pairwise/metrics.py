@@ -138,7 +138,10 @@ def minkowski(call: Call, p: float) -> Tensor:
     known = {1.0: "cityblock", 2.0: "euclidean"}
     if p in known:
         return PLAIN[known[p]](call)
-    return _lp("minkowski", 1 / p, p)(call)
+    # a kernel divides by no distance below 1e-38; rows of usual lengths are multiplied by 1
+    factor = torch.minimum(*(_enlarged(rows, 2.0**-60) for rows in (call.x, call.y)))
+    x, y = call.both(lambda r: r * factor.to(r.dtype))
+    return _lp("minkowski", 1 / p, p)(call._replace(x=x, y=y)) / factor
 
 
 def _chebyshev(call: Call) -> Tensor:
@@ -176,16 +179,16 @@ def _angular(call: Call) -> Tensor:
 
 def _canberra(call: Call) -> Tensor:
     # the same of all rows times a number: kernels divide by no sum below 1e-37
-    factor = torch.minimum(*(_enlarged(rows) for rows in (call.x, call.y)))
+    factor = torch.minimum(*(_enlarged(rows, 2.0**60) for rows in (call.x, call.y)))
     return call.matrix("canberra", *call.both(lambda r: wide(r) * factor), call.w)
 
 
-def _enlarged(x: Tensor) -> Tensor:
-    """The power of two that brings the largest entry to 2^60, at least 1. []"""
+def _enlarged(x: Tensor, to: float) -> Tensor:
+    """The power of two that brings the largest entry near `to`, at least 1. []"""
     if x.numel() == 0 or x.dtype == torch.float16:
         return torch.ones((), dtype=accumulate_dtype(x.dtype), device=x.device)
     factor = power_of_two(wide(x).reshape(1, -1)).reshape(())
-    return torch.where(factor.isnan(), 1, factor * 2.0**60).clamp(1, 2.0**120)
+    return torch.where(factor.isnan(), 1, factor * to).clamp(1, 2.0**120)
 
 
 def _braycurtis(call: Call) -> Tensor:

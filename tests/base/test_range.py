@@ -107,6 +107,22 @@ def test_losses_of_normalised_rows_do_not_see_their_length(
     assert torch.equal(*losses)
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-38, 1e-30, 1e-19, 1.0, 1e19])
+@pytest.mark.parametrize("p", [0.5, 1.5, 3.0, 4.0])
+def test_minkowski_and_its_gradient_of_rows_of_any_length(
+    p: float, scale: float, backend: str
+) -> None:
+    x, y = torch.randn(6, 7) * scale, torch.randn(5, 7) * scale
+    x.requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    wanted = ((exact[:, None] - y.double()).abs() / scale).pow(p).sum(-1).pow(1 / p) * scale
+    got = fl.pairwise_distance(x, y, "minkowski", p=p, backend=backend)
+    # numbers below 1e-38 have a grain of 1.4e-45
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-5, atol=2e-44)
+    grads = [torch.autograd.grad(v.sum(), leaf)[0] for v, leaf in ((got, x), (wanted, exact))]
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [1e-42, 1e-40, 1e-38, 1e-30, 1.0, 1e37])
 def test_canberra_of_rows_of_any_length(scale: float, backend: str) -> None:
     x, y = torch.randn(6, 7) * scale, torch.randn(5, 7) * scale
