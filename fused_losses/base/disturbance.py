@@ -29,6 +29,8 @@ LOWERED = {"fp32": 0.0, "tf32": 2.0**-11, "mixed": 2.0**-8, "bf16": 2.0**-8}
 SAMPLES = 3
 # times the largest of the samples: what is allowed; a sum of errors of one sign is seldom drawn
 SURE = 4.0
+# a narrowed factor's rounding is shared by all pairs of its row: few draws say little of it
+SURE_LOWERED = 16.0
 
 # what moves or chooses values and rounds nothing (views and masks beside)
 _EXACT = frozenset(
@@ -270,6 +272,11 @@ def movement(
         for i, (part, right) in enumerate(zip(moved, truth, strict=True)):
             most[i] = max(most[i], distance(part, right))
     return most
+
+
+def sure(precision: str) -> float:
+    """How many times the largest movement a result may be off."""
+    return SURE_LOWERED if LOWERED[precision] else SURE
 
 
 def rounded_once(stored: Tensor, size: float) -> float:
