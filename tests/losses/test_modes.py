@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from example_values import fields, floats
 from torch import Tensor
 
 import fused_losses
@@ -20,23 +20,7 @@ DIFFERENTIABLE = [n for n, example in TABLE.items() if example.bound not in (EXA
 SHAPE = (12, 17, 8)
 
 
-def _fields() -> dict[str, Tensor]:
-    given = Inputs(*SHAPE)
-    names = [k for k, v in vars(Inputs).items() if isinstance(v, cached_property)]
-    return {name: getattr(given, name).detach() for name in names}
-
-
-FIELDS = _fields()
-
-
-def floats(out: Any) -> Iterator[Tensor]:
-    """The floating point tensors of a result."""
-    if isinstance(out, Tensor):
-        if out.is_floating_point():
-            yield out
-    elif isinstance(out, tuple | list):
-        for part in out:
-            yield from floats(part)
+FIELDS = fields(SHAPE)
 
 
 def total(name: str, backend: str, **leaves: Tensor) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from example_values import fields, floats
 from torch import Tensor
 
 import fused_losses
@@ -21,24 +20,7 @@ ROOM = 1e-8  # of float64 sums of a few hundred terms, relative
 SHAPE = (12, 17, 8)
 
 
-def _drawn() -> dict[str, Tensor]:
-    """Every field of the inputs: within a transform nothing may be drawn."""
-    given = Inputs(*SHAPE, torch.float64)
-    fields = [k for k, v in vars(Inputs).items() if isinstance(v, cached_property)]
-    return {name: getattr(given, name) for name in fields}
-
-
-DRAWN = _drawn()
-
-
-def floats(out: Any) -> Iterator[Tensor]:
-    """The floating point tensors of a result."""
-    if isinstance(out, Tensor):
-        if out.is_floating_point():
-            yield out
-    elif isinstance(out, tuple | list):
-        for part in out:
-            yield from floats(part)
+DRAWN = fields(SHAPE, torch.float64)
 
 
 def called(example: Example, leaves: dict[str, Tensor], backend: str) -> list[Tensor]:
