@@ -46,6 +46,9 @@ LIMITS: dict[str, tuple[str, ...]] = {
     "all_triplets_smooth_easy": ("clusters",),
     # costs of 1e6 over eps of 0.1: the exponents' own rounding is above 1
     "sinkhorn_dot": ("far", "clusters", "outlier"),
+    # rows are moved by their own means, whose roundings are those of the rows
+    "snr_contrastive": ("far",),
+    "snr_contrastive_ref": ("far",),
     # which of equal neighbours are nearest is open
     "icnn": ("integers", "constant", "duplicates", "sparse"),
     # the hats of a histogram have no slope of their own where a value stands on a node
@@ -56,7 +59,16 @@ LIMITS: dict[str, tuple[str, ...]] = {
     "trilinear_attention": ("outlier", "far", "clusters"),
     # the transported cost is still |x|^2 + |y|^2 - 2 <x, y>
     "sinkhorn_sqeuclidean": (
-        *("clusters", "unit clusters", "near duplicates", "duplicates", "tiny", "constant", "far"),
+        *(
+            "clusters",
+            "unit clusters",
+            "near duplicates",
+            "duplicates",
+            "tiny",
+            "constant",
+            "far",
+            "large",
+        ),
     ),
     # which of a document's equal tokens gets the gradient is open, and which of equal neighbours
     **dict.fromkeys(
@@ -68,6 +80,7 @@ LIMITS: dict[str, tuple[str, ...]] = {
 }
 # 1 - cos, and sums of means near 1 that cancel: the error is of absolute size, in roundings of 1
 CANCEL = {
+    "pairwise_cosine": 64.0,
     "pairwise_topk_cosine": 64.0,
     "hsic": 64.0,
     "cauchy_schwarz_qmi": 256.0,
