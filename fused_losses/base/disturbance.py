@@ -257,26 +257,27 @@ def movement(
     dtype: torch.dtype,
     width: int,
     *,
-    precision: str = "fp32",
+    lowered: float = 0.0,
 ) -> list[float]:
     """How far roundings moved each part of an outcome at most, in norm.
 
     outcome computes in float64, forward and backward; truth is what it returns undisturbed.
+    lowered: of `LOWERED`, by a call's precision.
     """
     most = [0.0] * len(truth)
     # with narrowed factors a term may well be taken across a jump: more draws, to see it
-    for seed in range(2 * SAMPLES if LOWERED[precision] else SAMPLES):
+    for seed in range(2 * SAMPLES if lowered else SAMPLES):
         shapes = [tuple(part.shape) for part in truth]
-        with Disturbed(dtype, width, lowered=LOWERED[precision], shapes=shapes, seed=seed):
+        with Disturbed(dtype, width, lowered=lowered, shapes=shapes, seed=seed):
             moved = outcome()
         for i, (part, right) in enumerate(zip(moved, truth, strict=True)):
             most[i] = max(most[i], distance(part, right))
     return most
 
 
-def sure(precision: str) -> float:
+def sure(lowered: float) -> float:
     """How many times the largest movement a result may be off."""
-    return SURE_LOWERED if LOWERED[precision] else SURE
+    return SURE_LOWERED if lowered else SURE
 
 
 def rounded_once(stored: Tensor, size: float) -> float:
