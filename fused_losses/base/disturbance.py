@@ -70,6 +70,8 @@ class Disturbed(TorchDispatchMode):
         super().__init__()
         self.unit = ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
         self.row_unit = ROUNDOFF[dtype]
+        # what storing rows rounds beyond the sums' own rounding
+        self.stored = self.row_unit if self.row_unit > self.unit else 0.0
         self.width, self.lowered, self.shapes = width, lowered, frozenset(shapes)
         self._seed, self._drawings = seed, 0
 
@@ -115,10 +117,8 @@ class Disturbed(TorchDispatchMode):
         if name in _PRODUCTS:
             a, b = args[-2:] if name in ("addmm", "baddbmm") else args[:2]
             product = getattr(torch, {"addmm": "mm", "baddbmm": "bmm"}.get(name, name))
-            # bounded by the same product of magnitudes
             # of 16-bit rows a library multiplies 16-bit factors
-            stored = self.row_unit if self.row_unit > self.unit else 0
-            share = self.sum(a.shape[-1]) + 2 * max(self.lowered, stored)
+            share = self.sum(a.shape[-1]) + 2 * max(self.lowered, self.stored)
             most = share * product(a.abs(), b.abs()) + unit * size
             if self.lowered:
                 # a factor is rounded once for all that it is multiplied with
@@ -178,8 +178,8 @@ def _added(s: Step) -> Tensor:
     if not pairs and not mode.wide(s.out):
         return (mode.unit * both).expand(s.out.shape)
     # others move rows before they are stored, or take pairs' differences from a product
-    stored = mode.row_unit if mode.row_unit > mode.unit else 0
-    return mode.unit * s.out.abs() + (max(mode.lowered, stored) * both if pairs else 0)
+    rough = max(mode.lowered, mode.stored)
+    return mode.unit * s.out.abs() + (rough * both if pairs else 0)
 
 
 def _summed(s: Step) -> Tensor:
@@ -265,9 +265,9 @@ def movement(
     lowered: of `LOWERED`, by a call's precision.
     """
     most = [0.0] * len(truth)
+    shapes = [tuple(part.shape) for part in truth]
     # with narrowed factors a term may well be taken across a jump: more draws, to see it
     for seed in range(2 * SAMPLES if lowered else SAMPLES):
-        shapes = [tuple(part.shape) for part in truth]
         with Disturbed(dtype, width, lowered=lowered, shapes=shapes, seed=seed):
             moved = outcome()
         for i, (part, right) in enumerate(zip(moved, truth, strict=True)):
