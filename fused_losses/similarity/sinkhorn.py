@@ -88,7 +88,7 @@ def sinkhorn(
         similarity = "rbf" if cost == "sqeuclidean" else "dot"
         fixed = scored(x.detach(), y.detach(), sharp, similarity=similarity, precision=precision)
         # with biases of its own: no score apart
-        fixed = lowered(fixed)._replace(apart=False)
+        fixed = lowered(fixed)
         # (f_i + g_j - C_ij) / eps, where "dot" and "cosine" have C = 1 - <x, y>
         constant = 0 if cost == "sqeuclidean" else -sharp
         f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)  # over eps

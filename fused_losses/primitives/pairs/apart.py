@@ -32,11 +32,11 @@ def norms(x: Tensor) -> Tensor:
 
 
 def lowered(p: PairInputs) -> PairInputs:
-    """The call by products and biases, for who has no near pairs. Without apart p itself."""
+    """The call by products and biases, which cancel near pairs. Without apart p itself."""
     if not p.apart:
         return p
     narrow = accumulate_dtype(p.x.dtype)
     scale = p.scale.to(p.x.device)
     x_bias = (-scale * norms(p.x)).to(narrow)
     y_bias = None if p.triangle else x_bias if p.y is p.x else (-scale * norms(p.y)).to(narrow)
-    return p._replace(scale=2 * p.scale, x_bias=x_bias, y_bias=y_bias)
+    return p._replace(scale=2 * p.scale, x_bias=x_bias, y_bias=y_bias, apart=False)
