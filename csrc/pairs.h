@@ -4,9 +4,10 @@
 //   forward: value, total, count and best of each class of pairs, for rows and for columns
 //   backward: G_ij = dL/du_ij,  dx = scale G y,  dy = scale G^T x,  dscale = sum G <x, y>
 //
-// apart: u = scale v with v = -|x - y|^2 / 2 in place of the product, and the biases are
-// -|x|^2 / 2 and -|y|^2 / 2. A pair is near when not v <= share (a + b), and its v and gradients
-// come from differences. dx = scale sum G (y - x), dy = scale sum G (x - y), dscale = sum G v.
+// apart: v = -|x - y|^2 / 2 stands in place of the product, made of half_norms p = -|x|^2 / 2 and
+// q = -|y|^2 / 2. A pair is near when not v <= share (p + q), and its v and gradients come from
+// differences. dx = scale sum G (y - x), dy = scale sum G (x - y), dscale = sum G v; the biases
+// have no gradients.
 //
 // Work goes in blocks and tiles of sizes that the number of threads does not change, and every sum
 // has one owner or a fixed order: the results are the same bits on any number of threads.
@@ -36,6 +37,7 @@ struct PairSide {
   const int32_t* ids;
   const int32_t* groups;
   const void* window;
+  const void* half_norms;  // [count] with apart, in the type of x; else null
 };
 
 struct PairProblem {

@@ -106,7 +106,8 @@ struct PairCall {
                       indices(labels, {count}, names[1]),
                       indices(ids, {count}, names[2]),
                       indices(groups, {count}, names[3]),
-                      vector(window, accumulate, {4, count}, names[4])};
+                      vector(window, accumulate, {4, count}, names[4]),
+                      nullptr};
     };
     problem = {};
     problem.rows = side(x, x_bias, x_labels, x_ids, x_groups, x_window,
@@ -117,7 +118,7 @@ struct PairCall {
     TORCH_CHECK_VALUE(!exclude || !triangle, "exclude: not with triangle");
     problem.d = x.size(1);
     problem.scale = scale.item<double>();
-    if (apart) lower(x_bias, y_bias);
+    if (apart) lower();
     problem.excluded = exclude ? exclude->size(1) : 0;
     problem.exclude = indices(exclude, {n, problem.excluded}, "exclude");
     TORCH_CHECK_VALUE(score == "linear" || score == "root", "score: expected linear or root, got ",
@@ -140,14 +141,13 @@ struct PairCall {
   }
 
   // -scale |x - y|^2 as the kernels want it.
-  void lower(const OptionalTensor& x_bias, const OptionalTensor& y_bias) {
-    TORCH_CHECK_VALUE(!x_bias && !y_bias, "x_bias, y_bias: expected None with apart, got a tensor");
+  void lower() {
     const bool one = y.const_data_ptr() == x.const_data_ptr() && y.size(0) == x.size(0);
     problem.apart = true;
     held.push_back(half_norms(x));
-    problem.rows.bias = held.back().const_data_ptr();
+    problem.rows.half_norms = held.back().const_data_ptr();
     if (!one) held.push_back(half_norms(y));
-    problem.columns.bias = held.back().const_data_ptr();
+    problem.columns.half_norms = held.back().const_data_ptr();
     problem.scale *= 2;
   }
 
@@ -200,6 +200,8 @@ struct Gradients {
         dx_bias(nothing(call.x)),
         dy_bias(nothing(call.x)) {
     const PairProblem& p = call.problem;
+    TORCH_CHECK_NOT_IMPLEMENTED(!p.apart || !(need_x_bias || need_y_bias),
+                                "x_bias, y_bias: have no gradient with apart");
     if (need_x) {
       dx = call.empty(call.x.sizes());
       out.dx = dx.data_ptr();

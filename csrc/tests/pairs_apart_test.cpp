@@ -46,7 +46,7 @@ std::vector<float> half_norms(const std::vector<float>& x, int64_t n, int64_t d)
 }
 
 struct Case {
-  std::vector<float> x, y, x_half, y_half;
+  std::vector<float> x, y, x_half, y_half, x_bias, y_bias;
   std::vector<int32_t> x_labels, y_labels;
   PairProblem p = {};
 
@@ -55,10 +55,16 @@ struct Case {
     y = s.triangle ? x : rows_of(s.m, s.d, 2);
     x_half = half_norms(x, s.n, s.d);
     y_half = half_norms(y, s.m, s.d);
+    // a root has none, lest its argument be above 0
+    const float some = s.score == Score::kRoot ? 0 : 0.1f;
+    for (int64_t i = 0; i < s.n; ++i) x_bias.push_back(some * float(i % 7));
+    for (int64_t j = 0; j < s.m; ++j) y_bias.push_back(some * float(j % 5 - 3));
     for (int64_t i = 0; i < s.n; ++i) x_labels.push_back(int32_t(i / 5 % 3));
     for (int64_t j = 0; j < s.m; ++j) y_labels.push_back(int32_t(j / 5 % 3));
-    p.rows = {x.data(), s.n, x_half.data(), x_labels.data(), nullptr, nullptr, nullptr};
-    p.columns = {y.data(), s.m, y_half.data(), y_labels.data(), nullptr, nullptr, nullptr};
+    p.rows = {x.data(), s.n,     x_bias.data(), x_labels.data(),
+              nullptr,  nullptr, nullptr,       x_half.data()};
+    p.columns = {y.data(), s.m,     y_bias.data(), y_labels.data(),
+                 nullptr,  nullptr, nullptr,       y_half.data()};
     if (s.triangle) p.columns = p.rows;
     p.d = s.d;
     // u = -t |x - y|^2
@@ -82,9 +88,16 @@ struct Case {
     return sum;
   }
 
+  double score(int64_t i, int64_t j) const {
+    const auto bias = [](const PairSide& side, int64_t k) {
+      return double(static_cast<const float*>(side.bias)[k]);
+    };
+    return -p.scale / 2 * squared(i, j) + bias(p.rows, i) + bias(p.columns, j);
+  }
+
   // z of a pair's class and dz/du.
   PairClass term(int64_t i, int64_t j, double* z, double* slope) const {
-    const double u = -p.scale / 2 * squared(i, j);
+    const double u = score(i, j);
     const bool is_root = p.score == Score::kRoot;
     const double s = is_root ? -std::sqrt(-u) : u, ds = !is_root ? 1 : u < 0 ? -0.5 / s : 0;
     const PairClass c = p.rows.labels[i] == p.columns.labels[j] ? kPositive : kNegative;
@@ -233,7 +246,7 @@ void check_attention(const Kernels& kernels, const Shape& s, int64_t width) {
     for (int64_t j = 0; j < m; ++j) {
       double z, ignored;
       const PairClass k = c.term(i, j, &z, &ignored);
-      const double u = -p.scale / 2 * c.squared(i, j);
+      const double u = c.score(i, j);
       z = p.score == Score::kRoot ? -std::sqrt(-u) : u;
       slope[j] = p.score != Score::kRoot ? 1 : u < 0 ? -0.5 / z : 0;
       weight[j] = k == kNegative ? std::exp(z) : 0;

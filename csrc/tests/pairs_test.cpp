@@ -66,7 +66,8 @@ struct Case {
                       s.classes ? labels.data() : nullptr,
                       s.left_out ? ids.data() : nullptr,
                       nullptr,
-                      s.window ? window.data() : nullptr};
+                      s.window ? window.data() : nullptr,
+                      nullptr};
     };
     p.rows = side(x, s.n, x_bias, x_labels, x_window);
     p.columns = s.triangle ? p.rows : side(y, s.m, y_bias, y_labels, y_window);

@@ -9,18 +9,12 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import (
-    accumulate_dtype,
-    exactly_centered,
-    no_autocast,
-    squared_norms,
-)
+from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_plain, number
 from fused_losses.losses.scored_pairs import scored
-from fused_losses.primitives.pairs.apart import lowered
 from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
-from fused_losses.primitives.pairs.op import pair_attention, pair_statistics
+from fused_losses.primitives.pairs.op import pair_attention, pair_statistics, pair_transport
 
 COSTS = ("cosine", "dot", "sqeuclidean")
 
@@ -83,12 +77,8 @@ def sinkhorn(
     with no_autocast(x.device):
         if cost == "cosine":
             x, y = unit(x), unit(y)
-        elif cost == "sqeuclidean":
-            x, y = exactly_centered(x, y)
         similarity = "rbf" if cost == "sqeuclidean" else "dot"
         fixed = scored(x.detach(), y.detach(), sharp, similarity=similarity, precision=precision)
-        # with biases of its own: no score apart
-        fixed = lowered(fixed)
         # (f_i + g_j - C_ij) / eps, where "dot" and "cosine" have C = 1 - <x, y>
         constant = 0 if cost == "sqeuclidean" else -sharp
         f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)  # over eps
@@ -134,17 +124,13 @@ def _mass(inputs: PairInputs, x_bias: Tensor | None, y_bias: Tensor, backend: st
 def _transported(
     x: Tensor, y: Tensor, plan: PairInputs, f: Tensor, cost: str, backend: str | None
 ) -> Tensor:
-    """sum_ij T_ij C_ij with T fixed, through T y: an attention whose values are the columns."""
-    narrow = accumulate_dtype(x.dtype)
-    squared = cost == "sqeuclidean"
-    values = y
-    if squared:
-        values = torch.cat([y.to(narrow), squared_norms(y)[:, None]], dim=1).to(y.dtype)
-    out, lse = pair_attention(values.contiguous(), plan, backend=backend)
+    """sum_ij T_ij C_ij with T fixed; of products an attention whose values are the columns."""
+    if cost == "sqeuclidean":
+        return pair_transport(x, y, plan, f, backend=backend)
+    out, lse = pair_attention(y.contiguous(), plan, backend=backend)
     mass = (f + lse).exp().detach()
-    product = (x.to(narrow) * out[:, : x.shape[1]]).sum(dim=1)
-    row = squared_norms(x) + out[:, -1] - 2 * product if squared else 1 - product
-    return (mass * row).sum()
+    product = (x.to(accumulate_dtype(x.dtype)) * out).sum(dim=1)
+    return (mass * (1 - product)).sum()
 
 
 examples(

@@ -9,6 +9,7 @@ sum_j |G_ij| |x_i - y_j|: a far pair's part loses its roundings 4 times over, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from fused_losses.base.numerics import exactly_centered
 from fused_losses.pairwise.distance import pairwise_distance
 from fused_losses.similarity.attention import similarity_attention
 from fused_losses.similarity.kernel_means import kernel_mean, mmd, uniformity
+from fused_losses.similarity.sinkhorn import sinkhorn
 
 BACKENDS = ("reference", "bounded", "cpu", *CUDA)
 N, D = 32, 24
@@ -340,6 +342,58 @@ def test_duplicates_alone_have_no_gradient(name: str, backend: str) -> None:
     FUNCTIONS[name].call(x, p, backend=backend).backward()
     assert x.grad is not None
     assert not x.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("data", ["clusters", "partners 3e-4", "constant", "far away"])
+def test_transport(data: str, dtype: torch.dtype, backend: str) -> None:
+    """The cost and its gradients with the plan fixed; a plan moves as its potentials do."""
+    x, y = DATA[data]().to(dtype), DATA[data]()[: N - 3].to(dtype)
+    near = squares(x.double(), y.double())
+    eps, iterations = max(float(near.min(1).values.max()), 1e-9), 3
+    leaves = [t.double().requires_grad_() for t in (x, y)]
+    cost = squares(*leaves)
+    f, g = torch.zeros(len(x)).double(), torch.zeros(len(y)).double()
+    for _ in range(iterations):
+        f = -((g - cost.detach() / eps).logsumexp(1) + math.log(len(x)))
+        g = -((f[:, None] - cost.detach() / eps).logsumexp(0) + math.log(len(y)))
+    plan = (f[:, None] + g - cost.detach() / eps).exp()
+    want = (plan * cost).sum()
+    gradients = torch.autograd.grad(want, leaves)
+    rows = [x.requires_grad_(), y.requires_grad_()]
+    found = sinkhorn(
+        *rows, eps=eps, iterations=iterations, cost="sqeuclidean", backend=backend
+    ).cost
+    # an exponent errs where its pair has mass, by its distance and by its potentials' rounding;
+    # a logsumexp passes errors on and makes them no larger, 2 in each iteration
+    u = torch.finfo(dtype).eps / 2
+    alive = (plan > 1e-9) | (plan == plan.max(1, keepdim=True).values)
+    top = float((cost.detach() / eps)[alive].max())
+    potential = float(torch.cat([f, g]).abs().max())
+    moved = (2 * iterations + 1) * ((D + 8) * u / SHARE * top + (N + 32 + 2 * potential) * u)
+    moved += (D + 8) * u / SHARE
+    assert abs(float(found.detach()) - float(want.detach())) <= moved * float(want.detach())
+    lengths = plan * cost.detach().sqrt()
+    for got, right, size in zip(
+        torch.autograd.grad(found, rows), gradients, (lengths.sum(1), lengths.sum(0)), strict=True
+    ):
+        errors = torch.linalg.vector_norm(got.double() - right, dim=1)
+        bound = 2 * (moved + ((D + 8) / SHARE**0.5 + N) * u) * size + 2 * u * right.norm(dim=1)
+        assert bool((errors <= bound + 1e-30).all()), float((errors / (bound + 1e-30)).max())
+
+
+def test_the_second_derivative_of_a_fixed_plan(backend: str) -> None:
+    x, y = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    found = sinkhorn(x, y, eps=0.5, iterations=3, cost="sqeuclidean", backend=backend)
+    f, g = found.x_potential, found.y_potential
+    plan = ((f[:, None] + g - squares(x.detach().double(), y.detach().double())) / 0.5).exp()
+    dx, dy = torch.autograd.grad(found.cost, (x, y), create_graph=True)
+    a, b = torch.randn(5, 3), torch.randn(4, 3)
+    got = torch.autograd.grad((dx * a).sum() + (dy * b).sum(), (x, y))
+    # of the Hessian with (a, b): 2 sum_j T_ij (a_i - b_j), 2 sum_i T_ij (b_j - a_i)
+    both = 2 * plan[:, :, None] * (a[:, None] - b).double()
+    torch.testing.assert_close(got[0].double(), both.sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got[1].double(), -both.sum(0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "laplacian"])

@@ -38,13 +38,14 @@ class Apart:
     labels: int = 0  # how many; 0: every pair is negative
     skip_self: bool = False
     exclude: int = 0
+    bias: bool = False
     values: int = 0  # width of the values: attention
 
     @property
     def name(self) -> str:
         options = [f"{self.data}-{self.n}x{self.m}x{self.d}", str(self.dtype)[6:], self.reduction]
         options += [self.precision] if self.precision != "fp32" else []
-        flags = ("root", "cols", "triangle", "labels", "skip_self", "exclude", "values")
+        flags = ("root", "cols", "triangle", "labels", "skip_self", "exclude", "bias", "values")
         return "-".join([*options, *(flag for flag in flags if getattr(self, flag))])
 
 
@@ -84,6 +85,8 @@ def inputs(case: Apart) -> tuple[PairInputs, Tensor]:
         x,
         y,
         torch.tensor(scale**2 if case.root else scale, dtype=torch.float64),
+        x_bias=torch.randn(case.n, generator=g) if case.bias else None,
+        y_bias=torch.randn(m, generator=g) if case.bias and not case.triangle else None,
         x_labels=integers(case.n, case.labels) if labels else None,
         y_labels=integers(m, case.labels) if labels and not case.triangle else None,
         exclude=integers(case.n * case.exclude, m).view(case.n, -1) if case.exclude else None,
@@ -99,10 +102,18 @@ def inputs(case: Apart) -> tuple[PairInputs, Tensor]:
     return p, values
 
 
+def biases(p: PairInputs) -> Tensor:
+    """What is added to u, [N, M], [N, 1], [1, M] or []."""
+    own, other = (p.x_bias, p.x_bias) if p.triangle else (p.x_bias, p.y_bias)
+    if own is None or other is None:
+        return torch.zeros((), dtype=torch.float64)
+    return own.double()[:, None] + other.double()
+
+
 def truth(p: PairInputs, leaves: list[Tensor]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """u [N, M], z of each pair by its class, and which pairs the classes have."""
     x, y, scale = leaves
-    u = -scale * (x[:, None, :] - y[None, :, :]).square().sum(-1)
+    u = -scale * (x[:, None, :] - y[None, :, :]).square().sum(-1) + biases(p)
     u.retain_grad()
     s = u
     if p.score == "root":
@@ -177,7 +188,9 @@ def check(case: Apart, backend: ModuleType) -> None:
     operand = 2**-11 if case.precision == "tf32" else 2**-9 if rounded else 0
     # of |x - y|^2, whose terms are (|x|^2 + |y|^2) / share at most, and then of z
     of_square = ((case.d / 8 + 16) * 2**-24 + 2 * operand) / share
-    error = of_square * z.detach().abs() + 2**-22 * (1 + z.detach().abs())
+    # no rule's factor is above 1.25
+    size = z.detach().abs() + 1.25 * biases(p).abs()
+    error = of_square * size + 2**-22 * (1 + size)
     run = attention if case.values else statistics
     leaf = values.double().requires_grad_()
     wanted, grads, found = run(case, p, values, leaf, Truth(z, members, error), backend)
@@ -283,7 +296,10 @@ CASES = [
     Apart(data="partners", dtype=FP16, root=True, labels=3),
     Apart(data="partners", dtype=BF16, triangle=True),
     *(Apart(data="partners", precision=p, cols=True) for p in ("tf32", "mixed", "bf16")),
+    Apart(bias=True, **MANY),
+    Apart(bias=True, triangle=True, labels=4),
     Apart(values=20),
+    Apart(values=20, bias=True),
     Apart(data="partners", values=17, root=True, skip_self=True),
     Apart(data="partners", values=24, dtype=FP16),
     Apart(data="partners", values=24, precision="bf16"),

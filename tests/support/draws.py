@@ -57,19 +57,6 @@ LIMITS: dict[str, tuple[str, ...]] = {
     "histogram": ("integers", "duplicates", "constant"),
     # products of two rows are held in their dtype
     "trilinear_attention": ("outlier", "far", "clusters"),
-    # the transported cost is still |x|^2 + |y|^2 - 2 <x, y>
-    "sinkhorn_sqeuclidean": (
-        *(
-            "clusters",
-            "unit clusters",
-            "near duplicates",
-            "duplicates",
-            "tiny",
-            "constant",
-            "far",
-            "large",
-        ),
-    ),
     # which of a document's equal tokens gets the gradient is open, and which of equal neighbours
     **dict.fromkeys(
         ("maxsim_padded", "pairwise_topk_euclidean", "pairwise_topk_dot", "pairwise_topk_cosine"),

@@ -49,11 +49,12 @@ inline int64_t mend_tile(const PairProblem& p, const PairTile& t, const T* produ
   const T* x = static_cast<const T*>(p.rows.data) + t.row0 * p.d;
   const T* y = static_cast<const T*>(p.columns.data) + t.column0 * p.d;
   alignas(64) T of_columns[kTileColumns + 64] = {};
-  for (int64_t j = 0; j < t.columns; ++j) of_columns[j] = bias_at<T>(p.columns, t.column0 + j);
+  const T* column_norms = static_cast<const T*>(p.columns.half_norms) + t.column0;
+  std::copy(column_norms, column_norms + t.columns, of_columns);
   const int64_t wide = round_up(t.columns, kStep);
   int64_t found = 0;
   for (int64_t i = 0; i < t.rows; ++i) {
-    const T own = bias_at<T>(p.rows, t.row0 + i);
+    const T own = static_cast<const T*>(p.rows.half_norms)[t.row0 + i];
     T* row = out + i * ld;
     auto far = Vector<T>{} == Vector<T>{};
     for (int64_t j = 0; j < wide; j += kStep) {

@@ -165,10 +165,7 @@ inline void fill_terms(const PairProblem& p, const PairTile& t, const T* product
   const Vector<T> zero = {};
   alignas(64) T column_bias[kTileColumns + 64] = {}, low_of[kTileColumns + 64],
                                            high_of[kTileColumns + 64];
-  // apart: the products are v already
-  for (int64_t j = 0; j < t.columns && !p.apart; ++j) {
-    column_bias[j] = bias_at<T>(p.columns, t.column0 + j);
-  }
+  for (int64_t j = 0; j < t.columns; ++j) column_bias[j] = bias_at<T>(p.columns, t.column0 + j);
   if (window == Window::kColumns) {
     const T* low = static_cast<const T*>(p.columns.window) + 2 * c * p.columns.count + t.column0;
     std::copy(low, low + t.columns, low_of);
@@ -176,7 +173,7 @@ inline void fill_terms(const PairProblem& p, const PairTile& t, const T* product
   }
   const int64_t wide = round_up(t.columns, kStep);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const T row_bias = p.apart ? T(0) : bias_at<T>(p.rows, t.row0 + i);
+    const T row_bias = bias_at<T>(p.rows, t.row0 + i);
     Vector<T> low = zero, high = zero;
     if (window == Window::kRows) {
       const T* at = static_cast<const T*>(p.rows.window) + 2 * c * p.rows.count + t.row0 + i;

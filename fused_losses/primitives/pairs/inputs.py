@@ -28,7 +28,10 @@ class Rule(NamedTuple):
 
 
 class PairInputs(NamedTuple):
-    """One call: s_ij = psi(scale <x_i, y_j> + x_bias_i + y_bias_j) and which pairs take part."""
+    """One call: s_ij = psi(scale <x_i, y_j> + x_bias_i + y_bias_j) and which pairs take part.
+
+    The biases of pairs apart have no gradients.
+    """
 
     x: Tensor  # [N, D]
     y: Tensor  # [M, D], of x's dtype; with triangle: x itself
@@ -49,7 +52,7 @@ class PairInputs(NamedTuple):
     negative: Rule = Rule()
     skip_self: bool = False  # leave out i == j
     triangle: bool = False  # y is x: pairs i < j only, each counted for both of its ends
-    apart: bool = False  # u_ij = -scale |x_i - y_j|^2, without biases (`apart`)
+    apart: bool = False  # -scale |x_i - y_j|^2 for the product (`apart`)
     precision: str = "fp32"
 
 

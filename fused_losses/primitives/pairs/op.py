@@ -1,6 +1,6 @@
 """The streamed primitive over pairs: statistics of a score matrix's rows and columns, never stored.
 
-    u_ij = scale <x_i, y_j> + a_i + b_j, or with apart -scale |x_i - y_j|^2
+    u_ij = scale <x_i, y_j> + a_i + b_j, or with apart -scale |x_i - y_j|^2 + a_i + b_j
                                                  s_ij = psi(u_ij)             (the score)
     each pair is positive, negative or left out                               (the pairs)
     z_ij = factor_c (s_ij - center_c) w_ij       for its class c              (`Rule`)
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, row_dtype
+from fused_losses.base.numerics import accumulate_dtype, followed, row_dtype
 from fused_losses.base.validation import describe
 from fused_losses.primitives.op import StreamedOp, duals, moves_of
 from fused_losses.primitives.pairs import bounded, tangents
@@ -72,7 +72,8 @@ def pair_statistics(
 ) -> tuple[PairStatistics, PairStatistics | None]:
     """One sweep: statistics of the rows, and with cols=True of the columns (module docstring).
 
-    Differentiable in x, y, scale and the biases. reduction: "lse", "softplus" or "relu".
+    Differentiable in x, y, scale and (but with apart) the biases. reduction: "lse", "softplus" or
+    "relu".
     Raises ValueError or TypeError for inputs that do not fit each other. Time O(N M D), half with
     triangle; memory O((N + M) D) plus a block. Second derivatives run on
     the pure-PyTorch path, whichever backend ran the first.
@@ -93,7 +94,8 @@ def pair_attention(
     """sum_j softmax_j(z_ij) values_j over row i's negatives (or positives), and its logsumexp.
 
     values [M, Dv] of x's dtype -> out [N, Dv] in the accumulation dtype (a row without pairs: 0),
-    lse [N] (without pairs: -inf). Both differentiable in values, x, y, scale and the biases.
+    lse [N] (without pairs: -inf). Both differentiable in values, x, y, scale and the biases (but
+    with apart).
     Raises ValueError with triangle: rows attend to every other row. Time O(N M (D + Dv)); memory
     O((N + M)(D + Dv)) plus a block.
     """
@@ -104,6 +106,43 @@ def pair_attention(
     if name == "reference":
         return reference_pairs.attention(values, inputs, positives)
     return PAIR_ATTENTION(name, values, *_flat(inputs), positives)
+
+
+def pair_transport(
+    x: Tensor,  # [N, D], of the plan's x its derivatives
+    y: Tensor,  # [M, D]
+    plan: PairInputs,  # apart and linear, whose tensors have no gradients
+    x_bias: Tensor,  # [N], added to the plan's scores
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """sum_ij T_ij |x_i - y_j|^2 with T = e^(score) held fixed, differentiable in x and y.
+
+    x and y are the plan's up to a common shift. Near pairs are those of differences, in the
+    derivatives too. Time and memory are those of `pair_attention` with values of D + 1.
+    """
+    _check(plan)
+    name = _backend(plan, backend)
+    if name == "reference":
+        wide = accumulate_dtype(x.dtype)
+        weights = (reference_pairs.scores(plan) + x_bias[:, None]).exp().detach()
+        square = reference_pairs.squared_distances(x.to(wide), y.to(wide))
+        return (weights * square.to(weights.dtype)).sum()
+    # T's part of a row's logsumexp has the derivatives -scale T |x - y|^2 where T is fixed, so of
+    # first order all come from one backward; a square of what moves, which is 0, has the second
+    dx, dy = x - x.detach(), y - y.detach()
+    values = torch.cat([dy, dy.square().sum(dim=1, keepdim=True)], dim=1).contiguous()
+    moved, lse = PAIR_ATTENTION(name, values, *_flat(plan), False)
+    lse, out = lse.detach(), moved.detach()
+    mass = (x_bias + lse).exp()
+    grads = torch.zeros_like(out), -mass / plan.scale.to(mass.device)
+    needs = False, True, True, True, False, False
+    arguments = *grads, out, lse, values.detach(), *_flat(plan), False, *needs
+    _, gx, gy, cost, *_ = PAIR_ATTENTION.run_backward(name, *arguments)
+    dx, dy, moved = dx.to(mass), dy.to(mass), moved.to(mass)
+    square = dx.square().sum(dim=1) + moved[:, -1] - 2 * (dx * moved[:, :-1]).sum(dim=1)
+    cost = cost.to(mass) * plan.scale.to(mass)
+    return cost + (gx * dx).sum() + (gy * dy).sum() + (mass * square).sum()
 
 
 def _backend(p: PairInputs, backend: str | None) -> str:
@@ -120,8 +159,9 @@ def _check(p: PairInputs) -> None:
     validation.check_same_dtype("x", p.x, "y", p.y)
     validation.check_choice("score", p.score, SCORES)
     for name in ("x_bias", "y_bias") if p.apart else ():
-        if getattr(p, name) is not None:
-            raise ValueError(f"{name}: expected None with apart, got a tensor")
+        bias = getattr(p, name)
+        if bias is not None and followed(bias):
+            raise NotImplementedError(f"{name}: has no gradient with apart, detach it")
     for side, rows in (("x", p.x),) if p.triangle else (("x", p.x), ("y", p.y)):
         n = rows.shape[0]
         for name in ("bias", "labels", "ids", "groups", "window"):
