@@ -271,11 +271,12 @@ def test_pictures(tmp_path: Path, no_group: None, form: str) -> None:
 
 def test_folder_of_another_run_is_refused(tmp_path: Path, no_group: None) -> None:
     train(dataclasses.replace(SMALL, steps=1), tmp_path)
-    with pytest.raises(RunError, match="holds a run that differs\n  steps: the run has 1, asked"):
-        train(SMALL, tmp_path)
+    with pytest.raises(RunError, match="holds a run that differs\n  scale: the run has 64.0, asked"):
+        train(dataclasses.replace(SMALL, scale=8.0), tmp_path)
     dist.destroy_process_group()
-    # what changes no loss may change
+    # what changes no loss may change, and a finished run goes on to more steps
     assert train(dataclasses.replace(SMALL, steps=1, keep=1), tmp_path) == []
+    assert len(train(SMALL, tmp_path)) == SMALL.steps - 1
 
 
 def test_log_keeps_the_steps_before_the_checkpoint(
@@ -295,11 +296,11 @@ def test_log_keeps_the_steps_before_the_checkpoint(
 
 def test_command_line_names_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--name", "x", "--batch-size", "0"]) == 2
-    assert "batch_size: expected at least 1, got 0" in capsys.readouterr().err
+    assert "--batch-size: expected at least 1, got 0" in capsys.readouterr().err
     assert main(["--name", "x", "--data", "folders"]) == 2
-    assert "data: expected synthetic, glyphs, or one of" in capsys.readouterr().err
+    assert "--data: expected synthetic, glyphs, or one of" in capsys.readouterr().err
     assert main(["--name", "x", "--backbone-args", "[1]"]) == 2
-    assert "backbone_args: expected a JSON object, got '[1]'" in capsys.readouterr().err
+    assert "--backbone-args: expected a JSON object, got '[1]'" in capsys.readouterr().err
 
 
 def test_synthetic_vectors_are_functions_of_their_index() -> None:

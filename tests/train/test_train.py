@@ -284,7 +284,7 @@ def test_the_command_line_says_what_is_wrong(
     assert cli.main([*run, "--resume", "--scale", "5"]) == 2
     assert "scale: the run has 30.0, asked for 5.0" in capsys.readouterr().err
     assert cli.main([*run, *options(tiny), "--folds", "9"]) == 2
-    assert "folds: expected 1 to 4, got 9" in capsys.readouterr().err
+    assert "--folds: expected 1 to 4, got 9" in capsys.readouterr().err
     assert cli.main([*run, *options(tiny.with_changes(steps=1))]) == 0
     assert len(list(tmp_path.iterdir())) == 2
 

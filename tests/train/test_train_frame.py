@@ -85,8 +85,8 @@ def test_random_state_round_trips() -> None:
         ({"margin": "arc"}, "margin: expected one of arcface"),
         ({"image_size": "56"}, "image_size: expected HEIGHTxWIDTH"),
         ({"backbone_args": "[1]"}, "backbone_args: expected a JSON object"),
-        ({"warmup": 2.0}, "warmup: expected a share"),
-        ({"channels": 2}, "channels: expected 0, 1 or 3"),
+        ({"warmup": 2.0}, "warmup: expected 0 to 1, got 2.0"),
+        ({"channels": 2}, "channels: expected one of 0, 1, 3, got 2"),
         ({"margin": "none", "margin_value": 0.1}, "takes no value"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,18 @@ from torch import Tensor, nn
 
 from fused_losses.train.faces.augment import normalize
 from fused_losses.train.faces.config import TrainConfig
+from fused_losses.train.frame.options import OptionError
 
 WIDTHS = (16, 32, 64, 128)
+
+
+class BackboneConfig(Protocol):
+    """What a factory is called by."""
+
+    @property
+    def backbone(self) -> str: ...
+
+    def factory_args(self) -> dict[str, Any]: ...
 
 
 class SmallFaceNet(nn.Module):
@@ -53,14 +64,38 @@ def load_backbone(path: str) -> Callable[..., nn.Module]:
     """The factory at "package.module:factory"."""
     module_name, _, name = path.partition(":")
     if not module_name or not name:
-        raise ValueError(f"backbone: expected 'small' or 'package.module:factory', got {path!r}")
+        text = f"expected 'small' or 'package.module:factory', got {path!r}"
+        raise OptionError("backbone", text)
     try:
         factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"backbone: {path!r} cannot be imported ({error})") from error
+    # a module of the user's can fail in any way
+    except Exception as error:
+        raise OptionError("backbone", f"{path!r} cannot be imported ({_told(error)})") from error
     if not callable(factory):
-        raise ValueError(f"backbone: {path!r} is not callable")
+        raise OptionError("backbone", f"{path!r} is not callable")
     return factory
+
+
+def call_factory(
+    factory: Callable[..., nn.Module], config: BackboneConfig, **own: int
+) -> nn.Module:
+    """factory(**own, **backbone_args); OptionError where that is no module."""
+    args = config.factory_args()
+    try:
+        backbone = factory(**own, **args)
+    except Exception as error:
+        option = "backbone_args" if args else "backbone"
+        given = ", ".join(f"{name}={value!r}" for name, value in {**own, **args}.items())
+        text = f"{config.backbone!r} cannot be built with {given} ({_told(error)})"
+        raise OptionError(option, text) from error
+    if not isinstance(backbone, nn.Module):
+        text = f"expected a module from {config.backbone!r}, got {type(backbone).__name__}"
+        raise OptionError("backbone", text)
+    return backbone
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def build(config: TrainConfig) -> nn.Module:
@@ -71,30 +106,31 @@ def build(config: TrainConfig) -> nn.Module:
     height, width = config.size()
     channels = config.picture_channels()
     if config.backbone == "small":
-        return SmallFaceNet(height, width, channels, config.embedding, **config.factory_args())
-    factory = load_backbone(config.backbone)
-    return factory(**{"num_classes": config.embedding, **config.factory_args()})
+        own = {"height": height, "width": width, "channels": channels}
+        return call_factory(SmallFaceNet, config, **own, embedding=config.embedding)
+    return call_factory(load_backbone(config.backbone), config, num_classes=config.embedding)
 
 
 def embedding_size(backbone: nn.Module, config: TrainConfig) -> int:
     """D, read off one forward pass, so that any module that embeds pictures will do."""
     height, width = config.size()
+    parameter = next(backbone.parameters(), None)
+    if parameter is None:
+        raise OptionError("backbone", f"{config.backbone!r} has no parameters to train")
     was_training = backbone.training
     backbone.eval()
-    parameter = next(backbone.parameters())
     probe = torch.zeros(2, config.picture_channels(), height, width, device=parameter.device)
     try:
         with torch.no_grad():
             out = backbone(probe)
     except Exception as error:
-        raise ValueError(
-            f"backbone: {config.backbone!r} fails on pictures {tuple(probe.shape)}: {error}"
-        ) from error
+        text = f"{config.backbone!r} fails on pictures {tuple(probe.shape)}: {_told(error)}"
+        raise OptionError("backbone", text) from error
     finally:
         backbone.train(was_training)
     if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[0] != 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"backbone: expected embeddings [2, D] for 2 pictures, got {got}")
+        raise OptionError("backbone", f"expected embeddings [2, D] for 2 pictures, got {got}")
     return out.shape[1]
 
 

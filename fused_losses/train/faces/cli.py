@@ -9,13 +9,15 @@ from typing import Any
 from fused_losses.train.faces.config import TrainConfig
 from fused_losses.train.faces.run import train
 from fused_losses.train.frame.commands import add_run_arguments, first_free, status_of
-from fused_losses.train.frame.runs import CONFIG
+from fused_losses.train.frame.options import OptionError
+from fused_losses.train.frame.runs import CONFIG, run_folder
 
 DESCRIPTION = """\
 Train a face embedding with a margin-softmax head and judge it on people that it never saw.
-Writes config.json, checkpoint.pt, result.json, curves.json, curves.png and roc.png to
+Writes config.json, log.jsonl, checkpoint.pt, result.json, curves.json, curves.png and roc.png to
 RUNS/NAME. Stop it at any moment (Ctrl-C, SIGTERM, kill -9) and go on with --resume: the losses
-are bitwise the same. With --data glyphs the options are others: ask --data glyphs --help."""
+are bitwise the same. --resume --steps N goes on to more steps, of a finished run, too. With
+--data glyphs the options are others: ask --data glyphs --help."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _folder(runs: Path, name: str | None, given: dict[str, Any], *, resume: bool) -> Path:
     """The run's folder: the one named, the latest to resume, or the first free one."""
-    if name:
-        return runs / name
+    if name is not None:
+        return run_folder(runs, name)
     if resume:
         found = sorted(runs.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise ValueError(f"{runs}: holds no run to resume")
+            raise OptionError("resume", f"expected a run to go on with, {runs} holds none")
         return found[-1].parent
     return first_free(runs, Path(given.get("data", TrainConfig().data)).resolve().name)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_losses.datasets.base import DataError, decode_picture
 from fused_losses.train.faces.config import SPLITS, TrainConfig
+from fused_losses.train.frame.options import OptionError
 from fused_losses.train.frame.seeds import seed_from
 
 SUFFIXES = (".pgm", ".ppm", ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -61,7 +62,9 @@ def image_folder(
     """Every folder directly under `root` is one person; pictures may lie deeper inside it."""
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"data: expected 'orl' or a folder, got {str(root)!r}, which is neither")
+        raise OptionError(
+            "data", f"expected 'orl' or a folder, got {str(root)!r}, which is neither"
+        )
     images, labels, names = [], [], []
     for folder in sorted((p for p in root.iterdir() if p.is_dir()), key=_natural):
         files = [p for p in folder.rglob("*") if p.suffix.lower() in suffixes]
@@ -72,9 +75,10 @@ def image_folder(
             labels.append(len(names))
         names.append(folder.name)
     if len(names) < SPLITS + 1:
-        raise ValueError(
-            f"data: expected at least {SPLITS + 1} folders with pictures "
-            f"({', '.join(suffixes)}) in {root}, got {len(names)}"
+        raise OptionError(
+            "data",
+            f"expected at least {SPLITS + 1} folders with pictures ({', '.join(suffixes)}) in "
+            f"{root}, got {len(names)}",
         )
     return Pictures(torch.stack(images), torch.tensor(labels), tuple(names))
 
@@ -112,6 +116,29 @@ def split(pictures: Pictures, fold: int, seed: int) -> tuple[Pictures, Pictures]
     parts = order.tensor_split(SPLITS)
     rest = torch.cat([part for i, part in enumerate(parts) if i != fold])
     return pictures.of(rest), pictures.of(parts[fold])
+
+
+def check_folds(pictures: Pictures, config: TrainConfig) -> None:
+    """OptionError where a fold could be trained and not judged, or the table lacks a person."""
+    for fold in range(config.folds):
+        people, held_out = split(pictures, fold, config.seed)
+        if 0 < config.classes < len(people.names):
+            raise OptionError(
+                "classes",
+                f"expected 0 or at least {len(people.names)}, the people that fold {fold + 1} "
+                f"trains on, got {config.classes}",
+            )
+        judged = {"held-out": held_out}
+        if config.folds == 1:
+            judged["training"] = people  # whose pairs give the threshold
+        for what, part in judged.items():
+            most = int(part.labels.bincount().max())
+            if len(part.names) < 2 or most < 2:
+                raise OptionError(
+                    "data",
+                    f"fold {fold + 1} cannot be judged: expected at least 2 {what} people, one of "
+                    f"them with 2 pictures, got {len(part.names)} with at most {most} each",
+                )
 
 
 def batch_indices(n: int, batch: int, step: int, *, seed: int, fold: int) -> Tensor:

@@ -19,6 +19,9 @@ from fused_losses.train.frame.steps import Training
 
 # Pictures whose pairs give a threshold when one fold runs alone: 10^6 pairs are plenty.
 MOST_TRAINING_PICTURES = 1500
+RESULT_KEYS = frozenset(
+    ("losses", "step_ms", "peak_mib", "memory_by", "embeddings", "labels", "training", "backbone")
+)
 
 
 class FoldTraining(Training[TrainConfig]):

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 
-from fused_losses import backends
 from fused_losses.train.faces import report
+from fused_losses.train.faces.backbone import build, embedding_size
 from fused_losses.train.faces.config import TrainConfig
-from fused_losses.train.faces.data import Pictures, load, split
+from fused_losses.train.faces.data import Pictures, check_folds, load, split
 from fused_losses.train.faces.evaluation import FoldEmbeddings, evaluate
-from fused_losses.train.faces.loop import FoldTraining, fold_embeddings, warm_up
+from fused_losses.train.faces.loop import RESULT_KEYS, FoldTraining, fold_embeddings, warm_up
 from fused_losses.train.frame import checkpoint
+from fused_losses.train.frame.files import RunFileError
 from fused_losses.train.frame.memory import PeakMemory
+from fused_losses.train.frame.preflight import check_backend, check_device, check_tensorboard
 from fused_losses.train.frame.progress import Progress
 from fused_losses.train.frame.reports import tell
-from fused_losses.train.frame.runs import CHECKPOINT, StopSignals, running
+from fused_losses.train.frame.runs import CHECKPOINT, Run, running
 
 FOLDS = "folds"
 
@@ -44,18 +46,38 @@ def train(
     """Run `config` in `folder` and return what its result.json says.
 
     resume: go on where a former process stopped, with bitwise the same losses; its configuration
-        must be this one. overwrite: delete what an earlier run left.
-    Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
+        must be this one, or ask for more steps or folds: then every fold goes on from its last
+        step, at the learning rates of the new number of steps. overwrite: delete what an earlier
+        run left.
+    Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written; ValueError
+    (`OptionError`, `RunFileError`) for what cannot be run, before the folder is made or changed.
     """
-    folder = Path(folder)
-    files = (FOLDS, *report.FILES)
-    with running(config, folder, written=files, resume=resume, overwrite=overwrite) as (_, stop):
-        return _train(config, folder, stop, quiet)
+    with running(
+        config,
+        Path(folder),
+        written=(FOLDS, *report.FILES),
+        ready=_ready,
+        resume=resume,
+        overwrite=overwrite,
+    ) as run:
+        return _train(run, quiet)
 
 
-def _train(config: TrainConfig, folder: Path, stop: StopSignals, quiet: bool) -> dict[str, Any]:
-    start = time.monotonic()
+def _ready(config: TrainConfig) -> Pictures:
+    """The pictures, once nothing is left that would end the run later."""
+    check_device(config.device)
+    check_tensorboard(config.tensorboard)
+    for one in variants(config).values():
+        _backend_that_ran(one)
     pictures = load(config)
+    check_folds(pictures, config)
+    embedding_size(build(config).to(config.device), config)
+    return pictures
+
+
+def _train(run: Run[TrainConfig, Pictures], quiet: bool) -> dict[str, Any]:
+    start = time.monotonic()
+    config, folder, pictures = run.config, run.folder, run.made
     heads = variants(config)
     progress = Progress(config.folds * len(heads) * config.steps, quiet=quiet)
     progress.say(
@@ -69,16 +91,19 @@ def _train(config: TrainConfig, folder: Path, stop: StopSignals, quiet: bool) ->
         people, held_out = split(pictures, fold, config.seed)
         for name, one in heads.items():
             path = folder / FOLDS / f"{name}-{fold}.pt"
-            if path.exists():
-                progress.skip(config.steps)
-            else:
+            result = _finished(path, config.steps)
+            if result is None:
                 memory = PeakMemory(torch.device(config.device))
                 training = FoldTraining(one, people, fold=fold, variant=name)
+                ended = folder / FOLDS / f"{name}-{fold}.state.pt"
                 what = f"fold {fold + 1}/{config.folds} {name:9}"
-                training.run(folder / CHECKPOINT, what, stop=stop, progress=progress, memory=memory)
-                checkpoint.save(path, training.result(held_out))
+                training.run(run, ended, what, progress=progress, memory=memory)
+                result = training.result(held_out)
+                checkpoint.save(path, result)
                 del training
-            finished[name].append(checkpoint.load(path))
+            else:
+                progress.skip(config.steps)
+            finished[name].append(result)
         untrained.append(_untrained(config, people, held_out, fold))
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
@@ -95,6 +120,17 @@ def _train(config: TrainConfig, folder: Path, stop: StopSignals, quiet: bool) ->
     return record
 
 
+def _finished(path: Path, steps: int) -> dict[str, Any] | None:
+    """What is kept of a fold that has taken all its steps."""
+    if not path.exists():
+        return None
+    result = checkpoint.load(path)
+    missing = RESULT_KEYS - {*result} if isinstance(result, dict) else RESULT_KEYS
+    if missing:
+        raise RunFileError(f"{path}: no result of a fold; missing: {', '.join(sorted(missing))}")
+    return result if len(result["losses"]) >= steps else None
+
+
 def _untrained(
     config: TrainConfig, people: Pictures, held_out: Pictures, fold: int
 ) -> FoldEmbeddings:
@@ -104,6 +140,4 @@ def _untrained(
 
 
 def _backend_that_ran(config: TrainConfig) -> str:
-    asked = None if config.backend == "auto" else config.backend
-    device = torch.device(config.device)
-    return backends.choose(asked, device, torch.float32, config.precision)[0]
+    return check_backend(config.backend, config.device, config.precision, torch.float32)

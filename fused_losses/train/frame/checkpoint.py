@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.files import write_atomically
+from fused_losses.train.frame.files import RunFileError
 
 SMALL_STATE = 64 * 2**20  # bytes up to which every step is written
 LARGE_STATE_SECONDS = 60.0
@@ -23,8 +25,22 @@ def save(path: Path, state: Any) -> None:
 
 
 def load(path: Path) -> Any:
-    """What `save` wrote, on the CPU; runs no code from the file."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """What `save` wrote, on the CPU; runs no code from the file.
+
+    RunFileError for a damaged file: each of its parts must have the checksum that was written.
+    """
+    try:
+        with zipfile.ZipFile(path) as parts:
+            bad = parts.testzip()
+        if bad is None:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        told = f"{bad} is not as it was written"
+    except FileNotFoundError:
+        raise
+    # a damaged file can fail in any way
+    except Exception as error:
+        told = str(error).partition("\n")[0]
+    raise RunFileError(f"{path}: damaged ({told}); without it this part of the run is done again")
 
 
 def state_bytes(node: Any) -> int:

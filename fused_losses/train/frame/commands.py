@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fused_losses.train.frame.options import Config, add_options, given_options
+from fused_losses.train.frame.options import Config, OptionError, add_options, given_options
 from fused_losses.train.frame.runs import CONFIG
 from fused_losses.train.frame.steps import Interrupted
 
@@ -38,6 +38,7 @@ def add_run_arguments(
 
 def first_free(runs: Path, stem: str) -> Path:
     """RUNS/STEM, or the first of RUNS/STEM-2, -3, ... that is not taken."""
+    stem = stem or "run"  # of the root of all folders
     path, number = runs / stem, 1
     while path.exists():
         number += 1
@@ -70,8 +71,10 @@ def status_of(
         )
         return 128 + stopped.signal
     except KeyboardInterrupt:
+        print("\nstopped at once; what the last checkpoint holds is kept", file=sys.stderr)
         return 128 + signal.SIGINT
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"fused-losses train: {error}", file=sys.stderr)
+        told = error.flag() if isinstance(error, OptionError) else error
+        print(f"fused-losses train: {told}", file=sys.stderr)
         return 2
     return 0

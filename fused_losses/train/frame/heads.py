@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fused_losses import margins
+from fused_losses.train.frame.options import OptionError
 
 
 def make_margin(name: str, value: float | None) -> margins.Margin | None:
@@ -32,3 +33,13 @@ def make_margin(name: str, value: float | None) -> margins.Margin | None:
         return kind(value)
     # four times the angle does not start on 30 people; SphereFace2017's own code anneals to it
     return kind(1.5) if name == "sphereface" else kind()
+
+
+def check_margin(name: str, value: float | None) -> None:
+    """OptionError for a size that this margin cannot have."""
+    if name == "none" and value is not None:
+        raise OptionError("margin_value", f"margin 'none' takes no value, got {value}")
+    try:
+        make_margin(name, value)
+    except (ValueError, TypeError) as error:
+        raise OptionError("margin_value", f"margin {name!r} cannot have it: {error}") from error

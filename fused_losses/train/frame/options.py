@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import field, fields
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import Field, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args, get_type_hints
+
+from fused_losses.train.frame.files import RunFileError, read_json
 
 MARGINS = (
     "arcface",
@@ -27,6 +31,18 @@ SCHEDULES = ("cosine", "linear", "constant")
 AUGMENTATIONS = ("none", "light", "full")
 
 
+class OptionError(ValueError):
+    """A value that a run cannot have; the text begins with the field's name."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{name}: {text}")
+        self.name, self.text = name, text
+
+    def flag(self) -> str:
+        """The same, as the command line names the field."""
+        return f"--{self.name.replace('_', '-')}: {self.text}"
+
+
 class Config:
     """Base of a run's dataclass; each declares these fields in its own place of --help."""
 
@@ -36,22 +52,46 @@ class Config:
     device: str
     threads: int
     checkpoint_every: int
+    tensorboard: bool
     # fields that change no loss, so that a run may go on with others
     MAY_DIFFER: ClassVar[frozenset[str]]
+    # numbers that a run may go on with larger ones of
+    MAY_GROW: ClassVar[frozenset[str]]
+
+    def __post_init__(self) -> None:
+        """OptionError for a field whose value has the wrong type or lies outside its range."""
+        kinds = get_type_hints(type(self))
+        for f in options_of(type(self)):
+            _check(f.name, getattr(self, f.name), kinds[f.name], f.metadata)
 
     def to_json(self) -> str:
         return json.dumps(vars(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        return cls(**json.loads(text))
-
-    @classmethod
     def load(cls, path: Path) -> Self:
-        return cls.from_json(path.read_text())
+        """The configuration that a run's folder records; `RunFileError` where it is damaged."""
+        told = read_json(path)
+        if not isinstance(told, dict):
+            raise RunFileError(f"{path}: expected a JSON object, got {type(told).__name__}")
+        names = {f.name for f in options_of(cls)}
+        unknown, missing = sorted({*told} - names), sorted(names - {*told} - cls.MAY_DIFFER)
+        if unknown or missing:
+            raise RunFileError(
+                f"{path}: not the fields of a {cls.__name__}; unknown: "
+                f"{', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
+            )
+        try:
+            return cls(**told)
+        except ValueError as error:
+            raise RunFileError(f"{path}: {error}") from error
 
     def with_changes(self, **changes: Any) -> Self:
         return type(self)(**{**vars(self), **changes})
+
+
+def options_of(kind: type) -> tuple[Field[Any], ...]:
+    """The fields of a run's dataclass, in the order of --help."""
+    return fields(kind)
 
 
 def differences(saved: Config, asked: Config) -> list[str]:
@@ -60,67 +100,98 @@ def differences(saved: Config, asked: Config) -> list[str]:
     return [
         f"{name}: the run has {had!r}, asked for {told[name]!r}"
         for name, had in vars(saved).items()
-        if name not in saved.MAY_DIFFER and had != told[name]
+        if name not in saved.MAY_DIFFER
+        and had != told[name]
+        and not (name in saved.MAY_GROW and told[name] > had)
     ]
 
 
-def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field that carries its own --help text."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+def option(
+    default: Any,
+    text: str,
+    choices: tuple[Any, ...] | None = None,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+) -> Any:
+    """A field that carries its own --help text, and the range of its numbers (all finite)."""
+    metadata = {"help": text, "choices": choices, "least": least, "above": above, "most": most}
+    return field(default=default, metadata=metadata)
 
 
-def check_choices(config: Any) -> None:
-    """ValueError for a field whose value is none of its choices."""
-    for f in fields(config):
-        choices, value = f.metadata["choices"], getattr(config, f.name)
-        if choices and value not in choices:
-            raise ValueError(f"{f.name}: expected one of {', '.join(choices)}, got {value!r}")
+KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+MOST_INTEGER = 2**63 - 1
 
 
-def check_least(config: Config, **least: float) -> None:
-    """ValueError for a field below its least value."""
-    for name, low in least.items():
-        if getattr(config, name) < low:
-            raise ValueError(f"{name}: expected at least {low}, got {getattr(config, name)}")
+def _check(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> None:
+    allowed = get_args(hint) or (hint,)
+    if NoneType in allowed and value is None:
+        return
+    kind = allowed[0]
+    # an integer is a number; True is neither
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise OptionError(name, f"expected {KINDS[kind]}, got {value!r}")
+    choices = metadata["choices"]
+    if choices and value not in choices:
+        raise OptionError(name, f"expected one of {', '.join(map(str, choices))}, got {value!r}")
+    if not isinstance(value, int | float):
+        return
+    least, above, most = metadata["least"], metadata["above"], metadata["most"]
+    # beyond these torch takes no integer, and a float has no room for one
+    if isinstance(value, int) and not -MOST_INTEGER <= value <= MOST_INTEGER:
+        raise OptionError(name, f"expected an integer of 64 bits, got {value}")
+    if not (math.isfinite(value) and least <= value <= most and value > above):
+        raise OptionError(name, f"expected {_range(least, above, most)}, got {value}")
 
 
-def check_warmup(config: Config) -> None:
-    if not 0 <= config.warmup <= 1:
-        raise ValueError(f"warmup: expected a share from 0 to 1, got {config.warmup}")
+def _range(least: float, above: float, most: float) -> str:
+    low = f"more than {above:g}" if above > -math.inf else f"at least {least:g}"
+    if most == math.inf:
+        return "a finite number" if max(least, above) == -math.inf else low
+    if above > -math.inf:
+        return f"{low} and at most {most:g}"
+    return f"{least:g} to {most:g}" if least > -math.inf else f"at most {most:g}"
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
     """The dictionary that an option says in JSON."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: expected a JSON object ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise OptionError(name, f"expected a JSON object, got {text!r} ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{name}: expected a JSON object, got {text!r}")
+        raise OptionError(name, f"expected a JSON object, got {text!r}")
     return value
 
 
 def add_options(parser: argparse._ArgumentGroup, kind: type) -> None:
     """Field `a_b` of the dataclass as option `--a-b`; what is not said stays out of the result."""
-    for f in fields(kind):
+    for f in options_of(kind):
         flag = "--" + f.name.replace("_", "-")
         text = f.metadata["help"]
         # SUPPRESS: what the user did not say must not override the run that is resumed
         if isinstance(f.default, bool):
             parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+                flag,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=f"{text} (default: {'yes' if f.default else 'no'})",
             )
             continue
         value: Callable[[str], Any] = float if f.default is None else type(f.default)
+        # an empty or absent value means what its text says of the default
+        told = text if "default:" in text else f"{text} (default: {f.default})"
         parser.add_argument(
             flag,
             type=value,
             choices=f.metadata["choices"],
             default=argparse.SUPPRESS,
-            help=f"{text} (default: {f.default})" if f.default not in (None, "") else text,
+            help=told.replace("%", "%%"),
         )
 
 
 def given_options(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     """The fields that the command line set."""
-    return {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
+    return {f.name: getattr(args, f.name) for f in options_of(kind) if hasattr(args, f.name)}

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TextIO, TypeVar
 
 import torch
 
 from fused_losses.base.files import write_text
 from fused_losses.train.frame import checkpoint
-from fused_losses.train.frame.options import Config, differences
+from fused_losses.train.frame.log import LOG, TENSORBOARD, StepLog
+from fused_losses.train.frame.options import Config, OptionError, differences
 
 CONFIG, CHECKPOINT, LOCK = "config.json", "checkpoint.pt", "lock"
+RESULT = "result.json"
+# one Ctrl-C reaches a process more than once where a launcher hands it on
+SAME_SECONDS = 1.0
 
 C = TypeVar("C", bound=Config)
+M = TypeVar("M")
+
+
+class RunError(RuntimeError):
+    """The folder cannot take this run, or no longer has it; the text says why."""
 
 
 class StopSignals:
@@ -27,11 +38,14 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._at = 0.0
 
     def _note(self, number: int, _: object) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._at = number, now
+        elif number == signal.SIGINT and now - self._at > SAME_SECONDS:
             raise KeyboardInterrupt
-        self.received = number
 
     def __call__(self) -> int | None:
         """The signal that asks for a stop, if one came."""
@@ -51,11 +65,28 @@ class StopSignals:
                 signal.signal(number, handler)
 
 
+class Lock:
+    """One process's hold of a run's folder."""
+
+    def __init__(self, folder: Path, file: TextIO) -> None:
+        self.folder, self._file = folder, file
+
+    def check(self) -> None:
+        """RunError where the folder was removed, or replaced, since it was locked."""
+        try:
+            there = os.stat(self.folder / LOCK)
+        except FileNotFoundError:
+            there = None
+        if there is None or not os.path.samestat(there, os.fstat(self._file.fileno())):
+            raise RunError(f"{self.folder}: the run's folder was removed while the run went on")
+
+
 @contextlib.contextmanager
-def locked(folder: Path, *, seconds: float = 0.0) -> Iterator[None]:
+def locked(folder: Path, *, seconds: float = 0.0) -> Iterator[Lock]:
     """Two processes must not write one run; the lock goes with the process, however it ends.
 
-    Raises RuntimeError where another still has it after `seconds`.
+    Raises RunError where another still has it after `seconds`. A folder in which an error leaves
+    nothing but the lock goes again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as file:
@@ -66,38 +97,79 @@ def locked(folder: Path, *, seconds: float = 0.0) -> Iterator[None]:
                 break
             except OSError:
                 if time.monotonic() >= deadline:
-                    raise RuntimeError(f"{folder}: another process is training there") from None
+                    raise RunError(f"{folder}: another process is training there") from None
             time.sleep(0.1)
-        yield
+        try:
+            yield Lock(folder, file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if [path.name for path in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
+            raise
+
+
+@dataclass(frozen=True)
+class Run(Generic[C, M]):
+    """A run that has its folder to itself."""
+
+    config: C  # with the threads chosen
+    folder: Path
+    made: M  # what was made ready before there was a folder
+    stop: StopSignals
+    lock: Lock
+    log: StepLog
 
 
 @contextlib.contextmanager
 def running(
-    config: C, folder: Path, written: tuple[str, ...], *, resume: bool, overwrite: bool
-) -> Iterator[tuple[C, StopSignals]]:
-    """A run in its folder: (its configuration with the threads chosen, the stop asked for).
+    config: C,
+    folder: Path,
+    written: tuple[str, ...],
+    *,
+    ready: Callable[[C], M],
+    resume: bool,
+    overwrite: bool,
+) -> Iterator[Run[C, M]]:
+    """A run in its folder.
 
-    written: the files and folders of a run, which alone `overwrite` deletes. The caller's threads
-    and random state come back at the end.
+    written: the files (they have a suffix) and folders of a run, which alone `overwrite` deletes.
+    ready: makes what the run needs; what it raises leaves no folder behind and none changed.
+    The caller's threads and random state come back at the end.
     """
-    with locked(folder):
-        config = _prepare(config, folder, written, resume=resume, overwrite=overwrite)
-        random_state, threads = checkpoint.random_state(), torch.get_num_threads()
-        torch.set_num_threads(config.threads)
-        try:
-            with StopSignals().watching() as stop:
-                yield config, stop
-        finally:
-            checkpoint.set_random_state(random_state)
-            torch.set_num_threads(threads)
-
-
-def _prepare(
-    config: C, folder: Path, written: tuple[str, ...], *, resume: bool, overwrite: bool
-) -> C:
-    """The configuration to run, recorded in the folder; a folder in the wrong state is refused."""
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
+    ours = (*written, CONFIG, CHECKPOINT, LOG, TENSORBOARD)
+    random_state, threads = checkpoint.random_state(), torch.get_num_threads()
+    try:
+        config = _accepted(config, folder, ours, resume=resume, overwrite=overwrite)
+        torch.set_num_threads(config.threads)
+        made = ready(config)
+        with locked(folder) as lock:
+            # another process may have been there meanwhile
+            config = _accepted(config, folder, ours, resume=resume, overwrite=overwrite)
+            _begin(config, folder, ours, overwrite=overwrite)
+            board = folder / TENSORBOARD if config.tensorboard else None
+            with StopSignals().watching() as stop, StepLog(folder / LOG, board) as log:
+                yield Run(config, folder, made, stop, lock, log)
+                lock.check()
+    finally:
+        checkpoint.set_random_state(random_state)
+        torch.set_num_threads(threads)
+
+
+def _accepted(
+    config: C, folder: Path, ours: tuple[str, ...], *, resume: bool, overwrite: bool
+) -> C:
+    """The configuration to run in a folder, of which nothing is changed; a wrong one is refused."""
+    left = [path for path in folder.iterdir() if path.name != LOCK] if folder.exists() else []
+    for path in left:
+        if path.name in ours and path.is_dir() == bool(path.suffix):
+            kind = "a file" if path.suffix else "a folder"
+            raise RunError(f"{path}: expected {kind} of the run, found something else")
+    chosen = config.with_changes(threads=config.threads or torch.get_num_threads())
+    if overwrite:
+        return chosen
     saved = type(config).load(folder / CONFIG) if (folder / CONFIG).exists() else None
     if saved is not None and resume:
         # the split over threads orders sums: bitwise the same losses need the same number
@@ -107,17 +179,31 @@ def _prepare(
             told = "\n  ".join(unlike)
             raise ValueError(f"{folder}: cannot resume, the configuration differs\n  {told}")
         return config
-    left = [path for path in folder.iterdir() if path.name not in (LOCK, CONFIG + ".part")]
-    if left and saved is None and not overwrite and not resume:
+    parts = [path for path in left if path.name != CONFIG + ".part"]
+    if parts and saved is None and not resume:
         raise ValueError(f"{folder}: holds files that are not a run; choose another name")
-    if saved is not None and not overwrite:
-        raise ValueError(f"{folder}: holds a run; go on with --resume, or start with --overwrite")
     if saved is not None:
-        ours = {*written, CONFIG, CHECKPOINT, CHECKPOINT + ".part"}
+        raise ValueError(f"{folder}: holds a run; go on with --resume, or start with --overwrite")
+    return chosen
+
+
+def _begin(config: Config, folder: Path, ours: tuple[str, ...], *, overwrite: bool) -> None:
+    """Record the configuration; what an earlier run left goes where that is wanted."""
+    known = (folder / CONFIG).exists()
+    if known and overwrite:
+        left = [path for path in folder.iterdir() if path.name in (*ours, CHECKPOINT + ".part")]
         # the configuration last: killed in between, this is still known for a run
         for path in sorted(left, key=lambda path: path.name == CONFIG):
-            if path.name in ours:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    config = config.with_changes(threads=config.threads or torch.get_num_threads())
-    write_text(folder / CONFIG, config.to_json())
-    return config
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    text = config.to_json()
+    if known and not overwrite and text != (folder / CONFIG).read_text():
+        # a longer run's result is not there yet
+        (folder / RESULT).unlink(missing_ok=True)
+    write_text(folder / CONFIG, text)
+
+
+def run_folder(runs: Path, name: str) -> Path:
+    """RUNS/NAME, which lies in RUNS whatever the name is."""
+    if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+        raise OptionError("name", f"expected the name of one folder in {runs}, got {name!r}")
+    return runs / name

@@ -13,9 +13,11 @@ import torch
 from torch.optim import Optimizer
 
 from fused_losses.train.frame import checkpoint
+from fused_losses.train.frame.files import RunFileError
 from fused_losses.train.frame.memory import PeakMemory
 from fused_losses.train.frame.options import Config
 from fused_losses.train.frame.progress import Progress
+from fused_losses.train.frame.runs import CHECKPOINT, Run
 
 C = TypeVar("C", bound=Config)
 
@@ -124,30 +126,33 @@ class Training(ABC, Generic[C]):
 
     def run(
         self,
-        path: Path,
+        run: Run[C, Any],
+        ended: Path,
         what: str,
         *,
-        stop: Callable[[], int | None],
         progress: Progress,
         memory: PeakMemory,
     ) -> None:
-        """To the last step, from the checkpoint at `path` where that is of this training.
+        """To the last step, from the run's checkpoint where that is of this training.
 
-        what: its name in the progress bar.
+        ended: where its state is kept after the last step, from which more steps can follow. what:
+            its name in the progress bar.
         """
-        if path.exists():
-            state = checkpoint.load(path)
-            # the checkpoint of a finished training outlives it until the next one's first
-            if all(state[key] == value for key, value in self.which.items()):
-                self.load(state)
-                progress.skip(self.done)
+        path = run.folder / CHECKPOINT
+        # the checkpoint of a finished training outlives it until the next one's first
+        if not self._go_on(path):
+            self._go_on(ended)
+        progress.skip(self.done)
+        run.log.begin(self.done, **self.which)
         schedule = checkpoint.Schedule(self.config.checkpoint_every)
         before, size = self.peak_mib, 0
         self.memory_by = memory.method
 
-        def step(_: int) -> None:
+        def step(number: int) -> None:
             loss = self.step()
             self.peak_mib = max(before, memory.mib())
+            rate = self.peaks[0][0].param_groups[0]["lr"]
+            run.log.write(number, loss, rate, self.step_ms[-1] / 1e3)
             progress.step(what, loss)
 
         def due(done: int) -> bool:
@@ -156,7 +161,28 @@ class Training(ABC, Generic[C]):
             return schedule.due(done, size)
 
         def save(_: int) -> None:
+            run.lock.check()
+            run.log.sync()  # a checkpoint's steps are in the log before it exists
             checkpoint.save(path, self.state())
             schedule.written()
 
-        go_through(self.done, self.config.steps, step, due=due, save=save, asked=stop)
+        go_through(self.done, self.config.steps, step, due=due, save=save, asked=run.stop)
+        run.lock.check()
+        checkpoint.save(ended, self.state())
+
+    def _go_on(self, path: Path) -> bool:
+        """Whether the state at `path` is of this training, which then has it."""
+        if not path.exists():
+            return False
+        state = checkpoint.load(path)
+        try:
+            if any(state[key] != value for key, value in self.which.items()):
+                return False
+            self.load(state)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            told = str(error).partition("\n")[0]
+            raise RunFileError(
+                f"{path}: no state of this training ({type(error).__name__}: {told}); without "
+                "the file it starts anew"
+            ) from error
+        return True

@@ -6,15 +6,18 @@ import argparse
 from pathlib import Path
 
 from fused_losses.train.frame.commands import add_run_arguments, first_free, status_of
+from fused_losses.train.frame.options import OptionError
+from fused_losses.train.frame.runs import run_folder
 from fused_losses.train.glyphs.compare import compare
 from fused_losses.train.glyphs.config import GlyphConfig
 from fused_losses.train.glyphs.run import train
 
 DESCRIPTION = """\
 Train an embedding of characters, every character of the installed fonts a class, and judge it
-on fonts that it never saw. Writes config.json, result.json, curves.json and curves.png to
-RUNS/NAME; with --compare it trains one head after another instead, each in its own process,
-and writes compare.json, compare.md and compare.png."""
+on fonts that it never saw. Writes config.json, log.jsonl, result.json, curves.json and curves.png
+to RUNS/NAME; --name NAME --resume goes on with it, with --steps N to more steps. With --compare
+it trains one head after another instead, each in its own process, and writes compare.json,
+compare.md and compare.png."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
 def _folder(args: argparse.Namespace) -> Path:
     """The run's folder: the one named, or the first free one."""
     runs = Path(args.runs)
-    if args.name:
-        return runs / args.name
+    if args.name is not None:
+        return run_folder(runs, args.name)
     if args.compare:
         return runs / "glyphs-heads"
     if args.resume:
-        raise ValueError("name: expected the run to go on with, got none")
+        raise OptionError("name", "expected the run to go on with, got none")
     return first_free(runs, "glyphs")
 
 

@@ -50,7 +50,7 @@ class ReferenceHead(nn.Module):
 
 def make_head(config: GlyphConfig, classes: int) -> ClassCenters | ReferenceHead:
     """The configured head, whose first rows the training sets."""
-    margin = make_margin(config.margin, config.margin_value)
+    margin = make_margin(config.margin, config.margin_size())
     options = {
         "lr": config.head_lr,
         "momentum": config.head_momentum,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +9,15 @@ from typing import Any
 
 import torch
 
+from fused_losses.datasets.base import DataError
 from fused_losses.datasets.glyphs import Glyphs, Split, hold_out, load_glyphs
+from fused_losses.train.frame.files import RunFileError, read_json
 from fused_losses.train.frame.memory import PeakMemory
+from fused_losses.train.frame.options import OptionError
+from fused_losses.train.frame.preflight import check_backend, check_device, check_tensorboard
 from fused_losses.train.frame.progress import Progress
 from fused_losses.train.frame.reports import tell, versions, write_json
-from fused_losses.train.frame.runs import CHECKPOINT, StopSignals, running
+from fused_losses.train.frame.runs import CHECKPOINT, Run, running
 from fused_losses.train.glyphs import report
 from fused_losses.train.glyphs.config import GlyphConfig
 from fused_losses.train.glyphs.loop import GlyphTraining, some_classes, warm_up
@@ -44,31 +47,59 @@ def train(
 ) -> dict[str, Any]:
     """Run `config` in `folder` and return what its result.json says.
 
-    resume: go on where a former process stopped; its configuration must be this one. overwrite:
-    delete what an earlier run left. glyphs: the set; None: that of this machine's fonts.
-    Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written.
+    resume: go on where a former process stopped; its configuration must be this one, or ask for
+    more steps: then every stage goes on from its last. overwrite: delete what an earlier run left.
+    glyphs: the set; None: that of this machine's fonts.
+    Raises `Interrupted` after SIGINT or SIGTERM, with a checkpoint written; ValueError
+    (`OptionError`, `RunFileError`) for what cannot be run, before the folder is made or changed.
     """
-    folder = Path(folder)
-    files = (STAGES, *report.FILES)
-    with running(config, folder, written=files, resume=resume, overwrite=overwrite) as (_, stop):
-        return _train(config, folder, stop, quiet, glyphs)
+    with running(
+        config,
+        Path(folder),
+        written=(STAGES, *report.FILES),
+        ready=lambda chosen: _ready(chosen, glyphs, quiet),
+        resume=resume,
+        overwrite=overwrite,
+    ) as run:
+        return _train(run, quiet)
 
 
-def _train(
-    config: GlyphConfig, folder: Path, stop: StopSignals, quiet: bool, glyphs: Glyphs | None
-) -> dict[str, Any]:
-    start = time.monotonic()
-    named = stages(config)
+def _ready(config: GlyphConfig, glyphs: Glyphs | None, quiet: bool) -> tuple[Glyphs, Split]:
+    """The set, whole and split, once nothing is left that would end the run later."""
+    check_device(config.device)
+    check_tensorboard(config.tensorboard)
+    if config.head != "reference" and config.backend == "reference":
+        raise OptionError("backend", "expected --head reference for the reference's own table")
+    check_backend(config.backend, config.device, "fp32", torch.float32)
     if glyphs is None:
-        glyphs = load_glyphs(
-            config.folders(),
-            size=config.size,
-            least_fonts=config.least_fonts,
-            characters=config.code_points(),
-            say=Progress(0, quiet=quiet).say,
+        try:
+            glyphs = load_glyphs(
+                config.folders(),
+                size=config.size,
+                least_fonts=config.least_fonts,
+                characters=config.code_points(),
+                say=Progress(0, quiet=quiet).say,
+            )
+        except DataError:
+            raise  # of the cache, whose file it names
+        except ValueError as error:
+            raise OptionError("fonts", str(error)) from error
+    try:
+        whole = hold_out(glyphs, config.held_out or None)
+    except ValueError as error:
+        raise OptionError("held_out", str(error)) from error
+    if config.classes > whole.train.classes:
+        text = (
+            f"expected at most {whole.train.classes}, the classes of the set, got {config.classes}"
         )
-    whole = hold_out(glyphs, config.held_out or None)
-    # its clock starts here: drawing is no step
+        raise OptionError("classes", text)
+    return glyphs, whole
+
+
+def _train(run: Run[GlyphConfig, tuple[Glyphs, Split]], quiet: bool) -> dict[str, Any]:
+    start = time.monotonic()
+    config, folder, (glyphs, whole) = run.config, run.folder, run.made
+    named = stages(config)
     progress = Progress(sum(one.steps for one in named.values()), quiet=quiet)
     progress.say(_described(glyphs, whole))
     (folder / STAGES).mkdir(exist_ok=True)
@@ -76,13 +107,14 @@ def _train(
     results: dict[str, Any] = {}
     for name, one in named.items():
         path = folder / STAGES / f"{name}.json"
-        if path.exists():
-            progress.skip(one.steps)
-        else:
+        found = _finished(path, one.steps)
+        if found is None:
             split = some_classes(whole, min(one.classes, whole.train.classes), config.seed)
-            found = _stage(name, one, split, folder / CHECKPOINT, stop, progress)
+            found = _stage(name, one, split, run, progress)
             write_json(path, found)
-        results[name] = json.loads(path.read_text())
+        else:
+            progress.skip(one.steps)
+        results[name] = found
     (folder / CHECKPOINT).unlink(missing_ok=True)
     record = report.record(results)
     record |= {
@@ -102,6 +134,16 @@ def _train(
     return record
 
 
+def _finished(path: Path, steps: int) -> dict[str, Any] | None:
+    """What is kept of a stage that has taken all its steps."""
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("losses"), list):
+        raise RunFileError(f"{path}: expected an object with a list 'losses'")
+    return found if len(found["losses"]) >= steps else None
+
+
 def _described(glyphs: Glyphs, split: Split) -> str:
     text = (
         f"{split.train.classes} characters, {len(split.train)} drawings to train on; held out: "
@@ -119,8 +161,7 @@ def _stage(
     name: str,
     config: GlyphConfig,
     split: Split,
-    path: Path,
-    stop: StopSignals,
+    run: Run[GlyphConfig, Any],
     progress: Progress,
 ) -> dict[str, Any]:
     """One training to its end, from the checkpoint where that is of this stage."""
@@ -131,5 +172,6 @@ def _stage(
     # the peak is that of the steps, above what the process held without all of this
     before, memory = memory.before, PeakMemory(torch.device(config.device))
     memory.before = before
-    training.run(path, f"{name:9}", stop=stop, progress=progress, memory=memory)
+    ended = run.folder / STAGES / f"{name}.state.pt"
+    training.run(run, ended, f"{name:9}", progress=progress, memory=memory)
     return {**training.result(), "untrained": untrained, "memory_by": memory.method}

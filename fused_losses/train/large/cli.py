@@ -11,7 +11,8 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from fused_losses.centers.watch import EXIT_CODE, RankFailure
-from fused_losses.train.frame.options import add_options, given_options
+from fused_losses.train.frame.options import OptionError, add_options, given_options
+from fused_losses.train.frame.runs import run_folder
 from fused_losses.train.large.config import LargeConfig
 from fused_losses.train.large.loop import RunError, train
 
@@ -53,16 +54,18 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> int:
     args = parser().parse_args(argv)
     try:
+        folder = run_folder(Path(args.runs), args.name)
         config = LargeConfig(**given_options(args, LargeConfig))
     except ValueError as error:
         return _refuse(error)
     try:
-        train(config, Path(args.runs) / args.name)
+        train(config, folder)
     except RunError as error:
         return _refuse(error)
     return 0
 
 
 def _refuse(error: Exception) -> int:
-    print(f"fused_losses.train.large: {error}", file=sys.stderr)
+    told = error.flag() if isinstance(error, OptionError) else error
+    print(f"fused_losses.train.large: {told}", file=sys.stderr)
     return 2

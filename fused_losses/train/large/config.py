@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fused_losses.train.frame.heads import check_margin
 from fused_losses.train.frame.options import (
     AUGMENTATIONS,
     BACKENDS,
@@ -12,9 +13,7 @@ from fused_losses.train.frame.options import (
     PRECISIONS,
     SCHEDULES,
     Config,
-    check_choices,
-    check_least,
-    check_warmup,
+    OptionError,
     json_object,
     option,
 )
@@ -25,6 +24,7 @@ HEAD_OPTIMIZERS = ("sgd", "adamw", "adagrad")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEVICES = ("cpu", "cuda")
 PARALLEL = ("ddp", "fsdp2")
+NONFINITE = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,28 @@ class LargeConfig(Config):
 
     # how state is kept and how a run is watched changes no loss
     MAY_DIFFER = frozenset(
-        {"checkpoint_every", "keep", "readers", "interval", "timeout", "hang_timeout", "storage"}
-    )
+        {
+            "checkpoint_every", "keep", "readers", "interval", "timeout", "hang_timeout", "storage",
+            "tensorboard", "nonfinite",
+        }
+    )  # fmt: skip
+    MAY_GROW = frozenset({"steps"})
 
     data: str = option(
         "synthetic",
         "synthetic, folders:ROOT, recordio:PATH/train.rec, webdataset:PATTERN, glyphs or "
         "glyphs:FONT_FOLDER",
     )
-    classes: int = option(1000, "classes of synthetic; elsewhere pads the table to this many rows")
-    samples: int = option(8, "vectors of a class of synthetic")
-    features: int = option(64, "size of a vector of synthetic")
-    noise: float = option(0.5, "deviation of the vectors of synthetic from their class's mean")
-    image_size: int = option(32, "height and width of the pictures")
-    channels: int = option(1, "1 grey, 3 colour")
+    classes: int = option(
+        1000, "classes of synthetic; elsewhere pads the table to this many rows", least=1
+    )
+    samples: int = option(8, "vectors of a class of synthetic", least=1)
+    features: int = option(64, "size of a vector of synthetic", least=1)
+    noise: float = option(
+        0.5, "deviation of the vectors of synthetic from their class's mean", least=0
+    )
+    image_size: int = option(32, "height and width of the pictures", least=1)
+    channels: int = option(1, "1 grey, 3 colour", (1, 3))
     augment: str = option("none", "none, light (flip, shift), full", AUGMENTATIONS)
     backbone: str = option(
         "auto",
@@ -54,54 +62,72 @@ class LargeConfig(Config):
         "auto: mlp for synthetic, else small",
     )
     backbone_args: str = option("{}", "JSON object of keyword arguments for the factory")
-    hidden: int = option(128, "hidden units of mlp")
-    embedding: int = option(128, "embedding size D")
+    hidden: int = option(128, "hidden units of mlp", least=1)
+    embedding: int = option(128, "embedding size D", least=1)
     margin: str = option("arcface", "margin on the target class", MARGINS)
     margin_value: float | None = option(None, "the margin's size; default: its paper's")
-    scale: float = option(64.0, "scale s of the cosines")
-    sample_rate: float = option(1.0, "chance of another class to take part in a step")
+    scale: float = option(64.0, "scale s of the cosines", above=0)
+    sample_rate: float = option(
+        1.0, "chance of another class to take part in a step", above=0, most=1
+    )
     log_q: bool = option(False, "make the sums over sampled classes unbiased")
-    sub_centers: int = option(1, "centres of a class")
+    sub_centers: int = option(1, "centres of a class", least=1)
     head_optimizer: str = option("sgd", "optimiser of the table", HEAD_OPTIMIZERS)
-    head_lr: float = option(0.1, "peak learning rate of the table")
-    head_momentum: float = option(0.9, "momentum of the table's sgd")
-    head_weight_decay: float = option(0.0, "weight decay of the table")
+    head_lr: float = option(0.1, "peak learning rate of the table", least=0)
+    head_momentum: float = option(0.9, "momentum of the table's sgd", least=0, most=1)
+    head_weight_decay: float = option(0.0, "weight decay of the table", least=0)
     dtype: str = option("float32", "of the table; float64 makes the whole run float64", DTYPES)
     storage: str = option("", "folder for a memory-mapped table; empty: in memory")
     backend: str = option("auto", "backend of the head", BACKENDS)
     precision: str = option("fp32", "precision of the head's products", PRECISIONS)
-    steps: int = option(200, "steps")
-    batch_size: int = option(256, "pictures per step, of all ranks together")
+    steps: int = option(200, "steps; a finished run goes on to more", least=1)
+    batch_size: int = option(256, "pictures per step, of all ranks together", least=1)
     optimizer: str = option("sgd", "optimiser of the backbone", OPTIMIZERS)
-    lr: float = option(0.1, "peak learning rate of the backbone")
-    momentum: float = option(0.9, "momentum of the backbone's sgd")
-    weight_decay: float = option(5e-4, "weight decay of the backbone")
+    lr: float = option(0.1, "peak learning rate of the backbone", least=0)
+    momentum: float = option(0.9, "momentum of the backbone's sgd", least=0, most=1)
+    weight_decay: float = option(5e-4, "weight decay of the backbone", least=0)
     schedule: str = option("cosine", "learning rates after the warm-up", SCHEDULES)
-    warmup: float = option(0.1, "share of the steps with linearly rising learning rates")
+    warmup: float = option(
+        0.1, "share of the steps with linearly rising learning rates", least=0, most=1
+    )
+    nonfinite: str = option(
+        "stop",
+        "a step whose loss or gradient is NaN or infinite: end the run, or skip it",
+        NONFINITE,
+    )
     parallel: str = option("ddp", "how the backbone is spread over ranks", PARALLEL)
     device: str = option("cpu", "cuda: each rank takes the GPU of its local rank", DEVICES)
-    threads: int = option(1, "CPU threads of a rank; more may order sums in another way")
-    seed: int = option(0, "seeds weights, data order, samples and augmentation")
-    readers: int = option(2, "threads of a rank that read pictures ahead")
-    checkpoint_every: int = option(50, "steps between checkpoints")
-    keep: int = option(2, "checkpoints that stay")
-    interval: float = option(1.0, "seconds between a rank's heartbeats")
-    timeout: float = option(30.0, "seconds without a heartbeat after which a rank is dead")
-    hang_timeout: float = option(600.0, "seconds without progress after which a rank hangs")
+    threads: int = option(1, "CPU threads of a rank; more may order sums in another way", least=1)
+    seed: int = option(0, "seeds weights, data order, samples and augmentation", least=0)
+    readers: int = option(2, "threads of a rank that read pictures ahead", least=1)
+    checkpoint_every: int = option(50, "steps between checkpoints", least=1)
+    keep: int = option(2, "checkpoints that stay", least=1)
+    interval: float = option(1.0, "seconds between a rank's heartbeats", above=0)
+    timeout: float = option(30.0, "seconds without a heartbeat after which a rank is dead", above=0)
+    tensorboard: bool = option(False, "write scalars for TensorBoard, beside log.jsonl")
+    hang_timeout: float = option(
+        600.0, "seconds without progress after which a rank hangs", above=0
+    )
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        counts = (
-            "classes", "samples", "features", "image_size", "hidden", "embedding", "sub_centers",
-            "steps", "batch_size", "threads", "readers", "checkpoint_every", "keep",
-        )  # fmt: skip
-        check_least(self, **dict.fromkeys(counts, 1))
-        check_warmup(self)
+        super().__post_init__()
+        check_margin(self.margin, self.margin_value)
+        if not self.interval < self.timeout / 2:
+            raise OptionError(
+                "interval",
+                f"expected less than half of --timeout {self.timeout}, got {self.interval}",
+            )
+        if not self.hang_timeout > self.interval:
+            raise OptionError(
+                "hang_timeout",
+                f"expected more than --interval {self.interval}, got {self.hang_timeout}",
+            )
         kind, _, place = self.data.partition(":")
         if kind not in SETS or (not place and kind not in ("synthetic", "glyphs")):
-            raise ValueError(
-                f"data: expected synthetic, glyphs, or one of {', '.join(SETS[1:])} and where it "
-                f"lies after a colon, got {self.data!r}"
+            raise OptionError(
+                "data",
+                f"expected synthetic, glyphs, or one of {', '.join(SETS[1:])} and where it lies "
+                f"after a colon, got {self.data!r}",
             )
         self.factory_args()
 

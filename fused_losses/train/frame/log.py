@@ -1,0 +1,102 @@
+"""What a run says of each step: a JSON line, and scalars for TensorBoard where they are wanted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from fused_losses.base.files import write_text
+from fused_losses.train.frame.files import RunFileError, parse_json, read_utf8
+
+LOG, TENSORBOARD = "log.jsonl", "tensorboard"
+
+
+class StepLog:
+    """One JSON line a step: {..., "step", "loss", "lr", "seconds"}, the fields of `begin` first.
+
+    path: None writes nothing (a rank other than the first). board: folder of TensorBoard's files.
+    """
+
+    def __init__(self, path: Path | None, board: Path | None = None) -> None:
+        self.path, self.board = path, board
+        self._which: dict[str, Any] = {}
+        self._file: TextIO | None = None
+        self._writer: Any = None
+
+    def begin(self, start: int, **which: Any) -> None:
+        """Go on at step `start` of the training that `which` tells from the others of its run.
+
+        Its later lines go: what came after the checkpoint is done again, and is then there once.
+        """
+        self.close()
+        self._which = which
+        if self.path is None:
+            return
+        kept = [
+            line
+            for line in read_log(self.path)
+            if line["step"] < start or any(line.get(key) != told for key, told in which.items())
+        ]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(self.path, "a")  # noqa: SIM115
+        if self.board is not None:
+            # optional, and slow to import
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+            name = "-".join(str(value) for value in which.values())
+            self._writer = SummaryWriter(str(self.board / name), purge_step=start)
+
+    def write(self, step: int, loss: float, lr: float, seconds: float) -> None:
+        if self._file is not None:
+            record = {"step": step, "loss": loss, "lr": lr, "seconds": round(seconds, 6)}
+            self._file.write(json.dumps({**self._which, **record}) + "\n")
+            self._file.flush()
+        if self._writer is not None:
+            for name, value in (("loss", loss), ("lr", lr), ("seconds", seconds)):
+                self._writer.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """The lines so far reach the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._file = self._writer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line that a kill has torn is none.
+
+    RunFileError names the line of other damage.
+    """
+    return list(_lines(path)) if path.exists() else []
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    lines = read_utf8(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        place, torn = f"{path}: line {number}", number == len(lines)
+        if torn and not line:
+            return
+        try:
+            record = parse_json(line, place)
+        except RunFileError:
+            if torn:
+                return
+            raise
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise RunFileError(f"{place}: expected an object with an integer 'step'")
+        yield record

@@ -1,0 +1,37 @@
+"""What can be known to fail before a run has a folder: each names the option that asks for it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from fused_losses import backends
+from fused_losses.train.frame.options import OptionError
+
+
+def check_device(name: str) -> None:
+    """OptionError for a device that this machine, or this build of torch, does not have."""
+    try:
+        # a device without values ("meta") has none to read either
+        torch.zeros(1, device=torch.device(name)).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        told = str(error).partition("\n")[0]
+        text = f"expected a device that works here, got {name!r} ({told})"
+        raise OptionError("device", text) from error
+
+
+def check_backend(backend: str, device: str, precision: str, dtype: torch.dtype) -> str:
+    """The backend that will run; OptionError where none can."""
+    asked = None if backend == "auto" else backend
+    try:
+        return backends.choose(asked, torch.device(device), dtype, precision)[0]
+    except (ValueError, RuntimeError) as error:
+        raise OptionError("backend", str(error)) from error
+
+
+def check_tensorboard(wanted: bool) -> None:
+    """OptionError where TensorBoard is wanted and not installed."""
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        text = "the package tensorboard is not installed: pip install tensorboard"
+        raise OptionError("tensorboard", text)
