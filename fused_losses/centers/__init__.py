@@ -3,7 +3,9 @@
 from fused_losses.centers.collectives import Traffic, step_traffic
 from fused_losses.centers.head import ClassCenters
 from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
+from fused_losses.centers.predict import TopClasses, class_scores, top_classes
 from fused_losses.centers.statistics import HeadStats
+from fused_losses.centers.subcenters import SubCenters
 from fused_losses.centers.update import HeadOptimizer
 
 __all__ = [
@@ -11,7 +13,11 @@ __all__ = [
     "HeadOptimizer",
     "HeadStats",
     "RowOptimizer",
+    "SubCenters",
+    "TopClasses",
     "Traffic",
+    "class_scores",
     "make_row_optimizer",
     "step_traffic",
+    "top_classes",
 ]
