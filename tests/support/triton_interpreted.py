@@ -13,7 +13,8 @@ from places import ROOT, search_path
 def passes(cases: Path) -> None:
     """Every test of the file passes in Triton's interpreter."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": search_path()}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    plugins = ("-p", "no:cacheprovider", "-p", "triton_patched_once")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *plugins]
     run = subprocess.run(
         [*command, str(cases)],
         env=environment,
