@@ -126,6 +126,13 @@ def exactly_centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None
     return x - center, None if y is None else y - center
 
 
+def nan_where_infinite(x: Tensor) -> Tensor:
+    """0 a row, NaN where one of its entries is infinite or NaN; no copy of x. [..., D] -> [...]"""
+    if x.shape[-1] == 0:
+        return x.new_zeros(x.shape[:-1])
+    return 0 * torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1)
+
+
 def softplus(z: Tensor) -> Tensor:
     """log(1 + e^z), without F.softplus's cut at 20, which costs float64 its digits."""
     return -F.logsigmoid(-z)

@@ -14,6 +14,7 @@ from fused_losses.base.integers import count_up
 from fused_losses.base.numerics import (
     accumulate_dtype,
     merged,
+    nan_where_infinite,
     no_autocast,
     over_last,
     reduced,
@@ -217,7 +218,8 @@ def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _S
     """The side of negatives [N, K, D] that each row has to itself."""
     narrow = accumulate_dtype(inputs.x.dtype)
     found = product(inputs.x.to(narrow)[:, None], negatives.to(narrow))[:, 0]
-    z = found.double() * inputs.scale
+    bad = nan_where_infinite(inputs.x)[:, None] + nan_where_infinite(negatives)
+    z = found.double() * inputs.scale + bad
     kept = torch.ones_like(z, dtype=torch.bool)
     if inputs.x_window is not None:
         kept = ~(z.to(narrow) >= inputs.x_window[3, :, None])
@@ -235,6 +237,7 @@ def _diagonal(inputs: PairInputs, offset: int) -> Tensor:
     n, narrow = inputs.x.shape[0], accumulate_dtype(inputs.x.dtype)
     x, y = inputs.x.to(narrow), inputs.y[offset : offset + n].to(narrow)
     z = product(x[:, None], y[:, None])[:, 0, 0].double() * inputs.scale
+    z = z + nan_where_infinite(x) + nan_where_infinite(y)
     if inputs.exclude is None:
         return z
     out = (inputs.exclude == count_up(n, x, offset)[:, None]).any(dim=1)

@@ -17,6 +17,7 @@ from fused_losses.base import validation
 from fused_losses.base.examples import PRECISIONS, examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
+    nan_where_infinite,
     no_autocast,
     reduced,
     root,
@@ -219,9 +220,10 @@ def listed_distances(x: Tensor, y: Tensor, index: Tensor, distance: str) -> Tens
     near = y.index_select(0, index.clamp_min(0).flatten()).to(dtype)
     near = near.view(*index.shape, y.shape[1])
     x = x.to(dtype)[:, None]
+    bad = nan_where_infinite(x) + nan_where_infinite(near)
     if distance == "cosine":
-        return 1 - (x * near).sum(dim=2)
-    squared = (x - near).square().sum(dim=2)
+        return 1 - (x * near).sum(dim=2) + bad
+    squared = (x - near).square().sum(dim=2) + bad
     return squared if distance == "sqeuclidean" else root(squared)
 
 
@@ -244,7 +246,7 @@ def chosen_distances(
     near, far = listed_distances(inputs.x, inputs.y, index, distance).unbind(dim=1)
     if extreme and not formula:
         # a NaN among a row's candidates would have been the extreme one
-        near = torch.where(inputs.y.detach().isnan().any(), torch.nan, near)
+        near = near + nan_where_infinite(inputs.y).sum()
     return torch.where(found, near, 0), torch.where(found, far, 0), found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, no_autocast
+from fused_losses.base.numerics import accumulate_dtype, nan_where_infinite, no_autocast
 from fused_losses.primitives.maxsim.inputs import BACKWARD, FORWARD, MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.maxsim.reference import scores
 from fused_losses.primitives.op import StreamedOp
@@ -37,7 +37,7 @@ def maxsim(
             first ones); with the ragged form they sum to T.
 
     A document without tokens scores 0. The gradient goes to the first of equal largest tokens.
-    Returns float32 (float64 for float64 inputs). NaN tokens give NaN scores.
+    Returns float32 (float64 for float64 inputs). Tokens with NaN or inf give NaN scores.
     Raises ValueError or TypeError for arguments that do not fit; RuntimeError when the backend
     cannot run the call, and for a second derivative (backend="reference" has every order).
     Time O(Q Lq B Ld D); memory beyond inputs and gradients: Q Lq B int32, and copies of the tokens
@@ -78,8 +78,15 @@ def maxsim(
     arguments = (flat_queries, flat_documents, query_offsets, document_offsets)
     with no_autocast(queries.device):
         if name == "reference":
-            return scores(*arguments)
-        return MAXSIM(name, *arguments, precision)[0]
+            found = scores(*arguments)
+        else:
+            found = MAXSIM(name, *arguments, precision)[0]
+        of_queries, of_documents = (
+            _bad(flat_queries, query_offsets),
+            _bad(flat_documents, document_offsets),
+        )
+        some = document_offsets.diff() > 0  # a document without tokens scores 0
+        return found + torch.where(some, of_queries[:, None], 0) + of_documents
 
 
 def _check(name: str, tensor: Tensor, dims: int) -> None:
@@ -115,6 +122,14 @@ def _check_lengths(lengths: Tensor, documents: Tensor, ragged: bool) -> None:
             f"lengths: expected at most {documents.shape[1]} tokens a document, got "
             f"{int(lengths.max())}"
         )
+
+
+def _bad(tokens: Tensor, offsets: Tensor) -> Tensor:
+    """0 a text, NaN where a token has NaN or inf: which maximum is inf would be a kernel's own."""
+    at = torch.arange(tokens.shape[0], device=tokens.device)
+    owner = torch.bucketize(at, offsets[1:], right=True)
+    marks = nan_where_infinite(tokens).to(accumulate_dtype(tokens.dtype))
+    return marks.new_zeros(offsets.shape[0] - 1).index_add(0, owner, marks)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, followed, row_dtype
+from fused_losses.base.numerics import accumulate_dtype, followed, nan_where_infinite, row_dtype
 from fused_losses.base.validation import describe
 from fused_losses.primitives.op import StreamedOp, duals, moves_of
 from fused_losses.primitives.pairs import bounded, tangents
@@ -80,7 +80,7 @@ def pair_statistics(
     """
     _check(inputs)
     validation.check_choice("reduction", reduction, REDUCTIONS)
-    name = _backend(inputs, backend)
+    name, inputs = _backend(inputs, backend), _marked(inputs)
     if name == "reference":
         rows, columns = reference_pairs.statistics(inputs, reduction, cols)
     else:
@@ -102,7 +102,7 @@ def pair_attention(
     if inputs.triangle:
         raise ValueError("triangle: expected False, attention needs the pairs of both orders")
     _check(inputs)
-    name = _backend(inputs, backend)
+    name, inputs = _backend(inputs, backend), _marked(inputs)
     if name == "reference":
         return reference_pairs.attention(values, inputs, positives)
     return PAIR_ATTENTION(name, values, *_flat(inputs), positives)
@@ -122,7 +122,7 @@ def pair_transport(
     derivatives too. Time and memory are those of `pair_attention` with values of D + 1.
     """
     _check(plan)
-    name = _backend(plan, backend)
+    name, plan = _backend(plan, backend), _marked(plan)
     if name == "reference":
         wide = accumulate_dtype(x.dtype)
         weights = (reference_pairs.scores(plan) + x_bias[:, None]).exp().detach()
@@ -177,6 +177,19 @@ def _check(p: PairInputs) -> None:
     for name in () if p.triangle else PAIRED:
         if (getattr(p, f"x_{name}") is None) != (getattr(p, f"y_{name}") is None):
             raise ValueError(f"x_{name}, y_{name}: expected both or neither, got one")
+
+
+def _marked(p: PairInputs) -> PairInputs:
+    """Rows with inf are NaN in their biases: what sums make of inf would be each kernel's own."""
+
+    def bias(rows: Tensor, known: Tensor | None) -> Tensor:
+        mark = nan_where_infinite(rows).to(accumulate_dtype(rows.dtype))
+        return mark if known is None else known + mark.to(known.dtype)
+
+    x_bias = bias(p.x, p.x_bias)
+    if p.triangle or (p.y is p.x and p.y_bias is p.x_bias):
+        return p._replace(x_bias=x_bias, y_bias=None if p.triangle else x_bias)
+    return p._replace(x_bias=x_bias, y_bias=bias(p.y, p.y_bias))
 
 
 def _flat(p: PairInputs) -> PairInputs:
