@@ -10,7 +10,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
   -DCMAKE_BUILD_TYPE=Release
 
 .PHONY: venv train check test ctest cuda-host cuda-sanitize cuda-mutants \
-  kernel-tests gpu-static bench lint types clean
+  kernel-tests gpu-gate gpu-static bench lint types clean
 
 venv: $(VENV)/.built
 
@@ -42,10 +42,11 @@ BEST = $(shell $(BIN)/python -c "from fused_losses import _C; print(_C.capabilit
 
 test: venv lint cuda-host kernel-tests
 	$(CTEST) --tests-regex '_$(BEST)$$'
-	$(ON_HOST) $(PYTEST) --durations 40 -m "not mutants"
+	$(ON_HOST) $(PYTEST) --durations 40 -m "not (mutants or gate)"
 	$(PROVE) ctest:$(BEST) $(CTEST) --exclude-regex '_$(BEST)$$'
 	$(PROVE) sanitizers make cuda-sanitize
 	$(PROVE) mutants make cuda-mutants
+	$(PROVE) gate make gpu-gate
 
 # the kernels without Python: their own tests under ctest, on every instruction set
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure
@@ -75,6 +76,10 @@ cuda-sanitize: venv
 # faults planted in the CUDA kernels: the cases notice each
 cuda-mutants: venv
 	$(ON_HOST) $(PYTEST) tests -m mutants
+
+# a part of it: the Triton kernels that each target is tested with
+gpu-gate: venv
+	$(BIN)/python -m pytest tests/commands/test_gpu_static.py -m gate
 
 # what every GPU kernel compiles to, without a GPU: writes docs/generated/gpu_static.md, fails on a spill
 gpu-static: venv

@@ -1,4 +1,5 @@
-"""What need not run again while its files stay as they are: mutants, sanitizers, lower CPUs.
+"""What need not run again while its files stay as they are: mutants, sanitizers, lower CPUs, and
+what Triton compiles for every target.
 
     python -m tools.proofs run NAME [--full] COMMAND ...
     python -m tools.proofs hash
@@ -31,8 +32,16 @@ CUDA = (
     "tests/triton_kernels/*",  # whose cases the CUDA kernels share
     "tests/conftest.py",
 )
+# what decides which Triton kernels are launched and how they are compiled and read
+TRITON = (
+    *(f"fused_losses/{room}/*" for room in ("base", "backends", "primitives")),
+    "fused_losses/bench/roofline/trace.py",
+    "tools/gpu_static/*",
+    "tests/commands/test_gpu_static.py",
+    "requirements-tested.txt",
+)
 # each proof's files; a * also crosses folders
-PROOFS = {"mutants": CUDA, "sanitizers": CUDA, "ctest": KERNELS}
+PROOFS = {"mutants": CUDA, "sanitizers": CUDA, "ctest": KERNELS, "gate": TRITON}
 
 
 def files(name: str, root: Path = ROOT) -> list[Path]:

@@ -52,6 +52,7 @@ def found() -> page.Found:
     return sweep.sweep(NVIDIA + AMD, tested=True)
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("arch", NVIDIA + AMD)
 def test_triton_kernels(found: page.Found, arch: str) -> None:
     mine = [(call, f) for call, f in found if f.arch == arch]
