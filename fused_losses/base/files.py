@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+class DataError(ValueError):
+    """Data that cannot be what it claims; the message names file, record and what was expected."""
+
+
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], *, alone: bool = True
 ) -> None:

@@ -3,7 +3,8 @@
 The readers need Pillow (`pip install 'fused-losses[train]'`); see docs/datasets.md.
 """
 
-from fused_losses.datasets.base import DataError, ImageSet
+from fused_losses.base.files import DataError
+from fused_losses.datasets.base import ImageSet
 from fused_losses.datasets.bin_sets import BinResult, BinSet, evaluate_bin, read_bin
 from fused_losses.datasets.folders import ImageFolders
 from fused_losses.datasets.recordio import Record, RecordIO, write_records

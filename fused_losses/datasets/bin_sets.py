@@ -14,16 +14,11 @@ import torch
 from torch import Tensor
 
 from fused_losses import metrics
+from fused_losses.base.files import DataError
 from fused_losses.base.unit_norm import unit
-from fused_losses.datasets.base import (
-    MAX_ENCODED,
-    DataError,
-    StoredFile,
-    check_channels,
-    check_indices,
-    check_size,
-    decode_picture,
-)
+from fused_losses.datasets.base import check_indices
+from fused_losses.datasets.decoding import check_channels, check_size, decode_picture
+from fused_losses.datasets.files import MAX_ENCODED, StoredFile
 from fused_losses.datasets.pickles.arrays import Array, describe
 from fused_losses.datasets.pickles.values import read_pickled
 from fused_losses.metrics import VerificationAccuracy

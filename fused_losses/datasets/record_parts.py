@@ -11,7 +11,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from fused_losses.datasets.base import DataError, StoredFile
+from fused_losses.base.files import DataError
+from fused_losses.datasets.files import MAX_ENCODED, StoredFile
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -19,6 +20,9 @@ PART = struct.Struct("<II")  # magic, cflag << 29 | length
 HEADER = struct.Struct("<IfQQ")  # flag, label, id, id2
 WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
 MAX_RECORD = 1 << 29  # bytes; MXNet writes none as long
+MAX_LABELS = 1 << 16
+MAX_PARTS = 1 << 16
+MAX_HELD = MAX_ENCODED + (1 << 20)  # bytes of a record that is read: a picture and its labels
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,15 @@ def _read_parts(file: StoredFile, offset: int, what: str) -> tuple[bytes, int]:
     while cflag not in (WHOLE, LAST):
         cflag, length = read_part(file, offset, what, first=not parts)
         total += length + len(MAGIC_BYTES)
-        if total > MAX_RECORD + len(MAGIC_BYTES):
+        if total > MAX_HELD:
             raise DataError(
-                f"{file.path}: {what}: expected a record under {MAX_RECORD} bytes, its parts up to "
-                f"offset {offset} hold {total}"
+                f"{file.path}: {what}: expected a record of at most {MAX_HELD} bytes, its parts up "
+                f"to offset {offset} hold {total}"
+            )
+        if len(parts) == MAX_PARTS:
+            raise DataError(
+                f"{file.path}: {what}: expected a record of at most {MAX_PARTS} parts, got more up "
+                f"to offset {offset}"
             )
         parts.append(file.read(offset + PART.size, length, what))
         offset += PART.size + -(-length // 4) * 4
@@ -83,6 +92,11 @@ def _parse(file: StoredFile, content: bytes, offset: int, what: str) -> Record:
         raise DataError(
             f"{file.path}: {what}: expected {flag} labels in the record at offset {offset}, which "
             f"holds {len(content)} bytes"
+        )
+    if flag > MAX_LABELS:
+        raise DataError(
+            f"{file.path}: {what}: expected at most {MAX_LABELS} labels in the record at offset "
+            f"{offset}, got {flag}"
         )
     labels = struct.unpack_from(f"<{flag}f", content, HEADER.size) if flag else (label,)
     return Record(labels, key, content[start:], flag > 0, id2)
@@ -107,8 +121,8 @@ def peek(file: StoredFile, offset: int, what: str) -> tuple[float, bool]:
 
 def frame(content: bytes) -> bytes:
     """A record's bytes as parts that hold no magic at a multiple of four."""
-    if len(content) >= MAX_RECORD:
-        raise ValueError(f"records: expected under {MAX_RECORD} bytes each, got {len(content)}")
+    if len(content) >= MAX_HELD:
+        raise ValueError(f"records: expected under {MAX_HELD} bytes each, got {len(content)}")
     cuts, at = [], content.find(MAGIC_BYTES)
     while at >= 0:
         if at % 4 == 0:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from torch import Tensor
 
-from fused_losses.datasets.base import DataError, EncodedImages, StoredFile
+from fused_losses.base.files import DataError
+from fused_losses.datasets.base import EncodedImages
+from fused_losses.datasets.files import StoredFile, is_there, stamp
 from fused_losses.datasets.record_parts import (
     FIRST,
     HEADER,
@@ -26,12 +29,21 @@ from fused_losses.datasets.record_parts import (
     read_part,
     read_record,
 )
-from fused_losses.datasets.side_files import Cache, Index, remembered, side_path, stamp
+from fused_losses.datasets.side_files import (
+    Cache,
+    Index,
+    remembered,
+    rising,
+    side_path,
+    within,
+)
 
 EXACT = 1 << 24  # integers that float32 holds exactly
 MAX_KEY = 1 << 62
 MAX_IDX_LINE = 64
 MAX_PROPERTY = 1 << 10
+# the sides of the pictures are floats in some files
+PROPERTY = re.compile(rb"\s*(\d{1,9})\s*(?:,\s*\d{1,9}(?:\.\d*)?\s*){2}")
 
 
 # ---- where the records are ----------------------------------------------------------------------
@@ -82,7 +94,7 @@ def _scan(file: StoredFile) -> tuple[array, array]:
 
 def _places(rec: StoredFile, idx: Path) -> tuple[Tensor, Tensor]:
     """(keys [n], rising; offsets [n])"""
-    listed = idx.is_file()
+    listed = is_there(idx)
     keys, offsets = (
         torch.tensor(t, dtype=torch.int64) for t in (_read_idx(idx, rec) if listed else _scan(rec))
     )
@@ -108,7 +120,8 @@ def _kinds(rec: StoredFile, keys: Tensor, offsets: Tensor) -> tuple[range, range
     """Which rows are pictures, and which identities.
 
     Record 0, when it has labels and no picture, says at which keys the identities' records start
-    and end; pictures have the keys from 1 up to there. Without such a record all are pictures.
+    and end (0: there are none); pictures have the keys from 1 up to there. Without such a record
+    all are pictures.
     """
     n = len(keys)
     nothing = range(n), range(0)
@@ -129,6 +142,9 @@ def _kinds(rec: StoredFile, keys: Tensor, offsets: Tensor) -> tuple[range, range
         first = _first_identity(rec, offsets, first)
     if last > EXACT:
         last = int(keys[-1]) + 1
+    # some writers say 0 for no identities, others leave the identities out of the index
+    if last == 0 or int(keys[-1]) == first - 1:
+        last = first
     if not 1 <= first <= last:
         raise DataError(f"{rec.path}: key 0: expected 1 <= first <= last key, got {first}, {last}")
     counted = torch.arange(min(last, n))
@@ -147,7 +163,8 @@ def _first_identity(rec: StoredFile, offsets: Tensor, rounded: int) -> int:
     for key in range(rounded - spread, min(rounded + spread + 1, len(offsets))):
         if not peek(rec, int(offsets[key]), f"key {key}")[1]:
             return key
-    return rounded
+    # none: the index has the pictures alone
+    return len(offsets) if abs(len(offsets) - rounded) <= spread else rounded
 
 
 def _build_index(rec: StoredFile, idx: Path, classes: int | None) -> Index:
@@ -178,16 +195,32 @@ def _build_index(rec: StoredFile, idx: Path, classes: int | None) -> Index:
 
 def _read_property(path: Path) -> int | None:
     """The number of classes from "classes,height,width", if there is such a file."""
-    if not path.is_file():
+    if not is_there(path):
         return None
     with path.open("rb") as file:
         text = file.read(MAX_PROPERTY)
-    fields = [field.strip() for field in text.split(b",")]
-    if len(fields) != 3 or not all(f.isdigit() for f in fields):
+    fields = PROPERTY.fullmatch(text)
+    if fields is None:
         raise DataError(f"{path}: expected classes,height,width, got {text[:40]!r}")
-    if not 1 <= int(fields[0]) <= EXACT:
-        raise DataError(f"{path}: expected 1 to {EXACT} classes, got {int(fields[0])}")
-    return int(fields[0])
+    if not 1 <= int(fields[1]) <= EXACT:
+        raise DataError(f"{path}: expected 1 to {EXACT} classes, got {int(fields[1])}")
+    return int(fields[1])
+
+
+def _fits(index: Index, rec: StoredFile, classes: int | None) -> bool:
+    """Whether an index is one that `_build_index` can have made of this file."""
+    labels, keys, offsets = index["labels"], index["keys"], index["offsets"]
+    people, places = index["identity_keys"], index["identity_offsets"]
+    records = torch.cat([offsets, places])
+    return (
+        len(labels) == len(keys) == len(offsets)
+        and len(people) == len(places)
+        and within(labels, 0, min(classes or EXACT, EXACT))
+        and within(torch.cat([keys, people]), 0, MAX_KEY)
+        and rising(keys)
+        and within(records, 0, rec.size)
+        and not bool((records % 4).any())
+    )
 
 
 def _rec_path(path: str | Path) -> Path:
@@ -203,7 +236,8 @@ class RecordIO(EncodedImages):
 
     path: the .rec file, or its path without the suffix. Without the .idx file the .rec file is
     walked from its start. The class is a record's first label. Header records as InsightFace
-    writes them (record 0, and one for each identity) are no pictures. cache: where labels and
+    writes them (record 0, and one for each identity) are no pictures. transform: what
+    `set[index]` does to a picture. cache: where labels and
     offsets are kept (True: beside the .rec file), for as long as the three files stay the same.
 
     Raises DataError that names file, key and offset for damage: on opening for what the index
@@ -218,17 +252,21 @@ class RecordIO(EncodedImages):
         *,
         size: int | tuple[int, int],
         channels: int = 3,
+        transform: Callable[[Tensor], Any] | None = None,
         cache: Cache = True,
     ) -> None:
         self.path = _rec_path(path)
         self._file = StoredFile(self.path)
         idx, about = self.path.with_suffix(".idx"), self.path.with_name("property")
         classes = _read_property(about)
-        stamps = [stamp(file) if file.is_file() else None for file in (self.path, idx, about)]
+        beside = [stamp(os.stat(file)) if is_there(file) else None for file in (idx, about)]
         index, _ = remembered(
             side_path(cache, self.path),
-            stamps,
+            [self._file.stamp, *beside],
             lambda: (_build_index(self._file, idx, classes), None),
+            lambda index, _: _fits(index, self._file, classes),
+            # an index is smaller than what it tells of
+            most=self._file.size,
         )
         self.keys, self._offsets = index["keys"], index["offsets"]
         self._identities = index["identity_keys"], index["identity_offsets"]
@@ -236,7 +274,7 @@ class RecordIO(EncodedImages):
             raise DataError(f"{self.path}: expected pictures, got none")
         if classes is None:
             classes = int(index["labels"].max()) + 1
-        super().__init__(index["labels"], classes, None, size, channels)
+        super().__init__(index["labels"], classes, None, size, channels, transform)
 
     def record(self, index: int) -> Record:
         """A picture's whole record; index in [0, n)."""

@@ -22,15 +22,10 @@ from fused_losses.base.files import write_atomically
 
 FORMAT = "fused_losses.datasets 1"
 MAX_HEAD = 1 << 28
+MAX_INDEX = 1 << 32  # bytes of tensors, where the data's own size does not say
 
 Index = dict[str, Tensor]  # name -> [n] int64
 Cache = str | Path | bool | None  # True: beside the data; a folder; False or None: not kept
-
-
-def stamp(path: Path) -> list[int]:
-    """[size, time of change in ns]: what tells that a file is still the same."""
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
 
 
 def side_path(cache: Cache, path: Path) -> Path | None:
@@ -48,16 +43,23 @@ def remembered(
     side: Path | None,
     stamps: object,  # what JSON can hold; changes when the data does
     make: Callable[[], tuple[Index, Any]],
+    fits: Callable[[Index, Any], bool],
+    most: int = MAX_INDEX,
 ) -> tuple[Index, Any]:
     """`make()`, or what it returned last time if the stamps are the same: tensors and a JSON value.
 
-    A folder that can't be written gives a warning, and the index is not kept.
+    fits: whether what is kept can be of this data, for a file may hold anything; a KeyError or
+    TypeError is a no. most: the bytes of its tensors. A folder that can't be written gives a
+    warning, and the index is not kept.
     """
     if side is None:
         return make()
-    found = _load(side, stamps)
-    if found is not None:
-        return found
+    found = _load(side, stamps, most)
+    try:
+        if found is not None and fits(*found):
+            return found
+    except (KeyError, TypeError, AttributeError):
+        pass
     tensors, extra = make()
     try:
         _save(side, stamps, tensors, extra)
@@ -94,7 +96,7 @@ def _save(side: Path, stamps: object, tensors: Index, extra: object) -> None:
     write_atomically(side, fill, alone=False)
 
 
-def _load(side: Path, stamps: object) -> tuple[Index, object] | None:
+def _load(side: Path, stamps: object, most: int = MAX_INDEX) -> tuple[Index, object] | None:
     """None where there is none that fits, whatever the reason."""
     try:
         with side.open("rb") as file:
@@ -102,11 +104,14 @@ def _load(side: Path, stamps: object) -> tuple[Index, object] | None:
             head, crc = json.loads(line), zlib.crc32(line)
             if head["format"] != FORMAT or head["stamps"] != stamps:
                 return None
-            total = 8 * sum(count for _, count in head["names"])
+            counts = [int(count) for _, count in head["names"]]
+            total = 8 * sum(counts)
+            if min(counts) < 0 or total > most:
+                return None
             if os.fstat(file.fileno()).st_size - file.tell() != total:
                 return None
             tensors = {}
-            for name, count in head["names"]:
+            for (name, _), count in zip(head["names"], counts, strict=True):
                 array = bytearray(file.read(8 * count))
                 crc = zlib.crc32(array, crc)
                 tensors[name] = (
@@ -115,5 +120,14 @@ def _load(side: Path, stamps: object) -> tuple[Index, object] | None:
                     else torch.zeros(0, dtype=torch.int64)
                 )
             return (tensors, head["extra"]) if crc == expected else None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError):
         return None
+
+
+def within(values: Tensor, start: int, stop: int) -> bool:
+    """Whether all values lie in [start, stop)."""
+    return not len(values) or (int(values.min()) >= start and int(values.max()) < stop)
+
+
+def rising(values: Tensor) -> bool:
+    return bool((values[1:] > values[:-1]).all())

@@ -14,14 +14,23 @@ from pathlib import Path
 
 import torch
 
-from fused_losses.datasets.base import MAX_CLASSES, MAX_ENCODED, SUFFIXES, DataError, StoredFile
-from fused_losses.datasets.side_files import Cache, Index, remembered, side_path, stamp
+from fused_losses.base.files import DataError
+from fused_losses.datasets.base import MAX_CLASSES
+from fused_losses.datasets.decoding import SUFFIXES
+from fused_losses.datasets.files import MAX_ENCODED, StoredFile
+from fused_losses.datasets.side_files import Cache, Index, remembered, side_path, within
 
 PICTURES = frozenset(suffix[1:] for suffix in SUFFIXES)
 MAX_LABEL = 1 << 20  # bytes of a .cls or .json member
 MAX_HEADER = 1 << 20  # bytes of a long name or a pax header
 MAX_SHARDS = 1 << 20
+MAX_PADDING = 1 << 26  # bytes from the end mark on
+MAX_SAID = 16  # names of members in a message
+COMPRESSED = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstd": b"\x28\xb5\x2f\xfd"}
+# beside key.jpg and key.cls, as some writers call them: key.input.jpg, key.target.cls
+ALIASES = {"picture": "input.", "cls": "target.", "json": "target."}
 BRACES = re.compile(r"\{([^{}]*)\}")
+NAMES = ("offsets", "sizes", "labels")
 KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 
 
@@ -130,10 +139,42 @@ def _members(file: StoredFile) -> Iterator[tarfile.TarInfo]:
             f"{file.path}: expected the header of a member at offset {after} "
             f"({type(error).__name__}: {error})"
         ) from None
+    _check_end(file, after)
+
+
+def _check_end(file: StoredFile, after: int) -> None:
+    """The end mark is a block of zeros, and behind it are only zeros, or the shard goes on there.
+
+    tarfile stops at the first such block, be it between two members or two archives.
+    """
     if file.read(after, tarfile.BLOCKSIZE, "the end mark") != bytes(tarfile.BLOCKSIZE):
         raise DataError(
             f"{file.path}: expected the header of a member or the end mark at offset {after}"
         )
+    if file.size - after > MAX_PADDING:
+        raise DataError(
+            f"{file.path}: expected at most {MAX_PADDING} bytes from the end mark at offset "
+            f"{after} on, got {file.size - after}"
+        )
+    for offset in range(after, file.size, MAX_HEADER):
+        part = file.read(offset, min(MAX_HEADER, file.size - offset), "the end mark")
+        if part.strip(b"\0"):
+            there = offset + len(part) - len(part.lstrip(b"\0"))
+            raise DataError(
+                f"{file.path}: expected only zeros behind the end mark at offset {after}, got "
+                f"bytes at {there}: two archives in one file, or a block of zeros between members"
+            )
+
+
+def _check_plain(file: StoredFile) -> None:
+    """A compressed shard can't be read at offsets."""
+    start = file.read(0, min(6, file.size), "the first bytes")
+    for name, magic in COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(
+                f"{file.path}: expected an uncompressed tar, whose pictures are read at their "
+                f"offsets, got one compressed by {name}: decompress it once"
+            )
 
 
 def _label(file: StoredFile, member: tarfile.TarInfo, kind: str) -> int:
@@ -152,40 +193,61 @@ def _label(file: StoredFile, member: tarfile.TarInfo, kind: str) -> int:
     except (ValueError, KeyError, TypeError, RecursionError):
         label = None
     if type(label) is not int or not 0 <= label < MAX_CLASSES:
+        place = "a number" if kind == "cls" else 'a number under "label"'
         raise DataError(
-            f"{file.path}: {what}: expected a class in [0, {MAX_CLASSES}), got {text[:40]!r}"
+            f"{file.path}: {what}: expected a class in [0, {MAX_CLASSES}), {place}, got "
+            f"{text[:40]!r}; classes with names are numbered when the shards are written"
         )
     return label
 
 
+def _part(kind: str) -> str | None:
+    """What the member key.kind is to its key: "picture", "cls", "json", or nothing."""
+    end = kind.rpartition(".")[2]
+    part = "picture" if end in PICTURES else end
+    return part if part in ALIASES and kind in (end, ALIASES[part] + end) else None
+
+
 def _samples(file: StoredFile) -> Iterator[tuple[int, int, int]]:
     """(offset, size, class) of every picture, in the shard's order."""
-    key, parts = None, {}
+    key, parts, names = None, {}, []
+    seen, kinds = False, set()
     for member in _members(file):
         found = KEY.fullmatch(member.name)
-        kind = found[2].lower() if found else ""
-        part = "picture" if kind in PICTURES else kind
-        if found is None or part not in ("picture", "cls", "json"):
+        if found is None:
             continue
-        if found[1] != key:
-            if key is not None:
-                yield _sample(file, key, parts)
-            key, parts = found[1], {}
+        kind = found[2].lower()
+        part = _part(kind)
+        if part is None and len(kinds) < MAX_SAID:
+            kinds.add(f"key.{kind}")
+        if part is not None and found[1] != key:
+            if parts:
+                yield _sample(file, key, parts, names)
+            key, parts, names, seen = found[1], {}, [], True
+        if found[1] == key and len(names) < MAX_SAID:
+            names.append(member.name)
         if part in parts:
             raise DataError(
                 f"{file.path}: member {member.name!r}: expected one {part} of a key, got two"
             )
-        parts[part] = member
-    if key is not None:
-        yield _sample(file, key, parts)
+        if part is not None:
+            parts[part] = member
+    if parts:
+        yield _sample(file, key, parts, names)
+    if kinds and not seen:
+        raise DataError(
+            f"{file.path}: expected members key.jpg (or another picture) and key.cls or key.json, "
+            f"got none, but {', '.join(sorted(kinds))}"
+        )
 
 
-def _sample(file: StoredFile, key: str, parts: dict[str, tarfile.TarInfo]) -> tuple[int, int, int]:
+def _sample(
+    file: StoredFile, key: str | None, parts: dict[str, tarfile.TarInfo], names: list[str]
+) -> tuple[int, int, int]:
     picture, kind = parts.get("picture"), "cls" if "cls" in parts else "json"
     if picture is None or kind not in parts:
         raise DataError(
-            f"{file.path}: key {key!r}: expected a picture and a .cls or .json member, got "
-            f"{[member.name for member in parts.values()]}"
+            f"{file.path}: key {key!r}: expected a picture and a .cls or .json member, got {names}"
         )
     if not 1 <= picture.size <= MAX_ENCODED:
         raise DataError(
@@ -195,18 +257,31 @@ def _sample(file: StoredFile, key: str, parts: dict[str, tarfile.TarInfo]) -> tu
     return picture.offset_data, picture.size, _label(file, parts[kind], kind)
 
 
-def shard_index(path: Path, cache: Cache) -> Index:
-    """offsets, sizes, labels [n] int64 of a shard's pictures."""
-
-    def build() -> tuple[Index, None]:
-        columns = array("q"), array("q"), array("q")
-        for sample in _samples(StoredFile(path)):
-            for column, value in zip(columns, sample, strict=True):
-                column.append(value)
-        names = ("offsets", "sizes", "labels")
-        tensors = (torch.tensor(column, dtype=torch.int64) for column in columns)
-        return dict(zip(names, tensors, strict=True)), None
-
+def shard_index(path: Path, cache: Cache) -> tuple[Index, StoredFile]:
+    """offsets, sizes, labels [n] int64 of a shard's pictures, and the shard itself."""
     if not path.is_file():
         raise DataError(f"{path}: expected a tar shard, there is no such file")
-    return remembered(side_path(cache, path), stamp(path), build)[0]
+    file = StoredFile(path)
+
+    def build() -> tuple[Index, None]:
+        _check_plain(file)
+        columns = array("q"), array("q"), array("q")
+        for sample in _samples(file):
+            for column, value in zip(columns, sample, strict=True):
+                column.append(value)
+        tensors = (torch.tensor(column, dtype=torch.int64) for column in columns)
+        return dict(zip(NAMES, tensors, strict=True)), None
+
+    def fits(index: Index, _: object) -> bool:
+        offsets, sizes, labels = (index[name] for name in NAMES)
+        return (
+            len(offsets) == len(sizes) == len(labels)
+            and within(labels, 0, MAX_CLASSES)
+            and within(sizes, 1, MAX_ENCODED + 1)
+            and within(offsets, tarfile.BLOCKSIZE, file.size)
+            and within(offsets + sizes, 0, file.size)
+        )
+
+    # an index is smaller than what it tells of
+    index, _ = remembered(side_path(cache, path), file.stamp, build, fits, most=file.size)
+    return index, file

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_losses.datasets.base import (
-    DataError,
-    EncodedImages,
-    OpenFiles,
-    StoredFile,
-    check_channels,
-    check_size,
-    decode_picture,
-)
+from fused_losses.base.files import DataError
+from fused_losses.datasets.base import EncodedImages
+from fused_losses.datasets.decoding import check_channels, check_size, decode_picture
+from fused_losses.datasets.files import OpenFiles, StoredFile
 from fused_losses.datasets.sampler import check_ranks, shuffled
 from fused_losses.datasets.side_files import Cache
-from fused_losses.datasets.tar_index import shard_index, shard_paths
+from fused_losses.datasets.tar_index import NAMES, shard_index, shard_paths
 
 
 def _check_classes(path: Path, labels: Tensor, classes: int | None) -> None:
@@ -50,7 +46,8 @@ class TarShards(EncodedImages):
     """The pictures of tar shards, at random by index, nothing extracted.
 
     shards: a pattern ("faces-{000000..000147}.tar", "faces-*.tar") or a list of paths. classes:
-    how many there are (None: the largest label and one). cache: where each shard's offsets are
+    how many there are (None: the largest label and one). transform: what `set[index]` does to a
+    picture. cache: where each shard's offsets are
     kept (True: beside it), while the shard stays the same. Raises DataError that names shard and
     member for links, sparse members, pictures without class or above MAX_ENCODED bytes, headers
     that are none, shards cut short. Time O(members) small reads once; memory 24 bytes a picture.
@@ -63,16 +60,21 @@ class TarShards(EncodedImages):
         size: int | tuple[int, int],
         channels: int = 3,
         classes: int | None = None,
+        transform: Callable[[Tensor], Any] | None = None,
         cache: Cache = True,
     ) -> None:
         if classes is not None and classes < 1:
             raise ValueError(f"classes: expected at least 1 or None, got {classes}")
         self.shards = shard_paths(shards)
-        indexes = [shard_index(path, cache) for path in self.shards]
+        indexes, stamps = [], {}
+        for path in self.shards:
+            index, file = shard_index(path, cache)
+            indexes.append(index)
+            stamps[path] = file.stamp
         for path, index in zip(self.shards, indexes, strict=True):
             _check_classes(path, index["labels"], classes)
         self._offsets, self._sizes, labels = (
-            torch.cat([index[name] for index in indexes]) for name in ("offsets", "sizes", "labels")
+            torch.cat([index[name] for index in indexes]) for name in NAMES
         )
         if not len(labels):
             raise DataError(
@@ -80,16 +82,17 @@ class TarShards(EncodedImages):
             )
         counts = torch.tensor([len(index["labels"]) for index in indexes])
         self._ends: list[int] = counts.cumsum(0).tolist()
-        self._files = OpenFiles()
+        self._files = OpenFiles(stamps)
         known = int(labels.max()) + 1 if classes is None else classes
-        super().__init__(labels, known, None, size, channels)
+        super().__init__(labels, known, None, size, channels, transform)
 
     def _shard(self, index: int) -> Path:
         return self.shards[bisect_right(self._ends, index)]
 
     def encoded(self, index: int) -> bytes:
         file = self._files.get(self._shard(index))
-        return file.read(int(self._offsets[index]), int(self._sizes[index]), f"picture {index}")
+        place, length = int(self._offsets[index]), int(self._sizes[index])
+        return file.read_bounded(place, length, f"picture {index}")
 
     def where(self, index: int) -> str:
         shard = self._shard(index)
@@ -137,11 +140,11 @@ def _stream(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     pictures, labels = [], []
     for path in paths:
-        index, file = shard_index(path, cache), StoredFile(path)
+        index, file = shard_index(path, cache)
         _check_classes(path, index["labels"], classes)
-        for offset, length, label in zip(*(t.tolist() for t in index.values()), strict=True):
+        for offset, length, label in zip(*(index[n].tolist() for n in NAMES), strict=True):
             where = f"{path}: member {_member_name(file, offset)}"
-            encoded = file.read(offset, length, "a picture")
+            encoded = file.read_bounded(offset, length, "a picture")
             pictures.append(decode_picture(encoded, size, channels, where))
             labels.append(label)
             if len(labels) == batch:

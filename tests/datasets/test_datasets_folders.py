@@ -1,4 +1,4 @@
-"""Folders of pictures, decoding, and the side files that all readers share."""
+"""Folders of pictures, decoding, and the files that all readers share."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from dataset_pictures import damaged, encode, outcome, pixels, png, write
 
 from fused_losses.datasets import DataError, ImageFolders
-from fused_losses.datasets.base import OpenFiles, StoredFile, decode_picture
-from fused_losses.datasets.side_files import _load, remembered, side_path
-from fused_losses.train.faces.data import read_picture
+from fused_losses.datasets.decoding import decode_picture
+from fused_losses.datasets.files import OpenFiles, StoredFile, stamp
+from fused_losses.train.faces.data import image_folder, read_picture
 
 
 @pytest.fixture
@@ -35,6 +35,25 @@ def test_folders_are_classes_in_the_order_of_names(faces: Path) -> None:
     assert found.read([4, 0, 2]).equal(torch.stack([pixels(4), pixels(0), pixels(2)]))
     assert found.read(torch.tensor([1])).equal(pixels(1)[None])
     assert found.read([]).shape == (0, 3, 6, 5)
+
+
+def test_nothing_hidden_counts_in_either_reader(tmp_path: Path) -> None:
+    names = ["a/x.gif", "a/y.PNG", "b/x.jpg", "c/d.tiff", "d/x.webp", "e/x.bmp", "f/x.ppm"]
+    hidden = ["a/._x.jpg", ".ipynb_checkpoints/x-checkpoint.png", ".x.png", "b/.jpg", "b/.d/x.png"]
+    for name in names:
+        form = {"JPG": "JPEG"}.get(name[-3:].upper(), Path(name).suffix[1:].upper())
+        write(tmp_path / name, encode(pixels(0), form))
+    for name in hidden:
+        write(tmp_path / name, b"no picture")
+    # neither is a folder, whatever its name
+    (tmp_path / "a" / "z.png").mkdir()
+    found = ImageFolders(tmp_path, size=4)
+    assert [str(found.path(i).relative_to(tmp_path)) for i in range(len(found))] == names
+    assert image_folder(tmp_path, (4, 4), 3).images.equal(found.read(range(7)))
+    # a link to nowhere is a picture that is missing
+    (tmp_path / "b" / "y.png").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"b/y\.png: cannot be opened"):
+        ImageFolders(tmp_path, size=4).read([3])
 
 
 def test_pictures_are_resized_by_averages_and_made_grey(tmp_path: Path) -> None:
@@ -111,7 +130,7 @@ def test_bad_arguments(faces: Path, tmp_path: Path) -> None:
         found.read([0.5])
     with pytest.raises(ValueError, match="channels: expected 1 .* or 3 .*, got 4"):
         ImageFolders(faces, size=4, channels=4)
-    with pytest.raises(ValueError, match="size: expected 1 to .* pixels, got 0"):
+    with pytest.raises(ValueError, match="size: expected sides of 1 to .*, got 0"):
         ImageFolders(faces, size=0)
     with pytest.raises(TypeError, match="size: expected an integer or"):
         ImageFolders(faces, size="4")
@@ -119,63 +138,6 @@ def test_bad_arguments(faces: Path, tmp_path: Path) -> None:
         ImageFolders(tmp_path / "nowhere", size=4)
     with pytest.raises(DataError, match=r"empty: expected folders with pictures .*, got none"):
         ImageFolders(faces / "empty", size=4)
-
-
-# ---- side files ---------------------------------------------------------------------------------
-
-
-def test_the_list_of_files_is_kept_while_no_folder_changes(faces: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "kept"
-    first = ImageFolders(faces, size=(6, 5), cache=kept)
-    side = side_path(kept, faces)
-    assert side.is_file()
-    before = os.stat(side).st_mtime_ns
-    again = ImageFolders(faces, size=(6, 5), cache=kept)
-    assert os.stat(side).st_mtime_ns == before
-    assert again.files == first.files and again.names == first.names
-    assert again.labels.equal(first.labels)
-    write(faces / "bo" / "c.png", png(5))
-    os.utime(faces / "bo", ns=(1, 1))
-    changed = ImageFolders(faces, size=(6, 5), cache=kept)
-    assert len(changed) == 6 and changed.read([5])[0].equal(pixels(5))
-
-
-def test_a_damaged_side_file_is_made_anew(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(40), "b": torch.zeros(0, dtype=torch.int64)}
-    side, calls = tmp_path / "x.index", []
-
-    def make() -> tuple:
-        calls.append(1)
-        return tensors, ["extra"]
-
-    for _ in range(2):
-        found, extra = remembered(side, [1, 2], make)
-        assert extra == ["extra"] and found.keys() == tensors.keys()
-        assert all(found[name].equal(tensors[name]) for name in tensors)
-    assert len(calls) == 1
-    whole = side.read_bytes()
-    assert _load(side, [1, 3]) is None
-    for seed in range(200):
-        side.write_bytes(damaged(whole, seed))
-        found = _load(side, [1, 2])
-        assert found is None
-    side.write_bytes(whole[:-1])
-    remembered(side, [1, 2], make)
-    assert len(calls) == 2 and side.read_bytes() == whole
-
-
-def test_a_folder_that_cannot_be_written_gives_a_warning(tmp_path: Path) -> None:
-    blocked = write(tmp_path / "file", b"") / "x.index"
-    with pytest.warns(UserWarning, match="cannot be kept .* pass cache="):
-        found, _ = remembered(blocked, 1, lambda: ({"a": torch.arange(3)}, None))
-    assert found["a"].tolist() == [0, 1, 2]
-
-
-def test_where_side_files_lie(tmp_path: Path) -> None:
-    assert side_path(True, tmp_path / "a.tar") == tmp_path / "a.tar.index"
-    assert side_path(False, tmp_path / "a.tar") is side_path(None, tmp_path / "a.tar") is None
-    one, two = (side_path(tmp_path / "c", tmp_path / d / "a.tar") for d in ("x", "y"))
-    assert one.parent == tmp_path / "c" and one != two
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -202,7 +164,8 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_few_files_stay_open(tmp_path: Path) -> None:
     paths = [write(tmp_path / str(i), bytes([i])) for i in range(9)]
-    files, before = OpenFiles(limit=3), len(os.listdir("/proc/self/fd"))
+    stamps = {path: stamp(os.stat(path)) for path in paths}
+    files, before = OpenFiles(stamps, limit=3), len(os.listdir("/proc/self/fd"))
     held = files.get(paths[0])
     for i in list(range(9)) * 2:
         assert files.get(paths[i]).read(0, 1, "x") == bytes([i])

@@ -9,61 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from dataset_pictures import damaged, outcome, pixels, png, write
+from literal_records import CLASSES, MAGIC, content, framed, insightface, lay_out
 from torch import Tensor
 
 from fused_losses.datasets import DataError, RecordIO, write_records
-from fused_losses.datasets.base import StoredFile
+from fused_losses.datasets.files import StoredFile
 from fused_losses.datasets.record_parts import read_record
 from fused_losses.datasets.recordio import _first_identity
-
-MAGIC = struct.pack("<I", 0xCED7230A)
-CLASSES = [0, 0, 1, 2, 2, 2]
-
-
-def framed(content: bytes) -> bytes:
-    """A record as dmlc's writer puts it: word by word."""
-    out, piece, first = b"", b"", True
-    for i in range(0, len(content) - len(content) % 4, 4):
-        word = content[i : i + 4]
-        if word == MAGIC:
-            out += MAGIC + struct.pack("<I", (1 if first else 2) << 29 | len(piece)) + piece
-            piece, first = b"", False
-        else:
-            piece += word
-    piece += content[len(content) - len(content) % 4 :]
-    out += MAGIC + struct.pack("<I", (0 if first else 3) << 29 | len(piece)) + piece
-    return out + b"\0" * (-len(out) % 4)
-
-
-def content(labels: float | list[float], key: int, payload: bytes) -> bytes:
-    if isinstance(labels, list):
-        head = struct.pack("<IfQQ", len(labels), 0.0, key, 0)
-        return head + struct.pack(f"<{len(labels)}f", *labels) + payload
-    return struct.pack("<IfQQ", 0, labels, key, 0) + payload
-
-
-def lay_out(folder: Path, records: dict[int, bytes], index: bool = True) -> Path:
-    """Files of these records (key -> content), in the order given."""
-    data, lines = b"", ""
-    for key, one in records.items():
-        lines += f"{key}\t{len(data)}\n"
-        data += framed(one)
-    if index:
-        write(folder / "train.idx", lines.encode())
-    return write(folder / "train.rec", data)
-
-
-def insightface(pictures: list[bytes] | None = None) -> dict[int, bytes]:
-    """Record 0, six pictures of three people, three identities."""
-    pictures = pictures or [png(i) for i in range(6)]
-    records = {0: content([7.0, 10.0], 0, b"")}
-    for i, (picture, label) in enumerate(zip(pictures, CLASSES, strict=True)):
-        # some writers give a picture two labels, of which the first is the class
-        labels = [float(label), 0.0] if i == 1 else float(label)
-        records[i + 1] = content(labels, i + 1, picture)
-    for key, (start, stop) in enumerate([(1, 3), (3, 4), (4, 7)], start=7):
-        records[key] = content([float(start), float(stop)], key, b"")
-    return records
 
 
 def opened(path: Path, **options: object) -> RecordIO:
@@ -105,6 +57,62 @@ def test_ids_that_are_all_zero_count_in_the_files_order(tmp_path: Path) -> None:
     records = {key: content(float(key), 0, png(key)) for key in range(3)}
     found = opened(lay_out(tmp_path, records, index=False))
     assert found.keys.tolist() == found.labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("index", [True, False], ids=["idx", "scanned"])
+@pytest.mark.parametrize("last", [0.0, 10.0])
+def test_identities_that_are_not_there(tmp_path: Path, index: bool, last: float) -> None:
+    """Record 0 says that there are none, or names those that the index leaves out."""
+    records = {key: one for key, one in insightface().items() if key < 7}
+    records[0] = content([7.0, last], 0, b"")
+    found = opened(lay_out(tmp_path, records, index))
+    assert found.keys.tolist() == [1, 2, 3, 4, 5, 6] and found.labels.tolist() == CLASSES
+    assert found.read([5]).equal(pixels(5)[None]) and found.identities().shape == (0, 2)
+
+
+def test_identities_that_the_index_leaves_out_are_passed_over(tmp_path: Path) -> None:
+    path = lay_out(tmp_path, insightface())
+    lines = (tmp_path / "train.idx").read_bytes().splitlines(keepends=True)
+    write(tmp_path / "train.idx", b"".join(lines[:7]))
+    found = opened(path)
+    assert found.labels.tolist() == CLASSES and found.identities().shape == (0, 2)
+    # some of them are damage
+    write(tmp_path / "train.idx", b"".join(lines[:8]))
+    with pytest.raises(DataError, match="key 8: expected a record, since key 0 counts to 10"):
+        opened(path)
+
+
+@pytest.mark.parametrize("text", [b"3,112.0,112", b" 3 , 112 , 96.5\n", b"3,112,112."])
+def test_sides_in_a_property_may_be_floats(tmp_path: Path, text: bytes) -> None:
+    path = lay_out(tmp_path, insightface())
+    write(tmp_path / "property", text)
+    assert opened(path).classes == 3
+
+
+@pytest.mark.parametrize("name", ["train.rec", "train.idx", "property"])
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path, name: str) -> None:
+    path = lay_out(tmp_path, insightface())
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"{name}: expected a (regular file|file or nothing)"):
+        opened(path)
+
+
+def test_records_that_hold_too_much(tmp_path: Path) -> None:
+    """Refused before memory is taken for them: the file is sparse, its parts are endless."""
+    path = write(tmp_path / "x.rec", MAGIC + struct.pack("<I", (1 << 29) - 4) + bytes(24))
+    os.truncate(path, (1 << 29) + 4)
+    with pytest.raises(DataError, match=r"key 0: expected a record of at most 269484032 bytes"):
+        opened(path)
+    parts = MAGIC + struct.pack("<I", 1 << 29) + (MAGIC + struct.pack("<I", 2 << 29)) * 70000
+    path = write(tmp_path / "y.rec", parts + MAGIC + struct.pack("<I", 3 << 29))
+    with pytest.raises(DataError, match="expected a record of at most 65536 parts"):
+        opened(path)
+    labels = struct.pack("<IfQQ", 1 << 17, 0, 0, 0) + bytes(4 << 17) + b"x"
+    with pytest.raises(DataError, match="expected at most 65536 labels .* got 131072"):
+        opened(write(tmp_path / "z.rec", framed(labels)))
+    with pytest.raises(ValueError, match="records: expected under 269484032 bytes each"):
+        write_records(tmp_path / "w", [(bytes(1 << 29), 0)], size=(4, 4))
 
 
 MAGICAL = {
@@ -190,6 +198,15 @@ def test_the_first_identity_is_found_where_float32_has_it_rounded(tmp_path: Path
     # float32 has only every eighth integer there
     for rounded in range(base + 7 - 8, base + 7 + 9):
         assert _first_identity(file, Shifted(), rounded) == base + 7
+
+    class Pictures(Shifted):
+        """And no identities behind them."""
+
+        def __len__(self) -> int:
+            return base + 7
+
+    for rounded in range(base + 7 - 8, base + 7 + 9):
+        assert _first_identity(file, Pictures(), rounded) == base + 7
 
 
 # ---- the side file ------------------------------------------------------------------------------
@@ -300,7 +317,9 @@ def test_framing_that_cannot_be(tmp_path: Path, data: bytes, message: str) -> No
         opened(write(tmp_path / "train.rec", data))
 
 
-@pytest.mark.parametrize("text", [b"", b"3,112", b"x,112,112", b"0,112,112", b"9" * 500])
+@pytest.mark.parametrize(
+    "text", [b"", b"3,112", b"x,112,112", b"3.0,4,4", b"0,112,112", b"9" * 500]
+)
 def test_properties_that_cannot_be(tmp_path: Path, text: bytes) -> None:
     path = lay_out(tmp_path, insightface())
     write(tmp_path / "property", text)

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from dataset_pictures import damaged, outcome, pixels, png, write
+from dataset_pictures import damaged, outcome, pixels, png, tar, write
 
 from fused_losses.datasets import DataError, TarShards, stream_shards
 from fused_losses.datasets.tar_index import shard_paths
 
 PAX = tarfile.PAX_FORMAT
-
-
-def tar(
-    members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT, **changes: object
-) -> bytes:
-    """A shard of files; changes: attributes of the last member."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:", format=form) as archive:
-        for number, (name, data) in enumerate(members):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            if number == len(members) - 1:
-                for attribute, value in changes.items():
-                    setattr(info, attribute, value)
-            archive.addfile(info, io.BytesIO(data))
-    return out.getvalue()
 
 
 def sample(number: int, label: int, kind: str = "cls") -> list[tuple[str, bytes]]:
@@ -78,6 +66,47 @@ def test_folders_long_names_and_other_members(tmp_path: Path, form: int) -> None
     found = opened([write(tmp_path / "x.tar", tar(members, form))])
     assert found.labels.tolist() == [4, 2] and found.classes == 5
     assert found.read([1, 0]).equal(torch.stack([pixels(2), pixels(1)]))
+
+
+def test_names_that_other_writers_give(tmp_path: Path) -> None:
+    members = [
+        ("a.input.jpg", png(0)),
+        ("a.target.cls", b"1"),
+        ("b.input.png", png(1)),
+        ("b.target.json", b'{"label": 0}'),
+    ]
+    found = opened([write(tmp_path / "x.tar", tar(members))])
+    assert found.labels.tolist() == [1, 0]
+    assert found.read([0, 1]).equal(torch.stack([pixels(0), pixels(1)]))
+
+
+@pytest.mark.parametrize(("magic", "module"), [("gzip", gzip), ("bzip2", bz2), ("xz", lzma)])
+def test_a_compressed_shard_is_named(tmp_path: Path, magic: str, module: Any) -> None:
+    path = write(tmp_path / "x.tar.gz", module.compress(tar(sample(0, 0))))
+    with pytest.raises(DataError, match=rf"gz: expected an uncompressed .* by {magic}: decompress"):
+        opened([path])
+
+
+def test_a_block_of_zeros_is_the_end(tmp_path: Path) -> None:
+    """Python's tarfile stops at the first: what lies behind would be lost without a word."""
+    one, two = (tar(sample(i, i)) for i in range(2))
+    body = 4 * tarfile.BLOCKSIZE
+    told = r"only zeros behind the end mark at offset 2048, got bytes at (\d+): two archives"
+    for data, place in (
+        (one + two, len(one)),
+        (one[:body] + bytes(512) + two, body + 512),
+        (one + b"x", len(one)),
+        (one[:body] + bytes(1 << 20) + b"\0\1", body + (1 << 20) + 1),
+    ):
+        with pytest.raises(DataError, match=told.replace(r"(\d+)", str(place))):
+            opened([write(tmp_path / "x.tar", data)])
+    # padding of any writer
+    for more in (512, 1 << 20):
+        assert len(opened([write(tmp_path / "x.tar", one + bytes(more))])) == 1
+    path = write(tmp_path / "x.tar", one)
+    os.truncate(path, 1 << 40)
+    with pytest.raises(DataError, match="at most 67108864 bytes from the end mark at offset 2048"):
+        opened([path])
 
 
 def test_folders_in_a_shard_are_passed_over(tmp_path: Path) -> None:
@@ -224,6 +253,17 @@ SHARDS = [
     (tar([PICTURE, ("a.cls", b"1" * (1 << 20) + b"1")]), "expected at most 1048576 bytes"),
     (tar([("n" * (2 << 20) + ".png", b"x")], PAX), "a header of at most 1048576 bytes"),
     (tar([("n" * (2 << 20) + ".png", b"x")], tarfile.GNU_FORMAT), "a header of at most 1048576"),
+    (
+        tar([("a.left.jpg", png(0)), ("a.right.jpg", png(1)), ("a.txt", b"cat")]),
+        r"expected members key\.jpg .* got none, but key\.left\.jpg, key\.right\.jpg, key\.txt",
+    ),
+    (tar([("a.left.jpg", png(0)), ("a.cls", b"1")]), r"a picture and .* got \['a\.cls'\]"),
+    (
+        tar([PICTURE, ("a.cls", b"cat")]),
+        r"member 'a\.cls': expected a class .*, a number, got b'cat'; classes with names are num",
+    ),
+    (tar([PICTURE, ("a.json", b'{"label": "cat"}')]), 'a number under "label", got b\'{"label"'),
+    (tar([("a.input.png", png(0)), PICTURE]), r"member 'a\.png': expected one picture of a key"),
     (tar([]), r"x\.tar: expected pictures in 1 shards, got none"),
     (b"", r"x\.tar: expected the header of a member at offset 0"),
     (png(0) * 9, "expected the header of a member at offset 0"),

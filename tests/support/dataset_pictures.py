@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,22 @@ def write(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
+
+
+def tar(
+    members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT, **changes: object
+) -> bytes:
+    """A shard of files; changes: attributes of the last member."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:", format=form) as archive:
+        for number, (name, data) in enumerate(members):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if number == len(members) - 1:
+                for attribute, value in changes.items():
+                    setattr(info, attribute, value)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
 
 
 def write_faces(root: Path, people: int = 24, pictures: int = 6) -> Path:

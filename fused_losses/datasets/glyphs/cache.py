@@ -16,14 +16,17 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fused_losses.base.files import write_atomically
-from fused_losses.datasets.base import DataError, StoredFile
+from fused_losses.base.files import DataError, write_atomically
+from fused_losses.datasets.decoding import MAX_SIDE
+from fused_losses.datasets.files import StoredFile
 from fused_losses.datasets.glyphs.fonts import SkippedFont
 from fused_losses.datasets.glyphs.look_alikes import Kept
 from fused_losses.datasets.glyphs.set import Font, Glyphs
+from fused_losses.datasets.side_files import within
 
 FORMAT = "fused_losses.glyphs 1"
 CACHE_VARIABLE = "FUSED_LOSSES_CACHE"
+MAX_DRAWINGS = 1 << 26
 COLUMNS = ("codes", "faces", "images")  # of the file, int64 [n] each
 
 
@@ -70,7 +73,9 @@ def read(path: Path) -> Glyphs:
         skipped = tuple(SkippedFont(Path(one), reason) for one, reason in head["skipped"])
         if head["format"] != FORMAT:
             raise ValueError(f"format {head['format']!r}")
-    except (ValueError, KeyError, TypeError) as error:
+        if not 1 <= n <= MAX_DRAWINGS or not 1 <= size <= MAX_SIDE:
+            raise ValueError(f"{n} drawings of {size} x {size}")
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise DataError(f"{path}: expected {FORMAT!r} ({error}); delete it") from None
     start = len(line) + 8 * n * len(COLUMNS)
     if file.size != start + n * size * size:
@@ -79,6 +84,10 @@ def read(path: Path) -> Glyphs:
         )
     flat = bytearray(file.read(len(line), 8 * n * len(COLUMNS), "columns"))
     codes, faces, images = torch.frombuffer(flat, dtype=torch.int64).view(len(COLUMNS), n)
+    stops = (sys.maxunicode + 1, len(fonts), n)
+    for column, values, stop in zip(COLUMNS, (codes, faces, images), stops, strict=True):
+        if not within(values, 0, stop):
+            raise DataError(f"{path}: expected {column} in [0, {stop}), got others; delete it")
     classes, labels = codes.unique(return_inverse=True)
     names = tuple(chr(code) for code in classes.tolist())
     return Glyphs(file, start, size, images, labels, faces, names, fonts, skipped)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_losses.datasets.base import StoredFile, check_indices
+from fused_losses.datasets.base import Samples, check_indices
+from fused_losses.datasets.files import StoredFile
 from fused_losses.datasets.glyphs.fonts import SkippedFont
 
 
@@ -26,9 +28,10 @@ class Font:
 
 
 @dataclass(frozen=True)
-class Glyphs:
+class Glyphs(Samples):
     """An `ImageSet` of drawings [1, size, size] uint8, ink 255 on 0. Made by `load_glyphs`.
 
+    transform: what `set[index]` does to a picture; `dataclasses.replace` gives another.
     Any thread may read. Memory: three int64 a drawing; pictures stay in the file.
     """
 
@@ -41,6 +44,7 @@ class Glyphs:
     names: tuple[str, ...]  # the character of each class; of look-alikes the first
     fonts: tuple[Font, ...]
     skipped: tuple[SkippedFont, ...]  # fonts that gave nothing, and why
+    transform: Callable[[Tensor], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

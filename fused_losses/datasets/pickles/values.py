@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from fused_losses.datasets.base import DataError
+from fused_losses.base.files import DataError
 from fused_losses.datasets.pickles.arrays import (
     CALLS,
     Array,

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_losses.datasets.base import DataError, decode_picture
+from fused_losses.base.files import DataError
+from fused_losses.datasets.decoding import SUFFIXES, decode_picture
+from fused_losses.datasets.files import StoredFile
+from fused_losses.datasets.folders import is_picture
 from fused_losses.train.faces.config import SPLITS, TrainConfig
 from fused_losses.train.frame.options import OptionError
 from fused_losses.train.frame.seeds import seed_from
-
-SUFFIXES = (".pgm", ".ppm", ".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Pictures:
 def read_picture(path: Path, size: tuple[int, int], channels: int) -> Tensor:
     """One picture, resized. [channels, height, width] uint8"""
     try:
-        return decode_picture(path.read_bytes(), size, channels, str(path))
-    except (OSError, DataError) as error:
+        return decode_picture(StoredFile(path).whole("the picture"), size, channels, str(path))
+    except DataError as error:
         raise RuntimeError(str(error)) from None
 
 
@@ -67,7 +68,11 @@ def image_folder(
         )
     images, labels, names = [], [], []
     for folder in sorted((p for p in root.iterdir() if p.is_dir()), key=_natural):
-        files = [p for p in folder.rglob("*") if p.suffix.lower() in suffixes]
+        files = [
+            p
+            for p in folder.rglob("*")
+            if p.suffix.lower() in suffixes and is_picture(p.relative_to(root)) and not p.is_dir()
+        ]
         if not files:
             continue
         for file in sorted(files, key=_natural):
