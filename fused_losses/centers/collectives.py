@@ -14,6 +14,7 @@ None of it grows with the number of classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -99,10 +100,10 @@ class Ranks:
             self._mesh = DeviceMesh.from_group(self.group, device.type)
         return self._mesh
 
-    def shard(self, rows: int) -> tuple[int, int]:
-        """[first, last) of this rank's rows: ceil(rows / W) each, the last shorter or empty."""
-        each = -(-rows // self.world)
-        return min(self.rank * each, rows), min((self.rank + 1) * each, rows)
+    def shard(self, rows: int, rank: int | None = None) -> tuple[int, int]:
+        """[first, last) of a rank's rows: ceil(rows / W) each, the last shorter or empty."""
+        each, rank = -(-rows // self.world), self.rank if rank is None else rank
+        return min(rank * each, rows), min((rank + 1) * each, rows)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """[...] of each rank, equal shapes. [W, ...]"""
@@ -119,6 +120,38 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> None:
         if self.world > 1:
             dist.all_reduce(tensor, group=self.group)
+
+
+def gather_rows(
+    local: Tensor,  # this rank's rows
+    starts: list[int],  # of every rank's rows, and their number
+    begin: int,
+    end: int,
+    rank: int,
+    writer: int,
+    group: dist.ProcessGroup | None,
+) -> Tensor | None:
+    """Rows [begin, end) of the table, sent from their ranks to the writer; None elsewhere."""
+    out = local.new_empty((end - begin, *local.shape[1:])) if rank == writer else None
+    for owner, (first, after) in enumerate(pairwise(starts)):
+        low, high = max(begin, first), min(end, after)
+        if low >= high:
+            continue
+        if rank == owner:
+            mine = local.detach()[low - first : high - first].contiguous()
+            if out is None:
+                dist.send(mine, group=group, group_dst=writer)
+            else:
+                out[low - begin : high - begin] = mine
+        elif out is not None:
+            dist.recv(out[low - begin : high - begin], group=group, group_src=owner)
+    return out
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; another tensor as it is."""
+    part: Any = getattr(tensor, "to_local", None)
+    return tensor if part is None else part()
 
 
 class Gathered:

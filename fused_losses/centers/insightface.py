@@ -11,7 +11,6 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fused_losses.base.files import write_atomically
 from fused_losses.base.validation import describe
+from fused_losses.centers.collectives import gather_rows, local_rows
 
 PARTIAL_FC_2 = re.compile(r"checkpoint_gpu_(\d+)\.pt")
 PARTIAL_FC_1 = re.compile(r"rank_(\d+)_softmax_weight\.pt")
@@ -130,7 +130,7 @@ def import_checkpoints(source: str | Path | Sequence[str | Path], head: Head) ->
         key = name if name == WEIGHT else f"optimizer.{name}"
         if key in state:
             with torch.no_grad():
-                _local(state[key]).copy_(table.rows(head.class_start, stop, name))
+                local_rows(state[key]).copy_(table.rows(head.class_start, stop, name))
     state["steps"].fill_(table.step)
     head.load()
     return table
@@ -165,7 +165,7 @@ def export_checkpoints(
     starts = _starts(head, group, ranks)
     for file, path in enumerate(paths):
         begin, end = shard(head.num_classes, file, world)
-        rows = _gather_rows(_local(weight), starts, begin, end, rank, file % ranks, group)
+        rows = gather_rows(local_rows(weight), starts, begin, end, rank, file % ranks, group)
         if rows is None:
             continue
         record: dict[str, Any] = {
@@ -187,36 +187,6 @@ def _starts(head: Head, group: dist.ProcessGroup | None, ranks: int) -> list[int
     if group is not None:
         dist.all_gather_object(starts, head.class_start, group=group)
     return [*starts, head.num_classes]
-
-
-def _gather_rows(
-    local: Tensor,
-    starts: list[int],
-    begin: int,
-    end: int,
-    rank: int,
-    writer: int,
-    group: dist.ProcessGroup | None,
-) -> Tensor | None:
-    """Rows [begin, end) of the table, sent from their ranks to the writer; None elsewhere."""
-    out = local.new_empty(end - begin, local.shape[1]) if rank == writer else None
-    for owner, (first, after) in enumerate(pairwise(starts)):
-        low, high = max(begin, first), min(end, after)
-        if low >= high:
-            continue
-        if rank == owner:
-            mine = local.detach()[low - first : high - first].contiguous()
-            if out is None:
-                dist.send(mine, group=group, group_dst=writer)
-            else:
-                out[low - begin : high - begin] = mine
-        elif out is not None:
-            dist.recv(out[low - begin : high - begin], group=group, group_src=owner)
-    return out
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _paths(source: str | Path | Sequence[str | Path]) -> list[Path]:

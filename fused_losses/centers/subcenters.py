@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fused_losses.base.numerics import no_autocast
 from fused_losses.base.validation import NO_TARGET
+from fused_losses.centers.collectives import local_rows
 from fused_losses.centers.predict import Questions, questions, units
+from fused_losses.centers.resize import carry_tables, is_table
 
 if TYPE_CHECKING:
     from fused_losses.centers.head import ClassCenters
@@ -31,7 +33,7 @@ class SubCenters:
             centers.add(backbone(images), labels)
         for images, labels in loader:
             noisy = centers.noisy(backbone(images), labels)
-        single = centers.main_rows()
+        centers.carry_over(ClassCenters(num_classes, dim, ...))  # with one centre a class
 
     head: with sub_centers > 1 and normalize=True (ValueError). It is read, and does not change.
     """
@@ -82,13 +84,24 @@ class SubCenters:
             self.head.ranks.sum_(far)
             return far[asked.own] > 0
 
-    def main_rows(self, table: Tensor | None = None) -> Tensor:
-        """The main centres of this rank's classes, or their rows of another such table. [c, D]
-
-        For a head with one centre a class (`fused_losses.centers.resize.adopt`).
-        """
+    def main_rows(self) -> Tensor:
+        """The main centres of this rank's classes. [c, D]"""
         self.head.settle()
-        table = self.head.weight.detach() if table is None else table
+        return self._main_of(self.head.weight.detach())
+
+    def carry_over(self, new: ClassCenters) -> None:
+        """Go on in a head with one centre a class: the main ones, with their optimiser's states.
+
+        As `carry_over` of heads in all else: new may have more classes or fewer.
+        """
+        tables = {name: local_rows(t) for name, t in self.head.state().items()}
+        carry_tables(
+            self.head,
+            {name: self._main_of(t) if is_table(name) else t for name, t in tables.items()},
+            new,
+        )
+
+    def _main_of(self, table: Tensor) -> Tensor:
         at = self.main.to(table.device)
         return table[torch.arange(len(at), device=table.device), at]
 
