@@ -10,7 +10,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
   -DCMAKE_BUILD_TYPE=Release
 
 .PHONY: venv train check test ctest cuda-host cuda-sanitize cuda-mutants \
-  kernel-tests gpu-gate gpu-static bench lint types clean
+  kernel-tests gpu-gate gpu-ptx gpu-static bench lint types clean
 
 venv: $(VENV)/.built
 
@@ -42,11 +42,12 @@ BEST = $(shell $(BIN)/python -c "from fused_losses import _C; print(_C.capabilit
 
 test: venv lint cuda-host kernel-tests
 	$(CTEST) --tests-regex '_$(BEST)$$'
-	$(ON_HOST) $(PYTEST) --durations 40 -m "not (mutants or gate)"
+	$(ON_HOST) $(PYTEST) --durations 40 -m "not (mutants or gate or ptx)"
 	$(PROVE) ctest:$(BEST) $(CTEST) --exclude-regex '_$(BEST)$$'
 	$(PROVE) sanitizers make cuda-sanitize
 	$(PROVE) mutants make cuda-mutants
 	$(PROVE) gate make gpu-gate
+	$(PROVE) ptx make gpu-ptx
 
 # the kernels without Python: their own tests under ctest, on every instruction set
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure
@@ -80,6 +81,10 @@ cuda-mutants: venv
 # a part of it: the Triton kernels that each target is tested with
 gpu-gate: venv
 	$(BIN)/python -m pytest tests/commands/test_gpu_static.py -m gate
+
+# the kernels' PTX, executed where the emulator lies beside the checkout
+gpu-ptx: venv
+	$(ON_HOST) $(PYTEST) tests/cuda_kernels tests/triton_kernels -m ptx
 
 # what every GPU kernel compiles to, without a GPU: writes docs/generated/gpu_static.md, fails on a spill
 gpu-static: venv

@@ -18,6 +18,8 @@ BACKENDS = ("reference", "bounded", "cpu", *CUDA)
 STREAMED = ("bounded", "cpu", *CUDA)  # those that must never hold the N x C scores
 MEASURED = ("bounded", "cpu")  # whose memory is measured at sizes that take no host minutes
 
+LONG = ("slow", "processes", "mutants", "ptx")  # what --one-row leaves out
+
 # the same examples in every run: a failure here is a failure everywhere
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("fixed")
@@ -69,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("one_row"):
         rows = defaultdict(list)
         for item in items:
-            if not any(item.get_closest_marker(slow) for slow in ("slow", "processes", "mutants")):
+            if not any(item.get_closest_marker(long) for long in LONG):
                 rows[_test_of(item)].append(item)
         kept = {table[zlib.crc32(test.encode()) % len(table)] for test, table in rows.items()}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

@@ -1,5 +1,5 @@
-"""What need not run again while its files stay as they are: mutants, sanitizers, lower CPUs, and
-what Triton compiles for every target.
+"""What need not run again while its files stay as they are: mutants, sanitizers, lower CPUs, what
+Triton compiles for every target, and the PTX of all kernels in the emulator.
 
     python -m tools.proofs run NAME [--full] COMMAND ...
     python -m tools.proofs hash
@@ -40,8 +40,9 @@ TRITON = (
     "tests/commands/test_gpu_static.py",
     "requirements-tested.txt",
 )
+PTX = (*CUDA, *TRITON, "tests/support/*")
 # each proof's files; a * also crosses folders
-PROOFS = {"mutants": CUDA, "sanitizers": CUDA, "ctest": KERNELS, "gate": TRITON}
+PROOFS = {"mutants": CUDA, "sanitizers": CUDA, "ctest": KERNELS, "gate": TRITON, "ptx": PTX}
 
 
 def files(name: str, root: Path = ROOT) -> list[Path]:

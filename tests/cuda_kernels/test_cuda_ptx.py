@@ -21,6 +21,8 @@ cuda_ptx.require()
 import cuda_harness  # noqa: E402
 from cuda_cases import CASES  # noqa: E402
 
+pytestmark = pytest.mark.ptx
+
 ARCHITECTURES = ("sm_80", "sm_90")
 SOURCES = tuple(sorted((cuda_ptx.CSRC / "cuda").rglob("*.cu")))
 # a shuffle that reads a lane out of its own mask is undefined; the emulator gives its value

@@ -52,6 +52,7 @@ PTX = [
 ]
 
 
+@pytest.mark.ptx
 @pytest.mark.skipif(not PTXSIM.is_dir(), reason="ptxsim is absent: no PTX is executed here")
 @pytest.mark.parametrize("arch, case", PTX, ids=lambda v: v if isinstance(v, str) else str(v.d))
 def test_ptx(arch: str, case: Case) -> None:

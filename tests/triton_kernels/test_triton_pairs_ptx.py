@@ -27,6 +27,8 @@ from apart_cases import Apart
 from simulated import _on_the_path, simulate  # noqa: F401
 from triton_pair_cases import Case, close, gradients, inputs, leaves_of
 
+pytestmark = pytest.mark.ptx
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MANY = dict(labels=5, biases=True, ids=30, groups=3, windows=True)
 # more than one tile each way, ragged, and D even and uneven for the tile

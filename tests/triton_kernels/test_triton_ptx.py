@@ -18,6 +18,8 @@ from fused_losses.primitives.row_statistics import triton as backend
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from tools.gpu_static import record
 
+pytestmark = pytest.mark.ptx
+
 EVERYTHING = dict(weighted=True, bias=True, column_weight=True, no_target=0.1, bend="jump")
 # more than one tile each way, both ragged; D even and uneven for the tile, aligned and not
 CASES = [

@@ -26,6 +26,8 @@ import triton_topk_cases as topk
 # both skip, saying why, where ptxsim is absent
 from simulated import _on_the_path, simulate  # noqa: F401
 
+pytestmark = pytest.mark.ptx
+
 BF16, FP16 = torch.bfloat16, torch.float16
 PRODUCTS = {"sm_80": ("mma.sync",), "sm_90": ("wgmma", "mma.sync")}
 MULTIPLY = ("distance_tiles", "product_gradients", "best_columns", "key_tiles")
