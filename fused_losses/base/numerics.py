@@ -38,6 +38,29 @@ def power_of_two(x: Tensor) -> Tensor:
     return torch.frexp(top).mantissa / top
 
 
+def common_factor(x: Tensor, y: Tensor, low: int = -20, high: int = 50) -> Tensor:
+    """A power of two, one for both, that brings their largest entry into [2^low, 2^high]. []
+
+    D squares of differences then neither overflow nor underflow, and no number changes but its
+    exponent. Entries of NaN or inf are passed over with their rows. float16 stays as it is: its
+    squares are numbers of float32.
+    """
+    dtype = accumulate_dtype(x.dtype)
+    if x.dtype == torch.float16 or not x.numel() or not y.numel():
+        return torch.ones((), dtype=dtype, device=x.device)
+    tops = (torch.linalg.vector_norm(t.detach(), torch.inf, dim=-1) for t in (x, y))
+    top = torch.stack([torch.where(t.isfinite(), t, 0).amax() for t in tops]).amax().to(dtype)
+    exponent = torch.frexp(top).exponent
+    shift = exponent.clamp(low, high) - exponent
+    return torch.ldexp(torch.ones_like(top), shift.clamp(-125, 125))
+
+
+def multiplied(factor: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both times a power of two, exact; y may be x and then is."""
+    scaled = x * factor.to(x.dtype)
+    return scaled, scaled if y is x else y * factor.to(y.dtype)
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """x / |x| a row, of any length; a row of zeros stays zero and gets gradient zero. [N, D]"""
     x = x * power_of_two(x)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype
+from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.sides import same_rows
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
@@ -186,10 +186,10 @@ def distances(search: Search) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _without_direction(x: Tensor, metric: str) -> Tensor:
-    """Which rows have no cosine in the top-k: as good as zero, or of correlation constant. [N]"""
+    """Which rows have no cosine in the top-k: zero, or of correlation constant. [N]"""
     if metric == "correlation":
         return (x == x[:, :1]).all(dim=1)
-    return torch.linalg.vector_norm(x.to(row_dtype(x.device)), dim=1) <= ZERO_NORM
+    return (x == 0).all(dim=1)
 
 
 def _long_neighbours(search: Search, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, power_of_two, root, row_dtype
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    common_factor,
+    multiplied,
+    power_of_two,
+    root,
+    row_dtype,
+)
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import assert_async, describe
 from fused_losses.pairwise.whitening import about_mean, whitened, wide
 from fused_losses.primitives.distances import reference as reference_distances
-from fused_losses.primitives.distances.op import choose, distance_matrix
+from fused_losses.primitives.distances.op import choose, distance_matrix, in_range
 
 
 def check_values(
@@ -95,7 +102,9 @@ class Call(NamedTuple):
         # refused as the kernels would be
         choose(self.backend, x.device, x.dtype, self.precision, kind)
         w = None if w is None else w.to(accumulate_dtype(x.dtype))
-        return reference_distances.distance(kind, x, y, w, p)
+        x, y, factor = in_range(kind, x, y)
+        found = reference_distances.distance(kind, x, y, w, p)
+        return found if factor is None else found / factor
 
 
 def _power(v: Tensor, power: float) -> Tensor:
@@ -138,9 +147,9 @@ def minkowski(call: Call, p: float) -> Tensor:
     known = {1.0: "cityblock", 2.0: "euclidean"}
     if p in known:
         return PLAIN[known[p]](call)
-    # a kernel divides by no distance below 1e-38; rows of usual lengths are multiplied by 1
-    factor = torch.minimum(*(_enlarged(rows, 2.0**-60) for rows in (call.x, call.y)))
-    x, y = call.both(lambda r: r * factor.to(r.dtype))
+    # a kernel divides by no distance below 1e-38
+    factor = common_factor(call.x, call.y)
+    x, y = multiplied(factor, call.x, call.y)
     return _lp("minkowski", 1 / p, p)(call._replace(x=x, y=y)) / factor
 
 
@@ -179,20 +188,15 @@ def _angular(call: Call) -> Tensor:
 
 def _canberra(call: Call) -> Tensor:
     # the same of all rows times a number: kernels divide by no sum below 1e-37
-    factor = torch.minimum(*(_enlarged(rows, 2.0**60) for rows in (call.x, call.y)))
-    return call.matrix("canberra", *call.both(lambda r: wide(r) * factor), call.w)
-
-
-def _enlarged(x: Tensor, to: float) -> Tensor:
-    """The power of two that brings the largest entry near `to`, at least 1. []"""
-    if x.numel() == 0 or x.dtype == torch.float16:
-        return torch.ones((), dtype=accumulate_dtype(x.dtype), device=x.device)
-    factor = power_of_two(wide(x).reshape(1, -1)).reshape(())
-    return torch.where(factor.isnan(), 1, factor * to).clamp(1, 2.0**120)
+    x, y = call.both(wide)
+    return call.matrix("canberra", *multiplied(common_factor(x, y, 60, 115), x, y), call.w)
 
 
 def _braycurtis(call: Call) -> Tensor:
-    return call.matrix("braycurtis", *call.weighted(1.0))
+    x, y = call.weighted(1.0)
+    # a ratio: sums over coordinates neither overflow nor underflow
+    x, y = call._replace(x=x, y=y).both(wide)
+    return call.matrix("braycurtis", *multiplied(common_factor(x, y), x, y))
 
 
 def _hamming(call: Call) -> Tensor:
@@ -218,6 +222,7 @@ def jensenshannon(call: Call, base: float | None) -> Tensor:
     def distribution(r: Tensor) -> Tensor:
         r = wide(r)
         r = torch.where(r < 0, torch.nan, r)
+        r = r * power_of_two(r)
         return r / r.sum(dim=-1, keepdim=True)
 
     found = call.matrix("jensenshannon", *call.both(distribution))
@@ -229,7 +234,10 @@ def _kl(call: Call) -> Tensor:
 
 
 def _snr(call: Call) -> Tensor:
-    x, y = call.both(_moved)
+    # a ratio of squares: of rows near 1
+    x, y = call.both(wide)
+    x, y = multiplied(common_factor(x, y, 0, 0), x, y)
+    x, y = call._replace(x=x, y=y).both(_moved)
     apart = call.matrix("sqeuclidean", x, y)
     power = x.square().sum(dim=-1, keepdim=True)
     flat = power == 0

@@ -24,6 +24,7 @@ from fused_losses.base.numerics import (
 from fused_losses.base.sides import Integers, integers
 from fused_losses.base.validation import check_plain
 from fused_losses.pairwise.distance import check_options, check_weighted, pairwise_distance
+from fused_losses.pairwise.lengths import of_some_length
 from fused_losses.pairwise.metrics import METRICS
 from fused_losses.pairwise.whitening import whitened
 from fused_losses.primitives.distances.inputs import FLAT
@@ -121,8 +122,8 @@ def pairwise_topk(
     Returns (values [N, k] float32, or float64 for float64 x, best first; indices [N, k] int64).
     Equal scores go by the lowest index. A row with fewer than k candidates is padded with index -1
     and +inf (-inf when largest). A pair whose score is NaN is no candidate, and a row of x with NaN
-    has the index -1 and the value NaN throughout. A row of zeros, or of norm
-    <= 1e-12, has cosine 0 with every row.
+    has the index -1 and the value NaN throughout. A row of zeros
+    has cosine 0 with every row.
     values are differentiable in x and y, once; nothing flows through a padded value.
     Raises ValueError, TypeError for arguments that do not fit each other; RuntimeError where the
     backend or the screen cannot run.
@@ -208,6 +209,8 @@ def _by_products(
         x, bank = whitened(x, bank, options.get("VI"), options.get("covariance"))
     elif plan.rows is not None:
         x, bank = plan.rows(x), plan.rows(bank)
+    elif plan.kind == "cosine":
+        x, bank, y_scale, screen = of_some_length(x, bank, y_scale, screen)
     bank = x if same else bank
     codes = screen if isinstance(screen, QuantizedRows) else (None, None, None)
     name = screen if isinstance(screen, str) else ""

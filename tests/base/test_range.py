@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,99 @@ def test_canberra_with_a_row_of_nan_or_inf_keeps_the_others(backend: str) -> Non
         assert got[1].isnan().all()
         rest = [0, 2, 3]
         torch.testing.assert_close(got[rest], wanted[rest], rtol=1e-6, atol=0)
+
+
+def _of_roots(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    apart = x[:, None] - y
+    square = apart.square().sum(-1)
+    moved = [t - t.mean(-1, keepdim=True) for t in (x, y)]
+    w = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0, 1.0, 1.0], dtype=torch.float64)
+    return {
+        "euclidean": square.sqrt(),
+        "weighted": (apart.square() * w).sum(-1).sqrt(),
+        "mahalanobis": (apart.square() * w).sum(-1).sqrt(),
+        "variance": (apart.square() / (1 + y.square() / y.square().max())).sum(-1).sqrt(),
+        "cityblock": apart.abs().sum(-1),
+        "chebyshev": apart.abs().amax(-1),
+        "snr": (moved[0][:, None] - moved[1]).square().sum(-1)
+        / moved[0].square().sum(-1, keepdim=True),
+        "braycurtis": apart.abs().sum(-1) / (x[:, None] + y).abs().sum(-1),
+        "hellinger": ((x.abs() / 2).sqrt()[:, None] - (y.abs() / 2).sqrt()).square().sum(-1).sqrt(),
+        "jensenshannon": _shannon(x.abs(), y.abs()),
+        "kl": (x.abs()[:, None] * (x.abs()[:, None] / y.abs()).log()).sum(-1),
+    }
+
+
+def _shannon(x: Tensor, y: Tensor) -> Tensor:
+    a, b = (x / x.sum(-1, keepdim=True))[:, None], y / y.sum(-1, keepdim=True)
+    mean = (a + b) / 2
+    return ((a * (a / mean).log() + b * (b / mean).log()).sum(-1) / 2).sqrt()
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1e20, 1e35])
+@pytest.mark.parametrize("metric", _of_roots(torch.ones(1, 7), torch.ones(1, 7)))
+def test_distances_and_gradients_of_rows_of_any_length(
+    metric: str, scale: float, backend: str
+) -> None:
+    x, y = torch.randn(6, 7) * scale, torch.randn(5, 7) * scale
+    x.requires_grad_()
+    w = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0, 1.0, 1.0])
+    wide = y.double()
+    options: dict[str, dict[str, Tensor]] = {
+        "weighted": dict(w=w),
+        "mahalanobis": dict(VI=w.diag()),
+        "variance": dict(variance=(1 + wide.square() / wide.square().max()).float()),
+    }
+    name = {"weighted": "euclidean", "variance": "mahalanobis"}.get(metric, metric)
+    positive = metric in ("hellinger", "jensenshannon", "kl")
+    rows = (x.abs(), y.abs()) if positive else (x, y)
+    got = fl.pairwise_distance(*rows, name, **options.get(metric, {}), backend=backend)
+    exact = x.detach().double().requires_grad_()
+    wanted = _of_roots(exact, y.double())[metric]
+    # a budget: distances of seven terms, whose logarithms cancel
+    size = float(wanted.abs().max())
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-5, atol=2e-6 * size)
+    grads = [
+        torch.autograd.grad(v.sum(), leaf)[0].double() for v, leaf in ((got, x), (wanted, exact))
+    ]
+    size = float(grads[1].abs().max())
+    if 1e-36 < size < 1e37:
+        torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-13, 1e20, 1e37])
+@pytest.mark.parametrize("metric", ["cosine", "angular", "euclidean"])
+def test_neighbours_of_rows_of_any_length(metric: str, scale: float, backend: str) -> None:
+    x, y = torch.randn(6, 7), torch.randn(50, 7)
+    x[1] *= scale
+    y[::2] *= scale
+    if metric == "euclidean":
+        x, y = torch.randn(6, 7) * scale, torch.randn(50, 7) * scale
+    y[7] = 0
+    a, b = x.double()[:, None], y.double()
+    if metric == "euclidean":
+        wanted = (a - b).square().sum(-1).sqrt()
+    else:
+        norms = a.square().sum(-1).sqrt() * b.square().sum(-1).sqrt()
+        cosine = torch.where(norms > 0, (a * b).sum(-1) / norms.clamp_min(1e-300), 0)
+        wanted = 1 - cosine if metric == "cosine" else cosine.clamp(-1, 1).arccos() / math.pi
+    values, index = fl.pairwise_topk(x, y, 9, metric, backend=backend)
+    order = wanted.sort(dim=1, stable=True)
+    assert torch.equal(index, order.indices[:, :9])
+    torch.testing.assert_close(values.double(), order.values[:, :9], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("positive", ["hardest", "all"])
+@pytest.mark.parametrize("power", [-100, 83])
+def test_mining_at_any_length(power: int, positive: str, backend: str) -> None:
+    x, labels = torch.randn(16, 5), torch.arange(16) % 4
+    options: dict[str, Any] = dict(positive=positive, triplets="hard", backend=backend)
+    plain = fl.mine_triplets(x, labels, **options)
+    scaled = fl.mine_triplets(x * 2.0**power, labels, **options)
+    for one, other in zip(plain, scaled, strict=True):
+        # indices are equal, distances a power of two apart
+        factor = 2.0**power if one.is_floating_point() else 1
+        torch.testing.assert_close(other, one * factor, rtol=1e-6, atol=0)
 
 
 # ---- metrics ------------------------------------------------------------------------------------

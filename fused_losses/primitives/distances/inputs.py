@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 PRODUCTS = ("dot", "sqeuclidean", "euclidean")
+ROOTS = ("euclidean", "scaled")  # of sums of squares
 
 FLAT = ("hamming", "jaccard")  # no gradient: the derivative is 0 wherever it exists
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import EXACT, PRECISIONS, ROUNDED, Inputs, examples
-from fused_losses.base.numerics import accumulate_dtype, no_autocast
+from fused_losses.base.numerics import accumulate_dtype, common_factor, multiplied, no_autocast
 from fused_losses.primitives.distances import bounded
 from fused_losses.primitives.distances import reference as reference_distances
 from fused_losses.primitives.distances.inputs import (
@@ -42,6 +42,7 @@ from fused_losses.primitives.distances.inputs import (
     KINDS,
     KINDS_OF,
     PRODUCTS,
+    ROOTS,
     WEIGHTED,
     DistanceInputs,
     DistanceNeeds,
@@ -84,9 +85,20 @@ def distance_matrix(
     if w is not None:
         w = w.to(dtype)
     with no_autocast(x.device):
+        x, y, factor = in_range(kind, x, y)
         if name == "reference":
-            return reference_distances.distance(kind, x, y, w, p)
-        return DISTANCE_MATRIX(name, x, y, w, kind, p, precision)
+            found = reference_distances.distance(kind, x, y, w, p)
+        else:
+            found = DISTANCE_MATRIX(name, x, y, w, kind, p, precision)
+        return found if factor is None else found / factor
+
+
+def in_range(kind: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows whose squares stay in range, if the kind is a root, and what they are multiplied by."""
+    if kind not in ROOTS:
+        return x, y, None
+    factor = common_factor(x, y)
+    return *multiplied(factor, x, y), factor
 
 
 def choose(
