@@ -19,7 +19,7 @@ def angle(cosine: Tensor) -> Tensor:
 
 def combined_margin(
     cosine: Tensor,
-    m1: float = 1.0,
+    m1: float | Tensor = 1.0,
     m2: float | Tensor = 0.0,
     m3: float | Tensor = 0.0,
     beyond_pi: str = "monotone",
@@ -57,7 +57,7 @@ def combined_margin(
     return value - m3
 
 
-def check_convention(beyond_pi: str, m1: float) -> None:
+def check_convention(beyond_pi: str, m1: float | Tensor) -> None:
     """That `beyond_pi` is one of BEYOND_PI, and defined for this m1."""
     if beyond_pi not in BEYOND_PI:
         raise ValueError(f"beyond_pi: expected one of {', '.join(BEYOND_PI)}, got {beyond_pi!r}")

@@ -21,6 +21,7 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import no_autocast
+from fused_losses.base.parameters import check_parameter
 from fused_losses.losses.class_rows import ClassOptions, class_rows
 
 BACKGROUNDS = ("sample", "median", "mean")
@@ -43,6 +44,8 @@ class AdaptiveScale:
     largest: float = 1e4
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "smallest", "odds", "largest"):
+            check_parameter(name, getattr(self, name))
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha: expected a value in (0, 1), got {self.alpha}")
         if not self.odds * (1 - self.alpha) > self.alpha:

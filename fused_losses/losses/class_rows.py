@@ -15,7 +15,8 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, followed, unit_rows
 from fused_losses.base.validation import meet
-from fused_losses.margins import Margin, bend_of
+from fused_losses.losses.margin_calls import bend_of
+from fused_losses.margins import Margin
 from fused_losses.primitives.row_statistics import bounded, reference
 from fused_losses.primitives.row_statistics.op import row_statistics
 

@@ -8,6 +8,7 @@ vectors. `class_loss` runs it in one process, `ClassCenters` over shards: the st
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.parameters import check_above, check_margin, check_parameter
 from fused_losses.base.validation import GRADIENTS, describe
-from fused_losses.margins import ArcFace, Margin, apply_margin, bend_of
+from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
+from fused_losses.margins import ArcFace, Margin
 from fused_losses.primitives.class_rules.rules import raised
 
 
@@ -59,12 +62,14 @@ class ClassLoss:
         raise NotImplementedError
 
 
-def _positive(**numbers: float) -> None:
+def _floats(check: Callable[..., None], **numbers: float) -> None:
     for name, number in numbers.items():
         if isinstance(number, Tensor):  # whose gradient would be lost in the rule
-            raise TypeError(f"{name}: expected a float, got a tensor of {describe(number)}")
-        if not 0 < number < math.inf:
-            raise ValueError(f"{name}: expected a finite value > 0, got {number}")
+            raise TypeError(
+                f"{name}: expected a float, got a tensor of {describe(number)}, whose gradient "
+                "would be lost"
+            )
+        check(name, number)
 
 
 def _present_sum(terms: Tensor, present: Tensor) -> Tensor:
@@ -91,11 +96,12 @@ class Softmax(ClassLoss):
     rule = "softmax"
 
     def __post_init__(self) -> None:
-        _positive(scale=self.scale)
+        check_margin(self.margin)
+        _floats(check_above, scale=self.scale)
         validation.check_choice("gradient", self.gradient, GRADIENTS)
 
     def params(self) -> list[float]:
-        return [self.scale]
+        return [float(self.scale)]
 
     def values(self, targets: Tensor, present: Tensor) -> Tensor | None:
         if not hasattr(self.margin, "bend"):
@@ -104,25 +110,19 @@ class Softmax(ClassLoss):
         return bend_of(self.margin, targets[:, 0], present[:, 0])
 
     def row_loss(self, rows: MergedRows) -> Tensor:
-        moved = self._moved(rows.targets, rows.norms)
-        return _label_softmax(self.scale * moved, rows.statistics[0], rows.present) + self._penalty(
-            rows.norms
-        )
+        z = self.scale * self._moved(rows.targets, rows.norms, rows.present)
+        loss = _label_softmax(z, rows.statistics[0], rows.present)
+        return loss + penalty_of(self.margin, rows.norms)
 
-    def _moved(self, targets: Tensor, norms: Tensor | None) -> Tensor:
+    def _moved(self, targets: Tensor, norms: Tensor | None, present: Tensor) -> Tensor:
         """[N, L] target cosines after the margin."""
         if getattr(self.margin, "uses_norm", False):
             _one_label(self.margin, targets)
             if norms is None:
                 raise ValueError(f"norms: expected [N], which {self.margin} uses, got None")
             norms = norms.to(targets.dtype)
-        moved = apply_margin(self.margin, targets.flatten(), norms, self.gradient)
-        return moved.view_as(targets)
-
-    def _penalty(self, norms: Tensor | None) -> Tensor | float:
-        if self.margin is None or not hasattr(self.margin, "penalty"):
-            return 0.0
-        return self.margin.penalty(norms)
+        flat, here = targets.flatten(), present.flatten()
+        return apply_margin(self.margin, flat, norms, self.gradient, here).view_as(targets)
 
 
 def _one_label(margin: Margin | None, targets: Tensor) -> None:
@@ -158,14 +158,15 @@ class SoftTriple(ClassLoss):
     rule = "softmax"
 
     def __post_init__(self) -> None:
-        _positive(la=self.la, gamma=self.gamma)
+        _floats(check_above, la=self.la, gamma=self.gamma)
+        _floats(check_parameter, margin=self.margin)
 
     @property
     def softness(self) -> float:
-        return self.gamma
+        return float(self.gamma)
 
     def params(self) -> list[float]:
-        return [self.la]
+        return [float(self.la)]
 
     def row_loss(self, rows: MergedRows) -> Tensor:
         return _label_softmax(
@@ -191,10 +192,11 @@ class SFace(ClassLoss):
     rule = "sface"
 
     def __post_init__(self) -> None:
-        _positive(scale=self.scale, k=self.k)
+        _floats(check_above, scale=self.scale, k=self.k)
+        _floats(check_parameter, a=self.a, b=self.b)
 
     def params(self) -> list[float]:
-        return [self.k, self.b]
+        return [float(self.k), float(self.b)]
 
     def row_loss(self, rows: MergedRows) -> Tensor:
         angle = rows.targets.detach().clamp(-1, 1).acos()
@@ -224,13 +226,14 @@ class SphereFace2(ClassLoss):
     rule = "sphereface2"
 
     def __post_init__(self) -> None:
-        _positive(scale=self.scale, lw=self.lw)
-        if not self.t >= 1:
-            raise ValueError(f"t: expected a value >= 1, got {self.t}")
+        _floats(check_above, scale=self.scale, lw=self.lw)
+        _floats(check_parameter, margin=self.margin, t=self.t, alpha=self.alpha)
+        check_parameter("t", self.t, 1)
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha: expected a value in (0, 1), got {self.alpha}")
         if isinstance(self.bias, Tensor) and self.bias.numel() != 1:
             raise ValueError(f"bias: expected one number, got {describe(self.bias)}")
+        check_parameter("bias", self.bias, carries=True)
         validation.check_choice("gradient", self.gradient, GRADIENTS)
 
     @classmethod
@@ -259,7 +262,8 @@ class SphereFace2(ClassLoss):
         return cls(bias, scale, margin, t, alpha, lw, gradient)
 
     def params(self) -> list[float]:
-        return [self.scale, self.margin, self.t, float(self.gradient == "straight_through")]
+        straight = self.gradient == "straight_through"
+        return [float(v) for v in (self.scale, self.margin, self.t, straight)]
 
     def values(self, targets: Tensor, present: Tensor) -> Tensor | None:  # noqa: ARG002 (a hook)
         return self._bias(targets).detach().expand(1, targets.shape[0])
@@ -292,10 +296,10 @@ class MLCD(ClassLoss):
     rule = "softmax"
 
     def __post_init__(self) -> None:
-        _positive(scale=self.scale)
+        _floats(check_above, scale=self.scale)
 
     def params(self) -> list[float]:
-        return [self.scale]
+        return [float(self.scale)]
 
     def row_loss(self, rows: MergedRows) -> Tensor:
         z = (-self.scale * rows.targets).masked_fill(~rows.present, -torch.inf)

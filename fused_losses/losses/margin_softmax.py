@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, followed, no_autocast, unit_rows
+from fused_losses.base.parameters import check_margin
 from fused_losses.base.validation import GRADIENTS, check_plain, check_smoothing, meet, no_target
 from fused_losses.losses import reference as losses_reference
 from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
 from fused_losses.losses.class_loss import class_loss
 from fused_losses.losses.class_values import Softmax
+from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
 from fused_losses.losses.margin_softmax_stats import MarginSoftmaxStats, blanked, reference_stats
-from fused_losses.margins import ArcFace, CosFace, Margin, MVSoftmax, apply_margin, bend_of
+from fused_losses.margins import ArcFace, CosFace, Margin, MVSoftmax
 from fused_losses.primitives.row_statistics import bounded
 from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING
 from fused_losses.primitives.row_statistics.op import RowStatistics, row_statistics
@@ -80,7 +83,7 @@ def margin_softmax(
         gradient: "exact", or "straight_through": the slope of the margin on the target taken for
             1 (insightface); bends of other classes keep theirs.
         reduction: "mean" over the rows that are not ignored (weighted by class_weight; 0 if there
-            are none), "sum", "none" [N].
+            are none, or none of a weight above 0), "sum", "none" [N].
         return_stats: also return `MarginSoftmaxStats`.
 
     Returns the loss in float32 (float64 for float64 inputs).
@@ -90,10 +93,14 @@ def margin_softmax(
     Papers: see `fused_losses.margins`; PartialFC: An et al., 2022.
     """
     check_plain(label_smoothing=label_smoothing)
+    is_class = inspect.isclass(margin)
     of_class = isinstance(getattr(margin, "rule", None), str)
+    adaptive = hasattr(margin, "scale_of")
+    if is_class or not (of_class or adaptive):
+        check_margin(margin)
     several = isinstance(weight, Tensor) and weight.dim() == 3
     several = several or (isinstance(labels, Tensor) and labels.dim() == 2)
-    if of_class or several or hasattr(margin, "scale_of"):
+    if of_class or several or adaptive:
         _refuse_others(
             bias=bias is not None,
             label_smoothing=label_smoothing != 0,
@@ -107,7 +114,7 @@ def margin_softmax(
             normalize=normalize, ignore_index=ignore_index, classes=classes, precision=precision,
             reduction=reduction, backend=backend,
         )  # fmt: skip
-        if hasattr(margin, "scale_of"):
+        if adaptive:
             return adaptive_margin_softmax(embeddings, weight, labels, margin=margin, **shared)
         if not of_class:
             assert not isinstance(scale, Tensor)  # refused above
@@ -245,7 +252,8 @@ def _streamed(
     target_cosine = stats.target / scale
     picked = torch.where(valid, labels, 0)
     target_bias = 0.0 if bias is None else bias.to(accumulate)[picked]
-    target = scale * apply_margin(margin, target_cosine, norm, gradient) + target_bias
+    moved = apply_margin(margin, target_cosine, norm, gradient, valid)
+    target = scale * moved + target_bias
     loss = -F.logsigmoid(target - stats.lse)  # softplus(lse - target), exact at both ends
     # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
     loss = torch.where(target == torch.inf, torch.nan, loss)
@@ -258,8 +266,7 @@ def _streamed(
         )  # fmt: skip
     else:
         loss = loss * row_weight
-    if margin is not None and hasattr(margin, "penalty"):
-        loss = loss + margin.penalty(norm)
+    loss = loss + row_weight * penalty_of(margin, norm)
     with torch.no_grad():
         hardest_bias = 0.0 if bias is None else bias.to(accumulate)[stats.hardest.clamp_min(0)]
         told = blanked(
@@ -347,7 +354,8 @@ def _reduce(
     if reduction == "sum":
         return loss.sum()
     total = row_weights(labels, ignore_index, class_weight, loss).sum()
-    return loss.sum() / torch.where(total == 0, 1, total)
+    # where nothing counts: 0, but for what is no number; smoothing alone may have a loss there
+    return loss.sum() * (total != 0) / torch.where(total == 0, 1, total)
 
 
 def _check_scale(scale: float | Tensor, embeddings: Tensor) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fused_losses.base.numerics import unit_centers, unit_rows
 from fused_losses.base.products import product
-from fused_losses.margins import Margin, apply_margin, bend_of
+from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
+from fused_losses.margins import Margin
 from fused_losses.primitives.row_statistics.reference import bent
 
 
@@ -47,7 +48,7 @@ def margin_softmax(
     bend = bend_of(margin, target, valid)
     if bend is not None:
         cosine = bent(cosine, bend).scatter(1, picked, target[:, None])
-    moved = apply_margin(margin, target, norm, gradient)
+    moved = apply_margin(margin, target, norm, gradient, valid)
     logits = cosine.scatter(1, picked, torch.where(valid, moved, target)[:, None])
     logits = logits * (scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale)
     if bias is not None:
@@ -60,8 +61,8 @@ def margin_softmax(
         label_smoothing=label_smoothing,
         reduction="none",
     )
-    if margin is not None and hasattr(margin, "penalty"):
-        loss = loss + torch.where(valid, margin.penalty(norm), 0)
+    row_weight = 1.0 if class_weight is None else class_weight[picked[:, 0]]
+    loss = loss + torch.where(valid, row_weight * penalty_of(margin, norm), 0)
     return loss, cosine, logits
 
 

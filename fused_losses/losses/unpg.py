@@ -10,9 +10,11 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import no_autocast
+from fused_losses.base.parameters import check_margin
 from fused_losses.base.validation import GRADIENTS, number
 from fused_losses.losses.class_rows import ClassOptions, class_rows
-from fused_losses.margins import CosFace, Margin, apply_margin
+from fused_losses.losses.margin_calls import apply_margin, penalty_of
+from fused_losses.margins import CosFace, Margin
 from fused_losses.primitives.shared_negatives.op import _check_whisker, add_shared, shared_negatives
 
 
@@ -53,6 +55,7 @@ def unpg_margin_softmax(
     Time and memory: those of one sweep over the classes and of `shared_negatives`.
     """
     validation.check_choice("gradient", gradient, GRADIENTS)
+    check_margin(margin)
     if not isinstance(negatives, UNPG):
         raise TypeError(f"negatives: expected a UNPG, got {type(negatives).__name__}")
     options = ClassOptions(normalize, ignore_index, classes, precision, reduction, backend)
@@ -61,7 +64,7 @@ def unpg_margin_softmax(
     with no_autocast(embeddings.device):
         lse, target = rows.statistics(scale, margin)
         norm = rows.norm.to(target.dtype)
-        moved = apply_margin(margin, target / scale, norm, gradient)
+        moved = apply_margin(margin, target / scale, norm, gradient, rows.valid)
         shared = negatives(
             rows.x,
             rows.labels,
@@ -70,9 +73,7 @@ def unpg_margin_softmax(
             ignore_index=validation.NO_TARGET,
             backend=rows.options.backend,
         )
-        penalty = 0.0
-        if margin is not None and hasattr(margin, "penalty"):
-            penalty = margin.penalty(norm)
+        penalty = penalty_of(margin, norm)
         return rows.cross_entropy(scale * moved, add_shared(lse, shared), penalty)
 
 

@@ -268,7 +268,7 @@ def test_bad_input(error: type[Exception], message: str, change: dict) -> None:
         ("alpha: expected", {"alpha": 1.0}),
         ("odds: expected", {"odds": 0.01}),
         ("smallest, largest: expected", {"smallest": 0.0}),
-        ("smallest, largest: expected", {"largest": math.inf}),
+        ("largest: expected a finite value", {"largest": math.inf}),
         ("background: expected", {"background": "max"}),
     ],
 )

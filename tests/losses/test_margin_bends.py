@@ -753,8 +753,11 @@ BAD = {
         lambda: MVSoftmax(weighting="hard"),
         "weighting: expected one of adaptive, fixed",
     ),
-    "hardness": (lambda: MVSoftmax(hardness=-0.1), "hardness: expected a value >= 0, got -0.1"),
-    "nan": (lambda: MVSoftmax(hardness=math.nan), "hardness: expected a value >= 0, got nan"),
+    "hardness": (
+        lambda: MVSoftmax(hardness=-0.1),
+        "hardness: expected a finite value >= 0, got -0.1",
+    ),
+    "nan": (lambda: MVSoftmax(hardness=math.nan), "hardness: expected a number, got nan"),
     "beyond": (lambda: MVSoftmax(beyond_pi="far"), "beyond_pi: expected one of"),
     "momentum": (lambda: CurricularFace(momentum=1.5), r"momentum: expected a value in \[0, 1\]"),
     "twice": (lambda: InterclassFilter(MVSoftmax()), "margin: expected one that bends no other"),

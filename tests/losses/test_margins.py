@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import oracles
@@ -11,14 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_losses import margins
+from fused_losses import margin_softmax, margins, unpg_margin_softmax
+from fused_losses.losses.margin_calls import apply_margin
 from fused_losses.margins import (
     AdaFace,
     ArcFace,
     CombinedMargin,
     CosFace,
+    CurricularFace,
     ElasticArcFace,
     ElasticCosFace,
+    InterclassFilter,
     MagFace,
     SphereFace,
 )
@@ -228,7 +232,7 @@ def test_elastic_rank_gives_the_closest_row_the_smallest_margin() -> None:
 def test_elastic_refuses_what_it_cannot_draw() -> None:
     with pytest.raises(ValueError, match="plus: expected None, 'rank' or 'reference', got 'yes'"):
         ElasticCosFace(plus="yes")
-    with pytest.raises(ValueError, match="std: expected a value >= 0, got -0.1"):
+    with pytest.raises(ValueError, match="std: expected a finite value >= 0, got -0.1"):
         ElasticArcFace(std=-0.1)
 
 
@@ -273,6 +277,52 @@ def test_adaface_of_no_rows_keeps_its_state() -> None:
     margin = AdaFace()
     assert margin(torch.zeros(0), torch.zeros(0)).shape == (0,)
     assert margin.mean.item() == 20 and margin.std.item() == 100
+
+
+def test_adaface_averages_rows_that_are_there_and_no_nan() -> None:
+    norm = torch.tensor([7.0, math.nan, 31.0, 0.0, math.inf, 18.0], dtype=torch.float64)
+    present = torch.tensor([True, True, True, False, True, True])
+    margin = AdaFace(momentum=0.2).double()
+    margin(torch.full((6,), 0.3, dtype=torch.float64), norm, present)
+    mean, std = oracles.adaface_state(np.array([7.0, 31.0, 100.0, 18.0]), 20.0, 100.0, 0.2)
+    assert margin.mean.item() == pytest.approx(mean, rel=1e-13)
+    assert margin.std.item() == pytest.approx(std, rel=1e-13)
+    for nothing in (present & False, norm.isnan()):
+        rows = torch.full((6,), 0.3, dtype=torch.float64)
+        margin(rows, torch.where(present, math.nan, norm), nothing)
+    assert margin.mean.item() == pytest.approx(mean, rel=1e-13)
+    assert margin.std.item() == pytest.approx(std, rel=1e-13)
+
+
+WAYS = {
+    "reference": dict(backend="reference"),
+    "bounded": dict(backend="bounded"),
+    "sub-centres": dict(backend="bounded"),
+    "unpg": dict(backend="bounded"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kept", [AdaFace, CurricularFace])
+def test_averages_are_those_of_the_rows_with_a_label(kept: type, way: str) -> None:
+    x, w = torch.randn(6, 4, dtype=torch.float64) * 9, torch.randn(10, 4, dtype=torch.float64)
+    x[1], labels = math.nan, torch.tensor([3, 4, -100, 7, -100, 9])
+    with_rows, alone = ([kept(momentum=0.5).double() for _ in range(2)] for _ in range(2))
+
+    def run(margin: Any, rows: Any) -> None:
+        function: Any = unpg_margin_softmax if way == "unpg" else margin_softmax
+        weight = w.view(-1, 1, 4) if way == "sub-centres" else w
+        function(x[rows], weight, labels[rows], margin=margin, scale=8.0, **WAYS[way])
+
+    # a filter around the margin passes on what it is given
+    filtered = with_rows[1] if kept is CurricularFace else InterclassFilter(with_rows[1])
+    for margin, few in zip((with_rows[0], filtered), alone, strict=True):
+        run(margin, slice(None))
+        run(few, [0, 3, 5])
+    for a, b in zip(with_rows, alone, strict=True):
+        for name, average in a.state_dict().items():
+            assert average.isfinite() and average not in (0, 20, 100)
+            torch.testing.assert_close(average, b.state_dict()[name])
 
 
 def test_adaface_state_is_saved_and_loaded() -> None:
@@ -321,12 +371,34 @@ def test_magface_penalty() -> None:
     assert (slope[2:6] < 0).all()  # longer embeddings pay less, up to u_a
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("backend", ["reference", "bounded"])
+def test_the_penalty_does_not_depend_on_the_scale_of_class_weights(
+    backend: str, smoothing: float
+) -> None:
+    x, w = torch.randn(6, 4, dtype=torch.float64) * 5, torch.randn(10, 4, dtype=torch.float64)
+    labels, weights = torch.tensor([3, 0, -100, 7, 3, 9]), torch.rand(10, dtype=torch.float64)
+
+    def loss(margin: Any, factor: float) -> Any:
+        return margin_softmax(
+            x, w, labels, margin=margin, scale=8.0, class_weight=weights * factor,
+            label_smoothing=smoothing, backend=backend,
+        )  # fmt: skip
+
+    margin, bare = MagFace(0.5, 9.0), MagFace(0.5, 9.0, penalty_weight=0.0)
+    torch.testing.assert_close(loss(margin, 1.0), loss(margin, 1000.0), rtol=1e-12, atol=0)
+    penalty = oracles.magface_penalty(x.norm(dim=1).numpy(), 0.5, 9.0)[0]
+    v = weights[labels.clamp_min(0)] * (labels >= 0)
+    want = (v * torch.as_tensor(penalty)).sum() / v.sum()
+    torch.testing.assert_close(loss(margin, 1.0) - loss(bare, 1.0), want, rtol=1e-10, atol=0)
+
+
 # --- together ------------------------------------------------------------------------------------
 
 
 def test_straight_through_takes_the_slope_for_one() -> None:
     t = torch.tensor(COSINES, requires_grad=True)
-    value = margins.apply_margin(ArcFace(0.5), t, None, "straight_through")
+    value = apply_margin(ArcFace(0.5), t, None, "straight_through", torch.ones_like(t).bool())
     (slope,) = torch.autograd.grad(value.sum(), t)
     assert (slope == 1).all()
     torch.testing.assert_close(value, ArcFace(0.5)(t))

@@ -245,11 +245,11 @@ def margin_softmax(
     apart[row, y] = 0
     rows = rows + (q * apart).sum(axis=1)
     extra, extra_slope = penalty(x_norm) if penalty else (np.zeros(n), np.zeros(n))
-    rows = np.where(valid, rows + extra, 0)
+    rows = np.where(valid, rows + v[y] * extra, 0)
 
     if reduction == "mean":
         total = (valid * v[y]).sum()
-        share = np.full(n, 1 / total if total else 1.0)
+        share = np.full(n, 1 / total if total else 0.0)
     elif reduction == "sum":
         share = np.ones(n)
     else:
@@ -270,7 +270,7 @@ def margin_softmax(
         dw = (dwh - wh * (dwh * wh).sum(1, keepdims=True)) / w_norm[:, None]
     else:
         dx, dw = dxh, dwh
-    dnorm = dz[row, y] * s * norm_slope + share * extra_slope
+    dnorm = dz[row, y] * s * norm_slope + share * v[y] * extra_slope
     dx = dx + (dnorm / x_norm)[:, None] * x
 
     # the stats look at the cosines before the margin

@@ -21,6 +21,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype, unit_rows
+from fused_losses.base.parameters import check_parameter
 from fused_losses.base.validation import check_integers, check_plain, check_rows, number
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
 from fused_losses.primitives.shared_negatives import bounded
@@ -29,8 +30,7 @@ from fused_losses.primitives.shared_negatives.reference import reference
 
 
 def _check_whisker(whisker: float) -> None:
-    if not whisker >= 0:
-        raise ValueError(f"whisker: expected a value >= 0, got {whisker}")
+    check_parameter("whisker", whisker, 0)
 
 
 def shared_negatives(
