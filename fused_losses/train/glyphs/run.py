@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fused_losses.datasets.base import DataError
+from fused_losses.base.files import DataError
 from fused_losses.datasets.glyphs import Glyphs, Split, hold_out, load_glyphs
 from fused_losses.train.frame.files import RunFileError, read_json
 from fused_losses.train.frame.memory import PeakMemory
