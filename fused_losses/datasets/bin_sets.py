@@ -23,6 +23,8 @@ from fused_losses.datasets.pickles.arrays import Array, describe
 from fused_losses.datasets.pickles.values import read_pickled
 from fused_losses.metrics import VerificationAccuracy
 
+MAX_BIN = 1 << 29  # bytes of a file, which is read whole
+
 
 @dataclass(frozen=True)
 class BinSet:
@@ -58,7 +60,7 @@ class BinResult:
 
 
 def _picture(path: Path, value: object, number: int) -> bytes:
-    if isinstance(value, Array) and value.kind == "u1" and len(value.shape) == 1:
+    if isinstance(value, Array) and value.kind == "u1" and value.flat():
         value = value.data
     if not isinstance(value, bytes) or not 1 <= len(value) <= MAX_ENCODED:
         raise DataError(
@@ -69,8 +71,8 @@ def _picture(path: Path, value: object, number: int) -> bytes:
 
 
 def _flags(path: Path, value: object) -> Tensor:
-    if isinstance(value, Array) and len(value.shape) == 1:
-        value = list(value.data)
+    if isinstance(value, Array) and value.flat():
+        value = value.values()
     if not isinstance(value, list | tuple):
         raise DataError(f"{path}: expected a list of same or not, got {describe(value)}")
     for number, flag in enumerate(value):
@@ -82,12 +84,13 @@ def _flags(path: Path, value: object) -> Tensor:
 def read_bin(path: str | Path) -> BinSet:
     """The pairs of a .bin set, pickled by Python 2 or 3, as byte strings or uint8 arrays.
 
-    Raises DataError that names the file and the offset, picture or pair for anything else in it.
-    Time and memory O(the file's size).
+    A picture's array may be [n], [n, 1] or [1, n]; the flags are booleans, or integers 0 and 1, in
+    a list or an array. Raises DataError that names the file and the offset, picture or pair for
+    anything else in it, and for more than MAX_BIN bytes. Time and memory O(the file's size).
     """
     path = Path(path)
     file = StoredFile(path)
-    value = read_pickled(file.read(0, file.size, "the pickle"), str(path))
+    value = read_pickled(file.whole("the pickle", MAX_BIN), str(path))
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise DataError(f"{path}: expected (pictures, same), got {describe(value)}")
     pictures, same = value[0], _flags(path, value[1])

@@ -73,6 +73,20 @@ VARIANTS = {
     "writable": python3(5, [a.copy() for a in arrays(PICTURES)]),
     "numpy-bools": python3(4, PICTURES, list(numpy.array(SAME))),
     "bool-array": python3(4, PICTURES, numpy.array(SAME)),
+    **{
+        f"columns-{p}": python3(
+            p, [a[:, None] for a in arrays(PICTURES)], numpy.array(SAME)[:, None]
+        )
+        for p in (2, 5)
+    },
+    "rows": python3(4, [a[None] for a in arrays(PICTURES)]),
+    **{
+        f"flags-{kind}-{p}": python3(p, PICTURES, numpy.array(SAME).astype(kind))
+        for kind in ("<i8", ">i8", "<u2", ">i4", "u1", "i1", ">u8")
+        for p in (0, 2, 5)
+    },
+    "numpy-integers": python3(4, PICTURES, list(numpy.array(SAME).astype("i8"))),
+    "big-endian-integers": python3(2, PICTURES, list(numpy.array(SAME).astype(">i4"))),
     "integers": python3(2, PICTURES, [1, 0, 1]),
     "tuples": python3(3, tuple(PICTURES), tuple(SAME)),
     "list": pickle.dumps([PICTURES, SAME]),
@@ -146,8 +160,10 @@ HOSTILE = [
     (b"h\7.", "expected a remembered value, got number 7"),
     (b"NN.", "expected one value at the end, got 2"),
     (b"NNb.", "expected an array's state"),
-    (b"cnumpy\ndtype\n(Vf8\ntR.", "expected an array of u1 or b1, got str 'f8'"),
+    (b"cnumpy\ndtype\n(Vf8\ntR.", "expected an array of b1, u1, .*, got str 'f8'"),
     (b"cnumpy\ndtype\n)R.", "expected the arguments of numpy.dtype, got 0"),
+    (b"cnumpy\ndtype\n(Vi4\ntR(K\3V=\ntb.", "expected an order of bytes <, > or |, got str '='"),
+    (b"cnumpy\ndtype\n(Vi4\ntR(K\3tb.", "expected an order of bytes <, > or |, got NoneType"),
     (b"c_codecs\nencode\n(V\\u1234\nVlatin1\ntR.", "damaged"),
     (b"c_codecs\nencode\n(Vx\nVrot13\ntR.", "expected text in latin1"),
 ]
@@ -166,6 +182,22 @@ def test_copies_cannot_be_multiplied() -> None:
         read_pickled(again, "f")
 
 
+def test_instructions_are_bounded_by_what_pictures_need() -> None:
+    """Three megabytes of them take seconds, and hold nothing."""
+    most = (1 << 17) + 3 * (1 << 20) // 32
+    with pytest.raises(DataError, match=f"at offset {most}: expected at most {most} instructions"):
+        read_pickled(b"]" + b"N" * (3 * (1 << 20) - 2) + b".", "f")
+    # small pictures as numpy's arrays, thousands of them
+    read_pickled(python3(2, arrays(PICTURES) * 500, SAME * 500), "f")
+
+
+def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.bin", python3(4))
+    os.truncate(path, 1 << 40)
+    with pytest.raises(DataError, match=r"x\.bin: the pickle: expected 1 to 536870912 bytes"):
+        read_bin(path)
+
+
 def test_nested_and_shared_values_cost_no_more_than_their_size(tmp_path: Path) -> None:
     for data in (
         b"N" + b"\x85" * 20000 + b".",
@@ -179,7 +211,7 @@ def test_nested_and_shared_values_cost_no_more_than_their_size(tmp_path: Path) -
     doubled = b"Nq\0" + b"h\0\x86q\0" * 60
     with pytest.raises(DataError, match="x: expected a list of same or not, got NoneType"):
         read_bin(write(tmp_path / "x", doubled + b"N\x86."))
-    with pytest.raises(DataError, match="expected an array of u1 or b1, got tuple of 2"):
+    with pytest.raises(DataError, match="expected an array of b1, .*, got tuple of 2"):
         read_pickled(b"cnumpy\ndtype\n(" + doubled + b"tR.", "f")
 
 
@@ -195,6 +227,10 @@ def test_nested_and_shared_values_cost_no_more_than_their_size(tmp_path: Path) -
         (([b"a", "a"], [True]), "picture 1: expected .*, got str 'a'"),
         (([b"a", numpy.zeros((2, 2), numpy.uint8)], [True]), "picture 1: expected .*, got Array"),
         ((b"ab", [True]), "expected a list of 2 pictures"),
+        (([b"a", b"b"], numpy.array([[2]])), "pair 0: expected True or False, got int 2"),
+        (([b"a", b"b"], numpy.array([-1], ">i2")), "pair 0: expected True or False, got int -1"),
+        (([b"a", b"b"], numpy.eye(2, dtype=bool)), "expected a list of same or not, got Array"),
+        (([b"a", numpy.zeros(1, "i2")], [True]), "picture 1: expected .*, got Array"),
     ],
 )
 def test_values_that_are_no_set(tmp_path: Path, value: object, message: str) -> None:

@@ -1,4 +1,4 @@
-"""numpy's arrays of bytes as pickles spell them, made without numpy and without importing anything.
+"""numpy's arrays of integers as pickles spell them, made without numpy and without any import.
 
 A pickle names functions and calls them; here six names stand for functions of this file, which only
 keep what they are given.
@@ -7,10 +7,13 @@ keep what they are given.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_DIMENSIONS = 8
+# numpy's names of kinds -> struct's letters
+KINDS = dict(b1="?", u1="B", i1="b", u2="H", i2="h", u4="I", i4="i", u8="Q", i8="q")
 
 
 class Unexpected(Exception):
@@ -19,18 +22,29 @@ class Unexpected(Exception):
 
 @dataclass
 class Array:
-    """numpy's array as it was stored: uint8 or bool."""
+    """numpy's array as it was stored."""
 
-    kind: str = ""  # "u1", "b1"
+    kind: str = ""  # of KINDS
     shape: tuple[int, ...] = ()
     data: bytes = b""
+    order: str = "<"  # or ">"
+
+    def flat(self) -> bool:
+        """Whether only one side is longer than 1: [n], [n, 1], [1, n]."""
+        return sum(side != 1 for side in self.shape) <= 1
+
+    def values(self) -> list[int | bool]:
+        letter = KINDS[self.kind]
+        count = len(self.data) // struct.calcsize(f"={letter}")
+        return list(struct.unpack(f"{self.order}{count}{letter}", self.data))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kind:
     """numpy's dtype."""
 
     name: str
+    order: str = "<"
 
 
 @dataclass(frozen=True)
@@ -51,9 +65,18 @@ def describe(value: object) -> str:
 
 def _dtype(name: object, *_: object) -> Kind:
     text = name.decode("latin-1") if isinstance(name, bytes) else name
-    if text not in ("u1", "b1"):
-        raise Unexpected(f"expected an array of u1 or b1, got {describe(name)}")
+    if not isinstance(text, str) or text not in KINDS:
+        raise Unexpected(f"expected an array of {', '.join(KINDS)}, got {describe(name)}")
     return Kind(text)
+
+
+def set_order(kind: Kind, state: tuple[object, ...]) -> None:
+    """From a dtype's state (version, order, ...); | stands where there is no order."""
+    order = state[1] if len(state) > 1 else None
+    text = order.decode("latin-1") if isinstance(order, bytes) else order
+    if text not in ("<", ">", "|"):
+        raise Unexpected(f"expected an order of bytes <, > or |, got {describe(order)}")
+    kind.order = ">" if text == ">" else "<"
 
 
 def stored_array(kind: object, shape: object, data: object) -> Array:
@@ -65,15 +88,16 @@ def stored_array(kind: object, shape: object, data: object) -> Array:
         not isinstance(shape, tuple)
         or len(shape) > MAX_DIMENSIONS
         or not all(type(n) is int and n >= 0 for n in shape)
-        or math.prod(shape) != len(data)
+        or math.prod(shape) * struct.calcsize(f"={KINDS[kind.name]}") != len(data)
     ):
-        raise Unexpected(f"expected a shape of {len(data)} values, got {describe(shape)}")
-    return Array(kind.name, shape, data)
+        raise Unexpected(
+            f"expected a shape of {len(data)} bytes of {kind.name}, got {describe(shape)}"
+        )
+    return Array(kind.name, shape, data, kind.order)
 
 
 def _scalar(kind: object, data: object) -> int | bool:
-    value = stored_array(kind, (1,), data)
-    return bool(value.data[0]) if value.kind == "b1" else value.data[0]
+    return stored_array(kind, (1,), data).values()[0]
 
 
 def _from_buffer(data: object, kind: object, shape: object, *_: object) -> Array:

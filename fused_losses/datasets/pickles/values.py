@@ -1,7 +1,7 @@
 """Reads the plain values in a pickle without running it.
 
 A pickle is a program. This interpreter knows the few instructions that lists, tuples, numbers,
-byte strings and numpy's uint8 and bool arrays need (protocols 0 to 5, Python 2 and 3) and no other:
+byte strings and numpy's arrays of integers need (protocols 0 to 5, Python 2 and 3) and no other:
 nothing is imported, and what can be called are the six names of arrays.py.
 (A pickle.Unpickler with a strict find_class would still run the rest of the instruction set.)
 """
@@ -21,10 +21,13 @@ from fused_losses.datasets.pickles.arrays import (
     Name,
     Unexpected,
     allowed_name,
+    set_order,
     stored_array,
 )
 
 MAX_INTEGER_DIGITS = 20
+# a picture takes some twenty instructions, and hundreds of bytes
+FREE_STEPS, BYTES_A_STEP, MAX_STEPS = 1 << 17, 32, 1 << 23
 ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.|$)", re.DOTALL)
 ESCAPED = {b"\\": b"\\", b"'": b"'", b'"': b'"', b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
@@ -40,8 +43,9 @@ def read_pickled(data: bytes, file: str) -> object:
     """The value of a pickle of plain values; file: what an error names.
 
     Returns None, bool, int, str, bytes (so are Python 2's strings), list, tuple and `Array`. Raises
-    DataError that names the offset for any other instruction or name, and for damage. Time and
-    memory O(size): no length is believed before the bytes are there.
+    DataError that names the offset for any other instruction or name, for damage, and for more
+    instructions than pictures of this size need. Time and memory O(size): no length is believed
+    before the bytes are there.
     """
     program = _Program(data)
     try:
@@ -67,7 +71,12 @@ class _Program:
         self.made = 0  # bytes copied by calls: a pickle can call one thing again and again
 
     def run(self) -> object:
+        most = min(MAX_STEPS, FREE_STEPS + len(self.data) // BYTES_A_STEP)
+        steps = 0
         while (code := self.take(1)) != b".":
+            steps += 1
+            if steps > most:
+                raise Unexpected(f"expected at most {most} instructions, got more")
             step = STEPS.get(code)
             if step is None:
                 raise Unexpected(f"expected an instruction of plain values, got {code!r}")
@@ -217,13 +226,13 @@ def _reduce(p: _Program) -> None:
 def _build(p: _Program) -> None:
     state = p.pop()
     target = p.top(object)
-    # a dtype's state says how it is laid out; of one byte there is one way
     if isinstance(target, Kind) and isinstance(state, tuple):
+        set_order(target, state)
         return
     if not isinstance(target, Array) or not isinstance(state, tuple) or len(state) != 5:
         raise Unexpected(f"expected an array's state, got {type(state).__name__}")
     made = stored_array(state[2], state[1], state[4])
-    target.kind, target.shape, target.data = made.kind, made.shape, made.data
+    vars(target).update(vars(made))
 
 
 def _pushed(read: Callable[[_Program], object]) -> Callable[[_Program], None]:
