@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from fused_losses.centers.checksums import ChecksumWriter, damage
+
 COMPLETE = re.compile(r"step-(\d{8,})")
-PART = ".part"
+PART, DAMAGED = ".part", ".damaged"
 
 
 class CheckpointError(RuntimeError):
@@ -36,8 +38,8 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run, in one folder that every rank can write to.
 
-    folder: made if it is not there. Checkpoint 12 is folder/step-00000012; what is being written
-        or removed ends in ".part" and is never read.
+    folder: made if it is not there. Checkpoint 12 is folder/step-00000012, with the checksums of
+        its files; what is being written or removed ends in ".part" and is never read.
     keep: complete checkpoints that stay; older ones go when a newer one is in its place.
     process_group: the ranks that save and load together; default: all, or this process alone
         without torch.distributed. A gloo group of its own is made from it, so that the writing
@@ -61,6 +63,7 @@ class Checkpoints:
         self.folder, self.keep = Path(folder), keep
         self.group = _gloo_group(process_group)
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        self.world = dist.get_world_size(self.group) if self.group is not None else 1
         self._pending: Future[None] | None = None
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish-checkpoint")
         # a name that no earlier process has used: what one that is still dying writes stays apart
@@ -85,17 +88,21 @@ class Checkpoints:
             rank's part); training may change its tensors at once. Otherwise nothing is copied and
             the checkpoint is complete on return.
         Waits for the save before, and raises `CheckpointError` where that one failed.
-        ValueError: the step is negative or has a checkpoint.
+        ValueError: the step is negative or has a checkpoint. CheckpointError besides: the folder
+        was removed.
         """
         _check_state(state)
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")
         self.wait()
-        if self._from_first(self.rank == 0 and self._path(step).exists()):
+        exists, gone = self._from_first((self._path(step).exists(), not self.folder.is_dir()))
+        if exists:
             raise ValueError(f"step: {self._path(step)} exists; a checkpoint is never rewritten")
+        if gone:  # DCP would make it anew
+            raise CheckpointError(f"{self.folder}: the folder of the checkpoints was removed")
         part = self.folder / f"{self._path(step).name}.{self._token}{PART}"
         options: dict[str, Any] = {
-            "storage_writer": FileSystemWriter(part, sync_files=True),
+            "storage_writer": ChecksumWriter(part, sync_files=True),
             "process_group": self.group,
             "no_dist": self.group is None,
         }
@@ -124,21 +131,48 @@ class Checkpoints:
         """Read checkpoint `step` (None: the newest) into `state`; the step; None if none exists.
 
         Tensors are filled in place, plain values replaced. A DTensor takes its own rows whatever
-        the number of ranks that wrote them.
-        CheckpointError: there is no such checkpoint, or its files cannot be read.
+        the number of ranks that wrote them. Every file is read twice: against its checksum first.
+        Where the newest is damaged, the newest whole one is read with a warning that names both;
+        the damaged ones then end in ".damaged", to be looked at or removed.
+        CheckpointError: there is no such checkpoint, or it (every one) is damaged.
         ValueError: the state has a key or a shape that the checkpoint does not have.
         """
         _check_state(state)
         self.wait()
-        step = self.latest() if step is None else step
-        if step is None:
-            return None
+        if step is not None:
+            self._read(state, step)
+            return step
+        damaged: dict[int, str] = {}
+        for newest in reversed(self._from_first(self.steps() if self.rank == 0 else None)):
+            try:
+                self._read(state, newest)
+            except CheckpointError as error:  # alike on every rank
+                damaged[newest] = str(error)
+                continue
+            if damaged:
+                self._set_aside(damaged, newest)
+            return newest
+        if damaged:
+            told = "; ".join(damaged.values())
+            raise CheckpointError(f"{self.folder}: no checkpoint is whole: {told}")
+        return None
+
+    def _read(self, state: dict[str, Any], step: int) -> None:
         path = self._path(step)
         failure: BaseException | None = None
+        reader = FileSystemReader(path)
         try:
-            reader = FileSystemReader(path)
-            _check_fits(state, reader.read_metadata(), path)
+            found = damage(path, self.rank, self.world)
+            if found is not None:
+                raise CheckpointError(f"damaged ({found})")
+            saved = reader.read_metadata()
+        # what is no pickle can fail in any way
         except Exception as error:
+            failure = CheckpointError(f"{path.name}: {_one_line(error)}")
+        self._agree(failure)
+        try:
+            _check_fits(state, saved, path)
+        except ValueError as error:
             failure = error
         self._agree(failure)
         try:
@@ -150,8 +184,25 @@ class Checkpoints:
                     no_dist=self.group is None,
                 )
         except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"{path}: {_one_line(error)}") from error
-        return step
+            failure = CheckpointError(f"{path.name}: {_one_line(error)}")
+        self._agree(failure)
+
+    def _set_aside(self, damaged: dict[int, str], step: int) -> None:
+        """Damaged checkpoints lose their names, or a run that goes on could not take these."""
+
+        def rename() -> None:
+            for one in damaged:
+                path = self._path(one)
+                to = path.with_name(path.name + DAMAGED)
+                os.rename(path, to if not to.exists() else f"{to}.{self._token}")
+
+        self._first_does(rename)
+        told = "; ".join(damaged.values())
+        warnings.warn(
+            f"{told}; {self._path(step)} is read in its place, the name of what is damaged now "
+            f"ends in {DAMAGED}",
+            stacklevel=3,
+        )
 
     def close(self) -> None:
         """Wait for the save under way and end the threads."""
@@ -197,6 +248,9 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"step-*{PART}"):
             shutil.rmtree(left, ignore_errors=True)
+        for path in self.folder.iterdir():
+            if COMPLETE.fullmatch(path.name) and not path.is_dir():
+                raise FileExistsError(f"{path}: expected a checkpoint's folder, found a file")
 
     def _first_does(self, work: Any) -> None:
         failure: BaseException | None = None
@@ -216,18 +270,22 @@ class Checkpoints:
         return box[0]
 
     def _agree(self, failure: BaseException | None) -> None:
-        """Raise on every rank if any has failed; an error that all share keeps its kind."""
-        texts: list[str | None] = [None if failure is None else _one_line(failure)]
+        """Raise on every rank if any has failed: the rank's own ValueError, or what all failed by.
+
+        One kind of error on all ranks: who catches it does so everywhere, or nowhere.
+        """
+        mine = None if failure is None else (isinstance(failure, ValueError), _one_line(failure))
+        told: list[tuple[bool, str] | None] = [mine]
         if self.group is not None:
-            mine = texts[0]
-            texts = [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(texts, mine, group=self.group)
-        failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+            told = [None] * self.world
+            dist.all_gather_object(told, mine, group=self.group)
+        failed = {rank: one for rank, one in enumerate(told) if one is not None}
         if not failed:
             return
-        if isinstance(failure, ValueError):
-            raise failure
-        raise CheckpointError(f"{self.folder}: " + "; ".join(failed)) from failure
+        text = "; ".join(f"rank {rank}: {text}" for rank, (_, text) in failed.items())
+        if any(bad_value for bad_value, _ in failed.values()):
+            raise failure if isinstance(failure, ValueError) else ValueError(text)
+        raise CheckpointError(f"{self.folder}: {text}") from failure
 
 
 def _gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -278,7 +336,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         told = (f"rank {rank}: {pair[0]!r}" for rank, pair in error.failures.items())
         return "; ".join(told)
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import multiprocessing as mp
 import random
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import processes
@@ -145,6 +146,7 @@ def save_sharded(rank: int, world: int, folder: str) -> None:
             state["net"]["w"].add_(1)
     if world == 1:
         return
+    fall_back(rank, world, folder)
     with Checkpoints(f"{folder}/failing") as checkpoints:
         if rank == 1:
             dcp.FileSystemWriter.write_data = lambda *_: (_ for _ in ()).throw(OSError("full"))
@@ -164,8 +166,100 @@ def load_sharded(rank: int, world: int, folder: str) -> None:
     assert not dist.is_initialized() or dist.get_world_size() == world
 
 
+def fall_back(rank: int, world: int, folder: str) -> None:
+    """One rank's damaged file is seen by all: each reads the older checkpoint."""
+    local, state = sharded(rank, world, 1.0)
+    with Checkpoints(f"{folder}/damaged") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(state, step, asynchronous=False)
+            local.add_(1)
+        if rank == 0:
+            flip(Path(folder, "damaged", "step-00000002", "__1_0.distcp"), 700)
+        with pytest.warns(UserWarning, match="__1_0.distcp: not as it was written.*00000001 is"):
+            assert checkpoints.load(state) == 1
+        assert torch.equal(local, sharded(rank, world, 1.0)[0])
+        # a state that does not fit one rank alone: an error on all
+        with pytest.raises(ValueError, match=r"x.* has no such entry"):
+            checkpoints.load({**state, **({"x": 0} if rank else {})})
+
+
 def test_tables_are_read_by_any_number_of_ranks(tmp_path: Path) -> None:
     processes.run(2, save_sharded, 2, str(tmp_path))
     # of five ranks with two rows each the last has none
     for world in (1, 3, 5):
         processes.run(world, load_sharded, world, str(tmp_path))
+
+
+# ---- damage -------------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def state_of(step: int) -> dict:
+    return {"net": {"w": torch.full((500,), float(step)), "name": str(step)}}
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_whole_one(tmp_path: Path) -> None:
+    def damages() -> Iterator[tuple[str, Callable[[Path], object]]]:
+        yield "__0_0.distcp: not as it was written", lambda path: flip(path / "__0_0.distcp", 900)
+        yield "__0_0.distcp: missing", lambda path: (path / "__0_0.distcp").unlink()
+        yield ".metadata: not as it was written", lambda path: flip(path / ".metadata", 50)
+        yield ".metadata: missing", lambda path: (path / ".metadata").unlink()
+        yield "no table of checksums", lambda path: (path / "checksums.json").write_text("[}")
+        # as an earlier version wrote it: damage that reading finds
+        yield (
+            "step-00000002",
+            lambda path: [(path / name).unlink() for name in ("checksums.json", "__0_0.distcp")],
+        )
+
+    for number, (told, harm) in enumerate(damages()):
+        folder = tmp_path / str(number)
+        with Checkpoints(folder) as checkpoints:
+            for step in (1, 2):
+                checkpoints.save(state_of(step), step, asynchronous=step == 2)
+            checkpoints.wait()
+            harm(folder / "step-00000002")
+            with pytest.raises(CheckpointError, match=told):
+                checkpoints.load(state_of(0), 2)
+            state = state_of(0)
+            with pytest.warns(UserWarning, match=told) as warned:
+                assert checkpoints.load(state) == 1
+            text = str(warned[0].message)
+            assert "step-00000002" in text and str(folder / "step-00000001") in text
+            assert state["net"]["w"].eq(1).all() and state["net"]["name"] == "1"
+            # the run that goes on comes to step 2 again
+            assert checkpoints.steps() == [1] and (folder / "step-00000002.damaged").is_dir()
+            checkpoints.save(state_of(2), 2, asynchronous=False)
+            assert checkpoints.load(state) == 2 and state["net"]["name"] == "2"
+
+
+def test_no_flipped_bit_is_loaded(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(state_of(3), 3, asynchronous=False)
+        path = tmp_path / "step-00000003"
+        for name in ("__0_0.distcp", ".metadata", "checksums.json"):
+            whole = (path / name).read_bytes()
+            for at in chance.sample(range(len(whole)), 40):
+                flip(path / name, at)
+                state = state_of(0)
+                with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*step-0*3"):
+                    checkpoints.load(state)
+                assert state["net"]["w"].eq(0).all()
+                (path / name).write_bytes(whole)
+        assert checkpoints.load(state) == 3
+
+
+def test_a_folder_that_is_not_one_is_found_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "step-00000007").write_text("")
+    with pytest.raises(CheckpointError, match="step-00000007: expected a checkpoint's folder"):
+        Checkpoints(tmp_path)
+    (tmp_path / "step-00000007").unlink()
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        (tmp_path / "c").rmdir()
+        with pytest.raises(CheckpointError, match="folder of the checkpoints was removed"):
+            checkpoints.save(state_of(1), 1)

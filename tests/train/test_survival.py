@@ -271,7 +271,9 @@ def test_pictures(tmp_path: Path, no_group: None, form: str) -> None:
 
 def test_folder_of_another_run_is_refused(tmp_path: Path, no_group: None) -> None:
     train(dataclasses.replace(SMALL, steps=1), tmp_path)
-    with pytest.raises(RunError, match="holds a run that differs\n  scale: the run has 64.0, asked"):
+    with pytest.raises(
+        RunError, match="holds a run that differs\n  scale: the run has 64.0, asked"
+    ):
         train(dataclasses.replace(SMALL, scale=8.0), tmp_path)
     dist.destroy_process_group()
     # what changes no loss may change, and a finished run goes on to more steps

@@ -107,12 +107,12 @@ class LargeTraining:
 
     def resume(self, checkpoints: Checkpoints) -> int:
         """The step to begin with: the newest checkpoint's, whatever number of ranks wrote it."""
-        step = checkpoints.latest()
-        if step is None:
+        if checkpoints.latest() is None:
             return 0
         # reading the optimiser's state makes it, by a step that a fresh run must not take
         state = self.state()
-        checkpoints.load(state, step)
+        step = checkpoints.load(state)
+        assert step is not None  # where there was one
         set_state_dict(
             self.backbone,
             self.optimizer,
