@@ -95,8 +95,6 @@ def test_use_backend_reaches_the_functions(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_unknown_names_are_refused() -> None:
     words = "backend: expected auto, reference, cpu, triton, cuda, bounded, got 'fast'"
-    with pytest.raises(ValueError, match=words):
-        fused_losses.margin_softmax(X, W, LABELS, backend="fast")
     with pytest.raises(ValueError, match=words), fused_losses.use_backend("fast"):
         pass
     with pytest.raises(ValueError, match=words):
@@ -116,17 +114,6 @@ def test_auto_without_the_extension_is_bounded_with_one_warning() -> None:
         "so))"
     ]
     assert torch.equal(first, fused_losses.margin_softmax(X, W, LABELS, backend="bounded"))
-
-
-@pytest.mark.usefixtures("without_cpu")
-def test_the_extension_by_name_is_never_replaced() -> None:
-    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run .*is not built \(a test"):
-        fused_losses.margin_softmax(X, W, LABELS, backend="cpu")
-    with (
-        fused_losses.use_backend("cpu"),
-        pytest.raises(RuntimeError, match=r"available\(\) lists what can run here"),
-    ):
-        fused_losses.margin_softmax(X, W, LABELS)
 
 
 def test_naming_a_backend_warns_of_nothing() -> None:

@@ -889,7 +889,6 @@ X, Y = torch.rand(4, 3), torch.rand(5, 3)
         (dict(y=Y.to("meta")), ValueError, "y: expected the device of x"),
         (dict(metric="manhattan"), ValueError, "metric: expected one of euclidean, "),
         (dict(precision="half"), ValueError, "precision: expected one of"),
-        (dict(backend="numpy"), ValueError, "backend: expected"),
         (dict(metric="minkowski", p=0), ValueError, "p: expected a value > 0, got 0"),
         (dict(metric="minkowski", p=math.nan), ValueError, "p: expected a value > 0"),
         (dict(metric="minkowski", p="2"), TypeError, "p: expected a number, got str"),

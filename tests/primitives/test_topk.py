@@ -425,7 +425,6 @@ def test_a_forced_screen_that_cannot_run_is_refused() -> None:
             TypeError,
             r"y.scale: expected float32 \[9\]",
         ),
-        (dict(backend="gpu"), ValueError, "backend: expected"),
     ],
 )
 def test_bad_input(change: dict, error: type, words: str) -> None:
