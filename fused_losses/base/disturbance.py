@@ -17,13 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# half a unit in the last place of 1
-ROUNDOFF = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
+from fused_losses.base.numerics import ROUNDOFF
+
 # of a product's factors, where they are narrowed
 LOWERED = {"fp32": 0.0, "tf32": 2.0**-11, "mixed": 2.0**-8, "bf16": 2.0**-8}
 SAMPLES = 3

@@ -13,6 +13,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 ZERO_NORM = 1e-12
+# unit roundoffs: half a unit in the last place of 1
+ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -84,9 +91,11 @@ def root(v: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, v, 1).sqrt(), 0)
 
 
-def squared_norms(x: Tensor) -> Tensor:
-    """|x|^2 a row, [N], in the accumulation dtype."""
-    return x.to(accumulate_dtype(x.dtype)).square().sum(dim=1)
+def about_own_mean(x: Tensor) -> Tensor:
+    """Rows less their own means, in the accumulation dtype; rounded once, however far they lie."""
+    wide = x.to(row_dtype(x.device))
+    moved = wide - wide.mean(dim=-1, keepdim=True)
+    return moved.to(accumulate_dtype(x.dtype))
 
 
 @overload

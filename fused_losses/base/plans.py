@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+import torch
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _told: ContextVar[Callable[[int], None] | None] = ContextVar("told", default=None)
@@ -15,13 +17,15 @@ _handed_out: set[Callable[..., Any]] = set()
 
 def explaining() -> bool:
     """Whether tensors have shapes and no values: what depends on values says `needs` instead."""
-    return _told.get() is not None
+    # Dynamo knows no context variables, and nobody explains compiled code
+    return not torch.compiler.is_compiling() and _told.get() is not None
 
 
 def needs(extra_bytes: int) -> None:
     """So much is allocated here, at most, and given back."""
-    told = _told.get()
-    if told is not None:
+    if explaining():
+        told = _told.get()
+        assert told is not None
         told(extra_bytes)
 
 

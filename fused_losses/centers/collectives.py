@@ -88,8 +88,10 @@ class Ranks:
         self.group = process_group
         self._mesh = device_mesh
         if device_mesh is not None and device_mesh.ndim > 1:
-            dim: Any = mesh_dim
-            self._mesh = device_mesh[dim]
+            # a dimension is taken by its name; one without is made anew of its group
+            names = device_mesh.mesh_dim_names
+            name = names[mesh_dim] if names and isinstance(mesh_dim, int) else mesh_dim
+            self._mesh = device_mesh[name] if isinstance(name, str) else None
         self.world = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
+from fused_losses.base.numerics import about_own_mean, accumulate_dtype, no_autocast, row_dtype
 from fused_losses.base.sides import Sides, batch_sides
 from fused_losses.base.validation import check_at_least, check_class_ids, check_plain, number
 from fused_losses.losses.scored_pairs import scored, triangle
@@ -184,10 +184,9 @@ def snr_contrastive(
     with no_autocast(embeddings.device):
         dtype, wide = accumulate_dtype(both.x.dtype), row_dtype(embeddings.device)
         inputs = scored_rows(both, "sqeuclidean", precision, normalize)
-        x, y = inputs.x.to(dtype), inputs.y.to(dtype)
-        sums = x.sum(dim=1)
-        x = x - x.mean(dim=1, keepdim=True)
-        y = x if both.y is both.x else y - y.mean(dim=1, keepdim=True)
+        sums = inputs.x.to(dtype).sum(dim=1)
+        x = about_own_mean(inputs.x)
+        y = x if both.y is both.x else about_own_mean(inputs.y)
         power = x.to(wide).square().sum(dim=1)
         alive = ~(power <= 0)
         inverse = torch.where(alive, 1 / torch.where(alive, power, 1), 0)

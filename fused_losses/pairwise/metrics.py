@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import (
+    about_own_mean,
     accumulate_dtype,
     common_factor,
     multiplied,
@@ -116,10 +117,10 @@ def _power(v: Tensor, power: float) -> Tensor:
 
 def _moved(x: Tensor, w: Tensor | None = None) -> Tensor:
     """Rows moved by their own (weighted) mean."""
-    x = wide(x)
     if w is None:
-        moved = x - x.mean(dim=-1, keepdim=True)
+        moved = about_own_mean(x)
     else:
+        x = wide(x)
         moved = x - (x * (w / w.sum()).to(x.dtype)).sum(dim=-1, keepdim=True)
     # what rounding leaves of a constant row is no direction
     return torch.where((x == x[..., :1]).all(dim=-1, keepdim=True), 0, moved)

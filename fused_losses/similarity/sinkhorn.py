@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,8 @@ def sinkhorn(
         raise ValueError(f"x, y: expected at least one row each, got N={n}, M={m}")
     validation.check_choice("cost", cost, COSTS)
     sharp = 1 / number("eps", eps, x).detach()
+    if isinstance(iterations, bool) or not isinstance(iterations, Integral):
+        raise TypeError(f"iterations: expected an integer >= 1, got {iterations!r}")
     if iterations < 1:
         raise ValueError(f"iterations: expected a value >= 1, got {iterations}")
     weights = []

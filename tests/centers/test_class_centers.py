@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from class_center_cases import C, D, N, data, gradients, head, same
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fused_losses import class_losses, margins
+from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.sampling import sample
 from fused_losses.centers.shard import ClassGroup, Gradients, Shard, ShardSweep, SoftmaxEngine
 from fused_losses.losses import class_loss
@@ -266,3 +269,21 @@ def test_bad_batches() -> None:
     ):
         with pytest.raises(kind, match=text):
             found(*given)
+
+
+@pytest.mark.parametrize("names", [("copies", "classes"), None])
+@pytest.mark.parametrize("dim", [1, "classes"])
+def test_a_dimension_of_a_mesh_by_number_or_name(
+    names: tuple[str, str] | None, dim: int | str
+) -> None:
+    if names is None and dim == "classes":
+        pytest.skip("a mesh without names has none to ask for")
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        ranks = Ranks(None, mesh, dim)
+        assert (ranks.world, ranks.rank) == (2, 1)
+        part = ranks.device_mesh(torch.device("cpu"))
+        assert part.ndim == 1 and part.mesh.tolist() == [0, 1]
+    finally:
+        dist.destroy_process_group()

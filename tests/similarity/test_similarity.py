@@ -460,6 +460,11 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "iterations: expected a value >= 1, got 0",
     ),
+    "endless": (
+        lambda: fl.sinkhorn(X, Y, iterations=float("inf")),
+        TypeError,
+        "iterations: expected an integer >= 1, got inf",
+    ),
     "eps": (
         lambda: fl.sinkhorn(X, Y, eps=0.0),
         ValueError,

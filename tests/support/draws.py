@@ -19,8 +19,8 @@ from pair_cases import Case, Inputs, outcome
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.base.disturbance import ROUNDOFF, SURE, distance, movement, rounded_once
-from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.disturbance import SURE, distance, movement, rounded_once
+from fused_losses.base.numerics import ROUNDOFF, accumulate_dtype
 
 TABLES = (*pair_cases.LOSSES, *pair_cases.SIMILARITIES, *row_loss_cases.ROWS, *MORE)
 CASES = {case.name: case for case in TABLES}
@@ -46,9 +46,6 @@ LIMITS: dict[str, tuple[str, ...]] = {
     "all_triplets_smooth_easy": ("clusters",),
     # costs of 1e6 over eps of 0.1: the exponents' own rounding is above 1
     "sinkhorn_dot": ("far", "clusters", "outlier"),
-    # rows are moved by their own means, whose roundings are those of the rows
-    "snr_contrastive": ("far",),
-    "snr_contrastive_ref": ("far",),
     # which of equal neighbours are nearest is open
     "icnn": ("integers", "constant", "duplicates", "sparse"),
     # the hats of a histogram have no slope of their own where a value stands on a node

@@ -11,11 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import ZERO_NORM
+from fused_losses.base.numerics import ROUNDOFF, ZERO_NORM
 from fused_losses.primitives.topk.inputs import TopkInputs
 
-# unit roundoffs of what is added up
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
 # below these an instruction may flush to 0
 TINY = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126}
 # of a row's length: below, no product and no sum of two rows overflows
@@ -52,20 +50,20 @@ def of_products(
 ) -> float:
     """The most that m <x, y> and a key are apart, in |x| |m y|."""
     # two factors, m, the product with it, the sum with a; then the terms
-    rounded = (5 + products.term + d * products.step) * UNIT[narrow]
+    rounded = (5 + products.term + d * products.step) * ROUNDOFF[narrow]
     each, once = JUDGED[kind]
-    judged = (each * d + once) * UNIT[wide]
+    judged = (each * d + once) * ROUNDOFF[wide]
     return math.expm1(2 * math.log1p(products.factor) + rounded + judged)
 
 
 def of_offsets(d: int, narrow: torch.dtype, wide: torch.dtype) -> float:
     """The most that a is wrong by and moves the sum by, in |a|."""
-    return math.expm1(2 * UNIT[narrow] + (d + 6) * UNIT[wide])
+    return math.expm1(2 * ROUNDOFF[narrow] + (d + 6) * ROUNDOFF[wide])
 
 
 def of_distances(d: int, wide: torch.dtype) -> float:
     """The most that |x - y|^2 and |x|^2 are wrong by, in their sum, where they decide."""
-    return (d + 8) * UNIT[wide]
+    return (d + 8) * ROUNDOFF[wide]
 
 
 def of_scores(
