@@ -111,26 +111,30 @@ def shard(classes: int, rank: int, world: int) -> tuple[int, int]:
     return begin, begin + classes // world + int(rank < classes % world)
 
 
-def import_checkpoints(source: str | Path | Sequence[str | Path], head: Head) -> InsightFaceTable:
+def import_checkpoints(
+    source: str | Path | Sequence[str | Path], head: Head, *, resize: bool = False
+) -> InsightFaceTable:
     """Fill a head with the table, its optimiser's states and step; each rank reads its own rows.
 
-    States that the files or the head do not have are left as they are. ValueError: the number of
-    classes or their dimension is another one, or the head has sub-centres.
+    States that the files or the head do not have are left as they are. resize: the head may have
+    more classes, whose rows stay as they are, or fewer. ValueError: the number of classes (without
+    resize) or their dimension is another one, or the head has sub-centres.
     """
     table = InsightFaceTable(source)
     state = head.state()
-    expected = (table.num_classes, table.dim)
+    expected = (head.num_classes if resize else table.num_classes, table.dim)
     if tuple(state[WEIGHT].shape) != expected:
         raise ValueError(
             f"head: expected a weight of shape {expected} as in {table.paths[0].parent}, got "
             f"{describe(state[WEIGHT])}"
         )
-    stop = head.class_start + head.num_local
+    start = min(head.class_start, table.num_classes)
+    stop = min(head.class_start + head.num_local, table.num_classes)
     for name in table.names:
         key = name if name == WEIGHT else f"optimizer.{name}"
         if key in state:
             with torch.no_grad():
-                local_rows(state[key]).copy_(table.rows(head.class_start, stop, name))
+                local_rows(state[key])[: stop - start].copy_(table.rows(start, stop, name))
     state["steps"].fill_(table.step)
     head.load()
     return table

@@ -160,6 +160,27 @@ def test_training_goes_on_where_insightface_stopped(tmp_path: Path) -> None:
     torch.testing.assert_close(head.weight, table.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [4, CLASSES, 17])
+def test_a_head_of_another_number_of_classes(tmp_path: Path, classes: int) -> None:
+    """On 3 ranks of which the last may have no row that the files have."""
+    written = write_run(tmp_path, 2, torch.optim.SGD)
+    shards = processes.run(3, import_resized, classes, str(tmp_path), seconds=60)
+    both = min(classes, CLASSES)
+    for kind, name in enumerate(("weight", "momentum_buffer")):
+        found = torch.cat([tables[kind] for tables in shards])
+        assert len(found) == classes and torch.equal(found[:both], written[name][:both])
+        assert bool((found[both:] == -1).all())
+
+
+def import_resized(rank: int, classes: int, source: str) -> list[Tensor]:
+    head = TableHead(rank, 3, classes)
+    if classes != CLASSES:
+        with pytest.raises(ValueError, match=rf"expected a weight of shape \({CLASSES}, 3\)"):
+            import_checkpoints(source, head)
+    import_checkpoints(source, head, resize=True)
+    return [head.weight, head.momentum]
+
+
 def test_states_of_adamw_and_rows_across_files(tmp_path: Path) -> None:
     written = write_run(tmp_path, 4, torch.optim.AdamW)
     read = InsightFaceTable([tmp_path / f"checkpoint_gpu_{rank}.pt" for rank in (3, 1, 0, 2)])
