@@ -2,12 +2,12 @@
 
 from fused_losses.centers.collectives import Traffic, step_traffic
 from fused_losses.centers.head import ClassCenters
+from fused_losses.centers.head_optimizer import HeadOptimizer
 from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
 from fused_losses.centers.predict import TopClasses, class_scores, top_classes
 from fused_losses.centers.resize import carry_over, set_rows
 from fused_losses.centers.statistics import HeadStats
 from fused_losses.centers.subcenters import SubCenters
-from fused_losses.centers.update import HeadOptimizer
 
 __all__ = [
     "ClassCenters",

@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from fused_losses.centers.checksums import ChecksumWriter, damage
+from fused_losses.centers.state import TableState
 
 COMPLETE = re.compile(r"step-(\d{8,})")
 PART, DAMAGED = ".part", ".damaged"
@@ -131,7 +132,8 @@ class Checkpoints:
         """Read checkpoint `step` (None: the newest) into `state`; the step; None if none exists.
 
         Tensors are filled in place, plain values replaced. A DTensor takes its own rows whatever
-        the number of ranks that wrote them. Every file is read twice: against its checksum first.
+        the number of ranks that wrote them. A head makes the
+        states that only the checkpoint has. Every file is read twice: against its checksum first.
         Where the newest is damaged, the newest whole one is read with a warning that names both;
         the damaged ones then end in ".damaged", to be looked at or removed.
         CheckpointError: there is no such checkpoint, or it (every one) is damaged.
@@ -171,6 +173,7 @@ class Checkpoints:
             failure = CheckpointError(f"{path.name}: {_one_line(error)}")
         self._agree(failure)
         try:
+            _expect(state, saved.state_dict_metadata)
             _check_fits(state, saved, path)
         except ValueError as error:
             failure = error
@@ -315,6 +318,16 @@ def _check_fits(state: dict[str, Any], saved: Metadata, path: Path) -> None:
                 f"state[{key!r}]: expected shape {tuple(there.size)} as in {path}, got "
                 f"shape {tuple(value.shape)}, {value.dtype}"
             )
+
+
+def _expect(state: Any, there: Iterable[str], prefix: str = "") -> None:
+    """Tells the parts of a state that can make room for them what names a checkpoint has."""
+    if not isinstance(state, dict):
+        return
+    if isinstance(state, TableState):
+        state.expect(key.removeprefix(prefix) for key in there if key.startswith(prefix))
+    for name, part in state.items():
+        _expect(part, there, f"{prefix}{name}.")
 
 
 def _leaves(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -95,6 +95,30 @@ class Ranks:
         self.world = 1 if process_group is None else dist.get_world_size(process_group)
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self  # nothing of it changes, and a process group has no copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.group is not None and self.world != dist.get_world_size():
+            raise TypeError(
+                "process_group: expected all ranks in a head that is pickled, got "
+                f"{self.world} of {dist.get_world_size()}; save its state_dict() or state()"
+            )
+        return {"joined": self.group is not None, "world": self.world, "rank": self.rank}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.group = self._mesh = None
+        self.world, self.rank = state["world"], state["rank"]
+        here = dist.is_available() and dist.is_initialized()
+        now = (dist.get_world_size(), dist.get_rank()) if here else (1, 0)
+        if state["joined"] and (self.world, self.rank) != now:
+            raise RuntimeError(
+                f"a pickled head has the shard of rank {self.rank} of {self.world} and is now at "
+                f"rank {now[1]} of {now[0]}; its state() loads on any number of ranks"
+            )
+        if state["joined"] and here:
+            self.group = dist.group.WORLD
+
     def device_mesh(self, device: torch.device) -> DeviceMesh:
         """The ranks as a one-dimensional mesh."""
         if self._mesh is None:

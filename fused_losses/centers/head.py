@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 
 from fused_losses.base import validation
@@ -22,11 +23,11 @@ from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
 from fused_losses.centers.optimizers import make_row_optimizer
 from fused_losses.centers.sampling import groups
 from fused_losses.centers.shard import CHUNK_BYTES, ClassGroup, Shard, ShardSweep, Sums
-from fused_losses.centers.state import fill_states, named_tensors
 from fused_losses.centers.statistics import HeadStats, over_shards
 from fused_losses.centers.step import SavedForward, Sharded
 from fused_losses.centers.storage import Storage, initialise_
-from fused_losses.centers.update import AutogradUpdates, RowUpdates
+from fused_losses.centers.table import TableModule
+from fused_losses.centers.update import NONFINITE, AutogradUpdates, LossScale, RowUpdates
 from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.class_values import ClassLoss, MergedRows
 from fused_losses.losses.unpg import UNPG
@@ -37,7 +38,7 @@ GRADIENT_SCALES = ("ddp_mean", "global_sum")
 UPDATES = ("backward", "step")
 
 
-class ClassCenters(nn.Module):
+class ClassCenters(TableModule):
     """A margin-softmax head over any number of classes, sharded over the ranks.
 
         loss = mean over all ranks' rows of  loss_i(cosines of x_i with every class)
@@ -82,8 +83,12 @@ class ClassCenters(nn.Module):
         seed: of the first rows and of the samples.
         chunk_bytes: of table rows that one kernel call takes.
         precision, backend: as in `margin_softmax`; "reference" has no streamed form.
+        nonfinite: of an optimizer's step whose embeddings or incoming gradient are not finite:
+            "raise" (FloatingPointError) or "skip", before any row is written, on every rank.
 
-    The head must stay outside DistributedDataParallel and FSDP: its rows differ between ranks.
+    With an optimizer the table is neither a parameter nor a buffer, so that the head may lie inside
+    what DistributedDataParallel or FSDP wrap; `requires_grad_(False)` of the head or of a model
+    around it freezes the table. Without one it must stay outside: its rows differ between ranks.
     Memory: table, optimiser states, 8 bytes a row, a chunk's gradient, O(B D). Time O(B C D / W)
     a rank. Communication: `fused_losses.centers.collectives`.
     """
@@ -117,6 +122,7 @@ class ClassCenters(nn.Module):
         chunk_bytes: int = CHUNK_BYTES,
         precision: str = "fp32",
         backend: str | None = None,
+        nonfinite: str = "raise",
     ) -> None:
         super().__init__()
         for name, count in (
@@ -141,6 +147,7 @@ class ClassCenters(nn.Module):
         validation.check_choice("update", update, UPDATES)
         validation.check_choice("gradient_scale", gradient_scale, GRADIENT_SCALES)
         validation.check_choice("precision", precision, validation.PRECISIONS)
+        validation.check_choice("nonfinite", nonfinite, NONFINITE)
         if optimizer is None and (update != "backward" or max_grad_norm or optimizer_options):
             raise ValueError(
                 "update, max_grad_norm, optimizer_options: expected an optimizer beside them, "
@@ -165,20 +172,16 @@ class ClassCenters(nn.Module):
         middle = () if sub_centers == 1 else (sub_centers,)
         weight = place.zeros("weight", (self.num_local, *middle, embedding_dim), dtype)
         initialise_(weight, self.class_start, seed=seed)
-        # backward runs also where no embedding needs a gradient
-        self._anchor = torch.zeros((), requires_grad=True)
-        self._updates: AutogradUpdates | RowUpdates
-        if optimizer is None:
-            self.weight = nn.Parameter(weight)
-            self._updates = AutogradUpdates(self.ranks)
-        else:
-            self.register_buffer("weight", weight)
+        updates: AutogradUpdates | RowUpdates = AutogradUpdates(self.ranks)
+        if optimizer is not None:
             rows = make_row_optimizer(
                 optimizer, weight, seed=seed, allocate=place.zeros, **(optimizer_options or {})
             )
             rows.row_offset = self.class_start
-            self._updates = RowUpdates(rows, weight, self.ranks, at=update, max_norm=max_grad_norm)
-        self.optimizer = self._updates.optimizer
+            updates = RowUpdates(
+                rows, self.ranks, at=update, max_norm=max_grad_norm, nonfinite=nonfinite
+            )
+        self._own(weight, updates)
 
     # ---- forward --------------------------------------------------------------------------------
 
@@ -199,26 +202,29 @@ class ClassCenters(nn.Module):
                 self.ranks,
                 embeddings,
                 labels,
-                self.weight,
+                self._table,
                 class_start=self.class_start,
                 num_classes=self.num_classes,
                 ignore_index=self.ignore_index,
             )
             # while the embeddings are on their way
             taking_part = self._groups(batch.local, training)
-            self._updates.catch_up(taking_part, self.weight.device)
+            self._updates.catch_up(taking_part, self._table.device)
             # an ignored row must not reach the gradients, not even with NaN
             rows = torch.where(batch.valid[:, None], arriving.wait(), 0)
             saved, loss, found = self._swept(batch, rows, taking_part, return_stats)
-            leaf = self.weight if self.optimizer is None else self._anchor
+            if batch.need_x and not embeddings.requires_grad:
+                embeddings = embeddings.detach().requires_grad_()  # every rank has a backward
             statistics, targets, norms, rows = Sharded.apply(
-                embeddings, leaf, self._updates.backward, saved, found.targets, rows
+                embeddings, self._leaf, self._updates.backward, saved, found.targets, rows
             )
             statistics = self._with_pairs(statistics, rows, batch, loss)
             with self._alike(embeddings.device):
                 each = loss.row_loss(MergedRows(statistics, targets, batch.present, norms))
             total = torch.where(batch.valid, each, 0).sum() / batch.valid.sum().clamp_min(1)
             total = total.to(saved.x.dtype)
+            if saved.trains and self.optimizer is not None:
+                total.register_hook(saved.incoming.append)
         if training:
             self._updates.count_forward()
         if not return_stats:
@@ -232,9 +238,10 @@ class ClassCenters(nn.Module):
         self, batch: GlobalBatch, rows: Tensor, taking_part: list[ClassGroup], with_best: bool
     ) -> tuple[SavedForward, ClassLoss, Sums]:
         """The sweep over this shard, its statistics merged with those of the others."""
-        x = rows.to(accumulate_dtype(self.weight.dtype))
+        leaf, table = self._leaf, self._table.detach()
+        x = rows.to(accumulate_dtype(table.dtype))
         x = (unit_rows(x) if self.normalize else x).contiguous()
-        shard = Shard(self.weight.detach(), batch.local, rows.device, self.chunk_bytes)
+        shard = Shard(table, batch.local, rows.device, self.chunk_bytes)
         loss, values = self._loss_and_values(shard, x, batch.present, batch.valid)
         engine = engine_of(
             loss,
@@ -247,15 +254,18 @@ class ClassCenters(nn.Module):
         with torch.no_grad():
             found = over_shards(self.ranks, sweep.forward(x, values), engine.kinds, with_best)
         saved = SavedForward(
-            self.step_count,
+            self._updates.generation,
             batch,
             x,
             found.statistics,
             values,
             sweep,
-            need_weight=self.weight.requires_grad,
+            need_weight=leaf.requires_grad,
             normalize=self.normalize,
             dx_scale=self.ranks.world if self.gradient_scale == "ddp_mean" else 1,
+            trains=self.training and torch.is_grad_enabled() and leaf.requires_grad,
+            leaf=get_gradient_edge(leaf).node if leaf.requires_grad else None,
+            incoming=[],
         )
         return saved, loss, found
 
@@ -335,6 +345,31 @@ class ClassCenters(nn.Module):
     def max_grad_norm(self, norm: float | None) -> None:
         self._updates.max_norm = norm
 
+    @property
+    def loss_scale(self) -> LossScale:
+        """What the loss is multiplied by before backward: the rows' gradient is divided by it.
+
+        A number, or a function of none: `head.loss_scale = scaler.get_scale`. With
+        update="step" it stays 1: `scaler.unscale_` and `scaler.step` know `head.optimizer`.
+        """
+        return self._updates.loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: LossScale) -> None:
+        if not isinstance(self._updates, RowUpdates) or self.update_at != "backward":
+            raise RuntimeError("loss_scale: expected an optimizer with update='backward'")
+        self._updates.loss_scale = scale
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out because of numbers that are not finite (nonfinite="skip")."""
+        return self._updates.skipped
+
+    @property
+    def step_count(self) -> int:
+        """Steps that the table has taken; without an optimiser, training forwards."""
+        return self._updates.steps
+
     def grad_norm(self) -> float:
         """The norm of the gradient that waits for `optimizer.step()`, over all shards.
 
@@ -350,47 +385,6 @@ class ClassCenters(nn.Module):
         if not isinstance(self._updates, RowUpdates) or self.update_at != "step":
             raise RuntimeError("update: expected 'step' for a gradient that waits, got 'backward'")
         return self._updates
-
-    # ---- state ----------------------------------------------------------------------------------
-
-    @property
-    def step_count(self) -> int:
-        """Steps that the table has taken; without an optimiser, training forwards."""
-        return self._updates.steps
-
-    def settle(self) -> None:
-        """Every row catches up with the steps that it took no part in; before reading `weight`."""
-        self._updates.settle()
-
-    def row_states(self) -> dict[str, Tensor]:
-        """The optimiser's states of this shard, [c, ...] each, in place."""
-        return self._updates.states
-
-    def state(self) -> dict[str, Tensor]:
-        """What torch.distributed.checkpoint saves, and loads in place: call `load` after that.
-
-        weight and each "optimizer.<name>" as a DTensor over the shards (a plain tensor without
-        process group), "margin.<name>" of the averages that a margin keeps, and "steps". They share
-        the head's memory; every row has caught up.
-        """
-        self.settle()
-        self._steps = torch.tensor(self.step_count)
-        named = named_tensors(
-            self.weight, self.row_states(), self.margin, self.ranks, self.num_classes
-        )
-        return {**named, "steps": self._steps}
-
-    def load(self) -> None:
-        """After the tensors of `state()` were loaded in place: goes on from there."""
-        self._updates.load(int(self._steps))
-
-    def get_extra_state(self) -> dict[str, Any]:
-        self.settle()
-        return {"steps": self.step_count, "optimizer": dict(self.row_states())}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        fill_states(self.row_states(), state["optimizer"])
-        self._updates.load(state["steps"])
 
     def extra_repr(self) -> str:
         shard = f"{self.class_start}:{self.class_start + self.num_local}"

@@ -1,7 +1,4 @@
-"""Optimisers over the rows of a table, lazy: a step costs what the rows that take part cost.
-
-A row that took no part gets what it missed in closed form when it is next read (`catch_up`) or
-when the table is saved (`settle`): fused_losses.centers.history.
+"""The rules of the lazy optimisers over a table's rows: fused_losses.centers.lazy_rows.
 
 "sgd" is torch.optim.SGD on a dense gradient with zeros, step for step. "adamw" is
 torch.optim.SparseAdam (moments change only where the row takes part, bias is corrected by the
@@ -11,219 +8,15 @@ decoupled weight decay. docs/row_update.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fused_losses import backends
-from fused_losses.base.rounding import rounding_key
-from fused_losses.base.validation import check_choice, describe
-from fused_losses.centers.history import Factors, History
-from fused_losses.primitives.row_update.op import (
-    adagrad_rows_,
-    adamw_rows_,
-    catch_up_rows_,
-    check_distinct_rows,
-    sgd_rows_,
-    state_dtypes,
-)
-
-Allocate = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
-ParamGroup = dict[str, Any]
-
-HISTORY = 4096  # steps that are remembered; then every row catches up
-ROWS = 1 << 16  # that catch up at once
-CHOOSING = ("cpu",)  # devices on which rows that are behind are picked; elsewhere that would wait
-
-
-class RowOptimizer:
-    """An optimiser over the rows of weight [C, ...], in place; see the subclasses for the rules.
-
-        begin(group); update(rows, grad) for each row at most once, caught up before; end()
-
-    A row must have caught up to be read. Rows are an int64 vector of distinct ones or a slice.
-    state_dtype: of the states, float32 (float64 of a float64 weight) unless given; bfloat16 or
-    the weight's own, too. stochastic_rounding: of 16-bit weights and states; None: where there
-    are any. allocate(name, shape, dtype) makes the zeros of a state; rows that are not asked for
-    are never touched, so that weight and states may be memory-mapped.
-    Memory: the states, 8 bytes a row, and a block of rows. Raises ValueError, TypeError or
-    IndexError for what does not fit, RuntimeError for calls out of order.
-    """
-
-    options: ClassVar[ParamGroup] = {}  # hyper-parameters and their defaults
-
-    def __init__(
-        self,
-        weight: Tensor,
-        *,
-        state_dtype: torch.dtype | None = None,
-        stochastic_rounding: bool | None = None,
-        seed: int = 0,
-        allocate: Allocate | None = None,
-        **defaults: Any,
-    ) -> None:
-        if weight.dim() < 2 or not weight.is_contiguous():
-            raise ValueError(
-                f"weight: expected a contiguous table [C, ...], got {describe(weight)}"
-            )
-        allowed = state_dtypes(weight.dtype)
-        self._state_dtype = allowed[0] if state_dtype is None else state_dtype
-        if self._state_dtype not in allowed:
-            told = " or ".join(map(str, allowed))
-            raise TypeError(f"state_dtype: expected {told}, got {state_dtype}")
-        self.defaults = self._checked(defaults)
-        self.row_offset = 0  # the row of the whole table that row 0 is
-        self.steps = 0
-        self.states: dict[str, Tensor] = {}  # by name, shaped as the weight
-        self._weight = weight.detach()
-        self.last = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
-        self._allocate = allocate or self._zeros
-        self._history = History()
-        self._open: ParamGroup | None = None
-        self._seed = seed
-        narrow = 2 in (weight.dtype.itemsize, self._state_dtype.itemsize)
-        self._stochastic = narrow if stochastic_rounding is None else stochastic_rounding
-
-    # ---- what a rule is ----
-
-    def _missed(self, group: ParamGroup) -> Factors:
-        """What the open step does to a row with gradient 0."""
-        raise NotImplementedError
-
-    def _step(self, rows: Tensor, grad: Tensor, group: ParamGroup, options: ParamGroup) -> None:
-        """The open step of some rows."""
-        raise NotImplementedError
-
-    def _check(self, group: ParamGroup) -> None:
-        """Raises for hyper-parameters out of range."""
-        _at_least_0(group, "lr", "weight_decay")
-
-    # ---- steps ----
-
-    def begin(self, group: ParamGroup) -> None:
-        """Opens step steps + 1; hyper-parameters that group does not have are the defaults."""
-        if self._open is not None:
-            raise RuntimeError("begin: the step before has not ended")
-        known = {name: value for name, value in group.items() if name in self.options}
-        self._open = self._checked(known)
-
-    @torch.no_grad()
-    def update(self, rows: Tensor | slice, grad: Tensor) -> None:
-        """The open step for rows [K] with gradient [K, ...]; time O(K D)."""
-        if self._open is None:
-            raise RuntimeError("update: expected begin() before")
-        at, grad = self._indices(rows), _flat(grad)
-        check_distinct_rows(at, grad.shape[0], self._weight)
-        self._check_turn(at)
-        self._step(at, grad, self._open, self._options(self.steps + 1, 1))
-        self.last.index_fill_(0, at, self.steps + 1)
-
-    def end(self) -> None:
-        """Closes the step."""
-        if self._open is None:
-            raise RuntimeError("end: expected begin() before")
-        self._history.push(self._missed(self._open))
-        self._open = None
-        self.steps += 1
-        if len(self._history) >= HISTORY:
-            if not self._history.idle:
-                self.settle()
-            self._history.clear(self.steps)
-
-    @torch.no_grad()
-    def catch_up(self, rows: Tensor | slice) -> None:
-        """Brings rows to step `steps`, once; time O(D) for each row that had missed a step."""
-        for at in self._indices(rows).split(ROWS):
-            last = self.last[at]
-            if at.device.type in CHOOSING:
-                behind = last < self.steps
-                at, last = at[behind], last[behind]
-            if at.numel() == 0:
-                continue
-            if not self._history.idle:
-                self._catch_up(at, self._history.since(last))
-            self.last.index_copy_(0, at, last.clamp_min(self.steps))
-
-    def settle(self, block_rows: int = ROWS) -> None:
-        """Every row catches up, so many at a time."""
-        for start in range(0, len(self.last), block_rows):
-            self.catch_up(slice(start, start + block_rows))
-
-    def load(self, steps: int) -> None:
-        """All rows stand at this step: after weight and states were loaded in place."""
-        if steps < 0:
-            raise ValueError(f"steps: expected a count >= 0, got {steps}")
-        self._open = None
-        self.steps = steps
-        self.last.fill_(steps)
-        self._history.clear(steps)
-
-    def _check_turn(self, rows: Tensor) -> None:
-        """Raises for rows that are behind or have had the open step; a GPU is not waited for."""
-        if rows.is_cuda or rows.numel() == 0:
-            return
-        low, high = map(int, self.last[rows].aminmax())
-        if high > self.steps:
-            raise RuntimeError(f"update: a row had its part in step {high} already")
-        if low < self.steps and not self._history.idle:
-            raise RuntimeError(
-                f"update: expected catch_up() before; a row stands at step {low} of {self.steps}"
-            )
-
-    # ---- shared by the rules ----
-
-    def _catch_up(self, rows: Tensor, factors: Tensor) -> None:
-        momentum = self.states.get("momentum_buffer")
-        catch_up_rows_(
-            _flat(self._weight),
-            rows,
-            factors,
-            None if momentum is None else _flat(momentum),
-            **self._options(self.steps, 0),
-        )
-
-    def _state(self, name: str) -> Tensor:
-        """[C, D], made when first asked for."""
-        if name not in self.states:
-            shape = tuple(self._weight.shape)
-            state = self._allocate(name, shape, self._state_dtype)
-            right = state.shape == shape and state.dtype == self._state_dtype
-            if not right or not state.is_contiguous():
-                raise ValueError(
-                    f"allocate: expected a contiguous {shape}, {self._state_dtype}, got "
-                    f"{describe(state)}"
-                )
-            self.states[name] = state
-        return _flat(self.states[name])
-
-    def _zeros(self, _: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self._weight.device)
-
-    def _options(self, step: int, phase: int) -> ParamGroup:
-        """What every function of row_update takes."""
-        key = rounding_key(self._seed, step, phase) if self._stochastic else None
-        # a forced "triton" or "cuda" is meant for the loss: not every rule has such a kernel
-        forced = backends.requested(None)
-        backend = forced if forced in ("reference", "bounded") else "auto"
-        return {"rounding_key": key, "row_offset": self.row_offset, "backend": backend}
-
-    def _indices(self, rows: Tensor | slice) -> Tensor:
-        if not isinstance(rows, slice):
-            return rows
-        return torch.arange(*rows.indices(len(self.last)), device=self.last.device)
-
-    def _checked(self, group: ParamGroup) -> ParamGroup:
-        unknown = [name for name in group if name not in self.options]
-        if unknown:
-            raise TypeError(
-                f"{unknown[0]}: expected one of {', '.join(self.options)} for this optimiser"
-            )
-        whole = {**getattr(self, "defaults", self.options), **group}
-        whole["lr"] = float(whole["lr"])
-        self._check(whole)
-        return whole
+from fused_losses.base.validation import check_choice
+from fused_losses.centers.history import Factors
+from fused_losses.centers.lazy_rows import Allocate, ParamGroup, RowOptimizer, at_least_0, flat
+from fused_losses.primitives.row_update.op import adagrad_rows_, adamw_rows_, sgd_rows_
 
 
 class RowSgd(RowOptimizer):
@@ -238,6 +31,7 @@ class RowSgd(RowOptimizer):
     options: ClassVar[ParamGroup] = dict(
         lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False
     )
+    state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     def __init__(self, weight: Tensor, **settings: Any) -> None:
         super().__init__(weight, **settings)
@@ -258,7 +52,7 @@ class RowSgd(RowOptimizer):
 
     def _check(self, group: ParamGroup) -> None:
         super()._check(group)
-        _at_least_0(group, "momentum")
+        at_least_0(group, "momentum")
         if group["nesterov"] and group["dampening"] != 0:
             raise ValueError(f"dampening: expected 0 with nesterov, got {group['dampening']}")
 
@@ -279,7 +73,7 @@ class RowSgd(RowOptimizer):
         buffer = self._state("momentum_buffer") if moving else None
         nesterov = group["nesterov"] and moving
         given = {**group, "dampening": 1 - self._share(group), "nesterov": nesterov}
-        sgd_rows_(_flat(self._weight), rows, grad, buffer, **given, **options)
+        sgd_rows_(flat(self.weight), rows, grad, buffer, **given, **options)
 
 
 class RowAdamw(RowOptimizer):
@@ -295,6 +89,7 @@ class RowAdamw(RowOptimizer):
     options: ClassVar[ParamGroup] = dict(
         lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, maximize=False
     )
+    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def __init__(self, weight: Tensor, **settings: Any) -> None:
         super().__init__(weight, **settings)
@@ -303,7 +98,7 @@ class RowAdamw(RowOptimizer):
 
     def _check(self, group: ParamGroup) -> None:
         super()._check(group)
-        _at_least_0(group, "eps")
+        at_least_0(group, "eps")
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas: expected two values in [0, 1), got {group['betas']}")
 
@@ -313,7 +108,7 @@ class RowAdamw(RowOptimizer):
     def _step(self, rows: Tensor, grad: Tensor, group: ParamGroup, options: ParamGroup) -> None:
         moments = self._state("exp_avg"), self._state("exp_avg_sq")
         adamw_rows_(
-            _flat(self._weight), rows, grad, *moments, step=self.steps + 1, **group, **options
+            flat(self.weight), rows, grad, *moments, step=self.steps + 1, **group, **options
         )
 
 
@@ -334,6 +129,7 @@ class RowAdagrad(RowOptimizer):
         eps=1e-10,
         maximize=False,
     )
+    state_names: ClassVar[tuple[str, ...]] = ("sum",)
 
     def __init__(self, weight: Tensor, **settings: Any) -> None:
         super().__init__(weight, **settings)
@@ -341,7 +137,7 @@ class RowAdagrad(RowOptimizer):
 
     def _check(self, group: ParamGroup) -> None:
         super()._check(group)
-        _at_least_0(group, "lr_decay", "initial_accumulator_value", "eps")
+        at_least_0(group, "lr_decay", "initial_accumulator_value", "eps")
 
     def _rate(self, group: ParamGroup) -> float:
         return group["lr"] / (1 + self.steps * group["lr_decay"])
@@ -352,7 +148,7 @@ class RowAdagrad(RowOptimizer):
     def _step(self, rows: Tensor, grad: Tensor, group: ParamGroup, options: ParamGroup) -> None:
         given = {name: value for name, value in group.items() if name != "lr_decay"}
         given["lr"] = self._rate(group)
-        adagrad_rows_(_flat(self._weight), rows, grad, self._state("sum"), **given, **options)
+        adagrad_rows_(flat(self.weight), rows, grad, self._state("sum"), **given, **options)
 
 
 OPTIMIZERS: dict[str, type[RowOptimizer]] = {
@@ -384,12 +180,4 @@ def make_row_optimizer(
     )
 
 
-def _flat(table: Tensor) -> Tensor:
-    """[C, ...] as [C, D]."""
-    return table.flatten(1)
-
-
-def _at_least_0(group: ParamGroup, *names: str) -> None:
-    for name in names:
-        if not group[name] >= 0:
-            raise ValueError(f"{name}: expected a value >= 0, got {group[name]}")
+__all__ = ["OPTIMIZERS", "RowAdagrad", "RowAdamw", "RowOptimizer", "RowSgd", "make_row_optimizer"]

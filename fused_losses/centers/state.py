@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,9 +37,18 @@ def _over_ranks(local: Tensor, ranks: Ranks, num_classes: int) -> Tensor:
     return distributed.DTensor.from_local(local, mesh, rows, shape=shape, stride=stride)
 
 
-def fill_states(own: dict[str, Tensor], given: dict[str, Any]) -> None:
-    """Copies the optimiser's saved states into its own, in place."""
-    if set(given) != set(own):
-        raise ValueError(f"optimizer: expected the states {sorted(own)}, got {sorted(given)}")
-    for name, tensor in own.items():
-        tensor.copy_(given[name])
+class TableState(dict[str, Tensor]):
+    """What `named_tensors` gave; a checkpoint that has more of the optimiser's states adds them."""
+
+    make: Callable[[str], Any] | None = None  # makes one of the optimiser's states
+    named: Callable[[], dict[str, Tensor]] | None = None
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Makes the states that a checkpoint has beside these, such as a scheduled momentum's."""
+        if self.make is None or self.named is None:
+            return
+        more = [name for name in names if name.startswith("optimizer.") and name not in self]
+        for name in more:
+            self.make(name.removeprefix("optimizer."))
+        if more:
+            self.update(self.named())

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 
 from fused_losses.base.numerics import no_autocast, unit_rows
 from fused_losses.centers.batch import GlobalBatch
@@ -18,7 +19,7 @@ from fused_losses.centers.shard import Gradients, Rows, ShardSweep
 class SavedForward(NamedTuple):
     """What a forward's backward and a later update need of it, O(B D) and the drawn ids."""
 
-    at: int  # steps that the table had taken
+    at: int  # generation of the table
     batch: GlobalBatch
     x: Tensor  # [B, D] as multiplied
     statistics: Tensor  # [S, B] of all shards
@@ -27,6 +28,9 @@ class SavedForward(NamedTuple):
     need_weight: bool  # autograd wants the table's gradient
     normalize: bool
     dx_scale: int  # of what the embeddings get
+    trains: bool  # the rows are to step
+    leaf: Node | None  # which autograd wants the table's gradient for
+    incoming: list[Tensor]  # gradients of the loss that backward came with
 
     @property
     def table(self) -> Tensor:
@@ -58,6 +62,16 @@ class SavedForward(NamedTuple):
             if dx is not None and part is not None:
                 dx += part
             yield rows, d_rows
+
+
+def accumulates(leaf: Node | None) -> bool:
+    """Whether the backward that runs is to change a leaf: torch.autograd.grad changes none."""
+    if leaf is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # torch.autograd.grad with regard to the leaf itself
+        return False
 
 
 # the table's gradient for autograd (None: it has been dealt with), and dX on its way to its ranks

@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.centers.collectives import Ranks, Scattered
-from fused_losses.centers.optimizers import RowOptimizer
+from fused_losses.centers.head_optimizer import HeadOptimizer
+from fused_losses.centers.lazy_rows import RowOptimizer
 from fused_losses.centers.shard import ClassGroup, Gradients, Rows
-from fused_losses.centers.step import SavedForward
+from fused_losses.centers.step import SavedForward, accumulates
 
-Backward = tuple[SavedForward, Gradients]
+NONFINITE = ("raise", "skip")
+LARGEST = 1024.0  # incoming gradient of a loss, not of a loss times a scaler's factor
+UNIT = 2.0**-40  # what stands for a waiting gradient: its norm must not count in a clipping
+
+LossScale = float | Callable[[], float]
 
 
-class HeadOptimizer(torch.optim.Optimizer):
-    """The head's updates behind torch's interface: hyper-parameters for learning-rate schedules.
+class Waiting(NamedTuple):
+    """A backward whose table's gradient waits for the step."""
 
-    With update="backward" a step has been taken when backward returns, with the hyper-parameters
-    that stood then, and `step` does nothing; with update="step" it is taken here.
-    """
-
-    def __init__(self, updates: RowUpdates, weight: Tensor, defaults: dict[str, Any]) -> None:
-        self._updates = updates
-        super().__init__([weight], dict(defaults))
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._updates.take_pending()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 (torch's signature)
-        """Forgets the backwards since the last step (update="step")."""
-        self._updates.pending.clear()
+    saved: SavedForward
+    grad: Gradients
+    factor: float  # of its gradient
 
 
 class AutogradUpdates:
@@ -48,6 +37,8 @@ class AutogradUpdates:
 
     at = "backward"
     optimizer = None
+    loss_scale: LossScale = 1.0
+    generation = skipped = 0
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -66,6 +57,10 @@ class AutogradUpdates:
         """No row is ever behind."""
 
     def load(self, steps: int) -> None:
+        """Goes on from this step."""
+        self.steps = steps
+
+    def fill(self, states: Mapping[str, Tensor], steps: int) -> None:  # noqa: ARG002 (none here)
         """Goes on from this step."""
         self.steps = steps
 
@@ -93,22 +88,38 @@ class RowUpdates:
     """Of a table whose rows an optimiser steps inside backward, or when it is told to.
 
     at: "backward" or "step". max_norm: the gradient is scaled down to it, over all shards.
+    It owns what waits for a step. `rows` owns the table, its states and its steps; the waiting
+    gradients' factor is that of `probe.grad`, which torch's tools see among the optimiser's
+    gradients: it is multiplied, found to be infinite, or forgotten with them.
     """
 
     def __init__(
-        self, rows: RowOptimizer, weight: Tensor, ranks: Ranks, *, at: str, max_norm: float | None
+        self, rows: RowOptimizer, ranks: Ranks, *, at: str, max_norm: float | None, nonfinite: str
     ) -> None:
         self.rows, self.ranks, self.at, self.max_norm = rows, ranks, at, max_norm
-        self.pending: list[Backward] = []  # since the last step
-        self.factor = 1.0  # of the gradient that waits
-        self.optimizer = HeadOptimizer(self, weight, rows.defaults)
+        self.nonfinite = nonfinite
+        self.skipped = 0  # steps, because of a number that is not finite
+        self.loss_scale: LossScale = 1.0
+        self._waiting: list[Waiting] = []
+        self.probe = _probe()
+        self.optimizer = HeadOptimizer(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # as a parameter's copy has no gradient
+        return {**self.__dict__, "_waiting": [], "probe": _probe()}
 
     @property
     def steps(self) -> int:
         return self.rows.steps
 
     @property
+    def generation(self) -> int:
+        self.rows.check_written()
+        return self.rows.generation
+
+    @property
     def states(self) -> dict[str, Tensor]:
+        self.rows.settle()
         return self.rows.states
 
     def count_forward(self) -> None:
@@ -128,111 +139,204 @@ class RowUpdates:
 
     def load(self, steps: int) -> None:
         """Goes on from this step, after table and states were loaded in place."""
-        self.pending.clear()
-        self.factor = 1.0
+        self.forget()
         self.rows.load(steps)
+
+    def fill(self, states: Mapping[str, Tensor], steps: int) -> None:
+        """Goes on from this step with copies of these states."""
+        self.forget()
+        self.rows.fill(states, steps)
 
     def backward(
         self, saved: SavedForward, grad: Gradients
     ) -> tuple[Tensor | None, Scattered | None]:
         """The step, or its wait for `take_pending`; dX on its way."""
-        if saved.at != self.steps:
-            raise RuntimeError(
-                "the class centres were updated after this forward: its backward came twice, or "
-                "after another one's; update='step' lets several backwards add up"
-            )
         dx = _zeros_of_x(saved)
-        if self.at == "step":
-            self.pending.append((saved, grad))
-            for _ in saved.gradients(grad, dx, need_weight=False):
-                pass
-            return None, _scattered(self.ranks, dx, saved)
-        factor = self._clipped(1.0, [(saved, grad)])
-        self.rows.begin(self._hyper_parameters())
-        for rows, d_rows in saved.gradients(grad, dx, need_weight=True):
-            self._update(saved.table.device, rows, d_rows, factor)
-        on_the_way = _scattered(self.ranks, dx, saved)
-        self.rows.end()
-        return None, on_the_way
+        trains = saved.trains and accumulates(saved.leaf)
+        if trains:
+            self._check_turn(saved)
+        finite = not trains or _finite(saved.x, grad.statistics, grad.targets)
+        if trains and self.at == "backward":
+            factor = 1 / self._loss_scale(saved)
+            backwards = [Waiting(saved, grad, factor)]
+            trains = self._may_step(finite and self._clips(backwards))
+            if trains:
+                with self._open_step():
+                    for rows, d_rows in saved.gradients(grad, dx, need_weight=True):
+                        self._update(rows, d_rows, self._factor * factor)
+                    on_the_way = _scattered(self.ranks, dx, saved)
+                return None, on_the_way
+        elif trains:
+            self._await(Waiting(saved, grad, 1.0), finite)
+        for _ in saved.gradients(grad, dx, need_weight=False):
+            pass
+        return None, _scattered(self.ranks, dx, saved)
 
     @torch.no_grad()
     def take_pending(self) -> None:
         """The step with the sum of the gradients that wait."""
-        if not self.pending:
+        waiting = self._pending()
+        if not waiting:
             return
-        factor = self._clipped(self.factor, self.pending)
-        self.rows.begin(self._hyper_parameters())
-        device = self.pending[0][0].table.device
-        for rows, d_rows in self._summed(self.pending):
-            self._update(device, rows, d_rows, factor)
-        self.rows.end()
-        self.pending.clear()
-        self.factor = 1.0
+        for each in waiting:
+            self._check_turn(each.saved)
+        finite = all(math.isfinite(each.factor) for each in waiting)
+        if self._may_step(finite and self._clips(waiting)):
+            with self._open_step():
+                for rows, d_rows in self._summed(waiting):
+                    self._update(rows, d_rows, self._factor)
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing waits."""
+        self._waiting.clear()
+        self.probe.grad = None
 
     def norm(self) -> float:
-        """Of the gradient that waits, over all shards."""
-        return abs(self.factor) * self._norm(self.pending)
+        """Of the gradient that waits, over all shards; 0 of none."""
+        return self._norm(self._pending())
 
     def scale(self, factor: float) -> None:
         """Multiplies the gradient that waits."""
-        self.factor *= factor
+        if self.probe.grad is not None:
+            self.probe.grad *= factor
 
-    def _hyper_parameters(self) -> dict[str, Any]:
-        """Those of now, as a schedule has left them."""
+    # ---- what waits ----
+
+    def _pending(self) -> list[Waiting]:
+        """What waits, each with its factor as it stands now."""
+        if self.probe.grad is None:
+            self._waiting.clear()  # whoever dropped the optimiser's gradients meant these
+        elif self._waiting:
+            factor = float(self.probe.grad) / UNIT
+            self._waiting = [each._replace(factor=each.factor * factor) for each in self._waiting]
+            self.probe.grad.fill_(UNIT)
+            if not all(math.isfinite(each.factor) for each in self._waiting):
+                self.probe.grad.fill_(math.nan)
+        return self._waiting
+
+    def _await(self, backward: Waiting, finite: bool) -> None:
+        former = self._pending()
+        if not finite:
+            backward = backward._replace(factor=math.nan)
+        self._waiting = [*former, backward]
+        unit = UNIT if all(math.isfinite(each.factor) for each in self._waiting) else math.nan
+        self.probe.grad = torch.full_like(self.probe, unit)
+
+    # ---- a step ----
+
+    def _check_turn(self, saved: SavedForward) -> None:
+        if saved.at != self.generation:
+            raise RuntimeError(
+                "the class centres were updated after this forward: its backward came twice, or "
+                "after another one's or a load; update='step' lets several backwards add up, and "
+                "optimizer.zero_grad() forgets them"
+            )
+
+    def _loss_scale(self, saved: SavedForward) -> float:
+        """What the loss was multiplied by; RuntimeError for a gradient that no loss has."""
+        scale = self.loss_scale
+        scale = float(scale() if callable(scale) else scale)
+        incoming = float(saved.incoming[-1]) if saved.incoming else 1.0
+        if not scale > 0:
+            raise ValueError(f"loss_scale: expected a value > 0, got {scale}")
+        if LARGEST < abs(incoming) / scale < math.inf:
+            raise RuntimeError(
+                f"backward: expected the loss's own gradient, at most {LARGEST:g}, got "
+                f"{incoming / scale:g}; beside a GradScaler set head.loss_scale = "
+                "scaler.get_scale, or take update='step' and scaler.step(head.optimizer)"
+            )
+        return scale
+
+    def _may_step(self, finite: bool) -> bool:
+        """Whether to step; FloatingPointError where a number is not finite and that is refused."""
+        if finite:
+            return True
+        if self.nonfinite == "raise":
+            raise FloatingPointError(
+                "ClassCenters: the batch or its gradient is not finite, and no row was changed; "
+                "nonfinite='skip' leaves such steps out"
+            )
+        self.skipped += 1
+        return False
+
+    @contextmanager
+    def _open_step(self) -> Iterator[None]:
+        """A step of the rows; broken by an exception, it leaves them fit for the next."""
         group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
-        return {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()}
+        # hyper-parameters of now, as a schedule has left them
+        self.rows.begin({k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()})
+        try:
+            yield
+            self.rows.end()
+        except BaseException:
+            self.rows.abort()
+            raise
 
-    def _update(
-        self, device: torch.device, rows: Rows, d_rows: Tensor | None, factor: float
-    ) -> None:
+    def _update(self, rows: Rows, d_rows: Tensor | None, factor: float) -> None:
         assert d_rows is not None
-        d_rows = d_rows.to(device)
+        table = self.rows.weight
+        d_rows = d_rows.to(table.device)
         if factor != 1:
             d_rows = d_rows * factor
-        self.rows.update(rows.to(device) if isinstance(rows, Tensor) else rows, d_rows)
+        self.rows.update(rows.to(table.device) if isinstance(rows, Tensor) else rows, d_rows)
 
-    def _clipped(self, factor: float, backwards: list[Backward]) -> float:
-        """The gradient's factor after clipping, as torch.nn.utils.clip_grad_norm_ has it."""
+    def _clips(self, backwards: list[Waiting]) -> bool:
+        """Sets the step's factor as clip_grad_norm_ does; False: it is not finite."""
+        self._factor = 1.0
         if self.max_norm is None:
-            return factor
-        norm = abs(factor) * self._norm(backwards)
-        return factor * min(1.0, self.max_norm / (norm + 1e-6))
+            return True
+        norm = self._norm(backwards)
+        self._factor = min(1.0, self.max_norm / (norm + 1e-6))
+        return math.isfinite(norm)
 
-    def _norm(self, backwards: list[Backward]) -> float:
-        square = torch.zeros((), dtype=torch.float64, device=backwards[0][0].table.device)
+    def _norm(self, backwards: list[Waiting]) -> float:
+        square = torch.zeros((), dtype=torch.float64, device=self.rows.weight.device)
         for _, d_rows in self._summed(backwards):
             square += torch.linalg.vector_norm(d_rows, dtype=torch.float64).square().to(square)
         self.ranks.sum_(square)
         return math.sqrt(float(square))
 
-    def _summed(self, backwards: list[Backward]) -> Iterator[tuple[Rows, Tensor]]:
+    def _summed(self, backwards: list[Waiting]) -> Iterator[tuple[Rows, Tensor]]:
         """The sum of some backwards' gradients, a chunk of rows at a time."""
+        if not backwards:
+            return
         if len(backwards) == 1:
-            saved, grad = backwards[0]
+            saved, grad, factor = backwards[0]
             for rows, d_rows in saved.gradients(grad, None, need_weight=True):
                 assert d_rows is not None
-                yield rows, d_rows
+                yield rows, d_rows if factor == 1 else d_rows * factor
             return
-        table, height = backwards[0][0].table, backwards[0][0].sweep.shard.height
+        table, height = backwards[0].saved.table, backwards[0].saved.sweep.shard.height
         for first in range(0, table.shape[0], height):
             last = min(first + height, table.shape[0])
             total = torch.zeros_like(table[first:last], dtype=accumulate_dtype(table.dtype))
             touched = torch.zeros(last - first, dtype=torch.bool, device=total.device)
-            for saved, grad in backwards:
+            for saved, grad, factor in backwards:
                 for rows, d_rows in saved.gradients(
                     grad, None, need_weight=True, first=first, last=last
                 ):
                     assert d_rows is not None
+                    d_rows = d_rows.to(total) * factor
                     if isinstance(rows, slice):
-                        total[rows.start - first : rows.stop - first] += d_rows.to(total)
+                        total[rows.start - first : rows.stop - first] += d_rows
                         touched[rows.start - first : rows.stop - first] = True
                     else:
                         at = rows.to(total.device) - first
-                        total.index_add_(0, at, d_rows.to(total))
+                        total.index_add_(0, at, d_rows)
                         touched[at] = True
             at = touched.nonzero()[:, 0]
             if at.numel():
                 yield at + first, total[at].to(table.dtype)
+
+
+def _probe() -> Tensor:
+    """A leaf whose gradient has the factor of what waits, on the host: it is read there."""
+    return torch.zeros((), dtype=torch.float64, device="cpu", requires_grad=True)
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def _zeros_of_x(saved: SavedForward) -> Tensor | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from class_center_cases import C, D, N, head
+from class_center_cases import C, D, batch, head
 from counted import COUNTER, told_by_child
 from torch import Tensor
 
@@ -46,12 +46,6 @@ def steps_apart(
         losses.append(loss.item())
     found.settle()
     return losses, found
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(N, D, dtype=torch.float64, generator=generator)
-    return x.requires_grad_(), torch.randint(0, C, (N,), generator=generator)
 
 
 def steps_together(

@@ -23,7 +23,7 @@ from row_optimizer_cases import (
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.centers import optimizers
+from fused_losses.centers import lazy_rows
 from fused_losses.centers.optimizers import make_row_optimizer
 
 backend, _small_blocks = cases.backend, cases._small_blocks  # fixtures
@@ -66,7 +66,7 @@ def name_of(groups: list[dict[str, Any]]) -> str:
 def test_sgd_is_torchs_step_for_step(
     groups: list[dict[str, Any]], history: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizers, "HISTORY", history)
+    monkeypatch.setattr(lazy_rows, "HISTORY", history)
     weight = a_table()
     whole = torch.nn.Parameter(weight.clone())
     theirs = torch.optim.SGD([whole], **groups[0])
@@ -233,7 +233,7 @@ def test_sub_centres_are_rows_of_their_class(rule: str) -> None:
 def test_a_row_catches_up_once_and_not_within_its_own_step(
     rule: str, choosing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizers, "CHOOSING", choosing)
+    monkeypatch.setattr(lazy_rows, "CHOOSING", choosing)
     weight = a_table()
     ours = make_row_optimizer(rule, weight, **RULES[rule])
     take_step(ours, torch.arange(C), torch.randn(C, D, dtype=FP64), {})
@@ -268,8 +268,8 @@ def test_without_decay_an_infinite_weight_stays(rule: str) -> None:
 
 def test_steps_that_move_nothing_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without momentum and decay no row is visited, whatever the history's length."""
-    monkeypatch.setattr(optimizers, "HISTORY", 4)
-    monkeypatch.setattr(optimizers, "catch_up_rows_", None)
+    monkeypatch.setattr(lazy_rows, "HISTORY", 4)
+    monkeypatch.setattr(lazy_rows, "catch_up_rows_", None)
     weight = a_table()
     before = weight.clone()
     ours = make_row_optimizer("sgd", weight, lr=0.1)

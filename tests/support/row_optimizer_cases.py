@@ -11,7 +11,7 @@ from conftest import require
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.centers import optimizers
+from fused_losses.centers import lazy_rows
 from fused_losses.centers.optimizers import RowOptimizer
 from fused_losses.primitives.row_update import bounded
 
@@ -29,7 +29,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several ragged blocks also at these sizes."""
     monkeypatch.setattr(bounded, "BLOCK_BYTES", 3 * D * 8)
-    monkeypatch.setattr(optimizers, "ROWS", 7)
+    monkeypatch.setattr(lazy_rows, "ROWS", 7)
 
 
 def a_table(*shape: int, dtype: torch.dtype = FP64) -> Tensor:

@@ -1,0 +1,126 @@
+"""The head's updates behind torch's interface of an optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_losses.base.validation import describe
+from fused_losses.centers.lazy_rows import RowOptimizer
+
+
+class Updates(Protocol):
+    """What owns all that is seen here: fused_losses.centers.update."""
+
+    rows: RowOptimizer
+    probe: Tensor
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def states(self) -> dict[str, Tensor]: ...
+
+    def take_pending(self) -> None: ...
+
+    def forget(self) -> None: ...
+
+    def fill(self, states: Mapping[str, Tensor], steps: int) -> None: ...
+
+
+class HeadOptimizer(torch.optim.Optimizer):
+    """Hyper-parameters of the rows' updates, for schedules, and their states, for checkpoints.
+
+    With update="backward" a step has been taken when backward returns, with the hyper-parameters
+    that stood then, and `step` does nothing; with update="step" it is taken here. Its one group
+    has the table and a number whose gradient is the factor of the gradient that waits: GradScaler
+    unscales it, or finds that it is not finite. `state` and `state_dict` read the rows' own
+    states, which catch up for it; `load_state_dict` copies into them, all or none.
+    """
+
+    def __init__(self, updates: Updates) -> None:
+        self._updates = updates
+        self._groups: list[dict[str, Any]] = []
+        super().__init__([updates.rows.weight, updates.probe], dict(updates.rows.defaults))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        if self._groups:  # the table may be another by now
+            self._groups[0]["params"] = [self._updates.rows.weight, self._updates.probe]
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._groups = groups
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        if not self._groups:
+            return {}
+        step = torch.tensor(self._updates.steps)
+        return {self._updates.rows.weight: {"step": step, **self._updates.states}}
+
+    @state.setter
+    def state(self, state: dict[Tensor, Any]) -> None:
+        if state:
+            raise ValueError("state: expected load_state_dict(...) to fill the rows' states")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "_updates": self._updates, "_groups": self._groups, "defaults": self.defaults,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._updates.take_pending()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 (torch's signature)
+        """Forgets the backwards since the last step, and their factor (update="step")."""
+        self._updates.forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._groups:
+            raise ValueError(
+                "add_param_group: the head's optimiser steps the class centres alone; expected "
+                "another torch optimiser for other parameters"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's form, of one parameter: hyper-parameters, "step" and the states, which share
+        the memory of the head's own."""
+        packed = super().state_dict()
+        packed["param_groups"][0]["params"] = [0]
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hyper-parameters, and states where there are some; what waits is forgotten.
+
+        Raises ValueError before anything is written: another optimiser's, or other shapes.
+        """
+        rows, own = self._updates.rows, set(self._updates.rows.options)
+        groups = state_dict["param_groups"]
+        given = set(groups[0]) - {"params"}
+        if len(groups) != 1 or not own <= given:
+            raise ValueError(
+                f"state_dict: expected one group with {', '.join(sorted(own))}, got "
+                f"{len(groups)} with {', '.join(sorted(given))}"
+            )
+        states = dict(next(iter(state_dict["state"].values()), {}))
+        step = states.pop("step", None)
+        trouble = rows.unfit(states) if states or step is not None else None
+        if step is not None and not float(step) >= 0:
+            trouble = f"step: expected a count >= 0, got {describe(step)}"
+        if trouble is not None:
+            raise ValueError(f"state_dict: {trouble}")
+        self._groups[0].update({k: v for k, v in groups[0].items() if k != "params"})
+        if states or step is not None:
+            self._updates.fill(states, rows.steps if step is None else int(step))

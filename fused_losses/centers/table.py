@@ -1,0 +1,242 @@
+"""The table of a head in the life of a module: cast, moved, assigned, copied, saved and loaded.
+
+With an optimiser of its own the table is neither a parameter nor a buffer: what averages or
+broadcasts those over ranks (DistributedDataParallel, FSDP) must not see rows that differ.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_losses.base.validation import describe
+from fused_losses.centers.collectives import Ranks
+from fused_losses.centers.state import TableState, named_tensors
+from fused_losses.centers.update import AutogradUpdates, RowUpdates
+
+SWITCH = "trains"  # the parameter without elements that `requires_grad_` freezes the table by
+WEIGHT, EXTRA, STATES = "weight", "_extra_state", "optimizer."
+
+
+class TableModule(nn.Module):
+    """A module whose table belongs to its updates, or is a parameter where there are none."""
+
+    ranks: Ranks
+    margin: Any
+    num_classes: int
+    sample_rate: float
+    _strict = False  # within the head's own load_state_dict(..., strict=True)
+
+    def _own(self, table: Tensor, updates: AutogradUpdates | RowUpdates) -> None:
+        """Takes the table, once, in the constructor."""
+        self._updates = updates
+        self._steps: Tensor | None = None
+        if isinstance(updates, RowUpdates):
+            self.register_parameter(SWITCH, nn.Parameter(table.new_empty(0)))
+        else:
+            self._parameters[WEIGHT] = nn.Parameter(table)  # beside the property of that name
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The rows' own optimiser; None: `weight` is a parameter for another one."""
+        return self._updates.optimizer
+
+    @property
+    def weight(self) -> Tensor:
+        """This shard's rows [c, D] or [c, K, D], which all catch up for it.
+
+        Another table of this shape may be assigned, of any dtype and device.
+        """
+        self._updates.settle()
+        return self._table
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        if not isinstance(self._updates, RowUpdates):
+            super().__setattr__(WEIGHT, weight)
+            return
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+        self._updates.rows.weight = weight.detach()
+        self._updates.forget()
+
+    @property
+    def _table(self) -> Tensor:
+        """The same, with rows that may be behind."""
+        if isinstance(self._updates, RowUpdates):
+            return self._updates.rows.weight
+        table = self._parameters[WEIGHT]
+        assert table is not None
+        return table
+
+    @property
+    def _leaf(self) -> Tensor:
+        """What autograd takes for the table."""
+        return getattr(self, SWITCH) if isinstance(self._updates, RowUpdates) else self._table
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == WEIGHT:  # nn.Module would register a parameter before it asks the property
+            TableModule.weight.__set__(self, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TableModule:
+        super()._apply(fn, recurse)
+        if isinstance(self._updates, RowUpdates):
+            rows = self._updates.rows
+            moved = fn(rows.weight)
+            if moved is not rows.weight:
+                rows.weight = moved
+        return self
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Every row catches up with the steps that it took no part in; reading `weight` does it."""
+        self._updates.settle()
+
+    def row_states(self) -> dict[str, Tensor]:
+        """The optimiser's states of this shard, [c, ...] each, in place."""
+        return self._updates.states
+
+    def state(self) -> dict[str, Tensor]:
+        """What torch.distributed.checkpoint saves, and loads in place: call `load` after that.
+
+        weight and each "optimizer.<name>" as a DTensor over the shards (a plain tensor without
+        process group), "margin.<name>" of the averages that a margin keeps, and "steps". They share
+        the head's memory; every row has caught up. What waits for `optimizer.step()` and the
+        hyper-parameters are not in it: the latter are in `optimizer.state_dict()`.
+        """
+        self._steps = torch.tensor(self._updates.steps)
+
+        def named() -> dict[str, Tensor]:
+            return named_tensors(
+                self.weight, self.row_states(), self.margin, self.ranks, self.num_classes
+            )
+
+        found = TableState({**named(), "steps": self._steps})
+        if isinstance(self._updates, RowUpdates):
+            found.make, found.named = self._updates.rows.make_state, named
+        return found
+
+    def load(self) -> None:
+        """After the tensors of `state()` were loaded in place: goes on from there."""
+        if self._steps is None:
+            raise RuntimeError("load: expected state() before, whose tensors are loaded in place")
+        self._updates.load(int(self._steps))
+
+    def get_extra_state(self) -> Tensor:
+        """[1] int64: the steps."""
+        return torch.tensor([self._updates.steps])
+
+    def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
+        """The steps; of older checkpoints a dict that has the optimiser's states, too."""
+        states, steps = _read(state, {})
+        trouble = self._unfit(states) if isinstance(state, dict) else None
+        if trouble is not None:
+            raise ValueError(trouble)
+        self._updates.fill(states, steps)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch has it; with strict=True all of it is loaded or nothing is."""
+        self._strict = strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._strict = False
+
+    def _unfit(self, states: Mapping[str, Tensor]) -> str | None:
+        if isinstance(self._updates, RowUpdates):
+            return self._updates.rows.unfit(states)
+        return f"optimizer: expected no states, got {sorted(states)}" if states else None
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        table = self.weight
+        destination[prefix + WEIGHT] = table if keep_vars else table.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + SWITCH, None)
+        for name, state in self.row_states().items():
+            destination[prefix + STATES + name] = state
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """All of the table's state; or the rows alone, and a word on what is left out.
+
+        Nothing is written where the table's shape is wrong, or the head's own load is strict and
+        anything is. Inside a model torch does not tell who is strict, and raises afterwards.
+        """
+        own = {k: v for k, v in state_dict.items() if _is_own(k.removeprefix(prefix))}
+        others = {k: v for k, v in state_dict.items() if k not in own}
+        absent: list[str] = []
+        super()._load_from_state_dict(
+            others, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs
+        )
+        mine = {prefix + name for name in (WEIGHT, EXTRA, SWITCH)}
+        missing_keys += [key for key in absent if key not in mine]
+
+        extra = own.get(prefix + EXTRA)
+        named = {k.removeprefix(prefix + STATES): v for k, v in own.items() if STATES in k}
+        states, steps = _read(extra, named)
+        lost = bool(self._updates.states) or self.sample_rate < 1
+        trouble = self._unfit(states) if states or extra is not None else None
+        missing = [prefix + WEIGHT] if prefix + WEIGHT not in own else []
+        if extra is None and (lost or states):
+            missing.append(prefix + EXTRA)
+            missing += [prefix + STATES + name for name in self._updates.states if not states]
+        missing_keys += missing
+        given = own.get(prefix + WEIGHT, self._table)
+        if given.shape != self._table.shape:
+            error_msgs.append(
+                f"{prefix}weight: expected shape {tuple(self._table.shape)}, got {describe(given)}"
+            )
+            return
+        if trouble is not None:
+            named_alike = [prefix + STATES + name for name in named]
+            unexpected_keys += named_alike or [prefix + EXTRA]
+            error_msgs += [trouble] if self._strict else []
+        if self._strict and (trouble is not None or missing):
+            return
+        if prefix + WEIGHT in own:
+            self._write(given, assign=local_metadata.get("assign_to_params_buffers", False))
+        if trouble is not None:
+            warnings.warn(f"{prefix}{trouble}; left out", stacklevel=2)
+        elif extra is not None:
+            self._updates.fill(states, steps)
+
+    @torch.no_grad()
+    def _write(self, given: Tensor, *, assign: bool) -> None:
+        if not assign:
+            self.weight.copy_(given)
+        elif isinstance(self._updates, RowUpdates):
+            self.weight = given
+        else:
+            self.weight = nn.Parameter(given, requires_grad=self._table.requires_grad)
+
+
+def _is_own(name: str) -> bool:
+    return name in (WEIGHT, EXTRA, SWITCH) or name.startswith(STATES)
+
+
+def _read(
+    extra: Tensor | dict[str, Any] | None, named: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], int]:
+    """The optimiser's states and the steps, in today's form or in the dict of older ones."""
+    if isinstance(extra, dict):
+        return extra["optimizer"], int(extra["steps"])
+    return named, 0 if extra is None else int(extra.sum())

@@ -1,0 +1,306 @@
+"""What becomes of a head between steps: cast, assigned, copied, pickled, saved, loaded, frozen.
+
+After each the head goes on as torch.optim does with the whole table.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from class_center_cases import Twin, batch, head
+from torch import nn
+
+from fused_losses.centers import ClassCenters
+from fused_losses.centers.checkpoint import Checkpoints
+
+RATES = pytest.mark.parametrize("rate", [1.0, 0.3])
+
+
+def through_torch_save(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, head: ClassCenters) -> None:
+        super().__init__()
+        self.net, self.head = nn.Linear(2, 2), head
+
+
+COPIES: dict[str, Callable[[ClassCenters], ClassCenters]] = {
+    "deepcopy": copy.deepcopy,
+    "deepcopy in a model": lambda h: copy.deepcopy(Wrapped(h)).head,
+    "pickle": lambda h: pickle.loads(pickle.dumps(h)),
+    "torch.save in a model": lambda h: through_torch_save(Wrapped(h)).head,
+}
+
+
+@RATES
+@pytest.mark.parametrize("update", ["backward", "step"])
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_goes_on_apart(name: str, update: str, rate: float) -> None:
+    twin = Twin(rate=rate, update=update)
+    twin.steps(3)
+    first, weight = twin.head, twin.head.weight.clone()
+    twin.head = COPIES[name](first)
+    twin.steps(4)
+    twin.check()
+    assert torch.equal(first.weight, weight) and first.step_count == 3
+    group = twin.head.optimizer.param_groups[0]
+    assert group["params"][0].data_ptr() == twin.head.weight.data_ptr()
+    group["lr"] = 0.0
+    assert first.optimizer.param_groups[0]["lr"] != 0
+
+
+def test_a_copy_has_no_gradient_that_waits() -> None:
+    twin = Twin(update="step")
+    twin.head(*batch(0)).backward()
+    other = copy.deepcopy(twin.head)
+    assert other.grad_norm() == 0 != twin.head.grad_norm()
+    before = other.weight.clone()
+    other.optimizer.step()
+    assert torch.equal(other.weight, before)
+
+
+@RATES
+def test_casts_take_the_optimiser_along(rate: float) -> None:
+    twin = Twin(rate=rate)
+    twin.steps(3)
+    for cast in ("float", "double", "half", "bfloat16"):
+        getattr(twin.head, cast)()
+        twin.weight.data = getattr(twin.head.weight, cast)().double()
+        buffer = twin.head.row_states()["momentum_buffer"]
+        wide = torch.float64 if cast == "double" else torch.float32
+        assert buffer.dtype == wide and twin.head.weight.dtype == twin.head._table.dtype
+    twin.head.double()
+    twin.optimizer.state[twin.weight]["momentum_buffer"] = twin.buffer.float().double()
+    twin.steps(4)
+    twin.check()
+    assert twin.head.step_count == 7
+
+
+@RATES
+@pytest.mark.parametrize(
+    "way", ["weight=", "parameter", "weight.data=", "copy_", "assign=True", "weight alone"]
+)
+def test_rows_that_are_written_stay_as_written(way: str, rate: float) -> None:
+    """On a head whose rows are behind: the steps they missed move their momentum, not the rows."""
+    twin = Twin(rate=rate)
+    twin.steps(3)
+    rows = torch.randn_like(twin.weight)
+    found = twin.head
+    if way == "weight=":
+        found.weight = rows.clone()
+    elif way == "parameter":
+        found.weight = nn.Parameter(rows.clone())
+    elif way == "weight.data=":
+        found.weight.data = rows.clone()
+    elif way == "copy_":
+        with torch.no_grad():
+            found.weight.copy_(rows)
+    else:
+        told = found.load_state_dict({"weight": rows}, strict=False, assign=way == "assign=True")
+        assert "_extra_state" in told.missing_keys
+    assert torch.equal(found.weight, rows)
+    twin.weight.data.copy_(rows)
+    twin.steps(4)
+    twin.check()
+
+
+def test_rows_written_behind_the_heads_back_are_noticed() -> None:
+    twin = Twin(rate=0.3)
+    held = twin.head.weight
+    twin.steps(3)
+    held.add_(1)
+    with pytest.raises(RuntimeError, match="weight: written while rows had not caught up"):
+        twin.head(*batch(3))
+    rows = torch.randn_like(held)
+    twin.head.weight = rows.clone()
+    assert torch.equal(twin.head.weight, rows)
+    twin.head(*batch(3)).backward()
+    assert twin.head.step_count == 4
+    for wrong, kind in ((rows[1:], ValueError), (rows.long(), ValueError), (3, TypeError)):
+        with pytest.raises(kind, match="weight: expected"):
+            twin.head.weight = wrong
+
+
+def test_a_table_that_changed_is_not_the_backwards() -> None:
+    twin = Twin(update="step")
+    loss = twin.head(*batch(0))
+    twin.head.weight = torch.randn_like(twin.weight)
+    with pytest.raises(RuntimeError, match="updated after this forward"):
+        loss.backward()
+    twin.head(*batch(0)).backward()
+    with torch.no_grad():
+        twin.head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        twin.head.optimizer.step()
+    twin.head.optimizer.zero_grad()
+    twin.head.optimizer.step()
+    assert twin.head.step_count == 0
+
+
+# ---- saved and loaded ---------------------------------------------------------------------------
+
+
+@RATES
+@pytest.mark.parametrize("form", ["state_dict", "of the optimiser", "dict of older ones"])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_what_is_saved_goes_on(form: str, scheduled: bool, rate: float) -> None:
+    twin = Twin(rate=rate, momentum=0.0 if scheduled else 0.9)
+    for optimizer in (twin.optimizer, twin.head.optimizer):
+        optimizer.param_groups[0]["momentum"] = 0.9
+    twin.steps(3)
+    other = Twin(rate=rate, momentum=0.0 if scheduled else 0.9).head
+    saved = copy.deepcopy(twin.head.state_dict())
+    assert all(isinstance(value, torch.Tensor) for value in saved.values())
+    if form == "dict of older ones":
+        states = {"momentum_buffer": saved.pop("optimizer.momentum_buffer")}
+        saved["_extra_state"] = {"steps": 3, "optimizer": states}
+    if form == "of the optimiser":
+        other.load_state_dict({"weight": saved["weight"]}, strict=False)
+    else:
+        other.load_state_dict(saved)
+    # hyper-parameters are torch's to keep: in the optimiser's state
+    other.optimizer.load_state_dict(copy.deepcopy(twin.head.optimizer.state_dict()))
+    twin.head = other
+    twin.steps(4)
+    twin.check()
+    assert twin.head.step_count == 7
+
+
+def test_the_optimisers_state_is_torchs() -> None:
+    twin = Twin()
+    twin.steps(2)
+    told, torchs = twin.head.optimizer.state_dict(), twin.optimizer.state_dict()
+    torch.testing.assert_close(
+        told["state"][0]["momentum_buffer"], torchs["state"][0]["momentum_buffer"]
+    )
+    assert told["state"][0]["step"] == 2 and told["param_groups"][0]["params"] == [0]
+    twin.head.optimizer.load_state_dict(torchs)
+    twin.steps(2)
+    twin.check()
+    for given, text in (
+        (torch.optim.AdamW([twin.weight]).state_dict(), "state_dict: expected one group with"),
+        ({**told, "state": {0: {"exp_avg": twin.weight}}}, "momentum_buffer"),
+        ({**told, "state": {0: {"momentum_buffer": twin.weight[1:], "step": 2}}}, "shape"),
+    ):
+        before = copy.deepcopy(twin.head.optimizer.state_dict())
+        with pytest.raises(ValueError, match=text):
+            twin.head.optimizer.load_state_dict(given)
+        after = twin.head.optimizer.state_dict()
+        assert str(after) == str(before)
+    with pytest.raises(ValueError, match="add_param_group: the head's optimiser"):
+        twin.head.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+def test_a_scheduled_momentum_is_in_a_checkpoint(tmp_path: Path) -> None:
+    twin = Twin(momentum=0.0)
+    for optimizer in (twin.optimizer, twin.head.optimizer):
+        optimizer.param_groups[0]["momentum"] = 0.9
+    twin.steps(3)
+    other = Twin(momentum=0.0).head
+    with pytest.raises(RuntimeError, match="load: expected state"):
+        other.load()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save({"head": twin.head.state()}, 1)
+        assert checkpoints.load({"head": other.state()}) == 1
+    other.load()
+    other.optimizer.param_groups[0]["momentum"] = 0.9
+    twin.head = other
+    twin.steps(3)
+    twin.check()
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="momentum_buffer"):
+        checkpoints.load({"head": head(optimizer="adagrad").state()})
+
+
+def test_another_optimisers_state_is_refused_whole_or_left_out_by_name() -> None:
+    adam, sgd = head(optimizer="adamw", seed=1), Twin().head
+    saved, before = adam.state_dict(), sgd.weight.clone()
+    old = {"steps": 4, "optimizer": {"exp_avg": saved["weight"]}}
+    for given in (saved, {"weight": saved["weight"], "_extra_state": old}):
+        with pytest.raises(RuntimeError, match=r"expected the states \['momentum_buffer'\], got"):
+            sgd.load_state_dict(given)
+        assert torch.equal(sgd.weight, before) and sgd.step_count == 0
+        with pytest.warns(UserWarning, match="got .*exp_avg.*left out"):
+            sgd.load_state_dict(given, strict=False)
+        assert torch.equal(sgd.weight, adam.weight) and sgd.step_count == 0
+        sgd.weight = before.clone()
+    short = {**Twin().head.state_dict(), "weight": before[1:]}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="weight: expected shape"):
+            sgd.load_state_dict(short, strict=strict)
+    with pytest.raises(RuntimeError, match="Unexpected key.*nobodys"):
+        sgd.load_state_dict({**sgd.state_dict(), "nobodys": before})
+
+
+def test_a_table_alone_is_strictly_enough_where_nothing_is_lost() -> None:
+    rows = torch.randn_like(head().weight)
+    for options in ({}, dict(optimizer="sgd")):
+        found = head(**options)
+        found.load_state_dict({"weight": rows})
+        assert torch.equal(found.weight, rows)
+    for options, lost in (
+        (dict(optimizer="sgd", optimizer_options=dict(momentum=0.9)), "momentum_buffer"),
+        (dict(optimizer="adamw"), "exp_avg"),
+        (dict(sample_rate=0.5), "_extra_state"),
+    ):
+        found = head(**options)
+        with pytest.raises(RuntimeError, match=f"Missing key.*{lost}"):
+            found.load_state_dict({"weight": rows})
+        assert not torch.equal(found.weight, rows)
+
+
+# ---- what must not train ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("update", ["backward", "step"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adagrad"])
+def test_what_must_not_train_does_not(optimizer: str, update: str, rate: float) -> None:
+    found = head(optimizer=optimizer, update=update, sample_rate=rate)
+    model = Wrapped(found)
+    x, y = batch(0)
+    found.eval()
+    expected = torch.autograd.grad(found(x, y), x)[0] if rate == 1 else None
+    before = found.weight.clone()
+
+    def nothing_moved() -> None:
+        found.optimizer.step()
+        assert torch.equal(found.weight, before) and found.step_count == 0
+
+    found(x, y).backward()
+    nothing_moved()
+    found.train()
+    for inputs in ([x], [x, *(p for p in found.parameters())]):
+        dx = torch.autograd.grad(found(x, y), inputs, allow_unused=True)[0]
+        assert expected is None or torch.equal(dx, expected)
+        nothing_moved()
+    found(x, y).backward(inputs=[x])
+    nothing_moved()
+    for frozen in (found, model):
+        frozen.requires_grad_(False)
+        found(x, y).backward()
+        nothing_moved()
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            found(x.detach(), y).backward()
+        frozen.requires_grad_(True)
+    found(x, y).backward()
+    found.optimizer.step()
+    assert found.step_count == 1 and not torch.equal(found.weight, before)
+
+
+def test_a_frozen_parameter_gets_no_gradient() -> None:
+    found = head().requires_grad_(False)
+    x, y = batch(0)
+    found(x, y).backward()
+    assert found.weight.grad is None and x.grad is not None
