@@ -24,11 +24,13 @@ from torch.distributed.run import config_from_args, parse_args
 
 from fused_losses import datasets
 from fused_losses.centers.checkpoint import Checkpoints
+from fused_losses.train.frame.log import StepLog
+from fused_losses.train.frame.runs import RunError
 from fused_losses.train.large.cli import main
 from fused_losses.train.large.config import LargeConfig
 from fused_losses.train.large.data import SyntheticVectors, hashed_normal
 from fused_losses.train.large.join import fresh_store
-from fused_losses.train.large.loop import LargeTraining, Log, RunError, train
+from fused_losses.train.large.loop import LargeTraining, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("survival")]
 
@@ -281,14 +283,12 @@ def test_folder_of_another_run_is_refused(tmp_path: Path, no_group: None) -> Non
     assert len(train(SMALL, tmp_path)) == SMALL.steps - 1
 
 
-def test_log_keeps_the_steps_before_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_log_keeps_the_steps_before_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     whole = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(5))
     path.write_text(whole + '{"step": 5, "lo')
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    with Log(path, 3) as log:
+    with StepLog(path) as log:
+        log.begin(3)
         log.write(3, 0.1, 0.01, 0.0)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ LOG, TENSORBOARD = "log.jsonl", "tensorboard"
 
 class StepLog:
     """One JSON line a step: {..., "step", "loss", "lr", "seconds"}, the fields of `begin` first.
+
+    A loss that is not finite (of a step that was skipped) is null.
 
     path: None writes nothing (a rank other than the first). board: folder of TensorBoard's files.
     """
@@ -51,7 +54,8 @@ class StepLog:
 
     def write(self, step: int, loss: float, lr: float, seconds: float) -> None:
         if self._file is not None:
-            record = {"step": step, "loss": loss, "lr": lr, "seconds": round(seconds, 6)}
+            told = loss if math.isfinite(loss) else None  # JSON has no NaN
+            record = {"step": step, "loss": told, "lr": lr, "seconds": round(seconds, 6)}
             self._file.write(json.dumps({**self._which, **record}) + "\n")
             self._file.flush()
         if self._writer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from fused_losses.centers.watch import EXIT_CODE, RankFailure
 from fused_losses.train.frame.options import OptionError, add_options, given_options
-from fused_losses.train.frame.runs import run_folder
+from fused_losses.train.frame.runs import RunError, run_folder
+from fused_losses.train.frame.steps import Interrupted
 from fused_losses.train.large.config import LargeConfig
-from fused_losses.train.large.loop import RunError, train
+from fused_losses.train.large.loop import train
 
 DESCRIPTION = """\
 Train an embedding with a sharded large-class head, one process a GPU (or a share of the CPU):
@@ -22,7 +24,9 @@ Train an embedding with a sharded large-class head, one process a GPU (or a shar
   torchrun --standalone --nproc-per-node 2 --max-restarts 10 -m fused_losses.train.large
 
 A run that was killed goes on from its latest checkpoint when it is started again, on any number
-of processes. Writes config.json, log.jsonl (one line a step) and checkpoints to RUNS/NAME."""
+of processes; after SIGTERM or Ctrl-C, which write one, from where it was. Writes config.json,
+log.jsonl (one line a step) and checkpoints to RUNS/NAME. Exit status: 0, 2 for a run that cannot
+be or whose loss is not finite, 128 + the signal that stopped it, 86 where another rank is lost."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,9 +43,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or 2 for a run that cannot be; other errors end the process with their traceback."""
+    """0, 2 for a run that cannot be, 128 + the signal that stopped it; others end the process."""
     try:
         return _main(argv) or 0  # an int: `record` says that it might be None
+    except KeyboardInterrupt:
+        print("\nstopped at once; the newest checkpoint is kept", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
@@ -60,8 +67,12 @@ def _main(argv: list[str] | None) -> int:
         return _refuse(error)
     try:
         train(config, folder)
-    except RunError as error:
+    except (RunError, OptionError) as error:
         return _refuse(error)
+    except Interrupted as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 128 + stopped.signal
     return 0
 
 

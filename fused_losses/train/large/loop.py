@@ -3,81 +3,139 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
+import math
 import time
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_losses.base.files import write_text
-from fused_losses.centers.checkpoint import Checkpoints
+from fused_losses.centers.checkpoint import CheckpointError, Checkpoints
 from fused_losses.centers.head import ClassCenters
 from fused_losses.centers.watch import RankWatch
+from fused_losses.datasets import ImageSet
 from fused_losses.datasets.sampler import EpochBatches, PrefetchReader
 from fused_losses.train.faces.augment import augment, normalize
-from fused_losses.train.faces.backbone import SmallFaceNet, load_backbone
+from fused_losses.train.faces.backbone import SmallFaceNet, call_factory, load_backbone
 from fused_losses.train.frame.heads import make_margin
-from fused_losses.train.frame.options import differences
-from fused_losses.train.frame.runs import CONFIG, locked
+from fused_losses.train.frame.log import LOG, TENSORBOARD, StepLog
+from fused_losses.train.frame.options import OptionError, differences
+from fused_losses.train.frame.preflight import check_backend, check_device, check_tensorboard
+from fused_losses.train.frame.runs import CONFIG, RunError, StopSignals
 from fused_losses.train.frame.seeds import seed_from
-from fused_losses.train.frame.steps import go_through, learning_rate_factor, set_rates
+from fused_losses.train.frame.steps import Interrupted, go_through, learning_rate_factor, set_rates
 from fused_losses.train.large.config import LargeConfig
 from fused_losses.train.large.data import load
-from fused_losses.train.large.join import fresh_store
+from fused_losses.train.large.group import (
+    FirstLock,
+    deterministic,
+    first_does,
+    first_locked,
+    highest,
+    process_group,
+)
 
-LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
-LOCK_SECONDS = 30.0  # for the former process of this run to be gone after a restart
-
-
-class RunError(RuntimeError):
-    """The folder cannot take this run; the text says why, on every rank."""
+CHECKPOINTS = "checkpoints"
 
 
 def train(config: LargeConfig, folder: str | Path) -> list[float]:
     """Train to the last step, from the newest checkpoint in `folder` if it has one.
 
     Every rank calls it, under torchrun, inside a process group, or alone. Returns the losses of
-    the steps done by this call. For one number of ranks they are bitwise those of a run that was
-    never stopped; another number sees the same batches and differs by rounding.
-    Raises `RunError` for a folder of another run, `RankFailure` when another rank is lost.
+    the steps done by this call (NaN for a step that was skipped). For one number of ranks they are
+    bitwise those of a run that was never stopped; another number sees the same batches and differs
+    by rounding. A finished run goes on to more steps.
+    Raises `OptionError` for what cannot run here and `RunError` for a folder of another run, both
+    before the folder is made or changed; `RunError` where the loss is not finite or the folder is
+    removed; `Interrupted` after SIGINT or SIGTERM to any rank, with a checkpoint written;
+    `RankFailure` when another rank is lost.
     """
-    folder = Path(folder)
     torch.set_num_threads(config.threads)
-    with _process_group(config) as device, _locked(folder), _deterministic():
-        _prepare(config, folder)
+    backbone = _ready(config)
+    with process_group(config) as device:
+        losses, ended = _train(config, Path(folder), backbone, device)
+        del backbone
+    if ended is not None:
+        raise ended
+    return losses
+
+
+def _train(
+    config: LargeConfig, folder: Path, backbone: nn.Module, device: torch.device
+) -> tuple[list[float], Exception | None]:
+    """(losses, what ended the run early on all ranks alike, to be raised once they have left)."""
+    images = _images(config)
+    with first_locked(folder) as lock, deterministic():
+        first_does(lambda: _check_same(config, folder / CONFIG))
         with RankWatch.of_group(
             interval=config.interval, timeout=config.timeout, hang_timeout=config.hang_timeout
         ) as watch:
-            training = LargeTraining(config, device)
+            training = LargeTraining(config, device, backbone, images)
             with Checkpoints(folder / CHECKPOINTS, keep=config.keep) as checkpoints:
                 start = training.resume(checkpoints)
-                with Log(folder / LOG, start) as log:
-                    return training.run(start, checkpoints, log, watch)
+                first = dist.get_rank() == 0
+                board = folder / TENSORBOARD if first and config.tensorboard else None
+                with StepLog(folder / LOG if first else None, board) as log:
+                    first_does(lambda: log.begin(start))
+                    # last of what may fail at the start: a run that never began is no run
+                    first_does(lambda: write_text(folder / CONFIG, config.to_json()))
+                    return training.run(start, checkpoints, log, watch, lock)
+
+
+def _ready(config: LargeConfig) -> nn.Module:
+    """The backbone, once nothing is left that one rank alone can know to fail."""
+    check_device(config.device)
+    check_tensorboard(config.tensorboard)
+    if config.backend == "reference":
+        raise OptionError(
+            "backend", "expected a streamed one: the table's reference is not sharded"
+        )
+    dtype = getattr(torch, config.dtype)
+    check_backend(config.backend, config.device, config.precision, dtype)
+    kind, _, place = config.data.partition(":")
+    if kind == "folders" and not Path(place).is_dir():
+        raise OptionError("data", f"expected a folder after {kind}:, {place!r} is none")
+    torch.manual_seed(seed_from("weights", config.seed))
+    return _backbone(config)
+
+
+def _images(config: LargeConfig) -> ImageSet:
+    """The set, on every rank; OptionError on all where the first cannot read it."""
+    found: list[ImageSet] = []
+    try:
+        first_does(lambda: found.append(load(config)))  # it leaves the set's index for the others
+    except RunError as error:
+        raise OptionError("data", str(error)) from error
+    return found[0] if found else load(config)
+
+
+def _check_same(config: LargeConfig, path: Path) -> None:
+    """RunError where the folder has a run of another configuration."""
+    unlike = differences(LargeConfig.load(path), config) if path.exists() else []
+    if unlike:
+        raise RunError("\n  ".join([f"{path.parent}: holds a run that differs", *unlike]))
 
 
 class LargeTraining:
     """One rank's part of everything that a step changes."""
 
-    def __init__(self, config: LargeConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: LargeConfig, device: torch.device, backbone: nn.Module, images: ImageSet
+    ) -> None:
+        self.config, self.device, self.images = config, device, images
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        with _first_rank_first():  # it leaves the set's index for the others
-            self.images = load(config)
         wide = config.dtype == "float64"
         self.float = torch.float64 if wide else torch.float32
-        torch.manual_seed(seed_from("weights", config.seed))
-        self.backbone = _spread(_backbone(config).to(device, self.float), config)
+        self.backbone = _spread(backbone.to(device, self.float), config)
         self.optimizer = _optimizer(self.backbone, config)
         self.head = ClassCenters(
             max(self.images.classes, config.classes),
@@ -122,8 +180,15 @@ class LargeTraining:
         self.head.load()
         return step
 
-    def run(self, start: int, checkpoints: Checkpoints, log: Log, watch: RankWatch) -> list[float]:
-        """Steps [start, config.steps); their losses."""
+    def run(
+        self,
+        start: int,
+        checkpoints: Checkpoints,
+        log: StepLog,
+        watch: RankWatch,
+        lock: FirstLock,
+    ) -> tuple[list[float], Exception | None]:
+        """Steps [start, config.steps); their losses, and what ended them early."""
         config, losses = self.config, []
         n = len(self.images)
         sampler = EpochBatches(
@@ -136,7 +201,11 @@ class LargeTraining:
             drop_last=n >= config.batch_size,
         )
         ahead = {"threads": config.readers, "start": start, "stop": config.steps}
-        with PrefetchReader(self.images, sampler, **ahead) as reader:
+        with (
+            PrefetchReader(self.images, sampler, **ahead) as reader,
+            # before the first step there is nothing to save: a signal ends the process
+            StopSignals().watching() as self.asked,
+        ):
 
             def step(number: int) -> None:
                 batch = next(reader)
@@ -151,14 +220,24 @@ class LargeTraining:
                 return done % config.checkpoint_every == 0 or done == config.steps
 
             def save(done: int) -> None:
+                lock.check()
                 log.sync()  # a checkpoint's steps are in the log before it exists
                 checkpoints.save(self.state(), done)
 
-            go_through(start, config.steps, step, due=due, save=save)
-        return losses
+            try:
+                go_through(start, config.steps, step, due=due, save=save, asked=lambda: self.signal)
+                checkpoints.wait()
+                lock.check()
+            except Interrupted as stopped:
+                return losses, stopped.with_traceback(None)  # which would keep this frame's tensors
+            except RunError as error:
+                with contextlib.suppress(CheckpointError):  # that there is no folder is told better
+                    checkpoints.wait()
+                return losses, error.with_traceback(None)
+        return losses, None
 
     def step(self, step: int, factor: float, images: Tensor, labels: Tensor) -> float:
-        """Train on this rank's part of a batch; the loss of the whole of it."""
+        """Train on this rank's part of a batch; the loss of the whole of it, NaN if skipped."""
         # every step draws from its own seed: a checkpoint needs no generator's state
         seed = seed_from("step", self.config.seed, step, self.rank)
         torch.manual_seed(seed)
@@ -166,56 +245,44 @@ class LargeTraining:
         if images.dtype == torch.uint8:
             generator = torch.Generator().manual_seed(seed)
             images = augment(normalize(images), self.config.augment, generator)
+        skips = self.config.nonfinite == "skip"
+        before = [buffer.clone() for buffer in self.backbone.buffers()] if skips else []
         loss = self.head(self.backbone(images.to(self.float)), labels)
+        value = float(loss.detach())
+        # one message tells all ranks what any has seen: they stop, skip and save at one step
+        signal = self.asked() or 0
+        bad, self.signal = highest(not math.isfinite(value), signal, device=self.device)
+        if bad:
+            self._refuse(step, f"the loss is {value}")
+            with torch.no_grad():  # averages of a batch that is not finite stay so
+                for buffer, kept in zip(self.backbone.buffers(), before, strict=True):
+                    buffer.copy_(kept)
+            return math.nan
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
+        norm = _gradient_norm(self.backbone)  # alike on all ranks: of averaged, or of all, shards
+        if math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            self._refuse(step, f"the backbone's gradient has the norm {norm}, the loss is {value}")
         self.head_optimizer.step()
-        return float(loss.detach())
+        return value
+
+    def _refuse(self, step: int, told: str) -> None:
+        """RunError, on all ranks, unless such steps are skipped."""
+        if self.config.nonfinite == "stop":
+            raise RunError(
+                f"{told} at step {step + 1}: lower lr or head_lr, or leave such steps out with "
+                "--nonfinite skip; the run goes on from its newest checkpoint"
+            )
+        if self.rank == 0:
+            warnings.warn(f"step {step + 1} is skipped: {told}", stacklevel=2)
 
 
-class Log:
-    """One JSON line a step on rank 0: {"step", "loss", "lr", "seconds"}.
-
-    Opened at step `start`, it keeps the lines of the steps before: what was done after the
-    checkpoint is done again, and is then there once.
-    """
-
-    def __init__(self, path: Path, start: int) -> None:
-        self.file: TextIO | None = None
-        if dist.get_rank():
-            return
-        kept = [line for line in _lines(path) if line["step"] < start]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(path, "a")  # noqa: SIM115
-
-    def write(self, step: int, loss: float, lr: float, seconds: float) -> None:
-        if self.file is not None:
-            record = {"step": step, "loss": loss, "lr": lr, "seconds": round(seconds, 6)}
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-
-    def sync(self) -> None:
-        if self.file is not None:
-            os.fsync(self.file.fileno())
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a log up to the first that a kill has torn."""
-    if not path.exists():
-        return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+def _gradient_norm(backbone: nn.Module) -> float:
+    gradients = [p.grad for p in backbone.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 class VectorNet(nn.Sequential):
@@ -231,15 +298,16 @@ class VectorNet(nn.Sequential):
 
 
 def _backbone(config: LargeConfig) -> nn.Module:
-    kind, args = config.backbone, config.factory_args()
+    kind = config.backbone
     if kind == "auto":
         kind = "mlp" if config.data == "synthetic" else "small"
     if kind == "mlp":
-        return VectorNet(config.features, config.hidden, config.embedding, **args)
+        own = {"features": config.features, "hidden": config.hidden}
+        return call_factory(VectorNet, config, **own, embedding=config.embedding)
     if kind == "small":
-        side = config.image_size
-        return SmallFaceNet(side, side, config.channels, config.embedding, **args)
-    return load_backbone(kind)(**{"num_classes": config.embedding, **args})
+        own = {"height": config.image_size, "width": config.image_size, "channels": config.channels}
+        return call_factory(SmallFaceNet, config, **own, embedding=config.embedding)
+    return call_factory(load_backbone(kind), config, num_classes=config.embedding)
 
 
 def _spread(backbone: nn.Module, config: LargeConfig) -> nn.Module:
@@ -257,92 +325,3 @@ def _optimizer(backbone: nn.Module, config: LargeConfig) -> torch.optim.Optimize
     if config.optimizer == "adamw":
         return torch.optim.AdamW(backbone.parameters(), **options)
     return torch.optim.SGD(backbone.parameters(), momentum=config.momentum, **options)
-
-
-@contextlib.contextmanager
-def _process_group(config: LargeConfig) -> Iterator[torch.device]:
-    """The group of torchrun's processes, of the caller, or of this process alone; its device."""
-    device = torch.device(config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        # cuBLAS is deterministic with a workspace of a fixed size alone
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if dist.is_initialized():
-        yield device
-        return
-    # gloo beside NCCL: the checkpoints' threads talk on the host
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        store, rank, world = next(rendezvous("env://"))
-        store = fresh_store(store, rank, world)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    yield device
-    # not after an error: it waits for ranks that may be gone
-    dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """Deterministic operations where torch has them; a warning names those that are not."""
-    # not use_deterministic_algorithms: it imports torch's compiler
-    former = torch.get_deterministic_debug_mode()
-    deterministic: Any = torch.utils.deterministic
-    filled = deterministic.fill_uninitialized_memory
-    torch.set_deterministic_debug_mode("warn")
-    # a pass over every new tensor, for programs that read what they have not written
-    deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(former)
-        deterministic.fill_uninitialized_memory = filled
-
-
-@contextlib.contextmanager
-def _first_rank_first() -> Iterator[None]:
-    """Rank 0 does the work, then the others."""
-    if dist.get_rank():
-        dist.barrier()
-    yield
-    if not dist.get_rank():
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One run a folder: rank 0's lock; a restart waits until the former process is gone."""
-    with contextlib.ExitStack() as held:
-        trouble = None
-        if dist.get_rank() == 0:
-            try:
-                held.enter_context(locked(folder, seconds=LOCK_SECONDS))
-            except RuntimeError as error:
-                trouble = str(error)
-        _agree(trouble)
-        yield
-
-
-def _prepare(config: LargeConfig, folder: Path) -> None:
-    """The configuration in the folder; a run that has another one is refused."""
-    trouble = None
-    if dist.get_rank() == 0:
-        path = folder / CONFIG
-        if path.exists():
-            unlike = differences(LargeConfig.load(path), config)
-            trouble = (
-                "\n  ".join([f"{folder}: holds a run that differs", *unlike]) if unlike else None
-            )
-        if trouble is None:
-            write_text(path, config.to_json())
-    _agree(trouble)
-
-
-def _agree(trouble: str | None) -> None:
-    """Rank 0's refusal, raised on every rank."""
-    box = [trouble]
-    dist.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise RunError(box[0])
