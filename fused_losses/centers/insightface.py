@@ -8,8 +8,6 @@ rank_{rank}_softmax_weight_mom.pt, each one tensor. Rank r of W has C // W + (r 
 
 from __future__ import annotations
 
-import pickle
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fused_losses.base.files import write_atomically
+from fused_losses.base.files import DataError, write_atomically
 from fused_losses.base.validation import describe
 from fused_losses.centers.collectives import gather_rows, local_rows
+from fused_losses.centers.insightface_files import STEP, TABLE, WEIGHT, find_files, read_part
 
-PARTIAL_FC_2 = re.compile(r"checkpoint_gpu_(\d+)\.pt")
-PARTIAL_FC_1 = re.compile(r"rank_(\d+)_softmax_weight\.pt")
-TABLE, WEIGHT, OPTIMIZER, STEP = "state_dict_softmax_fc", "weight", "state_optimizer", "global_step"
+BLOCK = 1 << 16  # rows that are checked or copied at once
 
 
 class Head(Protocol):
@@ -44,15 +41,17 @@ class InsightFaceTable:
     """The class table of a run of insightface, over all its ranks' files.
 
     source: the folder, or the files of all ranks. Files are memory-mapped: only the rows that are
-    asked for are read.
-    ValueError, with the file, key and shape: a rank's file is missing, holds something else, or
-    does not belong to the others. No code of a file is run.
+    asked for are read (a file in torch's format from before 1.6 is read whole).
+    DataError (a ValueError), with the file, key and shape: a rank's file is missing, damaged, holds
+    something else, or does not belong to the others. No code of a file is run; numpy's scalars and
+    arrays in it are passed over.
     """
 
     def __init__(self, source: str | Path | Sequence[str | Path]) -> None:
-        self.paths = _paths(source)
-        self.parts = [_read_part(path) for path in self.paths]
-        self.steps = [part.pop(STEP, None) for part in self.parts]
+        self.paths = find_files(source)
+        read = [read_part(path) for path in self.paths]
+        self.parts = [part.tables for part in read]
+        self.steps = [part.step for part in read]
         first = self.parts[0][WEIGHT]
         self.dim: int = first.shape[1]
         self.dtype: torch.dtype = first.dtype
@@ -70,7 +69,10 @@ class InsightFaceTable:
         return tuple(name for name in self.parts[0] if all(name in part for part in self.parts))
 
     def rows(self, start: int, stop: int, name: str = WEIGHT) -> Tensor:
-        """Rows [stop - start, D] of the table or of one of its optimiser states, a copy."""
+        """Rows [stop - start, D] of the table or of one of its optimiser states, a copy.
+
+        DataError, with file and row, for a number that is not finite.
+        """
         if not 0 <= start <= stop <= self.num_classes:
             raise IndexError(
                 f"start, stop: expected rows of [0, {self.num_classes}), got {start} and {stop}"
@@ -78,11 +80,26 @@ class InsightFaceTable:
         if name not in self.names:
             raise ValueError(f"name: expected one of {', '.join(self.names)}, got {name!r}")
         out = torch.empty(stop - start, self.dim, dtype=self.parts[0][name].dtype)
-        for part, (begin, end) in zip(self.parts, self._spans(), strict=True):
+        for path, part, (begin, end) in zip(self.paths, self.parts, self._spans(), strict=True):
             low, high = max(start, begin), min(stop, end)
-            if low < high:
-                out[low - start : high - start] = part[name][low - begin : high - begin]
+            if low >= high:
+                continue
+            rows = out[low - start : high - start]
+            rows.copy_(part[name][low - begin : high - begin])
+            bad = (~rows.isfinite()).any(dim=1).nonzero()
+            if len(bad):
+                row = low - begin + int(bad[0])
+                raise DataError(
+                    f"{path}: {name}: expected finite numbers, got others in row {row}, which is "
+                    f"class {begin + row}"
+                )
         return out
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[str, int, Tensor]]:
+        """(name, first class, rows [b, D]) of every table, some rows at a time."""
+        for name in self.names:
+            for first in range(start, stop, BLOCK):
+                yield name, first, self.rows(first, min(first + BLOCK, stop), name)
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         for rank in range(len(self.parts)):
@@ -94,13 +111,13 @@ class InsightFaceTable:
         ):
             for name, tensor in part.items():
                 if tuple(tensor.shape) != (end - begin, self.dim):
-                    raise ValueError(
+                    raise DataError(
                         f"{path}: {name}: expected shape ({end - begin}, {self.dim}), this rank's "
                         f"share of {self.num_classes} classes over {len(self.parts)} files, got "
                         f"{describe(tensor)}; are files of another run among them?"
                     )
             if step != self.steps[0]:
-                raise ValueError(
+                raise DataError(
                     f"{path}: {STEP}: expected {self.steps[0]} as in {self.paths[0]}, got {step}"
                 )
 
@@ -118,7 +135,9 @@ def import_checkpoints(
 
     States that the files or the head do not have are left as they are. resize: the head may have
     more classes, whose rows stay as they are, or fewer. ValueError: the number of classes (without
-    resize) or their dimension is another one, or the head has sub-centres.
+    resize) or their dimension is another one, or the head has sub-centres. DataError: the files
+    are damaged, or hold a number that is not finite. The head is written once all of this rank's
+    rows have been checked: its part of the files is read twice.
     """
     table = InsightFaceTable(source)
     state = head.state()
@@ -126,15 +145,18 @@ def import_checkpoints(
     if tuple(state[WEIGHT].shape) != expected:
         raise ValueError(
             f"head: expected a weight of shape {expected} as in {table.paths[0].parent}, got "
-            f"{describe(state[WEIGHT])}"
+            f"{describe(state[WEIGHT])}; resize=True takes over the rows of another number of "
+            f"classes than {table.num_classes}"
         )
     start = min(head.class_start, table.num_classes)
     stop = min(head.class_start + head.num_local, table.num_classes)
-    for name in table.names:
-        key = name if name == WEIGHT else f"optimizer.{name}"
-        if key in state:
-            with torch.no_grad():
-                local_rows(state[key])[: stop - start].copy_(table.rows(start, stop, name))
+    for _ in table.blocks(start, stop):
+        pass
+    with torch.no_grad():
+        for name, first, rows in table.blocks(start, stop):
+            key = name if name == WEIGHT else f"optimizer.{name}"
+            if key in state:
+                local_rows(state[key])[first - start : first - start + len(rows)].copy_(rows)
     state["steps"].fill_(table.step)
     head.load()
     return table
@@ -191,90 +213,6 @@ def _starts(head: Head, group: dist.ProcessGroup | None, ranks: int) -> list[int
     if group is not None:
         dist.all_gather_object(starts, head.class_start, group=group)
     return [*starts, head.num_classes]
-
-
-def _paths(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files of all ranks, in the order of the ranks."""
-    if isinstance(source, (str, Path)):
-        folder = Path(source)
-        if not folder.is_dir():
-            raise ValueError(f"source: expected a folder or a list of files, got {str(source)!r}")
-        for pattern in (PARTIAL_FC_2, PARTIAL_FC_1):
-            found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
-            if found:
-                break
-    else:
-        found = [Path(path) for path in source]
-        folder = found[0].parent if found else Path()
-    ranks = {_rank_of(path): path for path in found}
-    if not found or sorted(ranks) != list(range(len(found))):
-        has = ", ".join(sorted(path.name for path in found)) or "none"
-        raise ValueError(
-            f"{folder}: expected checkpoint_gpu_0.pt (or rank_0_softmax_weight.pt) and so on "
-            f"without a gap, one for each rank, got {has}"
-        )
-    return [ranks[rank] for rank in range(len(found))]
-
-
-def _rank_of(path: Path) -> int:
-    match = PARTIAL_FC_2.fullmatch(path.name) or PARTIAL_FC_1.fullmatch(path.name)
-    if match is None:
-        raise ValueError(
-            f"{path}: expected a file named checkpoint_gpu_(rank).pt or "
-            "rank_(rank)_softmax_weight.pt"
-        )
-    return int(match[1])
-
-
-def _read_part(path: Path) -> dict[str, Any]:
-    """ "weight" and optimiser states [rows, D] of one rank, and "global_step" where it is said."""
-    saved = _load(path)
-    if PARTIAL_FC_1.fullmatch(path.name):
-        part = {WEIGHT: _matrix(path, "the tensor", saved)}
-        momentum = path.with_name(path.name.replace("weight.pt", "weight_mom.pt"))
-        if momentum.exists():
-            part["momentum_buffer"] = _matrix(momentum, "the tensor", _load(momentum))
-        return part
-    if not isinstance(saved, dict) or not isinstance(saved.get(TABLE), dict):
-        got = ", ".join(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(f"{path}: expected a dict {TABLE!r}, got {got}")
-    if WEIGHT not in saved[TABLE]:
-        raise ValueError(f"{path}: {TABLE}: expected a key {WEIGHT!r}, got {list(saved[TABLE])}")
-    weight = _matrix(path, f"{TABLE}[{WEIGHT!r}]", saved[TABLE][WEIGHT])
-    part = {WEIGHT: weight, **_optimizer_states(saved.get(OPTIMIZER), weight)}
-    if isinstance(saved.get(STEP), int):
-        part[STEP] = saved[STEP]
-    return part
-
-
-def _optimizer_states(saved: Any, weight: Tensor) -> dict[str, Tensor]:
-    """The states of the last parameter, which is the table, as far as they have its shape."""
-    try:
-        last = saved["param_groups"][-1]["params"][-1]
-        states = saved["state"][last]
-    except (KeyError, IndexError, TypeError):
-        return {}  # a run that saved no optimiser, or one without momentum
-    return {
-        name: value
-        for name, value in states.items()
-        if isinstance(value, Tensor) and value.shape == weight.shape
-    }
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: not a file of tensors that can be read ({reason})") from error
-
-
-def _matrix(path: Path, key: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{path}: {key}: expected a tensor [C, D], got {type(value).__name__}")
-    if value.dim() != 2 or not value.is_floating_point():
-        raise ValueError(f"{path}: {key}: expected floats [C, D], got {describe(value)}")
-    return value
 
 
 __all__ = ["InsightFaceTable", "export_checkpoints", "import_checkpoints", "shard"]
