@@ -79,6 +79,10 @@ class RowOptimizer:
         self._open: ParamGroup | None = None
         self._seed = seed
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._version = self._weight._version  # a copy's count of writes starts anew
+
     # ---- the table ----
 
     @property

@@ -43,7 +43,10 @@ class RowSgd(RowOptimizer):
 
     def load(self, steps: int) -> None:
         super().load(steps)
-        self._moving = steps > 0 and "momentum_buffer" in self.states
+        # torch has no buffer before the first step with momentum, and the rows have zeros
+        self._moving = "momentum_buffer" in self.states and bool(
+            self._state("momentum_buffer").any()
+        )
 
     def end(self) -> None:
         moving = self._moving or (self._open is not None and self._open["momentum"] != 0)
