@@ -128,8 +128,8 @@ class Ranks:
 
     def shard(self, rows: int, rank: int | None = None) -> tuple[int, int]:
         """[first, last) of a rank's rows: ceil(rows / W) each, the last shorter or empty."""
-        each, rank = -(-rows // self.world), self.rank if rank is None else rank
-        return min(rank * each, rows), min((rank + 1) * each, rows)
+        each, at = -(-rows // self.world), self.rank if rank is None else rank
+        return min(at * each, rows), min((at + 1) * each, rows)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """[...] of each rank, equal shapes. [W, ...]"""

@@ -1,0 +1,116 @@
+"""What people do with a head between steps, in any order, against a dense model of torch.optim.
+
+FUSED_LOSSES_WALKS=2000 walks so many sequences instead of those of `make test`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import processes
+import pytest
+from head_walk import HeadWalk
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from walks import START, STEPS, walk
+
+WALKS = int(os.environ.get("FUSED_LOSSES_WALKS", "100"))
+
+
+def _strategies(choices: dict[str, Any]) -> dict[str, Any]:
+    return {name: st.sampled_from(values) for name, values in choices.items()}
+
+
+class HeadMachine(RuleBasedStateMachine):
+    """`HeadWalk`, whose every method is a rule."""
+
+    @initialize(**_strategies(START))
+    def begin(self, **start: Any) -> None:
+        self.walk = HeadWalk(**start)
+
+    def teardown(self) -> None:
+        self.walk.check()
+
+
+def _rule(name: str) -> Any:
+    def step(self: HeadMachine, **given: Any) -> None:
+        getattr(self.walk, name)(**given)
+
+    step.__name__ = name
+    return rule(**_strategies(STEPS[name]))(step)
+
+
+for _name in STEPS:
+    setattr(HeadMachine, _name, _rule(_name))
+
+
+BATCH = dict(ignored=False, factor=1.0)
+MOMENTUM = dict(kind="momentum", update="backward", centers=1)
+REST = dict(lr=0.2, momentum=0.0)
+FOUND: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]] = {
+    "a copy of a head whose rows are behind": (
+        dict(MOMENTUM, rate=0.4),
+        [
+            ("train_step", dict(seed=1, **BATCH)),
+            ("copy", dict(way="deepcopy", seed=2)),
+            ("train_step", dict(seed=3, **BATCH)),
+            ("copy", dict(way="pickle", seed=2)),
+        ],
+    ),
+    "loaded before the first step with momentum": (
+        dict(MOMENTUM, rate=1.0),
+        [
+            ("set_options", REST),
+            ("train_step", dict(seed=1, **BATCH)),
+            ("save_and_load", dict(strict=True)),
+            ("set_options", dict(momentum=0.9)),
+            ("train_step", dict(seed=2, **BATCH)),
+        ],
+    ),
+    "a factor after zero_grad, and before a further backward": (
+        dict(MOMENTUM, update="step", rate=1.0),
+        [
+            ("accumulate", dict(seed=1, **BATCH)),
+            ("scale_grad", dict(factor=2.0)),
+            ("accumulate", dict(seed=2, **BATCH)),
+            ("scale_grad", dict(factor=0.5)),
+            ("zero_grad", {}),
+            ("train_step", dict(seed=3, **BATCH)),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(name: str) -> None:
+    start, steps = FOUND[name]
+    done = HeadWalk(**start)
+    for step, given in steps:
+        getattr(done, step)(**given)
+    done.check()
+
+
+def test_any_order_on_one_rank() -> None:
+    run_state_machine_as_test(
+        HeadMachine,
+        settings=settings(
+            max_examples=WALKS,
+            stateful_step_count=20,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.mark.processes
+def test_any_order_on_two_ranks() -> None:
+    processes.run(2, walks, WALKS * 2 // 5, seconds=600)
+
+
+def walks(_: int, count: int) -> None:
+    for seed in range(count):
+        walk(seed)
