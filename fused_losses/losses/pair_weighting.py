@@ -26,6 +26,7 @@ from fused_losses.base.sides import batch_sides
 from fused_losses.base.validation import check_both, check_plain, number
 from fused_losses.losses.info_nce import info_nce
 from fused_losses.losses.scored_pairs import labelled_pairs
+from fused_losses.primitives.opaque import OpaqueOp
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
 
@@ -174,11 +175,7 @@ def lifted_structure(
         rows, inputs = labelled_pairs(both, "euclidean", normalize, precision)
         stats, _ = pair_statistics(inputs._replace(negative=Rule(1.0, -margin)), backend=backend)
         x = rows.x.to(accumulate_dtype(rows.x.dtype))
-        # every pass takes the same memory and has the same shapes: two tell of all
-        told = plans.explaining() or x.is_meta
-        passes = 2 if told else int(stats.count[POSITIVE].max()) if len(x) else 0
-        given = (x, rows.labels, stats.value[NEGATIVE], passes)
-        loss = _lifted(*given) if traced(x) else _Lifted.apply(*given)
+        loss = _LIFTED(x, rows.labels, stats.value[NEGATIVE])
         dtype = accumulate_dtype(both.x.dtype)
         if reduction == "none":
             return rows.restored(loss).to(dtype)
@@ -193,6 +190,22 @@ def _lifted(x: Tensor, labels: Tensor, lse: Tensor, passes: int) -> Tensor:
     for offset in range(1, passes + 1):
         loss = loss + _lifted_pairs(x, labels, lse, offset)
     return loss
+
+
+def _lifted_by_pass(x: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
+    """`_lifted` over as many passes as the largest class has rows beside a first."""
+    # every pass takes the same memory and has the same shapes: two tell of all
+    told = plans.explaining() or x.is_meta
+    passes = 2 if told else int(labels.bincount().max()) - 1 if len(x) else 0
+    return (_lifted if traced(x) else _Lifted.apply)(x, labels, lse, passes)
+
+
+_LIFTED = OpaqueOp(
+    "lifted_structure",
+    "(Tensor x, Tensor labels, Tensor lse)",
+    _lifted_by_pass,
+    lambda x, labels, lse: lse.new_empty(lse.shape),
+)
 
 
 class _Lifted(torch.autograd.Function):

@@ -11,6 +11,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from fused_losses import backends
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
@@ -25,6 +26,7 @@ from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_at_least, check_plain, number
 from fused_losses.losses.scored_pairs import by_label
 from fused_losses.losses.scored_rows import class_sizes, over_terms, scored_rows
+from fused_losses.primitives.opaque import OpaqueOp
 from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
 from fused_losses.primitives.pairs.op import pair_statistics
 from fused_losses.primitives.row_rules.op import row_losses
@@ -104,22 +106,36 @@ def angular(
         if normalize_negatives is not None and normalize_negatives != normalize:
             y = embeddings.index_select(0, rows.order)
             y = unit(y) if normalize_negatives else y
-        wide = row_dtype(x.device)
-        # a zero that knows x, for a batch without positive pairs
-        loss = (x * 0).sum(dim=1).to(wide)
-        pairs = 0
-        for offset in range(1, x.shape[0]):
-            first = (rows.labels[:-offset] == rows.labels[offset:]).nonzero()[:, 0]
-            if first.shape[0] == 0:
-                break
-            pairs += first.shape[0]
-            given = (x, y, rows.labels, first, offset, t, precision, backend)
-            each = recomputed(_angular_pairs, *given)
-            loss = loss.index_add(0, first, each).index_add(0, first + offset, each)
+        loss = _ANGULAR(x, y, rows.labels, t, precision, backends.requested(backend))
         dtype = accumulate_dtype(both.x.dtype)
         if reduction == "mean":
-            return (loss.sum() / max(2 * pairs, 1)).to(dtype)
+            ends = torch.searchsorted(rows.labels, rows.labels, right=True)
+            ordered = (ends - torch.searchsorted(rows.labels, rows.labels) - 1).sum()
+            return (loss.sum() / ordered.clamp_min(1)).to(dtype)
         return (loss.sum() if reduction == "sum" else rows.restored(loss)).to(dtype)
+
+
+def _angular(
+    x: Tensor, y: Tensor, labels: Tensor, t: float, precision: str, backend: str
+) -> Tensor:
+    """Each anchor's sum over its positive pairs, of sorted rows. [N]"""
+    # a zero that knows x, for a batch without positive pairs
+    loss = (x * 0).sum(dim=1).to(row_dtype(x.device))
+    for offset in range(1, x.shape[0]):
+        first = (labels[:-offset] == labels[offset:]).nonzero()[:, 0]
+        if first.shape[0] == 0:
+            break
+        each = recomputed(_angular_pairs, x, y, labels, first, offset, t, precision, backend)
+        loss = loss.index_add(0, first, each).index_add(0, first + offset, each)
+    return loss
+
+
+_ANGULAR = OpaqueOp(
+    "angular",
+    "(Tensor x, Tensor y, Tensor labels, float t, str precision, str backend)",
+    _angular,
+    lambda x, *_: x.new_empty(x.shape[0], dtype=row_dtype(x.device)),
+)
 
 
 def _angular_pairs(
@@ -130,7 +146,7 @@ def _angular_pairs(
     offset: int,
     t: float,
     precision: str,
-    backend: str | None,
+    backend: str,
 ) -> Tensor:
     """The losses of the positive pairs (first, first + offset) of sorted rows, [P]."""
     dtype = accumulate_dtype(x.dtype)

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_losses.backends import requested
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
 from fused_losses.base.validation import check_both, check_plain, number
 from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.op import TangentFunction, duals, primals, tangents_of
+from fused_losses.primitives.opaque import OpaqueOp
 from fused_losses.primitives.pairs.op import pair_attention
 from fused_losses.similarity.attention import check_leading, check_values, one_by_one
 
@@ -59,7 +61,7 @@ def trilinear_attention(
             raise ValueError(
                 f"v2: expected [L, {u.shape[1]}] to match v1, got {validation.describe(v)}"
             )
-        out = _Trilinear.apply(a, b, c, u, v, float(scale), precision, backend)
+        out = _TRILINEAR(a, b, c, u, v, float(scale), precision, requested(backend))
         return out, out.new_zeros(0)
 
     with no_autocast(q.device):
@@ -195,5 +197,13 @@ def _trilinear_forward(
         lse = new
     return out, torch.where(lse == -torch.inf, 0, lse)
 
+
+_TRILINEAR = OpaqueOp(
+    "trilinear_attention",
+    "(Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, float scale, str precision, "
+    "str backend)",
+    _Trilinear.apply,
+    lambda q, k1, k2, v1, *_: v1.new_empty((q.shape[0], v1.shape[1])),
+)
 
 examples(trilinear_attention, lambda f, t: f(t.x, t.few, t.z, t.few_values, t.w))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd as compiled_autograd
 from example_values import fields, floats
 from torch import Tensor
 
@@ -175,3 +176,62 @@ def test_compile_serves_every_batch_size(name: str) -> None:
     for n in range(5, 16):  # more than Dynamo would compile anew
         rows = [torch.randn(n, 4) for _ in range(1 if name in ("uniformity", "kernel_mean") else 2)]
         torch.testing.assert_close(one(*rows), function(*rows))
+
+
+HOSTED: dict[str, Callable[..., Tensor]] = {
+    "lifted_structure": lambda x, **o: fused_losses.lifted_structure(x, LABELS[: len(x)], **o),
+    "angular": lambda x, **o: fused_losses.angular(x, LABELS[: len(x)], **o),
+    "trilinear_attention": lambda x, **o: (
+        fused_losses.trilinear_attention(x, x[:5], x, x[:5], x, **o).square().sum()
+    ),
+    "sinkhorn": lambda x, **o: (
+        fused_losses.sinkhorn(x, x.roll(1, 0), iterations=3, cost="sqeuclidean", **o).cost
+    ),
+}
+LABELS = torch.arange(16) % 4
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_what_reads_sizes_on_the_host_compiles_whole(name: str, streamed: str) -> None:
+    f = HOSTED[name]
+    torch._dynamo.reset()
+    one = torch.compile(
+        lambda x: f(x, backend=streamed), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for n in (9, 12):
+        x = torch.randn(n, 6, requires_grad=True)
+        answers = []
+        for call in (one, lambda x: f(x, backend=streamed)):
+            loss = call(x)
+            answers.append((loss, *torch.autograd.grad(loss, x)))
+        for got, want in zip(*answers, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_compiled_code_hears_use_backend() -> None:
+    seen: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    x = torch.randn(9, 6)
+    one = torch.compile(lambda x: fused_losses.info_nce(x, x), fullgraph=True, backend=record)
+    for name in ("bounded", "cpu", "bounded"):
+        with backends.use_backend(name):
+            one(x)
+        # compiled once for each, and found again
+        assert f"pair_statistics_{name}" in " ".join(seen[-2:])
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("name", ["supervised_contrastive", "contrastive", "lifted_structure"])
+def test_compiled_autograd_of_a_batch_that_meets_itself(name: str) -> None:
+    torch._dynamo.reset()
+    f = getattr(fused_losses, name)
+    x, labels = torch.randn(12, 6, requires_grad=True), torch.arange(12) % 4
+    (want,) = torch.autograd.grad(f(x, labels), x)
+    with compiled_autograd._enable(torch.compile(backend="eager", dynamic=True)):
+        f(x, labels).backward()
+    torch.testing.assert_close(x.grad, want)

@@ -193,7 +193,9 @@ def _marked(p: PairInputs) -> PairInputs:
 
 
 def _flat(p: PairInputs) -> PairInputs:
-    return p._replace(positive=list(p.positive), negative=list(p.negative))
+    # with triangle y is x, whose gradient x alone gets: compiled autograd cannot add None to it
+    y = p.x.detach() if p.triangle else p.y
+    return p._replace(y=y, positive=list(p.positive), negative=list(p.negative))
 
 
 def _named(statistics: Tensor) -> PairStatistics:
