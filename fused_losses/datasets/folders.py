@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.files import DataError
-from fused_losses.datasets.base import EncodedImages
+from fused_losses.datasets.base import Corrupt, EncodedImages
 from fused_losses.datasets.decoding import SUFFIXES
 from fused_losses.datasets.files import StoredFile
 from fused_losses.datasets.side_files import (
@@ -29,7 +29,8 @@ class ImageFolders(EncodedImages):
 
     size: an integer or (height, width); channels 1 or 3. Pictures are the files directly in a
     class's folder with one of SUFFIXES, in the order of names; nothing hidden (a leading dot)
-    counts. transform: what `set[index]` does to a picture. cache: where the list of them is
+    counts. transform: what `set[index]` does to a picture. corrupt: "skip" puts the next
+    picture in the place of one that can't be read (`skipped`). cache: where the list of them is
     kept (True: beside the root); it counts while no folder's time has changed. Raises DataError
     without any picture, and in `read` for one that can't be read. Time O(files) once, then
     O(folders); memory some 100 bytes a file: beyond ten million take records or shards.
@@ -42,6 +43,7 @@ class ImageFolders(EncodedImages):
         size: int | tuple[int, int],
         channels: int = 3,
         transform: Callable[[Tensor], Any] | None = None,
+        corrupt: Corrupt = "raise",
         cache: Cache = None,
     ) -> None:
         self.root = Path(root)
@@ -58,7 +60,7 @@ class ImageFolders(EncodedImages):
                 f"{self.root}: expected folders with pictures ({', '.join(SUFFIXES)}), got none"
             )
         names = [folders[int(i)][0] for i in index["folders"]]
-        super().__init__(index["labels"], len(names), names, size, channels, transform)
+        super().__init__(index["labels"], len(names), names, size, channels, transform, corrupt)
 
     def path(self, index: int) -> Path:
         assert self.names is not None

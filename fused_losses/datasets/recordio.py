@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.files import DataError
-from fused_losses.datasets.base import EncodedImages
+from fused_losses.datasets.base import Corrupt, EncodedImages
 from fused_losses.datasets.files import StoredFile, is_there, stamp
 from fused_losses.datasets.record_parts import (
     FIRST,
@@ -237,7 +237,8 @@ class RecordIO(EncodedImages):
     path: the .rec file, or its path without the suffix. Without the .idx file the .rec file is
     walked from its start. The class is a record's first label. Header records as InsightFace
     writes them (record 0, and one for each identity) are no pictures. transform: what
-    `set[index]` does to a picture. cache: where labels and
+    `set[index]` does to a picture. corrupt: "skip" puts the next picture in the place of one that
+    can't be read (`skipped`). cache: where labels and
     offsets are kept (True: beside the .rec file), for as long as the three files stay the same.
 
     Raises DataError that names file, key and offset for damage: on opening for what the index
@@ -253,6 +254,7 @@ class RecordIO(EncodedImages):
         size: int | tuple[int, int],
         channels: int = 3,
         transform: Callable[[Tensor], Any] | None = None,
+        corrupt: Corrupt = "raise",
         cache: Cache = True,
     ) -> None:
         self.path = _rec_path(path)
@@ -274,7 +276,7 @@ class RecordIO(EncodedImages):
             raise DataError(f"{self.path}: expected pictures, got none")
         if classes is None:
             classes = int(index["labels"].max()) + 1
-        super().__init__(index["labels"], classes, None, size, channels, transform)
+        super().__init__(index["labels"], classes, None, size, channels, transform, corrupt)
 
     def record(self, index: int) -> Record:
         """A picture's whole record; index in [0, n)."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.datasets.base import ImageSet
+from fused_losses.datasets.base import ImageSet, read_labelled
 
 ROUNDS = 8
 SMALL = 1 << 10  # up to here halves of the bits mix too little: the numbers' hashes are sorted
@@ -186,7 +186,7 @@ class PrefetchReader:
 
     def _read(self, step: int) -> Batch:
         indices = self._sampler.batch(step)
-        return Batch(step, indices, self._set.read(indices), self._set.labels[indices])
+        return Batch(step, *read_labelled(self._set, indices))
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -7,6 +7,7 @@ other. A shard's headers are walked once; after that a picture is one read at an
 from __future__ import annotations
 
 import tarfile
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.files import DataError
-from fused_losses.datasets.base import EncodedImages
+from fused_losses.datasets.base import Corrupt, EncodedImages, check_corrupt
 from fused_losses.datasets.decoding import check_channels, check_size, decode_picture
 from fused_losses.datasets.files import OpenFiles, StoredFile
 from fused_losses.datasets.sampler import check_ranks, shuffled
@@ -47,7 +48,8 @@ class TarShards(EncodedImages):
 
     shards: a pattern ("faces-{000000..000147}.tar", "faces-*.tar") or a list of paths. classes:
     how many there are (None: the largest label and one). transform: what `set[index]` does to a
-    picture. cache: where each shard's offsets are
+    picture. corrupt: "skip" puts the next picture in the place of one that can't be read
+    (`skipped`). cache: where each shard's offsets are
     kept (True: beside it), while the shard stays the same. Raises DataError that names shard and
     member for links, sparse members, pictures without class or above MAX_ENCODED bytes, headers
     that are none, shards cut short. Time O(members) small reads once; memory 24 bytes a picture.
@@ -61,6 +63,7 @@ class TarShards(EncodedImages):
         channels: int = 3,
         classes: int | None = None,
         transform: Callable[[Tensor], Any] | None = None,
+        corrupt: Corrupt = "raise",
         cache: Cache = True,
     ) -> None:
         if classes is not None and classes < 1:
@@ -84,7 +87,7 @@ class TarShards(EncodedImages):
         self._ends: list[int] = counts.cumsum(0).tolist()
         self._files = OpenFiles(stamps)
         known = int(labels.max()) + 1 if classes is None else classes
-        super().__init__(labels, known, None, size, channels, transform)
+        super().__init__(labels, known, None, size, channels, transform, corrupt)
 
     def _shard(self, index: int) -> Path:
         return self.shards[bisect_right(self._ends, index)]
@@ -110,6 +113,7 @@ def stream_shards(
     world: int = 1,
     seed: int | None = None,
     epoch: int = 0,
+    corrupt: Corrupt = "raise",
     cache: Cache = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of a rank's shards in their order: ([b, channels, h, w] uint8, classes [b] int64).
@@ -117,9 +121,11 @@ def stream_shards(
     The shards are divided over the ranks in the order of a permutation of (seed, epoch), or as
     they come without a seed; only a rank's own shards are opened. Pictures within a shard keep
     their order; the last batch may be shorter. Ranks see different numbers of pictures: for steps
-    that all ranks take together use TarShards with EpochBatches. Errors as TarShards.
+    that all ranks take together use TarShards with EpochBatches. corrupt: with "skip" a picture
+    that can't be read is left out, with a warning. Errors as TarShards.
     """
     size, channels = check_size(size), check_channels(channels)
+    skip = check_corrupt(corrupt) == "skip"
     paths = shard_paths(shards)
     check_ranks(rank, world)
     if batch < 1:
@@ -127,7 +133,9 @@ def stream_shards(
     order = range(len(paths))
     if seed is not None:
         order = shuffled(torch.arange(len(paths)), len(paths), seed=seed, epoch=epoch).tolist()
-    return _stream([paths[i] for i in order[rank::world]], size, channels, classes, batch, cache)
+    return _stream(
+        [paths[i] for i in order[rank::world]], size, channels, classes, batch, skip, cache
+    )
 
 
 def _stream(
@@ -136,6 +144,7 @@ def _stream(
     channels: int,
     classes: int | None,
     batch: int,
+    skip: bool,
     cache: Cache,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     pictures, labels = [], []
@@ -144,8 +153,14 @@ def _stream(
         _check_classes(path, index["labels"], classes)
         for offset, length, label in zip(*(index[n].tolist() for n in NAMES), strict=True):
             where = f"{path}: member {_member_name(file, offset)}"
-            encoded = file.read_bounded(offset, length, "a picture")
-            pictures.append(decode_picture(encoded, size, channels, where))
+            try:
+                encoded = file.read_bounded(offset, length, "a picture")
+                pictures.append(decode_picture(encoded, size, channels, where))
+            except DataError as error:
+                if not skip:
+                    raise
+                warnings.warn(f"passed over: {error}", stacklevel=3)
+                continue
             labels.append(label)
             if len(labels) == batch:
                 yield torch.stack(pictures), torch.tensor(labels)
