@@ -14,6 +14,7 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -128,12 +130,16 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         self._agree(pending.exception())
 
-    def load(self, state: dict[str, Any], step: int | None = None) -> int | None:
+    def load(
+        self, state: dict[str, Any], step: int | None = None, *, resize: bool = False
+    ) -> int | None:
         """Read checkpoint `step` (None: the newest) into `state`; the step; None if none exists.
 
         Tensors are filled in place, plain values replaced. A DTensor takes its own rows whatever
-        the number of ranks that wrote them. A head makes the
-        states that only the checkpoint has. Every file is read twice: against its checksum first.
+        the number of ranks that wrote them. A head makes the states that only the checkpoint has.
+        resize: a tensor with more rows than the checkpoint's, or fewer, takes those that both have
+        and keeps its others: a head of another number of classes. Every file is read twice:
+        against its checksum first.
         Where the newest is damaged, the newest whole one is read with a warning that names both;
         the damaged ones then end in ".damaged", to be looked at or removed.
         CheckpointError: there is no such checkpoint, or it (every one) is damaged.
@@ -142,12 +148,12 @@ class Checkpoints:
         _check_state(state)
         self.wait()
         if step is not None:
-            self._read(state, step)
+            self._read(state, step, resize)
             return step
         damaged: dict[int, str] = {}
         for newest in reversed(self._from_first(self.steps() if self.rank == 0 else None)):
             try:
-                self._read(state, newest)
+                self._read(state, newest, resize)
             except CheckpointError as error:  # alike on every rank
                 damaged[newest] = str(error)
                 continue
@@ -159,7 +165,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder}: no checkpoint is whole: {told}")
         return None
 
-    def _read(self, state: dict[str, Any], step: int) -> None:
+    def _read(self, state: dict[str, Any], step: int, resize: bool) -> None:
         path = self._path(step)
         failure: BaseException | None = None
         reader = FileSystemReader(path)
@@ -174,7 +180,7 @@ class Checkpoints:
         self._agree(failure)
         try:
             _expect(state, saved.state_dict_metadata)
-            _check_fits(state, saved, path)
+            _check_fits(state, saved, path, resize)
         except ValueError as error:
             failure = error
         self._agree(failure)
@@ -183,6 +189,7 @@ class Checkpoints:
                 state_dict_loader.load(
                     state,
                     storage_reader=reader,
+                    planner=_CommonRows() if resize else None,
                     process_group=self.group,
                     no_dist=self.group is None,
                 )
@@ -305,7 +312,7 @@ def _check_state(state: dict[str, Any]) -> None:
         raise TypeError(f"state: expected a dict of tensors, got {type(state).__name__}")
 
 
-def _check_fits(state: dict[str, Any], saved: Metadata, path: Path) -> None:
+def _check_fits(state: dict[str, Any], saved: Metadata, path: Path, resize: bool) -> None:
     """Every tensor of the state is in the checkpoint, with its shape: DCP's own text is a page."""
     for key, value in _leaves(state):
         if key not in saved.state_dict_metadata:
@@ -313,11 +320,28 @@ def _check_fits(state: dict[str, Any], saved: Metadata, path: Path) -> None:
         there = saved.state_dict_metadata[key]
         if not isinstance(value, Tensor) or not isinstance(there, TensorStorageMetadata):
             continue
-        if tuple(there.size) != tuple(value.shape):
+        rows = int(resize and value.dim() > 0)
+        if len(there.size) != value.dim() or there.size[rows:] != value.shape[rows:]:
             raise ValueError(
                 f"state[{key!r}]: expected shape {tuple(there.size)} as in {path}, got "
                 f"shape {tuple(value.shape)}, {value.dtype}"
             )
+
+
+class _CommonRows(DefaultLoadPlanner):
+    """Loads what overlaps: DCP finds it by offsets, and asks that sizes be equal besides."""
+
+    def set_up_planner(
+        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        assert metadata is not None
+        there = dict(metadata.state_dict_metadata)
+        for key, value in self.state_dict.items():
+            saved = there[key]
+            if isinstance(value, Tensor) and isinstance(saved, TensorStorageMetadata):
+                there[key] = replace(saved, size=value.shape)
+        self.metadata = replace(metadata, state_dict_metadata=there)
 
 
 def _expect(state: Any, there: Iterable[str], prefix: str = "") -> None:

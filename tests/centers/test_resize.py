@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import processes
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_losses.centers import ClassCenters, SubCenters, carry_over, set_rows
+from fused_losses.centers.checkpoint import Checkpoints
 from fused_losses.margins import AdaFace
 
 C, D, N = 11, 4, 8
@@ -123,6 +125,47 @@ def test_rows_in_common_go_over() -> None:
             one, three = whole(alone, case, "after"), whole(ranks, case, "after")
             for key, table in one.items():
                 torch.testing.assert_close(table, three[key], rtol=1e-10, atol=1e-10, msg=case)
+
+
+def from_checkpoint(_: int, folder: str, save: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in HEADS:
+        with Checkpoints(f"{folder}/{name}") as checkpoints:
+            if save:
+                old = head(name)
+                train(old, range(3), C)
+                checkpoints.save({"head": old.state()}, 3)
+                found[name] = dict(old=local_state(old))
+                continue
+            for classes in SIZES:
+                new = head(name, classes)
+                state = {"head": new.state()}
+                if classes != C:
+                    with pytest.raises(ValueError, match=r"weight.*expected shape \(11,"):
+                        checkpoints.load(state)
+                assert checkpoints.load(state, resize=True) == 3
+                new.load()
+                found[f"{name}, {classes}"] = dict(new=local_state(new))
+    return found
+
+
+@pytest.mark.processes
+def test_a_checkpoint_of_another_number_of_classes(tmp_path: Path) -> None:
+    for writers, readers in ((1, 3), (3, 2)):
+        folder = str(tmp_path / f"{writers}")
+        saved = processes.run(writers, from_checkpoint, folder, True)
+        read = processes.run(readers, from_checkpoint, folder, False)
+        for name in HEADS:
+            old = whole(saved, name, "old")
+            for classes in SIZES:
+                new, both = whole(read, f"{name}, {classes}", "new"), min(C, classes)
+                drawn = head(name, classes).weight.detach()
+                for key, table in new.items():
+                    if table.dim() < 2:
+                        assert torch.equal(table, old[key]), (name, key)
+                        continue
+                    fresh = drawn if key == "weight" else torch.zeros_like(table)
+                    assert torch.equal(table, torch.cat([old[key][:both], fresh[both:]])), name
 
 
 def test_a_head_of_equal_size_trains_on_as_the_old_one() -> None:
