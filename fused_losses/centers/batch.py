@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.validation import NO_TARGET, describe
+from fused_losses.centers.arguments import check_width
 from fused_losses.centers.collectives import DTYPES, Gathered, Ranks, exchange_shapes
 
 
@@ -72,8 +73,7 @@ def _checked_labels(
     """The labels [n, L] of this rank's rows, NO_TARGET where there is none."""
     validation.check_matrix("embeddings", embeddings, "[n, D]")
     n, d = embeddings.shape[0], table.shape[-1]
-    if embeddings.shape[1] != d:
-        raise ValueError(f"embeddings: expected [n, {d}], got {describe(embeddings)}")
+    check_width(embeddings, num_classes, d)
     if (embeddings.dtype == torch.float64) != (table.dtype == torch.float64):
         raise TypeError(
             f"embeddings: expected float64 where the table is, and only there: it is "

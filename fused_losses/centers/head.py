@@ -17,8 +17,10 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.rounding import rounding_key
 from fused_losses.base.validation import NO_TARGET
+from fused_losses.centers import arguments
 from fused_losses.centers.batch import GlobalBatch, gather_batch
 from fused_losses.centers.collectives import Ranks
+from fused_losses.centers.held import held_by
 from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
 from fused_losses.centers.optimizers import make_row_optimizer
 from fused_losses.centers.sampling import groups
@@ -65,7 +67,8 @@ class ClassCenters(TableModule):
             torch.optim would with a dense gradient (`fused_losses.centers.optimizers`), and no
             gradient of the table ever exists.
         optimizer_options: its hyper-parameters, `state_dtype`, `stochastic_rounding`.
-        update: "backward", or "step": backward keeps O(B D), `head.optimizer.step()` sweeps again
+        update: "backward" (each is a step: gradient accumulation wants "step"), or "step":
+            backward keeps O(B D), `head.optimizer.step()` sweeps again
             and updates. Several backwards before a step add up, and `grad_norm`, `scale_grad`
             work in between (gradient scaling, clipping together with a backbone).
         max_grad_norm: the table's gradient is scaled down to this norm (all shards together);
@@ -125,18 +128,12 @@ class ClassCenters(TableModule):
         nonfinite: str = "raise",
     ) -> None:
         super().__init__()
-        for name, count in (
-            ("num_classes", num_classes), ("embedding_dim", embedding_dim),
-            ("sub_centers", sub_centers), ("chunk_bytes", chunk_bytes),
-        ):  # fmt: skip
-            if count < 1:
-                raise ValueError(f"{name}: expected at least 1, got {count}")
-        if not scale > 0:
-            raise ValueError(f"scale: expected a value > 0, got {scale}")
-        if not 0 < sample_rate <= 1:
-            raise ValueError(f"sample_rate: expected a value in (0, 1], got {sample_rate}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm: expected a value > 0, got {max_grad_norm}")
+        num_classes, embedding_dim, sub_centers, chunk_bytes = arguments.counts(
+            num_classes=num_classes, embedding_dim=embedding_dim, sub_centers=sub_centers,
+            chunk_bytes=chunk_bytes,
+        )  # fmt: skip
+        seed, ignore_index = arguments.integers(seed=seed, ignore_index=ignore_index)
+        arguments.check_numbers(scale, sample_rate, max_grad_norm)
         if dtype not in validation.FLOATS:
             raise TypeError(f"dtype: expected a floating point type, got {dtype}")
         if backend == "reference":
@@ -161,6 +158,7 @@ class ClassCenters(TableModule):
         self.seed, self.ignore_index, self.chunk_bytes = seed, ignore_index, chunk_bytes
         self.precision, self.backend = precision, backend
         loss = loss_of(margin, scale, gradient)  # its own checks
+        self.margin_parts = held_by(margin)
         if batch_negatives is not None and loss.rule != "softmax":
             raise ValueError("batch_negatives: expected a softmax loss beside it")
 
@@ -192,11 +190,11 @@ class ClassCenters(TableModule):
 
         embeddings [n, D] of this rank · labels [n] or [n, L] int64 in [0, C), or `ignore_index`.
         Every rank must call it, and its backward. In eval mode all classes take part and nothing
-        changes; without gradients too, but for the averages that a margin keeps.
+        changes. Without gradients the sample is the next step's, so that a checkpoint's loss is
+        what its backward is of, and nothing changes but the averages that a margin keeps.
         Raises ValueError, TypeError or IndexError for bad arguments, on the other ranks a
         RuntimeError that names the rank.
         """
-        training = self.training and torch.is_grad_enabled()
         with no_autocast(embeddings.device):
             batch, arriving = gather_batch(
                 self.ranks,
@@ -208,7 +206,7 @@ class ClassCenters(TableModule):
                 ignore_index=self.ignore_index,
             )
             # while the embeddings are on their way
-            taking_part = self._groups(batch.local, training)
+            taking_part = self._groups(batch.local)
             self._updates.catch_up(taking_part, self._table.device)
             # an ignored row must not reach the gradients, not even with NaN
             rows = torch.where(batch.valid[:, None], arriving.wait(), 0)
@@ -225,8 +223,6 @@ class ClassCenters(TableModule):
             total = total.to(saved.x.dtype)
             if saved.trains and self.optimizer is not None:
                 total.register_hook(saved.incoming.append)
-        if training:
-            self._updates.count_forward()
         if not return_stats:
             return total
         own = slice(batch.first, batch.first + embeddings.shape[0])
@@ -285,9 +281,9 @@ class ClassCenters(TableModule):
         )
         return add_shared(statistics[0], shared.to(statistics.dtype))[None]
 
-    def _groups(self, local: Tensor, training: bool) -> list[ClassGroup]:
+    def _groups(self, local: Tensor) -> list[ClassGroup]:
         """The rows of this shard that take part."""
-        if not training or self.sample_rate == 1:
+        if not self.training or self.sample_rate == 1:
             return [ClassGroup(None)]
         return groups(
             local,
@@ -367,7 +363,7 @@ class ClassCenters(TableModule):
 
     @property
     def step_count(self) -> int:
-        """Steps that the table has taken; without an optimiser, training forwards."""
+        """Steps that the table has taken; without an optimiser, training backwards."""
         return self._updates.steps
 
     def grad_norm(self) -> float:

@@ -60,7 +60,7 @@ class HeadOptimizer(torch.optim.Optimizer):
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         if not self._groups:
             return {}
-        step = torch.tensor(self._updates.steps)
+        step = torch.tensor(self._updates.steps, device="cpu")
         return {self._updates.rows.weight: {"step": step, **self._updates.states}}
 
     @state.setter

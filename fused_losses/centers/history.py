@@ -28,7 +28,7 @@ class History:
         """No row has missed a step that changes anything, up to this one."""
         self.start = step
         self.idle = True  # every step so far was the identity
-        self._products = torch.tensor([IDENTITY], dtype=torch.float64)
+        self._products = torch.tensor([IDENTITY], dtype=torch.float64, device="cpu")
 
     def __len__(self) -> int:
         return len(self._products) - 1
@@ -37,12 +37,12 @@ class History:
         """The next step's matrix."""
         a, b, c, d = factors
         old = self._products
-        new = torch.empty(len(old) + 1, 4, dtype=torch.float64)
+        new = old.new_empty(len(old) + 1, 4)
         new[:-1, 0] = a + old[:, 0] + a * old[:, 0] + b * old[:, 2]
         new[:-1, 1] = (1 + a) * old[:, 1] + b * old[:, 3]
         new[:-1, 2] = c * (1 + old[:, 0]) + d * old[:, 2]
         new[:-1, 3] = c * old[:, 1] + d * old[:, 3]
-        new[-1] = torch.tensor(IDENTITY, dtype=torch.float64)
+        new[-1] = old.new_tensor(IDENTITY)
         self._products = new
         self.idle = self.idle and factors == IDENTITY
 

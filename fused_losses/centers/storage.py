@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_losses.base.rounding import rounding_key
+
 INITIAL_STD = 0.01  # insightface's: short rows turn fast at first
+TABLE = 0x7AB1E  # apart from what else draws by (seed, step)
 BLOCK_ROWS = 4096  # that share a generator
 PINNED = "pinned"
 
@@ -44,12 +47,14 @@ class Storage:
             return torch.zeros(shape, dtype=dtype, device=self.device, pin_memory=self.pinned)
         count = prod(shape)
         if count == 0:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device=self.device)
         path = self.folder / f"{name}-{self._suffix}"
         path.unlink(missing_ok=True)  # who still maps the old file keeps it
         with open(path, "wb") as file:
             file.truncate(count * dtype.itemsize)  # a hole: zeros that take no room until written
-        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
+        return torch.from_file(str(path), shared=True, size=count, dtype=dtype, device="cpu").view(
+            shape
+        )
 
 
 @torch.no_grad()
@@ -59,7 +64,16 @@ def initialise_(weight: Tensor, first: int, *, seed: int, std: float = INITIAL_S
     while done < rows:
         block, offset = divmod(first + done, BLOCK_ROWS)
         take = min(BLOCK_ROWS - offset, rows - done)
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + block) & ((1 << 63) - 1))
-        drawn = torch.randn((BLOCK_ROWS, *weight.shape[1:]), generator=generator).mul_(std)
+        generator = torch.Generator("cpu").manual_seed(_key(seed, block))
+        drawn = torch.randn(
+            (BLOCK_ROWS, *weight.shape[1:]), generator=generator, device=generator.device
+        ).mul_(std)
         weight[done : done + take] = drawn[offset : offset + take].to(weight)
         done += take
+
+
+def _key(seed: int, block: int) -> int:
+    """Of a block's rows. Scrambled: `torch.manual_seed(seed); torch.randn` must not draw the table,
+    of which random embeddings would otherwise be copies.
+    """
+    return rounding_key(TABLE, seed, block) >> 1

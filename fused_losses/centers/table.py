@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fused_losses.base.validation import describe
 from fused_losses.centers.collectives import Ranks
+from fused_losses.centers.held import Held
 from fused_losses.centers.state import TableState, named_tensors
 from fused_losses.centers.update import AutogradUpdates, RowUpdates
 
@@ -27,6 +28,7 @@ class TableModule(nn.Module):
 
     ranks: Ranks
     margin: Any
+    margin_parts: Held | None
     num_classes: int
     sample_rate: float
     _strict = False  # within the head's own load_state_dict(..., strict=True)
@@ -111,11 +113,12 @@ class TableModule(nn.Module):
         the head's memory; every row has caught up. What waits for `optimizer.step()` and the
         hyper-parameters are not in it: the latter are in `optimizer.state_dict()`.
         """
-        self._steps = torch.tensor(self._updates.steps)
+        self._steps = torch.tensor(self._updates.steps, device="cpu")
 
         def named() -> dict[str, Tensor]:
+            averages = self.margin_parts or self.margin
             return named_tensors(
-                self.weight, self.row_states(), self.margin, self.ranks, self.num_classes
+                self.weight, self.row_states(), averages, self.ranks, self.num_classes
             )
 
         found = TableState({**named(), "steps": self._steps})
@@ -131,7 +134,7 @@ class TableModule(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """[1] int64: the steps."""
-        return torch.tensor([self._updates.steps])
+        return torch.tensor([self._updates.steps], device="cpu")
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
         """The steps; of older checkpoints a dict that has the optimiser's states, too."""

@@ -43,12 +43,8 @@ class AutogradUpdates:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.max_norm: float | None = None
-        self.steps = 0  # training forwards, what draws the sample
+        self.steps = 0  # training backwards, what draws the sample
         self.states: dict[str, Tensor] = {}
-
-    def count_forward(self) -> None:
-        """A training forward is done."""
-        self.steps += 1
 
     def catch_up(self, groups: list[ClassGroup], device: torch.device) -> None:
         """No row is ever behind."""
@@ -70,6 +66,8 @@ class AutogradUpdates:
         """The gradient of every row, or of those that took part, and dX on its way."""
         table, need, dx = saved.table, saved.need_weight, _zeros_of_x(saved)
         sampled = saved.sweep.groups[0].ids is not None
+        if saved.trains or sampled:  # not the forward, which a checkpoint runs twice
+            self.steps += 1
         dense = torch.zeros_like(table) if need and not sampled else None
         parts: list[tuple[Tensor, Tensor]] = []
         for rows, d_rows in saved.gradients(grad, dx, need_weight=need):
@@ -121,9 +119,6 @@ class RowUpdates:
     def states(self) -> dict[str, Tensor]:
         self.rows.settle()
         return self.rows.states
-
-    def count_forward(self) -> None:
-        """The steps alone count."""
 
     def catch_up(self, groups: list[ClassGroup], device: torch.device) -> None:
         """These rows stand at the latest step."""
@@ -350,7 +345,7 @@ def _scattered(ranks: Ranks, dx: Tensor | None, saved: SavedForward) -> Scattere
 
 def _sparse(table: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The gradient of some rows, in parts, as a sparse tensor of the table's shape."""
-    ids, values = torch.empty(0, dtype=torch.int64), table.new_empty((0, *table.shape[1:]))
+    ids, values = table.new_empty(0, dtype=torch.int64), table.new_empty((0, *table.shape[1:]))
     if parts:
         ids, values = (torch.cat(part) for part in zip(*parts, strict=True))
     return torch.sparse_coo_tensor(ids[None], values, table.shape, check_invariants=False)

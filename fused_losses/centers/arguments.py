@@ -1,0 +1,60 @@
+"""What a head is told at its construction and in a call, checked by name."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor
+
+from fused_losses.base.parameters import check_above, check_parameter
+from fused_losses.base.validation import describe
+
+
+def counts(**given: Any) -> list[int]:
+    """Integers >= 1, of numpy too; their values."""
+    found = []
+    for name, count in given.items():
+        value = integer(name, count)
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}")
+        found.append(value)
+    return found
+
+
+def integer(name: str, value: Any) -> int:
+    """An integer, of numpy too."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
+def integers(**given: Any) -> list[int]:
+    """The values of `integer`."""
+    return [integer(name, value) for name, value in given.items()]
+
+
+def check_numbers(scale: Any, sample_rate: Any, max_grad_norm: Any) -> None:
+    """Numbers in their range, through none of which a gradient goes."""
+    check_above("scale", scale)
+    within = "a value in (0, 1]"
+    check_parameter("sample_rate", sample_rate, 2.0**-60, 1, within=within)
+    if max_grad_norm is not None:
+        check_above("max_grad_norm", max_grad_norm)
+
+
+def check_width(embeddings: Tensor, num_classes: int, embedding_dim: int) -> None:
+    """Rows [n, D] of the table's D; where they have C columns, the order is said."""
+    if embeddings.shape[1] == embedding_dim:
+        return
+    order = ""
+    if embeddings.shape[1] == num_classes:
+        order = (
+            f"; ClassCenters(num_classes, embedding_dim) was given ({num_classes}, "
+            f"{embedding_dim}), is it the other way round?"
+        )
+    raise ValueError(
+        f"embeddings: expected [n, {embedding_dim}] for embedding_dim={embedding_dim}, got "
+        f"{describe(embeddings)}{order}"
+    )

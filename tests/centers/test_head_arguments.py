@@ -1,0 +1,193 @@
+"""What a head is given: numbers, margins that keep state, and what stands around its calls."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from class_center_cases import C, D, data, head
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fused_losses import class_losses
+from fused_losses.centers import ClassCenters
+from fused_losses.margins import AdaFace, ArcFace, CosFace, CurricularFace, InterclassFilter
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a number for a margin": (dict(margin=0.5), TypeError, r"margin: .*write ArcFace\(0.5\)"),
+    "a class": (dict(margin=ArcFace), TypeError, r"margin: .*write ArcFace\(\)"),
+    "a loss's class": (dict(margin=class_losses.SFace), TypeError, r"margin: .*write SFace\(\)"),
+    "a name": (dict(margin="arcface"), TypeError, "margin: .*got 'arcface'"),
+    "a scale that learns": (
+        dict(scale=torch.ones((), requires_grad=True)), TypeError, "scale: .*gradient",
+    ),
+    "no scale": (dict(scale=0), ValueError, "scale: expected a finite value > 0, got 0"),
+    "an endless scale": (dict(scale=float("inf")), ValueError, "scale: expected a finite"),
+    "a rate of 0": (dict(sample_rate=0), ValueError, r"sample_rate: expected a value in \(0, 1\]"),
+    "a rate of 2": (dict(sample_rate=2), ValueError, r"sample_rate: expected a value in \(0, 1\]"),
+    "no norm": (
+        dict(max_grad_norm=0.0, optimizer="sgd"), ValueError, "max_grad_norm: expected a finite",
+    ),
+    "half a centre": (dict(sub_centers=1.5), TypeError, "sub_centers: expected an integer"),
+    "no centre": (dict(sub_centers=0), ValueError, "sub_centers: expected at least 1, got 0"),
+    "a seed of words": (dict(seed="a"), TypeError, "seed: expected an integer, got 'a'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_arguments_are_refused_by_name(case: str) -> None:
+    options, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        head(**options)
+
+
+def test_the_order_of_partial_fc_is_told() -> None:
+    x, y = data()
+    with pytest.raises(ValueError, match=rf"num_classes, embedding_dim\) was given \({D}, {C}\)"):
+        ClassCenters(D, C, dtype=torch.float64)(x, y.clamp_max(D - 1))
+    with pytest.raises(ValueError, match=r"expected \[n, 7\] for embedding_dim=7, got shape"):
+        ClassCenters(C, 7, dtype=torch.float64)(x, y)
+
+
+def test_numbers_of_numpy() -> None:
+    x, y = data()
+    losses = []
+    kinds: Any = ((int, float), (np.int64, np.float32))
+    for integer, real in kinds:
+        found = ClassCenters(
+            integer(C), integer(D), dtype=torch.float64, scale=real(16), sample_rate=real(0.5),
+            sub_centers=integer(2), seed=integer(3), ignore_index=integer(-100),
+            chunk_bytes=integer(4096), optimizer="sgd", optimizer_options=dict(lr=real(0.125)),
+        )  # fmt: skip
+        for _ in range(2):
+            loss = found(x, y)
+            loss.backward()
+        losses.append(loss.detach())
+    assert losses[0] == losses[1]
+
+
+def test_the_table_is_not_what_the_same_seed_draws_elsewhere() -> None:
+    for seed in (0, 1, 7):
+        found = head(seed=seed, dtype=torch.float32).weight.detach()
+        torch.manual_seed(seed)
+        drawn = torch.randn(C, D)
+        cosines = torch.cosine_similarity(found, drawn, dim=1)
+        assert cosines.abs().mean() < 0.7  # of random directions in 6 dimensions: 0.34
+        assert not torch.equal(found, head(seed=seed + 1, dtype=torch.float32).weight)
+        assert torch.equal(found, head(seed=seed, dtype=torch.float32).weight)
+
+
+# --- margins with a state ------------------------------------------------------------------------
+
+HELD: dict[str, Any] = {
+    "in a loss": lambda m: class_losses.Softmax(m, 16.0),
+    "in a filter in a loss": lambda m: class_losses.Softmax(InterclassFilter(m), 16.0),
+    "alone": lambda m: m,
+}
+
+
+@pytest.mark.parametrize("how", HELD)
+@pytest.mark.parametrize("kind", [AdaFace, CurricularFace])
+def test_a_margin_within_belongs_to_the_head(how: str, kind: type) -> None:
+    if kind is CurricularFace and "filter" in how:
+        with pytest.raises(ValueError, match="bends no other class"):
+            InterclassFilter(kind())
+        return
+    x, y = data()
+    inner = kind(momentum=0.5)
+    found = head(margin=HELD[how](inner))
+    found(x * 3, y)
+    kept = {k: v.clone() for k, v in inner.state_dict().items()}
+    assert kept != kind().state_dict()
+    names = [k for k in found.state_dict() if k.split(".")[-1] in kept]
+    assert len(names) == len(kept)
+    assert {k.split(".")[-1] for k in found.state() if k.startswith("margin.")} == set(kept)
+
+    found.eval()
+    assert not inner.training
+    with torch.no_grad():
+        found(x * 9, y)
+    assert all(torch.equal(v, kept[k]) for k, v in inner.state_dict().items())
+
+    fresh = kind(momentum=0.5)
+    head(margin=HELD[how](fresh)).load_state_dict(found.state_dict())
+    assert all(torch.equal(v, kept[k]) for k, v in fresh.state_dict().items())
+
+    twin = copy.deepcopy(found).train()
+    twin(x * 5, y)
+    assert all(torch.equal(v, kept[k]) for k, v in inner.state_dict().items())  # its own
+    assert any(not torch.equal(v, kept[k.split(".")[-1]]) for k, v in twin.state_dict().items()
+               if k in names)  # fmt: skip
+
+
+def test_a_parameter_within_a_loss_trains_with_the_head() -> None:
+    x, y = data()
+    bias = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    margin = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+    for value, leaf in (
+        (class_losses.SphereFace2(bias), bias),
+        (CosFace(margin), margin),
+        (class_losses.Softmax(CosFace(margin), 16.0), margin),
+    ):
+        found = head(margin=value, optimizer="sgd")
+        assert any(p is leaf for p in found.parameters())
+        found(x, y).backward()
+        assert leaf.grad is not None and leaf.grad.abs() > 0
+        leaf.grad = None
+        saved = copy.deepcopy(found.state_dict())
+        with torch.no_grad():
+            leaf.add_(1)
+        found.load_state_dict(saved)
+        assert leaf.item() in (pytest.approx(0.3), pytest.approx(0.2))
+
+
+# --- around a call -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [None, "sgd"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_shows_the_loss_of_its_gradient(reentrant: bool, optimizer: str) -> None:
+    x, y = data()
+    plain = head(sample_rate=0.4, optimizer=optimizer)
+    checked = head(sample_rate=0.4, optimizer=optimizer)
+    for step in range(3):
+        want = plain(x, y)
+        x.grad = None
+        want.backward()
+        slope, leaf = x.grad, x.detach().requires_grad_()
+        got: Any = checkpoint(checked, leaf, y, use_reentrant=reentrant)
+        got.backward()
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(leaf.grad, slope, rtol=1e-12, atol=1e-14)
+        assert plain.step_count == checked.step_count == step + 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(sample_rate=0.5), dict(optimizer="sgd"),
+     dict(optimizer="adamw", sample_rate=0.5, update="step", max_grad_norm=1.0)],
+    ids=str,
+)  # fmt: skip
+def test_a_head_on_the_cpu_beside_another_default_device(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    x, y = data()
+
+    def train(found: ClassCenters) -> Tensor:
+        for _ in range(3):
+            loss = found(x, y)
+            loss.backward()
+            if found.optimizer is not None:
+                found.optimizer.step()
+        found.state(), found.state_dict()
+        return loss.detach()
+
+    want = train(head(**options))
+    storage = dict(storage=tmp_path) if "optimizer" in options else {}
+    with torch.device("meta"):
+        got = train(head(device="cpu", **options, **storage))
+    assert got == want
