@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from types import ModuleType
 
 from fused_losses import info
 from fused_losses import verify as checks
 from fused_losses.bench import report
 from fused_losses.bench.roofline import page
 from fused_losses.train import cli as train_cli
+from fused_losses.version import __version__
+
+
+def parser(recipe: ModuleType) -> argparse.ArgumentParser:
+    """The command line, with the options of one recipe for `train`."""
+    options = argparse.ArgumentParser(
+        prog="fused-losses", description="Fused losses for representation learning."
+    )
+    options.add_argument("--version", action="version", version=f"fused-losses {__version__}")
+    commands = options.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, backends, and why a backend cannot run here")
+    checks.add_arguments(
+        commands.add_parser("verify", help="check every op and backend against float64")
+    )
+    report.add_arguments(
+        commands.add_parser("bench", help="measure against eager, torch.compile and peers")
+    )
+    page.add_arguments(
+        commands.add_parser("roofline", help="bytes, FLOPs and bounds of every op on GPUs")
+    )
+    recipe.add_arguments(
+        commands.add_parser("train", help="train an embedding (faces, or glyphs) and evaluate it")
+    )
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fused-losses", description="Fused losses for representation learning."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, backends, and why a backend cannot run here")
-    verify = commands.add_parser("verify", help="check every op and backend against float64")
-    bench = commands.add_parser("bench", help="measure against eager, torch.compile and peers")
-    roofline = commands.add_parser("roofline", help="bytes, FLOPs and bounds of every op on GPUs")
-    train = commands.add_parser(
-        "train", help="train an embedding (faces, or glyphs) and evaluate it"
-    )
+    """Run one subcommand; returns the exit status (130 after Ctrl-C)."""
     given = sys.argv[1:] if argv is None else argv
     recipe = train_cli.recipe(given)
-    checks.add_arguments(verify)
-    report.add_arguments(bench)
-    page.add_arguments(roofline)
-    recipe.add_arguments(train)
-    args = parser.parse_args(given)
+    args = parser(recipe).parse_args(given)
+    try:
+        return _run(args, recipe)
+    except KeyboardInterrupt:
+        print("\nfused-losses: stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _run(args: argparse.Namespace, recipe: ModuleType) -> int:
     if args.command == "train":
         return recipe.run(args)
     if args.command == "bench":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -172,9 +173,16 @@ def machine(on: tuple[str, ...]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: all that are here")
-    parser.add_argument("--shape", type=_shape, action="append", metavar="N,C,D",
-                        help="rows, classes, width; may be repeated")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="write the table as Markdown, too")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="N,C,D",
+        help="rows, classes, width; may be repeated (default: each op's own)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="write the table as Markdown, too (default: no file)"
+    )
 
 
 def _shape(text: str) -> Shape:
@@ -188,7 +196,10 @@ def run(
     shapes: list[Shape] | None = None,
     out: Path | None = None,
 ) -> int:
-    """Print the table; 0 if every row passes, 1 if one does not or the device is not there."""
+    """Print the table; 0 if every row passes, 1 if one does not or the device is not there.
+
+    Ctrl-C ends it with what was checked so far, and 130.
+    """
     on = (device,) if device else devices()
     if not set(on) <= set(devices()):
         say(f"no {device} device: torch {torch.__version__} sees none")
@@ -199,13 +210,17 @@ def run(
         f"{'bound':>10s}"
     )
     found = []
-    for row in rows(on=on, shapes=tuple(shapes) if shapes else None):
-        found.append(row)
-        shape = "x".join(map(str, row.shape))
-        say(
-            f"{row.op:36s} {row.backend:16s} {row.dtype:18s} {shape:>14s} {row.error:10.1e} "
-            f"{row.bound:10.1e} {_verdict(row)}"
-        )
+    stopped = False
+    try:
+        for row in rows(on=on, shapes=tuple(shapes) if shapes else None):
+            found.append(row)
+            shape = "x".join(map(str, row.shape))
+            say(
+                f"{row.op:36s} {row.backend:16s} {row.dtype:18s} {shape:>14s} {row.error:10.1e} "
+                f"{row.bound:10.1e} {_verdict(row)}"
+            )
+    except KeyboardInterrupt:  # what was checked stands
+        stopped = True
     missing = [f"{name}: {state}" for name, state in backends.available().items() if state != "ok"]
     for line in missing:
         say(f"not checked: {line}")
@@ -214,6 +229,9 @@ def run(
         out.write_text("\n".join(markdown(found, on, missing)) + "\n")
     failed = sum(not row.passed for row in found)
     say(f"{len(found) - failed} passed, {failed} failed")
+    if stopped:
+        say("stopped by Ctrl-C: what comes after these rows was not checked")
+        return 128 + signal.SIGINT
     return 1 if failed or not found else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fused_losses.base.files import write_text
 from fused_losses.bench import measure
 from fused_losses.bench.measure import Result
 from fused_losses.bench.micro import cases
@@ -27,8 +29,15 @@ GROWTH = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fused-losses bench`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder to write to")
-    parser.add_argument("--rounds", type=int, default=7, help="timed turns of each provider")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        help="folder to write to (default: runs/bench)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="timed turns of each provider (default: 7)"
+    )
     parser.add_argument(
         "--case", choices=CASES, action="append", help="may be repeated (default all)"
     )
@@ -82,11 +91,24 @@ def _planned(args: argparse.Namespace) -> Iterator[tuple[str, Shape, int, Case]]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write the folder; 1 if a provider failed or disagreed with ours."""
+    """Measure, print the table, write the folder; 1 if a provider failed or disagreed with ours.
+
+    Ctrl-C leaves the cases done, and 130.
+    """
     args.out.mkdir(parents=True, exist_ok=True)
     text = [f"# Benchmarks of fused_losses {__version__}", "", _machine(), ""]
-    found: list[dict[str, Any]] = []
-    record = {"version": __version__, "machine": _machine(), "cases": found}
+    record: dict[str, Any] = {"version": __version__, "machine": _machine(), "cases": []}
+    try:
+        failed = _measure(args, text, record)
+    except KeyboardInterrupt:
+        print(f"\nstopped by Ctrl-C; the {len(record['cases'])} cases done are in {args.out}")
+        return 128 + signal.SIGINT
+    print(f"\nwritten to {args.out}")
+    return int(failed)
+
+
+def _measure(args: argparse.Namespace, text: list[str], record: dict[str, Any]) -> bool:
+    """Every case, written as soon as it is done; whether a provider failed."""
     failed = False
     for name, shape, rounds, case in _planned(args):
         results = measure.paired(case, rounds, _say)
@@ -95,11 +117,12 @@ def run(args: argparse.Namespace) -> int:
         lines = table(case, results)
         print("\n".join(lines))
         text += [*lines, ""]
-        found.append(
+        record["cases"].append(
             {"title": case.title, "shape": list(shape), "flops_floor": case.flops,
              "bytes_floor": case.bytes, "results": [asdict(r) for r in results]}
         )  # fmt: skip
         _plot_bars(args.out / f"{name}.png", case, results)
+        _write(args.out, text, record)
         del case
         measure.give_back_memory()
     if not args.no_growth:
@@ -108,10 +131,13 @@ def run(args: argparse.Namespace) -> int:
         text += lines
         record["growth"] = points
         _plot_growth(args.out / "growth.png", points)
-    (args.out / "table.md").write_text("\n".join(text) + "\n")
-    (args.out / "result.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten to {args.out}")
-    return int(failed)
+    _write(args.out, text, record)
+    return failed
+
+
+def _write(out: Path, text: list[str], record: dict[str, Any]) -> None:
+    write_text(out / "table.md", "\n".join(text) + "\n")
+    write_text(out / "result.json", json.dumps(record, indent=1) + "\n")
 
 
 def _machine() -> str:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from fused_losses import backends, cli, verify
 from fused_losses.bench import measure
+from fused_losses.bench.micro.cases import Case
+from fused_losses.train.faces import cli as faces
+from fused_losses.train.glyphs import cli as glyphs
+from fused_losses.train.large import cli as large_cli
 from fused_losses.version import __version__
 
 
@@ -78,3 +86,71 @@ def test_an_unknown_command_is_refused(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["dance"])
     assert stopped.value.code == 2
+
+
+def test_the_version_is_told(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"fused-losses {__version__}\n"
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (found,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return found.choices
+
+
+@pytest.mark.parametrize("recipe", [faces, glyphs], ids=["faces", "glyphs"])
+def test_help_tells_every_default(recipe, capsys) -> None:
+    commands = subcommands(cli.parser(recipe))
+    assert set(commands) == {"info", "verify", "bench", "roofline", "train"}
+    told = 0
+    for name, command in [*commands.items(), ("large", large_cli.parser())]:
+        for action in command._actions:
+            # a flag that is not said is off; what is required has no default
+            if action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction):
+                continue
+            if not action.required:
+                assert "default" in (action.help or ""), (name, action.option_strings)
+                told += 1
+        command.format_help()  # no stray % in it
+    assert told > 60
+
+
+def test_ctrl_c_keeps_what_was_measured(
+    capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = verify.rows
+
+    def two_rows(**options: object) -> Iterator[verify.Row]:
+        found = real(**options)
+        yield next(found)
+        yield next(found)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(verify, "rows", two_rows)
+    out = tmp_path / "table.md"
+    assert cli.main(["verify", "--shape", "3,4,5", "--out", str(out)]) == 130
+    told = capsys.readouterr().out
+    assert "2 passed, 0 failed\nstopped by Ctrl-C" in told and "2 rows, 0 failed" in out.read_text()
+
+    paired, calls = measure.paired, []
+
+    def interrupted(case: Case, rounds: int, say: object) -> list[measure.Result]:
+        calls.append(case)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        # compiling the rivals takes a minute
+        case.providers = {"fused fp32": case.providers["fused fp32"]}
+        return paired(case, rounds, say)
+
+    monkeypatch.setattr(measure, "paired", interrupted)
+    options = "--case margin_softmax --shape 4,20,8 --shape 5,20,8 --rounds 1 --no-growth".split()
+    assert cli.main(["bench", *options, "--out", str(tmp_path)]) == 130
+    assert "stopped by Ctrl-C; the 1 cases done are in" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "result.json").read_text())["cases"]) == 1
+    assert "| fused fp32 |" in (tmp_path / "table.md").read_text()
+
+    monkeypatch.setattr(cli.info, "lines", lambda: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["info"]) == 130
+    assert "stopped by Ctrl-C" in capsys.readouterr().err

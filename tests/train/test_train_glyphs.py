@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import drawn_glyphs
@@ -21,6 +23,7 @@ from fused_losses.train.glyphs import loop as loops
 from fused_losses.train.glyphs.compare import COMPARED, options
 from fused_losses.train.glyphs.model import Changes, change, normalize
 
+comparing = sys.modules["fused_losses.train.glyphs.compare"]  # the package names its function so
 # fixtures of these tests
 cache, fonts, glyphs = drawn_glyphs.cache, drawn_glyphs.fonts, drawn_glyphs.glyphs
 
@@ -129,6 +132,24 @@ def test_heads_are_compared_in_their_own_processes(
     lines = (tmp_path / "compare.md").read_text().splitlines()
     assert len(lines) == 3 and lines[2].startswith("| full |")
     assert (tmp_path / "compare.png").stat().st_size > 0
+
+
+def test_a_signal_to_a_comparison_reaches_the_head_under_way(
+    tiny: GlyphConfig, glyphs: Glyphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = comparing._status
+    log = tmp_path / "heads" / "full" / "log.jsonl"
+
+    def status(child: subprocess.Popen[bytes]) -> int | None:
+        if log.exists() and log.read_text():
+            signal.raise_signal(signal.SIGINT)
+        return real(child)
+
+    monkeypatch.setattr(comparing, "_status", status)
+    with pytest.raises(Interrupted) as stopped:
+        compare(tiny.with_changes(steps=5000), tmp_path, quiet=True, heads=("full",))
+    assert stopped.value.signal == signal.SIGINT
+    assert (log.parent / "checkpoint.pt").exists() and not (log.parent / "result.json").exists()
 
 
 def test_the_heads_compared_differ_in_what_they_say(tiny: GlyphConfig) -> None:

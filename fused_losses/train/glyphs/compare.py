@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fused_losses.train.frame.reports import blank, drawn, write_json
+from fused_losses.train.frame.runs import StopSignals
+from fused_losses.train.frame.steps import Interrupted
 from fused_losses.train.glyphs import report
 from fused_losses.train.glyphs.config import GlyphConfig
 
@@ -35,7 +38,8 @@ def compare(
     """Train each head as `config` says otherwise, in `folder`/heads, and write `FILES`.
 
     Heads that are done are kept, one that was stopped goes on. Returns the figures of each.
-    Raises RuntimeError where a training fails.
+    Raises RuntimeError where a training fails, `Interrupted` after SIGINT or SIGTERM, when the head
+    under way has written its checkpoint.
     """
     folder = Path(folder)
     found: dict[str, dict[str, Any]] = {}
@@ -58,9 +62,24 @@ def _run(config: GlyphConfig, run: Path, quiet: bool) -> None:
     command += ["--runs", str(run.parent), "--name", run.name, *options(config)]
     if quiet:
         command.append("--quiet")
-    status = subprocess.run(command).returncode
+    with StopSignals().watching() as stop, subprocess.Popen(command) as child:
+        while (status := _status(child)) is None:
+            if stop() is not None:
+                child.send_signal(signal.SIGTERM)  # it saves; a terminal's Ctrl-C came there, too
+                status = child.wait()
+                break
+    if (received := stop()) is not None:
+        raise Interrupted(received)
     if status:
         raise RuntimeError(f"compare: the training in {run} ended with status {status}")
+
+
+def _status(child: subprocess.Popen[bytes]) -> int | None:
+    """The exit status, if it comes within a moment."""
+    try:
+        return child.wait(0.2)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def options(config: GlyphConfig) -> list[str]:

@@ -153,6 +153,7 @@ class LargeTraining:
             seed=seed_from("head", config.seed) % 2**31,
             precision=config.precision,
             backend=None if config.backend == "auto" else config.backend,
+            nonfinite={"stop": "raise", "skip": "skip"}[config.nonfinite],
         )
         assert self.head.optimizer is not None
         self.head_optimizer = self.head.optimizer
@@ -259,7 +260,10 @@ class LargeTraining:
                     buffer.copy_(kept)
             return math.nan
         self.optimizer.zero_grad()
-        loss.backward()
+        try:
+            loss.backward()
+        except FloatingPointError as error:  # the table's own gradient, which moved no row
+            self._refuse(step, str(error))
         norm = _gradient_norm(self.backbone)  # alike on all ranks: of averaged, or of all, shards
         if math.isfinite(norm):
             self.optimizer.step()
