@@ -122,10 +122,10 @@ class _Trace(TorchDispatchMode):
 
     # ---- what is alive ---------------------------------------------------------------------------
 
-    def add(self, extra_bytes: int) -> None:
+    def add(self, workspace_bytes: int) -> None:
         """So much comes and goes."""
         self.count += 1
-        self.events += [(self.count, extra_bytes), (self.count, -extra_bytes)]
+        self.events += [(self.count, workspace_bytes), (self.count, -workspace_bytes)]
 
     def _number(self, t: Tensor) -> int:
         storage = t.untyped_storage()

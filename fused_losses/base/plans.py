@@ -21,12 +21,12 @@ def explaining() -> bool:
     return not torch.compiler.is_compiling() and _told.get() is not None
 
 
-def needs(extra_bytes: int) -> None:
+def needs(workspace_bytes: int) -> None:
     """So much is allocated here, at most, and given back."""
     if explaining():
         told = _told.get()
         assert told is not None
-        told(extra_bytes)
+        told(workspace_bytes)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from fused_losses.base.validation import (
     number,
 )
 from fused_losses.losses.scored_rows import DISTANCES, over_terms, scored_rows
-from fused_losses.primitives.row_rules.inputs import PICKS, SCORES, TRIPLETS, RowInputs
+from fused_losses.primitives.row_rules.inputs import PICKS, ROW_SCORES, TRIPLETS, RowInputs
 from fused_losses.primitives.row_rules.op import row_losses
 from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.primitives.topk.op import best_screen, select
@@ -252,7 +252,7 @@ def chosen_distances(
 
 def _extremes(inputs: RowInputs, farthest: bool, nearest: bool, backend: str | None) -> Tensor:
     """The columns of each row's extreme positive and negative, -1 over none. [N, 2]"""
-    kind, sign = SCORES[inputs.score]
+    kind, sign = ROW_SCORES[inputs.score]
     # NaN is put back by the distances of what is chosen
     x = inputs.x.detach().nan_to_num(0, torch.inf, -torch.inf)
     same = inputs.y is inputs.x

@@ -17,7 +17,7 @@ from fused_losses.base.integers import dense
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_integers, check_rows
-from fused_losses.mining.batch import DISTANCES, SIMILARITIES
+from fused_losses.mining.batch import LARGEST_IS_NEAREST, SMALLEST_IS_NEAREST
 from fused_losses.pairwise.distance import check_exponent
 from fused_losses.primitives.distances.op import distance_matrix
 
@@ -271,7 +271,7 @@ def all_pairs_tar_at_far(
     """
     check_rows("embeddings", embeddings, precision)
     check_integers("labels", labels, (embeddings.shape[0],), embeddings)
-    validation.check_choice("metric", metric, (*SIMILARITIES, *DISTANCES))
+    validation.check_choice("metric", metric, (*LARGEST_IS_NEAREST, *SMALLEST_IS_NEAREST))
     check_exponent(metric, p)
     several = isinstance(far, list | tuple)
     rates = [_check_far(rate) for rate in (far if several else [far])]
@@ -280,7 +280,7 @@ def all_pairs_tar_at_far(
         if metric == "cosine":
             x = unit(x.to(accumulate_dtype(x.dtype)))
         kind = "dot" if metric == "cosine" else metric
-        sign = 1 if metric in SIMILARITIES else -1
+        sign = 1 if metric in LARGEST_IS_NEAREST else -1
         numbers = dense(labels)
 
         def blocks() -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,9 +17,9 @@ from fused_losses.base.validation import check_number
 from fused_losses.pairwise.distance import check_exponent
 from fused_losses.primitives.distances.op import distance_matrix
 
-SIMILARITIES = ("dot", "cosine")
+LARGEST_IS_NEAREST = ("dot", "cosine")
 
-DISTANCES = (
+SMALLEST_IS_NEAREST = (
     "euclidean",
     "sqeuclidean",
     "cityblock",
@@ -68,7 +68,7 @@ def checked_batch(
     precision: str,
     backend: str | None,
 ) -> MiningBatch:
-    validation.check_choice("metric", metric, (*DISTANCES, *SIMILARITIES))
+    validation.check_choice("metric", metric, (*SMALLEST_IS_NEAREST, *LARGEST_IS_NEAREST))
     check_number("p", p)
     check_exponent(metric, p)
     if not 0 < p < math.inf:
@@ -96,7 +96,7 @@ def checked_batch(
         elif own:
             y = x
     kind = "dot" if metric == "cosine" else metric
-    sign = -1 if metric in SIMILARITIES else 1
+    sign = -1 if metric in LARGEST_IS_NEAREST else 1
     return MiningBatch(
         *(x, y, *both.labels, *both.numbers[2:4], own, kind, sign),
         *(float(p), precision, backend),

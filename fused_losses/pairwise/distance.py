@@ -21,7 +21,7 @@ from fused_losses.pairwise.metrics import (
     METRICS,
     PLAIN,
     WEIGHTED,
-    Call,
+    MetricCall,
     check_values,
     jensenshannon,
     mahalanobis,
@@ -91,7 +91,7 @@ def pairwise_distance(
         check_values("w", w, lambda v: v >= 0, "values >= 0")
         w = w.to(row_dtype(x.device))
     check_options(metric, p, VI=VI, covariance=covariance, variance=variance, base=base)
-    call = Call(x, y, w, precision, backend)
+    call = MetricCall(x, y, w, precision, backend)
     with no_autocast(x.device):
         if metric == "minkowski":
             return minkowski(call, p)
@@ -138,7 +138,7 @@ def pairwise_similarity(
     gamma = 1 / max(x.shape[-1], 1) if gamma is None else gamma
     gamma = number("gamma", gamma, x, positive=similarity in ("rbf", "laplacian"))
     coef0 = number("coef0", coef0, x, positive=False)
-    call = Call(x, y, None, precision, backend)
+    call = MetricCall(x, y, None, precision, backend)
     with no_autocast(x.device):
         if similarity == "dot":
             return call.matrix("dot", x, y)

@@ -42,7 +42,7 @@ def check_values(
         raise ValueError(f"{name}: expected {expected}, got {float(tensor[bad][0])}")
 
 
-class Call(NamedTuple):
+class MetricCall(NamedTuple):
     """What a metric is computed from."""
 
     x: Tensor  # [..., N, D]
@@ -126,10 +126,10 @@ def _moved(x: Tensor, w: Tensor | None = None) -> Tensor:
     return torch.where((x == x[..., :1]).all(dim=-1, keepdim=True), 0, moved)
 
 
-def _lp(kind: str, power: float, p: float = 2.0) -> Callable[[Call], Tensor]:
+def _lp(kind: str, power: float, p: float = 2.0) -> Callable[[MetricCall], Tensor]:
     """A norm of the difference: weights scale the coordinates by w^power."""
 
-    def metric(call: Call) -> Tensor:
+    def metric(call: MetricCall) -> Tensor:
         if call.w is not None:
             call = call._replace(**dict(zip("xy", about_mean(call.x, call.y), strict=True)))
         return call.matrix(kind, *call.weighted(power), p=p)
@@ -137,7 +137,7 @@ def _lp(kind: str, power: float, p: float = 2.0) -> Callable[[Call], Tensor]:
     return metric
 
 
-def minkowski(call: Call, p: float) -> Tensor:
+def minkowski(call: MetricCall, p: float) -> Tensor:
     if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"p: expected a number, got {type(p).__name__}")
     p = float(p)
@@ -154,7 +154,7 @@ def minkowski(call: Call, p: float) -> Tensor:
     return _lp("minkowski", 1 / p, p)(call._replace(x=x, y=y)) / factor
 
 
-def _chebyshev(call: Call) -> Tensor:
+def _chebyshev(call: MetricCall) -> Tensor:
     if call.w is None:
         return call.matrix("chebyshev", call.x, call.y)
     # SciPy: a weight says only whether its coordinate takes part
@@ -168,18 +168,18 @@ def _direction(x: Tensor) -> Tensor:
     return torch.cat([u, (u == 0).all(dim=-1, keepdim=True).to(u.dtype)], dim=-1)
 
 
-def _cosine(call: Call) -> Tensor:
+def _cosine(call: MetricCall) -> Tensor:
     """|u - v|^2 / 2 = 1 - cos without cancellation."""
     call = call._replace(**dict(zip("xy", call.weighted(0.5), strict=True)))
     return call.matrix("sqeuclidean", *call.both(lambda r: _direction(r) * math.sqrt(0.5)))
 
 
-def _correlation(call: Call) -> Tensor:
+def _correlation(call: MetricCall) -> Tensor:
     x, y = call.both(lambda r: _moved(r, call.w))
     return _cosine(call._replace(x=x, y=y))
 
 
-def _angular(call: Call) -> Tensor:
+def _angular(call: MetricCall) -> Tensor:
     chord = call.matrix("euclidean", *call.both(lambda r: _direction(r) / 2))
     # arcsin has no derivative at 1, where rows are opposite
     inside = ~(chord >= 1)
@@ -187,24 +187,24 @@ def _angular(call: Call) -> Tensor:
     return 2 / math.pi * angle
 
 
-def _canberra(call: Call) -> Tensor:
+def _canberra(call: MetricCall) -> Tensor:
     # the same of all rows times a number: kernels divide by no sum below 1e-37
     x, y = call.both(wide)
     return call.matrix("canberra", *multiplied(common_factor(x, y, 60, 115), x, y), call.w)
 
 
-def _braycurtis(call: Call) -> Tensor:
+def _braycurtis(call: MetricCall) -> Tensor:
     x, y = call.weighted(1.0)
     # a ratio: sums over coordinates neither overflow nor underflow
     x, y = call._replace(x=x, y=y).both(wide)
     return call.matrix("braycurtis", *multiplied(common_factor(x, y), x, y))
 
 
-def _hamming(call: Call) -> Tensor:
+def _hamming(call: MetricCall) -> Tensor:
     return call.matrix("hamming", call.x, call.y, call.w)
 
 
-def _jaccard(call: Call) -> Tensor:
+def _jaccard(call: MetricCall) -> Tensor:
     def support(r: Tensor) -> Tensor:
         """SciPy's: which entries are not 0; a NaN stays one."""
         return r if r.dtype == torch.bool else torch.where(r.isnan(), r, (r != 0).to(r.dtype))
@@ -212,11 +212,11 @@ def _jaccard(call: Call) -> Tensor:
     return call.matrix("jaccard", *call.both(support), call.w)
 
 
-def _hellinger(call: Call) -> Tensor:
+def _hellinger(call: MetricCall) -> Tensor:
     return call.matrix("euclidean", *call.both(lambda r: _power(wide(r) / 2, 0.5)))
 
 
-def jensenshannon(call: Call, base: float | None) -> Tensor:
+def jensenshannon(call: MetricCall, base: float | None) -> Tensor:
     if base is not None and not (base > 0 and base != 1 and base < math.inf):
         raise ValueError(f"base: expected a value > 0 other than 1, got {base}")
 
@@ -230,11 +230,11 @@ def jensenshannon(call: Call, base: float | None) -> Tensor:
     return found if base is None else found / math.log(base) ** 0.5
 
 
-def _kl(call: Call) -> Tensor:
+def _kl(call: MetricCall) -> Tensor:
     return call.matrix("kl", call.x, call.y)
 
 
-def _snr(call: Call) -> Tensor:
+def _snr(call: MetricCall) -> Tensor:
     # a ratio of squares: of rows near 1
     x, y = call.both(wide)
     x, y = multiplied(common_factor(x, y, 0, 0), x, y)
@@ -247,7 +247,7 @@ def _snr(call: Call) -> Tensor:
     return torch.where(flat & (apart > 0), torch.inf, found)
 
 
-def _poincare(call: Call) -> Tensor:
+def _poincare(call: MetricCall) -> Tensor:
     def inverse(r: Tensor) -> Tensor:
         """1 / sqrt(1 - |r|^2), a row, NaN outside the ball."""
         room = 1 - r.to(row_dtype(r.device)).square().sum(dim=-1)
@@ -260,7 +260,7 @@ def _poincare(call: Call) -> Tensor:
     return 2 * (apart * a.unsqueeze(-1) * b.unsqueeze(-2)).asinh()
 
 
-def _lorentz(call: Call) -> Tensor:
+def _lorentz(call: MetricCall) -> Tensor:
     if call.x.shape[-1] == 0:
         raise ValueError(f"x: expected a time coordinate, got {describe(call.x)}")
     t, u = call.both(lambda r: wide(r)[..., 0])
@@ -271,14 +271,14 @@ def _lorentz(call: Call) -> Tensor:
 
 
 def mahalanobis(
-    call: Call, VI: Tensor | None, covariance: Tensor | None, variance: Tensor | None
+    call: MetricCall, VI: Tensor | None, covariance: Tensor | None, variance: Tensor | None
 ) -> Tensor:
     if variance is not None:
         return _diagonal(call, variance)
     return call.matrix("euclidean", *whitened(call.x, call.y, VI, covariance))
 
 
-def _diagonal(call: Call, variance: Tensor) -> Tensor:
+def _diagonal(call: MetricCall, variance: Tensor) -> Tensor:
     y = call.y
     if not isinstance(variance, Tensor) or not variance.is_floating_point():
         got = describe(variance) if isinstance(variance, Tensor) else type(variance).__name__
@@ -294,7 +294,7 @@ def _diagonal(call: Call, variance: Tensor) -> Tensor:
     return call.matrix("scaled", call.x, y, w)
 
 
-PLAIN: dict[str, Callable[[Call], Tensor]] = {
+PLAIN: dict[str, Callable[[MetricCall], Tensor]] = {
     "euclidean": _lp("euclidean", 0.5),
     "sqeuclidean": _lp("sqeuclidean", 0.5),
     "cityblock": _lp("cityblock", 1.0),

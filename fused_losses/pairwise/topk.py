@@ -57,7 +57,7 @@ def _roots(x: Tensor) -> Tensor:
     return torch.where(x < 0, torch.nan, root(x))
 
 
-class _Plan(NamedTuple):
+class _Order(NamedTuple):
     """A metric by products: what the rows become, whose scores are taken, and their meaning."""
 
     kind: str
@@ -66,15 +66,15 @@ class _Plan(NamedTuple):
     similar: bool = False  # a large score is a small value
 
 
-PLANS = {
-    "dot": _Plan("dot"),
-    "sqeuclidean": _Plan("sqeuclidean"),
-    "euclidean": _Plan("sqeuclidean", None, root),
-    "cosine": _Plan("cosine", None, lambda c: 1 - c, True),
-    "angular": _Plan("cosine", None, _angle, True),
-    "correlation": _Plan("cosine", _without_mean, lambda c: 1 - c, True),
-    "hellinger": _Plan("sqeuclidean", _roots, lambda s: root(s / 2)),
-    "mahalanobis": _Plan("sqeuclidean", None, root),
+ORDERS = {
+    "dot": _Order("dot"),
+    "sqeuclidean": _Order("sqeuclidean"),
+    "euclidean": _Order("sqeuclidean", None, root),
+    "cosine": _Order("cosine", None, lambda c: 1 - c, True),
+    "angular": _Order("cosine", None, _angle, True),
+    "correlation": _Order("cosine", _without_mean, lambda c: 1 - c, True),
+    "hellinger": _Order("sqeuclidean", _roots, lambda s: root(s / 2)),
+    "mahalanobis": _Order("sqeuclidean", None, root),
 }
 
 
@@ -175,20 +175,20 @@ def best_columns(
 ) -> tuple[Tensor, Tensor]:
     """`pairwise_topk` behind its door; asked: fields of `TopkInputs`, checked and numbered."""
     _check_options(metric, p, options)
-    plan = PLANS.get(metric)
+    order = ORDERS.get(metric)
     if options.get("w") is not None or options.get("variance") is not None:
-        plan = None
+        order = None
     with no_autocast(x.device):
-        if plan is None:
+        if order is None:
             return _in_full(x, bank, metric, asked, {"p": p, "backend": backend, **options})
-        return _by_products(x, bank, metric, plan, asked, screen, backend, options)
+        return _by_products(x, bank, metric, order, asked, screen, backend, options)
 
 
 def _by_products(
     x: Tensor,
     bank: Tensor | QuantizedRows,
     metric: str,
-    plan: _Plan,
+    order: _Order,
     asked: dict[str, Any],
     screen: str | QuantizedRows,
     backend: str | None,
@@ -198,18 +198,18 @@ def _by_products(
     y_scale = None
     if isinstance(bank, QuantizedRows):
         bank, y_scale = bank.codes, bank.scale
-        if plan.rows is not None or metric == "mahalanobis":
+        if order.rows is not None or metric == "mahalanobis":
             raise ValueError(f"y: expected float rows with metric={metric!r}, got QuantizedRows")
     dtype, same = accumulate_dtype(x.dtype), bank is x
-    if metric == "mahalanobis" or plan.rows is not None:
+    if metric == "mahalanobis" or order.rows is not None:
         # rows that are rounded once more have an order of their own
         x = x.to(row_dtype(x.device))
         bank = x if same else bank.to(x.dtype)
     if metric == "mahalanobis":
         x, bank = whitened(x, bank, options.get("VI"), options.get("covariance"))
-    elif plan.rows is not None:
-        x, bank = plan.rows(x), plan.rows(bank)
-    elif plan.kind == "cosine":
+    elif order.rows is not None:
+        x, bank = order.rows(x), order.rows(bank)
+    elif order.kind == "cosine":
         x, bank, y_scale, screen = of_some_length(x, bank, y_scale, screen)
     bank = x if same else bank
     codes = screen if isinstance(screen, QuantizedRows) else (None, None, None)
@@ -219,15 +219,15 @@ def _by_products(
         bank,
         y_scale,
         *codes,
-        kind=plan.kind,
+        kind=order.kind,
         # codes are read in the place of products of y
         screen=name if name in SCREENS[1:] else best_screen(x, backend),
-        **{**asked, "largest": asked["largest"] != plan.similar},
+        **{**asked, "largest": asked["largest"] != order.similar},
     )
     keys, index = select(inputs, backend)
     if followed(x) or (y_scale is None and followed(bank)):
-        keys = listed(x, bank, index, plan.kind, y_scale)
-    values = keys if plan.value is None else plan.value(keys)
+        keys = listed(x, bank, index, order.kind, y_scale)
+    values = keys if order.value is None else order.value(keys)
     return _finished(x, values.to(dtype), index, asked["largest"]), index
 
 
@@ -306,7 +306,7 @@ def mirrored(numbers: Integers) -> bool:
 
 def _check_options(metric: str, p: float, options: dict[str, Any]) -> None:
     """The options of `pairwise_distance`, and no others, where the metric has them."""
-    if metric not in METRICS and metric not in PLANS:
+    if metric not in METRICS and metric not in ORDERS:
         known = ", ".join(sorted({*METRICS, "dot"}))
         raise ValueError(f"metric: expected one of {known}, got {metric!r}")
     stray = sorted(set(options) - {"w", "VI", "covariance", "variance", "base"})

@@ -14,7 +14,7 @@ from fused_losses.primitives.topk import bounded as bounded_topk
 from fused_losses.primitives.topk import certified as certified_topk
 from fused_losses.primitives.topk import cuda as cuda_topk
 from fused_losses.primitives.topk import reference as reference_topk
-from fused_losses.primitives.topk.inputs import KINDS, TopkInputs
+from fused_losses.primitives.topk.inputs import TOPK_KINDS, TopkInputs
 from fused_losses.primitives.topk.op import quantize_rows
 
 if not CUDA:
@@ -78,7 +78,7 @@ def test_candidates_in_order(k: int, small: None) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 9, 200])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOPK_KINDS)
 def test_tiles_and_parts(kind: str, k: int, small: None) -> None:
     p = inputs(k=k, kind=kind, match="same", largest=kind != "sqeuclidean")
     same(cuda_topk.select(p), p)
@@ -91,7 +91,7 @@ def test_codes_of_a_bank_in_tiles(small: None) -> None:
     same(cuda_topk.select(p), p)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOPK_KINDS)
 def test_no_row_is_certain(kind: str, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A screen that keeps k candidates rules nothing out: every column is scored."""
     monkeypatch.setattr(certified_topk, "kept", lambda p: p.k)
@@ -119,7 +119,7 @@ def test_ends_of_splits(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equal_rows(small: None) -> None:
     """More equal rows than are kept: the lowest of them, from every split."""
     p = TopkInputs(torch.randn(5, 6), torch.randn(1, 6).expand(1000, 6).contiguous(), k=7)
-    for kind in KINDS:
+    for kind in TOPK_KINDS:
         keys, index = cuda_topk.select(p._replace(kind=kind))
         assert torch.equal(index, torch.arange(7).expand(5, 7))
         assert torch.equal(keys, keys[:, :1].expand(5, 7))
@@ -155,7 +155,9 @@ def test_nothing_waits_for_the_device(sure: bool, monkeypatch: pytest.MonkeyPatc
         for name in ASKING:
             patched.setattr(Tensor, name, refuse(name))
         patched.setattr(torch, "nonzero", refuse("nonzero"))
-        found = [cuda_topk.select(p._replace(kind=kind, largest=kind != "dot")) for kind in KINDS]
+        found = [
+            cuda_topk.select(p._replace(kind=kind, largest=kind != "dot")) for kind in TOPK_KINDS
+        ]
         found.append(cuda_topk.select(p))
         with pytest.raises(AssertionError, match="waits"):
             bounded_topk.select(p)
@@ -188,7 +190,7 @@ def test_nan_and_infinities() -> None:
     """NaN is no candidate, and a bank that has some is still certified by the others."""
     x, y = torch.randn(4, 5), torch.randn(60, 5)
     x[2, 1], y[7, 0], y[9] = torch.nan, torch.nan, torch.inf
-    for kind in KINDS:
+    for kind in TOPK_KINDS:
         for largest in (True, False):
             p = TopkInputs(x, y, k=59, kind=kind, largest=largest)
             found = cuda_topk.select(p)
@@ -200,6 +202,6 @@ def test_nan_and_infinities() -> None:
 
 def test_double_rows_with_a_narrow_screen() -> None:
     x, y = torch.randn(5, 7).double(), torch.randn(80, 7).double()
-    for kind in KINDS:
+    for kind in TOPK_KINDS:
         p = TopkInputs(x, y, k=4, kind=kind, screen="bf16")
         same(cuda_topk.select(p), p)

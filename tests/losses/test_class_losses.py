@@ -749,7 +749,7 @@ CHILD = (
     COUNTER
     + """
 from fused_losses.class_losses import *
-from fused_losses.primitives.class_rules.bounded import extra_bytes
+from fused_losses.primitives.class_rules.bounded import workspace_bytes
 
 def run(made, centers, n, d, c, backend):
     torch.manual_seed(0)
@@ -758,7 +758,7 @@ def run(made, centers, n, d, c, backend):
     y = torch.randint(0, c // centers, (n, 1))
     loss = eval(made)
     peak = extra(lambda: class_loss(x, w, y, loss, backend=backend).backward())
-    return peak - x.grad.nbytes - w.grad.nbytes, extra_bytes(n, d, centers, x.dtype)
+    return peak - x.grad.nbytes - w.grad.nbytes, workspace_bytes(n, d, centers, x.dtype)
 
 cases, n, d, c = json.loads(sys.argv[1])
 for name, made, centers, backend in cases:

@@ -67,7 +67,7 @@ def test_every_choice(positive: str, negative: str, metric: str, backend: str) -
     x, labels = batch(23, 5, 5, dtype)
     d = matrix(x, x, metric)
     same, different = allowed(labels, labels, True)
-    sign = -1 if metric in mining_batch.SIMILARITIES else 1
+    sign = -1 if metric in mining_batch.LARGEST_IS_NEAREST else 1
     want = triplets_by_loops(d, sign, same, different, positive, negative)
     given = dict(positive=positive, negative=negative, metric=metric, backend=backend)
     check(mine_triplets(x, labels, **given), want, d, dtype)

@@ -822,7 +822,7 @@ def run(kind, n, d, spread):
         if kind not in FLAT:
             got.extend(b.backward(out, out, inputs, DistanceNeeds(True, True, w is not None)))
     peak = extra(step) - sum(t.nbytes for t in got)
-    return peak, b.extra_bytes(n, n, d, x.dtype, kind)
+    return peak, b.workspace_bytes(n, n, d, x.dtype, kind)
 cases = json.loads(sys.argv[1])
 # threads, lazy imports and the buffers that MKL keeps, by the products' sizes, are the process's
 for case in cases.values():

@@ -24,7 +24,7 @@ from fused_losses.backends.cpu.capability import extension
 from fused_losses.metrics.retrieval import recall_at_k
 from fused_losses.pairwise.topk import pairwise_topk
 from fused_losses.primitives.topk import bounded, bounds, certified
-from fused_losses.primitives.topk.inputs import KINDS, TopkInputs
+from fused_losses.primitives.topk.inputs import TOPK_KINDS, TopkInputs
 from fused_losses.primitives.topk.op import quantize_rows, select
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -180,7 +180,7 @@ HARD: dict[str, Draw] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOPK_KINDS)
 @pytest.mark.parametrize("types", PAIRS, ids="-".join)
 @pytest.mark.parametrize("data", HARD)
 def test_the_k_best_of_hard_rows(data: str, types: tuple, kind: str, streamed: str) -> None:
@@ -201,7 +201,7 @@ def test_the_k_best_of_hard_rows(data: str, types: tuple, kind: str, streamed: s
     check(found, own, own, kind, 2, False, own=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOPK_KINDS)
 @pytest.mark.parametrize("data", HARD)
 def test_codes_of_hard_rows(data: str, kind: str) -> None:
     """A screen of int8 codes, and a bank of them."""
@@ -425,7 +425,7 @@ def test_a_bank_with_nan_costs_no_certificate(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(certified, "IN_TORCH", whole)
     x, y = torch.randn(20, 8), torch.randn(300, 8)
     y[3, 2], y[8] = torch.nan, torch.inf
-    for kind in KINDS:
+    for kind in TOPK_KINDS:
         bounded.select(TopkInputs(x, y, kind=kind, k=3, largest=kind != "sqeuclidean"))
         assert not bool(unsure.pop().any()), kind
 
@@ -568,7 +568,7 @@ def margins(name: str) -> dict[str, float]:
     """The largest error over its bound, by kind."""
     scored, capability, screen = SCREENS[name]
     largest = {}
-    for kind in KINDS:
+    for kind in TOPK_KINDS:
         worst = [0.0]
         for x, y in adversaries(screen):
             types = [DTYPES["f64"]] if screen == "wide" else [torch.float64, torch.float32]

@@ -1,6 +1,6 @@
 """What the cpu backend tells of its memory against every allocation, at 1, 2 and 16 threads.
 
-As test_memory.py, of the primitives alone: `*_extra_bytes` beside the peak of a call.
+As test_memory.py, of the primitives alone: `workspace_bytes` of a form beside the peak of a call.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ def made(what, dtype):
         x.requires_grad_(what != "pairs-columns"), y.requires_grad_()
     if what in ("pairs", "pairs-columns"):
         call = lambda: f.logsumexp_similarity(x, y, cols=True, backend="cpu")
-        return (x, y), call, pairs.extra_bytes(N, M, D, dtype)
+        return (x, y), call, pairs.workspace_bytes(N, M, D, dtype)
     if what == "triangle":
         call = lambda: f.logsumexp_similarity(y, None, backend="cpu")
-        return (y,), call, pairs.extra_bytes(M, M, D, dtype)
+        return (y,), call, pairs.workspace_bytes(M, M, D, dtype)
     if what == "attention":
         values = y.detach().clone().requires_grad_()
         call = lambda: f.similarity_attention(x, y, values, backend="cpu")
-        told = pairs.extra_bytes(N, M, D, dtype, width=D)
+        told = pairs.workspace_bytes(N, M, D, dtype, width=D)
         # and values about a center, and what comes back of them
         return (x, y, values), call, told + (N + M) * D * dtype.itemsize
     if what == "maxsim":
         tokens = (x.view(-1, 10, D), y.view(-1, 15, D))
         call = lambda: maxsim(*tokens, backend="cpu")
-        told = maxsims.extra_bytes(N, M, D, dtype)
+        told = maxsims.workspace_bytes(N, M, D, dtype)
         return (x, y), call, told + 4 * N * (M // 15)  # and the index
     if what in DISTANCES:
         kind, op = what, f.pairwise_similarity if what == "dot" else f.pairwise_distance
         gradient = what != "hamming" and dtype != torch.bool
         call = lambda: op(x, y, kind, backend="cpu")
-        told = distances.extra_bytes(N, M, D, dtype, kind, gradient=gradient)
+        told = distances.workspace_bytes(N, M, D, dtype, kind, gradient=gradient)
         # canberra: and the rows times a power of two
         moved = (N + M) * D * dtype.itemsize if kind == "canberra" else 0
         return (x, y), call, told + moved
@@ -70,7 +70,7 @@ def made(what, dtype):
     other = None if own else fused_losses.quantize_rows(y) if what == "topk-codes" else y
     call = lambda: f.pairwise_topk(y if own else x, other, K, "dot", skip_self=own, backend="cpu")
     n = M if own else N
-    return (x, y), call, topk.extra_bytes(n, D, K, dtype, own, what == "topk-codes")
+    return (x, y), call, topk.workspace_bytes(n, D, K, dtype, own, what == "topk-codes")
 
 def run(what, dtype):
     leaves, call, told = made(what, getattr(torch, dtype))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.primitives.distances import triton as backend
-from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
+from fused_losses.primitives.distances.inputs import PRODUCTS, DistanceInputs, DistanceNeeds
 
 STEPS = 8  # a few: sums of a few dozen rounded terms
 # of products of 16-bit rows, which are exact, a float32 sum's rounding is all of the error
@@ -130,8 +130,8 @@ def check(case: Case, seed: int = 0) -> None:
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CASES = [
-    *(Case(kind) for kind in backend.KINDS),
-    *(Case(kind, d=33, dtype=t) for kind in backend.KINDS for t in (BF16, FP16)),
+    *(Case(kind) for kind in PRODUCTS),
+    *(Case(kind, d=33, dtype=t) for kind in PRODUCTS for t in (BF16, FP16)),
     *(Case(kind, precision=p) for kind in ("dot", "euclidean") for p in ("tf32", "mixed", "bf16")),
     Case("sqeuclidean", n=1, m=1, d=1),
     Case("euclidean", n=3, m=70, d=130),
@@ -208,7 +208,7 @@ def test_strided_rows() -> None:
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("kind", backend.KINDS)
+@pytest.mark.parametrize("kind", PRODUCTS)
 def test_nan_and_infinity_reach_their_own_distances(kind: str) -> None:
     x, y, grad = inputs(Case())
     want = backend.forward(DistanceInputs(x, y, None, kind, 2.0, "fp32"))

@@ -18,7 +18,7 @@ from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.primitives.topk import bounded as bounded_topk
 from fused_losses.primitives.topk import reference as reference_topk
 from fused_losses.primitives.topk import triton as backend
-from fused_losses.primitives.topk.inputs import KINDS, TopkInputs
+from fused_losses.primitives.topk.inputs import TOPK_KINDS, TopkInputs
 
 STEP = {"fp32": 2**-22, "tf32": 2**-10, "bf16": 2**-8}
 
@@ -216,7 +216,7 @@ def test_strided_rows() -> None:
     check(case, call, *backend.screen(**call))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOPK_KINDS)
 @pytest.mark.parametrize("largest", (False, True))
 @pytest.mark.parametrize("screen", ("fp32", "bf16"))
 def test_select_is_the_bounded_one(kind: str, largest: bool, screen: str) -> None:
@@ -248,7 +248,7 @@ def test_errors_stay_below_their_bound(precision: str) -> None:
     """Entries just below the middle of two numbers of the narrow type, which all round one way."""
     nearest = 0.0
     wide = torch.float64
-    for kind in KINDS:
+    for kind in TOPK_KINDS:
         for dtype, y_dtype in (
             (torch.float32,) * 2,
             (wide, wide),

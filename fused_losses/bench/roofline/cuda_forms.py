@@ -95,7 +95,7 @@ def row_weight(s: Launch) -> None:
 
 SEGMENT = 128  # rows of a block that goes down columns
 ACROSS = 128  # columns of a warp
-KINDS = 2
+SORTS = 2  # of pairs: positives and negatives
 
 
 def _block(s: Launch) -> tuple[int, int]:
@@ -136,15 +136,15 @@ def pair_statistics(s: Launch) -> None:
     segments = ceil_div(high, SEGMENT)
     warps = ceil_div(wide, ACROSS)
     _vectors(s, high + both * high * warps, ceil_div(high, 2) * wide + both * 4 * segments * wide)
-    state = 4 * KINDS * high
+    state = 4 * SORTS * high
     s.read("rows", state, 0, state)
     s.write("rows", state, 0, state)
     if both:
-        parts = segments * 4 * KINDS * wide
+        parts = segments * 4 * SORTS * wide
         s.write("parts", parts, 0, parts)
         s.read("parts", parts, 0, parts)
-        s.read("columns", 4 * KINDS * wide * segments, 0, 4 * KINDS * wide)
-        s.write("columns", 4 * KINDS * wide * segments, 0, 4 * KINDS * wide)
+        s.read("columns", 4 * SORTS * wide * segments, 0, 4 * SORTS * wide)
+        s.write("columns", 4 * SORTS * wide * segments, 0, 4 * SORTS * wide)
     s.work.scalar = 10 * (1 + both) * high * wide
 
 
@@ -152,7 +152,7 @@ def pair_statistics(s: Launch) -> None:
 def pair_gradients(s: Launch) -> None:
     high, wide = _block(s)
     segments, warps = ceil_div(high, SEGMENT), ceil_div(wide, ACROSS)
-    kinds = KINDS if s.has("x_labels") else 1
+    kinds = SORTS if s.has("x_labels") else 1
     _pair_tile(s, 1)
     _vectors(s, high * warps, 4 * segments * wide)
     s.read("row_vectors", kinds * 4 * high * warps, 0, kinds * 4 * high)

@@ -43,7 +43,7 @@ def _class_bytes(n: int, d: int, centers: int, dtype: torch.dtype) -> int:
     return max(1, centers * (n + d) * dtype.itemsize)
 
 
-def extra_bytes(
+def workspace_bytes(
     n: int, d: int, centers: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> int:
     """Peak memory of forward and backward beyond inputs, outputs and gradients."""

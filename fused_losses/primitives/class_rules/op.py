@@ -43,7 +43,7 @@ def class_statistics(inputs: ClassInputs, *, backend: str | None = None) -> Clas
 
     Raises ValueError, TypeError or IndexError for inputs that do not fit each other;
     NotImplementedError for a second derivative, but on "reference". Labels must be among `classes`.
-    Time O(N M K D) and the rule's own; memory O(N D) and a few tiles (`extra_bytes`).
+    Time O(N M K D) and the rule's own; memory O(N D) and a few tiles (`workspace_bytes`).
     """
     _check(inputs)
     inputs = inputs._replace(params=[float(p) for p in inputs.params])

@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.primitives.distances.inputs import FLAT, PRODUCTS, DistanceInputs, DistanceNeeds
-from fused_losses.primitives.distances.kinds import KINDS
+from fused_losses.primitives.distances.kinds import FORMULAS
 
 BLOCK_BYTES = 4 << 20  # of products, or of terms [rows, columns, D], in a block
 BLOCK_ROWS = 512
@@ -41,7 +41,7 @@ AS_MANY_FORWARD = ("jensenshannon", "kl", *FLAT)  # of the others half as many a
 NEAR = 1 / 16
 
 
-def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, kind: str) -> int:
+def workspace_bytes(n: int, m: int, d: int, dtype: torch.dtype, kind: str) -> int:
     """Peak memory of forward and backward beyond inputs, result and their gradients."""
     size = accumulate_dtype(dtype).itemsize
     # a block has one pair at least
@@ -74,7 +74,7 @@ def forward(inputs: DistanceInputs) -> Tensor:
         for rows, cols in _blocks(x.shape[0], y.shape[0], out.element_size()):
             out[rows, cols] = _squared(s, rows, cols)
         return out.sqrt_() if kind == "euclidean" else out
-    one = KINDS[kind]
+    one = FORMULAS[kind]
     x, y, w = _wide(x, y, w)
     for rows, cols in _blocks(x.shape[0], y.shape[0], x.shape[1] * out.element_size()):
         out[rows, cols] = one.value(x[rows, None], y[cols], _of_columns(kind, w, cols), p)
@@ -119,7 +119,7 @@ def tangent(
         return dx @ y.T + x @ dy.T
     if kind in PRODUCTS:
         return _to_difference(_products_of_differences(dx, dy, x, y, kind, out), out, kind)
-    slopes, found = KINDS[kind].slopes, torch.empty_like(out)
+    slopes, found = FORMULAS[kind].slopes, torch.empty_like(out)
     assert slopes is not None
     for rows, cols in _blocks(x.shape[0], y.shape[0], x.shape[1] * out.element_size()):
         given = x[rows, None], y[cols], _of_columns(kind, w, cols), p, out[rows, cols, None]
@@ -298,7 +298,7 @@ def _through_terms(
     dy: Tensor | None,
     dw: Tensor | None,
 ) -> None:
-    slopes = KINDS[kind].slopes
+    slopes = FORMULAS[kind].slopes
     x, y, w = _wide(x, y, w)
     assert slopes is not None
     for rows, cols in _blocks(out.shape[0], out.shape[1], x.shape[1] * out.element_size()):

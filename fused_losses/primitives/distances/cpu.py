@@ -8,7 +8,7 @@ from fused_losses.backends.cpu.capability import extension
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 
 
-def extra_bytes(
+def workspace_bytes(
     n: int,
     m: int,
     d: int,
@@ -24,4 +24,4 @@ def extra_bytes(
 def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
     (n, d), m = p.x.shape, p.y.shape[0]
-    return extra_bytes(n, m, d, p.x.dtype, p.kind, p.precision, needs is not None)
+    return workspace_bytes(n, m, d, p.x.dtype, p.kind, p.precision, needs is not None)

@@ -23,7 +23,7 @@ from fused_losses.primitives.distances.cuda_sums import (
 from fused_losses.primitives.distances.inputs import KINDS, PRODUCTS, DistanceInputs, DistanceNeeds
 
 
-def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, kind: str) -> int:
+def workspace_bytes(n: int, m: int, d: int, dtype: torch.dtype, kind: str) -> int:
     """Peak memory of forward and backward beyond inputs, output and gradients, at most."""
     rows = n + m
     if kind in ("hamming", "jaccard"):
@@ -43,7 +43,7 @@ def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, kind: str) -> int:
 def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
     (n, d), m = p.x.shape, p.y.shape[0]
-    return extra_bytes(n, m, d, p.x.dtype, p.kind)
+    return workspace_bytes(n, m, d, p.x.dtype, p.kind)
 
 
 def forward(inputs: DistanceInputs) -> Tensor:

@@ -177,7 +177,7 @@ def _scaled_slopes(x: Tensor, y: Tensor, w: Tensor, p: float, out: Tensor) -> Sl
     return slope, -slope, _over(apart.square_(), 2 * out)
 
 
-KINDS = {
+FORMULAS = {
     "cityblock": Kind(_cityblock, _cityblock_slopes),
     "minkowski": Kind(_minkowski, _minkowski_slopes),
     "chebyshev": Kind(_chebyshev, _chebyshev_slopes),

@@ -27,7 +27,6 @@ from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.distances.inputs import PRODUCTS, DistanceInputs, DistanceNeeds
 
-KINDS = PRODUCTS
 NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
 PARTIAL_BYTES = 32 << 20  # of a gradient's parts, where few rows are split over many programs
 # of d^2 / (|x|^2 + |y|^2), below which a distance is summed from differences: a product is off by
@@ -74,7 +73,7 @@ NEAR: dict[str, Tile] = dict.fromkeys((*NVIDIA, "gfx942"), Tile(64, 64, 64, 8, 1
 NEAR["interpret"] = Tile(16, 16, 16, 8, 1)
 
 
-def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
+def workspace_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs, output and gradients, at most."""
     sums = max(PARTIAL_BYTES, 4 * max(n, m) * d)
     return sums + 4 * (n + m) + n * m // 32
@@ -83,7 +82,7 @@ def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp
 def workspace(p: DistanceInputs, needs: DistanceNeeds | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
     (n, d), m = p.x.shape, p.y.shape[0]
-    return extra_bytes(n, m, d, p.x.dtype, p.precision)
+    return workspace_bytes(n, m, d, p.x.dtype, p.precision)
 
 
 def gradient_product(x: Tensor, y: Tensor, precision: str) -> Product:
@@ -100,8 +99,8 @@ def gradient_product(x: Tensor, y: Tensor, precision: str) -> Product:
 
 
 def _check(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {KINDS} on triton, got {kind!r}")
+    if kind not in PRODUCTS:
+        raise ValueError(f"kind: expected one of {PRODUCTS} on triton, got {kind!r}")
 
 
 def squares(p: Product, rows: Tensor, bf16: bool) -> Tensor:

@@ -8,7 +8,7 @@ from fused_losses.backends.cpu.capability import extension
 from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 
 
-def extra_bytes(
+def workspace_bytes(
     query_tokens: int, document_tokens: int, d: int, dtype: torch.dtype, precision: str = "fp32"
 ) -> int:
     """Peak memory beyond inputs and gradients, besides the index that the forward keeps."""
@@ -19,4 +19,4 @@ def extra_bytes(
 def workspace(p: MaxsimInputs, needs: MaxsimNeeds | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
     (tokens, d), found = p.queries.shape, p.documents.shape[0]
-    return extra_bytes(tokens, found, d, p.queries.dtype, p.precision)
+    return workspace_bytes(tokens, found, d, p.queries.dtype, p.precision)

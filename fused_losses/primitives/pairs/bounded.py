@@ -40,7 +40,7 @@ LIVE_PIECES = 6
 VECTOR_BYTES = 200  # of a row or column
 
 
-def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
+def workspace_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients."""
     size = accumulate_dtype(dtype).itemsize
     return LIVE_BLOCKS * BLOCK_BYTES + 3 * (n + m) * d * size + 200 * (n + m)

@@ -8,7 +8,7 @@ from fused_losses.backends.cpu.capability import extension
 from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
 
 
-def extra_bytes(
+def workspace_bytes(
     n: int,
     m: int,
     d: int,
@@ -30,4 +30,4 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     width: of an attention's values.
     """
     (n, d), m = p.x.shape, p.y.shape[0]
-    return extra_bytes(n, m, d, p.x.dtype, p.precision, width, p.apart)
+    return workspace_bytes(n, m, d, p.x.dtype, p.precision, width, p.apart)

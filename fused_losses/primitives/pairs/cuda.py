@@ -37,7 +37,7 @@ HOST_ROWS, HOST_BYTES = 160, 128 << 10  # in the host execution: several ragged 
 SEGMENT = 128  # rows that a block of threads goes down: csrc/cuda/pairs/tile.h
 
 
-def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
+def workspace_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients, at most."""
     # tiles, the columns' sums of segments, and float32 sums of a chunk's columns
     parts = 4 * 2 * 4 * (gpu.ROW_BLOCK // SEGMENT) * gpu.MAX_CHUNK
@@ -50,7 +50,7 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     width: of an attention's values.
     """
     (n, d), m = p.x.shape, p.y.shape[0]
-    return extra_bytes(n, m, d + width, p.x.dtype, p.precision)
+    return workspace_bytes(n, m, d + width, p.x.dtype, p.precision)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ PARTIAL_BYTES = 16 << 20  # of a block's partials, which are read back while the
 SWEEP_ROWS = 8192  # rows of a forward block: 8 MiB at D = 512 in 16 bits stay in L2
 
 
-def extra_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
+def workspace_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients, at most."""
     # of G, of attention weights, and float32 sums of a chunk's columns for y and for the values
     chunk = 2 * max(t.ds_bytes for t in TABLES.values()) + 2 * gpu.MAX_CHUNK * d * 4
@@ -53,7 +53,7 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     width: of an attention's values.
     """
     (n, d), m = p.x.shape, p.y.shape[0]
-    return extra_bytes(n, m, d + width, p.x.dtype, p.precision)
+    return workspace_bytes(n, m, d + width, p.x.dtype, p.precision)
 
 
 # ---- statistics ---------------------------------------------------------------------------------

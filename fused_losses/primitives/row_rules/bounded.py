@@ -9,7 +9,7 @@ from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.distances.op import DISTANCE_MATRIX
-from fused_losses.primitives.row_rules.inputs import SCORES, RowInputs, RowNeeds, block
+from fused_losses.primitives.row_rules.inputs import ROW_SCORES, RowInputs, RowNeeds, block
 from fused_losses.primitives.row_rules.rules import RULES
 
 BLOCK_BYTES = 2 << 20  # of scores in a block
@@ -42,20 +42,20 @@ def _score_bytes(backend: str, p: RowInputs, tall: int, needs: RowNeeds | None) 
         torch.empty((count, p.x.shape[1]), dtype=accumulate_dtype(p.x.dtype), device="meta")
         for count in (tall, p.y.shape[0])
     )
-    inputs = DistanceInputs(x, y, None, SCORES[p.score][0], 2.0, p.precision)
+    inputs = DistanceInputs(x, y, None, ROW_SCORES[p.score][0], 2.0, p.precision)
     form = DISTANCE_MATRIX.form(backend)
     return form.workspace(inputs, needs and DistanceNeeds(needs.x, needs.y, False))
 
 
 def _scores(backend: str, p: RowInputs, x: Tensor, y: Tensor) -> Tensor:
     """Scores [B, M] of rows x, before their sign; NaN where infinite, as in the reference."""
-    score = DISTANCE_MATRIX(backend, x, y, None, SCORES[p.score][0], 2.0, p.precision)
+    score = DISTANCE_MATRIX(backend, x, y, None, ROW_SCORES[p.score][0], 2.0, p.precision)
     return score.masked_fill_(score.isinf(), torch.nan)
 
 
 def forward(backend: str, p: RowInputs) -> Tensor:
     rule, dtype = RULES[p.rule], accumulate_dtype(p.x.dtype)
-    x, y, sign = p.x.to(dtype), p.y.to(dtype), SCORES[p.score][1]
+    x, y, sign = p.x.to(dtype), p.y.to(dtype), ROW_SCORES[p.score][1]
     size = (p.x.shape[0], rule.size(list(p.params)))
     out = p.x.new_empty(size, dtype=row_dtype(p.x.device))
     for rows in runs(p.x.shape[0], _tall(p)):
@@ -69,7 +69,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rule, dtype = RULES[p.rule], accumulate_dtype(p.x.dtype)
     x, y = p.x.to(dtype), p.y.to(dtype)
-    kind, sign = SCORES[p.score]
+    kind, sign = ROW_SCORES[p.score]
     dx = torch.empty_like(x) if need_x else p.x.new_empty(0)
     dy = torch.zeros_like(y) if need_y else p.y.new_empty(0)
     dvalues = (

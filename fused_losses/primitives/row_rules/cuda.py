@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses.backends.cuda import launch as cuda_launch
 
-KINDS = ("all", "hard", "semihard")  # as csrc/triplets.h numbers them
+TRIPLET_KINDS = ("all", "hard", "semihard")  # as csrc/triplets.h numbers them
 MOST_COLUMNS = 2**30  # the kernel counts in 32 bits
 
 
@@ -57,5 +57,5 @@ def _launch(
         columns=columns,
         grad_stride=0 if grad is None else grad.stride(0),
         margin=margin,
-        kind=KINDS.index(kind),
+        kind=TRIPLET_KINDS.index(kind),
     )

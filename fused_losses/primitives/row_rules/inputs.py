@@ -64,7 +64,7 @@ class RowRule(NamedTuple):
 
 
 # a score's kind of distance matrix, and its sign
-SCORES = {
+ROW_SCORES = {
     "euclidean": ("euclidean", 1),
     "sqeuclidean": ("sqeuclidean", 1),
     "dot": ("dot", 1),
@@ -96,7 +96,7 @@ class RowInputs(NamedTuple):
     values: Tensor | None = None  # [N, K] in `row_dtype`, numbers of each row that the rule takes
     rule: str = "triplets"  # a name in `row_rules.RULES`
     params: tuple[float, ...] | list[float] = ()
-    score: str = "euclidean"  # a name in SCORES
+    score: str = "euclidean"  # a name in ROW_SCORES
     skip_self: bool = False  # leave out i == j
     precision: str = "fp32"
 

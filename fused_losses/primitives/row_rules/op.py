@@ -25,7 +25,7 @@ from fused_losses.primitives.row_rules import bounded
 from fused_losses.primitives.row_rules.inputs import (
     BACKWARD,
     FORWARD,
-    SCORES,
+    ROW_SCORES,
     RowInputs,
     RowNeeds,
 )
@@ -64,7 +64,7 @@ def _check(p: RowInputs) -> None:
     validation.check_device("x", p.x, "y", p.y)
     validation.check_same_dtype("x", p.x, "y", p.y)
     validation.check_choice("rule", p.rule, tuple(RULES))
-    validation.check_choice("score", p.score, tuple(SCORES))
+    validation.check_choice("score", p.score, tuple(ROW_SCORES))
     validation.check_choice("precision", p.precision, validation.PRECISIONS)
     for side, rows in (("x", p.x), ("y", p.y)):
         for name in ("labels", "groups"):

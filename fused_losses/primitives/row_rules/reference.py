@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from fused_losses.primitives.distances import reference as reference_distances
-from fused_losses.primitives.row_rules.inputs import SCORES, RowInputs, block
+from fused_losses.primitives.row_rules.inputs import ROW_SCORES, RowInputs, block
 from fused_losses.primitives.row_rules.rules import RULES
 
 
 def reference(p: RowInputs) -> Tensor:
     """The rule's formula on the whole matrix, of every difference of two rows at once."""
-    kind, sign = SCORES[p.score]
+    kind, sign = ROW_SCORES[p.score]
     score = sign * reference_distances.distance(kind, p.x, p.y, None, 2.0)
     # one rule for what is not finite, whichever way a kernel would have ordered it
     score = score.masked_fill(score.isinf(), torch.nan)

@@ -30,7 +30,7 @@ def tile_classes(n: int, d: int, element_size: int) -> int:
     return max(16, TILE_BYTES // (max(n + d, 1) * element_size))
 
 
-def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
+def workspace_bytes(n: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
     """Peak memory of forward and backward beyond inputs and gradients."""
     size = accumulate_dtype(dtype).itemsize
     return int(LIVE_TILES * tile_classes(n, d, size) * (n + d) * size) + 3 * n * d * size

@@ -69,19 +69,21 @@ SIZES = {
 }
 
 
-def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
+def workspace_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
     """Peak memory of forward and backward beyond inputs and gradients, at most."""
     host = cuda_launch.on_host()
-    return max(_extra_bytes(s, n, d, host) for a, s in SIZES.items() if host == (a == "interpret"))
+    return max(
+        _workspace_bytes(s, n, d, host) for a, s in SIZES.items() if host == (a == "interpret")
+    )
 
 
 def workspace(p: Inputs, needs: Needs | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
     n, d = p.x.shape
-    return extra_bytes(n, d, p.weight.dtype, p.precision)
+    return workspace_bytes(n, d, p.weight.dtype, p.precision)
 
 
-def _extra_bytes(sizes: Sizes, n: int, d: int, host: bool) -> int:
+def _workspace_bytes(sizes: Sizes, n: int, d: int, host: bool) -> int:
     block = max(1, min(n, sizes.rows))
     chunk = sizes.chunk(block, sizes.classes)
     # the chunk's rows, gathered or cast, in one dtype or two, and its dW; columns' values

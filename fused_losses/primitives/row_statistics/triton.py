@@ -37,7 +37,7 @@ HELD = {1: 0, 2: 0, 3: 1, 4: 3}
 ROWS_IN_TILES = 8  # 256 rows are as many bytes as eight tiles of 32 classes
 
 
-def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
+def workspace_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
     """Peak memory of forward and backward beyond inputs and gradients, at most."""
     chunk = MAX_CHUNK * (d + min(n, ROW_BLOCK)) * 4  # of dW and of G, float32 at the most
     return max(PARTIAL_BYTES, chunk) + 3 * n * d * 4
@@ -46,7 +46,7 @@ def extra_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
 def workspace(p: Inputs, needs: Needs | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
     n, d = p.x.shape
-    return extra_bytes(n, d, p.weight.dtype, p.precision)
+    return workspace_bytes(n, d, p.weight.dtype, p.precision)
 
 
 def _table(p: Problem) -> Table:

@@ -12,7 +12,7 @@ from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.primitives.row_update.inputs import Adamw, Sgd
 from fused_losses.primitives.row_update.rules import log_of
 
-RULES = ("sgd", "adamw")  # that have a kernel
+KERNELS = ("sgd", "adamw")  # that have a kernel
 
 
 def run(p: Sgd | Adamw) -> None:

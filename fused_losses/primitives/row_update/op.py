@@ -319,9 +319,9 @@ def _run(p: RowStep, backend: str | None) -> None:
         raise RuntimeError(
             "backend='triton' cannot run this call: rows are updated on cuda, cpu and bounded"
         )
-    if p.rule not in cuda.RULES or p.rounding_key is not None:
+    if p.rule not in cuda.KERNELS or p.rounding_key is not None:
         if name == "cuda":
-            what = f"{p.rule}_rows_" if p.rule not in cuda.RULES else "stochastic rounding"
+            what = f"{p.rule}_rows_" if p.rule not in cuda.KERNELS else "stochastic rounding"
             raise RuntimeError(f"backend='cuda' cannot run this call: no CUDA kernel has {what}")
         if name == "auto" and p.weight.device.type != "cpu":
             name = "bounded"
@@ -345,5 +345,5 @@ for _rule in (Sgd, Adamw, Adagrad, CatchUp):
     _define(_rule, "bounded")
     if not backends.unavailable("cpu"):
         _define(_rule, "cpu")
-    if _rule.rule in cuda.RULES:
+    if _rule.rule in cuda.KERNELS:
         _define(_rule, "cuda")

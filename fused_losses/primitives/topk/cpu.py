@@ -8,7 +8,7 @@ from fused_losses.backends.cpu.capability import extension
 from fused_losses.primitives.topk.inputs import TopkInputs
 
 
-def extra_bytes(
+def workspace_bytes(
     n: int, d: int, k: int, dtype: torch.dtype, triangle: bool, late: bool = False
 ) -> int:
     """Peak memory of `select` beyond its inputs and what it returns.
@@ -24,4 +24,4 @@ def workspace(p: TopkInputs) -> int:
     # of which half the pairs are taken
     triangle = p.symmetric and p.skip_self
     n, d = p.x.shape
-    return extra_bytes(n, d, p.k, p.x.dtype, triangle, p.codes is not None)
+    return workspace_bytes(n, d, p.k, p.x.dtype, triangle, p.codes is not None)

@@ -27,7 +27,7 @@ from fused_losses.primitives.topk import bounds
 from fused_losses.primitives.topk import certified as certified_topk
 from fused_losses.primitives.topk.bounds import BF16, IEEE, on_tensor_cores
 from fused_losses.primitives.topk.certified import Judge, Screen
-from fused_losses.primitives.topk.inputs import KINDS, MATCHES, TopkInputs
+from fused_losses.primitives.topk.inputs import MATCHES, TOPK_KINDS, TopkInputs
 
 TILE_BYTES = 16 << 20  # of products: with a block of the bank, in the L2 of an A100 and later
 HOST_TILE_BYTES = 1 << 20  # in the host execution: several tiles of few rows
@@ -179,7 +179,7 @@ def _bank(
         parts=len(longest),
         type=ELEMENTS[y.dtype],
         group=0,
-        kind=KINDS.index(p.kind),
+        kind=TOPK_KINDS.index(p.kind),
         largest=p.largest,
     )
 
@@ -336,7 +336,7 @@ def _exact(
         places=0,
         x_type=ELEMENTS[p.x.dtype],
         y_type=ELEMENTS[p.y.dtype],
-        kind=KINDS.index(p.kind),
+        kind=TOPK_KINDS.index(p.kind),
         largest=p.largest,
         **_pairs(p),
     )

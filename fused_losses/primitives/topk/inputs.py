@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-KINDS = ("dot", "cosine", "sqeuclidean")
+TOPK_KINDS = ("dot", "cosine", "sqeuclidean")
 
 MATCHES = ("any", "same", "different")
 
