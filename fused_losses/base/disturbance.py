@@ -10,7 +10,7 @@ where a slope jumps, where one term rules. docs/reliability.md says what each op
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -246,33 +246,48 @@ _RULES: dict[str, Rule] = {
 }
 
 
-def movement(
-    outcome: Callable[[], list[Tensor]],
-    truth: list[Tensor],
-    dtype: torch.dtype,
-    width: int,
-    *,
-    lowered: float = 0.0,
-) -> list[float]:
-    """How far roundings moved each part of an outcome at most, in norm.
+class Movement:
+    """How far roundings move each part of an outcome at most, in norm; drawn as far as is needed.
 
     outcome computes in float64, forward and backward; truth is what it returns undisturbed.
     lowered: of `LOWERED`, by a call's precision.
     """
-    most = [0.0] * len(truth)
-    shapes = [tuple(part.shape) for part in truth]
-    # with narrowed factors a term may well be taken across a jump: more draws, to see it
-    for seed in range(2 * SAMPLES if lowered else SAMPLES):
-        with Disturbed(dtype, width, lowered=lowered, shapes=shapes, seed=seed):
-            moved = outcome()
-        for i, (part, right) in enumerate(zip(moved, truth, strict=True)):
-            most[i] = max(most[i], distance(part, right))
-    return most
 
+    def __init__(
+        self,
+        outcome: Callable[[], list[Tensor]],
+        truth: list[Tensor],
+        dtype: torch.dtype,
+        width: int,
+        *,
+        lowered: float = 0.0,
+    ) -> None:
+        self._outcome, self._truth = outcome, truth
+        shapes = [tuple(part.shape) for part in truth]
+        self._mode = partial(Disturbed, dtype, width, lowered=lowered, shapes=shapes)
+        # with narrowed factors a term may well be taken across a jump: more draws, to see it
+        self._samples = 2 * SAMPLES if lowered else SAMPLES
+        self._times = SURE_LOWERED if lowered else SURE
+        self._most, self._drawn = [0.0] * len(truth), 0
 
-def sure(lowered: float) -> float:
-    """How many times the largest movement a result may be off."""
-    return SURE_LOWERED if lowered else SURE
+    def bounds(self, errors: Sequence[float], spare: Sequence[float]) -> list[float]:
+        """What each part may be off: the movement's share and what is spare.
+
+        One more movement is drawn while an error is above its bound: further ones only widen it.
+        """
+        while True:
+            found = [self._times * m + s for m, s in zip(self._most, spare, strict=True)]
+            within = all(e <= b for e, b in zip(errors, found, strict=True))
+            if within or self._drawn == self._samples:
+                return found
+            self._draw()
+
+    def _draw(self) -> None:
+        with self._mode(seed=self._drawn):
+            moved = self._outcome()
+        apart = [distance(part, right) for part, right in zip(moved, self._truth, strict=True)]
+        self._most = [max(pair) for pair in zip(self._most, apart, strict=True)]
+        self._drawn += 1
 
 
 def rounded_once(stored: Tensor, size: float) -> float:

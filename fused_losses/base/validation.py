@@ -337,6 +337,8 @@ def no_target(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.where(labels == ignore_index, NO_TARGET, stray)
 
 
-def check_smoothing(label_smoothing: float) -> None:
+def checked_smoothing(label_smoothing: float) -> float:
+    """The value, a float: numpy's take over the products that they stand in."""
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a value in [0, 1], got {label_smoothing}")
+    return label_smoothing if isinstance(label_smoothing, int | float) else float(label_smoothing)

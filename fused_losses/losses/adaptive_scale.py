@@ -23,6 +23,7 @@ from fused_losses.base.examples import examples
 from fused_losses.base.numerics import no_autocast
 from fused_losses.base.parameters import check_parameter
 from fused_losses.losses.class_rows import ClassOptions, class_rows
+from fused_losses.losses.positions import over_positions
 
 BACKGROUNDS = ("sample", "median", "mean")
 
@@ -118,6 +119,7 @@ def lower_median(values: Tensor, valid: Tensor | None = None) -> Tensor:
     return torch.where((values.isnan() & valid).any(), torch.nan, middle)
 
 
+@over_positions
 def adaptive_margin_softmax(
     embeddings: Tensor,  # [N, D]
     weight: Tensor,  # [C, D]

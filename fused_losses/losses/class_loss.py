@@ -17,10 +17,12 @@ from fused_losses.losses.class_values import (
     Softmax,
     SphereFace2,
 )
+from fused_losses.losses.positions import over_positions
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import class_statistics, class_targets
 
 
+@over_positions
 def class_loss(
     embeddings: Tensor,
     weight: Tensor,

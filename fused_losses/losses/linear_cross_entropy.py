@@ -11,16 +11,18 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, no_autocast
-from fused_losses.base.validation import check_plain, check_smoothing, meet
+from fused_losses.base.numerics import accumulate_dtype, autocasts, no_autocast
+from fused_losses.base.validation import check_plain, checked_smoothing, meet
 from fused_losses.losses.margin_softmax import kept_classes, margin_softmax, row_weights
+from fused_losses.losses.positions import over_positions
 from fused_losses.primitives.row_statistics.op import row_statistics
 
 
+@over_positions
 def linear_cross_entropy(
-    input: Tensor,  # [N, D] or [D]
+    input: Tensor,  # [N, D], [D] or [..., D]
     linear_weight: Tensor,  # [C, D]
-    target: Tensor,  # [N], [] or probabilities [N, C], [C]
+    target: Tensor,  # [N], [], [...] or probabilities [N, C], [C], [..., C]
     *,
     linear_bias: Tensor | None = None,  # [C]
     weight: Tensor | None = None,  # [C]
@@ -35,10 +37,12 @@ def linear_cross_entropy(
     """`torch.nn.functional.linear_cross_entropy` without the N x C logits.
 
     cross_entropy(linear(input, linear_weight, linear_bias), target, ...) with torch's signature,
-    semantics (a mean over no rows is NaN) and dtype; `options` (torch's chunking) is accepted and
-    not needed. Class probabilities [N, C] as target cost one product [N, C] x [C, D], no logits.
-    A K-dimensional loss (linear_weight with more than two dimensions) is refused: call once for
-    each position. Memory, precision, budget and errors as in `margin_softmax`.
+    semantics (a mean over no rows is NaN) and dtype, under autocast float32 (float64 of float64);
+    `options` (torch's chunking) is accepted and not needed. input [..., D] has a row for each
+    position, beside target [...] or [..., C]. Class probabilities [N, C] as target cost one product
+    [N, C] x [C, D], no logits. A K-dimensional loss (linear_weight with more than two dimensions)
+    is refused: call once for each position. Memory, precision, budget and errors as in
+    `margin_softmax`.
     """
     check_plain(label_smoothing=label_smoothing)
     single = input.dim() == 1
@@ -51,7 +55,7 @@ def linear_cross_entropy(
     validation.check_pair("input", rows, "linear_weight", linear_weight)
     validation.check_choice("precision", precision, validation.PRECISIONS)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    check_smoothing(label_smoothing)
+    label_smoothing = checked_smoothing(label_smoothing)
     n, c = rows.shape[0], linear_weight.shape[0]
     for name, vector in (("linear_bias", linear_bias), ("weight", weight)):
         if vector is not None:
@@ -98,7 +102,8 @@ def linear_cross_entropy(
         assert isinstance(loss, Tensor)  # no stats were asked for
         if reduction == "mean":
             loss = loss / row_weights(labels.long(), ignored, weight, loss).sum()
-    loss = loss.to(input.dtype)
+    # autocast has cross_entropy in float32, whatever the logits come in
+    loss = loss.to(accumulate_dtype(rows.dtype) if autocasts(input.device) else input.dtype)
     return loss[0] if single and reduction == "none" else loss
 
 

@@ -13,24 +13,26 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, followed, no_autocast, unit_rows
-from fused_losses.base.parameters import check_margin
-from fused_losses.base.validation import GRADIENTS, check_plain, check_smoothing, meet, no_target
+from fused_losses.base.parameters import check_above, check_margin
+from fused_losses.base.validation import GRADIENTS, check_plain, checked_smoothing, meet, no_target
 from fused_losses.losses import reference as losses_reference
 from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
 from fused_losses.losses.class_loss import class_loss
 from fused_losses.losses.class_values import Softmax
 from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
 from fused_losses.losses.margin_softmax_stats import MarginSoftmaxStats, blanked, reference_stats
+from fused_losses.losses.positions import over_positions
 from fused_losses.margins import ArcFace, CosFace, Margin, MVSoftmax
 from fused_losses.primitives.row_statistics import bounded
 from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING
 from fused_losses.primitives.row_statistics.op import RowStatistics, row_statistics
 
 
+@over_positions
 def margin_softmax(
-    embeddings: Tensor,  # [N, D]
+    embeddings: Tensor,  # [N, D] or [..., D]
     weight: Tensor,  # [C, D] or [C, K, D]
-    labels: Tensor,  # [N] or [N, L]
+    labels: Tensor,  # [N] or [N, L]; [...] or [..., L]
     *,
     margin: Any = ArcFace(0.5),
     scale: float | Tensor = 64.0,
@@ -60,14 +62,15 @@ def margin_softmax(
     label_smoothing, class_weight, memory_budget nor return_stats.
 
     Args:
-        embeddings: [N, D] float32, bfloat16, float16 or float64.
+        embeddings: [N, D] float32, bfloat16, float16 or float64; [..., D] beside labels [...]: a
+            row for each position, whose results of a row come in the shape [...].
         weight: [C, D] class centres, of the same dtype (under torch.autocast the embeddings take
             the weight's dtype; `precision` alone says how products are computed).
         labels: [N] int64 in [0, C), or `ignore_index`.
         margin: None, an object of `fused_losses.margins`, any callable on the target cosine, a
             `ClassLoss` or an `AdaptiveScale` (which have scales of their own).
-        scale: > 0; a float, a scalar tensor or one value a row [N]; may need a gradient, but with
-            a margin that bends only on the reference (NotImplementedError elsewhere).
+        scale: > 0; a number, a tensor of one value or of one a row [N]; may need a gradient, but
+            with a margin that bends only on the reference (NotImplementedError elsewhere).
         normalize: divide rows of both sides by their norm; zero rows, and rows of the weight with
             norm <= 1e-12, count as zero and get gradient zero. False: the products are taken for
             cosines as they are.
@@ -126,8 +129,8 @@ def margin_softmax(
     validation.check_choice("precision", precision, validation.PRECISIONS)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     validation.check_choice("gradient", gradient, GRADIENTS)
-    _check_scale(scale, embeddings)
-    check_smoothing(label_smoothing)
+    scale = _checked_scale(scale, embeddings)
+    label_smoothing = checked_smoothing(label_smoothing)
     if memory_budget < 0:
         raise ValueError(f"memory_budget: expected bytes >= 0, got {memory_budget}")
     for name, vector in (("bias", bias), ("class_weight", class_weight)):
@@ -358,17 +361,21 @@ def _reduce(
     return loss.sum() * (total != 0) / torch.where(total == 0, 1, total)
 
 
-def _check_scale(scale: float | Tensor, embeddings: Tensor) -> None:
+def _checked_scale(scale: float | Tensor, embeddings: Tensor) -> float | Tensor:
+    """A float, or a tensor [] or [N]."""
     if isinstance(scale, Tensor):
         n = embeddings.shape[0]
+        if scale.dim() == 1 and scale.shape[0] == 1:  # a parameter that learns often has a row
+            scale = scale.reshape(())
         if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != n):
             raise ValueError(
                 f"scale: expected a number, a scalar tensor or shape ({n},), got "
                 f"{validation.describe(scale)}"
             )
         validation.check_device("embeddings", embeddings, "scale", scale)
-    elif not scale > 0:
-        raise ValueError(f"scale: expected a value > 0, got {scale}")
+        return scale
+    check_above("scale", scale)
+    return scale if isinstance(scale, int | float) else float(scale)
 
 
 examples(

@@ -14,6 +14,7 @@ from fused_losses.base.parameters import check_margin
 from fused_losses.base.validation import GRADIENTS, number
 from fused_losses.losses.class_rows import ClassOptions, class_rows
 from fused_losses.losses.margin_calls import apply_margin, penalty_of
+from fused_losses.losses.positions import over_positions
 from fused_losses.margins import CosFace, Margin
 from fused_losses.primitives.shared_negatives.op import _check_whisker, add_shared, shared_negatives
 
@@ -33,6 +34,7 @@ class UNPG:
         return shared_negatives(embeddings, labels, scale=scale, whisker=self.whisker, **options)
 
 
+@over_positions
 def unpg_margin_softmax(
     embeddings: Tensor,  # [N, D]
     weight: Tensor,  # [C, D]

@@ -182,6 +182,8 @@ def _log_joint_rows(
 
     The product of two Gaussian kernels is one Gaussian kernel on the features side by side.
     """
+    # what three sweeps send to a row cancels: 16 bits would round each
+    x, y = (t.to(accumulate_dtype(t.dtype)) for t in (x, y))
     # near 0 a factor rounds less
     moved, _ = exactly_centered(y, None)
     joint = _side_by_side(x, moved, widths[0] / widths[1])
@@ -292,9 +294,10 @@ def cauchy_schwarz_divergence(
         def rows(u: Tensor, v: Tensor | None, width: Tensor = width) -> Tensor:
             return _log_row_sums(u, v, "gaussian", width, precision, backend)
 
+        x, *both = (t.to(accumulate_dtype(t.dtype)) for t in (x, target, predicted))
         # K^2 is the Gaussian kernel of a bandwidth smaller by sqrt(2)
         weight = rows(x, None, width / math.sqrt(2))
-        sides = exactly_centered(target, predicted)
+        sides = exactly_centered(*both)
         true, guess = (_side_by_side(x, t, width / other) for t in sides)
         terms = [
             over_last(s - weight) for s in (rows(true, None), rows(guess, None), rows(guess, true))

@@ -87,6 +87,7 @@ def test_a_peer_that_is_not_there_is_named(capsys) -> None:
     assert "without no_such_peer" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_runs_cases_with_their_compiled_rivals(tmp_path, capsys) -> None:
     names = ("batch_hard_mining", "cityblock_gradient", "topk")
     options = [part for name in names for part in ("--case", name)]

@@ -42,6 +42,7 @@ def test_floors() -> None:
     assert made("info_nce", "none").gradients_mib == (2 * n * d + 1) * 4 / 2**20
 
 
+@pytest.mark.slow
 def test_bench_runs_a_case_with_its_compiled_rivals(tmp_path, capsys) -> None:
     options = ["--case", "info_nce", "--pairs", "48,32", "--rounds", "1", "--no-growth"]
     assert cli.main(["bench", *options, "--out", str(tmp_path)]) == 0

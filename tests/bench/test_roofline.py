@@ -127,6 +127,7 @@ def works(name: str, direction: str, way: str, gpu: str = "H100") -> list[Work]:
     return traced(op, way, PEAKS[gpu])
 
 
+@pytest.mark.slow
 def test_every_kernel_that_is_launched_has_a_closed_form() -> None:
     """A launch without one raises; these are all ways of all operations, on one GPU each."""
     for i, op in enumerate(ops()):

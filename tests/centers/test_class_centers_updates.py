@@ -247,6 +247,7 @@ print(json.dumps({name: [made(c, **options) for c in (80_000, 320_000)]
 )
 
 
+@pytest.mark.slow
 def test_no_gradient_of_the_table_ever_exists() -> None:
     """Beyond table and momentum: a few chunks, and a few numbers a class for the sample's ids."""
     told = told_by_child(CHILD, None)

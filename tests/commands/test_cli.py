@@ -61,6 +61,7 @@ def test_verify_fails_when_a_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch, ca
     assert "FAIL" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_writes_table_record_and_plots(tmp_path, capsys) -> None:
     options = ["--case", "margin_softmax", "--shape", "16,300,32", "--rounds", "2", "--no-growth"]
     options += ["--out", str(tmp_path)]

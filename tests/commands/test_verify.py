@@ -93,7 +93,10 @@ def test_gradients_that_are_nan_fail(name: str, monkeypatch: pytest.MonkeyPatch)
     assert table and not any(row.passed for row in table)
 
 
-@pytest.mark.parametrize("name", ["info_nce", "circle", "contrastive", "histogram", "fast_ap"])
+SLOW = pytest.param("fast_ap", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "circle", "contrastive", "histogram", SLOW])
 def test_a_bound_is_neither_below_honest_results_nor_empty(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,6 +207,7 @@ def test_a_damaged_cache_is_named(few_fonts: Path, tmp_path: Path) -> None:
             load_glyphs([few_fonts], **few)
 
 
+@pytest.mark.slow
 def test_processes_draw_the_same(few_fonts: Path, tmp_path: Path) -> None:
     some = {"characters": range(0x21, 0x100), "size": 16}
     one = load_glyphs([few_fonts], cache=tmp_path / "one", processes=1, **some)

@@ -5,39 +5,72 @@
 
 from __future__ import annotations
 
-import os
+import inspect
+from collections.abc import Callable
 
 import pytest
-from draws import CASES, DRAWS, Draw, excess, refused
-from hypothesis import HealthCheck, Phase, given, settings
+from choice_draws import CHOICES
+from draws import CASES, DRAWS, Draw, judge, unjudged
+from fuzz_settings import drawn
+from hypothesis import given
+from margin_draws import CLASS_LOSSES, MARGINS
+from metric_draws import SIMILARITIES
 from pair_cases import Case
 
-# of a function, over its variants; FUSED_LOSSES_FUZZ=1000 looks longer
-EACH = int(os.environ.get("FUSED_LOSSES_FUZZ", "50"))
+from fused_losses import class_losses, functional, margins, metrics, miners
+from fused_losses.pairwise import distance
+from fused_losses.pairwise import metrics as pairwise_metrics
+
+CALLS = 6  # of a draw, about
 
 
 def _examples(case: Case) -> int:
-    family = case.name.split("_")[0]
-    return max(4, -(-EACH // sum(name.split("_")[0] == family for name in CASES)))
+    variants = sum(other.function is case.function for other in CASES.values())
+    return -(-50 // (CALLS * variants))
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_hard_data(name: str) -> None:
     case = CASES[name]
 
-    @settings(
-        derandomize=True,
-        max_examples=_examples(case),
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn(_examples(case))
     @given(DRAWS)
     def check(draw: Draw) -> None:
-        if refused(case, draw):
+        if unjudged(case, draw):
             return
-        share, found = excess(case, draw)
-        assert share <= 1, (draw, found)
+        for verdict in judge(case, draw):
+            assert verdict.share <= 1, (draw, verdict)
 
     check()
+
+
+def test_nothing_public_is_missing() -> None:
+    """Each function, margin, class loss, metric, miner and name of a distance is drawn."""
+    known = {case.function for case in CASES.values()} | {choice.function for choice in CHOICES}
+    public = {getattr(functional, name) for name in functional.__all__}
+    assert {f for f in public if not isinstance(f, type)} <= known
+    of_rows = {f for name, f in vars(metrics).items() if "embeddings" in _parameters(f)}
+    # `test_all_pairs` draws it
+    assert of_rows - {metrics.all_pairs_tar_at_far} <= known
+    made = {
+        m for m in vars(miners).values() if isinstance(m, type) and m.__module__.endswith(".miners")
+    }
+    private = {m for m in made if m.__name__.startswith("_")}
+    # `test_distance_weighted` draws it
+    assert made - private - {miners.Miner, miners.DistanceWeightedMiner} <= known
+    kinds = {m.__name__ for m in vars(margins).values() if _is_margin(m)}
+    assert kinds == {name.split("_")[0] for name in MARGINS} - {"none"}
+    assert set(class_losses.__all__) == {*CLASS_LOSSES, "ClassLoss", "MergedRows", "class_loss"}
+    assert set(SIMILARITIES) == set(distance.SIMILARITIES)
+    names = {name.removeprefix("pairwise_") for name in CASES}
+    assert set(pairwise_metrics.METRICS) <= names
+    assert {f"weighted_{name}" for name in pairwise_metrics.WEIGHTED} <= names
+
+
+def _parameters(f: object) -> dict:
+    return dict(inspect.signature(f).parameters) if inspect.isfunction(f) else {}
+
+
+def _is_margin(kind: object) -> bool:
+    here = isinstance(kind, type) and kind.__module__ == margins.__name__
+    return here and issubclass(kind, Callable) and not kind.__name__.startswith("_")

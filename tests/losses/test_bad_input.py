@@ -164,9 +164,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "class_weight: expected a floating point tensor one value a class [C], got list",
     ),
-    "scale-zero": ({"scale": 0.0}, ValueError, "scale: expected a value > 0, got 0.0"),
-    "scale-negative": ({"scale": -3}, ValueError, "scale: expected a value > 0, got -3"),
-    "scale-nan": ({"scale": float("nan")}, ValueError, "scale: expected a value > 0, got nan"),
+    "scale-zero": ({"scale": 0.0}, ValueError, "scale: expected a finite value > 0, got 0.0"),
+    "scale-negative": ({"scale": -3}, ValueError, "scale: expected a finite value > 0, got -3"),
+    "scale-nan": ({"scale": float("nan")}, ValueError, "scale: expected a number, got nan"),
     "scale-of-wrong-shape": (
         {"scale": torch.ones(C)},
         ValueError,

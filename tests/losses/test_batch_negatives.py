@@ -431,6 +431,7 @@ print(json.dumps({str(n): run(n, "bounded") for n in (700, 2100)}))
 )
 
 
+@pytest.mark.slow
 def test_peak_is_a_tiles_and_what_explain_says() -> None:
     told = told_by_child(CHILD, None, OMP_WAIT_POLICY="passive")
     for n, (peak, said) in told.items():

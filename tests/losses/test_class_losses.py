@@ -579,6 +579,7 @@ def fresh_compiler() -> object:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compile_without_breaks_for_any_batch_size() -> None:
     bent = Softmax(curricular(0.3).eval())
@@ -769,6 +770,7 @@ print(json.dumps({f"{backend} {name}": run(made, centers, n, d, c, backend)
 )
 
 
+@pytest.mark.slow
 def test_peak_is_bounded_whatever_the_number_of_classes() -> None:
     for name in MEASURED:
         require(name)

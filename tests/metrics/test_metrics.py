@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 from conftest import widest
-from metric_oracles import distances
-from torch import Tensor
+from metric_oracles import by_loops, distances, rankings
 
 from fused_losses import metrics
 from fused_losses.metrics import knn, search
@@ -18,47 +17,6 @@ RANKED = ("recall_at_k", "precision_at_k", "map_at_k")
 
 def batch(n: int, d: int, classes: int, dtype: torch.dtype = torch.float64) -> tuple:
     return torch.randn(n, d, dtype=torch.float64).to(dtype), torch.randint(0, classes, (n,))
-
-
-def rankings(d: Tensor, own: bool, ids=None, ref_ids=None) -> list[list[int]]:
-    """Each query's columns, nearest first, the lowest of equals."""
-    out = []
-    ids, ref_ids = (None if t is None else t.tolist() for t in (ids, ref_ids))
-    for i, row in enumerate(d.tolist()):
-        columns = [
-            j
-            for j in range(len(row))
-            if not (own and i == j) and not (ids is not None and ids[i] == ref_ids[j])
-        ]
-        out.append(sorted(columns, key=lambda j: (row[j], j)))
-    return out
-
-
-def by_loops(name: str, order: list[list[int]], labels, ref_labels, k: int | None) -> tuple:
-    """(mean, queries that count)"""
-    labels, ref_labels, values = labels.tolist(), ref_labels.tolist(), []
-    for i, columns in enumerate(order):
-        hits = [labels[i] == ref_labels[j] for j in columns]
-        relevant = sum(hits)
-        if not relevant:
-            continue
-        precision = [sum(hits[: r + 1]) / (r + 1) for r in range(len(hits))]
-        first = hits.index(True)
-        at_hits = [p if h else 0.0 for p, h in zip(precision, hits, strict=True)]
-        if name == "recall_at_k":
-            value = float(any(hits[:k]))
-        elif name == "precision_at_k":
-            value = sum(hits[:k]) / k
-        elif name == "map_at_k":
-            value = sum(at_hits[:k]) / min(relevant, k)
-        elif name == "map_at_r":
-            value = sum(at_hits[:relevant]) / relevant
-        elif name == "r_precision":
-            value = sum(hits[:relevant]) / relevant
-        else:
-            value = 1 / (first + 1) if k is None or first < k else 0.0
-        values.append(value)
-    return (sum(values) / len(values) if values else math.nan), len(values)
 
 
 def check(found: metrics.Retrieval, want: tuple, n: int) -> None:

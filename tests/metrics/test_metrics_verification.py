@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from metric_oracles import distances
+from metric_oracles import accuracy_by_loops, distances, rates
 from torch import Tensor
 
 from fused_losses import metrics
@@ -20,11 +20,6 @@ def pairs(n: int, step: float | None) -> tuple[Tensor, Tensor]:
     same = torch.rand(n) < 0.4
     scores = torch.randn(n, dtype=torch.float64) + same
     return (scores if step is None else (scores / step).round() * step), same
-
-
-def rates(scores: Tensor, same: Tensor, threshold: float) -> tuple[float, float]:
-    above = scores > threshold
-    return float(above[~same].double().mean()), float(above[same].double().mean())
 
 
 @pytest.mark.parametrize("step", [None, 0.5])
@@ -86,26 +81,6 @@ def test_tar_at_far(step: float | None) -> None:
         if len(lower):
             below = float(lower.max()) - 1e-9
             assert rates(scores, same, below)[0] > far or far >= 1
-
-
-def accuracy_by_loops(
-    scores: Tensor, same: Tensor, fold: list[int]
-) -> tuple[list[float], list[float]]:
-    """(accuracy, threshold) of each fold."""
-    out, thresholds = [], []
-    for f in sorted(set(fold)):
-        mine = torch.tensor([g == f for g in fold])
-        values = sorted(set(scores[~mine].tolist()))
-        candidates = [
-            values[0] - 1,
-            *((a + b) / 2 for a, b in itertools.pairwise(values)),
-            values[-1] + 1,
-        ]
-        right = [int(((scores[~mine] > t) == same[~mine]).sum()) for t in candidates]
-        threshold = candidates[right.index(max(right))]
-        thresholds.append(threshold)
-        out.append(float(((scores[mine] > threshold) == same[mine]).double().mean()))
-    return out, thresholds
 
 
 @pytest.mark.parametrize("step", [None, 0.5])

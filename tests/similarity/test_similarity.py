@@ -172,6 +172,7 @@ def test_no_rows(backend: str) -> None:
     assert fl.kernel_mean(x, y, backend=backend) == 0
 
 
+@pytest.mark.slow
 def test_compiles_whole() -> None:
     def call(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
         options = {"similarity": "rbf", "backend": "bounded"}

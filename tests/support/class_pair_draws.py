@@ -105,7 +105,14 @@ NEAREST = {
 _smooth = dict(margin=None, scale=20.0, label_smoothing=0.1)
 _cosface = dict(margin=CosFace(0.35))
 MORE = [
-    Case(name, proxies, called(function, *OF_CLASSES, **options), formula, CLASSES)
+    Case(
+        name,
+        proxies,
+        called(function, *OF_CLASSES, **options),
+        formula,
+        CLASSES,
+        function=getattr(fl, function),
+    )
     for name, function, options, formula in (
         ("linear_cross_entropy", "linear_cross_entropy", {}, linear),
         ("margin_softmax_cosface", "margin_softmax", _cosface, cosface),
@@ -113,8 +120,18 @@ MORE = [
     )
 ]
 MORE += [
-    Case(f"pairwise_{m}", matrices, called("pairwise_distance", "x", "y", metric=m), f, TOWERS)
+    Case(
+        f"pairwise_{m}",
+        matrices,
+        called("pairwise_distance", "x", "y", metric=m),
+        f,
+        TOWERS,
+        function=fl.pairwise_distance,
+    )
     for m, f in MATRICES.items()
 ]
-MORE += [Case(f"pairwise_topk_{m}", matrices, nearest(m), f, TOWERS) for m, f in NEAREST.items()]
-MORE += [Case("maxsim_padded", texts, called("maxsim", "x", "y"), late, TOWERS)]
+MORE += [
+    Case(f"pairwise_topk_{m}", matrices, nearest(m), f, TOWERS, function=fl.pairwise_topk)
+    for m, f in NEAREST.items()
+]
+MORE += [Case("maxsim_padded", texts, called("maxsim", "x", "y"), late, TOWERS, function=fl.maxsim)]

@@ -1,43 +1,81 @@
-"""Draws of hard data: a call of a loss or similarity, and how far its results may be off.
+"""Draws of hard data: calls of a loss or similarity, and how far their results may be off.
 
-The bound of each result is what roundings do at its very inputs: `fused_losses.base.disturbance`
-under the literal formula, which shares no code with the package. docs/reliability.md.
+A draw makes inputs; every backend is called with them, in several layouts and precisions. The bound
+of each result is what roundings do at these very inputs: `fused_losses.base.disturbance` under the
+literal formula, which shares no code with the package. docs/reliability.md.
 """
 
 from __future__ import annotations
 
+import inspect
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import hypothesis.strategies as st
+import margin_draws
+import metric_draws
 import pair_cases
 import row_loss_cases
 import torch
 from class_pair_draws import MORE
 from conftest import BACKENDS
-from hard_data import KINDS, LABELS
+from hard_data import ALIGNED, KINDS, LABELS, aligned
+from layouts import LAYOUTS, relaid
 from pair_cases import Case, Inputs, outcome
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.base.disturbance import SURE, distance, movement, rounded_once
+from fused_losses.base.disturbance import LOWERED, Movement, distance, rounded_once
 from fused_losses.base.numerics import ROUNDOFF, accumulate_dtype
 
-TABLES = (*pair_cases.LOSSES, *pair_cases.SIMILARITIES, *row_loss_cases.ROWS, *MORE)
+TABLES = (
+    *pair_cases.LOSSES,
+    *pair_cases.SIMILARITIES,
+    *row_loss_cases.ROWS,
+    *MORE,
+    *margin_draws.DRAWN,
+    *metric_draws.DRAWN,
+)
 CASES = {case.name: case for case in TABLES}
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One call."""
+    """What the inputs are made from."""
 
     shape: tuple[int, int, int]
     kind: str
     labels: str
     dtype: torch.dtype
-    backend: str
     seed: int
 
 
+class Call(NamedTuple):
+    """One way to call a function with them."""
+
+    backend: str
+    layout: str = "contiguous"
+    precision: str = "fp32"
+
+
+class Verdict(NamedTuple):
+    """Of a call's value and of each gradient: name, error and bound."""
+
+    call: Call
+    found: list[tuple[str, float, float]]
+
+    @property
+    def share(self) -> float:
+        """The largest error in shares of its bound."""
+        return max((e / max(b, 1e-300) if e else 0.0 for _, e, b in self.found), default=0.0)
+
+
+# what is made hard: all rows, and none of the numbers that must be above 0
+ROWS = frozenset("x y z w v other few few_values first_bank second_bank negatives".split())
+NO_DIFFERENCE = ("cosine", "canberra", "hamming", "jaccard", "chebyshev")
 # where a promise ends, and why: these draws are not judged
 LIMITS: dict[str, tuple[str, ...]] = {
     # float32 loses softplus(-100), and with it a triplet that the mean would count
@@ -46,6 +84,8 @@ LIMITS: dict[str, tuple[str, ...]] = {
     "all_triplets_smooth_easy": ("clusters",),
     # costs of 1e6 over eps of 0.1: the exponents' own rounding is above 1
     "sinkhorn_dot": ("far", "clusters", "outlier"),
+    # exponents of 40,000, rounded with a row's norm, which all of its pairs share
+    "attention_rbf_different": ("clusters",),
     # which of equal neighbours are nearest is open
     "icnn": ("integers", "constant", "duplicates", "sparse"),
     # the hats of a histogram have no slope of their own where a value stands on a node
@@ -59,9 +99,38 @@ LIMITS: dict[str, tuple[str, ...]] = {
         ("maxsim_padded", "pairwise_topk_euclidean", "pairwise_topk_dot", "pairwise_topk_cosine"),
         ("integers", "constant", "duplicates", "sparse"),
     ),
+    # which of a class's equal centres gets the gradient is open; a row of zeros is equal to many
+    **dict.fromkeys(
+        (f"class_loss_{name}" for name in margin_draws.CLASS_LOSSES),
+        ("integers", "constant", "duplicates", "sparse", "clusters"),
+    ),
+    # weights multiply the rows: products rounded, of their own length, are subtracted
+    **dict.fromkeys(
+        (
+            f"pairwise_weighted_{name}"
+            for name in metric_draws.WEIGHTED
+            if name not in NO_DIFFERENCE
+        ),
+        ("clusters", "far"),
+    ),
+    "pairwise_mahalanobis": ("clusters", "far"),
+    # where a divergence is infinite its slopes are open
+    "pairwise_kl": ("integers", "sparse"),
+    # on which side of a threshold a tie falls
+    **dict.fromkeys(
+        ("harmonic_triplet", *(name for name in CASES if "triplets" in name and "semi" in name)),
+        ("integers", "constant", "duplicates"),
+    ),
     # which of equal prototypes is the nearest is open
     "prototype_triplet": ("integers", "constant", "duplicates"),
 }
+# on CUDA the bias' gradient sums G as the products have it, rounded; sum |G| is at most the loss,
+# since a sigmoid is at most its softplus
+SUMS_OF_G = {"sigmoid_contrastive": "bias", "sigmoid_contrastive_labels": "bias"}
+# with narrowed products: a score that passes a threshold is another loss
+CHOSEN = ("info_nce_false_negatives",)
+# and scores of so many products are rounded by more than 1, or sums near 1 leave noise
+VAST = ("clusters", "far", "outlier", "large")
 # 1 - cos, and sums of means near 1 that cancel: the error is of absolute size, in roundings of 1
 CANCEL = {
     "pairwise_cosine": 64.0,
@@ -71,17 +140,16 @@ CANCEL = {
     "cauchy_schwarz_divergence": 256.0,
 }
 
-SIDE = st.sampled_from([1, 2, 3, 5, 7, 13, 16, 17, 29, 33])
-WIDTH = st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 33, 65])
+SIDE = st.sampled_from([1, 2, 3, 5, 7, 8, 13, 15, 16, 17, 29, 31, 32, 33])
+WIDTH = st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 65])
 DRAWS = st.builds(
     Draw,
     shape=st.tuples(SIDE, SIDE, WIDTH),
-    kind=st.sampled_from(sorted(KINDS)),
+    kind=st.sampled_from(sorted([*KINDS, *ALIGNED])),
     labels=st.sampled_from(sorted(LABELS)),
     dtype=st.sampled_from(
         [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
     ),
-    backend=st.sampled_from(BACKENDS),
     seed=st.integers(0, 2**31),
 )
 
@@ -92,60 +160,105 @@ def inputs(case: Case, draw: Draw) -> Inputs:
         torch.manual_seed(draw.seed)
         made = vars(case.make(*draw.shape))
     generator = torch.Generator().manual_seed(draw.seed)
+    if set(made) == {"x", "labels", "temperature"}:  # one labelled batch
+        made["labels"] = LABELS[draw.labels](made["labels"])
     for name, value in made.items():
         if not value.is_floating_point():
             continue
         value = value.double()
-        if value.dim() > 1:
+        if value.dim() > 1 and draw.kind in KINDS and name in ROWS:
             value = KINDS[draw.kind](value, generator)
+        elif draw.kind in ALIGNED:
+            value = aligned(name, value, made, ALIGNED[draw.kind], draw.seed)
         made[name] = value.to(draw.dtype).double()
-    if set(made) == {"x", "labels", "temperature"}:  # one labelled batch
-        made["labels"] = LABELS[draw.labels](made["labels"])
     return Inputs(**made)
 
 
-def leaves_in(case: Case, t: Inputs, dtype: torch.dtype) -> Inputs:
-    return pair_cases.in_dtype(case, t, dtype)
+@lru_cache(maxsize=512)
+def takes_precision(case: Case) -> bool:
+    return case.function is not None and "precision" in inspect.signature(case.function).parameters
 
 
-def excess(case: Case, draw: Draw) -> tuple[float, list[tuple[str, float, float]]]:
-    """The largest error in shares of its bound; and of each result error and bound."""
-    exact = inputs(case, draw)
-    right = lambda: outcome(case, leaves_in(case, exact, torch.float64), case.formula)
-    truth = right()
-    moved = movement(right, truth, draw.dtype, draw.shape[2])
-    t = leaves_in(case, exact, draw.dtype)
-    stored: list[Tensor] = []
-
-    def called(t: Inputs) -> Tensor:
-        stored.append(case.call(t, backend=draw.backend))
-        return stored[0]
-
-    got = outcome(case, t, called)
-    stored += [getattr(t, name) for name in case.leaves]
-    if any(
-        float(w.abs().max()) > torch.finfo(s.dtype).max for w, s in zip(truth, stored, strict=True)
-    ):
-        return 0.0, []  # no number of that dtype is right
-    # what is moved about its mean is rounded as itself
-    slope = max(1.0, *(float(getattr(exact, name).abs().max()) for name in case.leaves))
+def calls(case: Case, draw: Draw) -> list[Call]:
+    """On each backend the plain call, and one in another layout; in a narrower precision one."""
+    choice = random.Random(draw.seed)
     found = []
-    for name, g, w, move, like in zip(
-        ("value", *case.leaves), got, truth, moved, stored, strict=True
-    ):
-        # stored by the op, and once more on its way to a leaf
-        bound = SURE * move + 2 * rounded_once(like, float(w.norm()))
-        bound += CANCEL.get(case.name, 0) * ROUNDOFF[accumulate_dtype(draw.dtype)] * slope
-        found.append((name, distance(g, w), bound))
-    return max(e / max(b, 1e-300) if e else 0.0 for _, e, b in found), found
+    for backend in BACKENDS:
+        found += [Call(backend), Call(backend, choice.choice(LAYOUTS))]
+        # in one dimension a direction is 1 or -1, without a slope: what is left is rounding alone
+        narrow = takes_precision(case) and not case.name.startswith(CHOSEN)
+        narrow = narrow and draw.kind not in VAST and case.name not in CANCEL
+        if narrow and backend in ("cpu", "cuda") and draw.shape[2] > 1:
+            found.append(Call(backend, precision=choice.choice(["tf32", "mixed", "bf16"])))
+    return [call for call in found if not _refused(call, draw)]
 
 
-def refused(case: Case, draw: Draw) -> bool:
-    if draw.kind in LIMITS.get(case.name, ()):
-        return True
-    if draw.dtype == torch.float16 and draw.kind in ("far", "clusters", "outlier"):
-        return True  # their products are beyond its range
-    if draw.backend == "reference":
+def _refused(call: Call, draw: Draw) -> bool:
+    if call.backend == "reference":
         # materialised in the dtype of its rows
         return draw.dtype in (torch.bfloat16, torch.float16)
-    return bool(backends.reasons_against(draw.backend, torch.device("cpu"), draw.dtype, "fp32"))
+    if call.backend == "cuda" and draw.dtype == torch.float16 and draw.kind == "tiny":
+        # G over a norm or a distance leaves float16's range
+        return True
+    device = torch.device("cpu")
+    return bool(backends.reasons_against(call.backend, device, draw.dtype, call.precision))
+
+
+def chooses(backend: str, draw: Draw) -> bool:
+    """Whether a backend takes rows of this dtype."""
+    return not backends.reasons_against(backend, torch.device("cpu"), draw.dtype, "fp32")
+
+
+def judge(case: Case, draw: Draw, which: list[Call] | None = None) -> Iterator[Verdict]:
+    """Each call's results against the truth; nothing where no number of the dtype is right."""
+    exact = inputs(case, draw)
+    right = lambda: outcome(case, pair_cases.in_dtype(case, exact, torch.float64), case.formula)
+    truth = right()
+    moved = lru_cache(
+        lambda lowered: Movement(right, truth, draw.dtype, draw.shape[2], lowered=lowered)
+    )
+    # what is moved about its mean is rounded as itself
+    slope = max(1.0, *(float(getattr(exact, name).abs().max()) for name in case.leaves))
+    spare = CANCEL.get(case.name, 0) * ROUNDOFF[accumulate_dtype(draw.dtype)] * slope
+    for call in calls(case, draw) if which is None else which:
+        t = pair_cases.in_dtype(case, exact, draw.dtype)
+        relaid(t, case.leaves, call.layout)
+        stored: list[Tensor] = []
+
+        def called(t: Inputs, call: Call = call, stored: list[Tensor] = stored) -> Tensor:
+            options = {"precision": call.precision} if call.precision != "fp32" else {}
+            stored.append(case.call(t, backend=call.backend, **options))
+            return stored[0]
+
+        got = outcome(case, t, called)
+        stored += [getattr(t, name) for name in case.leaves]
+        if any(
+            _size(w, torch.inf) > torch.finfo(s.dtype).max
+            for w, s in zip(truth, stored, strict=True)
+        ):
+            continue
+        errors = [distance(g, w) for g, w in zip(got, truth, strict=True)]
+        # stored by the op, and once more on its way to a leaf
+        spares = [
+            2 * rounded_once(like, _size(w)) + spare for w, like in zip(truth, stored, strict=True)
+        ]
+        if call.backend == "cuda" and case.name in SUMS_OF_G:
+            rough = max(LOWERED[call.precision], ROUNDOFF[draw.dtype])
+            at = 1 + case.leaves.index(SUMS_OF_G[case.name])
+            spares[at] += 2 * rough * float(truth[0])
+        bounds = moved(LOWERED[call.precision]).bounds(errors, spares)
+        if call.precision == "mixed":  # the value is exact
+            bounds[0] = moved(0.0).bounds(errors[:1] + [0.0] * len(case.leaves), spares)[0]
+        yield Verdict(call, list(zip(("value", *case.leaves), errors, bounds, strict=True)))
+
+
+def _size(t: Tensor, order: float = 2.0) -> float:
+    """The norm of what is finite."""
+    return float(torch.linalg.vector_norm(t.nan_to_num(0, 0, 0), order)) if t.numel() else 0.0
+
+
+def unjudged(case: Case, draw: Draw) -> bool:
+    if draw.kind in LIMITS.get(case.name, ()):
+        return True
+    # their products are beyond its range
+    return draw.dtype == torch.float16 and draw.kind in ("far", "clusters", "outlier")

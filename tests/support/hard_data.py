@@ -115,11 +115,25 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def aligned(labels: Tensor, rows: Tensor) -> Tensor:
-    """Rows of one class in one place, classes far apart: a loss near zero."""
-    generator = torch.Generator().manual_seed(0)
-    centers = torch.randn(int(labels.max()) % 997 + 1, rows.shape[-1], generator=generator)
-    return _unit(centers.to(rows)[labels % len(centers)]) + 0.01 * rows
+# the sign of x beside its class: a loss near zero, and one as large as it gets
+ALIGNED = {"aligned": 1.0, "anti-aligned": -1.0}
+
+
+def aligned(name: str, rows: Tensor, made: dict[str, Tensor], sign: float, seed: int) -> Tensor:
+    """Rows on the unit direction of their class and a little: x by `sign`, all others by 1.
+
+    made: the fields of the call, of which labels tell the classes; without, a row is its own.
+    """
+    if name not in ("x", "y", "w"):
+        return rows
+    own = torch.arange(len(rows))
+    labels = {"x": made.get("labels", made.get("targets", own)), "y": made.get("y_labels", own)}
+    at = labels.get(name, own)[: len(rows)]
+    at = own if len(at) < len(rows) else at.reshape(len(rows), -1)[:, 0] % 997
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(997, rows.shape[-1], generator=generator, dtype=rows.dtype)
+    place = _unit(directions)[at].view(len(rows), *[1] * (rows.dim() - 2), -1)
+    return (sign if name == "x" else 1.0) * place + 0.01 * rows
 
 
 LABELS: dict[str, Callable[[Tensor], Tensor]] = {

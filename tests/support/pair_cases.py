@@ -91,6 +91,7 @@ class Case:
     formula: Callable[[Inputs], Tensor]
     leaves: tuple[str, ...] = ("x",)
     cancels: float = 1.0  # how much larger its terms are than what they leave of each other
+    function: Callable[..., Any] | None = None  # of the package
 
 
 TOWERS = ("x", "y")
@@ -112,7 +113,7 @@ def case(
     """A row of the table of examples, and its formula."""
     name = name or example.replace(", ", "_").replace(" ", "_")
     call = lambda t, **o: told(TABLE[example](t, **o))
-    return Case(name, make, call, formula, leaves, cancels)
+    return Case(name, make, call, formula, leaves, cancels, TABLE[example].function)
 
 
 LOSSES = [

@@ -426,9 +426,9 @@ def cosine_attention(t: Inputs) -> Tensor:
 
 
 def third_order(t: Inputs) -> Tensor:
-    z = torch.einsum("nd,jd,ld->njl", t.x, t.few, t.z) / t.x.shape[1] ** 0.5
-    p = z.flatten(1).softmax(1).view_as(z)
-    return torch.einsum("njl,jv,lv->nv", p, t.few_values, t.w)
+    pairs = (t.few[:, None] * t.z).flatten(0, 1)
+    values = (t.few_values[:, None] * t.w).flatten(0, 1)
+    return (t.x @ pairs.T / t.x.shape[1] ** 0.5).softmax(1) @ values
 
 
 def gaussian(x: Tensor, y: Tensor, width: float | Tensor) -> Tensor:

@@ -313,20 +313,17 @@ def tuplets(t: Inputs, ref: bool = False, reduction: str = "mean") -> Tensor:
 
 
 def angular(t: Inputs, reduction: str = "mean") -> Tensor:
+    """All negatives of all positive pairs at once. [pairs, N]"""
     x = unit(t.x)
     tan = math.tan(math.radians(40)) ** 2
-    near, far = members(t.labels)
-    losses = []
-    for i, positives in enumerate(near):
-        each = [zero(t)]
-        for p in positives:
-            f = 4 * tan * x[far[i]] @ (x[i] + x[p]) - 2 * (1 + tan) * x[i] @ x[p]
-            each.append(torch.log1p(f.exp().sum()))
-        losses.append(torch.stack(each).sum())
-    losses = torch.stack(losses)
+    same = t.labels[:, None] == t.labels
+    a, p = (same & ~torch.eye(len(x), dtype=torch.bool)).nonzero().T
+    f = 4 * tan * (x[a] + x[p]) @ x.T - 2 * (1 + tan) * (x[a] * x[p]).sum(1, keepdim=True)
+    each = torch.log1p(torch.where(same[a], 0, torch.where(same[a], 0, f).exp()).sum(1))
+    losses = zero(t) + each.new_zeros(len(x)).index_add(0, a, each)
     if reduction == "none":
         return losses
-    return losses.sum() / max(sum(map(len, near)), 1)
+    return losses.sum() / max(len(a), 1)
 
 
 def ranked_list(t: Inputs) -> Tensor:

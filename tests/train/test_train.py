@@ -104,6 +104,7 @@ def test_it_learns_and_writes_its_record(tiny: TrainConfig, tmp_path: Path) -> N
         )
 
 
+@pytest.mark.slow
 def test_orl_faces_are_learnt(tmp_path: Path) -> None:
     try:
         data.orl_folder()
@@ -168,6 +169,7 @@ def test_distractors_pad_the_class_table(tiny: TrainConfig, tmp_path: Path) -> N
 # stopping and going on
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bitwise(tiny: TrainConfig, tmp_path: Path) -> None:
     after = 7
     # elastic margins draw from the global generator, which the checkpoint must restore

@@ -119,6 +119,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
     torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=rounding, atol=0)
 
 
+@pytest.mark.slow
 def test_heads_are_compared_in_their_own_processes(
     tiny: GlyphConfig, glyphs: Glyphs, tmp_path: Path
 ) -> None:
