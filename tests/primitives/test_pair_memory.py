@@ -83,6 +83,7 @@ EXPLAINED = [
             "sinkhorn",
             "sinkhorn-squared",
             "trilinear_attention",
+            "trilinear_attention-many_first",
             "maxsim-masked",
         )
     ),
@@ -154,6 +155,8 @@ CALLS = {
     "sinkhorn": lambda x, y, l, t: ((x, y), dict(iterations=3)),
     "sinkhorn-squared": lambda x, y, l, t: ((x, y), dict(iterations=3, cost="sqeuclidean")),
     "trilinear_attention": lambda x, y, l, t: ((x, y[:8], y, y[:8], y), {}),
+    # blocks of several first keys
+    "trilinear_attention-many_first": lambda x, y, l, t: ((x[:16], x, y[:384], x, y[:384]), {}),
     "maxsim": lambda x, y, l, t: ((tokens(x), tokens(y)), {}),
     "maxsim-masked": lambda x, y, l, t: (
         (tokens(x), tokens(y)),

@@ -212,6 +212,25 @@ def test_ties_go_to_the_lowest_index(backend: str) -> None:
     )
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot", "cityblock", "canberra"])
+def test_equal_rows_tie_wherever_they_stand(metric: str, backend: str) -> None:
+    """Rounding must not part equal rows of long values, over blocks and beyond a few of k."""
+    kinds = 1e3 + torch.randn(6, 33)
+    which = torch.randint(0, 6, (700,))
+    y, x = kinds[which], 1e3 + torch.randn(5, 33)
+    values, index = pairwise_topk(x, y, 400, metric, backend=backend)
+    for row, found in zip(values, which[index], strict=True):
+        # one kind after another, each by its lowest indices and with one value
+        changes = (found[1:] != found[:-1]).nonzero().flatten() + 1
+        assert len(changes) == len(found.unique()) - 1
+        for part in row.tensor_split(changes):
+            assert (part == part[0]).all()
+    for row, found in zip(index, which[index], strict=True):
+        for kind in found.unique():
+            mine = row[found == kind]
+            assert torch.equal(mine, (which == kind).nonzero().flatten()[: len(mine)])
+
+
 def test_too_few_candidates(backend: str) -> None:
     x = torch.randn(3, 4)
     labels = torch.tensor([0, 0, 1])
