@@ -108,7 +108,9 @@ class Ranks:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.group = self._mesh = None
-        self.world, self.rank = state["world"], state["rank"]
+        world: int = state["world"]
+        rank: int = state["rank"]
+        self.world, self.rank = world, rank
         here = dist.is_available() and dist.is_initialized()
         now = (dist.get_world_size(), dist.get_rank()) if here else (1, 0)
         if state["joined"] and (self.world, self.rank) != now:

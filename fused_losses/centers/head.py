@@ -195,6 +195,7 @@ class ClassCenters(TableModule):
         Raises ValueError, TypeError or IndexError for bad arguments, on the other ranks a
         RuntimeError that names the rank.
         """
+        self._check_wrapped()
         with no_autocast(embeddings.device):
             batch, arriving = gather_batch(
                 self.ranks,

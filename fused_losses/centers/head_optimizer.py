@@ -68,6 +68,13 @@ class HeadOptimizer(torch.optim.Optimizer):
         if state:
             raise ValueError("state: expected load_state_dict(...) to fill the rows' states")
 
+    def __getattr__(self, name: str) -> Tensor:
+        # distributed checkpoints follow the names of a state dict: "head.optimizer.exp_avg"
+        updates = self.__dict__.get("_updates")
+        if updates is None or name not in updates.rows.states:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return updates.states[name]
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             "_updates": self._updates, "_groups": self._groups, "defaults": self.defaults,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fused_losses.base.validation import describe
 from fused_losses.centers.collectives import Ranks
@@ -94,6 +95,18 @@ class TableModule(nn.Module):
             if moved is not rows.weight:
                 rows.weight = moved
         return self
+
+    def _check_wrapped(self) -> None:
+        """Raises where DistributedDataParallel holds rows that differ between ranks."""
+        around = DistributedDataParallel._get_active_ddp_module()
+        if around is None or self.optimizer is not None or self.ranks.world == 1:
+            return
+        if any(each is self._table for each in around._module_parameters):
+            raise RuntimeError(
+                "weight: expected an optimizer beside a head inside DistributedDataParallel, which "
+                "overwrites and averages parameters: its rows differ between ranks; got "
+                "optimizer=None, for which the head stays outside"
+            )
 
     # ---- state ----------------------------------------------------------------------------------
 
