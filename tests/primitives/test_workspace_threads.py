@@ -63,9 +63,11 @@ def made(what, dtype):
         gradient = what != "hamming" and dtype != torch.bool
         call = lambda: op(x, y, kind, backend="cpu")
         told = distances.workspace_bytes(N, M, D, dtype, kind, gradient=gradient)
-        # canberra: and the rows times a power of two
-        moved = (N + M) * D * dtype.itemsize if kind == "canberra" else 0
-        return (x, y), call, told + moved
+        # and the rows times a power of two, which a root's matrix and its gradient are divided by
+        scaled = kind in ("canberra", "braycurtis", "euclidean")
+        told += scaled * (N + M) * D * dtype.itemsize
+        told += 2 * N * M * max(4, dtype.itemsize) if kind == "euclidean" else 0
+        return (x, y), call, told
     own = what == "topk-self"
     other = None if own else fused_losses.quantize_rows(y) if what == "topk-codes" else y
     call = lambda: f.pairwise_topk(y if own else x, other, K, "dot", skip_self=own, backend="cpu")
