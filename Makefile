@@ -49,6 +49,13 @@ test: venv lint cuda-host kernel-tests
 	$(PROVE) gate make gpu-gate
 	$(PROVE) ptx make gpu-ptx
 
+# a portion of the recorded run, in runs/fuzz; the same seed goes on where it stopped
+SEED = 1
+DRAWS = 20
+fuzz: venv cuda-host
+	PYTHONPATH=tests:tests/support $(ON_HOST) $(BIN)/python tests/fuzz/record.py run --seed $(SEED) --draws $(DRAWS)
+	PYTHONPATH=tests:tests/support $(BIN)/python tests/fuzz/record.py table
+
 # the kernels without Python: their own tests under ctest, on every instruction set
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 ctest: kernel-tests

@@ -122,8 +122,9 @@ def _moved(x: Tensor, w: Tensor | None = None) -> Tensor:
     else:
         x = wide(x)
         moved = x - (x * (w / w.sum()).to(x.dtype)).sum(dim=-1, keepdim=True)
-    # what rounding leaves of a constant row is no direction
-    return torch.where((x == x[..., :1]).all(dim=-1, keepdim=True), 0, moved)
+    # what rounding leaves of a constant row is no direction; its slope is that of any other
+    constant = (x == x[..., :1]).all(dim=-1, keepdim=True)
+    return moved - torch.where(constant, moved, 0).detach()
 
 
 def _lp(kind: str, power: float, p: float = 2.0) -> Callable[[MetricCall], Tensor]:

@@ -26,6 +26,12 @@ FOUND = {
         Draw((5, 5, 3), "near duplicates", "skewed", torch.bfloat16, 661778249),
         Call("cpu"),
     ),
+    # a row of zeros had no gradient, since its moved self was a constant
+    "a constant row's slope": (
+        "pairwise_snr",
+        Draw((31, 13, 3), "sparse", "one class", torch.float32, 1930616076),
+        Call("cpu"),
+    ),
 }
 
 
