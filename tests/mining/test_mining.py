@@ -90,6 +90,23 @@ def test_ties_go_to_the_lowest_index(
     check(mine_triplets(x, labels, y, ref_labels, **given), want, d, dtype)
 
 
+@pytest.mark.parametrize(
+    ("positive", "negative"),
+    [("all", "semihard"), ("semihard", "all"), ("hardest", "semihard"), ("hardest", "hardest")],
+)
+def test_equal_rows_tie_whatever_rounds(positive: str, negative: str, backend: str) -> None:
+    """Columns far apart in a block whose rows are one row: no rounding of a product parts them."""
+    kinds, which = 3 + torch.randn(12, 33), torch.randint(0, 12, (203,))
+    given: dict = dict(positive=positive, negative=negative, backend=backend)
+    found = mine_triplets(kinds[which], which % 3, **given)
+    assert len(found.anchor)
+    for side, chosen in ((positive, found.positive), (negative, found.negative)):
+        if side != "all":
+            equal = which[chosen][:, None] == which
+            equal[torch.arange(len(chosen)), found.anchor] = False
+            assert torch.equal(chosen, equal.int().argmax(1))
+
+
 @pytest.mark.float64
 @pytest.mark.parametrize("margin", [None, 0.3, -0.2])
 @pytest.mark.parametrize("rule", mining.RULES)
