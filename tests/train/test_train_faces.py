@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from fused_losses import metrics
 from fused_losses.train import FoldEmbeddings, evaluate
 from fused_losses.train.faces import data
 from fused_losses.train.faces.augment import augment, normalize
-from fused_losses.train.faces.evaluation import PairScores, pair_scores
+from fused_losses.train.faces.evaluation import PairScores, one_shot_recall, pair_scores
 
 pytest.importorskip("PIL.Image", reason="reading pictures needs Pillow")
 
@@ -37,6 +39,34 @@ def test_pairs_and_recall_by_hand() -> None:
     both, same = scores.listed()
     assert torch.equal(both[same], scores.genuine) and torch.equal(both[~same], scores.impostor)
     assert PairScores(scores.genuine[:0], scores.impostor[:0]).accuracy(0.5) == 0.0
+
+
+def test_one_shot_recall_is_the_mean_over_every_gallery() -> None:
+    generator, between = torch.Generator().manual_seed(3), 0
+    for sizes in ((3, 2, 4), (2, 1, 3), (1, 2)):
+        labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        x = torch.nn.functional.normalize(torch.randn(len(labels), 3, generator=generator))
+        scores = x @ x.T
+        # every gallery of every query, which counts once for each of its mates
+        weights, shares = [], []
+        for query, person in enumerate(labels.tolist()):
+            shown = [
+                [i for i, label in enumerate(labels.tolist()) if label == one and i != query]
+                for one in range(len(sizes))
+            ]
+            galleries = list(itertools.product(*shown))
+            hits = sum(
+                labels[max(gallery, key=lambda i, query=query: scores[query, i])].item() == person
+                for gallery in galleries
+            )
+            if galleries:
+                weights.append(sizes[person] - 1)
+                shares.append(hits / len(galleries))
+        expected = sum(w * s for w, s in zip(weights, shares, strict=True)) / sum(weights)
+        assert one_shot_recall(x, labels) == pytest.approx(expected, abs=1e-12)
+        between += 0 < expected < 1
+    assert between
+    assert math.isnan(one_shot_recall(x[:1], labels[:1]))
 
 
 def test_no_threshold_sees_the_people_it_judges() -> None:

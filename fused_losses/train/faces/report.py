@@ -18,7 +18,7 @@ TITLES = {
     "verification_accuracy": "verification accuracy",
     "tar_at_far_1e-2": "TAR at FAR 1e-2",
     "tar_at_far_1e-3": "TAR at FAR 1e-3",
-    "recall_at_1": "recall at 1",
+    "recall_at_1": "recall at 1, one shot",
     "step_ms": "step (median, ms)",
     "peak_memory_mib": "peak memory (MiB)",
 }
