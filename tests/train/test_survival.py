@@ -23,6 +23,7 @@ from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 from fused_losses import datasets
+from fused_losses.base.files import DataError
 from fused_losses.centers.checkpoint import Checkpoints
 from fused_losses.train.frame.log import StepLog
 from fused_losses.train.frame.runs import RunError
@@ -269,6 +270,21 @@ def test_pictures(tmp_path: Path, no_group: None, form: str) -> None:
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         table = {"head": {"weight": torch.empty(9, SMALL.embedding)}}
         assert checkpoints.load(table) == 3
+
+
+def test_a_picture_that_cannot_be_read_by_choice(tmp_path: Path, no_group: None) -> None:
+    data = write_pictures(tmp_path, "folders")
+    broken = sorted((tmp_path / "pictures").rglob("*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:60])
+    config = dataclasses.replace(
+        SMALL, data=data, classes=9, batch_size=6, steps=3, margin="none", corrupt="skip"
+    )
+    with pytest.warns(UserWarning, match=rf"pictures passed over: 1\n  .*{broken.name}: not a pic"):
+        losses = train(config, tmp_path / "run")
+    assert len(losses) == 3
+    with pytest.raises(DataError, match=rf"{broken.name}: not a picture that can be read"):
+        train(dataclasses.replace(config, corrupt="raise"), tmp_path / "other")
+    dist.destroy_process_group()
 
 
 def test_folder_of_another_run_is_refused(tmp_path: Path, no_group: None) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from fused_losses.datasets.base import Corrupt
 from fused_losses.train.frame.heads import check_margin
 from fused_losses.train.frame.options import (
     AUGMENTATIONS,
@@ -35,7 +36,7 @@ class LargeConfig(Config):
     MAY_DIFFER = frozenset(
         {
             "checkpoint_every", "keep", "readers", "interval", "timeout", "hang_timeout", "storage",
-            "tensorboard", "nonfinite",
+            "tensorboard", "nonfinite", "corrupt",
         }
     )  # fmt: skip
     MAY_GROW = frozenset({"steps"})
@@ -89,6 +90,12 @@ class LargeConfig(Config):
     schedule: str = option("cosine", "learning rates after the warm-up", SCHEDULES)
     warmup: float = option(
         0.1, "share of the steps with linearly rising learning rates", least=0, most=1
+    )
+    corrupt: str = option(
+        "raise",
+        "at a picture that cannot be read: raise ends the run, skip takes the next one in its "
+        "place and names it",
+        get_args(Corrupt),
     )
     nonfinite: str = option(
         "stop",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fused_losses import datasets
+from fused_losses.datasets.base import Corrupt
 from fused_losses.datasets.glyphs import load_glyphs
 from fused_losses.train.large.config import LargeConfig
 
@@ -82,4 +83,5 @@ def load(config: LargeConfig) -> datasets.ImageSet:
         "recordio": datasets.RecordIO,
         "webdataset": datasets.TarShards,
     }[kind]
-    return reader(place, size=config.image_size, channels=config.channels)
+    corrupt = cast(Corrupt, config.corrupt)  # an option is a string
+    return reader(place, size=config.image_size, channels=config.channels, corrupt=corrupt)

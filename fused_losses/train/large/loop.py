@@ -23,6 +23,7 @@ from fused_losses.centers.checkpoint import CheckpointError, Checkpoints
 from fused_losses.centers.head import ClassCenters
 from fused_losses.centers.watch import RankWatch
 from fused_losses.datasets import ImageSet
+from fused_losses.datasets.base import EncodedImages
 from fused_losses.datasets.sampler import EpochBatches, PrefetchReader
 from fused_losses.train.faces.augment import augment, normalize
 from fused_losses.train.faces.backbone import SmallFaceNet, call_factory, load_backbone
@@ -45,6 +46,7 @@ from fused_losses.train.large.group import (
 )
 
 CHECKPOINTS = "checkpoints"
+NAMED = 20  # pictures passed over, in the warning at the end
 
 
 def train(config: LargeConfig, folder: str | Path) -> list[float]:
@@ -235,6 +237,8 @@ class LargeTraining:
                 with contextlib.suppress(CheckpointError):  # that there is no folder is told better
                     checkpoints.wait()
                 return losses, error.with_traceback(None)
+            finally:
+                _name_skipped(self.images)
         return losses, None
 
     def step(self, step: int, factor: float, images: Tensor, labels: Tensor) -> float:
@@ -281,6 +285,15 @@ class LargeTraining:
             )
         if self.rank == 0:
             warnings.warn(f"step {step + 1} is skipped: {told}", stacklevel=2)
+
+
+def _name_skipped(images: ImageSet) -> None:
+    """What `--corrupt skip` has passed over on this rank since the start, in one warning."""
+    skipped = list(images.skipped.values()) if isinstance(images, EncodedImages) else []
+    if skipped:
+        rest = f"; and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
+        told = "\n  ".join(skipped[:NAMED])
+        warnings.warn(f"pictures passed over: {len(skipped)}\n  {told}{rest}", stacklevel=2)
 
 
 def _gradient_norm(backbone: nn.Module) -> float:
