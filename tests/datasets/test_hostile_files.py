@@ -28,5 +28,8 @@ def test_mutated_files_give_data_or_a_data_error() -> None:
     assert len(counts) >= 20
     for name, (tried, refused) in counts.items():
         assert tried == TRIES
-        # a damaged side file is made anew, and most of a picture's bytes are pixels
-        assert refused == 0 if name.startswith("side file") else refused > TRIES // 10, name
+        # a damaged side file is made anew; one with a right checksum may name another record
+        most = {"side file": 0, "side file, checksum": TRIES // 10}.get(name, TRIES)
+        # most of a picture's bytes are pixels
+        least = 0 if name.startswith("side file") else TRIES // 10
+        assert least <= refused <= most, name
