@@ -10,6 +10,7 @@ import torch
 from conftest import CUDA, require
 from torch import Tensor
 
+from fused_losses import margin_softmax
 from fused_losses.backends.cuda.launch import ELEMENTS, launch
 from fused_losses.backends.gpu import library_products as cuda_products
 from fused_losses.primitives.row_statistics import cuda
@@ -195,3 +196,30 @@ def test_a_tile_stays_in_l2_whatever_the_batch() -> None:
             block = min(n, sizes.rows)
             chunk = sizes.chunk(block, 1_000_000)
             assert chunk % cuda.STEP == 0 and 4 * block * chunk <= sizes.tile_bytes, (name, n)
+
+
+@pytest.mark.parametrize("length", [3e4, 1.0, 1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_float16_gradients_of_a_short_and_of_a_long_class(length: float, sampled: bool) -> None:
+    # G over |w| leaves float16 on both sides; the rows themselves are inside of it
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(70, 32, generator=generator).half()
+    w = torch.nn.functional.normalize(torch.randn(300, 32, generator=generator), dim=1)
+    w[5] *= length
+    w = w.half()
+    labels = torch.arange(70) * 4
+    labels[0] = 5
+    classes = torch.cat([labels, torch.arange(1, 300, 8)]).unique() if sampled else None
+    found = []
+    for dtype, backend in ((torch.float16, "cuda"), (torch.float64, "reference")):
+        leaves = [t.to(dtype).clone().requires_grad_() for t in (x, w)]
+        loss = margin_softmax(
+            *leaves, labels, margin=None, scale=16.0, classes=classes, backend=backend
+        )
+        assert isinstance(loss, Tensor)
+        found.append([g.double() for g in torch.autograd.grad(loss, leaves)])
+    short = torch.arange(300) == 5
+    of_classes = [(found[0][1][at], found[1][1][at]) for at in (short, ~short)]
+    for got, want in ((found[0][0], found[1][0]), *of_classes):
+        # G, rows and the gradient are rounded to float16, 2^-11 each; its smallest step is 2^-24
+        assert (got - want).abs().max() <= 4 * 2**-11 * want.abs().max() + 2**-25

@@ -262,6 +262,16 @@ def backward(
     return dx, dweight, _like(dbias, bias)
 
 
+def _near_one(w: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows by powers of two to lengths near 1, what is left of 1/|w|, and the powers [k, 1].
+
+    float16 begins and ends too soon for G over the length of a short or a long row.
+    """
+    rest = torch.frexp(inverse).mantissa
+    shift = torch.where(rest == 0, 1, inverse / rest)[: len(w), None]
+    return (w * shift).to(w.dtype), rest, shift
+
+
 def _like(sums: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return None if sums is None or bias is None else sums.to(bias.dtype)
 
@@ -303,6 +313,9 @@ def _sweep(
     for first, end in chunks:
         length = end - first
         w = chunks.weight(first, end, x.dtype)
+        inverse, shift = chunks.inverse, None
+        if low == torch.float16 and inverse is not None:
+            w, inverse, shift = _near_one(w, inverse)
         w_low = w.to(low) if need_x else None
         bias = chunks.values(p.bias, first, end)
         column_weight = chunks.values(p.column_weight, first, end) if rows[3] is not None else None
@@ -313,7 +326,7 @@ def _sweep(
             cuda_launch.launch(
                 "row_gradient",
                 products=tile,
-                inverse=chunks.inverse,
+                inverse=inverse,
                 bias=bias,
                 column_weight=column_weight,
                 bend=None if p.bend is None else p.bend[part],
@@ -338,6 +351,8 @@ def _sweep(
             elif gradient is not None:
                 beta = float(part.start > 0)
                 add_product(gradient[:length], g.T, x_low[part], precision, beta)
+        if gradient is not None and shift is not None:
+            gradient[:length] *= shift
         if gradient is not None or sums is not None:
             cuda_launch.launch(
                 "row_weight",
