@@ -91,9 +91,9 @@ LIMITS: dict[str, tuple[str, ...]] = {
         *("integers", "constant", "duplicates", "sparse", "near duplicates", "unit clusters"),
     ),
     # the hats of a histogram have no slope of their own where a value stands on a node
-    "fast_ap": ("integers", "duplicates", "constant"),
-    "fast_ap_ref": ("integers", "duplicates", "constant"),
-    "histogram": ("integers", "duplicates", "constant"),
+    "fast_ap": ("integers", "duplicates", "constant", "sparse"),
+    "fast_ap_ref": ("integers", "duplicates", "constant", "sparse"),
+    "histogram": ("integers", "duplicates", "constant", "sparse"),
     # products of two rows are held in their dtype
     "trilinear_attention": ("outlier", "far", "clusters"),
     # which of a document's equal tokens gets the gradient is open, and which of equal neighbours
