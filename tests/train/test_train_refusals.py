@@ -124,6 +124,8 @@ def test_what_cannot_run_is_told_before_there_is_a_folder(
         "--lr nan": "--lr: expected at least 0, got nan",
         "--warmup 3": "--warmup: expected 0 to 1, got 3.0",
         "--margin none --margin-value 0.1": "--margin-value: margin 'none' takes no value",
+        "--margin-value 9": "--margin-value: margin 'arcface' cannot have it: margin: expected",
+        "--margin cosface --margin-value 9": "--margin-value: margin 'cosface' cannot have it",
         "--classes 3": "--classes: expected 0 or at least 6, the people that fold 1",
         "--name ../x": "--name: expected the name of one folder in",
         "--name a/b": "--name: expected the name of one folder in",
