@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.numerics import row_dtype
 from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.centers.arguments import check_width
 from fused_losses.centers.collectives import DTYPES, Gathered, Ranks, exchange_shapes
@@ -21,6 +22,7 @@ class GlobalBatch(NamedTuple):
     need_x: bool  # any rank's embeddings need a gradient
     labels: Tensor  # [B, L] class ids, NO_TARGET: nothing there
     local: Tensor  # [B, L] rows of this shard, NO_TARGET: nothing there, or elsewhere
+    weights: Tensor | None  # [B] what each row counts for in the mean; None: 1
 
     @property
     def present(self) -> Tensor:
@@ -30,6 +32,30 @@ class GlobalBatch(NamedTuple):
     def valid(self) -> Tensor:
         """[B] rows with a label."""
         return self.present.any(dim=1)
+
+    def mean(self, each: Tensor) -> Tensor:
+        """Of the rows with a label, by their weights; 0 of none. [B] -> []"""
+        weights = self.valid.to(each.dtype)
+        if self.weights is not None:
+            weights = weights * self.weights.to(each.dtype)
+        total = weights.sum()
+        # what counts for nothing may be NaN
+        terms = torch.where(weights > 0, each, 0) * weights
+        return terms.sum() / torch.where(total > 0, total, 1)
+
+
+def flattened(
+    embeddings: Tensor, labels: Tensor, row_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[N, T, D] and what belongs to its rows as [N T, D]; all else as it is, for `gather_batch`."""
+    if embeddings.dim() != 3:
+        return embeddings, labels, row_weight
+    lead = embeddings.shape[:2]
+    if isinstance(labels, Tensor) and labels.shape[:2] == lead:
+        labels = labels.flatten(0, 1)
+    if isinstance(row_weight, Tensor) and row_weight.shape == lead:
+        row_weight = row_weight.flatten()
+    return embeddings.flatten(0, 1), labels, row_weight
 
 
 def gather_batch(
@@ -41,6 +67,7 @@ def gather_batch(
     class_start: int,
     num_classes: int,
     ignore_index: int,
+    row_weight: Tensor | None = None,  # [n]
 ) -> tuple[GlobalBatch, Gathered]:
     """The ranks meet; the labels of all, and their embeddings on the way.
 
@@ -52,10 +79,12 @@ def gather_batch(
         own = _checked_labels(embeddings, labels, table, num_classes, ignore_index)
         n, d = embeddings.shape
         said = (n, d, own.shape[1], DTYPES.index(embeddings.dtype))
+        _check_weights(row_weight, n, embeddings)
     except (ValueError, TypeError, IndexError) as error:
         refusal = error
     needs = torch.is_grad_enabled() and embeddings.requires_grad
-    shapes = exchange_shapes(ranks, refusal is not None, *said, needs, embeddings.device)
+    weighted = row_weight is not None
+    shapes = exchange_shapes(ranks, refusal is not None, *said, needs, weighted, embeddings.device)
     if refusal is not None:
         raise refusal
     counts = shapes.rows
@@ -63,8 +92,21 @@ def gather_batch(
     place = everyones - class_start
     local = torch.where((place >= 0) & (place < table.shape[0]), place, NO_TARGET)
     first = sum(counts[: ranks.rank])
-    batch = GlobalBatch(counts, first, shapes.needs_gradient, everyones, local)
+    weights = None
+    if row_weight is not None:
+        weights = Gathered(ranks, row_weight.to(row_dtype(row_weight.device)), counts).wait()
+    batch = GlobalBatch(counts, first, shapes.needs_gradient, everyones, local, weights)
     return batch, Gathered(ranks, embeddings.detach(), counts)
+
+
+def _check_weights(row_weight: Tensor | None, n: int, embeddings: Tensor) -> None:
+    if row_weight is None:
+        return
+    validation.check_vector("row_weight", row_weight, n, "one value a row [n]", embeddings)
+    if row_weight.requires_grad:
+        raise TypeError("row_weight: expected a tensor without gradient; detach it")
+    if row_weight.device.type == "cpu" and not bool((row_weight >= 0).all()):
+        raise ValueError("row_weight: expected values >= 0, got a negative one or NaN")
 
 
 def _checked_labels(

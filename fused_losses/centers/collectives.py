@@ -3,7 +3,7 @@
 Per step and rank, W ranks, at most b rows a rank, P = W b rows in all (short batches are padded):
 
     counts      all-gather    32 (W - 1)                bytes received
-    labels      all-gather    8 L b (W - 1)             L labels a row
+    labels      all-gather    8 L b (W - 1)             L labels a row (row weights: 8 b (W - 1))
     embeddings  all-gather    e D b (W - 1)             e bytes an element
     statistics  all-reduce    2 (W - 1) / W x 8 P n     of n numbers a row, float64
     gradients   reduce-scatter  g D b (W - 1)           g bytes an element of the accumulation
@@ -254,25 +254,30 @@ def exchange_shapes(
     labels: int,
     code: int,
     needs_gradient: bool,
+    weighted: bool,
     device: torch.device,
 ) -> BatchShapes:
-    """All ranks say what they bring: rows, D, labels a row, dtype (in DTYPES).
+    """All ranks say what they bring: rows, D, labels a row, dtype (in DTYPES), weights or none.
 
     A rank whose own checks failed says so here, or the others would wait for it for ever.
     Raises RuntimeError on the other ranks, ValueError where batches do not fit each other.
     """
     if ranks.world == 1:
         return BatchShapes([rows], needs_gradient)
-    told = [-1 if refused else rows, columns, labels, code + len(DTYPES) * needs_gradient]
+    flags = needs_gradient + 2 * weighted
+    told = [-1 if refused else rows, columns, labels, code + len(DTYPES) * flags]
     table = ranks.all_gather(torch.tensor(told, device=device)).tolist()
-    kinds = [(d, each, str(DTYPES[code % len(DTYPES)])) for _, d, each, code in table]
+    kinds = [
+        (d, each, str(DTYPES[code % len(DTYPES)]), "weighted" * (code // len(DTYPES) >> 1))
+        for _, d, each, code in table
+    ]
     for rank, (n, *_) in enumerate(table):
         if n < 0 and rank != ranks.rank:
             raise RuntimeError(f"rank {rank} refused its batch; its own error says why")
         if n >= 0 and not refused and kinds[rank] != kinds[ranks.rank]:
             raise ValueError(
-                "embeddings, labels: expected the same width, labels a row and dtype on all "
-                f"ranks, got {kinds[rank]} on rank {rank} and {kinds[ranks.rank]} on rank "
-                f"{ranks.rank}"
+                "embeddings, labels, row_weight: expected the same width, labels a row, dtype and "
+                f"weights or none on all ranks, got {kinds[rank]} on rank {rank} and "
+                f"{kinds[ranks.rank]} on rank {ranks.rank}"
             )
-    return BatchShapes([n for n, *_ in table], any(code >= len(DTYPES) for *_, code in table))
+    return BatchShapes([n for n, *_ in table], any(code // len(DTYPES) & 1 for *_, code in table))

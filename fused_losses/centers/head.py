@@ -18,7 +18,7 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.rounding import rounding_key
 from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers import arguments
-from fused_losses.centers.batch import GlobalBatch, gather_batch
+from fused_losses.centers.batch import GlobalBatch, flattened, gather_batch
 from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.held import held_by
 from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
@@ -184,18 +184,25 @@ class ClassCenters(TableModule):
     # ---- forward --------------------------------------------------------------------------------
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, *, return_stats: bool = False
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, HeadStats]:
         """The mean loss over all ranks' rows that have a label, the same on every rank; 0 of none.
 
-        embeddings [n, D] of this rank · labels [n] or [n, L] int64 in [0, C), or `ignore_index`.
-        Every rank must call it, and its backward. In eval mode all classes take part and nothing
-        changes. Without gradients the sample is the next step's, so that a checkpoint's loss is
-        what its backward is of, and nothing changes but the averages that a margin keeps.
-        Raises ValueError, TypeError or IndexError for bad arguments, on the other ranks a
-        RuntimeError that names the rank.
+        embeddings [n, D] of this rank · labels [n] or [n, L] int64 in [0, C), or `ignore_index` ·
+        row_weight [n] >= 0, of the mean; or [n, T, D], [n, T], [n, T]. Every rank must call it, and
+        its backward. In eval mode all classes take part and nothing changes. Without gradients the
+        sample is the next step's, so that a checkpoint's loss is what its backward is of, and
+        nothing changes but the averages that a margin keeps. Raises ValueError, TypeError or
+        IndexError for bad arguments, on the other ranks a RuntimeError that names the rank.
         """
         self._check_wrapped()
+        lead = embeddings.shape[:-1]
+        embeddings, labels, row_weight = flattened(embeddings, labels, row_weight)
         with no_autocast(embeddings.device):
             batch, arriving = gather_batch(
                 self.ranks,
@@ -205,6 +212,7 @@ class ClassCenters(TableModule):
                 class_start=self.class_start,
                 num_classes=self.num_classes,
                 ignore_index=self.ignore_index,
+                row_weight=row_weight,
             )
             # while the embeddings are on their way
             taking_part = self._groups(batch.local)
@@ -220,16 +228,15 @@ class ClassCenters(TableModule):
             statistics = self._with_pairs(statistics, rows, batch, loss)
             with self._alike(embeddings.device):
                 each = loss.row_loss(MergedRows(statistics, targets, batch.present, norms))
-            total = torch.where(batch.valid, each, 0).sum() / batch.valid.sum().clamp_min(1)
-            total = total.to(saved.x.dtype)
+            total = batch.mean(each).to(saved.x.dtype)
             if saved.trains and self.optimizer is not None:
                 total.register_hook(saved.incoming.append)
         if not return_stats:
             return total
-        own = slice(batch.first, batch.first + embeddings.shape[0])
+        own = slice(batch.first, batch.first + len(embeddings))
         cosine = torch.where(batch.valid, found.targets[:, 0], 0)
         hit = batch.valid & (found.targets[:, 0] > found.best)
-        return total, HeadStats(cosine[own], hit[own])
+        return total, HeadStats(cosine[own].view(lead), hit[own].view(lead))
 
     def _swept(
         self, batch: GlobalBatch, rows: Tensor, taking_part: list[ClassGroup], with_best: bool
@@ -384,8 +391,8 @@ class ClassCenters(TableModule):
         return self._updates
 
     def extra_repr(self) -> str:
-        shard = f"{self.class_start}:{self.class_start + self.num_local}"
         return (
-            f"{self.num_classes} x {self.embedding_dim}, rows {shard}, "
+            f"{self.num_classes} x {self.embedding_dim}, "
+            f"rows {self.class_start}:{self.class_start + self.num_local}, "
             f"sample_rate={self.sample_rate}, world={self.ranks.world}"
         )

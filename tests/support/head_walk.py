@@ -165,10 +165,10 @@ class HeadWalk:
             self.model.step(self.head.max_grad_norm)
 
     def forward_alone(self, seed: int) -> None:
-        """A loss that is thrown away, and one without gradients, over all classes."""
+        """A loss that is thrown away, and one without gradients: that of the next step."""
         self._forward(seed)
         with torch.no_grad():
-            self._forward(seed, training=False)
+            self._forward(seed)
 
     def evaluate(self, seed: int) -> None:
         """A loss over all classes, and its gradient for the embeddings alone."""
