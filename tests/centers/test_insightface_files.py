@@ -103,7 +103,8 @@ def test_a_reason_is_said_whole(tmp_path: Path) -> None:
 def test_another_number_of_classes_says_how_to_go_on(tmp_path: Path) -> None:
     file_of(tmp_path, saved())
     head = ClassCenters(7, DIM, margin=None, optimizer="sgd")
-    told = r"expected a weight of shape \(5, 3\) .*\(7, 3\).* resize=True .* another number of classes than 5"
+    told = r"expected a weight of shape \(5, 3\) .*\(7, 3\).* resize=True .* another number of "
+    told += "classes than 5"
     with pytest.raises(ValueError, match=told):
         import_checkpoints(tmp_path, head)
 

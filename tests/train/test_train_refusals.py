@@ -135,7 +135,7 @@ def test_what_cannot_run_is_told_before_there_is_a_folder(
     }
     if not torch.cuda.is_available():
         table["--device cuda"] = "--device: expected a device that works here, got 'cuda' (Torch"
-        table["--backend cuda"] = "--backend: backend='cuda' cannot run this call"
+        table["--backend triton"] = "--backend: backend='triton' cannot run this call"
     for words, told in table.items():
         assert run(*words.split()) == 2, words
         assert f"fused-losses train: {told}" in one_line(capsys), words
