@@ -79,7 +79,8 @@ def pairwise_distance(
     cosine, correlation and angular (SciPy: NaN), and is at 0 from another row of zeros.
     Raises ValueError, TypeError for bad arguments, RuntimeError where the backend cannot run.
     Time O(N M D); memory beyond the result, its like in the gradient, and a few [N, M] where a
-    metric is a root or a function of another: O((N + M) D) plus a block.
+    metric is a function of another, or a root of rows whose largest entry is beyond 2^50 or below
+    2^-20: O((N + M) D) plus a block.
     """
     check_plain(p=p, base=base)
     validation.check_choice("metric", metric, METRICS)

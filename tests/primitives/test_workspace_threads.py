@@ -63,10 +63,8 @@ def made(what, dtype):
         gradient = what != "hamming" and dtype != torch.bool
         call = lambda: op(x, y, kind, backend="cpu")
         told = distances.workspace_bytes(N, M, D, dtype, kind, gradient=gradient)
-        # and the rows times a power of two, which a root's matrix and its gradient are divided by
-        scaled = kind in ("canberra", "braycurtis", "euclidean")
-        told += scaled * (N + M) * D * dtype.itemsize
-        told += 2 * N * M * max(4, dtype.itemsize) if kind == "euclidean" else 0
+        # and the rows times a power of two
+        told += (kind in ("canberra", "braycurtis")) * (N + M) * D * dtype.itemsize
         return (x, y), call, told
     own = what == "topk-self"
     other = None if own else fused_losses.quantize_rows(y) if what == "topk-codes" else y

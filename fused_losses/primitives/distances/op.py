@@ -30,9 +30,15 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
-from fused_losses.base import validation
+from fused_losses.base import plans, validation
 from fused_losses.base.examples import EXACT, PRECISIONS, ROUNDED, Inputs, examples
-from fused_losses.base.numerics import accumulate_dtype, common_factor, multiplied, no_autocast
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    common_factor,
+    multiplied,
+    no_autocast,
+    traced,
+)
 from fused_losses.primitives.distances import bounded
 from fused_losses.primitives.distances import reference as reference_distances
 from fused_losses.primitives.distances.inputs import (
@@ -94,10 +100,16 @@ def distance_matrix(
 
 
 def in_range(kind: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows whose squares stay in range, if the kind is a root, and what they are multiplied by."""
+    """Rows whose squares stay in range, if the kind is a root, and what they are multiplied by.
+
+    None: by nothing, which is not asked where it would stop a GPU or a trace.
+    """
     if kind not in ROOTS:
         return x, y, None
     factor = common_factor(x, y)
+    asked = factor.device.type == "cpu" and not traced(x, y)
+    if plans.explaining() or (asked and factor == 1):
+        return x, y, None
     return *multiplied(factor, x, y), factor
 
 
