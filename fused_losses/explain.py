@@ -24,6 +24,7 @@ from fused_losses.base import plans
 from fused_losses.primitives import op as ops
 
 SLACK = 1 << 18  # of Python's objects, and of what is too small to be counted
+PANEL = 1 << 16  # of a product of 16-bit matrices, whatever their sizes: a library's packed tiles
 KNOWN = 1 << 20  # elements of a tensor of integers whose values are carried along
 
 aten = torch.ops.aten
@@ -241,7 +242,7 @@ def _within(func: Any, args: tuple, made: list[Tensor]) -> int:
     than they compute in (a mask that is summed or multiplied); logsumexp keeps the exponentials and
     isinf the magnitudes, a mask as an index becomes a list of places, a sort holds keys and places
     of the lines that it sorts, and 16-bit operands of products and of scatter are widened or
-    packed (at most 4 bytes an element).
+    packed (at most 4 bytes an element, and a panel).
     """
     given = [t for t in args if isinstance(t, Tensor)]
     if not made or any(t.device.type != "cpu" for t in (*given, *made)):
@@ -255,7 +256,8 @@ def _within(func: Any, args: tuple, made: list[Tensor]) -> int:
         line = given[0].shape[args[1] if len(args) > 1 and isinstance(args[1], int) else -1]
         return line * (given[0].itemsize + 8) * torch.get_num_threads()
     if func.overloadpacket in WIDENED and given[0].dtype in (torch.bfloat16, torch.float16):
-        return 4 * sum(t.numel() for t in given if t.dtype == given[0].dtype)
+        packed = 4 * sum(t.numel() for t in given if t.dtype == given[0].dtype)
+        return packed + PANEL * (func.overloadpacket in PRODUCTS)
     if func.overloadpacket in REDUCTIONS:
         return given[0].numel() * made[0].itemsize if given[0].dtype != made[0].dtype else 0
     if torch.Tag.pointwise in func.tags and func.overloadpacket not in AS_GIVEN:
