@@ -353,7 +353,8 @@ class ClassCenters(TableModule):
     def loss_scale(self) -> LossScale:
         """What the loss is multiplied by before backward: the rows' gradient is divided by it.
 
-        A number, or a function of none: `head.loss_scale = scaler.get_scale`. With
+        A number, or a function of none: `head.loss_scale = scaler.get_scale`, and
+        nonfinite="skip": `scaler.step(head.optimizer)` then learns of overflows. With
         update="step" it stays 1: `scaler.unscale_` and `scaler.step` know `head.optimizer`.
         """
         return self._updates.loss_scale

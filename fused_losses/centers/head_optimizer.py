@@ -35,10 +35,11 @@ class HeadOptimizer(torch.optim.Optimizer):
     """Hyper-parameters of the rows' updates, for schedules, and their states, for checkpoints.
 
     With update="backward" a step has been taken when backward returns, with the hyper-parameters
-    that stood then, and `step` does nothing; with update="step" it is taken here. Its one group
+    that stood then, and `step` takes none; with update="step" it is taken here. Its one group
     has the table and a number whose gradient is the factor of the gradient that waits: GradScaler
-    unscales it, or finds that it is not finite. `state` and `state_dict` read the rows' own
-    states, which catch up for it; `load_state_dict` copies into them, all or none.
+    unscales it, or finds that it is not finite (update="backward": that the step was left out).
+    `state` and `state_dict` read the rows' own states, which catch up for it; `load_state_dict`
+    copies into them, all or none.
     """
 
     def __init__(self, updates: Updates) -> None:

@@ -153,8 +153,9 @@ class RowUpdates:
         finite = not trains or _finite(saved.x, grad.statistics, grad.targets)
         if trains and self.at == "backward":
             factor = 1 / self._loss_scale(saved)
-            backwards = [Waiting(saved, grad, factor)]
-            trains = self._may_step(finite and self._clips(backwards))
+            finite = finite and self._clips([Waiting(saved, grad, factor)])
+            self._tell(finite)
+            trains = self._may_step(finite)
             if trains:
                 with self._open_step():
                     for rows, d_rows in saved.gradients(grad, dx, need_weight=True):
@@ -172,6 +173,7 @@ class RowUpdates:
         """The step with the sum of the gradients that wait."""
         waiting = self._pending()
         if not waiting:
+            self.forget()
             return
         for each in waiting:
             self._check_turn(each.saved)
@@ -215,8 +217,11 @@ class RowUpdates:
         if not finite:
             backward = backward._replace(factor=math.nan)
         self._waiting = [*former, backward]
-        unit = UNIT if all(math.isfinite(each.factor) for each in self._waiting) else math.nan
-        self.probe.grad = torch.full_like(self.probe, unit)
+        self._tell(all(math.isfinite(each.factor) for each in self._waiting))
+
+    def _tell(self, finite: bool) -> None:
+        """What a GradScaler finds among the optimiser's gradients, and lowers its scale for."""
+        self.probe.grad = torch.full_like(self.probe, UNIT if finite else math.nan)
 
     # ---- a step ----
 

@@ -196,3 +196,46 @@ def test_inside_backward_the_scale_is_known_or_refused() -> None:
         Twin(update="step").head.loss_scale = 2.0
     with pytest.raises(ValueError, match="nonfinite"):
         head(optimizer="sgd", nonfinite="ignore")
+
+
+@pytest.mark.parametrize("clip", [None, 1e3])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_grad_scaler_learns_of_steps_inside_backward(unscale: bool, clip: float | None) -> None:
+    """They were taken or skipped by then; an overflow lowers the scale, and only once."""
+    twin, scaler = Twin(), torch.amp.GradScaler("cpu", growth_interval=100)
+    twin.head.loss_scale = scaler.get_scale
+    twin.head.max_grad_norm = clip
+    twin.head._updates.nonfinite = "skip"
+    for step in range(6):
+        overflow = step in (1, 3)
+        x, y = batch(twin.done)
+        loss = scaler.scale(twin.head(x, y))
+        (loss * math.inf if overflow else loss).backward()
+        if unscale:
+            scaler.unscale_(twin.head.optimizer)
+        scaler.step(twin.head.optimizer)
+        scaler.update()
+        if step == 1:  # a skipped step's word goes with zero_grad, or with the next backward
+            twin.head.optimizer.zero_grad()
+        if overflow:
+            continue
+        twin.optimizer.zero_grad()
+        twin.loss(x, y).backward()
+        twin.optimizer.step()
+        twin.done += 1
+    assert scaler.get_scale() == 65536 / 4
+    assert twin.head.skipped_steps == 2 and twin.head.step_count == 4
+    twin.check()
+    scaler.scale(twin.head.eval()(*batch(0))).backward()  # no step: nothing to tell
+    with pytest.raises(AssertionError, match="No inf checks"):
+        scaler.step(twin.head.optimizer)
+
+
+def test_a_grad_scaler_learns_of_an_overflow_that_raised() -> None:
+    found, scaler = Twin().head, torch.amp.GradScaler("cpu")
+    found.loss_scale = scaler.get_scale
+    with pytest.raises(FloatingPointError, match="no row was changed"):
+        (scaler.scale(found(*batch(0))) * math.nan).backward()
+    scaler.step(found.optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 32768 and found.step_count == 0
