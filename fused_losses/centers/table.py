@@ -215,17 +215,19 @@ class TableModule(nn.Module):
         if extra is None and (lost or states):
             missing.append(prefix + EXTRA)
             missing += [prefix + STATES + name for name in self._updates.states if not states]
-        missing_keys += missing
         given = own.get(prefix + WEIGHT, self._table)
         if given.shape != self._table.shape:
-            error_msgs.append(
-                f"{prefix}weight: expected shape {tuple(self._table.shape)}, got {describe(given)}"
-            )
+            missing_keys += missing
+            error_msgs.append(f"{prefix}weight: {self._misshapen(given)}")
             return
         if trouble is not None:
-            named_alike = [prefix + STATES + name for name in named]
-            unexpected_keys += named_alike or [prefix + EXTRA]
+            rows = self._updates.states
+            lacking = [prefix + STATES + name for name in rows if name not in states]
+            odd = [prefix + STATES + name for name in named if not lacking or name not in rows]
+            missing += lacking
+            unexpected_keys += odd if odd or lacking else [prefix + EXTRA]
             error_msgs += [trouble] if self._strict else []
+        missing_keys += missing
         if self._strict and (trouble is not None or missing):
             return
         if prefix + WEIGHT in own:
@@ -234,6 +236,20 @@ class TableModule(nn.Module):
             warnings.warn(f"{prefix}{trouble}; left out", stacklevel=2)
         elif extra is not None:
             self._updates.fill(states, steps)
+
+    def _misshapen(self, given: Tensor) -> str:
+        """What a table of another shape is told; one of other classes, how it goes over."""
+        expected = tuple(self._table.shape)
+        if given.shape[1:] != expected[1:] or given.dim() < 2:
+            return f"expected shape {expected}, got {describe(given)}"
+        classes, found = f"{expected[0]} classes", f"{given.shape[0]}"
+        if self.ranks.world > 1:
+            classes += f" (of {self.num_classes}, the shard of rank {self.ranks.rank})"
+        return (
+            f"expected shape {expected}, that is {classes}, got {describe(given)}, that is "
+            f"{found}; rows go over to another number of classes by centers.carry_over(old, new) "
+            "or Checkpoints.load(..., resize=True)"
+        )
 
     @torch.no_grad()
     def _write(self, given: Tensor, *, assign: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from class_center_cases import Twin, batch, head
+from class_center_cases import C, D, Twin, batch, head
 from torch import nn
 
 from fused_losses.centers import ClassCenters
@@ -258,6 +258,64 @@ def test_a_table_alone_is_strictly_enough_where_nothing_is_lost() -> None:
         with pytest.raises(RuntimeError, match=f"Missing key.*{lost}"):
             found.load_state_dict({"weight": rows})
         assert not torch.equal(found.weight, rows)
+
+
+def test_states_that_are_not_there_are_said_to_be_missing() -> None:
+    """Of a head without an optimiser, or one that had taken no step: no key is unexpected."""
+    twin = Twin()
+    twin.steps(2)
+    found, before = twin.head, twin.head.weight.clone()
+    for saved in (head().state_dict(), Twin(momentum=0.0).head.state_dict()):
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\).*momentum_buffer") as told:
+            found.load_state_dict(saved)
+        assert "Unexpected" not in str(told.value)
+        assert torch.equal(found.weight, before)
+        with pytest.warns(UserWarning, match="momentum_buffer.*left out"):
+            loose = found.load_state_dict(saved, strict=False)
+        assert loose.missing_keys == ["optimizer.momentum_buffer"] and not loose.unexpected_keys
+        assert torch.equal(found.weight, saved["weight"])
+        found.weight = before.clone()
+        model = nn.ModuleDict({"head": found})
+        with (
+            pytest.warns(UserWarning, match="left out"),
+            pytest.raises(RuntimeError, match=r"Missing key.*head.optimizer.momentum_buffer"),
+        ):
+            model.load_state_dict({f"head.{k}": v for k, v in saved.items()})
+        found.weight = before.clone()
+    sampled = head(sample_rate=0.5, seed=2)
+    head(optimizer="sgd", seed=2).load_state_dict(sampled.state_dict())  # with none there is none
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*momentum_buffer") as told:
+        sampled.load_state_dict(found.state_dict())
+    assert "Missing" not in str(told.value)
+    short = {**found.state_dict(), "optimizer.momentum_buffer": before[1:]}
+    of_old = {"weight": before, "_extra_state": {"steps": 1, "optimizer": {"exp_avg": before}}}
+    for other, given in ((found, short), (head(optimizer="sgd"), of_old), (head(), of_old)):
+        within = {f"0.{k}": v for k, v in given.items()}
+        with (
+            pytest.warns(UserWarning, match="left out"),
+            pytest.raises(RuntimeError, match=r"(Unexpected|Missing) key"),
+        ):
+            nn.Sequential(other).load_state_dict(within)
+
+
+@pytest.mark.parametrize("optimizer", [None, "sgd"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_table_of_other_classes_is_told_how_to_go_over(
+    assign: bool, optimizer: str | None
+) -> None:
+    found = head(optimizer=optimizer)
+    before = found.weight.clone()
+    for classes in (C - 2, C + 2):
+        for given in (before.new_zeros(classes, D), before.new_zeros(classes, 2, D)):
+            like = f"expected shape \\({C}, {D}\\)"
+            if given.dim() == 2:
+                like += (
+                    f", that is {C} classes, got .* that is {classes}; .*carry_over.*resize=True"
+                )
+            with pytest.raises(RuntimeError, match=like) as told:
+                found.load_state_dict({"weight": given}, strict=False, assign=assign)
+            assert given.dim() == 2 or "carry_over" not in str(told.value)
+            assert torch.equal(found.weight, before)
 
 
 # ---- what must not train ------------------------------------------------------------------------
