@@ -62,10 +62,11 @@ class ClassCenters(TableModule):
             whatever the number of ranks.
         log_q: a drawn class counts 1 / sample_rate times: the sums over classes are then unbiased.
         sub_centers: K centres of a class, the best counts; weight is [C, K, D].
-        optimizer: None: `weight` is a parameter with an ordinary gradient (row-sparse below
-            sample_rate 1). "sgd", "adamw", "adagrad": backward updates the rows chunk by chunk, as
-            torch.optim would with a dense gradient (`fused_losses.centers.optimizers`), and no
-            gradient of the table ever exists.
+        optimizer: None: `weight` is a parameter with an ordinary gradient (below sample_rate 1 a
+            row-sparse one, for SGD or Adagrad without weight decay or SparseAdam). "sgd",
+            "adamw", "adagrad": backward updates the rows chunk by chunk, as torch.optim would
+            with a dense gradient (`fused_losses.centers.optimizers`), and no gradient of the
+            table ever exists.
         optimizer_options: its hyper-parameters, `state_dtype`, `stochastic_rounding`.
         update: "backward" (each is a step: gradient accumulation wants "step"), or "step":
             backward keeps O(B D), `head.optimizer.step()` sweeps again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.centers import sparse_steps
 from fused_losses.centers.collectives import Ranks, Scattered
 from fused_losses.centers.head_optimizer import HeadOptimizer
 from fused_losses.centers.lazy_rows import RowOptimizer
@@ -19,6 +21,10 @@ from fused_losses.centers.step import SavedForward, accumulates
 
 NONFINITE = ("raise", "skip")
 LARGEST = 1024.0  # incoming gradient of a loss, not of a loss times a scaler's factor
+ACCUMULATED = (
+    "ClassCenters: {} backwards since the last head.optimizer.step() were as many steps of the "
+    "rows, each by a part of the batch; update='step' adds them up"
+)
 UNIT = 2.0**-40  # what stands for a waiting gradient: its norm must not count in a clipping
 
 LossScale = float | Callable[[], float]
@@ -79,6 +85,8 @@ class AutogradUpdates:
                 assert isinstance(rows, Tensor)
                 parts.append((rows.to(table.device), d_rows.to(table.device)))
         d_weight = _sparse(table, parts) if need and dense is None else dense
+        if need and sampled and isinstance(leaf := getattr(saved.leaf, "variable", None), Tensor):
+            sparse_steps.watch(leaf)
         return d_weight, _scattered(self.ranks, dx, saved)
 
 
@@ -99,6 +107,8 @@ class RowUpdates:
         self.skipped = 0  # steps, because of a number that is not finite
         self.loss_scale: LossScale = 1.0
         self._waiting: list[Waiting] = []
+        self._taken = 0  # steps inside backward since optimizer.step() or zero_grad()
+        self._warned = False
         self.probe = _probe()
         self.optimizer = HeadOptimizer(self)
 
@@ -161,6 +171,7 @@ class RowUpdates:
                     for rows, d_rows in saved.gradients(grad, dx, need_weight=True):
                         self._update(rows, d_rows, self._factor * factor)
                     on_the_way = _scattered(self.ranks, dx, saved)
+                self._taken += 1
                 return None, on_the_way
         elif trains:
             self._await(Waiting(saved, grad, 1.0), finite)
@@ -173,6 +184,9 @@ class RowUpdates:
         """The step with the sum of the gradients that wait."""
         waiting = self._pending()
         if not waiting:
+            if self._taken > 1 and not self._warned:
+                self._warned = True
+                warnings.warn(ACCUMULATED.format(self._taken), stacklevel=4)
             self.forget()
             return
         for each in waiting:
@@ -187,6 +201,7 @@ class RowUpdates:
     def forget(self) -> None:
         """Nothing waits."""
         self._waiting.clear()
+        self._taken = 0
         self.probe.grad = None
 
     def norm(self) -> float:

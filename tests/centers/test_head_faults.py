@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -239,3 +241,82 @@ def test_a_grad_scaler_learns_of_an_overflow_that_raised() -> None:
     scaler.step(found.optimizer)
     scaler.update()
     assert scaler.get_scale() == 32768 and found.step_count == 0
+
+
+# ---- steps that are not what was meant ----------------------------------------------------------
+
+
+def test_backwards_that_were_meant_to_add_up_are_told_once() -> None:
+    found = head(optimizer="sgd")
+
+    def steps(backwards: int) -> None:
+        for step in range(backwards):
+            found(*batch(step)).backward()
+        found.optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            steps(1)
+        found(*batch(0)).backward()
+        found.optimizer.zero_grad()  # whoever clears in between adds nothing up
+        steps(1)
+        with torch.no_grad():
+            found(*batch(0))
+        steps(1)
+    with pytest.warns(UserWarning, match="3 backwards since .* were as many steps.*update='step'"):
+        steps(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(3)
+        found = head(optimizer="sgd", update="step")
+        steps(3)
+
+
+UNFIT: dict[str, Any] = {
+    "SGD(weight_decay=0.1)": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
+    "Adagrad(weight_decay=0.1)": lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1),
+    "Adam(weight_decay=0)": torch.optim.Adam,
+    "AdamW(weight_decay=0.01)": torch.optim.AdamW,
+    "RMSprop(weight_decay=0)": torch.optim.RMSprop,
+}
+FIT: dict[str, Any] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "Adagrad": torch.optim.Adagrad,
+    "SparseAdam": torch.optim.SparseAdam,
+}
+
+
+@pytest.mark.parametrize("name", [*UNFIT, *FIT])
+def test_an_optimizer_that_cannot_step_a_sample_is_told_what_can(name: str) -> None:
+    """The head's own refusal, before another parameter of the same optimiser has moved."""
+    for found in (head(sample_rate=0.4), copy.deepcopy(head(sample_rate=0.4))):
+        other = torch.nn.Parameter(torch.ones(3))
+        params = [found.weight, other][: 1 if name == "SparseAdam" else 2]
+        optimizer = {**UNFIT, **FIT}[name](params)
+        before = found.weight.detach().clone()
+        other.grad = torch.ones(3)
+        found(*batch(0)).backward()
+        if name in FIT:
+            optimizer.step()
+            assert not torch.equal(found.weight, before)
+            continue
+        with pytest.raises(RuntimeError) as told:
+            optimizer.step()
+        assert str(told.value).startswith(f"{name} cannot step ClassCenters.weight")
+        assert "without weight decay" in str(told.value)
+        assert torch.equal(found.weight, before) and torch.equal(other, torch.ones(3))
+        found.zero_grad()
+        found.eval()(*batch(0)).backward()  # every row's
+        optimizer.step()
+        assert not torch.equal(found.weight, before)
+
+
+def test_sparse_gradients_of_others_are_theirs() -> None:
+    """An embedding's under SGD with weight decay: torch's own message."""
+    head(sample_rate=0.4)(*batch(0)).backward()
+    table = torch.nn.Embedding(4, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse") as told:
+        torch.optim.SGD(table.parameters(), lr=0.1, weight_decay=0.1).step()
+    assert "ClassCenters" not in str(told.value)
