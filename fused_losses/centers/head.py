@@ -20,7 +20,6 @@ from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers import arguments
 from fused_losses.centers.batch import GlobalBatch, flattened, gather_batch
 from fused_losses.centers.collectives import Ranks
-from fused_losses.centers.held import held_by
 from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
 from fused_losses.centers.optimizers import make_row_optimizer
 from fused_losses.centers.sampling import groups
@@ -152,16 +151,13 @@ class ClassCenters(TableModule):
                 "got optimizer=None"
             )
         self.num_classes, self.embedding_dim = num_classes, embedding_dim
+        self.batch_negatives, self.sub_centers = batch_negatives, sub_centers
         self.margin, self.scale, self.normalize = margin, scale, normalize
         self.gradient, self.sample_rate, self.log_q = gradient, sample_rate, log_q
-        self.sub_centers, self.batch_negatives = sub_centers, batch_negatives
         self.gradient_scale = gradient_scale
         self.seed, self.ignore_index, self.chunk_bytes = seed, ignore_index, chunk_bytes
         self.precision, self.backend = precision, backend
-        loss = loss_of(margin, scale, gradient)  # its own checks
-        self.margin_parts = held_by(margin)
-        if batch_negatives is not None and loss.rule != "softmax":
-            raise ValueError("batch_negatives: expected a softmax loss beside it")
+        loss_of(margin, scale, gradient)  # its own checks
 
         self.ranks = Ranks(process_group, device_mesh, mesh_dim)
         self.class_start, stop = self.ranks.shard(num_classes)

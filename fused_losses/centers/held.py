@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Held(nn.Module):
@@ -15,6 +17,7 @@ class Held(nn.Module):
 
     def __init__(self, value: object) -> None:
         super().__init__()
+        self._value = value
         for name, part in _fields(value).items():
             if isinstance(part, nn.Parameter):
                 self.register_parameter(name, part)
@@ -22,6 +25,20 @@ class Held(nn.Module):
                 self.add_module(name, part)
             elif (inner := held_by(part)) is not None:
                 self.add_module(name, inner)
+
+    def _give_back(self) -> None:
+        """A parameter that torch has put in another's place is the value's, too."""
+        for name, part in self._parameters.items():
+            object.__setattr__(self._value, name, part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Held:
+        super()._apply(fn, recurse)
+        self._give_back()
+        return self
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        super()._load_from_state_dict(*given)
+        self._give_back()
 
 
 def held_by(value: object) -> Held | None:

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_losses.base.validation import describe
 from fused_losses.centers.collectives import Ranks
-from fused_losses.centers.held import Held
+from fused_losses.centers.held import Held, held_by
+from fused_losses.centers.objective import loss_of
 from fused_losses.centers.state import TableState, named_tensors
 from fused_losses.centers.update import AutogradUpdates, RowUpdates
 
@@ -30,6 +31,7 @@ class TableModule(nn.Module):
     ranks: Ranks
     margin: Any
     margin_parts: Held | None
+    batch_negatives: Any
     num_classes: int
     sample_rate: float
     _strict = False  # within the head's own load_state_dict(..., strict=True)
@@ -84,8 +86,20 @@ class TableModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == WEIGHT:  # nn.Module would register a parameter before it asks the property
             TableModule.weight.__set__(self, value)
+        elif name == "margin":
+            self._set_margin(value)
         else:
             super().__setattr__(name, value)
+
+    def _set_margin(self, margin: Any) -> None:
+        """Another margin, whose modules and parameters become the head's; the former's leave."""
+        loss = loss_of(margin, 1.0, "exact")  # its own checks, before anything changes
+        if self.batch_negatives is not None and loss.rule != "softmax":
+            raise ValueError("batch_negatives: expected a softmax loss beside it")
+        self._modules.pop("margin", None)  # or nn.Module refuses one that is no module
+        self._parameters.pop("margin", None)
+        super().__setattr__("margin", margin)
+        self.margin_parts = held_by(margin)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TableModule:
         super()._apply(fn, recurse)

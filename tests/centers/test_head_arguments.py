@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_losses import class_losses
 from fused_losses.centers import ClassCenters
+from fused_losses.losses.unpg import UNPG
 from fused_losses.margins import AdaFace, ArcFace, CosFace, CurricularFace, InterclassFilter
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -143,6 +145,96 @@ def test_a_parameter_within_a_loss_trains_with_the_head() -> None:
             leaf.add_(1)
         found.load_state_dict(saved)
         assert leaf.item() in (pytest.approx(0.3), pytest.approx(0.2))
+
+
+def test_another_margin_is_the_heads_and_the_former_is_not() -> None:
+    x, y = data()
+    leaf = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+    values: list[Any] = [
+        ArcFace(0.5), AdaFace(), class_losses.Softmax(AdaFace(), 16.0), CosFace(leaf), None,
+        class_losses.Softmax(CosFace(leaf), 16.0), CurricularFace(), class_losses.SFace(),
+    ]  # fmt: skip
+    for first in values:
+        for second in values:
+            found, fresh = head(margin=first), head(margin=second)
+            found(x, y)
+            found.margin = second
+            assert found.margin is second
+            assert list(found.state_dict()) == list(fresh.state_dict())
+            assert list(found.state()) == list(fresh.state())
+            assert [id(p) for p in found.parameters()][1:] == [id(p) for p in fresh.parameters()][
+                1:
+            ]
+            fresh.load_state_dict(found.state_dict())
+            with torch.no_grad():
+                assert torch.equal(found.eval()(x, y), fresh.eval()(x, y))
+    found = head(margin=AdaFace(), batch_negatives=UNPG(1.0))
+    for wrong, error in (
+        (0.5, TypeError),
+        (ArcFace, TypeError),
+        (class_losses.SFace(), ValueError),
+    ):
+        with pytest.raises(error, match="margin: expected|batch_negatives: expected a softmax"):
+            found.margin = wrong
+        assert isinstance(found.margin, AdaFace)
+
+
+MOVES: dict[str, Any] = {
+    "to": lambda m: m.to(torch.float32).to(torch.float64),
+    "half": lambda m: m.half().double(),
+    "empty": lambda m: _filled(m),
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "deepcopy": copy.deepcopy,
+    "assign": lambda m: _assigned(m),
+}
+
+
+def _filled(found: ClassCenters) -> ClassCenters:
+    """By way of the meta device, where torch puts other parameters in place of the first."""
+    saved = copy.deepcopy(found.state_dict())
+    found.to("meta").to_empty(device="cpu").load_state_dict(saved)
+    return found
+
+
+def _assigned(found: ClassCenters) -> ClassCenters:
+    found.load_state_dict(copy.deepcopy(found.state_dict()), assign=True)
+    return found
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_what_a_loss_holds_goes_where_the_head_goes(move: str) -> None:
+    x, y = data()
+    leaf = nn.Parameter(torch.tensor(0.25, dtype=torch.float64))  # exact in 16 bits
+    for value in (
+        class_losses.Softmax(CosFace(leaf), 16.0),
+        class_losses.Softmax(AdaFace().double(), 16.0),
+        CosFace(leaf),
+    ):
+        found = head(margin=value)
+        with torch.no_grad():
+            found.weight.copy_(found.weight.half())
+            for buffer in found.buffers():
+                buffer.copy_(buffer.half())
+        moved = MOVES[move](found)
+        loss = moved.margin
+        inner = loss.margin if isinstance(loss, class_losses.Softmax) else loss
+        own = list(moved.parameters())[1:]
+        if isinstance(inner, CosFace):
+            used = inner.margin
+            assert isinstance(used, Tensor)
+            assert len(own) == 1 and used is own[0] and used.dtype == torch.float64
+            moved(x, y).backward()
+            assert used.grad is not None and used.grad.abs() > 0
+            with torch.no_grad():
+                before = moved(x, y)
+                own[0].add_(0.5)
+                assert moved(x, y) > before
+                own[0].sub_(0.5)
+        else:
+            moved(x * 3, y)
+            kept = {k.split(".")[-1]: v for k, v in moved.named_buffers()}
+            assert kept.keys() == inner.state_dict().keys()
+            assert all(v is kept[k] for k, v in inner.named_buffers())
 
 
 # --- around a call -------------------------------------------------------------------------------
