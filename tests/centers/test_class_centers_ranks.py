@@ -265,7 +265,7 @@ def different(rank: int) -> str:
 
 def test_batches_that_do_not_fit_each_other() -> None:
     for said in processes.run(2, different):
-        assert "same width, labels a row and dtype on all ranks" in said
+        assert "same width, labels a row, dtype and weights or none on all ranks" in said
 
 
 # ---- meshes and state ---------------------------------------------------------------------------
