@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from fused_losses import class_losses, margins
 from fused_losses.centers import ClassCenters, step_traffic
 from fused_losses.losses.adaptive_scale import AdaptiveScale
+from fused_losses.losses.margin_softmax import margin_softmax
 from fused_losses.losses.unpg import UNPG
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -160,20 +161,42 @@ def pictures(step: int) -> Tensor:
     return torch.randn(sum(COUNTS[1]), 8, dtype=torch.float64, generator=generator)
 
 
-def with_backbone(rank: int, wrapped: str, steps: int = 4) -> list[Tensor]:
+CLIP = 0.05  # of a joint norm of about 1
+
+
+def clip_together(net: nn.Module, head: ClassCenters) -> None:
+    """As docs/class_centers.md has it."""
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # of FSDP's shards
+        norm = norm.full_tensor()
+    norm = torch.hypot(norm, norm.new_tensor(head.grad_norm()))
+    nn.utils.clip_grads_with_norm_(net.parameters(), CLIP, norm)
+    head.scale_grad(min(1.0, CLIP / (float(norm) + 1e-6)))
+
+
+def with_backbone(rank: int, wrapped: str, steps: int = 4) -> list[list[Tensor]]:
+    """Steps inside backward; and apart, clipped together."""
+    return [backbone_steps(rank, wrapped, steps, name) for name in ("full", "apart")]
+
+
+def backbone_steps(rank: int, wrapped: str, steps: int, name: str) -> list[Tensor]:
     world = dist.get_world_size()
     net = backbone()
     if wrapped == "ddp":
         net = nn.parallel.DistributedDataParallel(net)
     elif wrapped == "fsdp":
         fully_shard(net, mesh=dist.init_device_mesh("cpu", (world,)))
-    head = make("arcface", **SGD)
+    head = make("arcface", **UPDATES[name])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for step in range(steps):
         x, y = own(rank, world, pictures(step), batch("arcface", step)[1])
         optimizer.zero_grad()
         head(net(x), y).backward()
+        if name == "apart":
+            clip_together(net, head)
         optimizer.step()
+        head.optimizer.step()
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in net.parameters()]
     return [p.detach().clone() for p in whole] + [head.weight.clone()]
 
@@ -181,13 +204,36 @@ def with_backbone(rank: int, wrapped: str, steps: int = 4) -> list[Tensor]:
 @pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
 def test_a_backbone_trains_as_in_one_process(wrapped: str) -> None:
     """The default gradient scale: DDP's and FSDP's averages are one process's gradients."""
-    *expected, table = processes.run(1, with_backbone, "")[0]
+    alone = processes.run(1, with_backbone, "")[0]
     for world in (2, 4):
         found = processes.run(world, with_backbone, wrapped)
-        for *parameters, _ in found:
-            torch.testing.assert_close(parameters, expected, rtol=1e-10, atol=1e-10)
-        shards = torch.cat([shard for *_, shard in found])
-        torch.testing.assert_close(shards, table, rtol=1e-10, atol=1e-10)
+        for i, (*expected, table) in enumerate(alone):
+            for *parameters, _ in (each[i] for each in found):
+                torch.testing.assert_close(parameters, expected, rtol=1e-10, atol=1e-10)
+            shards = torch.cat([each[i][-1] for each in found])
+            torch.testing.assert_close(shards, table, rtol=1e-10, atol=1e-10)
+
+
+def test_a_clipping_with_the_backbone_is_torchs() -> None:
+    """Over all parameters of one process, in every step."""
+    *expected, table = processes.run(1, with_backbone, "")[0][1]
+    net = backbone()
+    weight = nn.Parameter(make("arcface").weight.detach().clone())
+    optimizers = [
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        torch.optim.SGD([weight], **SGD["optimizer_options"]),
+    ]
+    for step in range(4):
+        net.zero_grad(), optimizers[1].zero_grad()
+        labels = batch("arcface", step)[1]
+        loss = margin_softmax(net(pictures(step)), weight, labels, scale=16.0, backend="reference")
+        loss.backward()
+        assert nn.utils.clip_grad_norm_([*net.parameters(), weight], CLIP) > 2 * CLIP
+        for optimizer in optimizers:
+            optimizer.step()
+    found = [p.detach() for p in net.parameters()]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(weight.detach(), table, rtol=1e-10, atol=1e-10)
 
 
 # ---- traffic ------------------------------------------------------------------------------------
