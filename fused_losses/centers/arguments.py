@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_losses.base.parameters import check_above, check_parameter
 from fused_losses.base.validation import describe
@@ -36,7 +36,11 @@ def integers(**given: Any) -> list[int]:
 
 
 def check_numbers(scale: Any, sample_rate: Any, max_grad_norm: Any) -> None:
-    """Numbers in their range, through none of which a gradient goes."""
+    """Numbers in their range; through a parameter alone, a scale, a gradient goes."""
+    if isinstance(scale, nn.Parameter):
+        if scale.numel() != 1 or not scale.is_floating_point():
+            raise ValueError(f"scale: expected one floating point value, got {describe(scale)}")
+        scale = float(scale.detach())
     check_above("scale", scale)
     within = "a value in (0, 1]"
     check_parameter("sample_rate", sample_rate, 2.0**-60, 1, within=within)

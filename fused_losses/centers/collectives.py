@@ -216,7 +216,7 @@ class Scattered:
     """Each rank's own rows of a sum over the ranks, on their way."""
 
     def __init__(self, ranks: Ranks, rows: Tensor, counts: list[int]) -> None:  # [B, ...]
-        self._own = counts[ranks.rank]
+        self.ranks, self._own = ranks, counts[ranks.rank]
         self._work, self._out = None, rows
         if ranks.world == 1:
             return

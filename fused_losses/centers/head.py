@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -53,7 +53,8 @@ class ClassCenters(TableModule):
         embedding_dim: D.
         margin: None, an object of `fused_losses.margins`, a callable on the target cosine, a
             `ClassLoss` (SFace, SphereFace2, MLCD, SoftTriple, ...) or `AdaptiveScale`.
-        scale: > 0 (a ClassLoss and AdaptiveScale have their own).
+        scale: > 0 (a ClassLoss and AdaptiveScale have their own); a parameter of one value learns
+            with whoever steps it, but beside none that bends other classes, nor batch_negatives.
         normalize: rows of both sides by their norm.
         gradient: "exact" or "straight_through", as in `margin_softmax`.
         sample_rate: in (0, 1]; below 1 a training step sees the batch's own classes and each other
@@ -102,7 +103,7 @@ class ClassCenters(TableModule):
         embedding_dim: int,
         *,
         margin: HeadMargin = ArcFace(0.5),
-        scale: float = 64.0,
+        scale: float | nn.Parameter = 64.0,
         normalize: bool = True,
         gradient: str = "exact",
         sample_rate: float = 1.0,
@@ -152,7 +153,7 @@ class ClassCenters(TableModule):
             )
         self.num_classes, self.embedding_dim = num_classes, embedding_dim
         self.batch_negatives, self.sub_centers = batch_negatives, sub_centers
-        self.margin, self.scale, self.normalize = margin, scale, normalize
+        self.scale, self.margin, self.normalize = scale, margin, normalize
         self.gradient, self.sample_rate, self.log_q = gradient, sample_rate, log_q
         self.gradient_scale = gradient_scale
         self.seed, self.ignore_index, self.chunk_bytes = seed, ignore_index, chunk_bytes
@@ -211,6 +212,9 @@ class ClassCenters(TableModule):
                 ignore_index=self.ignore_index,
                 row_weight=row_weight,
             )
+            learned = self.scale if isinstance(self.scale, Tensor) else None
+            if learned is not None and learned.requires_grad and torch.is_grad_enabled():
+                batch = batch._replace(need_x=True)  # its gradient is made of theirs
             # while the embeddings are on their way
             taking_part = self._groups(batch.local)
             self._updates.catch_up(taking_part, self._table.device)
@@ -220,7 +224,7 @@ class ClassCenters(TableModule):
             if batch.need_x and not embeddings.requires_grad:
                 embeddings = embeddings.detach().requires_grad_()  # every rank has a backward
             statistics, targets, norms, rows = Sharded.apply(
-                embeddings, self._leaf, self._updates.backward, saved, found.targets, rows
+                embeddings, self._leaf, self._updates.backward, saved, found.targets, rows, learned
             )
             statistics = self._with_pairs(statistics, rows, batch, loss)
             with self._alike(embeddings.device):
@@ -300,7 +304,7 @@ class ClassCenters(TableModule):
             step=self.step_count,
         )
 
-    def _loss_of(self, scale: float, valid: Tensor) -> ClassLoss:
+    def _loss_of(self, scale: float | Tensor, valid: Tensor) -> ClassLoss:
         return loss_of(self.margin, scale, self.gradient, valid=valid, training=self.training)
 
     def _loss_and_values(

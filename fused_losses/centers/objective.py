@@ -37,15 +37,34 @@ class AdaptiveLoss(ClassLoss):
         return -F.logsigmoid(self.scale * moved - lse)
 
 
+@dataclass(frozen=True)
+class LearnedSoftmax(Softmax):
+    """With a scale that learns: by the target's score here, by the others' in `Sharded`."""
+
+    learned: Tensor | None = None
+
+    def _scaled(self, cosines: Tensor) -> Tensor:
+        assert self.learned is not None
+        return self.learned.reshape(()).to(cosines.dtype) * cosines
+
+
 def loss_of(
     margin: HeadMargin,
-    scale: float,  # of an AdaptiveScale: the batch's
+    scale: float | Tensor,  # of an AdaptiveScale: the batch's
     gradient: str,
     *,
     valid: Tensor | None = None,
     training: bool = False,
 ) -> ClassLoss:
     """The loss of a row."""
+    if isinstance(scale, Tensor):
+        # through a bend the scores are not the scale times what they are without it
+        if isinstance(margin, ClassLoss | AdaptiveScale) or hasattr(margin, "bend"):
+            raise ValueError(
+                "scale: expected a number beside a loss with a scale of its own, or a margin that "
+                f"bends other classes, got a parameter beside {type(margin).__name__}"
+            )
+        return LearnedSoftmax(margin, float(scale.detach()), gradient, scale)
     if isinstance(margin, ClassLoss):
         return margin
     if isinstance(margin, AdaptiveScale):

@@ -90,9 +90,10 @@ class Sharded(torch.autograd.Function):
         saved: SavedForward,
         targets: Tensor,
         gathered: Tensor,
+        scale: Tensor | None,  # that learns
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.take, ctx.saved = take, saved
-        ctx.save_for_backward(embeddings)
+        ctx.take, ctx.saved, ctx.targets = take, saved, targets
+        ctx.save_for_backward(embeddings, scale)
         norms = torch.linalg.vector_norm(gathered.to(saved.x.dtype), dim=1)
         # views, or autograd would mark the step's own tensors
         return saved.statistics.clone(), targets.clone(), norms, gathered.view_as(gathered)
@@ -104,18 +105,23 @@ class Sharded(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         saved: SavedForward = ctx.saved
         batch = saved.batch
-        (embeddings,) = ctx.saved_tensors
+        embeddings, scale = ctx.saved_tensors
         with no_autocast(embeddings.device):
             d_weight, on_the_way = ctx.take(saved, Gradients(d_statistics, d_targets))
-            dx = None
+            dx = d_scale = None
             if on_the_way is not None:
                 own = slice(batch.first, batch.first + embeddings.shape[0])
                 alive = torch.where(batch.valid[own, None], embeddings, 0)
-                dx = _to_embeddings(
-                    alive, on_the_way.wait(), d_norms[own], d_gathered[own], saved.normalize
-                )
+                dx = on_the_way.wait()
+                if ctx.needs_input_grad[6]:
+                    # scores are scale <x, w>, linear in both: scale d_scale = sum <x, dx>
+                    d_scale = (dx.double() * saved.x[own]).sum()
+                    d_scale -= (d_targets[own].double() * ctx.targets[own]).sum()
+                    on_the_way.ranks.sum_(d_scale)
+                    d_scale = (d_scale.to(scale.device) / scale.double()).to(scale.dtype)
+                dx = _to_embeddings(alive, dx, d_norms[own], d_gathered[own], saved.normalize)
                 dx = (dx * saved.dx_scale).to(embeddings.dtype)
-        return dx, d_weight, None, None, None, None
+        return dx, d_weight, None, None, None, None, d_scale
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:

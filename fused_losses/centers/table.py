@@ -32,6 +32,7 @@ class TableModule(nn.Module):
     margin: Any
     margin_parts: Held | None
     batch_negatives: Any
+    scale: Any
     num_classes: int
     sample_rate: float
     _strict = False  # within the head's own load_state_dict(..., strict=True)
@@ -93,9 +94,10 @@ class TableModule(nn.Module):
 
     def _set_margin(self, margin: Any) -> None:
         """Another margin, whose modules and parameters become the head's; the former's leave."""
-        loss = loss_of(margin, 1.0, "exact")  # its own checks, before anything changes
-        if self.batch_negatives is not None and loss.rule != "softmax":
-            raise ValueError("batch_negatives: expected a softmax loss beside it")
+        loss = loss_of(margin, self.scale, "exact")  # its own checks, before anything changes
+        fixed = loss.rule == "softmax" and not isinstance(self.scale, Tensor)
+        if self.batch_negatives is not None and not fixed:
+            raise ValueError("batch_negatives: expected a softmax loss of a fixed scale beside it")
         self._modules.pop("margin", None)  # or nn.Module refuses one that is no module
         self._parameters.pop("margin", None)
         super().__setattr__("margin", margin)
@@ -138,7 +140,8 @@ class TableModule(nn.Module):
         weight and each "optimizer.<name>" as a DTensor over the shards (a plain tensor without
         process group), "margin.<name>" of the averages that a margin keeps, and "steps". They share
         the head's memory; every row has caught up. What waits for `optimizer.step()` and the
-        hyper-parameters are not in it: the latter are in `optimizer.state_dict()`.
+        hyper-parameters are not in it: the latter are in `optimizer.state_dict()`. A scale that
+        learns is "scale".
         """
         self._steps = torch.tensor(self._updates.steps, device="cpu")
 
@@ -149,6 +152,8 @@ class TableModule(nn.Module):
             )
 
         found = TableState({**named(), "steps": self._steps})
+        if isinstance(self.scale, Tensor):
+            found["scale"] = self.scale.detach()
         if isinstance(self._updates, RowUpdates):
             found.make, found.named = self._updates.rows.make_state, named
         return found

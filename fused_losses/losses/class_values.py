@@ -110,9 +110,12 @@ class Softmax(ClassLoss):
         return bend_of(self.margin, targets[:, 0], present[:, 0])
 
     def row_loss(self, rows: MergedRows) -> Tensor:
-        z = self.scale * self._moved(rows.targets, rows.norms, rows.present)
+        z = self._scaled(self._moved(rows.targets, rows.norms, rows.present))
         loss = _label_softmax(z, rows.statistics[0], rows.present)
         return loss + penalty_of(self.margin, rows.norms)
+
+    def _scaled(self, cosines: Tensor) -> Tensor:
+        return self.scale * cosines
 
     def _moved(self, targets: Tensor, norms: Tensor | None, present: Tensor) -> Tensor:
         """[N, L] target cosines after the margin."""

@@ -42,6 +42,8 @@ HEADS: dict[str, dict[str, Any]] = {
     },
     "several labels": {"margin": class_losses.MLCD(16.0), "labels": 3},
     "adaptive scale": {"margin": AdaptiveScale(smallest=2.0)},
+    "scale that learns": {"scale": 7.0},
+    "its sample": {"scale": 7.0, "sample_rate": 0.4, "log_q": True},
     "shared negatives": {"batch_negatives": UNPG(1.0)},
 }  # fmt: skip
 
@@ -52,6 +54,8 @@ def make(name: str, **more: Any) -> ClassCenters:
         kind = getattr(margins, options["margin"])
         inner = (margins.ArcFace(),) if options["margin"] == "InterclassFilter" else ()
         options["margin"] = kind(*inner)
+    if "scale" in options:
+        options["scale"] = nn.Parameter(torch.tensor(options["scale"], dtype=torch.float64))
     defaults = dict(dtype=torch.float64, scale=16.0, chunk_bytes=4 * D * 8, seed=1)
     return ClassCenters(C, D, **{**defaults, **options, **more})
 
@@ -81,7 +85,8 @@ def loss_and_gradients(rank: int, name: str, scale: str) -> dict[str, Tensor]:
     (2 * loss).backward()  # an upstream factor goes through
     gradient = head.weight.grad
     gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    return {"loss": loss.detach(), "dx": x.grad, "dw": gradient, "start": head.class_start}
+    told = {"loss": loss.detach(), "dx": x.grad, "dw": gradient, "start": head.class_start}
+    return told | ({"ds": head.scale.grad} if "scale" in HEADS[name] else {})
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -90,9 +95,10 @@ def test_every_head_is_that_of_one_process(world: int) -> None:
     expected = processes.run(1, all_heads)[0]
     for name in HEADS:
         for each in (ranks[name] for ranks in found):
-            torch.testing.assert_close(
-                each["loss"], expected[name]["loss"], rtol=1e-10, atol=1e-10, msg=name
-            )
+            for key in ("loss", "ds") if "scale" in HEADS[name] else ("loss",):
+                torch.testing.assert_close(
+                    each[key], expected[name][key], rtol=1e-10, atol=1e-10, msg=f"{name}: {key}"
+                )
         for key in ("dx", "dw"):
             whole = torch.cat([ranks[name][key] for ranks in found])
             torch.testing.assert_close(
