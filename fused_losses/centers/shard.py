@@ -51,6 +51,12 @@ class Gradients(NamedTuple):
     statistics: Tensor  # [S, B]
     targets: Tensor  # [B, L]
 
+    def times(self, factor: float) -> Gradients:
+        """Before the sweep: the rows' gradient is in the table's type, which may overflow."""
+        if factor == 1:
+            return self
+        return Gradients(self.statistics * factor, self.targets * factor)
+
 
 class Chunk(NamedTuple):
     """What one call of a kernel is given."""

@@ -162,14 +162,17 @@ class RowUpdates:
             self._check_turn(saved)
         finite = not trains or _finite(saved.x, grad.statistics, grad.targets)
         if trains and self.at == "backward":
-            factor = 1 / self._loss_scale(saved)
-            finite = finite and self._clips([Waiting(saved, grad, factor)])
+            scale = self._loss_scale(saved)
+            unscaled = grad.times(1 / scale)
+            finite = finite and self._clips([Waiting(saved, unscaled, 1.0)])
             self._tell(finite)
             trains = self._may_step(finite)
             if trains:
                 with self._open_step():
-                    for rows, d_rows in saved.gradients(grad, dx, need_weight=True):
-                        self._update(rows, d_rows, self._factor * factor)
+                    for rows, d_rows in saved.gradients(unscaled, dx, need_weight=True):
+                        self._update(rows, d_rows, self._factor)
+                    if dx is not None and scale != 1:
+                        dx *= scale
                     on_the_way = _scattered(self.ranks, dx, saved)
                 self._taken += 1
                 return None, on_the_way
@@ -318,9 +321,9 @@ class RowUpdates:
             return
         if len(backwards) == 1:
             saved, grad, factor = backwards[0]
-            for rows, d_rows in saved.gradients(grad, None, need_weight=True):
+            for rows, d_rows in saved.gradients(grad.times(factor), None, need_weight=True):
                 assert d_rows is not None
-                yield rows, d_rows if factor == 1 else d_rows * factor
+                yield rows, d_rows
             return
         table, height = backwards[0].saved.table, backwards[0].saved.sweep.shard.height
         for first in range(0, table.shape[0], height):
@@ -329,10 +332,10 @@ class RowUpdates:
             touched = torch.zeros(last - first, dtype=torch.bool, device=total.device)
             for saved, grad, factor in backwards:
                 for rows, d_rows in saved.gradients(
-                    grad, None, need_weight=True, first=first, last=last
+                    grad.times(factor), None, need_weight=True, first=first, last=last
                 ):
                     assert d_rows is not None
-                    d_rows = d_rows.to(total) * factor
+                    d_rows = d_rows.to(total)
                     if isinstance(rows, slice):
                         total[rows.start - first : rows.stop - first] += d_rows
                         touched[rows.start - first : rows.stop - first] = True

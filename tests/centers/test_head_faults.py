@@ -243,6 +243,36 @@ def test_a_grad_scaler_learns_of_an_overflow_that_raised() -> None:
     assert scaler.get_scale() == 32768 and found.step_count == 0
 
 
+@BOTH
+@pytest.mark.parametrize("clip", [None, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_scale_that_overflows_the_tables_type_stays_out_of_it(
+    update: str, clip: float | None, dtype: torch.dtype
+) -> None:
+    """65,536 is no number of float16; a power of two rounds nowhere: bitwise without the scale."""
+    options = dict(optimizer="sgd", update=update, max_grad_norm=clip, dtype=dtype)
+    plain, scaled = head(**options), head(**options)
+    scaler = torch.amp.GradScaler("cpu", growth_interval=100)
+    if update == "backward":
+        scaled.loss_scale = scaler.get_scale
+    for step in range(2):
+        for part in range(1 if update == "backward" else 2):
+            given, y = batch(2 * step + part)
+            x, twin = (given.detach().float().requires_grad_() for _ in range(2))
+            scaler.scale(scaled(x, y)).backward()
+            plain(twin, y).backward()
+            assert x.grad is not None and twin.grad is not None
+            assert torch.equal(x.grad, twin.grad * 65536)
+        scaler.step(scaled.optimizer)
+        plain.optimizer.step()
+        scaler.update()
+        scaled.optimizer.zero_grad()
+        plain.optimizer.zero_grad()
+        assert torch.equal(scaled.weight, plain.weight)
+    assert not torch.equal(scaled.weight, head(**options).weight)
+    assert scaler.get_scale() == 65536 and bool(plain.weight.isfinite().all())
+
+
 # ---- steps that are not what was meant ----------------------------------------------------------
 
 
