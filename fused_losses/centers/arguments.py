@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_losses.base.parameters import check_above, check_parameter
-from fused_losses.base.validation import describe
+from fused_losses.base.validation import FLOATS, checked_smoothing, describe
 
 
 def counts(**given: Any) -> list[int]:
@@ -46,6 +46,30 @@ def check_numbers(scale: Any, sample_rate: Any, max_grad_norm: Any) -> None:
     check_parameter("sample_rate", sample_rate, 2.0**-60, 1, within=within)
     if max_grad_norm is not None:
         check_above("max_grad_norm", max_grad_norm)
+
+
+def check_kernels(dtype: Any, backend: str | None) -> None:
+    """A table's dtype, and a backend that streams."""
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: expected a floating point type, got {dtype}")
+    if backend == "reference":
+        raise ValueError(
+            "backend: expected a streamed one, got 'reference'; margin_softmax(..., "
+            "backend='reference') materialises the logits"
+        )
+
+
+def check_smoothing(
+    label_smoothing: float, sample_rate: float, sub_centers: int, batch_negatives: object
+) -> float:
+    """Its value; ValueError beside what has no uniform part over all classes."""
+    value = checked_smoothing(label_smoothing)
+    if value and (sample_rate < 1 or sub_centers > 1 or batch_negatives is not None):
+        raise ValueError(
+            "label_smoothing: expected 0 beside sample_rate < 1, sub_centers > 1 or "
+            f"batch_negatives, got {value}"
+        )
+    return value
 
 
 def check_width(embeddings: Tensor, num_classes: int, embedding_dim: int) -> None:

@@ -49,8 +49,7 @@ class ClassCenters(TableModule):
     process with the whole table. Batches may differ in size between ranks and be empty.
 
     Args:
-        num_classes: C.
-        embedding_dim: D.
+        num_classes, embedding_dim: C, D.
         margin: None, an object of `fused_losses.margins`, a callable on the target cosine, a
             `ClassLoss` (SFace, SphereFace2, MLCD, SoftTriple, ...) or `AdaptiveScale`.
         scale: > 0 (a ClassLoss and AdaptiveScale have their own); a parameter of one value learns
@@ -69,9 +68,8 @@ class ClassCenters(TableModule):
             table ever exists.
         optimizer_options: its hyper-parameters, `state_dtype`, `stochastic_rounding`.
         update: "backward" (each is a step: gradient accumulation wants "step"), or "step":
-            backward keeps O(B D), `head.optimizer.step()` sweeps again
-            and updates. Several backwards before a step add up, and `grad_norm`, `scale_grad`
-            work in between (gradient scaling, clipping together with a backbone).
+            backward keeps O(B D), `head.optimizer.step()` sweeps again and updates. Several
+            backwards before a step add up; `grad_norm`, `scale_grad` work in between.
         max_grad_norm: the table's gradient is scaled down to this norm (all shards together);
             one more sweep a step.
         process_group, device_mesh, mesh_dim: who shares the table; default: all ranks, or one.
@@ -89,6 +87,7 @@ class ClassCenters(TableModule):
         precision, backend: as in `margin_softmax`; "reference" has no streamed form.
         nonfinite: of an optimizer's step whose embeddings or incoming gradient are not finite:
             "raise" (FloatingPointError) or "skip", before any row is written, on every rank.
+        label_smoothing: in [0, 1], of softmax over all classes, of one centre each.
 
     With an optimizer the table is neither a parameter nor a buffer, so that the head may lie inside
     what DistributedDataParallel or FSDP wrap; `requires_grad_(False)` of the head or of a model
@@ -127,6 +126,7 @@ class ClassCenters(TableModule):
         precision: str = "fp32",
         backend: str | None = None,
         nonfinite: str = "raise",
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         num_classes, embedding_dim, sub_centers, chunk_bytes = arguments.counts(
@@ -135,13 +135,10 @@ class ClassCenters(TableModule):
         )  # fmt: skip
         seed, ignore_index = arguments.integers(seed=seed, ignore_index=ignore_index)
         arguments.check_numbers(scale, sample_rate, max_grad_norm)
-        if dtype not in validation.FLOATS:
-            raise TypeError(f"dtype: expected a floating point type, got {dtype}")
-        if backend == "reference":
-            raise ValueError(
-                "backend: expected a streamed one, got 'reference'; margin_softmax(..., "
-                "backend='reference') materialises the logits"
-            )
+        arguments.check_kernels(dtype, backend)
+        self.label_smoothing = arguments.check_smoothing(
+            label_smoothing, sample_rate, sub_centers, batch_negatives
+        )
         validation.check_choice("update", update, UPDATES)
         validation.check_choice("gradient_scale", gradient_scale, GRADIENT_SCALES)
         validation.check_choice("precision", precision, validation.PRECISIONS)
@@ -305,7 +302,10 @@ class ClassCenters(TableModule):
         )
 
     def _loss_of(self, scale: float | Tensor, valid: Tensor) -> ClassLoss:
-        return loss_of(self.margin, scale, self.gradient, valid=valid, training=self.training)
+        return loss_of(
+            self.margin, scale, self.gradient, valid=valid, training=self.training,
+            smoothing=self.label_smoothing, classes=self.num_classes,
+        )  # fmt: skip
 
     def _loss_and_values(
         self, shard: Shard, x: Tensor, present: Tensor, valid: Tensor

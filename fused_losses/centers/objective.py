@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.centers.shard import Engine, RuleEngine, SoftmaxEngine
 from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.class_values import ClassLoss, MergedRows, Softmax
+from fused_losses.losses.margin_calls import penalty_of
 from fused_losses.margins import Margin
 
 HeadMargin = Margin | ClassLoss | AdaptiveScale | None
@@ -38,14 +40,30 @@ class AdaptiveLoss(ClassLoss):
 
 
 @dataclass(frozen=True)
-class LearnedSoftmax(Softmax):
-    """With a scale that learns: by the target's score here, by the others' in `Sharded`."""
+class HeadSoftmax(Softmax):
+    """With a scale that learns: by the target's score here, by the others' in `Sharded`.
+
+    smoothing: torch's label smoothing over so many classes, which takes one label a row.
+    """
 
     learned: Tensor | None = None
+    smoothing: float = 0.0
+    classes: int = 1
 
     def _scaled(self, cosines: Tensor) -> Tensor:
-        assert self.learned is not None
+        if self.learned is None:
+            return super()._scaled(cosines)
         return self.learned.reshape(()).to(cosines.dtype) * cosines
+
+    def row_loss(self, rows: MergedRows) -> Tensor:
+        if not self.smoothing:
+            return super().row_loss(rows)
+        lse, others = rows.statistics
+        z = self._scaled(self._moved(rows.targets, rows.norms, rows.present))[:, 0]
+        loss = torch.where(z == torch.inf, torch.nan, -F.logsigmoid(z - lse))
+        uniform = loss + z - (others + z) / self.classes
+        smoothed = (1 - self.smoothing) * loss + self.smoothing * uniform
+        return smoothed + penalty_of(self.margin, rows.norms)
 
 
 def loss_of(
@@ -55,8 +73,15 @@ def loss_of(
     *,
     valid: Tensor | None = None,
     training: bool = False,
+    smoothing: float = 0.0,
+    classes: int = 1,
 ) -> ClassLoss:
     """The loss of a row."""
+    if smoothing and isinstance(margin, ClassLoss | AdaptiveScale):
+        raise ValueError(
+            "label_smoothing: expected 0 beside a loss of its own, "
+            f"got {smoothing} beside {type(margin).__name__}"
+        )
     if isinstance(scale, Tensor):
         # through a bend the scores are not the scale times what they are without it
         if isinstance(margin, ClassLoss | AdaptiveScale) or hasattr(margin, "bend"):
@@ -64,19 +89,22 @@ def loss_of(
                 "scale: expected a number beside a loss with a scale of its own, or a margin that "
                 f"bends other classes, got a parameter beside {type(margin).__name__}"
             )
-        return LearnedSoftmax(margin, float(scale.detach()), gradient, scale)
+        return HeadSoftmax(margin, float(scale.detach()), gradient, scale, smoothing, classes)
     if isinstance(margin, ClassLoss):
         return margin
     if isinstance(margin, AdaptiveScale):
         return AdaptiveLoss(margin, scale, valid, training)
-    return Softmax(margin, scale, gradient)
+    return HeadSoftmax(margin, scale, gradient, None, smoothing, classes)
 
 
 def engine_of(
     loss: ClassLoss, *, plain: bool, normalize: bool, precision: str, backend: str | None
 ) -> Engine:
     """The loss's kernels. plain: one label a row and one centre a class."""
+    smoothed = isinstance(loss, HeadSoftmax) and loss.smoothing > 0
+    if smoothed and not plain:
+        raise ValueError("labels: expected one a row with label_smoothing")
     if plain and loss.rule == "softmax" and loss.softness == 0:
-        return SoftmaxEngine(loss.params()[0], normalize, precision, backend)
+        return SoftmaxEngine(loss.params()[0], normalize, precision, backend, smoothed)
     params = tuple(loss.params())
     return RuleEngine(loss.rule, params, loss.softness, normalize, precision, backend)

@@ -94,14 +94,20 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class SoftmaxEngine:
-    """lse of scale psi(cos) over the other classes, by the compiled row statistics."""
+    """lse of scale psi(cos) over the other classes, by the compiled row statistics.
+
+    with_sum: and the sum of these scores.
+    """
 
     scale: float
     normalize: bool
     precision: str
     backend: str | None
+    with_sum: bool = False
 
-    kinds = ("lse",)
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("lse", "sum") if self.with_sum else ("lse",)
 
     def _inputs(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> tuple[str, Inputs]:
         weight = chunk.weight
@@ -118,6 +124,7 @@ class SoftmaxEngine:
             chunk.labels[:, 0].contiguous(),
             chunk.ids,
             normalize=self.normalize,
+            weighted=self.with_sum,
             precision=self.precision,
             bend=bend,
         )
@@ -130,10 +137,11 @@ class SoftmaxEngine:
 
     def forward(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> Sums:
         name, p = self._inputs(x, chunk, values)
-        lse, target, _, _, best, _ = ROW_STATISTICS.op(name)(*p, 0)
+        lse, target, total, _, best, _ = ROW_STATISTICS.op(name)(*p, 0)
         wide = torch.float64
         targets = (target.to(wide) / self.scale)[:, None]
-        return Sums(lse.to(wide)[None], targets, best.to(wide) / self.scale)
+        found = torch.stack([lse.to(wide), total.to(wide)]) if self.with_sum else lse.to(wide)[None]
+        return Sums(found, targets, best.to(wide) / self.scale)
 
     def backward(
         self,
@@ -152,7 +160,7 @@ class SoftmaxEngine:
         dx, dweight, _ = ROW_STATISTICS.op(name, "_backward")(
             grad.statistics[0].contiguous(),
             (grad.targets[:, 0] / self.scale).contiguous(),
-            None,
+            grad.statistics[1].to(x.dtype).contiguous() if self.with_sum else None,
             *p[:6],
             lse.contiguous(),
             kept,

@@ -33,6 +33,7 @@ class TableModule(nn.Module):
     margin_parts: Held | None
     batch_negatives: Any
     scale: Any
+    label_smoothing: float
     num_classes: int
     sample_rate: float
     _strict = False  # within the head's own load_state_dict(..., strict=True)
@@ -94,7 +95,9 @@ class TableModule(nn.Module):
 
     def _set_margin(self, margin: Any) -> None:
         """Another margin, whose modules and parameters become the head's; the former's leave."""
-        loss = loss_of(margin, self.scale, "exact")  # its own checks, before anything changes
+        loss = loss_of(
+            margin, self.scale, "exact", smoothing=self.label_smoothing
+        )  # its own checks, before anything changes
         fixed = loss.rule == "softmax" and not isinstance(self.scale, Tensor)
         if self.batch_negatives is not None and not fixed:
             raise ValueError("batch_negatives: expected a softmax loss of a fixed scale beside it")

@@ -42,7 +42,7 @@ HEADS: dict[str, dict[str, Any]] = {
     },
     "several labels": {"margin": class_losses.MLCD(16.0), "labels": 3},
     "adaptive scale": {"margin": AdaptiveScale(smallest=2.0)},
-    "scale that learns": {"scale": 7.0},
+    "scale that learns, smoothed": {"scale": 7.0, "label_smoothing": 0.1},
     "its sample": {"scale": 7.0, "sample_rate": 0.4, "log_q": True},
     "shared negatives": {"batch_negatives": UNPG(1.0)},
 }  # fmt: skip
