@@ -32,6 +32,17 @@ FOUND = {
         Draw((31, 13, 3), "sparse", "one class", torch.float32, 1930616076),
         Call("cpu"),
     ),
+    # the slope of a root, 1 / (2 d), took float16's G of short distances to inf
+    "a short distance's slope": (
+        "contrastive",
+        Draw((17, 13, 16), "tiny", "skewed", torch.float16, 5),
+        Call("cuda"),
+    ),
+    "a short distance's slope, boundaries": (
+        "margin_loss_beta_pair",
+        Draw((33, 33, 7), "tiny", "skewed", torch.float16, 1),
+        Call("cuda"),
+    ),
 }
 
 

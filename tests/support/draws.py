@@ -201,9 +201,6 @@ def _refused(call: Call, draw: Draw) -> bool:
     if call.backend == "reference":
         # materialised in the dtype of its rows
         return draw.dtype in (torch.bfloat16, torch.float16)
-    if call.backend == "cuda" and draw.dtype == torch.float16 and draw.kind == "tiny":
-        # G over a norm or a distance leaves float16's range
-        return True
     device = torch.device("cpu")
     return bool(backends.reasons_against(call.backend, device, draw.dtype, call.precision))
 

@@ -202,6 +202,9 @@ def sweep(p: PairInputs, gradient: bool) -> Sweep:
         norms, scale = (x_norms, x_norms if p.triangle else squared_norms(y)), -scale
     # a rounded forward would be no float32 accuracy: mixed rounds in the backward alone
     low = low_dtype(p.x.dtype, p.precision) if gradient else low
+    if gradient and p.score == "root" and low == torch.float16:
+        # the slope of a root, 1 / (2 d), takes G of short distances out of float16's range
+        low = torch.float32
     return Sweep(p, x, y, scale, precision, low, norms)
 
 
