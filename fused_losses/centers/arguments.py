@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_losses.base.parameters import check_above, check_parameter
-from fused_losses.base.validation import FLOATS, checked_smoothing, describe
+from fused_losses.base.validation import FLOATS, check_choice, checked_smoothing, describe
+
+GRADIENT_SCALES = ("ddp_mean", "global_sum")
 
 
 def counts(**given: Any) -> list[int]:
@@ -35,17 +37,26 @@ def integers(**given: Any) -> list[int]:
     return [integer(name, value) for name, value in given.items()]
 
 
-def check_numbers(scale: Any, sample_rate: Any, max_grad_norm: Any) -> None:
-    """Numbers in their range; through a parameter alone, a scale, a gradient goes."""
-    if isinstance(scale, nn.Parameter):
-        if scale.numel() != 1 or not scale.is_floating_point():
-            raise ValueError(f"scale: expected one floating point value, got {describe(scale)}")
-        scale = float(scale.detach())
-    check_above("scale", scale)
-    within = "a value in (0, 1]"
-    check_parameter("sample_rate", sample_rate, 2.0**-60, 1, within=within)
-    if max_grad_norm is not None:
-        check_above("max_grad_norm", max_grad_norm)
+def check_set(name: str, value: Any) -> None:
+    """What a head is given at its construction and may be given another value of later.
+
+    Through a parameter alone, a scale, a gradient goes.
+    """
+    if name == "scale":
+        if isinstance(value, nn.Parameter):
+            if value.numel() != 1 or not value.is_floating_point():
+                raise ValueError(f"scale: expected one floating point value, got {describe(value)}")
+            value = float(value.detach())
+        check_above("scale", value)
+    elif name == "sample_rate":
+        check_parameter("sample_rate", value, 2.0**-60, 1, within="a value in (0, 1]")
+    elif name == "max_grad_norm":
+        if value is not None:
+            check_above("max_grad_norm", value)
+    elif name == "chunk_bytes":
+        counts(chunk_bytes=value)
+    elif name == "gradient_scale":
+        check_choice("gradient_scale", value, GRADIENT_SCALES)
 
 
 def check_kernels(dtype: Any, backend: str | None) -> None:

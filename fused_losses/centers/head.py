@@ -35,7 +35,6 @@ from fused_losses.losses.unpg import UNPG
 from fused_losses.margins import ArcFace
 from fused_losses.primitives.shared_negatives.op import add_shared
 
-GRADIENT_SCALES = ("ddp_mean", "global_sum")
 UPDATES = ("backward", "step")
 
 
@@ -134,13 +133,12 @@ class ClassCenters(TableModule):
             chunk_bytes=chunk_bytes,
         )  # fmt: skip
         seed, ignore_index = arguments.integers(seed=seed, ignore_index=ignore_index)
-        arguments.check_numbers(scale, sample_rate, max_grad_norm)
+        arguments.check_set("max_grad_norm", max_grad_norm)
         arguments.check_kernels(dtype, backend)
         self.label_smoothing = arguments.check_smoothing(
             label_smoothing, sample_rate, sub_centers, batch_negatives
         )
         validation.check_choice("update", update, UPDATES)
-        validation.check_choice("gradient_scale", gradient_scale, GRADIENT_SCALES)
         validation.check_choice("precision", precision, validation.PRECISIONS)
         validation.check_choice("nonfinite", nonfinite, NONFINITE)
         if optimizer is None and (update != "backward" or max_grad_norm or optimizer_options):

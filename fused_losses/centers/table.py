@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_losses.base.validation import describe
+from fused_losses.centers import arguments
 from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.held import Held, held_by
 from fused_losses.centers.objective import loss_of
@@ -86,6 +87,7 @@ class TableModule(nn.Module):
         return getattr(self, SWITCH) if isinstance(self._updates, RowUpdates) else self._table
 
     def __setattr__(self, name: str, value: Any) -> None:
+        arguments.check_set(name, value)
         if name == WEIGHT:  # nn.Module would register a parameter before it asks the property
             TableModule.weight.__set__(self, value)
         elif name == "margin":

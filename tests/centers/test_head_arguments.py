@@ -36,6 +36,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "half a centre": (dict(sub_centers=1.5), TypeError, "sub_centers: expected an integer"),
     "no centre": (dict(sub_centers=0), ValueError, "sub_centers: expected at least 1, got 0"),
+    "a gradient of no kind": (
+        dict(gradient_scale="mean"), ValueError, "gradient_scale: expected one of ddp_mean",
+    ),
+    "no bytes": (dict(chunk_bytes=0), ValueError, "chunk_bytes: expected at least 1, got 0"),
     "a seed of words": (dict(seed="a"), TypeError, "seed: expected an integer, got 'a'"),
 }  # fmt: skip
 
@@ -53,6 +57,22 @@ def test_the_order_of_partial_fc_is_told() -> None:
         ClassCenters(D, C, dtype=torch.float64)(x, y.clamp_max(D - 1))
     with pytest.raises(ValueError, match=r"expected \[n, 7\] for embedding_dim=7, got shape"):
         ClassCenters(C, 7, dtype=torch.float64)(x, y)
+
+
+LATER = ("scale", "sample_rate", "max_grad_norm", "chunk_bytes", "gradient_scale")
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_set_later_is_checked_as_at_construction(name: str) -> None:
+    """A negative norm would turn the step round, a rate of 0 leave the negatives out."""
+    found = head(optimizer="sgd", max_grad_norm=2.0)
+    before = getattr(found, name)
+    for wrong in ("mean", -1):
+        with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+            setattr(found, name, wrong)
+        assert getattr(found, name) == before
+    setattr(found, name, before)
+    found(*data()).backward()
 
 
 def test_numbers_of_numpy() -> None:
