@@ -48,7 +48,7 @@ def flattened(
     embeddings: Tensor, labels: Tensor, row_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """[N, T, D] and what belongs to its rows as [N T, D]; all else as it is, for `gather_batch`."""
-    if embeddings.dim() != 3:
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 3:
         return embeddings, labels, row_weight
     lead = embeddings.shape[:2]
     if isinstance(labels, Tensor) and labels.shape[:2] == lead:
@@ -56,6 +56,11 @@ def flattened(
     if isinstance(row_weight, Tensor) and row_weight.shape == lead:
         row_weight = row_weight.flatten()
     return embeddings.flatten(0, 1), labels, row_weight
+
+
+def device_of(embeddings: Tensor, table: Tensor) -> torch.device:
+    """Where the rows are; where the table is, of what is no tensor (`gather_batch` refuses it)."""
+    return embeddings.device if isinstance(embeddings, Tensor) else table.device
 
 
 def gather_batch(
@@ -82,9 +87,9 @@ def gather_batch(
         _check_weights(row_weight, n, embeddings)
     except (ValueError, TypeError, IndexError) as error:
         refusal = error
-    needs = torch.is_grad_enabled() and embeddings.requires_grad
-    weighted = row_weight is not None
-    shapes = exchange_shapes(ranks, refusal is not None, *said, needs, weighted, embeddings.device)
+    needs = refusal is None and torch.is_grad_enabled() and embeddings.requires_grad
+    weighted, device = row_weight is not None, device_of(embeddings, table)
+    shapes = exchange_shapes(ranks, refusal is not None, *said, needs, weighted, device)
     if refusal is not None:
         raise refusal
     counts = shapes.rows
@@ -97,6 +102,17 @@ def gather_batch(
         weights = Gathered(ranks, row_weight.to(row_dtype(row_weight.device)), counts).wait()
     batch = GlobalBatch(counts, first, shapes.needs_gradient, everyones, local, weights)
     return batch, Gathered(ranks, embeddings.detach(), counts)
+
+
+def _check_ids(labels: Tensor, num_classes: int) -> None:
+    """One-hot rows [n, C] would be taken for many labels of classes 0 and 1."""
+    if labels.shape[1] != num_classes or num_classes <= 2 or not labels.numel():
+        return
+    if labels.device.type == "cpu" and bool(((labels == 0) | (labels == 1)).all()):
+        raise ValueError(
+            "labels: expected class ids, [n] or [n, L], got one column a class with 0 and 1: "
+            "labels.argmax(dim=1) of one-hot rows"
+        )
 
 
 def _check_weights(row_weight: Tensor | None, n: int, embeddings: Tensor) -> None:
@@ -114,6 +130,8 @@ def _checked_labels(
 ) -> Tensor:
     """The labels [n, L] of this rank's rows, NO_TARGET where there is none."""
     validation.check_matrix("embeddings", embeddings, "[n, D]")
+    if embeddings.layout != torch.strided:
+        raise TypeError(f"embeddings: expected dense rows, got {embeddings.layout}")
     n, d = embeddings.shape[0], table.shape[-1]
     check_width(embeddings, num_classes, d)
     if (embeddings.dtype == torch.float64) != (table.dtype == torch.float64):
@@ -123,6 +141,7 @@ def _checked_labels(
         )
     if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[0] == n:
         validation.check_index_vector("labels", labels.flatten(), None, embeddings)
+        _check_ids(labels, num_classes)
     else:
         validation.check_index_vector("labels", labels, n, embeddings)
         labels = labels[:, None]

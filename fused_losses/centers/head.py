@@ -18,7 +18,7 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.rounding import rounding_key
 from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers import arguments
-from fused_losses.centers.batch import GlobalBatch, flattened, gather_batch
+from fused_losses.centers.batch import GlobalBatch, device_of, flattened, gather_batch
 from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
 from fused_losses.centers.optimizers import make_row_optimizer
@@ -194,9 +194,9 @@ class ClassCenters(TableModule):
         IndexError for bad arguments, on the other ranks a RuntimeError that names the rank.
         """
         self._check_wrapped()
-        lead = embeddings.shape[:-1]
+        given = embeddings
         embeddings, labels, row_weight = flattened(embeddings, labels, row_weight)
-        with no_autocast(embeddings.device):
+        with no_autocast(device_of(embeddings, self._table)):
             batch, arriving = gather_batch(
                 self.ranks,
                 embeddings,
@@ -229,7 +229,7 @@ class ClassCenters(TableModule):
                 total.register_hook(saved.incoming.append)
         if not return_stats:
             return total
-        own = slice(batch.first, batch.first + len(embeddings))
+        own, lead = slice(batch.first, batch.first + len(embeddings)), given.shape[:-1]
         cosine = torch.where(batch.valid, found.targets[:, 0], 0)
         hit = batch.valid & (found.targets[:, 0] > found.best)
         return total, HeadStats(cosine[own].view(lead), hit[own].view(lead))

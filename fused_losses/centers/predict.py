@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_centers, unit_rows
 from fused_losses.base.validation import check_class_ids, check_index_vector
-from fused_losses.centers.batch import GlobalBatch, gather_batch
+from fused_losses.centers.batch import GlobalBatch, device_of, gather_batch
 from fused_losses.centers.shard import Shard
 from fused_losses.losses.class_values import ClassLoss
 from fused_losses.primitives.class_rules.rules import pool
@@ -56,7 +56,7 @@ def top_classes(head: ClassCenters, embeddings: Tensor, k: int = 1) -> TopClasse
     """
     if not 1 <= k <= head.num_classes:
         raise ValueError(f"k: expected a count in [1, {head.num_classes}], got {k}")
-    with no_autocast(embeddings.device):
+    with no_autocast(device_of(embeddings, head._table)):
         asked = questions(head, embeddings)
         scores, classes = _best_here(head, asked, k)
         ranks = head.ranks
@@ -77,7 +77,7 @@ def class_scores(head: ClassCenters, embeddings: Tensor, classes: Tensor) -> Ten
     """
     check_index_vector("classes", classes, None, embeddings)
     check_class_ids("classes", classes, head.num_classes)
-    with no_autocast(embeddings.device):
+    with no_autocast(device_of(embeddings, head._table)):
         asked = questions(head, embeddings)
         found = asked.x.new_zeros(len(asked.x), len(classes))
         local = classes.long() - head.class_start

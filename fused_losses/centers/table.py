@@ -23,6 +23,8 @@ from fused_losses.centers.state import TableState, named_tensors
 from fused_losses.centers.update import AutogradUpdates, RowUpdates
 
 SWITCH = "trains"  # the parameter without elements that `requires_grad_` freezes the table by
+FIXED = ("num_classes", "embedding_dim", "sub_centers", "class_start", "num_local", "ranks")
+SMOOTHED = ("label_smoothing", "sample_rate", "sub_centers", "batch_negatives")
 WEIGHT, EXTRA, STATES = "weight", "_extra_state", "optimizer."
 
 
@@ -88,12 +90,31 @@ class TableModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         arguments.check_set(name, value)
+        if "_updates" in self.__dict__:
+            self._check_later(name, value)
         if name == WEIGHT:  # nn.Module would register a parameter before it asks the property
             TableModule.weight.__set__(self, value)
         elif name == "margin":
             self._set_margin(value)
         else:
             super().__setattr__(name, value)
+
+    def _check_later(self, name: str, value: Any) -> None:
+        """Raises for what a head that stands cannot become."""
+        if name in FIXED:
+            raise AttributeError(
+                f"{name}: stands since the construction; expected another head, which "
+                "centers.carry_over fills from this one"
+            )
+        if name in SMOOTHED:
+            checked = ({**{each: getattr(self, each) for each in SMOOTHED}, name: value}).values()
+            arguments.check_smoothing(*checked)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As nn.Module's; what waits for `optimizer.step()` is forgotten, too."""
+        super().zero_grad(set_to_none)
+        if isinstance(self._updates, RowUpdates):
+            self._updates.forget()
 
     def _set_margin(self, margin: Any) -> None:
         """Another margin, whose modules and parameters become the head's; the former's leave."""

@@ -75,6 +75,32 @@ def test_what_is_set_later_is_checked_as_at_construction(name: str) -> None:
     found(*data()).backward()
 
 
+def test_what_stands_since_the_construction_is_refused_later() -> None:
+    found = head(optimizer="sgd", label_smoothing=0.1)
+    for name in ("num_classes", "embedding_dim", "sub_centers", "class_start", "num_local"):
+        before = getattr(found, name)
+        with pytest.raises(AttributeError, match=f"{name}: stands since the construction"):
+            setattr(found, name, 3)
+        assert getattr(found, name) == before
+    for name, wrong in (("sample_rate", 0.5), ("label_smoothing", 3.0)):
+        with pytest.raises(ValueError, match="label_smoothing: expected"):
+            setattr(found, name, wrong)
+    found.label_smoothing = 0.0
+    found.sample_rate = 0.5
+    found(*data()).backward()
+
+
+def test_rows_and_labels_that_are_none_are_refused_by_name() -> None:
+    x, y = data()
+    found = head(optimizer="sgd")
+    for wrong in (None, x.tolist(), x.detach().to_sparse()):
+        with pytest.raises(TypeError, match="embeddings: expected"):
+            found(wrong, y)
+    with pytest.raises(ValueError, match="labels: expected class ids, .* one column a class"):
+        found(x, torch.nn.functional.one_hot(y.clamp_min(0), C))
+    found(x, y[:, None]).backward()
+
+
 def test_numbers_of_numpy() -> None:
     x, y = data()
     losses = []

@@ -40,6 +40,15 @@ def test_what_breaks_before_a_row_is_written_leaves_no_trace(
     twin.check()
 
 
+def test_a_heads_zero_grad_forgets_what_waits() -> None:
+    found = head(update="step", optimizer="sgd")
+    before = found.weight.clone()
+    found(*batch(0)).backward()
+    found.zero_grad()
+    found.optimizer.step()
+    assert torch.equal(found.weight, before) and found.step_count == 0
+
+
 def broken_after(count: int, error: type[BaseException]) -> Any:
     real, left = RowOptimizer.update, [count]
 
