@@ -164,13 +164,14 @@ class RowUpdates:
         if trains and self.at == "backward":
             scale = self._loss_scale(saved)
             unscaled = grad.times(1 / scale)
-            finite = finite and self._clips([Waiting(saved, unscaled, 1.0)])
+            factor = self._clipping([Waiting(saved, unscaled, 1.0)]) if finite else math.nan
+            finite = math.isfinite(factor)
             self._tell(finite)
             trains = self._may_step(finite)
             if trains:
                 with self._open_step():
                     for rows, d_rows in saved.gradients(unscaled, dx, need_weight=True):
-                        self._update(rows, d_rows, self._factor)
+                        self._update(rows, d_rows, factor)
                     if dx is not None and scale != 1:
                         dx *= scale
                     on_the_way = _scattered(self.ranks, dx, saved)
@@ -195,10 +196,11 @@ class RowUpdates:
         for each in waiting:
             self._check_turn(each.saved)
         finite = all(math.isfinite(each.factor) for each in waiting)
-        if self._may_step(finite and self._clips(waiting)):
+        factor = self._clipping(waiting) if finite else math.nan
+        if self._may_step(math.isfinite(factor)):
             with self._open_step():
                 for rows, d_rows in self._summed(waiting):
-                    self._update(rows, d_rows, self._factor)
+                    self._update(rows, d_rows, factor)
         self.forget()
 
     def forget(self) -> None:
@@ -299,14 +301,12 @@ class RowUpdates:
             d_rows = d_rows * factor
         self.rows.update(rows.to(table.device) if isinstance(rows, Tensor) else rows, d_rows)
 
-    def _clips(self, backwards: list[Waiting]) -> bool:
-        """Sets the step's factor as clip_grad_norm_ does; False: it is not finite."""
-        self._factor = 1.0
+    def _clipping(self, backwards: list[Waiting]) -> float:
+        """The step's factor, as clip_grad_norm_ has it; NaN where the norm is not finite."""
         if self.max_norm is None:
-            return True
+            return 1.0
         norm = self._norm(backwards)
-        self._factor = min(1.0, self.max_norm / (norm + 1e-6))
-        return math.isfinite(norm)
+        return min(1.0, self.max_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan
 
     def _norm(self, backwards: list[Waiting]) -> float:
         square = torch.zeros((), dtype=torch.float64, device=self.rows.weight.device)
