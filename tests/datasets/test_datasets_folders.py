@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dataset_pictures import damaged, encode, outcome, pixels, png, write
+from dataset_pictures import damaged, encode, outcome, pixels, png, two_people, write
 
 from fused_losses.datasets import DataError, ImageFolders
 from fused_losses.datasets.decoding import decode_picture
@@ -19,13 +19,7 @@ from fused_losses.train.faces.data import image_folder, read_picture
 
 @pytest.fixture
 def faces(tmp_path: Path) -> Path:
-    """bo: 3, 4; al: 0, 1, 2 (and a text); an empty folder."""
-    root = tmp_path / "faces"
-    for number, name in enumerate(["al/a.png", "al/b.PNG", "al/c.png", "bo/a.png", "bo/b.png"]):
-        write(root / name, png(number))
-    write(root / "al" / "notes.txt", b"not a picture")
-    (root / "empty").mkdir()
-    return root
+    return two_people(tmp_path / "faces")
 
 
 def test_folders_are_classes_in_the_order_of_names(faces: Path) -> None:

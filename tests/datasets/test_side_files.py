@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dataset_pictures import damaged, pixels, png, tar, write
+from dataset_pictures import damaged, pixels, png, tar, two_people, write
 from torch import Tensor
 
 from fused_losses.datasets import ImageFolders, RecordIO, TarShards, write_records
@@ -20,13 +20,7 @@ from fused_losses.datasets.side_files import _load, remembered, side_path
 
 @pytest.fixture
 def faces(tmp_path: Path) -> Path:
-    """bo: 3, 4; al: 0, 1, 2 (and a text); an empty folder."""
-    root = tmp_path / "faces"
-    for number, name in enumerate(["al/a.png", "al/b.PNG", "al/c.png", "bo/a.png", "bo/b.png"]):
-        write(root / name, png(number))
-    write(root / "al" / "notes.txt", b"not a picture")
-    (root / "empty").mkdir()
-    return root
+    return two_people(tmp_path / "faces")
 
 
 def test_the_list_of_files_is_kept_while_no_folder_changes(faces: Path, tmp_path: Path) -> None:

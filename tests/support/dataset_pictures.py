@@ -61,6 +61,15 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
+def two_people(root: Path) -> Path:
+    """bo: 3, 4; al: 0, 1, 2 (and a text); an empty folder."""
+    for number, name in enumerate(["al/a.png", "al/b.PNG", "al/c.png", "bo/a.png", "bo/b.png"]):
+        write(root / name, png(number))
+    write(root / "al" / "notes.txt", b"not a picture")
+    (root / "empty").mkdir()
+    return root
+
+
 def tar(
     members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT, **changes: object
 ) -> bytes:
