@@ -9,6 +9,7 @@ from collections import defaultdict
 import hypothesis
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 
 from fused_losses import backends
 
@@ -23,6 +24,9 @@ LONG = ("slow", "processes", "mutants", "ptx")  # what --one-row leaves out
 # the same examples in every run: a failure here is a failure everywhere
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("fixed")
+
+# torch warns of outputs that share memory, and raises where CI is set: here it always does
+functorch_config.error_on_custom_op_aliasing = True
 
 
 def require(name: str) -> str:

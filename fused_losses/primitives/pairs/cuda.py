@@ -245,7 +245,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
         s.launch("pair_statistics", tile, block, reduction, **more)
     for out in (rows,) if p.triangle else (rows, columns):
         gpu.finish(out, reduction)
-    return rows, rows[..., :0].contiguous() if p.triangle else columns
+    return rows, rows[..., :0].clone() if p.triangle else columns
 
 
 def _add(
