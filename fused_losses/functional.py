@@ -7,6 +7,7 @@ the gradients) or "bf16" (bf16 products, float32 sums). What a device cannot do 
 
 from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
 from fused_losses.losses.centroids import centroid_triplet, prototype_triplet
+from fused_losses.losses.chosen_triplets import batch_easy_hard_triplet, batch_hard_triplet
 from fused_losses.losses.class_loss import class_loss
 from fused_losses.losses.contrastive import (
     nt_xent,
@@ -32,8 +33,6 @@ from fused_losses.losses.proxies import proxy_anchor, proxy_nca
 from fused_losses.losses.ranking import angular, fast_ap, histogram, ranked_list, tuplet_margin
 from fused_losses.losses.triplets import (
     all_triplets,
-    batch_easy_hard_triplet,
-    batch_hard_triplet,
     harmonic_triplet,
     triplet_margin,
 )

@@ -10,8 +10,8 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced
 from fused_losses.base.sides import batch_sides, class_sides
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_at_least, check_plain
+from fused_losses.losses.chosen_triplets import chosen_distances, violated
 from fused_losses.losses.scored_rows import scored_rows
-from fused_losses.losses.triplets import chosen_distances, violated
 from fused_losses.primitives.row_rules.inputs import RowInputs
 
 SMALLEST_SQUARE = 1e-12  # the authors' floor under the squared distances

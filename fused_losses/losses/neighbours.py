@@ -11,8 +11,8 @@ from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.sides import batch_sides
 from fused_losses.base.validation import check_at_least
+from fused_losses.losses.chosen_triplets import listed_distances
 from fused_losses.losses.scored_rows import scored_rows
-from fused_losses.losses.triplets import listed_distances
 from fused_losses.losses.variance import mean_of_means
 from fused_losses.primitives.row_rules.op import row_losses
 

@@ -17,6 +17,7 @@ from row_loss_cases import BACKENDS, BY_NAME, ROWS, require_rows, small_row_bloc
 from torch import Tensor
 
 from fused_losses.losses import centroids, margin_pairs, neighbours, variance
+from fused_losses.losses import chosen_triplets as ct
 from fused_losses.losses import ranking as rl
 from fused_losses.losses import triplets as tl
 from fused_losses.primitives.row_rules import triplets as row_rules_triplets
@@ -162,7 +163,7 @@ def test_no_columns_and_no_rows(backend: str) -> None:
         x, y = torch.randn(n, 4, requires_grad=True), torch.randn(m, 4, requires_grad=True)
         sides = (x, torch.arange(n), y, torch.arange(m))
         for loss in (
-            tl.all_triplets, tl.batch_hard_triplet, margin_pairs.contrastive,
+            tl.all_triplets, ct.batch_hard_triplet, margin_pairs.contrastive,
             margin_pairs.margin_loss,
             margin_pairs.snr_contrastive, rl.tuplet_margin, rl.fast_ap,
         ):  # fmt: skip
@@ -194,7 +195,7 @@ def test_far_from_the_origin(backend: str) -> None:
 def test_first_of_equal_rows_is_chosen(backend: str) -> None:
     x = torch.tensor([[0.0], [2], [-2], [1], [-1]], requires_grad=True)
     labels = torch.tensor([0, 0, 0, 1, 1])
-    loss = tl.batch_hard_triplet(x, labels, margin=5.0, reduction="none", backend=backend)
+    loss = ct.batch_hard_triplet(x, labels, margin=5.0, reduction="none", backend=backend)
     (grad,) = torch.autograd.grad(loss[0], x)
     assert grad[:, 0].tolist() == [0, 1, 0, -1, 0]
 
@@ -399,10 +400,10 @@ X, L = torch.randn(4, 3), torch.arange(4)
         (lambda: tl.triplet_margin(X, X, X, triplets=(L, L)), TypeError, "triplets: expected"),
         (lambda: tl.triplet_margin(X, X, X, triplets=(L, L, L + 1)), IndexError, "triplets, neg"),
         (lambda: tl.triplet_margin(X, X, X, triplets=(L, L[:2], L)), ValueError, "triplets, pos"),
-        (lambda: tl.batch_hard_triplet(X, L, margin=-1), ValueError, "margin: expected a value"),
-        (lambda: tl.batch_easy_hard_triplet(X, L, positive="all"), ValueError, "positive: expect"),
+        (lambda: ct.batch_hard_triplet(X, L, margin=-1), ValueError, "margin: expected a value"),
+        (lambda: ct.batch_easy_hard_triplet(X, L, positive="all"), ValueError, "positive: expect"),
         (
-            lambda: tl.batch_easy_hard_triplet(X, L, positive="semihard", negative="semihard"),
+            lambda: ct.batch_easy_hard_triplet(X, L, positive="semihard", negative="semihard"),
             ValueError,
             "negative: expected another",
         ),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.losses import centroids, margin_pairs, neighbours, variance
+from fused_losses.losses import chosen_triplets as ct
 from fused_losses.losses import ranking as rl
 from fused_losses.losses import triplets as tl
 
@@ -36,13 +37,13 @@ GOLDENS: dict[str, Callable[..., Tensor]] = {
     "pml_TripletMarginLoss_all": lambda x, y, **o: tl.all_triplets(x, y, **UNIT, **o),
     "pml_TripletMarginLoss_swap_smooth": swap_smooth,
     "pml_TripletMarginLoss_batchhard": lambda x, y, **o: over_nonzero(
-        tl.batch_hard_triplet(x, y, margin=0.2, reduction="none", **UNIT, **o)
+        ct.batch_hard_triplet(x, y, margin=0.2, reduction="none", **UNIT, **o)
     ),
     "pml_ContrastiveLoss": lambda x, y, **o: margin_pairs.contrastive(x, y, **UNIT, **o),
     "pml_SignalToNoiseRatioContrastiveLoss": lambda x, y, **o: margin_pairs.snr_contrastive(
         x, y, **UNIT, **o
     ),
-    "ctl_batchhard_margin0.5": lambda x, y, **o: tl.batch_hard_triplet(x, y, margin=0.5, **o),
+    "ctl_batchhard_margin0.5": lambda x, y, **o: ct.batch_hard_triplet(x, y, margin=0.5, **o),
     "ctl_centroid": lambda x, y, **o: centroids.centroid_triplet(x, y, **o),
     "pml_AngularLoss": lambda x, y, **o: rl.angular(x, y, normalize_negatives=False, **UNIT, **o),
     "pml_IntraPairVarianceLoss": lambda x, y, **o: variance.intra_pair_variance(x, y, **UNIT, **o),
