@@ -297,8 +297,8 @@ class RowUpdates:
         assert d_rows is not None
         table = self.rows.weight
         d_rows = d_rows.to(table.device)
-        if factor != 1:
-            d_rows = d_rows * factor
+        if factor != 1:  # a product in 16 bits would round, too
+            d_rows = d_rows.to(accumulate_dtype(table.dtype)) * factor
         self.rows.update(rows.to(table.device) if isinstance(rows, Tensor) else rows, d_rows)
 
     def _clipping(self, backwards: list[Waiting]) -> float:
@@ -345,7 +345,7 @@ class RowUpdates:
                         touched[at] = True
             at = touched.nonzero()[:, 0]
             if at.numel():
-                yield at + first, total[at].to(table.dtype)
+                yield at + first, total[at]
 
 
 def _probe() -> Tensor:
