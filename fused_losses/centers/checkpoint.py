@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from fused_losses.centers.checksums import ChecksumWriter, damage
+from fused_losses.centers.collectives import everyones
 from fused_losses.centers.state import TableState
 
 COMPLETE = re.compile(r"step-(\d{8,})")
@@ -45,8 +46,8 @@ class Checkpoints:
         its files; what is being written or removed ends in ".part" and is never read.
     keep: complete checkpoints that stay; older ones go when a newer one is in its place.
     process_group: the ranks that save and load together; default: all, or this process alone
-        without torch.distributed. A gloo group of its own is made from it, so that the writing
-        threads' messages never meet the training's: every rank must construct this at one point.
+        without torch.distributed. Gloo groups of its own are made from it, so that the writing
+        threads' messages never meet others: every rank must construct this at one point.
 
     A state is a dict, nested as one likes, of tensors, DTensors and small plain values. Tensors
     that are not DTensors count as alike on every rank and are written once. Every method but
@@ -64,7 +65,8 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep: expected at least 1, got {keep}")
         self.folder, self.keep = Path(folder), keep
-        self.group = _gloo_group(process_group)
+        # one for the threads that write, one for what ranks ask each other meanwhile
+        self.group, self._talk = _gloo_group(process_group), _gloo_group(process_group)
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         self.world = dist.get_world_size(self.group) if self.group is not None else 1
         self._pending: Future[None] | None = None
@@ -273,10 +275,10 @@ class Checkpoints:
 
     def _from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        if self.group is None:
+        if self._talk is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        dist.broadcast_object_list(box, group=self._talk, group_src=0)
         return box[0]
 
     def _agree(self, failure: BaseException | None) -> None:
@@ -285,11 +287,8 @@ class Checkpoints:
         One kind of error on all ranks: who catches it does so everywhere, or nowhere.
         """
         mine = None if failure is None else (isinstance(failure, ValueError), _one_line(failure))
-        told: list[tuple[bool, str] | None] = [mine]
-        if self.group is not None:
-            told = [None] * self.world
-            dist.all_gather_object(told, mine, group=self.group)
-        failed = {rank: one for rank, one in enumerate(told) if one is not None}
+        told = enumerate(everyones(mine, self._talk))
+        failed: dict[int, tuple[bool, str]] = {rank: one for rank, one in told if one is not None}
         if not failed:
             return
         text = "; ".join(f"rank {rank}: {text}" for rank, (_, text) in failed.items())

@@ -150,6 +150,15 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
 
 
+def everyones(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """A small plain value of each rank."""
+    if group is None:
+        return [value]
+    told = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, value, group=group)
+    return told
+
+
 def gather_rows(
     local: Tensor,  # this rank's rows
     starts: list[int],  # of every rank's rows, and their number

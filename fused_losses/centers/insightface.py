@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from fused_losses.base.files import DataError, write_atomically
 from fused_losses.base.validation import describe
-from fused_losses.centers.collectives import gather_rows, local_rows
+from fused_losses.centers.collectives import everyones, gather_rows, local_rows
 from fused_losses.centers.insightface_files import STEP, TABLE, WEIGHT, find_files, read_part
 
 BLOCK = 1 << 16  # rows that are checked or copied at once
@@ -136,22 +136,20 @@ def import_checkpoints(
     States that the files or the head do not have are left as they are. resize: the head may have
     more classes, whose rows stay as they are, or fewer. ValueError: the number of classes (without
     resize) or their dimension is another one, or the head has sub-centres. DataError: the files
-    are damaged, or hold a number that is not finite. The head is written once all of this rank's
-    rows have been checked: its part of the files is read twice.
+    are damaged, or hold a number that is not finite. Every rank must call it: no head is written
+    before all ranks have checked their rows (a rank's part of the files is read twice), and where
+    one refuses, the others raise a DataError that names it.
     """
-    table = InsightFaceTable(source)
     state = head.state()
-    expected = (head.num_classes if resize else table.num_classes, table.dim)
-    if tuple(state[WEIGHT].shape) != expected:
-        raise ValueError(
-            f"head: expected a weight of shape {expected} as in {table.paths[0].parent}, got "
-            f"{describe(state[WEIGHT])}; resize=True takes over the rows of another number of "
-            f"classes than {table.num_classes}"
-        )
-    start = min(head.class_start, table.num_classes)
-    stop = min(head.class_start + head.num_local, table.num_classes)
-    for _ in table.blocks(start, stop):
-        pass
+    group = _group_of(state[WEIGHT])
+    table, start, stop, failure = None, 0, 0, None
+    try:
+        table = InsightFaceTable(source)
+        start, stop = _checked_rows(table, state[WEIGHT], head, resize)
+    except Exception as error:  # the others hear of it, whatever it is
+        failure = error
+    _agree(failure, group)
+    assert table is not None
     with torch.no_grad():
         for name, first, rows in table.blocks(start, stop):
             key = name if name == WEIGHT else f"optimizer.{name}"
@@ -160,6 +158,24 @@ def import_checkpoints(
     state["steps"].fill_(table.step)
     head.load()
     return table
+
+
+def _checked_rows(
+    table: InsightFaceTable, weight: Tensor, head: Head, resize: bool
+) -> tuple[int, int]:
+    """[first, last) of the classes that this rank takes from the files, all read once."""
+    expected = (head.num_classes if resize else table.num_classes, table.dim)
+    if tuple(weight.shape) != expected:
+        raise ValueError(
+            f"head: expected a weight of shape {expected} as in {table.paths[0].parent}, got "
+            f"{describe(weight)}; resize=True takes over the rows of another number of "
+            f"classes than {table.num_classes}"
+        )
+    start = min(head.class_start, table.num_classes)
+    stop = min(head.class_start + head.num_local, table.num_classes)
+    for _ in table.blocks(start, stop):
+        pass
+    return start, stop
 
 
 def export_checkpoints(
@@ -174,7 +190,8 @@ def export_checkpoints(
     Each holds state_dict_softmax_fc, global_step and, where given, state_dict_backbone. The
     optimiser's state is not written: insightface keeps it in one with the backbone's.
     A collective call of the head's ranks; file r is written by rank r modulo their number, which
-    holds one file's rows in memory. The paths are those of all files.
+    holds one file's rows in memory. The paths are those of all files. Where a rank cannot write, it
+    raises its OSError, and the others a DataError that names it.
     """
     folder = Path(folder)
     if world < 1:
@@ -183,16 +200,15 @@ def export_checkpoints(
     weight = state[WEIGHT]
     if weight.dim() != 2:
         raise ValueError(f"head: insightface has no sub-centres, got {describe(weight)}")
-    mesh = weight.device_mesh if isinstance(weight, DTensor) else None
-    group = mesh.get_group() if mesh is not None else None
-    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if mesh else (0, 1)
-    folder.mkdir(parents=True, exist_ok=True)
+    group = _group_of(weight)
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     paths = [folder / f"checkpoint_gpu_{file}.pt" for file in range(world)]
-    starts = _starts(head, group, ranks)
+    starts = [*everyones(head.class_start, group), head.num_classes]
+    failure: Exception | None = None
     for file, path in enumerate(paths):
         begin, end = shard(head.num_classes, file, world)
         rows = gather_rows(local_rows(weight), starts, begin, end, rank, file % ranks, group)
-        if rows is None:
+        if rows is None or failure is not None:
             continue
         record: dict[str, Any] = {
             TABLE: {WEIGHT: rows.cpu()},
@@ -201,18 +217,27 @@ def export_checkpoints(
         }
         if backbone is not None:
             record["state_dict_backbone"] = dict(backbone)
-        write_atomically(path, lambda handle, record=record: torch.save(record, handle))
-    if group is not None:
-        dist.barrier(group)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda handle, record=record: torch.save(record, handle))
+        except Exception as error:  # after the others have had the rows that they wait for
+            failure = error
+    _agree(failure, group)
     return paths
 
 
-def _starts(head: Head, group: dist.ProcessGroup | None, ranks: int) -> list[int]:
-    """The first class of every rank, and the number of classes."""
-    starts: list[int] = [head.class_start] * ranks
-    if group is not None:
-        dist.all_gather_object(starts, head.class_start, group=group)
-    return [*starts, head.num_classes]
+def _group_of(weight: Tensor) -> dist.ProcessGroup | None:
+    return weight.device_mesh.get_group() if isinstance(weight, DTensor) else None
+
+
+def _agree(failure: Exception | None, group: dist.ProcessGroup | None) -> None:
+    """Raises on every rank where one has failed: its own error, a DataError on the others."""
+    told = everyones(None if failure is None else f"{type(failure).__name__}: {failure}", group)
+    if failure is not None:
+        raise failure
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]
+    if failed:
+        raise DataError("; ".join(failed))
 
 
 __all__ = ["InsightFaceTable", "export_checkpoints", "import_checkpoints", "shard"]

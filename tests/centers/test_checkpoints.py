@@ -147,6 +147,7 @@ def save_sharded(rank: int, world: int, folder: str) -> None:
     if world == 1:
         return
     fall_back(rank, world, folder)
+    ask_while_writing(rank, world, folder)
     with Checkpoints(f"{folder}/failing") as checkpoints:
         if rank == 1:
             dcp.FileSystemWriter.write_data = lambda *_: (_ for _ in ()).throw(OSError("full"))
@@ -181,6 +182,26 @@ def fall_back(rank: int, world: int, folder: str) -> None:
         # a state that does not fit one rank alone: an error on all
         with pytest.raises(ValueError, match=r"x.* has no such entry"):
             checkpoints.load({**state, **({"x": 0} if rank else {})})
+
+
+def ask_while_writing(rank: int, world: int, folder: str) -> None:
+    """What ranks ask each other goes apart from what their writing threads do."""
+    real = dcp.FileSystemWriter.write_data
+
+    def slow(*given: object) -> object:
+        time.sleep(0.4 * rank)
+        return real(*given)
+
+    dcp.FileSystemWriter.write_data = slow
+    _, state = sharded(rank, world, 1.0)
+    with Checkpoints(f"{folder}/asked") as checkpoints:
+        checkpoints.save(state, 7, asynchronous=False)
+        checkpoints.save(state, 8)
+        seen = [checkpoints.latest() for _ in range(200)]
+        assert set(seen) <= {7, 8} and seen[0] == 7
+        checkpoints.wait()
+        assert checkpoints.latest() == 8
+    dcp.FileSystemWriter.write_data = real
 
 
 def test_tables_are_read_by_any_number_of_ranks(tmp_path: Path) -> None:

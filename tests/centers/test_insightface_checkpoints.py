@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from fused_losses.base.files import DataError
 from fused_losses.centers import ClassCenters
 from fused_losses.centers.insightface import (
     InsightFaceTable,
@@ -174,11 +175,25 @@ def test_a_head_of_another_number_of_classes(tmp_path: Path, classes: int) -> No
 
 def import_resized(rank: int, classes: int, source: str) -> list[Tensor]:
     head = TableHead(rank, 3, classes)
+    one_rank_fails(head, rank, source)
     if classes != CLASSES:
         with pytest.raises(ValueError, match=rf"expected a weight of shape \({CLASSES}, 3\)"):
             import_checkpoints(source, head)
     import_checkpoints(source, head, resize=True)
     return [head.weight, head.momentum]
+
+
+def one_rank_fails(head: TableHead, rank: int, source: str) -> None:
+    """The others hear of it, and no rank's head is written; a folder that cannot be made, too."""
+    told = "expected a folder or a list" if rank == 1 else "^rank 1: ValueError: .*a folder or a"
+    with pytest.raises(ValueError, match=told):
+        import_checkpoints(source if rank != 1 else source + "/nowhere", head, resize=True)
+    assert not head.loaded and bool((head.weight == -1).all())
+    file = Path(source, "a file")
+    file.touch()
+    error, told = (OSError, "") if rank == 1 else (DataError, r"^rank 1: \w+Error: ")
+    with pytest.raises(error, match=told):
+        export_checkpoints(head, file if rank == 1 else Path(source, "out"), 4)
 
 
 def test_states_of_adamw_and_rows_across_files(tmp_path: Path) -> None:
