@@ -161,7 +161,7 @@ DRAWS = st.builds(
 def inputs(case: Case, draw: Draw) -> Inputs:
     """The case's inputs with hard rows, in float64, of values that the drawn dtype has."""
     with torch.random.fork_rng():
-        torch.manual_seed(draw.seed)
+        torch.default_generator.manual_seed(draw.seed)
         made = vars(case.make(*draw.shape))
     generator = torch.Generator().manual_seed(draw.seed)
     if set(made) == {"x", "labels", "temperature"}:  # one labelled batch
