@@ -61,7 +61,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     Raises what the call itself would raise for shapes, types and backends, and ValueError where
     what it does depends on the values of a tensor.
     """
-    trace = _Trace()
+    trace = _Storages()
     args, kwargs = tree_map_only(Tensor, trace.input, (args, kwargs))
     with backends.watched() as chosen, trace.fake, trace, plans.heard_by(trace.add):
         try:
@@ -80,7 +80,7 @@ def _name(fn: Callable[..., Any]) -> str:
     return getattr(fn, "__name__", repr(fn))
 
 
-class _Trace(TorchDispatchMode):
+class _Storages(TorchDispatchMode):
     """Every storage that comes and goes while a function runs on fake tensors."""
 
     def __init__(self) -> None:

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base.disturbance import LOWERED, Movement, distance, rounded_once
-from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, Example, Inputs
+from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, Example, ExampleInputs
 from fused_losses.version import __version__
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cpu", "triton", "cuda", "bounded")
-Shape = tuple[int, int, int]  # rows, classes or columns, width
-SMALL: Shape = (37, 173, 72)  # ragged for every tile
+VerifiedShape = tuple[int, int, int]  # rows, classes or columns, width
+SMALL: VerifiedShape = (37, 173, 72)  # ragged for every tile
 # a GPU also gets several tiles each way, in whole vectors and not
-SHAPES: dict[str, tuple[Shape, ...]] = {
+SHAPES: dict[str, tuple[VerifiedShape, ...]] = {
     "cpu": (SMALL,),
     "cuda": (SMALL, (256, 1024, 512), (130, 999, 320)),
 }
@@ -43,7 +43,7 @@ class Row:
     op: str
     backend: str
     dtype: str
-    shape: Shape
+    shape: VerifiedShape
     error: float
     bound: float
     note: str = ""
@@ -76,7 +76,7 @@ def _precisions(example: Example) -> tuple[str, ...]:
 
 
 def _outcome(
-    example: Example, inputs: Inputs, backend: str, precision: str = "fp32"
+    example: Example, inputs: ExampleInputs, backend: str, precision: str = "fp32"
 ) -> list[Tensor]:
     """What is compared: indices; or values and their gradients."""
     options = {"backend": backend, "precision": precision, "screen": precision}
@@ -96,7 +96,9 @@ def devices() -> tuple[str, ...]:
 
 
 def rows(
-    seed: int = 0, on: tuple[str, ...] | None = None, shapes: tuple[Shape, ...] | None = None
+    seed: int = 0,
+    on: tuple[str, ...] | None = None,
+    shapes: tuple[VerifiedShape, ...] | None = None,
 ) -> Iterator[Row]:
     """The table, a row at a time: of value and gradients that which is nearest its bound."""
     for device in on or devices():
@@ -106,14 +108,14 @@ def rows(
                     yield from _of(example, seed, torch.device(device), shape)
 
 
-def _of(example: Example, seed: int, device: torch.device, shape: Shape) -> Iterator[Row]:
+def _of(example: Example, seed: int, device: torch.device, shape: VerifiedShape) -> Iterator[Row]:
     n, m, d = shape
     # one batch is larger than one side of two; the reference of triplets takes its cube
     sizes = (n + m // 4 if example.alone else n, m, d)
     for dtype in DTYPES:
-        inputs = Inputs(*sizes, dtype, seed=seed, device=device)
+        inputs = ExampleInputs(*sizes, dtype, seed=seed, device=device)
         # truth for the rounded inputs: the inputs' own rounding is nobody's error
-        exact = Inputs(*sizes, torch.float64, rounded=dtype, seed=seed, device=device)
+        exact = ExampleInputs(*sizes, torch.float64, rounded=dtype, seed=seed, device=device)
         right = lambda exact=exact: _outcome(example, exact, backend="reference")
         truth = right()
         # mixed and bf16 narrow a factor alike
@@ -183,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _shape(text: str) -> Shape:
+def _shape(text: str) -> VerifiedShape:
     n, c, d = (int(part) for part in text.split(","))
     return n, c, d
 
@@ -191,7 +193,7 @@ def _shape(text: str) -> Shape:
 def run(
     say: Callable[[str], None] = print,
     device: str | None = None,
-    shapes: list[Shape] | None = None,
+    shapes: list[VerifiedShape] | None = None,
     out: Path | None = None,
 ) -> int:
     """Print the table; 0 if every row passes, 1 if one does not or the device is not there.

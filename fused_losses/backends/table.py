@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Entry(NamedTuple):
+class Preference(NamedTuple):
     """An order that holds for an operation from a width of rows on."""
 
     operation: str
@@ -20,13 +20,13 @@ class Entry(NamedTuple):
 
 
 ON_GPU = (
-    Entry(
+    Preference(
         "row_statistics",
         ("triton", "cuda", "bounded"),
         "one sweep: the scores stay in registers; only the backward at D > 256 stores a chunk. On "
         "sm_90, up to D = 512, 256 rows of 16 bits stay resident: W is read D/128 bytes a score",
     ),
-    Entry(
+    Preference(
         "row_statistics",
         ("cuda", "triton", "bounded"),
         "from sm_90 on a library product of 16-bit rows reads D/64 bytes a score, the sweep's "
@@ -37,8 +37,8 @@ ON_GPU = (
         least_width=2048,
         half=True,
     ),
-    Entry("pairs", ("triton", "cuda", "bounded"), "one sweep, as of row_statistics"),
-    Entry(
+    Preference("pairs", ("triton", "cuda", "bounded"), "one sweep, as of row_statistics"),
+    Preference(
         "pairs",
         ("cuda", "triton", "bounded"),
         "tiles of 128 x 64, which is what registers leave room for, read D/21 bytes a pair; the "
@@ -48,15 +48,17 @@ ON_GPU = (
         least_width=1024,
         half=True,
     ),
-    Entry("maxsim", ("triton", "cuda", "bounded"), "documents are read once for all queries"),
-    Entry("distance_products", ("triton", "cuda", "bounded"), "a product with an epilogue"),
-    Entry(
+    Preference("maxsim", ("triton", "cuda", "bounded"), "documents are read once for all queries"),
+    Preference("distance_products", ("triton", "cuda", "bounded"), "a product with an epilogue"),
+    Preference(
         "distance_sums",
         ("cuda", "bounded"),
         "no product: sums over coordinates of pairs, which registers hold",
     ),
-    Entry("topk", ("triton", "cuda", "bounded"), "the best stay in registers as columns stream by"),
-    Entry(
+    Preference(
+        "topk", ("triton", "cuda", "bounded"), "the best stay in registers as columns stream by"
+    ),
+    Preference(
         "topk",
         ("cuda", "triton", "bounded"),
         "tiles of 128 x 128 (sm_90) and 128 x 32 (sm_100) against the library's, and 8 bytes a "
@@ -64,8 +66,10 @@ ON_GPU = (
         least_width=1024,
         half=True,
     ),
-    Entry("rows", ("cuda", "triton", "bounded"), "triplets are counted a row, in shared memory"),
-    Entry("row_update", ("cuda", "bounded"), "one pass over the rows that have a gradient"),
+    Preference(
+        "rows", ("cuda", "triton", "bounded"), "triplets are counted a row, in shared memory"
+    ),
+    Preference("row_update", ("cuda", "bounded"), "one pass over the rows that have a gradient"),
 )
 ON_CPU = ("cpu", "bounded")
 OPERATIONS = tuple(dict.fromkeys(e.operation for e in ON_GPU))

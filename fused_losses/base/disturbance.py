@@ -84,7 +84,7 @@ class Disturbed(TorchDispatchMode):
         out = func(*args, **kwargs)
         for part in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(part, Tensor) and part.dtype == torch.float64 and part.numel():
-                most = self._most(plain, Step(self, func, before, kwargs, part))
+                most = self._most(plain, Executed(self, func, before, kwargs, part))
                 moved = part + self._drawn(part) * most
                 # what is infinite stays so
                 part.copy_(torch.where(part.isfinite() & moved.isfinite(), moved, part))
@@ -105,7 +105,7 @@ class Disturbed(TorchDispatchMode):
         """Of a sum of so many terms in any order, in shares of the sum of their magnitudes."""
         return (terms / 8 + 16) * self.unit
 
-    def _most(self, name: str, step: Step) -> Tensor:
+    def _most(self, name: str, step: Executed) -> Tensor:
         """The most that rounding may move each element of what an operation returns."""
         args, out, size = step.args, step.out, step.out.abs()
         unit = self.row_unit if self._holds_rows(name, out) else self.unit
@@ -144,7 +144,7 @@ def _signs() -> Tensor:
     return (2 * torch.randint(0, 2, (1 << 20,), generator=generator) - 1).double()
 
 
-class Step(NamedTuple):
+class Executed(NamedTuple):
     """One operation: what it was given and what it returned."""
 
     mode: Disturbed
@@ -154,7 +154,7 @@ class Step(NamedTuple):
     out: Tensor
 
 
-Rule = Callable[[Step], Tensor]
+Magnitude = Callable[[Executed], Tensor]
 
 
 def _magnitude(a: Any) -> Any:
@@ -165,7 +165,7 @@ def _finite(size: Tensor) -> Tensor:
     return size.nan_to_num(0, 0, 0)
 
 
-def _added(s: Step) -> Tensor:
+def _added(s: Executed) -> Tensor:
     """Of rows the result's own; of scores their terms', which others may add in another order."""
     mode, first, second = s.mode, s.args[0], s.args[1]
     both = _magnitude(first) + abs(s.kwargs.get("alpha", 1)) * _magnitude(second)
@@ -177,56 +177,56 @@ def _added(s: Step) -> Tensor:
     return mode.unit * s.out.abs() + (rough * both if pairs else 0)
 
 
-def _summed(s: Step) -> Tensor:
+def _summed(s: Executed) -> Tensor:
     terms = s.args[0].numel() // max(s.out.numel(), 1)
     return s.mode.sum(max(terms, 1)) * s.func(s.args[0].abs(), *s.args[1:], **s.kwargs).double()
 
 
-def _cumulated(s: Step) -> Tensor:
+def _cumulated(s: Executed) -> Tensor:
     terms = s.args[0].shape[s.args[1]]
     return s.mode.sum(terms) * s.func(s.args[0].abs(), *s.args[1:], **s.kwargs)
 
 
-def _exponential(s: Step) -> Tensor:
+def _exponential(s: Executed) -> Tensor:
     # to base 2, z / log 2 is rounded first
     return s.mode.unit * (4 + _finite(s.args[0].abs())) * s.out.abs()
 
 
-def _logarithm(s: Step) -> Tensor:
+def _logarithm(s: Executed) -> Tensor:
     return 4 * s.mode.unit * (1 + _finite(s.out.abs()))
 
 
-def _log_sum(s: Step) -> Tensor:
+def _log_sum(s: Executed) -> Tensor:
     terms = s.args[0].numel() // max(s.out.numel(), 1)
     return s.mode.sum(terms) + 4 * s.mode.unit * _finite(s.out.abs())
 
 
-def _softmax(s: Step) -> Tensor:
+def _softmax(s: Executed) -> Tensor:
     z, dim = s.args[:2]
     below = _finite((z - z.amax(dim, keepdim=True)).abs())
     return (s.mode.sum(z.shape[dim]) + s.mode.unit * (4 + below)) * s.out.abs()
 
 
-def _log_softmax(s: Step) -> Tensor:
+def _log_softmax(s: Executed) -> Tensor:
     z, dim = s.args[:2]
     return s.mode.sum(z.shape[dim]) + s.mode.unit * _finite(s.out.abs() + z.abs())
 
 
-def _softmax_back(s: Step) -> Tensor:
+def _softmax_back(s: Executed) -> Tensor:
     grad, p, dim = s.args[0].abs(), s.args[1], s.args[2]
     return s.mode.sum(p.shape[dim]) * p * (grad + (grad * p).sum(dim, keepdim=True))
 
 
-def _log_softmax_back(s: Step) -> Tensor:
+def _log_softmax_back(s: Executed) -> Tensor:
     grad, log_p, dim = s.args[0].abs(), s.args[1], s.args[2]
     return s.mode.sum(log_p.shape[dim]) * (grad + log_p.exp() * grad.sum(dim, keepdim=True))
 
 
-def _turned(s: Step) -> Tensor:
+def _turned(s: Executed) -> Tensor:
     return 4 * s.mode.unit * torch.ones_like(s.out)
 
 
-_RULES: dict[str, Rule] = {
+_RULES: dict[str, Magnitude] = {
     "add": _added,
     "sub": _added,
     "rsub": _added,

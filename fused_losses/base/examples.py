@@ -1,7 +1,7 @@
 """The table of examples: one way to call a function a row, told where the function is defined.
 
 `verify`, the tests and the benchmarks draw on it. A row says nothing of sizes: it takes any object
-with the fields of `Inputs`, so that a test may bring its own labels, ties or far rows.
+with the fields of `ExampleInputs`, so that a test may bring its own labels, ties or far rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-class Inputs:
+class ExampleInputs:
     """What the examples are called with: n rows of norm about 1 and what goes with them.
 
     Each field is made when it is first asked for, from the seed and its name alone. Where rounded
@@ -237,7 +237,7 @@ class Example:
     @cached_property
     def leaves(self) -> tuple[str, ...]:
         """The floating fields that the call uses: those that may get gradients."""
-        seen = _Seen(Inputs(8, 40, 8))
+        seen = _Seen(ExampleInputs(8, 40, 8))
         self.arguments(seen)
         return tuple(
             name

@@ -17,10 +17,10 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return x @ y.mT  # traced with the autocast of the forward
-    return _Product.apply(x, y)
+    return _RowProduct.apply(x, y)
 
 
-class _Product(torch.autograd.Function):
+class _RowProduct(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod

@@ -15,7 +15,7 @@ from fused_losses.bench.micro.cases import Case
 Shape = tuple[int, ...]
 
 
-class Sizes(NamedTuple):
+class CaseSizes(NamedTuple):
     """Sizes that cases share; an option of `fused-losses bench` gives others."""
 
     letters: str
@@ -25,35 +25,37 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    "shape": Sizes(
+    "shape": CaseSizes(
         "B,C,D",
         "batch, classes, width",
         [(256, 100_000, 512), (128, 1_000_000, 512)],
         [(256, 20_000, 512), (64, 50_000, 128)],
     ),
-    "head": Sizes(
+    "head": CaseSizes(
         "B,C,D",
         "batch, classes and width of the large-class head",
         [(256, 200_000, 512)],
         [(256, 20_000, 512)],
     ),
-    "pairs": Sizes("N,D", "batch and width of the losses over pairs", [(8192, 512)], [(2048, 256)]),
-    "tokens": Sizes(
+    "pairs": CaseSizes(
+        "N,D", "batch and width of the losses over pairs", [(8192, 512)], [(2048, 256)]
+    ),
+    "tokens": CaseSizes(
         "Q,LQ,B,LD,D",
         "queries and documents with their tokens, and width, of maxsim",
         [(256, 32, 1024, 128, 128)],
         [(32, 32, 128, 128, 128)],
     ),
-    "distances": Sizes(
+    "distances": CaseSizes(
         "N,D", "rows and width of the matrices of distances", [(4096, 128)], [(1024, 128)]
     ),
-    "bank": Sizes(
+    "bank": CaseSizes(
         "N,M,D,K",
         "queries, bank, width and neighbours of topk",
         [(1024, 200_000, 256, 32)],
         [(256, 20_000, 256, 32)],
     ),
-    "batch": Sizes(
+    "batch": CaseSizes(
         "N,D",
         "batch and width of mining and of the losses over triplets",
         [(8192, 128)],

@@ -18,7 +18,7 @@ from torch.futures import Future
 CHECKSUMS, METADATA = "checksums.json", ".metadata"
 
 
-class _Sums(dict[str, str]):
+class _FileSums(dict[str, str]):
     """{file: checksum} of one rank, which travels with the results of its writes."""
 
 
@@ -28,7 +28,7 @@ class ChecksumWriter(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = super().write_data(plan, planner).wait()
         names = {result.storage_data.relative_path for result in results}
-        sums = _Sums((name, _sum(Path(self.path, name))) for name in names)
+        sums = _FileSums((name, _sum(Path(self.path, name))) for name in names)
         done: Future[list[WriteResult]] = Future()
         done.set_result([*results, WriteResult(MetadataIndex(CHECKSUMS), 0, sums)])
         return done
@@ -37,7 +37,7 @@ class ChecksumWriter(FileSystemWriter):
         sums: dict[str, str] = {}
         written: list[WriteResult] = []
         for result in itertools.chain.from_iterable(results):
-            if isinstance(result.storage_data, _Sums):
+            if isinstance(result.storage_data, _FileSums):
                 sums |= result.storage_data
             else:
                 written.append(result)

@@ -22,7 +22,7 @@ from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.validation import NO_TARGET
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import class_gradients, class_statistics, class_targets
-from fused_losses.primitives.class_rules.rules import RULES, merge, nothing
+from fused_losses.primitives.class_rules.rules import CLASS_FOLDS, merge_statistics, no_classes
 from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING, Inputs
 from fused_losses.primitives.row_statistics.op import ROW_STATISTICS
 
@@ -186,7 +186,7 @@ class RuleEngine:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return RULES[self.rule].kinds
+        return CLASS_FOLDS[self.rule].kinds
 
     def _inputs(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> ClassInputs:
         weight = chunk.weight
@@ -321,7 +321,7 @@ class ShardSweep:
     def forward(self, x: Tensor, values: Tensor | None) -> Sums:
         kinds, b = self.engine.kinds, x.shape[0]
         wide: dict[str, Any] = dict(dtype=torch.float64, device=x.device)
-        statistics = nothing(kinds, b, x.device)
+        statistics = no_classes(kinds, b, x.device)
         targets = torch.zeros(self.shard.labels.shape, **wide)
         best = torch.full((b,), -torch.inf, **wide)
         for chunk in self.chunks():
@@ -329,7 +329,7 @@ class ShardSweep:
             part = found.statistics
             if chunk.chance != 1:
                 part = _standing_for(part, kinds, 1 / chunk.chance)
-            statistics = merge(kinds, statistics, part)
+            statistics = merge_statistics(kinds, statistics, part)
             targets += found.targets
             best = torch.maximum(best, found.best)
         return Sums(statistics, targets, best)

@@ -36,7 +36,7 @@ class MergedRows(NamedTuple):
 class ClassLoss:
     """What every loss has: the whole interface that `class_loss` and a sharded head ask for.
 
-    rule: a name in `class_rules.RULES`; softness: how a class's centres are pooled
+    rule: a name in `class_rules.rules.CLASS_RULES`; softness: how a class's centres are pooled
     (`class_rules.pool`), 0: the best one.
     """
 

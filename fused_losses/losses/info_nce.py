@@ -166,7 +166,7 @@ def info_nce(
         return (out + reduced(loss, counted, reduction, dtype)) / 2
 
 
-class _Sums(NamedTuple):
+class _PairSums(NamedTuple):
     """What InfoNCE knows of each row (or column), whatever segments its columns came in."""
 
     positive: Tensor  # [N] lse of the positives' z
@@ -174,8 +174,8 @@ class _Sums(NamedTuple):
     tilt: Tensor | None  # with hardness: of beta z
     count: Tensor  # negatives
 
-    def joined(self, other: _Sums) -> _Sums:
-        return _Sums(
+    def joined(self, other: _PairSums) -> _PairSums:
+        return _PairSums(
             merged(self.positive, other.positive),
             merged(self.negative, other.negative),
             None if self.tilt is None or other.tilt is None else merged(self.tilt, other.tilt),
@@ -196,7 +196,7 @@ class _Sums(NamedTuple):
 
 def _both_ways(
     inputs: PairInputs, hardness: float, cols: bool, backend: str | None
-) -> tuple[_Sums, _Sums | None]:
+) -> tuple[_PairSums, _PairSums | None]:
     first = pair_statistics(
         inputs._replace(negative=Rule(1 + hardness)), cols=cols, backend=backend
     )
@@ -206,15 +206,15 @@ def _both_ways(
             inputs._replace(negative=Rule(hardness)), cols=cols, backend=backend
         )
 
-    def sums(s: PairStatistics, t: PairStatistics | None) -> _Sums:
+    def sums(s: PairStatistics, t: PairStatistics | None) -> _PairSums:
         tilt = None if t is None else t.value[NEGATIVE]
-        return _Sums(s.value[POSITIVE], s.value[NEGATIVE], tilt, s.count[NEGATIVE])
+        return _PairSums(s.value[POSITIVE], s.value[NEGATIVE], tilt, s.count[NEGATIVE])
 
     rows, columns = first
     return sums(rows, second[0]), None if columns is None else sums(columns, second[1])
 
 
-def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _Sums:
+def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _PairSums:
     """The side of negatives [N, K, D] that each row has to itself."""
     narrow = accumulate_dtype(inputs.x.dtype)
     found = product(inputs.x.to(narrow)[:, None], negatives.to(narrow))[:, 0]
@@ -224,7 +224,7 @@ def _own_negatives(inputs: PairInputs, negatives: Tensor, hardness: float) -> _S
     if inputs.x_window is not None:
         kept = ~(z.to(narrow) >= inputs.x_window[3, :, None])
     tilt = over_last(hardness * z, kept) if hardness else None
-    return _Sums(
+    return _PairSums(
         torch.full_like(z[:, 0], -torch.inf),
         over_last((1 + hardness) * z, kept),
         tilt,
@@ -244,10 +244,10 @@ def _diagonal(inputs: PairInputs, offset: int) -> Tensor:
     return torch.where(out, -torch.inf, z)
 
 
-def _alone(positive: Tensor, hardness: float) -> _Sums:
+def _alone(positive: Tensor, hardness: float) -> _PairSums:
     """Positives without a negative."""
     nothing = torch.full_like(positive, -torch.inf)
-    return _Sums(positive, nothing, nothing if hardness else None, torch.zeros_like(positive))
+    return _PairSums(positive, nothing, nothing if hardness else None, torch.zeros_like(positive))
 
 
 def _against(

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fused_losses.base.validation import describe
 
-Loss = TypeVar("Loss", bound=Callable[..., Any])
+LossFunction = TypeVar("LossFunction", bound=Callable[..., Any])
 
 
-def over_positions(loss: Loss) -> Loss:
+def over_positions(loss: LossFunction) -> LossFunction:
     """A loss of rows [N, D], a weight and labels [N] or [N, L] that takes them [..., D] and [...].
 
     What it returns for each row comes in the rows' shape [...]; a scale for each row goes so, too.

@@ -92,7 +92,7 @@ def places(sorted_rows: Tensor, i: Tensor, values: Tensor, *, right: bool = Fals
 
 
 def gathered_triplets(batch: MiningBatch, lines: Iterable[Lines]) -> Triplets:
-    table = _Table(batch, indices=3, distances=2)
+    table = _GrowingColumns(batch, indices=3, distances=2)
     for line in lines:
         table.add(line)
     out = Triplets(*table.columns())
@@ -101,7 +101,7 @@ def gathered_triplets(batch: MiningBatch, lines: Iterable[Lines]) -> Triplets:
     return out
 
 
-class _Table:
+class _GrowingColumns:
     """Columns that grow in place: small tensors kept from every block would break up the heap."""
 
     def __init__(self, batch: MiningBatch, *, indices: int, distances: int) -> None:
@@ -132,7 +132,7 @@ def gathered_pairs(
     batch: MiningBatch, choose: Callable[[MiningBlock], tuple[Tensor, Tensor]]
 ) -> Pairs:
     """choose: the pairs of a block that are taken, positive and negative, as masks."""
-    tables = [_Table(batch, indices=2, distances=1) for _ in range(2)]
+    tables = [_GrowingColumns(batch, indices=2, distances=1) for _ in range(2)]
     for block in blocks(batch):
         for table, taken in zip(tables, choose(block), strict=True):
             i, j = taken.nonzero(as_tuple=True)

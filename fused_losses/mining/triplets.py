@@ -27,10 +27,10 @@ from fused_losses.mining.batch import (
 )
 from fused_losses.mining.lists import Keep, Lines, Triplets, every, gathered_triplets, lines, places
 from fused_losses.pairwise.topk import best_columns
+from fused_losses.primitives.row_rules.inputs import TRIPLETS
 
 CHOICES = ("hardest", "easiest", "semihard", "all")
 RANKS = ("all", "hardest", "easiest")
-RULES = ("all", "hard", "semihard", "easy")
 
 
 @plans.hands_out
@@ -84,7 +84,7 @@ def mine_triplets(
     """
     validation.check_choice("positive", positive, CHOICES)
     validation.check_choice("negative", negative, CHOICES)
-    validation.check_choice("triplets", triplets, RULES)
+    validation.check_choice("triplets", triplets, TRIPLETS)
     if positive == negative == "semihard":
         raise ValueError(
             "negative: expected 'hardest', 'easiest' or 'all' with positive='semihard' (each would "

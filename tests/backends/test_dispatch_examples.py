@@ -6,7 +6,7 @@ import pytest
 
 import fused_losses
 from fused_losses import backends
-from fused_losses.base.examples import TABLE, Example, Inputs
+from fused_losses.base.examples import TABLE, Example, ExampleInputs
 
 EXAMPLES = {name: example for name, example in TABLE.items() if example.takes("backend")}
 FUNCTIONS = {example.function: example for example in EXAMPLES.values()}
@@ -15,7 +15,7 @@ FUNCTIONS = {example.function: example for example in EXAMPLES.values()}
 def ran(example: Example, **options: object) -> set[str]:
     """Who was chosen, of all the ops that the call is made of."""
     with backends.watched() as choices:
-        example(Inputs(12, 19, 8), **options)
+        example(ExampleInputs(12, 19, 8), **options)
     return {name for name, _ in choices}
 
 

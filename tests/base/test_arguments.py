@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fused_losses.functional as fl
 from fused_losses import metrics
-from fused_losses.base.examples import TABLE, UNJUDGED, Inputs
+from fused_losses.base.examples import TABLE, UNJUDGED, ExampleInputs
 from fused_losses.base.sides import same_rows
 from fused_losses.mining import mine_pairs, mine_triplets
 
@@ -205,7 +205,7 @@ def test_an_empty_dimension_has_an_answer_or_a_named_error(
     example = TABLE[name]
     found = []
     for backend in ("reference", streamed):
-        inputs = Inputs(*EMPTY[shape])
+        inputs = ExampleInputs(*EMPTY[shape])
         leaves = [getattr(inputs, leaf).requires_grad_() for leaf in example.leaves]
         options = {"backend": backend} if example.takes("backend") else {}
         try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_losses.functional as fl
-from fused_losses.base.examples import TABLE, Inputs
+from fused_losses.base.examples import TABLE, ExampleInputs
 
 NO_ROWS = ("info_nce, labels, symmetric",)  # of more columns than rows: no loss of a row
 REFUSED = ("pairwise_distance, mahalanobis",)  # a covariance of NaN
@@ -27,7 +27,7 @@ PAIRED = ("distances", "pairwise", "topk", "mine", "linear_cross_entropy")
 def which(name: str, side: str, value: float, backend: str) -> list[Any]:
     """Of every result, which of its rows have a NaN."""
     example = TABLE[name]
-    inputs = Inputs(12, 20, 8)
+    inputs = ExampleInputs(12, 20, 8)
     rows = getattr(inputs, side)
     rows.data[3, 2] = value
     options: dict[str, Any] = {"backend": backend}

@@ -20,7 +20,7 @@ from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu import tiles as gpu_tiles
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.bench.roofline import cuda_forms, page
-from fused_losses.bench.roofline.cache import Cache
+from fused_losses.bench.roofline.cache import L2
 from fused_losses.bench.roofline.cost import cost, traced
 from fused_losses.bench.roofline.ops import PLAIN, ops
 from fused_losses.bench.roofline.peaks import PEAKS, PEERS
@@ -187,7 +187,7 @@ def test_a_changed_tile_changes_the_model(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_cache_keeps_what_is_used_again() -> None:
     small, large = torch.empty(1 << 18, **META), torch.empty(1 << 22, **META)
-    cache = Cache(4 << 20)
+    cache = L2(4 << 20)
     assert cache.touch(access(small, 0)) == 1 << 20
     assert cache.touch(access(small, 0)) == 0
     assert cache.touch(access(large, 0)) == 16 << 20
@@ -200,7 +200,7 @@ def test_cache_keeps_what_is_used_again() -> None:
 
 def test_cache_tells_blocks_of_a_matrix_apart() -> None:
     matrix = torch.empty(1024, 1024, **META)
-    cache = Cache(16 << 20)
+    cache = L2(16 << 20)
     assert cache.touch(access(matrix[:, :256], 0)) == 1 << 20
     assert cache.touch(access(matrix[:, 256:512], 0)) == 1 << 20
     assert cache.touch(access(matrix[:, :256], 0)) == 0

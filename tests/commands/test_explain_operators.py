@@ -18,7 +18,7 @@ import importlib
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from fused_losses import functional, verify
-from fused_losses.base.examples import TABLE, Inputs
+from fused_losses.base.examples import TABLE, ExampleInputs
 
 explain = importlib.import_module("fused_losses.explain")
 found = {}
@@ -45,7 +45,7 @@ for example in TABLE.values():
     if not example.takes("backend"):
         continue
     for again in (False, True):  # what is set up once is not the operator's
-        inputs = Inputs(100, 100 if example.alone else 200, 24, dtype)
+        inputs = ExampleInputs(100, 100 if example.alone else 200, 24, dtype)
         if again:
             with Operators():
                 verify._outcome(example, inputs, backend)

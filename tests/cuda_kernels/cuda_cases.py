@@ -19,7 +19,7 @@ from triton_oracle import DTYPE_STEP
 from fused_losses.primitives.distances.inputs import FLAT, PRODUCTS
 from fused_losses.primitives.distances.op import distance_matrix
 from fused_losses.primitives.row_rules.inputs import TRIPLETS, RowBlock
-from fused_losses.primitives.row_rules.rules import RULES
+from fused_losses.primitives.row_rules.rules import ROW_FOLDS
 from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.primitives.topk.op import quantize_rows, select
 from fused_losses.row_update import adamw_rows_, sgd_rows_
@@ -165,7 +165,7 @@ def triplets(kind: str, n: int, m: int, positives: float = 0.3, nan: bool = Fals
         positive, negative = drawn < positives, drawn > 1 - 0.9 * (1 - positives)
         if nan:
             score[n // 2, positive[n // 2].nonzero()[0]] = torch.nan
-        rule = RULES["triplets"]
+        rule = ROW_FOLDS["triplets"]
         params = [0.25, float(TRIPLETS.index(kind)), 0.0]
         block = RowBlock(score, positive, negative, None, params)
         got = rule.on("cuda").forward(block)

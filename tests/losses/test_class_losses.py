@@ -29,7 +29,7 @@ from fused_losses.primitives.class_rules.op import (
     class_statistics,
     class_targets,
 )
-from fused_losses.primitives.class_rules.rules import RULES, merge
+from fused_losses.primitives.class_rules.rules import CLASS_FOLDS, merge_statistics
 
 N, D, C, K, L = 7, 5, 19, 3, 4
 FOLDER = GOLDEN
@@ -361,7 +361,7 @@ def shard(p: ClassInputs, start: int, stop: int) -> ClassInputs:
 @pytest.mark.parametrize("rule", RULE_PARAMS)
 def test_shards_merge_to_the_whole(rule: str, softness: float, streamed: str) -> None:
     p = op_inputs(rule, softness=softness)
-    kinds = RULES[p.rule].kinds
+    kinds = CLASS_FOLDS[p.rule].kinds
     whole = class_statistics(p, backend=streamed)
     up = torch.rand_like(whole.statistics), torch.rand_like(whole.targets)
     value = (whole.statistics * up[0]).sum() + (whole.targets * up[1]).sum()
@@ -371,7 +371,7 @@ def test_shards_merge_to_the_whole(rule: str, softness: float, streamed: str) ->
     found = [class_statistics(part, backend=streamed) for part in parts]
     merged = found[0].statistics
     for each in found[1:]:
-        merged = merge(kinds, merged, each.statistics)
+        merged = merge_statistics(kinds, merged, each.statistics)
     torch.testing.assert_close(merged, whole.statistics, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sum(f.targets for f in found), whole.targets, rtol=1e-12, atol=1e-12)
     best = torch.stack([f.hardest_score for f in found]).max(dim=0).values

@@ -12,7 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 import fused_losses
-from fused_losses.base.examples import TABLE, Inputs
+from fused_losses.base.examples import TABLE, ExampleInputs
 
 # what differs from the default: where the default is None, or is not differentiable there
 VALUES = {
@@ -59,9 +59,9 @@ def loss_of(name: str, parameter: str) -> Any:
     function = getattr(fused_losses, name)
     rows = [row for row, example in TABLE.items() if example.function is function]
     example = TABLE[USED_BY.get((name, parameter), rows[0])]
-    given = Inputs(8, 13, 6, torch.float64)
+    given = ExampleInputs(8, 13, 6, torch.float64)
     # float64 leaves without gradients
-    for field in [k for k, v in vars(Inputs).items() if isinstance(v, cached_property)]:
+    for field in [k for k, v in vars(ExampleInputs).items() if isinstance(v, cached_property)]:
         setattr(given, field, getattr(given, field).detach())
     _, told = example.arguments(given)
     value = VALUES.get((name, parameter), told.get(parameter))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import backends
-from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, Inputs
+from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, ExampleInputs
 
 DIFFERENTIABLE = [n for n, example in TABLE.items() if example.bound not in (EXACT, UNJUDGED)]
 SHAPE = (12, 17, 8)
@@ -26,7 +26,7 @@ FIELDS = fields(SHAPE)
 
 def total(name: str, backend: str, **leaves: Tensor) -> Tensor:
     """One number of the example, float64."""
-    example, inputs = TABLE[name], Inputs(*SHAPE)
+    example, inputs = TABLE[name], ExampleInputs(*SHAPE)
     vars(inputs).update(FIELDS, **leaves)
     options = {"backend": backend} if example.takes("backend") else {}
     with warnings.catch_warnings():
@@ -113,7 +113,7 @@ def on_meta(given: Any) -> Any:
 @pytest.mark.parametrize(("backend", "name"), SHAPED)
 def test_tensors_without_values_have_an_answer_of_the_right_shape(backend: str, name: str) -> None:
     example = TABLE[name]
-    args, options = example.arguments(Inputs(*SHAPE))
+    args, options = example.arguments(ExampleInputs(*SHAPE))
     options = options | {"backend": backend}
     shapes = []
     for f in (lambda given: given, on_meta):
@@ -134,7 +134,7 @@ def test_mixed_rounds_no_forward(name: str, streamed: str) -> None:
     if backends.reasons_against(streamed, device, torch.float32, "mixed"):
         pytest.skip(f"{streamed} has no mixed products here")
     for precision in ("fp32", "mixed"):
-        inputs = Inputs(*SHAPE)
+        inputs = ExampleInputs(*SHAPE)
         vars(inputs).update(FIELDS)
         found = example(inputs, backend=streamed, precision=precision)
         values.append(torch.cat([part.flatten().double() for part in floats(found)]))

@@ -23,7 +23,7 @@ from fused_losses.losses import triplets as tl
 from fused_losses.primitives.row_rules import triplets as row_rules_triplets
 from fused_losses.primitives.row_rules.inputs import RowInputs
 from fused_losses.primitives.row_rules.op import ROW_LOSSES, row_losses
-from fused_losses.primitives.row_rules.rules import RULES
+from fused_losses.primitives.row_rules.rules import ROW_FOLDS
 
 cases = partial(pytest.mark.parametrize, "case", ROWS, ids=lambda case: case.name)
 ALONE = [case for case in ROWS if case.make is batch]
@@ -268,7 +268,7 @@ def small(rule: str, dtype: torch.dtype = torch.float32, n: int = 5, m: int = 7)
     )
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ROW_FOLDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(rule: str, dtype: torch.dtype, streamed: str) -> None:
     if streamed == "cuda" and (rule, dtype) != ("triplets", torch.float32):
@@ -277,13 +277,13 @@ def test_opcheck(rule: str, dtype: torch.dtype, streamed: str) -> None:
     torch.library.opcheck(ROW_LOSSES.op(streamed), tuple(p))
     still = [t.detach() if isinstance(t, Tensor) else t for t in p]
     out = ROW_LOSSES.op(streamed)(*still)
-    if RULES[rule].gradient is not None:
+    if ROW_FOLDS[rule].gradient is not None:
         needs = (True, True, rule == "hinges")
         arguments = (torch.randn_like(out), *still, *needs)
         torch.library.opcheck(ROW_LOSSES.op(streamed, "_backward"), arguments)
 
 
-@pytest.mark.parametrize("rule", [name for name, r in RULES.items() if r.gradient is not None])
+@pytest.mark.parametrize("rule", [name for name, r in ROW_FOLDS.items() if r.gradient is not None])
 @pytest.mark.parametrize("score", ["euclidean", "sqeuclidean", "dot", "minus_dot"])
 def test_rule_on_blocks_is_the_rule_on_the_matrix(rule: str, score: str, streamed: str) -> None:
     p = small(rule, torch.float64, 11, 13)._replace(score=score)

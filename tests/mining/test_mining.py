@@ -109,7 +109,7 @@ def test_equal_rows_tie_whatever_rounds(positive: str, negative: str, backend: s
 
 @pytest.mark.float64
 @pytest.mark.parametrize("margin", [None, 0.3, -0.2])
-@pytest.mark.parametrize("rule", mining.RULES)
+@pytest.mark.parametrize("rule", mining.TRIPLETS)
 @pytest.mark.parametrize(
     ("positive", "negative"),
     [("all", "all"), ("hardest", "hardest"), ("all", "semihard"), ("easiest", "all")],

@@ -12,7 +12,7 @@ from example_values import fields, floats
 from torch import Tensor
 
 import fused_losses
-from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, Example, Inputs
+from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, Example, ExampleInputs
 from fused_losses.margins import MVSoftmax
 
 # `lifted_structure` has exponentials of both signs, whose slopes cancel to the eighth digit
@@ -24,7 +24,7 @@ DRAWN = fields(SHAPE, torch.float64)
 
 
 def called(example: Example, leaves: dict[str, Tensor], backend: str) -> list[Tensor]:
-    inputs: Any = Inputs(*SHAPE, torch.float64)
+    inputs: Any = ExampleInputs(*SHAPE, torch.float64)
     inputs.__dict__.update(DRAWN)
     for name, leaf in leaves.items():
         setattr(inputs, name, leaf)
@@ -48,7 +48,7 @@ DIFFERENTIABLE = [
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_the_tangent_is_the_gradient_along_the_direction(name: str, backend: str) -> None:
     example = TABLE[name]
-    given = Inputs(*SHAPE, torch.float64)
+    given = ExampleInputs(*SHAPE, torch.float64)
     leaves = {k: getattr(given, k).detach().clone().requires_grad_() for k in example.leaves}
     along = {k: torch.randn_like(leaf) for k, leaf in leaves.items()}
     out = called(example, leaves, backend)
@@ -114,7 +114,7 @@ def rows_only(name: str, backend: str) -> tuple[Any, Tensor]:
     def run(x: Tensor) -> Tensor:
         return called(example, {"x": x}, backend)[0].double()
 
-    return run, Inputs(*SHAPE, torch.float64).x.detach()
+    return run, ExampleInputs(*SHAPE, torch.float64).x.detach()
 
 
 @pytest.mark.float64

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fused_losses.primitives.row_rules import cuda as cuda_triplets
 from fused_losses.primitives.row_rules.inputs import TRIPLETS, RowBlock
-from fused_losses.primitives.row_rules.rules import RULES
+from fused_losses.primitives.row_rules.rules import ROW_FOLDS
 
-RULE = RULES["triplets"]
+RULE = ROW_FOLDS["triplets"]
 KINDS = ("all", "hard", "semihard")
 kinds = pytest.mark.parametrize("kind", KINDS)
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.base.examples import Inputs
+from fused_losses.base.examples import ExampleInputs
 
 
 def fields(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Every field of the inputs: within a transform nothing may be drawn."""
-    given = Inputs(*shape, dtype)
-    names = [k for k, v in vars(Inputs).items() if isinstance(v, cached_property)]
+    given = ExampleInputs(*shape, dtype)
+    names = [k for k, v in vars(ExampleInputs).items() if isinstance(v, cached_property)]
     return {name: getattr(given, name).detach() for name in names}
 
 

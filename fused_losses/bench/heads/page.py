@@ -33,7 +33,7 @@ WORLDS = (1, 8, 64, 512)
 RATES = (1.0, 0.1)
 
 
-class Table(NamedTuple):
+class TableFormat(NamedTuple):
     """How a table is held, as the page shows it."""
 
     title: str
@@ -44,12 +44,12 @@ class Table(NamedTuple):
 
 
 TABLES = (
-    Table("bfloat16 table and momentum, 16-bit products", "half", 2, 2, 2),
-    Table("float32 table and momentum, float32 products", "split", 4, 4, 4),
+    TableFormat("bfloat16 table and momentum, 16-bit products", "half", 2, 2, 2),
+    TableFormat("float32 table and momentum, float32 products", "split", 4, 4, 4),
 )
 
 
-def _step(table: Table, classes: int, world: int, rate: float) -> Step:
+def _step(table: TableFormat, classes: int, world: int, rate: float) -> Step:
     return Step(
         classes,
         world=world,
@@ -69,7 +69,7 @@ def _three(value: float) -> str:
     return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
 
 
-def prediction_lines(table: Table, gpu: str = "H100") -> list[str]:
+def prediction_lines(table: TableFormat, gpu: str = "H100") -> list[str]:
     """Step time and memory of a GPU, by classes and GPUs. What does not fit is in brackets."""
     profile = gpu_profile(gpu, table.precision)
     titles = ["classes", "GPUs", "memory, GiB"]

@@ -11,7 +11,7 @@ LINE = 128 << 10  # bytes of a piece of a tensor in the model of L2
 L2_SHARE = 0.75  # of L2 that a stream leaves to what is reused; assumed
 
 
-class Cache:
+class L2:
     """The last-used pieces of tensors, so many bytes of them; what DRAM reads and writes."""
 
     def __init__(self, capacity: float) -> None:

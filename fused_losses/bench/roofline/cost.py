@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fused_losses.bench.roofline.cache import L2_SHARE, Cache
-from fused_losses.bench.roofline.ops import PLAIN, Op
+from fused_losses.bench.roofline.cache import L2, L2_SHARE
+from fused_losses.bench.roofline.ops import PLAIN, Operation
 from fused_losses.bench.roofline.peaks import Peak
 from fused_losses.bench.roofline.trace import Trace
 from fused_losses.bench.roofline.work import Work
@@ -25,7 +25,7 @@ class Cost:
 
 def cost(work: list[Work], peak: Peak) -> Cost:
     """The sum over launches of the time of each one's busiest resource."""
-    cache_of_l2 = Cache(L2_SHARE * peak.l2_bytes)
+    cache_of_l2 = L2(L2_SHARE * peak.l2_bytes)
     by_resource: dict[str, float] = {}
     by_name: dict[str, float] = {}
     total = moved = through = flops = 0
@@ -55,7 +55,7 @@ def cost(work: list[Work], peak: Peak) -> Cost:
     )
 
 
-def traced(op: Op, way: str, peak: Peak) -> list[Work]:
+def traced(op: Operation, way: str, peak: Peak) -> list[Work]:
     """What a GPU would be given; way: a backend, eager or compiled."""
     own = way not in PLAIN
     trace = Trace(peak.arch, peak.processors, compiled=way == "compiled", own=own)

@@ -30,7 +30,7 @@ from fused_losses.primitives.topk.inputs import TopkInputs
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PLAIN = ("eager", "compiled")
-Run = Callable[[], Any]  # of host code, on tensors without data
+HostCode = Callable[[], Any]  # of host code, on tensors without data
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -38,7 +38,7 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Op:
+class Operation:
     """One direction of one operation at one shape, and the ways to compute it."""
 
     name: str
@@ -46,8 +46,9 @@ class Op:
     shape: str
     floor: int  # bytes: each input once, each output once
     flops: int  # of products, at least
-    backends: dict[str, Run]  # ours, by name
-    plain: Run | None = None  # in PyTorch: the forward, or the loss of which the backward is taken
+    backends: dict[str, HostCode]  # ours, by name
+    # in PyTorch: the forward, or the loss of which the backward is taken
+    plain: HostCode | None = None
 
     @property
     def ways(self) -> list[str]:
@@ -61,12 +62,12 @@ def bytes_of(*items: Tensor) -> int:
 
 def rows_op(
     name: str, n: int, c: int, d: int, normalize: bool, margin: bool, dtype: torch.dtype = BF16
-) -> Iterator[Op]:
+) -> Iterator[Operation]:
     x, w, labels = empty(n, d, dtype=dtype), empty(c, d, dtype=dtype), empty(n, dtype=torch.int64)
     inputs = Inputs(x, w, labels, normalize=normalize)
     shape = f"B={n:,} C={c:,} D={d} {short(dtype)}"
 
-    def backward(module: Any) -> Run:
+    def backward(module: Any) -> HostCode:
         return lambda: module.backward(
             inputs, empty(n), RowGradients(empty(n), empty(n), None), Needs(True, True, False)
         )
@@ -82,7 +83,7 @@ def rows_op(
 
     modules = {"triton": triton, "cuda": cuda}
     sides = bytes_of(x, w)
-    yield Op(
+    yield Operation(
         name,
         "forward",
         shape,
@@ -91,7 +92,7 @@ def rows_op(
         {k: lambda m=m: m.forward(inputs) for k, m in modules.items()},
         plain,
     )
-    yield Op(
+    yield Operation(
         name,
         "backward",
         shape,
@@ -102,8 +103,8 @@ def rows_op(
     )
 
 
-def plain_backward(loss: Callable[..., Tensor], *leaves: Tensor) -> Run:
-    def run() -> Run:
+def plain_backward(loss: Callable[..., Tensor], *leaves: Tensor) -> HostCode:
+    def run() -> HostCode:
         """The forward; what it returns is the backward."""
         ours = [leaf.detach().requires_grad_() for leaf in leaves]
         value = loss(*ours)
@@ -116,7 +117,7 @@ def short(dtype: torch.dtype) -> str:
     return {BF16: "bf16", FP32: "fp32"}[dtype]
 
 
-def pairs_op(name: str, n: int, d: int, reduction: str, cols: bool) -> Iterator[Op]:
+def pairs_op(name: str, n: int, d: int, reduction: str, cols: bool) -> Iterator[Operation]:
     x, y = empty(n, d, dtype=BF16), empty(n, d, dtype=BF16)
     labels = empty(n, dtype=torch.int32)
     p = PairInputs(x, y, empty(dtype=torch.float64), x_labels=labels, y_labels=labels)
@@ -126,7 +127,7 @@ def pairs_op(name: str, n: int, d: int, reduction: str, cols: bool) -> Iterator[
     needs = PairNeeds(True, True, True, False, False)
     modules = {"triton": triton_pairs, "cuda": cuda_pairs}
 
-    def backward(m: Any) -> Run:
+    def backward(m: Any) -> HostCode:
         return lambda: m.statistics_backward(*grads, *stats, p, reduction, cols, needs)
 
     def plain(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -140,8 +141,8 @@ def pairs_op(name: str, n: int, d: int, reduction: str, cols: bool) -> Iterator[
     shape = f"N={n:,} D={d} bf16"
     sides = bytes_of(x, y)
     forward = {k: lambda m=m: m.statistics(p, reduction, cols) for k, m in modules.items()}
-    yield Op(name, "forward", shape, sides + 8 * n, 2 * n * n * d, forward, plain)
-    yield Op(
+    yield Operation(name, "forward", shape, sides + 8 * n, 2 * n * n * d, forward, plain)
+    yield Operation(
         name,
         "backward",
         shape,
@@ -152,7 +153,7 @@ def pairs_op(name: str, n: int, d: int, reduction: str, cols: bool) -> Iterator[
     )
 
 
-def attention_op(n: int, d: int, width: int) -> Iterator[Op]:
+def attention_op(n: int, d: int, width: int) -> Iterator[Operation]:
     x, y = empty(n, d, dtype=BF16), empty(n, d, dtype=BF16)
     values = empty(n, width, dtype=BF16)
     p = PairInputs(x, y, empty(dtype=torch.float64))
@@ -160,7 +161,7 @@ def attention_op(n: int, d: int, width: int) -> Iterator[Op]:
     needs = PairNeeds(True, True, True, False, False)
     modules = {"triton": triton_pairs, "cuda": cuda_pairs}
 
-    def backward(m: Any) -> Run:
+    def backward(m: Any) -> HostCode:
         kept = empty(n, width), empty(n, dtype=torch.float64)
         return lambda: m.attention_backward(*grads, *kept, values, p, False, True, needs)
 
@@ -171,10 +172,10 @@ def attention_op(n: int, d: int, width: int) -> Iterator[Op]:
     sides = bytes_of(x, y, values)
     forward = {k: lambda m=m: m.attention(values, p, False) for k, m in modules.items()}
     out, pairs = 4 * n * width, n * n
-    yield Op(
+    yield Operation(
         "pair_attention", "forward", shape, sides + out, 2 * pairs * (d + width), forward, plain
     )
-    yield Op(
+    yield Operation(
         "pair_attention",
         "backward",
         shape,
@@ -187,7 +188,7 @@ def attention_op(n: int, d: int, width: int) -> Iterator[Op]:
 
 def topk_op(
     name: str, n: int, m: int, d: int, k: int, match: str, dtype: torch.dtype
-) -> Iterator[Op]:
+) -> Iterator[Operation]:
     """The screen: its candidates' exact scores are n k rows, and left out."""
     x, y, offset = empty(n, d, dtype=dtype), empty(m, d, dtype=dtype), empty(m)
     labels = (empty(n, dtype=torch.int32), empty(m, dtype=torch.int32))
@@ -215,7 +216,7 @@ def topk_op(
 
     times = 2 if match == "both" else 1
     sides = bytes_of(x) if match == "both" else bytes_of(x, y)
-    yield Op(
+    yield Operation(
         name,
         "forward",
         f"N={n:,} M={m:,} D={d} k={k} {short(dtype)}",
@@ -226,7 +227,7 @@ def topk_op(
     )
 
 
-def distance_op(n: int, d: int, kind: str) -> Iterator[Op]:
+def distance_op(n: int, d: int, kind: str) -> Iterator[Operation]:
     x, y = empty(n, d), empty(n, d)
     modules = {"triton": triton_distances, "cuda": cuda_distances}
     if kind == "cityblock":
@@ -234,7 +235,7 @@ def distance_op(n: int, d: int, kind: str) -> Iterator[Op]:
     grad, out = empty(n, n), empty(n, n)
     inputs, needs = DistanceInputs(x, y, None, kind, 1.0), DistanceNeeds(True, True, False)
 
-    def backward(m: Any) -> Run:
+    def backward(m: Any) -> HostCode:
         return lambda: m.backward(grad, out, inputs, needs)
 
     def plain() -> Tensor:
@@ -242,7 +243,7 @@ def distance_op(n: int, d: int, kind: str) -> Iterator[Op]:
 
     shape = f"N={n:,} D={d} fp32"
     product = kind != "cityblock"
-    yield Op(
+    yield Operation(
         kind,
         "forward",
         shape,
@@ -251,7 +252,7 @@ def distance_op(n: int, d: int, kind: str) -> Iterator[Op]:
         {k: lambda m=m: m.forward(inputs) for k, m in modules.items()},
         plain,
     )
-    yield Op(
+    yield Operation(
         kind,
         "backward",
         shape,
@@ -261,7 +262,7 @@ def distance_op(n: int, d: int, kind: str) -> Iterator[Op]:
     )
 
 
-def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterator[Op]:
+def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterator[Operation]:
     x, y = empty(queries * lq, d, dtype=BF16), empty(documents * ld, d, dtype=BF16)
     offsets = empty(queries + 1, dtype=torch.int64), empty(documents + 1, dtype=torch.int64)
     inputs = MaxsimInputs(x, y, *offsets)
@@ -269,7 +270,7 @@ def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterato
     index = empty(queries * lq, documents, dtype=torch.int32)
     modules = {"triton": triton_maxsim, "cuda": cuda_maxsim}
 
-    def backward(m: Any) -> Run:
+    def backward(m: Any) -> HostCode:
         return lambda: m.backward(scores, index, inputs, MaxsimNeeds(True, True))
 
     def plain(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -280,8 +281,10 @@ def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterato
     forward = {k: lambda m=m: m.forward(inputs) for k, m in modules.items()}
     sides = bytes_of(x, y)
     flops = 2 * x.shape[0] * y.shape[0] * d
-    yield Op("maxsim", "forward", shape, sides + bytes_of(scores, index), flops, forward, plain)
-    yield Op(
+    yield Operation(
+        "maxsim", "forward", shape, sides + bytes_of(scores, index), flops, forward, plain
+    )
+    yield Operation(
         "maxsim",
         "backward",
         shape,
@@ -292,7 +295,7 @@ def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterato
     )
 
 
-def update_op(count: int, d: int) -> Iterator[Op]:
+def update_op(count: int, d: int) -> Iterator[Operation]:
     """sgd with momentum on the rows that took part."""
     weight, momentum = empty(1_000_000, d), empty(1_000_000, d)
     grad, rows = empty(count, d), empty(count, dtype=torch.int64)
@@ -309,11 +312,11 @@ def update_op(count: int, d: int) -> Iterator[Op]:
 
     floor = 5 * bytes_of(grad) + bytes_of(rows)
     shape = f"{count:,} rows of D={d} fp32"
-    yield Op("sgd_rows", "forward", shape, floor, 0, {"cuda": own}, plain)
+    yield Operation("sgd_rows", "forward", shape, floor, 0, {"cuda": own}, plain)
 
 
 @cache
-def ops() -> tuple[Op, ...]:
+def ops() -> tuple[Operation, ...]:
     return (
         *rows_op("margin_softmax", 1024, 1_000_000, 512, True, True),
         *rows_op("linear_cross_entropy", 8192, 131_072, 1024, False, False),

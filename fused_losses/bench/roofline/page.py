@@ -14,7 +14,7 @@ from typing import Any
 
 from fused_losses.bench.plots import plotted
 from fused_losses.bench.roofline.cost import Cost, cost, traced
-from fused_losses.bench.roofline.ops import PLAIN, Op, ops
+from fused_losses.bench.roofline.ops import PLAIN, Operation, ops
 from fused_losses.bench.roofline.peaks import PEAKS, PEERS, Peak
 from fused_losses.bench.roofline.work import Work
 
@@ -51,10 +51,10 @@ WHY = {
 
 
 @dataclass(frozen=True)
-class Row:
+class WayCosts:
     """One way to compute an operation, on every GPU."""
 
-    op: Op
+    op: Operation
     way: str
     costs: dict[str, Cost]  # by GPU
 
@@ -62,7 +62,7 @@ class Row:
         return self.costs[gpu].dram / self.op.floor
 
 
-def rows(names: list[str] | None = None, wanted: tuple[str, ...] = ()) -> list[Row]:
+def rows(names: list[str] | None = None, wanted: tuple[str, ...] = ()) -> list[WayCosts]:
     """Every way of these operations, or those that are wanted, with its costs."""
     found = []
     for op in ops():
@@ -75,11 +75,11 @@ def rows(names: list[str] | None = None, wanted: tuple[str, ...] = ()) -> list[R
                 if peak.arch not in works:
                     works[peak.arch] = traced(op, way, peak)
                 costs[gpu] = cost(works[peak.arch], peak)
-            found.append(Row(op, way, costs))
+            found.append(WayCosts(op, way, costs))
     return found
 
 
-def bound_seconds(op: Op, peak: Peak) -> float:
+def bound_seconds(op: Operation, peak: Peak) -> float:
     """No run is faster: the floor through DRAM, or the products."""
     return max(op.floor / peak.dram, op.flops / peak.half)
 
@@ -88,7 +88,7 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def page(found: list[Row]) -> str:
+def page(found: list[WayCosts]) -> str:
     gpus = list(PEAKS)
     out = [HEAD]
     ran = dict.fromkeys((a.op.name, a.op.direction) for a in found)
@@ -115,7 +115,7 @@ def page(found: list[Row]) -> str:
     return "\n".join(out)
 
 
-def gaps(found: list[Row]) -> list[str]:
+def gaps(found: list[WayCosts]) -> list[str]:
     """Where our backends move more than they should, in words."""
     out = []
     for a in found:
@@ -173,7 +173,7 @@ TICKS = (1, 2, 5, 10, 20, 50, 100)
 COLOURS = {"triton": "#2a6f97", "cuda": "#d1495b", "eager": "#c9cdd6", "compiled": "#8d99ae"}
 
 
-def plot(path: Path, found: list[Row], gpu: str = "H100") -> None:
+def plot(path: Path, found: list[WayCosts], gpu: str = "H100") -> None:
     """Times over the bound of the floor, as bars on a logarithmic axis."""
 
     def draw(_: Any, axes: Any) -> None:

@@ -15,16 +15,17 @@ CHUNK = 2048  # characters that one task draws
 MANY = 20_000  # drawings from which processes are worth their start
 
 
-Chunks = list[tuple[int, list[tuple[int, int]]]]  # (face, [(code point, face of the collection)])
+# (face, [(code point, face of the collection)])
+FaceChunks = list[tuple[int, list[tuple[int, int]]]]
 
 
-def chunks(faces: list[Face], least: int) -> Chunks:
+def chunks(faces: list[Face], least: int) -> FaceChunks:
     """What to draw, in chunks: characters that enough faces have."""
     having: dict[int, int] = defaultdict(int)
     for face in faces:
         for code in face.shown:
             having[code] += 1
-    work: Chunks = []
+    work: FaceChunks = []
     for number, face in enumerate(faces):
         shown = [
             (code, index)
@@ -37,7 +38,7 @@ def chunks(faces: list[Face], least: int) -> Chunks:
 
 
 def drawn(
-    faces: list[Face], work: Chunks, size: int, processes: int | None, total: int
+    faces: list[Face], work: FaceChunks, size: int, processes: int | None, total: int
 ) -> Iterator[tuple[int, Drawings | str]]:
     """(face, its drawings or why they failed) for each piece of work, in order."""
     if processes is None:

@@ -40,7 +40,7 @@ class Array:
 
 
 @dataclass
-class Kind:
+class Dtype:
     """numpy's dtype."""
 
     name: str
@@ -63,14 +63,14 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def _dtype(name: object, *_: object) -> Kind:
+def _dtype(name: object, *_: object) -> Dtype:
     text = name.decode("latin-1") if isinstance(name, bytes) else name
     if not isinstance(text, str) or text not in KINDS:
         raise Unexpected(f"expected an array of {', '.join(KINDS)}, got {describe(name)}")
-    return Kind(text)
+    return Dtype(text)
 
 
-def set_order(kind: Kind, state: tuple[object, ...]) -> None:
+def set_order(kind: Dtype, state: tuple[object, ...]) -> None:
     """From a dtype's state (version, order, ...); | stands where there is no order."""
     order = state[1] if len(state) > 1 else None
     text = order.decode("latin-1") if isinstance(order, bytes) else order
@@ -80,7 +80,7 @@ def set_order(kind: Kind, state: tuple[object, ...]) -> None:
 
 
 def stored_array(kind: object, shape: object, data: object) -> Array:
-    if not isinstance(kind, Kind) or not isinstance(data, bytes):
+    if not isinstance(kind, Dtype) or not isinstance(data, bytes):
         raise Unexpected(
             f"expected an array's type and bytes, got {describe(kind)}, {describe(data)}"
         )

@@ -17,7 +17,7 @@ from fused_losses.base.files import DataError
 from fused_losses.datasets.pickles.arrays import (
     CALLS,
     Array,
-    Kind,
+    Dtype,
     Name,
     Unexpected,
     allowed_name,
@@ -32,11 +32,11 @@ ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.|$)", re.DOTALL)
 ESCAPED = {b"\\": b"\\", b"'": b"'", b'"': b'"', b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
 
-class _Mark:
+class _StackMark:
     """Where the values of a list or tuple start on the stack."""
 
 
-MARK = _Mark()
+MARK = _StackMark()
 
 
 def read_pickled(data: bytes, file: str) -> object:
@@ -226,7 +226,7 @@ def _reduce(p: _Program) -> None:
 def _build(p: _Program) -> None:
     state = p.pop()
     target = p.top(object)
-    if isinstance(target, Kind) and isinstance(state, tuple):
+    if isinstance(target, Dtype) and isinstance(state, tuple):
         set_order(target, state)
         return
     if not isinstance(target, Array) or not isinstance(state, tuple) or len(state) != 5:

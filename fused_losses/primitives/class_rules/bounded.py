@@ -18,7 +18,12 @@ from fused_losses.primitives.class_rules.inputs import (
     rule_values,
     weight_rows,
 )
-from fused_losses.primitives.class_rules.rules import RULES, merge, nothing, pool
+from fused_losses.primitives.class_rules.rules import (
+    CLASS_FOLDS,
+    merge_statistics,
+    no_classes,
+    pool,
+)
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.distances.op import DISTANCE_MATRIX
 
@@ -168,17 +173,17 @@ def targets(
 
 def forward(backend: str, p: ClassInputs) -> ClassStatistics:
     check_ids(p)
-    rule, params = RULES[p.rule], list(p.params)
+    rule, params = CLASS_FOLDS[p.rule], list(p.params)
     x = p.x.to(p.dtype)
     n, values = x.shape[0], rule_values(p, x.dtype)
-    statistics = nothing(rule.kinds, n, x.device)
+    statistics = no_classes(rule.kinds, n, x.device)
     hardest = torch.full((n,), -1, device=x.device)
     hardest_score = x.new_full((n,), -torch.inf)
     for tile in _tiles(backend, p, x):
         positive = tile.positive
         terms = rule.terms(tile.cosine, values, params)
         found = [_fold(kind, term, positive) for kind, term in zip(rule.kinds, terms, strict=True)]
-        statistics = merge(rule.kinds, statistics, torch.stack(found))
+        statistics = merge_statistics(rule.kinds, statistics, torch.stack(found))
         best = tile.cosine.masked_fill(positive, -torch.inf).max(dim=1)
         better = best.values > hardest_score
         place = best.indices + tile.part.start
@@ -195,7 +200,7 @@ def _tile_gradient(
 
     A row without negatives has lse = -inf, and infinities here that are masked.
     """
-    rule, params = RULES[p.rule], list(p.params)
+    rule, params = CLASS_FOLDS[p.rule], list(p.params)
     values = rule_values(p, tile.cosine.dtype)
     terms = rule.terms(tile.cosine, values, params) if "lse" in rule.kinds else ()
     parts = []

@@ -32,7 +32,7 @@ class ClassInputs(NamedTuple):
     labels: Tensor  # [N, L] int64, -1: nothing there, or a class that is not in this weight
     classes: Tensor | None = None  # [M] int64, increasing: the classes that take part
     values: Tensor | None = None  # [R, N], numbers of each row that the rule takes; no gradient
-    rule: str = "softmax"  # a name in RULES
+    rule: str = "softmax"  # a name in CLASS_FOLDS
     params: tuple[float, ...] | list[float] = ()
     centers: int = 1  # K
     softness: float = 0.0  # how a class pools its centres (`pool`), 0: the best one

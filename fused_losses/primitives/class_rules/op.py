@@ -5,10 +5,11 @@
     targets_il = c_i,y_il                          the classes of the row's own labels
 
 A rule says what the terms are; a class that is none of a row's labels is its negative. Statistics
-of tiles, and of shards of the classes, merge by `merge`, and the gradient of a tile needs nothing
-but the merged ones: the same op serves one process and a sharded head. It is for losses that
-`row_statistics` cannot express (sub-centres, several labels a row, no softmax): their rule runs in
-PyTorch on a tile, its products on the backend. Tiles are computed again in backward; nothing N x C.
+of tiles, and of shards of the classes, merge by `merge_statistics`, and the gradient of a tile
+needs nothing but the merged ones: the same op serves one process and a sharded head. It is for
+losses that `row_statistics` cannot express (sub-centres, several labels a row, no softmax): their
+rule runs in PyTorch on a tile, its products on the backend. Tiles are computed again in backward;
+nothing N x C.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fused_losses.primitives.class_rules.inputs import (
     ClassStatistics,
 )
 from fused_losses.primitives.class_rules.reference import reference
-from fused_losses.primitives.class_rules.rules import RULES
+from fused_losses.primitives.class_rules.rules import CLASS_FOLDS
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp, duals
 
 # ---- what the op is given -----------------------------------------------------------------------
@@ -101,7 +102,7 @@ def _check(p: ClassInputs) -> None:
             f"x: expected {p.weight.dtype} or {p.dtype} beside weight, got {describe(p.x)}"
         )
     validation.check_device("x", p.x, "weight", p.weight)
-    validation.check_choice("rule", p.rule, tuple(RULES))
+    validation.check_choice("rule", p.rule, tuple(CLASS_FOLDS))
     validation.check_choice("precision", p.precision, validation.PRECISIONS)
     if p.centers < 1 or p.weight.shape[0] % p.centers:
         raise ValueError(
@@ -113,7 +114,7 @@ def _check(p: ClassInputs) -> None:
         raise TypeError(f"labels: expected int64 class ids, got {describe(p.labels)}")
     if p.labels.dim() != 2 or p.labels.shape[0] != n:
         raise ValueError(f"labels: expected shape ({n}, L), got {describe(p.labels)}")
-    rule = RULES[p.rule]
+    rule = CLASS_FOLDS[p.rule]
     if len(p.params) != rule.params:
         raise ValueError(f"params: expected {rule.params} of {p.rule!r}, got {len(p.params)}")
     given = 0 if p.values is None else p.values.shape[0]
@@ -164,7 +165,7 @@ class ClassRulesOp(StreamedOp):
         p = ClassInputs(*arguments)
         n, wide = p.x.shape[0], row_dtype(p.x.device)
         return (
-            p.x.new_empty((len(RULES[p.rule].kinds), n), dtype=wide),
+            p.x.new_empty((len(CLASS_FOLDS[p.rule].kinds), n), dtype=wide),
             p.x.new_empty(p.labels.shape, dtype=wide),
             p.labels.new_empty(n),
             p.x.new_empty(n, dtype=p.dtype),

@@ -14,13 +14,13 @@ from fused_losses.primitives.class_rules.inputs import (
     rule_values,
     weight_rows,
 )
-from fused_losses.primitives.class_rules.rules import RULES, pool
+from fused_losses.primitives.class_rules.rules import CLASS_FOLDS, pool
 
 
 def reference(p: ClassInputs) -> ClassStatistics:
     """The same from the whole N x M matrix, in PyTorch that any order of autograd follows."""
     check_ids(p)
-    rule, wide = RULES[p.rule], row_dtype(p.x.device)
+    rule, wide = CLASS_FOLDS[p.rule], row_dtype(p.x.device)
     rows = weight_rows(p, slice(0, p.taking_part))
     weight = unit_centers(p.weight[rows]) if p.normalize else p.weight[rows]
     found = product(p.x.to(weight.dtype), weight)

@@ -1,4 +1,4 @@
-"""The rules of a fold over classes: terms of a score and their slopes, one entry of `RULES`."""
+"""The rules of a fold over classes: terms of a score and their slopes (`CLASS_FOLDS`)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _sphereface2_slopes(
     return share * of_score, share * (1 - share) * of_score
 
 
-RULES: Mapping[str, ClassRule] = MappingProxyType(
+CLASS_FOLDS: Mapping[str, ClassRule] = MappingProxyType(
     {
         # params: scale; values: none, or the bend's four
         "softmax": ClassRule(("lse",), _softmax_terms, _softmax_slopes, 1, (0, 4)),
@@ -107,13 +107,13 @@ RULES: Mapping[str, ClassRule] = MappingProxyType(
 )
 
 
-def merge(kinds: tuple[str, ...], a: Tensor, b: Tensor) -> Tensor:
+def merge_statistics(kinds: tuple[str, ...], a: Tensor, b: Tensor) -> Tensor:
     """Statistics [S, N] over two disjoint sets of classes -> those over both."""
     merged = (torch.logaddexp if kind == "lse" else torch.add for kind in kinds)
     return torch.stack([both(a[s], b[s]) for s, both in enumerate(merged)])
 
 
-def nothing(kinds: tuple[str, ...], n: int, device: torch.device) -> Tensor:
+def no_classes(kinds: tuple[str, ...], n: int, device: torch.device) -> Tensor:
     """Statistics [S, N] over no classes at all."""
     start = [-torch.inf if kind == "lse" else 0.0 for kind in kinds]
     return torch.tensor(start, dtype=row_dtype(device), device=device)[:, None].repeat(1, n)

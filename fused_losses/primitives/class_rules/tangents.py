@@ -8,12 +8,12 @@ from torch import Tensor
 
 from fused_losses.primitives.class_rules.bounded import _tiles, targets
 from fused_losses.primitives.class_rules.inputs import ClassInputs, rule_values
-from fused_losses.primitives.class_rules.rules import RULES
+from fused_losses.primitives.class_rules.rules import CLASS_FOLDS
 
 
 def statistics(p: ClassInputs, found: Tensor) -> tuple[Tensor, Tensor]:
     """Tangents of the statistics [S, N], found of the dual p, and of the targets [N, L]."""
-    rule, params = RULES[p.rule], list(p.params)
+    rule, params = CLASS_FOLDS[p.rule], list(p.params)
     x = p.x.to(p.dtype)
     values, out = rule_values(p, x.dtype), torch.zeros_like(found)
     safe = torch.where(found == -torch.inf, 0, found).to(x.dtype)

@@ -144,7 +144,7 @@ def _blocks(n: int, m: int, pair_bytes: int) -> Iterator[tuple[slice, slice]]:
 # ---- kinds made of products ---------------------------------------------------------------------
 
 
-class _Sides(NamedTuple):
+class _MovedRows(NamedTuple):
     """Rows as they came, widened, and moved by y's mean with their squared norms."""
 
     x: Tensor
@@ -155,12 +155,12 @@ class _Sides(NamedTuple):
     y_norms: Tensor  # [M]
 
 
-def _sides(x: Tensor, y: Tensor) -> _Sides:
+def _sides(x: Tensor, y: Tensor) -> _MovedRows:
     dtype = accumulate_dtype(x.dtype)
     x, y = x.to(dtype), y.to(dtype)
     mean = _mean(y)
     moved = x - mean, y - mean
-    return _Sides(x, y, *moved, *(t.square().sum(dim=1) for t in moved))
+    return _MovedRows(x, y, *moved, *(t.square().sum(dim=1) for t in moved))
 
 
 def _mean(y: Tensor) -> Tensor:
@@ -168,11 +168,11 @@ def _mean(y: Tensor) -> Tensor:
     return (y.sum(dim=0) / max(y.shape[0], 1)).nan_to_num(0, 0, 0)
 
 
-def _norms(s: _Sides, rows: slice, cols: slice) -> Tensor:
+def _norms(s: _MovedRows, rows: slice, cols: slice) -> Tensor:
     return s.x_norms[rows, None] + s.y_norms[cols]
 
 
-def _squared(s: _Sides, rows: slice, cols: slice) -> Tensor:
+def _squared(s: _MovedRows, rows: slice, cols: slice) -> Tensor:
     """|x - y|^2 of a block."""
     norms = _norms(s, rows, cols)
     squared = torch.addmm(norms, s.x_moved[rows], s.y_moved[cols].T, alpha=-2)
@@ -191,7 +191,7 @@ def _listed(pairs: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield i[start : start + step], j[start : start + step]
 
 
-def _near(s: _Sides, out: Tensor, kind: str, rows: slice, cols: slice) -> Tensor:
+def _near(s: _MovedRows, out: Tensor, kind: str, rows: slice, cols: slice) -> Tensor:
     """The pairs whose gradient must not be taken from products."""
     squared = out[rows, cols] if kind == "sqeuclidean" else out[rows, cols].square()
     return ~(squared >= _norms(s, rows, cols).mul_(NEAR))
@@ -206,7 +206,7 @@ def _to_difference(grad: Tensor, out: Tensor, kind: str) -> Tensor:
 
 
 def _through_products(
-    s: _Sides, grad: Tensor, out: Tensor, kind: str, dx: Tensor | None, dy: Tensor | None
+    s: _MovedRows, grad: Tensor, out: Tensor, kind: str, dx: Tensor | None, dy: Tensor | None
 ) -> None:
     for rows, cols in _blocks(out.shape[0], out.shape[1], out.element_size()):
         g = _to_difference(grad[rows, cols], out[rows, cols], kind)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype
 
-Slopes = tuple[Tensor, Tensor, Tensor | None]
+PairSlopes = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Kind(NamedTuple):
@@ -21,7 +21,7 @@ class Kind(NamedTuple):
     """
 
     value: Callable[..., Tensor]
-    slopes: Callable[..., Slopes] | None = None
+    slopes: Callable[..., PairSlopes] | None = None
 
 
 def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _cityblock(x: Tensor, y: Tensor, w: None, p: float) -> Tensor:
     return (x - y).abs_().sum(dim=2)
 
 
-def _cityblock_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> Slopes:
+def _cityblock_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> PairSlopes:
     sign = _sign(x - y)
     return sign, -sign, None
 
@@ -58,7 +58,7 @@ def _minkowski(x: Tensor, y: Tensor, w: None, p: float) -> Tensor:
     return torch.where(top.isinf(), top, found.mul_(top))
 
 
-def _minkowski_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> Slopes:
+def _minkowski_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> PairSlopes:
     apart = x - y
     # (|x - y| / out)^(p - 1): no power of a small number alone
     share = _over(apart.abs(), out)
@@ -70,7 +70,7 @@ def _chebyshev(x: Tensor, y: Tensor, w: None, p: float) -> Tensor:
     return (x - y).abs_().amax(dim=2)
 
 
-def _chebyshev_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> Slopes:
+def _chebyshev_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> PairSlopes:
     apart = x - y
     # argmax takes the first of equals, and a NaN before all
     first = apart.abs().argmax(dim=2, keepdim=True)
@@ -84,7 +84,7 @@ def _canberra(x: Tensor, y: Tensor, w: Tensor | None, p: float) -> Tensor:
     return (terms if w is None else terms * w).sum(dim=2)
 
 
-def _canberra_slopes(x: Tensor, y: Tensor, w: Tensor | None, p: float, out: Tensor) -> Slopes:
+def _canberra_slopes(x: Tensor, y: Tensor, w: Tensor | None, p: float, out: Tensor) -> PairSlopes:
     sizes, apart = x.abs() + y.abs(), x - y
     terms, sign = _over(apart.abs(), sizes), _sign(apart)
     to_x = _over(sign - terms * x.sign(), sizes)
@@ -96,7 +96,7 @@ def _braycurtis(x: Tensor, y: Tensor, w: None, p: float) -> Tensor:
     return _ratio((x - y).abs_().sum(dim=2), (x + y).abs_().sum(dim=2))
 
 
-def _braycurtis_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> Slopes:
+def _braycurtis_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> PairSlopes:
     sums = x + y
     whole = sums.abs().sum(dim=2, keepdim=True)
     sign, toward = _sign(x - y), out * sums.sign()
@@ -115,7 +115,7 @@ def _jensenshannon(x: Tensor, y: Tensor, w: None, p: float) -> Tensor:
     return torch.where(small, inner, outer).mul_(sums).sum(dim=2).div_(4).sqrt_()
 
 
-def _jensenshannon_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> Slopes:
+def _jensenshannon_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> PairSlopes:
     t = _over(x - y, x + y)
     to_x = torch.where(x == 0, 0, t.log1p())
     to_y = torch.where(y == 0, 0, (-t).log1p())
@@ -137,7 +137,7 @@ def _kl(x: Tensor, y: Tensor, w: None, p: float) -> Tensor:
     return torch.where(negative | y.isnan(), torch.nan, terms).sum(dim=2)
 
 
-def _kl_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> Slopes:
+def _kl_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> PairSlopes:
     constant = (x == 0) | (y == 0)
     to_x = torch.where(constant, 0, _log_ratio(x, y) + 1)
     to_y = torch.where(constant, 0, -x / y)
@@ -171,7 +171,7 @@ def _scaled(x: Tensor, y: Tensor, w: Tensor, p: float) -> Tensor:
     return (x - y).square_().mul_(w).sum(dim=2).sqrt_()
 
 
-def _scaled_slopes(x: Tensor, y: Tensor, w: Tensor, p: float, out: Tensor) -> Slopes:
+def _scaled_slopes(x: Tensor, y: Tensor, w: Tensor, p: float, out: Tensor) -> PairSlopes:
     apart = x - y
     slope = _over(apart * w, out)
     return slope, -slope, _over(apart.square_(), 2 * out)

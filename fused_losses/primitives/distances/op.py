@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import plans, validation
-from fused_losses.base.examples import EXACT, PRECISIONS, ROUNDED, Inputs, examples
+from fused_losses.base.examples import EXACT, PRECISIONS, ROUNDED, ExampleInputs, examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
     common_factor,
@@ -255,7 +255,7 @@ DISTANCE_MATRIX = DistanceMatrixOp()
 DISTANCE_MATRIX.define()
 
 
-def _entries(kind: str, t: Inputs) -> tuple[Tensor, ...]:
+def _entries(kind: str, t: ExampleInputs) -> tuple[Tensor, ...]:
     """Two matrices of what the kind is a distance of, and its weights."""
     if kind in ("jensenshannon", "kl"):
         x, y = t.x.abs() + 0.01, t.y.abs() + 0.01

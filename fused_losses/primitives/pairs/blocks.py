@@ -27,7 +27,7 @@ def block_columns(n: int, size: int) -> int:
     return max(16, BLOCK_BYTES // (min(max(n, 1), BLOCK_ROWS) * size))
 
 
-class Block:
+class ScoreBlock:
     """Scores of a run of rows against a run of columns, with their classes."""
 
     def __init__(self, p: PairInputs, rows: slice, cols: slice) -> None:

@@ -17,7 +17,7 @@ from fused_losses.primitives.pairs.blocks import (
     BLOCK_BYTES,
     BLOCK_ROWS,
     PIECE_BYTES,
-    Block,
+    ScoreBlock,
     block_columns,
     both_sides,
     cuts,
@@ -97,7 +97,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
     sides = [_nothing(p, p.x.shape[0], reduction)]
     sides.append(_nothing(p, p.y.shape[0] if both else 0, reduction))
     for rows, columns in cuts(p):
-        block = Block(p, rows, columns)
+        block = ScoreBlock(p, rows, columns)
         for dim, at, window in block.sides(both):
             out = sides[1 - dim]
             for kind in (POSITIVE, NEGATIVE) if p.x_labels is not None else (NEGATIVE,):
@@ -136,7 +136,7 @@ def _block_gradient(
     p: PairInputs, rows: slice, cols: slice, grads: tuple, stats: tuple, reduction: str, both: bool
 ) -> tuple[Tensor, ...]:
     """G y, G^T x (before the scale), sum G product, row sums and column sums of G = dL/du."""
-    block = Block(p, rows, cols)
+    block = ScoreBlock(p, rows, cols)
     g = torch.zeros_like(block.score)
     for dim, at, window in block.sides(both):
         for kind in (POSITIVE, NEGATIVE) if p.x_labels is not None else (NEGATIVE,):
@@ -147,7 +147,7 @@ def _block_gradient(
     return _products(block, g)
 
 
-def _products(block: Block, g: Tensor) -> tuple[Tensor, ...]:
+def _products(block: ScoreBlock, g: Tensor) -> tuple[Tensor, ...]:
     if block.slope is not None:
         g = g * block.slope
     wide = block.p.scale.dtype
@@ -225,7 +225,7 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
     out = values.new_zeros((n, values.shape[1]), dtype=dtype)
     best, mass = out.new_full((n,), -torch.inf), out.new_zeros(n)
     for rows, cols in cuts(p):
-        block = Block(p, rows, cols)
+        block = ScoreBlock(p, rows, cols)
         _, _, window = next(block.sides(False))
         z = block.term(kind)[0].masked_fill(~block.members(kind, window), -torch.inf)
         top = torch.maximum(best[rows], z.amax(1))
@@ -250,7 +250,7 @@ def _block_attention(
     values: Tensor,
     kind: int,
 ) -> tuple[Tensor, ...]:
-    block = Block(p, rows, cols)
+    block = ScoreBlock(p, rows, cols)
     _, _, window = next(block.sides(False))
     z, slope = block.term(kind)
     v = values[cols].to(z.dtype)

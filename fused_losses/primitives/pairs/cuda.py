@@ -27,8 +27,8 @@ from fused_losses.primitives.distances.cuda_products import (
 )
 from fused_losses.primitives.distances.cuda_sums import TILE, gradient
 from fused_losses.primitives.pairs import apart, gpu
-from fused_losses.primitives.pairs.gpu import Block, ColumnSums, Gradients
-from fused_losses.primitives.pairs.gpu_apart import ApartGradients, Split
+from fused_losses.primitives.pairs.gpu import Block, ColumnSums, PairGradients, PairProblem
+from fused_losses.primitives.pairs.gpu_apart import ApartGradients, SplitBlock
 from fused_losses.primitives.pairs.inputs import REDUCTIONS, PairInputs, PairNeeds
 
 TILE_BYTES = 16 << 20  # of all tiles of a block: with their operands they stay in L2 from sm_80 on
@@ -54,24 +54,14 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """One call as the kernels want it."""
+class CudaPairProblem(PairProblem):
+    """Its operands for a library's products, and the launches of its kernels."""
 
-    p: PairInputs  # y is x with triangle, and so are its vectors
     x: Tensor  # [N, D] as products multiply it
     y: Tensor  # [M, D]
-    scale: Tensor  # [1] float32
     precision: str  # of the scores
     low: torch.dtype  # of G and what it is multiplied with
     norms: tuple[Tensor, Tensor] | None  # of pairs apart: |x|^2 [N] and |y|^2 [M] float32
-
-    @property
-    def n(self) -> int:
-        return self.p.x.shape[0]
-
-    @property
-    def m(self) -> int:
-        return self.p.y.shape[0]
 
     @property
     def share(self) -> float:
@@ -134,11 +124,13 @@ class Sweep:
             **more,
         )
 
-    def gradients(self, needs: PairNeeds, unscale: Tensor | float) -> Gradients | ApartGradients:
+    def gradients(
+        self, needs: PairNeeds, unscale: Tensor | float
+    ) -> PairGradients | ApartGradients:
         given = self.p, self.x.to(self.low), self.y
         if self.p.apart:
             return ApartGradients(*given, -self.scale, needs, unscale, self.near_sums)
-        return Gradients(*given, self.scale, needs, unscale)
+        return PairGradients(*given, self.scale, needs, unscale)
 
     # ---- pairs apart ----------------------------------------------------------------------------
 
@@ -149,7 +141,7 @@ class Sweep:
         factor = self.share / NEAR
         return self.norms[0][top:stop] * factor, self.norms[1][first:end] * factor
 
-    def split(self, block: Block, g: Tensor, squares: Tensor, far: Tensor) -> Split:
+    def split(self, block: Block, g: Tensor, squares: Tensor, far: Tensor) -> SplitBlock:
         """A tile of G without its near pairs, into `far`; all of the tiles' full width."""
         n, m = block.row_end - block.first_row, block.column_end - block.first_column
         new = partial(torch.empty, device=far.device)
@@ -175,7 +167,7 @@ class Sweep:
             type=cuda_launch.ELEMENTS[self.low],
         )
         moment = moments.sum(dtype=row_dtype(far.device))
-        return Split(gpu.cut(far, block), row_sums.sum(0), column_sums.sum(0), moment, near)
+        return SplitBlock(gpu.cut(far, block), row_sums.sum(0), column_sums.sum(0), moment, near)
 
     def near_sums(
         self, block: Block, g: Tensor, squares: Tensor, near: Tensor, to: Tensor, turned: bool
@@ -189,7 +181,7 @@ class Sweep:
         gradient("near_pair", x, y, g, squares, norms=norms, near=near, to=to)
 
 
-def sweep(p: PairInputs, gradient: bool) -> Sweep:
+def problem(p: PairInputs, gradient: bool) -> CudaPairProblem:
     p, scale = gpu.kernel_form(p)
     if p.apart:
         p = p._replace(x=p.x.contiguous(), y=p.y.contiguous())
@@ -205,11 +197,11 @@ def sweep(p: PairInputs, gradient: bool) -> Sweep:
     if gradient and p.score == "root" and low == torch.float16:
         # the slope of a root, 1 / (2 d), takes G of short distances out of float16's range
         low = torch.float32
-    return Sweep(p, x, y, scale, precision, low, norms)
+    return CudaPairProblem(p, scale, x, y, precision, low, norms)
 
 
 def tiles(
-    s: Sweep, *dtypes: torch.dtype, backward: bool = False
+    s: CudaPairProblem, *dtypes: torch.dtype, backward: bool = False
 ) -> Iterator[tuple[Block, list[Tensor]]]:
     """Blocks of the matrix, and a tile of each dtype that every block uses anew.
 
@@ -231,7 +223,7 @@ def tiles(
 
 def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tensor]:
     """rows and columns of `fused_losses.primitives.pairs`, [4, 2, N] and [4, 2, M or 0]."""
-    s, both = sweep(p, gradient=False), p.triangle or cols
+    s, both = problem(p, gradient=False), p.triangle or cols
     new: dict[str, Any] = dict(dtype=row_dtype(p.x.device), device=p.x.device)
     rows = gpu.nothing_yet(s.n, new)
     columns = rows if p.triangle else gpu.nothing_yet(s.m if cols else 0, new)
@@ -249,8 +241,8 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
 
 
 def _add(
-    s: Sweep,
-    gradients: Gradients | ApartGradients,
+    s: CudaPairProblem,
+    gradients: PairGradients | ApartGradients,
     block: Block,
     ds: Tensor,
     tile: Tensor,
@@ -274,7 +266,7 @@ def statistics_backward(
     needs: PairNeeds,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, scale, x_bias and y_bias, each None where it is not needed."""
-    s, both = sweep(p, gradient=True), p.triangle or cols
+    s, both = problem(p, gradient=True), p.triangle or cols
     gain = gpu.statistics_gain(p, (grad_rows, grad_columns), (rows, columns))
     row_vectors = gpu.packed(gpu.vectors(grad_rows, rows, reduction), gain)
     column_vectors = row_vectors if p.triangle else None
@@ -308,7 +300,7 @@ def statistics_backward(
 def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, Tensor]:
     """out [N, Dv] and lse [N] of `pair_attention`, in one sweep."""
     p, kind = gpu.attending(p, positives)
-    s = sweep(p, gradient=False)
+    s = problem(p, gradient=False)
     new: dict[str, Any] = dict(device=p.x.device)
     out = torch.zeros((s.n, values.shape[1]), dtype=torch.float32, **new)
     best = torch.full((s.n,), -torch.inf, dtype=torch.float32, **new)
@@ -352,7 +344,7 @@ def attention_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of values, x, y, scale, x_bias and y_bias, each None where not needed."""
     p, kind = gpu.attending(p, positives)
-    s = sweep(p, gradient=True)
+    s = problem(p, gradient=True)
     unit, gain = gpu.weight_unit(p), gpu.attention_gain(p, grad_out, grad_lse)
     # rounded as the products round it, so that G sums to zero over a row
     rounded = (grad_out * gain).to(low_dtype(values.dtype, s.precision))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,22 @@ class Block(NamedTuple):
     row_end: int
     first_column: int
     column_end: int
+
+
+@dataclass(frozen=True)
+class PairProblem:
+    """One call as the kernels want it."""
+
+    p: PairInputs  # y is x with triangle, and so are its vectors
+    scale: Tensor  # [1] float32
+
+    @property
+    def n(self) -> int:
+        return self.p.x.shape[0]
+
+    @property
+    def m(self) -> int:
+        return self.p.y.shape[0]
 
 
 def kernel_form(p: PairInputs) -> tuple[PairInputs, Tensor]:
@@ -166,7 +183,7 @@ class ColumnSums:
             self.out[first:end] = self.sums * self.factor
 
 
-class Gradients:
+class PairGradients:
     """What G = dL/du makes of x, y, scale and the biases, block by block."""
 
     def __init__(

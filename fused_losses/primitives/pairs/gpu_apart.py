@@ -21,7 +21,7 @@ from fused_losses.primitives.pairs.gpu import Block, ColumnSums, add
 from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
 
 
-class Split(NamedTuple):
+class SplitBlock(NamedTuple):
     """A block of G for its products, and its sums."""
 
     far: Tensor  # [rows, columns] as products take it, 0 for near pairs
@@ -72,7 +72,7 @@ class ApartGradients:
             self.dy = ColumnSums(dy if n else dy.zero_(), n, self.scale)
         self.moment = torch.zeros((), **wide) if needs.scale else None
 
-    def add(self, block: Block, g: Tensor, squares: Tensor, split: Split) -> None:
+    def add(self, block: Block, g: Tensor, squares: Tensor, split: SplitBlock) -> None:
         top, stop, first, end = block
         triangle, far = self.p.triangle, split.far
         near = g, squares, split.near

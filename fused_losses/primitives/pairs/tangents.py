@@ -6,7 +6,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from fused_losses.primitives.pairs.blocks import Block, both_sides, cuts
+from fused_losses.primitives.pairs.blocks import ScoreBlock, both_sides, cuts
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, VALUE, PairInputs
 
 
@@ -19,7 +19,7 @@ def statistics(
     stats = (rows, rows if p.triangle else columns)
     found = [torch.zeros_like(s) for s in stats]
     for i, j in cuts(p):
-        block = Block(p, i, j)
+        block = ScoreBlock(p, i, j)
         for dim, at, window in block.sides(cols or p.triangle):
             out, of = found[1 - dim], stats[1 - dim]
             for kind in (POSITIVE, NEGATIVE) if p.x_labels is not None else (NEGATIVE,):
@@ -56,7 +56,7 @@ def attention(
     safe = torch.where(lse == -torch.inf, 0, lse).to(out.dtype)
     to_out, to_lse = torch.zeros_like(out), torch.zeros_like(lse)
     for i, j in cuts(p):
-        block = Block(p, i, j)
+        block = ScoreBlock(p, i, j)
         _, _, window = next(block.sides(False))
         z, moved = _dual(block.term(kind)[0])
         members = block.members(kind, window)

@@ -27,12 +27,12 @@ from fused_losses.primitives.pairs import gpu
 from fused_losses.primitives.pairs.gpu import Block, ColumnSums
 from fused_losses.primitives.pairs.inputs import VALUE, PairInputs, PairNeeds
 from fused_losses.primitives.pairs.triton_sweep import (
-    Sweep,
+    TritonPairProblem,
     add_block,
     columns_within,
+    problem,
     stored,
     stored_gradient,
-    sweep,
 )
 from fused_losses.primitives.pairs.triton_tiles import TABLES
 
@@ -61,7 +61,7 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
 
 def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tensor]:
     """rows and columns of `fused_losses.primitives.pairs`, [4, 2, N] and [4, 2, M or 0]."""
-    s = sweep(p, gradient=False)
+    s = problem(p, gradient=False)
     new = dict(dtype=row_dtype(p.x.device), device=p.x.device)
     rows = gpu.nothing_yet(s.n, new)
     columns = rows if p.triangle else gpu.nothing_yet(s.m if cols else 0, new)
@@ -111,7 +111,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
 
 
 def _merge(
-    s: Sweep,
+    s: TritonPairProblem,
     part: Tensor,  # [4, classes, groups, length]
     out: Tensor,  # [4, 2, N or M]
     firsts: tuple[int, int],
@@ -155,7 +155,7 @@ def statistics_backward(
     needs: PairNeeds,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, scale, x_bias and y_bias, each None where it is not needed."""
-    s, both = sweep(p, gradient=True), p.triangle or cols
+    s, both = problem(p, gradient=True), p.triangle or cols
     sides = [gpu.vectors(grad_rows, rows, reduction)]
     if both:
         sides += sides if p.triangle else [gpu.vectors(grad_columns, columns, reduction)]
@@ -186,7 +186,7 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
     """out [N, Dv] and lse [N] of `fused_losses.primitives.pairs.op.pair_attention`."""
     p, kind = gpu.attending(p, positives)
     lse = statistics(p, "lse", cols=False)[0][VALUE, kind].contiguous()
-    s = sweep(p, gradient=False)
+    s = problem(p, gradient=False)
     # a rounded forward would be no float32 accuracy: mixed rounds in the backward alone
     if p.precision == "mixed":
         s = replace(s, operands=replace(s.operands, low=p.x.dtype))
@@ -202,7 +202,7 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
 
 
 def _attend(
-    s: Sweep,
+    s: TritonPairProblem,
     tile: Tile,
     block: Block,
     squares: Tensor | None,
@@ -244,7 +244,7 @@ def attention_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of values, x, y, scale, x_bias and y_bias, each None where not needed."""
     p, kind = gpu.attending(p, positives)
-    s = sweep(p, gradient=True)
+    s = problem(p, gradient=True)
     low, unit, gain = s.operands.low, gpu.weight_unit(p), gpu.attention_gain(p, grad_out, grad_lse)
     # rounded as the products round it, so that G sums to zero over a row
     rounded = (grad_out * gain).to(low if s.operands.bf16 else values.dtype)

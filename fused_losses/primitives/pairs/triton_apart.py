@@ -21,7 +21,7 @@ from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.distances import triton as distances
 from fused_losses.primitives.pairs import apart, gpu
 from fused_losses.primitives.pairs.gpu import Block
-from fused_losses.primitives.pairs.gpu_apart import Split
+from fused_losses.primitives.pairs.gpu_apart import SplitBlock
 from fused_losses.primitives.pairs.inputs import PairInputs
 
 # a tile of G that is split, whose columns are also the rows that near sums take at once
@@ -67,7 +67,7 @@ class Squares:
         distances.tiles(operands, (self.x_norms[top:stop], y_norms), out, False, self.share)
         return out
 
-    def split(self, block: Block, g: Tensor, squares: Tensor, far: Tensor) -> Split:
+    def split(self, block: Block, g: Tensor, squares: Tensor, far: Tensor) -> SplitBlock:
         """A block of G without its near pairs, into `far`."""
         top, stop, first, end = block
         n, m, new = stop - top, end - first, partial(torch.empty, device=g.device)
@@ -89,7 +89,9 @@ class Squares:
         )
         moment = moments.sum(dtype=gpu.row_dtype(g.device))
         far = gpu.cut(far, block)
-        return Split(far, row_sums.sum(0), column_sums.sum(0), moment, (near_rows, near_columns))
+        return SplitBlock(
+            far, row_sums.sum(0), column_sums.sum(0), moment, (near_rows, near_columns)
+        )
 
     def near_sums(
         self,

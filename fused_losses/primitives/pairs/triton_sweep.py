@@ -15,7 +15,7 @@ from fused_losses.backends.gpu.product import Product
 from fused_losses.backends.gpu.tiles import Table, Tile
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.primitives.pairs import gpu
-from fused_losses.primitives.pairs.gpu import Block, Gradients
+from fused_losses.primitives.pairs.gpu import Block, PairGradients, PairProblem
 from fused_losses.primitives.pairs.gpu_apart import ApartGradients
 from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds, Rule
 from fused_losses.primitives.pairs.triton_apart import Squares, columns_of
@@ -35,21 +35,11 @@ class Side(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """One call as the kernels want it."""
+class TritonPairProblem(PairProblem):
+    """Its operands and tiles, and the launches of its kernels."""
 
-    p: PairInputs  # y is x with triangle, and so are its vectors
     operands: Product
-    scale: Tensor  # [1] float32
     squares: Squares | None  # of pairs apart
-
-    @property
-    def n(self) -> int:
-        return self.p.x.shape[0]
-
-    @property
-    def m(self) -> int:
-        return self.p.y.shape[0]
 
     def tile(self, kernel: str, two_sides: bool = False, more: bool = False) -> Tile:
         """A tile of the table; the narrower of two where a pair has more to hold."""
@@ -73,11 +63,13 @@ class Sweep:
     def reach(self) -> bool:
         return min(self.p.positive.reach, self.p.negative.reach) < float("inf")
 
-    def gradients(self, needs: PairNeeds, unscale: Tensor | float) -> Gradients | ApartGradients:
+    def gradients(
+        self, needs: PairNeeds, unscale: Tensor | float
+    ) -> PairGradients | ApartGradients:
         given = self.p, self.operands.x.to(self.operands.low), self.operands.y
         if self.squares is not None:
             return ApartGradients(*given, -self.scale, needs, unscale, self.squares.near_sums)
-        return Gradients(*given, self.scale, needs, unscale)
+        return PairGradients(*given, self.scale, needs, unscale)
 
     def columns(self, tile: Tile) -> int:
         """What the width of a stored block is a multiple of."""
@@ -132,19 +124,19 @@ class Sweep:
         )
 
 
-def sweep(p: PairInputs, gradient: bool) -> Sweep:
+def problem(p: PairInputs, gradient: bool) -> TritonPairProblem:
     p, scale = gpu.kernel_form(p)
     operands = Product.of(p.x, p.y, p.precision, gradient)
     if p.apart:
         # the kernels score squared distances
-        return Sweep(p, operands, -scale, Squares.of(p, operands))
-    return Sweep(p, operands, scale, None)
+        return TritonPairProblem(p, -scale, operands, Squares.of(p, operands))
+    return TritonPairProblem(p, scale, operands, None)
 
 
 # ---- blocks that are stored ---------------------------------------------------------------------
 
 
-def columns_within(s: Sweep, tile: Tile, height: int, size: int) -> int:
+def columns_within(s: TritonPairProblem, tile: Tile, height: int, size: int) -> int:
     """Columns whose pairs of `size` bytes stay in L2."""
     step = s.columns(tile)
     width = s.table.ds_bytes // (max(height, 1) * size * step)
@@ -152,7 +144,7 @@ def columns_within(s: Sweep, tile: Tile, height: int, size: int) -> int:
 
 
 def stored(
-    s: Sweep, tile: Tile, *dtypes: torch.dtype
+    s: TritonPairProblem, tile: Tile, *dtypes: torch.dtype
 ) -> Iterator[tuple[Block, Tensor | None, list[Tensor]]]:
     """Blocks whose tiles are stored for library products, their squares, and where to store them.
 
@@ -172,15 +164,15 @@ def stored(
         yield block, s.scored(block, squares, tile), buffers
 
 
-def stored_gradient(s: Sweep) -> list[torch.dtype]:
+def stored_gradient(s: TritonPairProblem) -> list[torch.dtype]:
     """What holds G: of pairs apart its far pairs stand beside it."""
     low = s.operands.low
     return [low] if s.squares is None else [torch.float32, low]
 
 
 def add_block(
-    s: Sweep,
-    gradients: Gradients | ApartGradients,
+    s: TritonPairProblem,
+    gradients: PairGradients | ApartGradients,
     block: Block,
     squares: Tensor | None,
     buffers: list[Tensor],  # of `stored_gradient`, and others before them
@@ -189,5 +181,5 @@ def add_block(
         g, far = buffers[-2:]
         split = s.squares.split(block, g, squares, far)
         gradients.add(block, g, squares, split)
-    elif isinstance(gradients, Gradients):
+    elif isinstance(gradients, PairGradients):
         gradients.add(block, gpu.cut(buffers[-1], block))

@@ -10,7 +10,7 @@ from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.distances.op import DISTANCE_MATRIX
 from fused_losses.primitives.row_rules.inputs import ROW_SCORES, RowInputs, RowNeeds, block
-from fused_losses.primitives.row_rules.rules import RULES
+from fused_losses.primitives.row_rules.rules import ROW_FOLDS
 
 BLOCK_BYTES = 2 << 20  # of scores in a block
 
@@ -31,7 +31,7 @@ def workspace(backend: str, p: RowInputs, needs: RowNeeds | None) -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
     (n, d), m, dtype = p.x.shape, p.y.shape[0], accumulate_dtype(p.x.dtype)
     tall = min(n, _tall(p))
-    blocks = RULES[p.rule].on(backend).blocks(list(p.params)) * tall * m
+    blocks = ROW_FOLDS[p.rule].on(backend).blocks(list(p.params)) * tall * m
     around = (blocks + 2 * (n + m) * d) * dtype.itemsize
     return around + _score_bytes(backend, p, tall, needs)
 
@@ -54,7 +54,7 @@ def _scores(backend: str, p: RowInputs, x: Tensor, y: Tensor) -> Tensor:
 
 
 def forward(backend: str, p: RowInputs) -> Tensor:
-    rule, dtype = RULES[p.rule], accumulate_dtype(p.x.dtype)
+    rule, dtype = ROW_FOLDS[p.rule], accumulate_dtype(p.x.dtype)
     x, y, sign = p.x.to(dtype), p.y.to(dtype), ROW_SCORES[p.score][1]
     size = (p.x.shape[0], rule.size(list(p.params)))
     out = p.x.new_empty(size, dtype=row_dtype(p.x.device))
@@ -67,7 +67,7 @@ def forward(backend: str, p: RowInputs) -> Tensor:
 def backward(
     backend: str, grad: Tensor, p: RowInputs, need_x: bool, need_y: bool, need_values: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rule, dtype = RULES[p.rule], accumulate_dtype(p.x.dtype)
+    rule, dtype = ROW_FOLDS[p.rule], accumulate_dtype(p.x.dtype)
     x, y = p.x.to(dtype), p.y.to(dtype)
     kind, sign = ROW_SCORES[p.score]
     dx = torch.empty_like(x) if need_x else p.x.new_empty(0)

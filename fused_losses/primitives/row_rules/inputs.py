@@ -94,7 +94,7 @@ class RowInputs(NamedTuple):
     x_groups: Tensor | None = None  # [N] int32; different groups: the pair is left out
     y_groups: Tensor | None = None  # [M] int32
     values: Tensor | None = None  # [N, K] in `row_dtype`, numbers of each row that the rule takes
-    rule: str = "triplets"  # a name in `row_rules.RULES`
+    rule: str = "triplets"  # a name in `row_rules.rules.ROW_RULES`
     params: tuple[float, ...] | list[float] = ()
     score: str = "euclidean"  # a name in ROW_SCORES
     skip_self: bool = False  # leave out i == j

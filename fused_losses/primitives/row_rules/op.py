@@ -30,7 +30,7 @@ from fused_losses.primitives.row_rules.inputs import (
     RowNeeds,
 )
 from fused_losses.primitives.row_rules.reference import reference
-from fused_losses.primitives.row_rules.rules import RULES
+from fused_losses.primitives.row_rules.rules import ROW_FOLDS
 
 
 def row_losses(inputs: RowInputs, *, backend: str | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def row_losses(inputs: RowInputs, *, backend: str | None = None) -> Tensor:
     """
     _check(inputs)
     inputs = inputs._replace(params=[float(p) for p in inputs.params])
-    if RULES[inputs.rule].gradient is None:
+    if ROW_FOLDS[inputs.rule].gradient is None:
         inputs = inputs._replace(x=inputs.x.detach(), y=inputs.y.detach())
     name, _ = backends.choose(
         backend, inputs.x.device, inputs.x.dtype, inputs.precision, "rows", inputs.x.shape[1]
@@ -63,7 +63,7 @@ def _check(p: RowInputs) -> None:
         raise ValueError(f"y: expected [M, {p.x.shape[1]}] as x has, got {describe(p.y)}")
     validation.check_device("x", p.x, "y", p.y)
     validation.check_same_dtype("x", p.x, "y", p.y)
-    validation.check_choice("rule", p.rule, tuple(RULES))
+    validation.check_choice("rule", p.rule, tuple(ROW_FOLDS))
     validation.check_choice("score", p.score, tuple(ROW_SCORES))
     validation.check_choice("precision", p.precision, validation.PRECISIONS)
     for side, rows in (("x", p.x), ("y", p.y)):
@@ -107,7 +107,7 @@ class RowLossesOp(StreamedOp):
     def setup_context(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:TENSORS])
         ctx.rest = inputs[TENSORS:]
-        if RULES[inputs[TENSORS]].gradient is None:
+        if ROW_FOLDS[inputs[TENSORS]].gradient is None:
             ctx.mark_non_differentiable(output)
         ctx.set_materialize_grads(False)
 
@@ -123,7 +123,7 @@ class RowLossesOp(StreamedOp):
 
     def fake_forward(self, *arguments: Any) -> Tensor:
         p = RowInputs(*arguments)
-        size = (p.x.shape[0], RULES[p.rule].size(list(p.params)))
+        size = (p.x.shape[0], ROW_FOLDS[p.rule].size(list(p.params)))
         return p.x.new_empty(size, dtype=row_dtype(p.x.device))
 
     def fake_backward(self, grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_losses.primitives.distances import reference as reference_distances
 from fused_losses.primitives.row_rules.inputs import ROW_SCORES, RowInputs, block
-from fused_losses.primitives.row_rules.rules import RULES
+from fused_losses.primitives.row_rules.rules import ROW_FOLDS
 
 
 def reference(p: RowInputs) -> Tensor:
@@ -16,4 +16,4 @@ def reference(p: RowInputs) -> Tensor:
     score = sign * reference_distances.distance(kind, p.x, p.y, None, 2.0)
     # one rule for what is not finite, whichever way a kernel would have ordered it
     score = score.masked_fill(score.isinf(), torch.nan)
-    return RULES[p.rule].formula(block(p, score, slice(0, p.x.shape[0])))
+    return ROW_FOLDS[p.rule].formula(block(p, score, slice(0, p.x.shape[0])))

@@ -1,4 +1,4 @@
-"""What a row of scores is folded into (`op`): one rule, one entry of `RULES`.
+"""What a row of scores is folded into (`op`): one rule, one entry of `ROW_FOLDS`.
 
 A rule sees a block: the scores of some rows against every column, and which of these pairs are
 positive and which negative. Sums come in `row_dtype`; scores are in the accumulation dtype.
@@ -216,7 +216,7 @@ def _tuplet_gradient(b: RowBlock, grad: Tensor) -> tuple[Tensor, None]:
     return b.params[1] * (slope - torch.where(b.positive, share * turned, 0)), None
 
 
-RULES = {
+ROW_FOLDS = {
     "triplets": RowRule(
         lambda p: 2,
         triplets_formula,

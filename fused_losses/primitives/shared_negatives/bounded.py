@@ -33,14 +33,14 @@ def workspace(p: SharedInputs, backward: bool) -> int:
     return LIVE_BYTES * side * side + counts + (p.x.nbytes if backward else 0)
 
 
-class Tile(NamedTuple):
+class PairTile(NamedTuple):
     rows: slice
     cols: slice
     cosine: Tensor  # [R, T]
     negative: Tensor  # [R, T] bool: a pair a < b of different labels
 
 
-def _tiles(p: SharedInputs) -> Iterator[Tile]:
+def _tiles(p: SharedInputs) -> Iterator[PairTile]:
     """The upper triangle, cut alike in every sweep: a pair's bits depend on its tile alone."""
     n = p.x.shape[0]
     side = tile_side(p.x.device)
@@ -51,7 +51,7 @@ def _tiles(p: SharedInputs) -> Iterator[Tile]:
             negative &= p.valid[rows, None] & p.valid[cols]
             if i == j:
                 negative = negative.triu(1)
-            yield Tile(rows, cols, p.x[rows] @ p.x[cols].T, negative)
+            yield PairTile(rows, cols, p.x[rows] @ p.x[cols].T, negative)
 
 
 def _keys(cosine: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _quartiles(p: SharedInputs) -> Tensor:
     return _mirrored(prefix.to(kind)).view(p.x.dtype)
 
 
-def _kept(tile: Tile, low: Tensor, high: Tensor) -> Tensor:
+def _kept(tile: PairTile, low: Tensor, high: Tensor) -> Tensor:
     # written so that a NaN is kept
     return tile.negative & ~((tile.cosine < low) | (tile.cosine > high))
 
