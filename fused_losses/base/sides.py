@@ -37,7 +37,7 @@ def same_rows(x: Tensor, y: Tensor | None) -> bool:
     """
     if y is None or y is x:
         return True
-    if torch.compiler.is_compiling() or not isinstance(y, Tensor):
+    if torch.compiler.is_compiling() or not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         return False
     if (x.dtype, x.device, x.shape, x.stride()) != (y.dtype, y.device, y.shape, y.stride()):
         return False
@@ -168,6 +168,38 @@ def sides(
     return Sides(x, columns, alone, numbers, banks)
 
 
+def ref_sides(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_embeddings: Tensor | None,
+    ref_labels: Tensor | None,
+    precision: str,
+    ids: Both = NEITHER,
+) -> Sides:
+    """A batch [N, D] with labels [N] against a second, whose labels and ids may be the batch's own.
+
+    Where there is no second, or it has the batch's memory, the batch meets itself.
+    """
+    alone = same_rows(embeddings, ref_embeddings)
+    if ref_embeddings is None and ref_labels is not None:
+        raise _alone("ref_embeddings", "ref_labels")
+    if ref_labels is None and not alone:
+        raise _alone("ref_labels", "ref_embeddings")
+    return sides(
+        embeddings,
+        ref_embeddings,
+        precision,
+        alone=alone,
+        labels=(labels, ref_labels),
+        ids=ids,
+        labelled=True,
+    )
+
+
+def _alone(missing: str, given: str) -> ValueError:
+    return ValueError(f"{missing}: expected a tensor beside {given}, got None")
+
+
 def batch_sides(
     embeddings: Tensor,
     labels: Tensor,
@@ -177,17 +209,9 @@ def batch_sides(
     ref_labels: Tensor | None = None,
 ) -> Sides:
     """A batch [N, D] with labels [N], alone or against a second; the same rows are no second."""
-    if (ref_embeddings is None) != (ref_labels is None):
-        given, missing = ("ref_embeddings", "ref_labels")[:: 1 if ref_labels is None else -1]
-        raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
-    both = sides(
-        embeddings,
-        ref_embeddings,
-        precision,
-        alone=same_rows(embeddings, ref_embeddings),
-        labels=(labels, ref_labels),
-        labelled=True,
-    )
+    if ref_embeddings is not None and ref_labels is None:
+        raise _alone("ref_labels", "ref_embeddings")
+    both = ref_sides(embeddings, labels, ref_embeddings, ref_labels, precision)
     check_choice("reduction", reduction, REDUCTIONS)
     return both
 

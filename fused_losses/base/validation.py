@@ -177,6 +177,14 @@ def check_both(
     return x
 
 
+def check_meeting(x: Tensor, y: Tensor) -> None:
+    """Rows and columns [., D] as the forms of a primitive rely on them: alike but in number."""
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"y: expected [M, {x.shape[1]}] as x has, got {describe(y)}")
+    check_device("x", x, "y", y)
+    check_same_dtype("x", x, "y", y)
+
+
 def check_integers(
     name: str, tensor: Tensor | None, shape: tuple[int | None, ...], like: Tensor
 ) -> None:
@@ -311,6 +319,14 @@ def in_one_dtype(like: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     if not autocasts(like.device):
         return others
     return tuple(t.to(like.dtype) if t.is_floating_point() else t for t in others)
+
+
+def beside(first_name: str, first: Tensor, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, on the device of the first and of its dtype, to which autocast brings it."""
+    check_device(first_name, first, name, tensor)
+    (tensor,) = in_one_dtype(first, tensor)
+    check_same_dtype(first_name, first, name, tensor)
+    return tensor
 
 
 GRADIENTS = ("exact", "straight_through")

@@ -308,10 +308,7 @@ def _negatives(negatives: Tensor, query: Tensor) -> Tensor:
         raise ValueError(
             f"negatives: expected shape ({n}, K, {d}), got {validation.describe(negatives)}"
         )
-    validation.check_device("query", query, "negatives", negatives)
-    (negatives,) = validation.in_one_dtype(query, negatives)
-    validation.check_same_dtype("query", query, "negatives", negatives)
-    return negatives
+    return validation.beside("query", query, "negatives", negatives)
 
 
 def _banks(

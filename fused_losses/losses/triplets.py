@@ -167,9 +167,7 @@ def triplet_margin(
                 f"{name}: expected [T, {anchor.shape[1]}] as anchor has, got "
                 f"{validation.describe(rows)}"
             )
-        validation.check_device("anchor", anchor, name, rows)
-        (parts[name],) = validation.in_one_dtype(anchor, rows)
-        validation.check_same_dtype("anchor", anchor, name, parts[name])
+        parts[name] = validation.beside("anchor", anchor, name, rows)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     for name, value in (("margin", margin), ("p", p)):
         number(name, value, anchor)

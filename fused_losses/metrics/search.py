@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
-from fused_losses.base.sides import same_rows
+from fused_losses.base.sides import ref_sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_both, check_integer_pair, check_integers, check_rows
 from fused_losses.pairwise.distance import pairwise_distance, pairwise_similarity
 from fused_losses.pairwise.metrics import METRICS
 from fused_losses.pairwise.topk import MOST, pairwise_topk
@@ -32,7 +31,7 @@ class Search(NamedTuple):
     x: Tensor  # [N, D]
     y: Tensor  # [M, D]
     own: bool
-    labels: Tensor  # [N]
+    labels: Tensor  # [N] int32, numbered
     ref_labels: Tensor  # [M]
     ids: Tensor | None  # [N]
     ref_ids: Tensor | None  # [M]
@@ -51,24 +50,9 @@ def checked(
     backend: str | None,
 ) -> Search:
     _check_metric(metric)
-    own = same_rows(embeddings, ref_embeddings)
-    if ref_embeddings is None and ref_labels is not None:
-        raise ValueError("ref_embeddings: expected a tensor beside ref_labels, got None")
-    if ref_embeddings is None or own:
-        check_rows("embeddings", embeddings, "fp32")
-        x = y = embeddings
-        ref_labels = labels if ref_labels is None else ref_labels
-        ref_ids = ids if ref_ids is None else ref_ids
-    else:
-        x = check_both("embeddings", embeddings, "ref_embeddings", ref_embeddings, "fp32")
-        y = ref_embeddings
-        if ref_labels is None:
-            raise ValueError("ref_labels: expected a tensor beside ref_embeddings, got None")
-    sizes = (x.shape[0], y.shape[0])
-    check_integers("labels", labels, sizes[:1], x)
-    check_integers("ref_labels", ref_labels, sizes[1:], x)
-    check_integer_pair("ids", ids, "ref_ids", ref_ids, sizes, x)
-    return Search(x, y, own, labels, ref_labels, ids, ref_ids, metric, backend)
+    both = ref_sides(embeddings, labels, ref_embeddings, ref_labels, "fp32", (ids, ref_ids))
+    known = (*both.labels, both.numbers.x_ids, both.numbers.y_ids)
+    return Search(both.x, both.y, both.alone, *known, metric, backend)
 
 
 def _check_metric(metric: str) -> None:
@@ -103,8 +87,7 @@ def relevant_rows(search: Search) -> Tensor:
 
 
 def _matches(values: Tensor, among: Tensor) -> Tensor:
-    # one type for both: the narrower would wrap the other's
-    among, values = among.long().sort().values, values.long().contiguous()
+    among, values = among.sort().values, values.contiguous()
     high = torch.searchsorted(among, values, right=True)
     return high - torch.searchsorted(among, values)
 
@@ -113,10 +96,8 @@ def _joint(search: Search) -> tuple[Tensor, Tensor]:
     """One number for each (label, id)."""
     assert search.ids is not None and search.ref_ids is not None
     n = len(search.labels)
-    labels = torch.cat([search.labels.long(), search.ref_labels.long()])
-    ids = torch.cat([search.ids.long(), search.ref_ids.long()])
-    labels = labels.unique(return_inverse=True)[1]
-    names, ids = ids.unique(return_inverse=True)
+    labels = torch.cat([search.labels, search.ref_labels]).unique(return_inverse=True)[1]
+    names, ids = torch.cat([search.ids, search.ref_ids]).unique(return_inverse=True)
     key = labels * len(names) + ids
     return key[:n], key[n:]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_losses.base import plans, validation
 from fused_losses.base.numerics import accumulate_dtype
-from fused_losses.base.sides import same_rows, sides
+from fused_losses.base.sides import ref_sides
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_number
 from fused_losses.pairwise.distance import check_exponent
@@ -73,20 +73,8 @@ def checked_batch(
     check_exponent(metric, p)
     if not 0 < p < math.inf:
         raise ValueError(f"p: expected a finite value > 0, got {p}")
-    if ref_embeddings is None and ref_labels is not None:
-        raise ValueError("ref_embeddings: expected a tensor beside ref_labels, got None")
-    own = same_rows(embeddings, ref_embeddings)
-    if ref_labels is None and not own:
-        raise ValueError("ref_labels: expected a tensor beside ref_embeddings, got None")
-    both = sides(
-        embeddings,
-        ref_embeddings,
-        precision,
-        alone=own,
-        labels=(labels, ref_labels),
-        ids=(ids, ref_ids),
-        labelled=True,
-    )
+    both = ref_sides(embeddings, labels, ref_embeddings, ref_labels, precision, (ids, ref_ids))
+    own = both.alone
     with torch.no_grad():
         x, y = both.x.detach(), both.y.detach()
         if normalize or metric == "cosine":

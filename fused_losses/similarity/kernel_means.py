@@ -26,8 +26,21 @@ from fused_losses.primitives.pairs.op import pair_statistics
 KERNELS = {"gaussian": "rbf", "laplacian": "euclidean"}
 
 
-def _check_kernel(kernel: str) -> None:
+def _checked(
+    x: Tensor,
+    y: Tensor | None,
+    kernel: str,
+    bandwidth: float | Tensor,
+    precision: str,
+    alone: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """x, under autocast in y's dtype, and the bandwidth, float64 []; alone: there is no y."""
+    if alone:
+        check_rows("x", x, precision)
+    else:
+        x = check_both("x", x, "y", y, precision)
     validation.check_choice("kernel", kernel, tuple(KERNELS))
+    return x, number("bandwidth", bandwidth, x)
 
 
 def _log_row_sums(
@@ -81,15 +94,10 @@ def kernel_mean(
     Returns float32 (float64 for float64 inputs); over no pairs 0. Raises ValueError, TypeError for
     bad arguments. Time O(N M D); memory O((N + M) D).
     """
-    _check_kernel(kernel)
+    x, width = _checked(x, y, kernel, bandwidth, precision, alone=y is None)
     validation.check_choice("reduction", reduction, ("mean", "none"))
-    if y is None:
-        check_rows("x", x, precision)
-    else:
-        x = check_both("x", x, "y", y, precision)
-        if skip_self:
-            raise ValueError("skip_self: expected False where y is given, got True")
-    width = number("bandwidth", bandwidth, x)
+    if y is not None and skip_self:
+        raise ValueError("skip_self: expected False where y is given, got True")
     m = (x if y is None else y).shape[0] - skip_self
     with no_autocast(x.device):
         dtype = accumulate_dtype(x.dtype)
@@ -131,9 +139,7 @@ def mmd(
     unbiased: without the pairs of a row with itself. Arguments, errors and cost as in
     `kernel_mean`. Paper: Gretton et al., 2012.
     """
-    x = check_both("x", x, "y", y, precision)
-    _check_kernel(kernel)
-    width = number("bandwidth", bandwidth, x)
+    x, width = _checked(x, y, kernel, bandwidth, precision)
     with no_autocast(x.device):
         given = kernel, width, precision, backend
         within = [_mean(t, None, *given, skip_self=unbiased) for t in (x, y)]
@@ -202,10 +208,7 @@ def _of_same_samples(x_name: str, x: Tensor, y_name: str, y: Tensor, precision: 
         )
     if x.shape[0] == 0:
         raise ValueError(f"{x_name}: expected at least one row, got {validation.describe(x)}")
-    validation.check_device(x_name, x, y_name, y)
-    (y,) = validation.in_one_dtype(x, y)
-    validation.check_same_dtype(x_name, x, y_name, y)
-    return y
+    return validation.beside(x_name, x, y_name, y)
 
 
 def hsic(

@@ -146,10 +146,7 @@ def _check(x: Tensor, y: Tensor, w: Tensor | None, kind: str, p: float, precisio
         else:
             validation.check_matrix(name, rows, shape)
     d = x.shape[1]
-    if y.shape[1] != d:
-        raise ValueError(f"y: expected [M, {d}] as x has, got {validation.describe(y)}")
-    validation.check_device("x", x, "y", y)
-    validation.check_same_dtype("x", x, "y", y)
+    validation.check_meeting(x, y)
     if kind == "minkowski" and not 0 < p < float("inf"):
         raise ValueError(f"p: expected a finite value > 0, got {p}")
     if kind == "scaled":

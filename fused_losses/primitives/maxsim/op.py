@@ -53,9 +53,7 @@ def maxsim(
             f"documents: expected tokens of size {queries.shape[-1]} as in queries, got "
             f"{validation.describe(documents)}"
         )
-    validation.check_device("queries", queries, "documents", documents)
-    (documents,) = validation.in_one_dtype(queries, documents)
-    validation.check_same_dtype("queries", queries, "documents", documents)
+    documents = validation.beside("queries", queries, "documents", documents)
     if ragged and (lengths is None or document_mask is not None):
         raise ValueError(
             "lengths: expected the documents' lengths [B], and no document_mask, with ragged "

@@ -153,10 +153,7 @@ def _check(p: PairInputs) -> None:
     """What kernels rely on; the losses say more of their own arguments."""
     validation.check_matrix("x", p.x, "[N, D]")
     validation.check_matrix("y", p.y, "[M, D]")
-    if p.x.shape[1] != p.y.shape[1]:
-        raise ValueError(f"y: expected [M, {p.x.shape[1]}] as x has, got {describe(p.y)}")
-    validation.check_device("x", p.x, "y", p.y)
-    validation.check_same_dtype("x", p.x, "y", p.y)
+    validation.check_meeting(p.x, p.y)
     validation.check_choice("score", p.score, SCORES)
     for name in ("x_bias", "y_bias") if p.apart else ():
         bias = getattr(p, name)

@@ -59,10 +59,7 @@ def _check(p: RowInputs) -> None:
     """What the blocks rely on; the losses say more of their own arguments."""
     validation.check_matrix("x", p.x, "[N, D]")
     validation.check_matrix("y", p.y, "[M, D]")
-    if p.x.shape[1] != p.y.shape[1]:
-        raise ValueError(f"y: expected [M, {p.x.shape[1]}] as x has, got {describe(p.y)}")
-    validation.check_device("x", p.x, "y", p.y)
-    validation.check_same_dtype("x", p.x, "y", p.y)
+    validation.check_meeting(p.x, p.y)
     validation.check_choice("rule", p.rule, tuple(ROW_FOLDS))
     validation.check_choice("score", p.score, tuple(ROW_SCORES))
     validation.check_choice("precision", p.precision, validation.PRECISIONS)
