@@ -16,7 +16,7 @@ from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.cuda.launch import ELEMENTS
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.library_products import ROUNDED, add_product, product
-from fused_losses.primitives.distances.cuda_sums import TILE, blocks, gradient
+from fused_losses.primitives.distances.cuda_sums import TILE, blocks, gradient, zeros
 
 # of |x|^2 + |y|^2, below which a distance is summed from differences
 NEAR = 1 / 16
@@ -95,10 +95,7 @@ def through_products(
     """dx = x sum G - G y (dot: G y), of G as `_factors` makes it, and near pairs."""
     n, m, device = *out.shape, x.device
     low = torch.bfloat16 if x.dtype == torch.bfloat16 or precision in ROUNDED else torch.float32
-    dx, dy = (
-        torch.zeros(t.shape, dtype=torch.float32, device=device) if need else None
-        for t, need in ((x, need_x), (y, need_y))
-    )
+    dx, dy = zeros(x, need_x), zeros(y, need_y)
     differences = kind != "dot"
     norms = totals = near = None
     if differences:

@@ -63,6 +63,11 @@ def blocks(n: int, m: int, device: torch.device) -> Iterator[tuple[slice, slice]
             yield slice(i, min(i + size, n)), slice(j, min(j + size, m))
 
 
+def zeros(rows: Tensor, need: bool) -> Tensor | None:
+    """Where a gradient's sums begin, float32."""
+    return torch.zeros(rows.shape, dtype=torch.float32, device=rows.device) if need else None
+
+
 def bits(rows: Tensor) -> Tensor:
     """Words of 32 coordinates, int32, a multiple of four a row."""
     width = 4 * ceil_div(rows.shape[1], 128)
@@ -135,10 +140,7 @@ def through_pairs(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of kinds whose gradient wants one more number a pair, a block of pairs at a time."""
     term = TERMS_OF[kind][0]
-    dx, dy = (
-        torch.zeros(t.shape, dtype=torch.float32, device=t.device) if need else None
-        for t, need in ((x, need_x), (y, need_y))
-    )
+    dx, dy = zeros(x, need_x), zeros(y, need_y)
     for rows, cols in blocks(out.shape[0], out.shape[1], x.device):
         of, g = out[rows, cols], grad[rows, cols]
         pairs = torch.empty(of.shape, dtype=torch.float32, device=x.device)

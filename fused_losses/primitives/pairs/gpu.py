@@ -183,30 +183,47 @@ class ColumnSums:
             self.out[first:end] = self.sums * self.factor
 
 
-class PairGradients:
-    """What G = dL/du makes of x, y, scale and the biases, block by block."""
+class RowSums:
+    """The sums of rows that G = dL/du makes of x and y, whatever the scores are made of."""
 
     def __init__(
         self,
         p: PairInputs,
         x: Tensor,  # as the products take it
         y: Tensor,  # a block of it is rounded as G is
+        scale: Tensor,  # [1] float32, of the sums
+        unscale: Tensor | float,
+        need_x: bool,
+        need_y: bool,
+    ) -> None:
+        n = p.x.shape[0]
+        self.p, self.scale, self.unscale = p, scale * unscale, unscale
+        self.x, self.y = x, x if p.triangle else y
+        self.wide: dict[str, Any] = dict(dtype=row_dtype(x.device), device=x.device)
+        sums: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
+        self.dx = torch.zeros((n, x.shape[1]), **sums) if need_x else None
+        self.dy = None
+        if need_y:
+            dy = torch.empty(p.y.shape, dtype=p.y.dtype, device=x.device)
+            self.dy = ColumnSums(dy if n else dy.zero_(), n, self.scale)
+
+
+class PairGradients(RowSums):
+    """What G = dL/du makes of x, y, scale and the biases, block by block."""
+
+    def __init__(
+        self,
+        p: PairInputs,
+        x: Tensor,
+        y: Tensor,
         scale: Tensor,  # [1] float32
         needs: PairNeeds,
         unscale: Tensor | float,
     ) -> None:
-        n, m = p.x.shape[0], p.y.shape[0]
-        self.p, self.needs, self.unscale, self.scale = p, needs, unscale, scale * unscale
-        self.x, self.y = x, x if p.triangle else y
-        sums: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
-        wide: dict[str, Any] = dict(dtype=row_dtype(x.device), device=x.device)
-        self.dx = torch.zeros((n, x.shape[1]), **sums) if needs.x or needs.scale else None
-        self.dy = None
-        if needs.y:
-            dy = torch.empty(p.y.shape, dtype=p.y.dtype, device=x.device)
-            self.dy = ColumnSums(dy if n else dy.zero_(), n, self.scale)
-        self.dx_bias = torch.zeros(n, **wide) if needs.x_bias else None
-        self.dy_bias = torch.zeros(m, **wide) if needs.y_bias else None
+        super().__init__(p, x, y, scale, unscale, needs.x or needs.scale, needs.y)
+        self.needs = needs
+        self.dx_bias = torch.zeros(p.x.shape[0], **self.wide) if needs.x_bias else None
+        self.dy_bias = torch.zeros(p.y.shape[0], **self.wide) if needs.y_bias else None
 
     def add(self, block: Block, g: Tensor) -> None:
         top, stop, first, end = block

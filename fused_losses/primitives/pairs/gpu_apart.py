@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.pairs.gpu import Block, ColumnSums, add
+from fused_losses.primitives.pairs.gpu import Block, RowSums, add
 from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
 
 
@@ -45,32 +44,23 @@ class NearSums(Protocol):
     ) -> None: ...
 
 
-class ApartGradients:
+class ApartGradients(RowSums):
     """What G makes of x, y and scale, block by block."""
 
     def __init__(
         self,
         p: PairInputs,
-        x: Tensor,  # as the products take it
-        y: Tensor,  # a block of it is rounded as G is
+        x: Tensor,
+        y: Tensor,
         scale: Tensor,  # [1] float32
         needs: PairNeeds,
         unscale: Tensor | float,
         near_sums: NearSums,
     ) -> None:
-        n = p.x.shape[0]
-        self.p, self.unscale, self.near_sums = p, unscale, near_sums
-        self.scale = 2 * scale * unscale
-        self.x, self.y = x, x if p.triangle else y
-        sums: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
-        wide: dict[str, Any] = dict(dtype=row_dtype(x.device), device=x.device)
-        self.dx = torch.zeros((n, x.shape[1]), **sums) if needs.x else None
-        self.mass = torch.zeros(n, **wide) if needs.x else None
-        self.dy = None
-        if needs.y:
-            dy = torch.empty(p.y.shape, dtype=p.y.dtype, device=x.device)
-            self.dy = ColumnSums(dy if n else dy.zero_(), n, self.scale)
-        self.moment = torch.zeros((), **wide) if needs.scale else None
+        super().__init__(p, x, y, 2 * scale, unscale, needs.x, needs.y)
+        self.near_sums = near_sums
+        self.mass = torch.zeros(p.x.shape[0], **self.wide) if needs.x else None
+        self.moment = torch.zeros((), **self.wide) if needs.scale else None
 
     def add(self, block: Block, g: Tensor, squares: Tensor, split: SplitBlock) -> None:
         top, stop, first, end = block
