@@ -17,7 +17,7 @@ from fused_losses.train.faces.loop import RESULT_KEYS, FoldTraining, fold_embedd
 from fused_losses.train.frame import checkpoint
 from fused_losses.train.frame.files import RunFileError
 from fused_losses.train.frame.memory import PeakMemory
-from fused_losses.train.frame.preflight import check_backend, check_device, check_tensorboard
+from fused_losses.train.frame.preflight import check_backend, check_machine
 from fused_losses.train.frame.progress import Progress
 from fused_losses.train.frame.reports import tell
 from fused_losses.train.frame.runs import CHECKPOINT, Run, running
@@ -65,8 +65,7 @@ def train(
 
 def _ready(config: TrainConfig) -> Pictures:
     """The pictures, once nothing is left that would end the run later."""
-    check_device(config.device)
-    check_tensorboard(config.tensorboard)
+    check_machine(config.device, config.tensorboard)
     for one in variants(config).values():
         _backend_that_ran(one)
     pictures = load(config)

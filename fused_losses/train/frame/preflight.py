@@ -10,8 +10,8 @@ from fused_losses import backends
 from fused_losses.train.frame.options import OptionError
 
 
-def check_device(name: str) -> None:
-    """OptionError for a device that this machine, or this build of torch, does not have."""
+def check_machine(name: str, tensorboard: bool) -> None:
+    """OptionError for a device that does not work here, or TensorBoard that is not installed."""
     try:
         # a device without values ("meta") has none to read either
         torch.zeros(1, device=torch.device(name)).item()
@@ -19,6 +19,9 @@ def check_device(name: str) -> None:
         told = str(error).partition("\n")[0]
         text = f"expected a device that works here, got {name!r} ({told})"
         raise OptionError("device", text) from error
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        text = "the package tensorboard is not installed: pip install tensorboard"
+        raise OptionError("tensorboard", text)
 
 
 def check_backend(backend: str, device: str, precision: str, dtype: torch.dtype) -> str:
@@ -28,10 +31,3 @@ def check_backend(backend: str, device: str, precision: str, dtype: torch.dtype)
         return backends.choose(asked, torch.device(device), dtype, precision)[0]
     except (ValueError, RuntimeError) as error:
         raise OptionError("backend", str(error)) from error
-
-
-def check_tensorboard(wanted: bool) -> None:
-    """OptionError where TensorBoard is wanted and not installed."""
-    if wanted and importlib.util.find_spec("tensorboard") is None:
-        text = "the package tensorboard is not installed: pip install tensorboard"
-        raise OptionError("tensorboard", text)

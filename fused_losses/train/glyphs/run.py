@@ -14,7 +14,7 @@ from fused_losses.datasets.glyphs import Glyphs, Split, hold_out, load_glyphs
 from fused_losses.train.frame.files import RunFileError, read_json
 from fused_losses.train.frame.memory import PeakMemory
 from fused_losses.train.frame.options import OptionError
-from fused_losses.train.frame.preflight import check_backend, check_device, check_tensorboard
+from fused_losses.train.frame.preflight import check_backend, check_machine
 from fused_losses.train.frame.progress import Progress
 from fused_losses.train.frame.reports import tell, versions, write_json
 from fused_losses.train.frame.runs import CHECKPOINT, Run, running
@@ -66,8 +66,7 @@ def train(
 
 def _ready(config: GlyphConfig, glyphs: Glyphs | None, quiet: bool) -> tuple[Glyphs, Split]:
     """The set, whole and split, once nothing is left that would end the run later."""
-    check_device(config.device)
-    check_tensorboard(config.tensorboard)
+    check_machine(config.device, config.tensorboard)
     if config.head != "reference" and config.backend == "reference":
         raise OptionError("backend", "expected --head reference for the reference's own table")
     check_backend(config.backend, config.device, "fp32", torch.float32)

@@ -30,7 +30,7 @@ from fused_losses.train.faces.backbone import SmallFaceNet, call_factory, load_b
 from fused_losses.train.frame.heads import make_margin
 from fused_losses.train.frame.log import LOG, TENSORBOARD, StepLog
 from fused_losses.train.frame.options import OptionError, differences
-from fused_losses.train.frame.preflight import check_backend, check_device, check_tensorboard
+from fused_losses.train.frame.preflight import check_backend, check_machine
 from fused_losses.train.frame.runs import CONFIG, RunError, StopSignals
 from fused_losses.train.frame.seeds import seed_from
 from fused_losses.train.frame.steps import Interrupted, go_through, learning_rate_factor, set_rates
@@ -95,8 +95,7 @@ def _train(
 
 def _ready(config: LargeConfig) -> nn.Module:
     """The backbone, once nothing is left that one rank alone can know to fail."""
-    check_device(config.device)
-    check_tensorboard(config.tensorboard)
+    check_machine(config.device, config.tensorboard)
     if config.backend == "reference":
         raise OptionError(
             "backend", "expected a streamed one: the table's reference is not sharded"
