@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import CUDA, require
+from far_rows import far_rows
 from torch import Tensor
 
 from fused_losses.primitives.topk import bounded as bounded_topk
@@ -165,13 +165,8 @@ def test_nothing_waits_for_the_device(sure: bool, monkeypatch: pytest.MonkeyPatc
 
 
 def test_offsets_past_two_to_the_31() -> None:
-    """Row 2 starts 2^31 + 16 elements behind row 0; the pages between are never touched."""
-    stride, d = 2**30 + 8, 16
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-    memory = mmap.mmap(-1, 2 * (2 * stride + d), flags=flags)
-    far = torch.frombuffer(memory, dtype=torch.float16).as_strided((3, d), (stride, 1))
-    far.copy_(torch.randn(3, d))
-    for x, y in ((torch.randn(4, d).half(), far), (far, torch.randn(50, d).half())):
+    far = far_rows(torch.randn(3, 16).half())
+    for x, y in ((torch.randn(4, 16).half(), far), (far, torch.randn(50, 16).half())):
         p = TopkInputs(x, y, k=2, kind="cosine")
         near = p._replace(x=x.clone(), y=y.clone())
         same(cuda_topk.select(p), near)
