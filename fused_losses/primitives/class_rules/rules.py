@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import row_dtype
+from fused_losses.primitives.row_statistics.bend import bent, bent_slope
 
 Terms = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor, ...]]
 
@@ -31,23 +32,12 @@ class ClassRule(NamedTuple):
     values: tuple[int, ...]  # how many rows of them it may have
 
 
-def bent(c: Tensor, values: Tensor | None) -> Tensor:
-    """psi(c): c up to the row's threshold t, p + q c + r c^2 above it; values = t, p, q, r."""
-    if values is None:
-        return c
-    t, p, q, r = values
-    return torch.where(c <= t, c, p + c * (q + r * c))
-
-
 def _softmax_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor]:
-    return (params[0] * bent(c, values),)
+    return (params[0] * (c if values is None else bent(c, values)),)
 
 
 def _softmax_slopes(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor | float]:
-    if values is None:
-        return (params[0],)
-    t, _, q, r = values
-    return (params[0] * torch.where(c <= t, 1, q + 2 * r * c),)
+    return (params[0] if values is None else params[0] * bent_slope(c, values),)
 
 
 def _sface_weight(c: Tensor, params: list[float]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_centers
+from fused_losses.primitives.row_statistics.bend import bent, bent_slope
 from fused_losses.primitives.row_statistics.inputs import (
     Inputs,
     Needs,
@@ -76,23 +77,9 @@ def tiles(p: Inputs, x: Tensor) -> Iterator[Tile]:
         if p.normalize:
             part = unit_centers(part)
         raw = x @ part.T
-        scores = raw if p.bend is None else bent(raw, p.bend)
+        scores = raw if p.bend is None else bent(raw, p.bend.to(raw.dtype)[:, :, None])
         scores = scores if bias is None else scores + bias[ids].to(x.dtype)
         yield Tile(ids, part, norm, raw, scores, p.labels[:, None] == ids[None, :])
-
-
-def bent(raw: Tensor, bend: Tensor) -> Tensor:
-    """raw up to the row's threshold, p + q raw + r raw^2 above it. [N, T], [4, N] -> [N, T]"""
-    t, p, q, r = bend.to(raw.dtype)[:, :, None]
-    above = (r * raw).add_(q).mul_(raw).add_(p)
-    return torch.where(raw > t, above, raw)
-
-
-def bent_slope(raw: Tensor, bend: Tensor) -> Tensor:
-    """The derivative of `bent` in raw. [N, T]"""
-    t, _, q, r = bend.to(raw.dtype)[:, :, None]
-    above = (2 * r * raw).add_(q)
-    return torch.where(raw > t, above, 1)
 
 
 def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tensor:
@@ -164,7 +151,7 @@ def backward(
         if dbias is not None:
             dbias[tile.ids] = g.masked_fill(tile.is_target, 0).sum(dim=0).to(dbias.dtype)
         if p.bend is not None:
-            g *= bent_slope(tile.raw, p.bend)
+            g *= bent_slope(tile.raw, p.bend.to(g.dtype)[:, :, None])
         g = torch.where(tile.is_target, grads.target[:, None], g)
         if dx is not None:
             dx.addmm_(g, tile.weight)
