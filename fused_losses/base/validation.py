@@ -124,6 +124,16 @@ def check_labels(
         )
 
 
+def increasing_classes(classes: Tensor | None, like: Tensor) -> Tensor | None:
+    """The ids of the classes that take part, checked and increasing, [K] int64; None: all."""
+    if classes is None:
+        return None
+    check_index_vector("classes", classes, None, like)
+    if classes.shape[0] == 0:
+        raise ValueError("classes: expected at least one class id, got an empty tensor")
+    return torch.sort(classes.long()).values
+
+
 def check_classes(classes: Tensor, num_classes: int) -> None:
     """Strictly increasing ids in [0, num_classes): what the primitives take for `classes`."""
     if classes.numel() == 0:

@@ -64,11 +64,7 @@ def class_loss(
     labels = _checked(embeddings, weight, labels, reduction)
     centers = weight.shape[1] if weight.dim() == 3 else 1
     embeddings = meet(embeddings, weight)
-    if classes is not None:
-        validation.check_index_vector("classes", classes, None, embeddings)
-        if classes.shape[0] == 0:
-            raise ValueError("classes: expected at least one class id, got an empty tensor")
-        classes = torch.sort(classes.long()).values
+    classes = validation.increasing_classes(classes, embeddings)
     if not torch.compiler.is_compiling():
         validation.check_labels(labels, weight.shape[0], ignore_index=ignore_index)
     labels = no_target(labels, ignore_index)

@@ -127,12 +127,10 @@ def class_rows(
         validation.check_labels(labels, c, ignore_index=ignore_index)
     valid = labels != ignore_index
     labels = torch.where(valid, labels, validation.NO_TARGET)
-    if classes is not None:
-        validation.check_index_vector("classes", classes, None, embeddings)
-        classes = torch.sort(classes.long()).values
-        if not torch.compiler.is_compiling() and not classes.is_cuda:
-            validation.check_classes(classes, c)
-            validation.check_labels_in_classes(labels, classes)
+    classes = validation.increasing_classes(classes, embeddings)
+    if classes is not None and not torch.compiler.is_compiling() and not classes.is_cuda:
+        validation.check_classes(classes, c)
+        validation.check_labels_in_classes(labels, classes)
     name, _ = backends.choose(
         backend, embeddings.device, weight.dtype, precision, "row_statistics", embeddings.shape[1]
     )

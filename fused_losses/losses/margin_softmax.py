@@ -138,11 +138,7 @@ def margin_softmax(
             validation.check_vector(name, vector, c, "one value a class [C]", weight)
     embeddings = meet(embeddings, weight)
     labels = labels.long()
-    if classes is not None:
-        validation.check_index_vector("classes", classes, None, embeddings)
-        if classes.shape[0] == 0:
-            raise ValueError("classes: expected at least one class id, got an empty tensor")
-        classes = torch.sort(classes.long()).values
+    classes = validation.increasing_classes(classes, embeddings)
     if not torch.compiler.is_compiling():
         validation.check_labels(labels, c, ignore_index=ignore_index)
     name, _ = backends.choose(
