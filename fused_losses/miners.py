@@ -7,7 +7,6 @@ anchor, negative). Rows are normalised first (`normalize`), as there. `mining` h
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -284,10 +283,7 @@ class CrossBatchMemory(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("size", size), ("embedding_size", embedding_size)):
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name}: expected an integer >= 1, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name}: expected a value >= 1, got {value}")
+            validation.check_count(name, value)
         if dtype not in validation.FLOATS:
             raise TypeError(f"dtype: expected one of {validation.FLOATS}, got {dtype}")
         self.size, self.embedding_size = size, embedding_size

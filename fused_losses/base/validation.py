@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -277,6 +277,15 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if value != value:  # NaN; compiled code may see a symbol here, which math refuses
         raise ValueError(f"{name}: expected a number, got {value}")
+
+
+def check_count(name: str, value: int) -> None:
+    """An integer >= 1, Python's or NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        got = repr(value) if isinstance(value, Real) else type(value).__name__
+        raise TypeError(f"{name}: expected an integer >= 1, got {got}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a value >= 1, got {value}")
 
 
 def check_range(name: str, bounds: tuple[float, float] | None) -> None:

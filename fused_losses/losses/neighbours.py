@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.sides import batch_sides
-from fused_losses.base.validation import check_at_least
+from fused_losses.base.validation import check_at_least, check_count
 from fused_losses.losses.chosen_triplets import listed_distances
 from fused_losses.losses.scored_rows import scored_rows
 from fused_losses.losses.variance import mean_of_means
@@ -47,9 +45,7 @@ def icnn(
     """
     both = batch_sides(embeddings, labels, "mean", precision)
     for name, value in (("neighbors", neighbors), ("window", window)):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-        check_at_least(name, value, 1)
+        check_count(name, value)
     check_at_least("window", window, neighbors)
     with no_autocast(embeddings.device):
         dtype = accumulate_dtype(both.x.dtype)

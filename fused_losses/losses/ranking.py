@@ -6,7 +6,6 @@ Equal labels make a positive; where a batch meets itself a row is not its own po
 from __future__ import annotations
 
 import math
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from fused_losses.base.numerics import (
 )
 from fused_losses.base.sides import batch_sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_at_least, check_plain, number
+from fused_losses.base.validation import check_at_least, check_count, check_plain, number
 from fused_losses.losses.scored_pairs import by_label
 from fused_losses.losses.scored_rows import class_sizes, over_terms, scored_rows
 from fused_losses.primitives.opaque import OpaqueOp
@@ -245,7 +244,7 @@ def fast_ap(
     Learning to Rank, 2019.
     """
     both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
-    _check_bins(bins)
+    check_count("bins", bins)
     with no_autocast(embeddings.device):
         inputs = scored_rows(both, "sqeuclidean", precision, normalize)._replace(
             rule="histogram", params=(0.0, 4 / bins, bins + 1)
@@ -260,12 +259,6 @@ def fast_ap(
         precision_ = torch.where(some, near * ahead / torch.where(some, everything, 1), 0)
         loss = 1 - precision_.sum(dim=1) / positives.clamp_min(1)
         return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))
-
-
-def _check_bins(bins: int) -> None:
-    if isinstance(bins, bool) or not isinstance(bins, Integral):
-        raise TypeError(f"bins: expected an integer, got {type(bins).__name__}")
-    check_at_least("bins", bins, 1)
 
 
 def histogram(
@@ -291,7 +284,7 @@ def histogram(
     Deep Embeddings with Histogram Loss, 2016.
     """
     both = batch_sides(embeddings, labels, "mean", precision)
-    _check_bins(bins)
+    check_count("bins", bins)
     with no_autocast(embeddings.device):
         inputs = scored_rows(both, "dot", precision, normalize)._replace(
             rule="histogram", params=(-1.0, 2 / bins, bins + 1)

@@ -67,8 +67,8 @@ def knn_classify(
         raise TypeError(f"temperature: expected a number > 0, got {type(temperature).__name__}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a number > 0, got {temperature}")
-    if num_classes is not None and (isinstance(num_classes, bool) or num_classes < 1):
-        raise ValueError(f"num_classes: expected None or an integer >= 1, got {num_classes}")
+    if num_classes is not None:
+        validation.check_count("num_classes", num_classes)
     validation.check_matrix("embeddings", embeddings, "[N, D]")
     validation.check_matrix("ref_embeddings", ref_embeddings, "[M, D]")
     check_integers("ref_labels", ref_labels, (ref_embeddings.shape[0],), ref_embeddings)

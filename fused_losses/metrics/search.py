@@ -7,7 +7,6 @@ to a query are the gallery's rows of its label. Nearest first, equal ones by the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -63,10 +62,7 @@ def _check_metric(metric: str) -> None:
 def check_k(name: str, k: int | Sequence[int]) -> list[int]:
     several: list[Any] = list(k) if isinstance(k, list | tuple) else [k]
     for one in several:
-        if isinstance(one, bool) or not isinstance(one, Integral):
-            raise TypeError(f"{name}: expected integers >= 1, got {type(one).__name__}")
-        if one < 1:
-            raise ValueError(f"{name}: expected values >= 1, got {one}")
+        validation.check_count(name, one)
     if not several:
         raise ValueError(f"{name}: expected at least one value, got none")
     return several

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -118,10 +117,7 @@ def mine_pairs(
         raise ValueError(f"cutoff: expected a distance in (0, 2], got {cutoff}")
     if not 0 < angle < 90:
         raise ValueError(f"angle: expected degrees in (0, 90), got {angle}")
-    if isinstance(k, bool) or not isinstance(k, Integral):
-        raise TypeError(f"k: expected an integer >= 1, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"k: expected a value >= 1, got {k}")
+    validation.check_count("k", k)
     if strategy in ("distance_weighted", "angular") and metric not in (None, "euclidean"):
         raise ValueError(
             f"metric: expected None or 'euclidean' with strategy={strategy!r}, got {metric!r}"

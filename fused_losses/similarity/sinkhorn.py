@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_both, check_plain, number
+from fused_losses.base.validation import check_both, check_count, check_plain, number
 from fused_losses.losses.scored_pairs import scored
 from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
 from fused_losses.primitives.pairs.op import pair_attention, pair_statistics, pair_transport
@@ -66,10 +65,7 @@ def sinkhorn(
         raise ValueError(f"x, y: expected at least one row each, got N={n}, M={m}")
     validation.check_choice("cost", cost, COSTS)
     sharp = 1 / number("eps", eps, x).detach()
-    if isinstance(iterations, bool) or not isinstance(iterations, Integral):
-        raise TypeError(f"iterations: expected an integer >= 1, got {iterations!r}")
-    if iterations < 1:
-        raise ValueError(f"iterations: expected a value >= 1, got {iterations}")
+    check_count("iterations", iterations)
     weights = []
     for name, weight, size in (("x_weight", x_weight, n), ("y_weight", y_weight, m)):
         if weight is not None:

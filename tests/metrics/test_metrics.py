@@ -247,15 +247,16 @@ def test_bad_searches(name: str, change: dict, error: type, words: str) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: metrics.recall_at_k(X, LABELS, k=0), ValueError, "k: expected values >= 1"),
+        (lambda: metrics.recall_at_k(X, LABELS, k=0), ValueError, "k: expected a value >= 1"),
         (lambda: metrics.recall_at_k(X, LABELS, k=[]), ValueError, "k: expected at least one"),
-        (lambda: metrics.map_at_k(X, LABELS, k=1.5), TypeError, "k: expected integers"),
+        (lambda: metrics.map_at_k(X, LABELS, k=1.5), TypeError, "k: expected an integer"),
         (lambda: metrics.mean_reciprocal_rank(X, LABELS, k=[1]), TypeError, "k: expected"),
         (lambda: metrics.knn_classify(X, X, LABELS, k=0), ValueError, "k: expected"),
         (lambda: metrics.knn_classify(X, X, LABELS, k=[1]), TypeError, "k: expected an integer"),
         (lambda: metrics.knn_classify(X, X, LABELS - 1), IndexError, "ref_labels: expected"),
         (lambda: metrics.knn_classify(X, X, LABELS, num_classes=1), IndexError, "ref_labels"),
         (lambda: metrics.knn_classify(X, X, LABELS, num_classes=0), ValueError, "num_classes"),
+        (lambda: metrics.knn_classify(X, X, LABELS, num_classes=2.5), TypeError, "num_classes"),
         (lambda: metrics.knn_classify(X, X, LABELS, temperature=0.0), ValueError, "temperature"),
         (lambda: metrics.knn_classify(X, X, LABELS, weights="gauss"), ValueError, "weights"),
         (lambda: metrics.gap(LABELS, LABELS, LABELS), TypeError, "scores: expected"),
