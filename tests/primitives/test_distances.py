@@ -717,28 +717,42 @@ def test_opcheck(kind: str, streamed: str) -> None:
         torch.library.opcheck(back, (grad, *inputs, w, kind, 3.0, "fp32", *needs))
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_transforms(metric: str, streamed: str) -> None:
+@pytest.mark.parametrize("metric", [name for name in METRICS if name not in FLAT])
+def test_func_grad(metric: str, streamed: str) -> None:
     few(streamed, metric == "chebyshev")
+    x, f = to_transform(metric, streamed)
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(torch.func.grad(f)(x), torch.autograd.grad(f(leaf), leaf)[0])
+
+
+OTHERS = [name for name in STREAMED if name != "cpu"]
+
+
+# what is traced of another backend is the name of its op, which opcheck traces by itself
+@pytest.mark.parametrize(
+    ("streamed", "metric"),
+    [*(("cpu", name) for name in METRICS), *((each, "chebyshev") for each in OTHERS)],
+)
+def test_compiles_whole(metric: str, streamed: str) -> None:
+    x, f = to_transform(metric, require(streamed))
     torch.compiler.reset()
-    x, y = (rows(metric, n, 4, dtype=torch.float32) for n in (5, 6))
-    given = {k: v.float() if isinstance(v, Tensor) else v for k, v in options(metric, 4).items()}
-    f = lambda a: pairwise_distance(a, y, metric, backend=streamed, **given).square().sum()
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
     if metric in FLAT:
-        compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
         assert torch.equal(compiled(x), f(x))
         return
-    leaf = x.clone().requires_grad_()
-    want = torch.autograd.grad(f(leaf), leaf)[0]
-    assert torch.equal(torch.func.grad(f)(x), want)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
         for n in (5, 7):
             x = rows(metric, n, 4, dtype=torch.float32)
             leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
             got = torch.autograd.grad(compiled(leaf), leaf)[0]
             torch.testing.assert_close(got, torch.autograd.grad(f(other), other)[0])
+
+
+def to_transform(metric: str, backend: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    x, y = (rows(metric, n, 4, dtype=torch.float32) for n in (5, 6))
+    given = {k: v.float() if isinstance(v, Tensor) else v for k, v in options(metric, 4).items()}
+    return x, lambda a: pairwise_distance(a, y, metric, backend=backend, **given).square().sum()
 
 
 def test_similarity_transforms(streamed: str) -> None:
