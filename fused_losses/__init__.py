@@ -2,7 +2,7 @@
 
 from fused_losses import backends, class_losses, functional, margins, metrics, miners
 from fused_losses.backends import use_backend
-from fused_losses.centers import ClassCenters
+from fused_losses.centers import ClassCenters, DSimplexHead, SphericalHead
 from fused_losses.explain import Plan, explain
 from fused_losses.functional import *  # noqa: F403 (the names are in its __all__)
 from fused_losses.losses.adaptive_scale import AdaptiveScale
@@ -20,10 +20,12 @@ __all__ = [
     "UNPG",
     "AdaptiveScale",
     "ClassCenters",
+    "DSimplexHead",
     "Plan",
     "QuantizedRows",
     "RowStatistics",
     "RowStatisticsFunction",
+    "SphericalHead",
     "__version__",
     "backends",
     "class_losses",

@@ -6,14 +6,18 @@ from fused_losses.centers.head_optimizer import HeadOptimizer
 from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
 from fused_losses.centers.predict import TopClasses, class_scores, top_classes
 from fused_losses.centers.resize import carry_over, set_rows
+from fused_losses.centers.simplex import DSimplexHead
+from fused_losses.centers.spherical import SphericalHead
 from fused_losses.centers.statistics import HeadStats
 from fused_losses.centers.subcenters import SubCenters
 
 __all__ = [
     "ClassCenters",
+    "DSimplexHead",
     "HeadOptimizer",
     "HeadStats",
     "RowOptimizer",
+    "SphericalHead",
     "SubCenters",
     "TopClasses",
     "Traffic",

@@ -83,14 +83,16 @@ def check_smoothing(
     return value
 
 
-def check_width(embeddings: Tensor, num_classes: int, embedding_dim: int) -> None:
+def check_width(
+    embeddings: Tensor, num_classes: int, embedding_dim: int, of: str = "ClassCenters"
+) -> None:
     """Rows [n, D] of the table's D; where they have C columns, the order is said."""
     if embeddings.shape[1] == embedding_dim:
         return
     order = ""
     if embeddings.shape[1] == num_classes:
         order = (
-            f"; ClassCenters(num_classes, embedding_dim) was given ({num_classes}, "
+            f"; {of}(num_classes, embedding_dim) was given ({num_classes}, "
             f"{embedding_dim}), is it the other way round?"
         )
     raise ValueError(

@@ -9,14 +9,34 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.validation import describe
-from fused_losses.centers.lazy_rows import RowOptimizer
+
+
+class Table(Protocol):
+    """What is stepped: `lazy_rows.RowOptimizer`, `spherical.SphericalTable`."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def defaults(self) -> Mapping[str, Any]: ...
+
+    @property
+    def states(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def unfit(self, states: Mapping[str, Tensor]) -> str | None: ...
 
 
 class Updates(Protocol):
     """What owns all that is seen here: fused_losses.centers.update."""
 
-    rows: RowOptimizer
-    probe: Tensor
+    @property
+    def rows(self) -> Table: ...
+
+    @property
+    def probe(self) -> Tensor: ...
 
     @property
     def steps(self) -> int: ...
@@ -114,7 +134,7 @@ class HeadOptimizer(torch.optim.Optimizer):
 
         Raises ValueError before anything is written: another optimiser's, or other shapes.
         """
-        rows, own = self._updates.rows, set(self._updates.rows.options)
+        rows, own = self._updates.rows, set(self._updates.rows.defaults)
         groups = state_dict["param_groups"]
         given = set(groups[0]) - {"params"}
         if len(groups) != 1 or not own <= given:

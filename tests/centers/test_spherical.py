@@ -1,0 +1,422 @@
+"""SphericalHead: loss, gradients and table of the dense computation, whatever the classes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from counted import COUNTER, told_by_child
+from places import GOLDEN
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import fused_losses
+from fused_losses import SphericalHead
+from fused_losses.centers import factored
+
+C, D, N = 50, 8, 12
+LOSSES = ("z", "mse", "taylor")
+RATES = {"z": 0.3, "mse": 3e-3, "taylor": 0.1}
+ALL = torch.arange(C)
+
+
+def dense(loss: str, table: Tensor, h: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """The definition on all outputs; labels [N, K], -1: none."""
+    o = h @ table.T
+    each = []
+    for row, named in zip(o, labels, strict=True):
+        own = named[named >= 0]
+        if not len(own):
+            continue
+        if loss == "mse":
+            wanted = torch.zeros_like(row).index_add(0, own, torch.ones_like(row[own]))
+            # a class named twice is wanted once for each: (o - 2)^2 has 4, the two targets 2
+            each.append(((row - wanted) ** 2).sum() - (wanted**2).sum() + len(own))
+            continue
+        if loss == "z":
+            z = (row - row.mean()) / row.std(unbiased=False)
+            each.append(torch.log1p(torch.exp(-z))[own].mean())
+        else:
+            t = 1 + row + row**2 / 2
+            each.append(-(t / t.sum()).log()[own].mean())
+    return torch.stack(each).mean() if reduction == "mean" else torch.stack(each).sum()
+
+
+def head_of(loss: str, dtype: torch.dtype = torch.float64, **options: float) -> SphericalHead:
+    return SphericalHead(C, D, loss, lr=RATES[loss], dtype=dtype, **options)
+
+
+def batch(n: int = N, k: int = 1) -> tuple[Tensor, Tensor]:
+    h = torch.randn(n, D, dtype=torch.float64)
+    return h.requires_grad_(), torch.randint(0, C, (n, k))
+
+
+@pytest.mark.parametrize("conditioned", [100.0, 1.0001])  # the latter: into the rows each step
+@pytest.mark.parametrize("loss", LOSSES)
+def test_walks_with_the_dense_head(loss: str, conditioned: float) -> None:
+    head = head_of(loss, weight_decay=1e-2, max_condition=conditioned)
+    table = torch.nn.Parameter(head.rows(ALL))
+    sgd = torch.optim.SGD([table], lr=RATES[loss], weight_decay=1e-2)
+    for step in range(30):
+        sgd.zero_grad()
+        head.optimizer.zero_grad()
+        for part in range(1 + step % 2):  # two add up
+            h, labels = batch(N - part, 1 + step % 3)
+            labels[1], labels[2] = labels[3], -1  # the same class twice; a row without any
+            got, own = head(h, torch.where(labels < 0, -100, labels)), h.detach().requires_grad_()
+            want = dense(loss, table, own, labels)
+            got.backward()
+            want.backward()
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(h.grad, own.grad, rtol=1e-10, atol=1e-11)
+        if step % 4 == 3:
+            factor = float(torch.nn.utils.clip_grad_norm_([table], 0.1).clamp_min(0.1))
+            assert head.grad_norm() == pytest.approx(factor, rel=1e-9)
+            head.scale_grad(0.1 / (factor + 1e-6))
+        head.optimizer.step()
+        sgd.step()
+        torch.testing.assert_close(head.rows(ALL), table.detach(), rtol=1e-9, atol=1e-10)
+    assert head.drift() < 1e-12
+    assert (head.table.refactored > 20) == (conditioned == 1.0001)
+    assert head.condition() >= 1
+
+
+def test_the_authors_numbers() -> None:
+    with np.load(GOLDEN / "heads" / "spherical_z_loss.npz") as stored:
+        data = {key: torch.from_numpy(stored[key]) for key in stored.files}
+    classes, dim = data["W"].shape
+    head = SphericalHead(classes, dim, lr=0.1, reduction="sum", dtype=torch.float64)
+    h = data["H"].requires_grad_()
+    loss = head.fill_(data["W"])(h, data["idx"])
+    loss.backward()
+    head.optimizer.step()
+    torch.testing.assert_close(loss, data["loss"], rtol=1e-9, atol=0)
+    torch.testing.assert_close(h.grad, data["grad_H"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        head.rows(torch.arange(classes)), data["W_new"], rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradcheck(loss: str, reduction: str) -> None:
+    head = SphericalHead(C, D, loss, lr=0.1, reduction=reduction, dtype=torch.float64, a=2.0, b=0.5)
+    h, labels = batch(4, 2)
+    assert torch.autograd.gradcheck(lambda h: head(h, labels), h)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad = torch.autograd.grad(head(h, labels), h, create_graph=True)[0]
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_storing_rows_rounds_is_known(dtype: torch.dtype) -> None:
+    """gram is that of the rows as stored; the table is off by their roundings, a step each."""
+    head = head_of("z", dtype, max_condition=4.0)
+    table = torch.nn.Parameter(head.table.of(ALL))
+    sgd = torch.optim.SGD([table], lr=RATES["z"])
+    steps, largest = 100, 0.0
+    for _ in range(steps):
+        h, labels = batch()
+        sgd.zero_grad()
+        head(h.to(torch.float32), labels).backward()
+        dense("z", table, h.detach().float().double(), labels).backward()
+        head.optimizer.step()
+        sgd.step()
+        largest = max(largest, float(head.table.rows.double().norm(dim=1).max()))
+    assert head.drift() < 1e-13
+    off = (head.table.of(ALL) - table).norm(dim=1).max()
+    # a row is written at most once a step: half a unit of its length, times mixing (its condition
+    # stays below 4), which a different table's gradients then carry on
+    unit = torch.finfo(dtype).eps / 2
+    assert 0 < off < 4 * 4 * unit * largest * steps
+
+
+def test_more_classes_cost_nothing() -> None:
+    flops = []
+    for classes in (100, 40_000):
+        head = SphericalHead(classes, D, lr=0.1)
+        h, labels = batch()
+        with FlopCounterMode(display=False) as counted:
+            head(h, labels).backward()
+            head.optimizer.step()
+        flops.append(counted.get_total_flops())
+        assert head.table.refactored == 0
+    assert flops[0] == flops[1] > 0
+
+
+CHILD = (
+    COUNTER
+    + """
+found = {}
+for classes in (10_000, 200_000):
+    head = fused_losses.SphericalHead(classes, 32, lr=0.1)
+    h, labels = torch.randn(64, 32, requires_grad=True), torch.randint(0, classes, (64,))
+    def step():
+        head(h, labels).backward()
+        head.optimizer.step()
+    step()
+    found[classes] = extra(step)
+print(json.dumps(found))
+"""
+)
+
+
+@pytest.mark.processes
+def test_nothing_of_the_tables_height_is_allocated() -> None:
+    small, large = told_by_child(CHILD, None).values()
+    assert large < small + 20_000 < 2_000_000  # the table has 25.6 MB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_best_classes_and_rows(dtype: torch.dtype) -> None:
+    head = head_of("z", dtype)
+    for _ in range(5):
+        head(*batch()).backward()
+        head.optimizer.step()
+    x = torch.randn(7, D)
+    scores = x.double() @ head.table.of(ALL).T
+    best = scores.topk(3, dim=1)
+    found = head.top_classes(x, 3)
+    assert torch.equal(found.classes, best.indices)
+    torch.testing.assert_close(found.scores.double(), best.values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        head.rows(ALL[3:5]).double(), head.table.of(ALL)[3:5].to(dtype).double()
+    )
+
+
+# ---- the life of a module ------------------------------------------------------------------------
+
+
+def trained(head: SphericalHead, steps: int = 3) -> Tensor:
+    """The rows after some steps that depend on their number alone."""
+    torch.manual_seed(5)
+    for _ in range(steps):
+        h, labels = batch()
+        head(h, labels).backward()
+        head.optimizer.step()
+    return head.rows(ALL)
+
+
+def through_file(head: SphericalHead) -> SphericalHead:
+    file = io.BytesIO()
+    torch.save(head, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def by_state(head: SphericalHead) -> SphericalHead:
+    file = io.BytesIO()
+    torch.save({"head": head.state_dict(), "sgd": head.optimizer.state_dict()}, file)
+    file.seek(0)
+    state, new = torch.load(file), SphericalHead(C, D, lr=1.0, dtype=torch.float64, seed=4)
+    new.load_state_dict(state["head"])
+    new.optimizer.load_state_dict(state["sgd"])
+    return new
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head)), through_file, by_state],
+    ids=["deepcopy", "pickle", "save", "state_dict"],
+)
+def test_copies_go_on_alike_and_apart(copied: object) -> None:
+    head = head_of("z")
+    trained(head)
+    h, labels = batch()
+    head(h, labels).backward()  # waits, and is no part of a copy
+    new = copied(head)  # type: ignore[operator]
+    assert new.grad_norm() == 0
+    head.zero_grad()
+    assert "trains" not in head.state_dict()
+    before = head.rows(ALL)
+    torch.testing.assert_close(trained(new), trained(copy.deepcopy(head)), rtol=0, atol=0)
+    assert torch.equal(head.rows(ALL), before)
+    assert int(new.get_extra_state()) == 6
+
+
+def test_casts_keep_the_matrices_and_measure_again() -> None:
+    head = head_of("z")
+    trained(head)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        head.to(dtype)
+        assert head.table.rows.dtype == dtype
+        assert {head.table.get_buffer(name).dtype for name in factored.MATRICES} == {torch.float64}
+        assert head.drift() < 1e-14
+        h, labels = batch()
+        want = dense("z", head.table.of(ALL), h, labels)
+        torch.testing.assert_close(head(h, labels), want, rtol=1e-11, atol=0)
+        head(h, labels).backward()
+        head.optimizer.step()
+
+
+def test_rows_alone_are_loaded_with_matrices_of_their_own() -> None:
+    head, other = head_of("z"), head_of("z", seed=3)
+    trained(head)
+    trained(other)
+    rows = torch.randn(C, D, dtype=torch.float64)
+    found = head.load_state_dict({"table.rows": rows}, strict=False)
+    assert len(found.missing_keys) == 5
+    assert torch.equal(head.rows(ALL), rows)
+    assert head.drift() < 1e-14
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        head.load_state_dict(SphericalHead(C + 1, D, lr=0.1).state_dict())
+
+
+def test_what_does_not_train() -> None:
+    head = head_of("z")
+    before = head.rows(ALL)
+    h, labels = batch()
+    torch.autograd.grad(head(h, labels), h)
+    with torch.no_grad():
+        head(h, labels)
+    head.eval()
+    head(h, labels).backward()
+    head.train().requires_grad_(False)
+    head(h, labels).backward()
+    assert h.grad is not None
+    assert h.grad.abs().max() > 0
+    head.requires_grad_(True)
+    head(h, labels).backward()
+    head.zero_grad()
+    head.optimizer.step()
+    assert torch.equal(head.rows(ALL), before)
+    assert next(iter(head.parameters())).numel() == 0
+
+
+def test_a_forward_does_not_outlive_its_table() -> None:
+    head = head_of("z")
+    h, labels = batch()
+    late = head(h, labels)
+    head(h, labels).backward()
+    head.optimizer.step()
+    with pytest.raises(RuntimeError, match="updated, moved or loaded after this forward"):
+        late.backward()
+    head(h, labels).backward()
+    head.fill_(torch.randn(C, D))
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        head.optimizer.step()
+    head.zero_grad()
+    head.optimizer.step()
+
+
+def test_numbers_that_are_not_finite_change_no_row() -> None:
+    head = head_of("z")
+    before = head.rows(ALL)
+    h, labels = batch()
+    poisoned = h.detach().clone().index_fill_(0, torch.tensor([2]), torch.nan).requires_grad_()
+    head(poisoned, labels).backward()
+    with pytest.raises(FloatingPointError, match="no row was changed"):
+        head.optimizer.step()
+    assert torch.equal(head.rows(ALL), before)
+    # an ignored row may hold anything
+    labels[2] = -100
+    head(poisoned, labels).backward()
+    head.optimizer.step()
+    assert poisoned.grad is not None
+    assert not torch.equal(head.rows(ALL), before)
+    assert head.rows(ALL).isfinite().all()
+
+
+def test_grad_scaler_and_schedule() -> None:
+    head, plain = head_of("z"), head_of("z")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    schedule = torch.optim.lr_scheduler.StepLR(head.optimizer, 1, gamma=0.5)
+    h, labels = batch()
+    for step in range(3):
+        scaler.scale(head(h, labels)).backward()
+        scaler.step(head.optimizer)
+        scaler.update()
+        head.optimizer.zero_grad()
+        plain.optimizer.param_groups[0]["lr"] = 0.3 * 0.5**step
+        plain(h, labels).backward()
+        plain.optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(head.rows(ALL), plain.rows(ALL), rtol=1e-12, atol=0)
+    before = head.rows(ALL)
+    scaler.scale(head(h * torch.inf, labels)).backward()
+    scaler.step(head.optimizer)  # finds it, and steps not
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert torch.equal(head.rows(ALL), before)
+
+
+def test_positions_autocast_and_empty_batches() -> None:
+    head = head_of("taylor", torch.float32)
+    h, labels = torch.randn(6, D, requires_grad=True), torch.randint(0, C, (6,))
+    want = head(h, labels)
+    torch.testing.assert_close(head(h.view(2, 3, D), labels.view(2, 3)), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(h.bfloat16(), labels).dtype == torch.float32
+        torch.testing.assert_close(head(h, labels), want)
+    assert head(h[:0], labels[:0]) == 0
+    nothing = head(h, torch.full((6,), -100))
+    nothing.backward()
+    assert nothing == 0
+    head.optimizer.step()
+    assert h.grad is not None
+    assert h.grad.abs().max() == 0
+
+
+def test_equal_outputs_have_a_deviation_of_zero() -> None:
+    head = head_of("z").fill_(torch.ones(C, D, dtype=torch.float64))
+    h, labels = batch()
+    loss = head(h, labels)
+    loss.backward()
+    assert h.grad is not None
+    assert h.grad.isfinite().all()
+    assert loss.isfinite()
+
+
+def test_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = head_of("z")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="expected one process, got 2"):
+        head(*batch())
+    head.eval()(*batch())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((0, 4), {}, ValueError, "num_classes: expected at least 1"),
+        ((4, 4, "ce"), {}, ValueError, "loss: expected one of z, mse, taylor"),
+        ((4, 4), {"lr": 0}, ValueError, "lr: expected"),
+        ((4, 4), {"weight_decay": -1}, ValueError, "weight_decay: expected"),
+        ((4, 4), {"a": 0}, ValueError, "a: expected"),
+        ((4, 4), {"reduction": "none"}, ValueError, "reduction: expected"),
+        ((4, 4), {"max_condition": 0.5}, ValueError, "max_condition: expected"),
+        ((4, 4), {"dtype": torch.int32}, TypeError, "dtype: expected"),
+    ],
+)
+def test_bad_constructions(
+    arguments: tuple, options: dict, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        SphericalHead(*arguments, **{"lr": 0.1, **options})
+
+
+def test_bad_calls() -> None:
+    head, (h, labels) = head_of("z"), batch()
+    for bad_h, bad_labels, error, words in (
+        (h[:, :3], labels, ValueError, rf"embeddings: expected \[n, {D}\]"),
+        (torch.randn(N, C), labels, ValueError, r"SphericalHead\(num_classes, embedding_dim\)"),
+        (h, labels[:3], ValueError, "labels: expected"),
+        (h, labels.double(), TypeError, "labels: expected"),
+        (h, labels + C, IndexError, "labels: expected"),
+        (h.view(2, 6, D), labels, ValueError, r"labels: expected shape \(2, 6\)"),
+        (h[0], labels, ValueError, "embeddings: expected"),
+    ):
+        with pytest.raises(error, match=words):
+            head(bad_h, bad_labels)
+    with pytest.raises(IndexError, match="ids: expected"):
+        head.rows(torch.tensor([C]))
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        head.fill_(torch.zeros(C, D + 1))
+    with pytest.raises(ValueError, match="k: expected"):
+        head.top_classes(h, C + 1)
+    assert fused_losses.SphericalHead is SphericalHead
