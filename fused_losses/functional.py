@@ -46,6 +46,7 @@ from fused_losses.pairwise.topk import pairwise_topk
 from fused_losses.primitives.maxsim.op import maxsim
 from fused_losses.primitives.shared_negatives.op import shared_negatives
 from fused_losses.similarity.attention import logsumexp_similarity, similarity_attention
+from fused_losses.similarity.compatibility import higher_order_compatibility
 from fused_losses.similarity.kernel_means import (
     cauchy_schwarz_divergence,
     cauchy_schwarz_qmi,
@@ -76,6 +77,7 @@ __all__ = [
     "fast_ap",
     "generalized_lifted_structure",
     "harmonic_triplet",
+    "higher_order_compatibility",
     "histogram",
     "hsic",
     "icnn",

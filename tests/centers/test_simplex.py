@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_directions_are_a_simplex(dim: int) -> None:
 def test_loss_and_gradient(
     classes: int, dim: int, n: int, preallocated: bool, dtype: torch.dtype, kind: str
 ) -> None:
-    options = dict(margin=margins.CosFace(0.2), scale=16.0, normalize=True)
+    options: dict[str, Any] = dict(margin=margins.CosFace(0.2), scale=16.0, normalize=True)
     head = DSimplexHead(
         classes, dim, preallocated=preallocated, **(options if kind != "plain" else {})
     )
@@ -73,9 +74,9 @@ def test_loss_and_gradient(
     # a product: dim + 3 roundings of terms of at most |x|_1 / r + m |x|_1; then the softmax's own
     u = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     size = float(x.detach().double().abs().sum(dim=1).max()) if kind == "plain" else 16.0
-    bound = 4 * u * (4 * size + 16 + float(want))
+    bound = 4 * u * (4 * size + 16 + float(want.detach()))
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
-    assert abs(float(loss) - float(want)) <= bound
+    assert abs(float(loss.detach()) - float(want.detach())) <= bound
     stored = torch.finfo(dtype).eps / 2
     off = (grad.double() - want_grad).norm()
     assert off <= (4 * bound + 2 * stored) * max(float(want_grad.norm()), 1 / n)

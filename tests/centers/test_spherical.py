@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def dense(loss: str, table: Tensor, h: Tensor, labels: Tensor, reduction: str = 
     return torch.stack(each).mean() if reduction == "mean" else torch.stack(each).sum()
 
 
-def head_of(loss: str, dtype: torch.dtype = torch.float64, **options: float) -> SphericalHead:
+def head_of(loss: str, dtype: torch.dtype = torch.float64, **options: Any) -> SphericalHead:
     return SphericalHead(C, D, loss, lr=RATES[loss], dtype=dtype, **options)
 
 

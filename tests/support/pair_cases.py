@@ -20,6 +20,7 @@ from pair_formulas import (
     batch,
     both_told,
     circle,
+    compatibility,
     cosine_attention,
     diagonal_nce,
     distance,
@@ -205,6 +206,7 @@ SIMILARITIES = [
         name="logsumexp_zero",
         told=both_told,
     ),
+    case("higher_order_compatibility", siglip, compatibility, SCALED),
     case(
         "similarity_attention",
         attention,

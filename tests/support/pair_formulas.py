@@ -497,6 +497,12 @@ def zeroed(t: Inputs) -> Tensor:
     return torch.cat([z.logsumexp(1), z.logsumexp(0)])
 
 
+def compatibility(t: Inputs) -> Tensor:
+    y = t.y[: len(t.x)]
+    z = torch.where(equal(t.labels, t.labels), 0, t.scale * (y @ t.x.T))
+    return (z.logsumexp(1) - t.scale * (t.x * y).sum(1)).mean()
+
+
 def zero_rows(value: Tensor) -> Tensor:
     """-inf, which stands for no pairs, as 0: so that errors can be measured."""
     return torch.where(value == -torch.inf, 0, value)
