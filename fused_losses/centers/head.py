@@ -26,9 +26,9 @@ from fused_losses.centers.sampling import groups
 from fused_losses.centers.shard import CHUNK_BYTES, ClassGroup, Shard, ShardSweep, Sums
 from fused_losses.centers.statistics import HeadStats, over_shards
 from fused_losses.centers.step import SavedForward, Sharded
+from fused_losses.centers.stepped_table import SteppedTable
 from fused_losses.centers.storage import Storage, initialise_
-from fused_losses.centers.table import TableModule
-from fused_losses.centers.update import NONFINITE, AutogradUpdates, LossScale, RowUpdates
+from fused_losses.centers.update import NONFINITE, AutogradUpdates, RowUpdates
 from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.class_values import ClassLoss, MergedRows
 from fused_losses.losses.unpg import UNPG
@@ -38,7 +38,7 @@ from fused_losses.primitives.shared_negatives.op import add_shared
 UPDATES = ("backward", "step")
 
 
-class ClassCenters(TableModule):
+class ClassCenters(SteppedTable):
     """A margin-softmax head over any number of classes, sharded over the ranks.
 
         loss = mean over all ranks' rows of  loss_i(cosines of x_i with every class)
@@ -331,64 +331,6 @@ class ClassCenters(TableModule):
         with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
             torch.manual_seed(rounding_key(self.seed, self.step_count) >> 1)
             yield
-
-    # ---- updates ---------------------------------------------------------------------------------
-
-    @property
-    def update_at(self) -> str:
-        """When the rows step: "backward" or "step"."""
-        return self._updates.at
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """What the table's gradient is scaled down to; None: it is not."""
-        return self._updates.max_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, norm: float | None) -> None:
-        self._updates.max_norm = norm
-
-    @property
-    def loss_scale(self) -> LossScale:
-        """What the loss is multiplied by before backward: the rows' gradient is divided by it.
-
-        A number, or a function of none: `head.loss_scale = scaler.get_scale`, and
-        nonfinite="skip": `scaler.step(head.optimizer)` then learns of overflows. With
-        update="step" it stays 1: `scaler.unscale_` and `scaler.step` know `head.optimizer`.
-        """
-        return self._updates.loss_scale
-
-    @loss_scale.setter
-    def loss_scale(self, scale: LossScale) -> None:
-        if not isinstance(self._updates, RowUpdates) or self.update_at != "backward":
-            raise RuntimeError("loss_scale: expected an optimizer with update='backward'")
-        self._updates.loss_scale = scale
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps left out because of numbers that are not finite (nonfinite="skip")."""
-        return self._updates.skipped
-
-    @property
-    def step_count(self) -> int:
-        """Steps that the table has taken; without an optimiser, training backwards."""
-        return self._updates.steps
-
-    def grad_norm(self) -> float:
-        """The norm of the gradient that waits for `optimizer.step()`, over all shards.
-
-        With update="step", on every rank alike. One sweep for its scores and its gradient.
-        """
-        return self._waiting().norm()
-
-    def scale_grad(self, factor: float) -> None:
-        """Multiplies the gradient that waits for `optimizer.step()`, to clip or to unscale it."""
-        self._waiting().scale(factor)
-
-    def _waiting(self) -> RowUpdates:
-        if not isinstance(self._updates, RowUpdates) or self.update_at != "step":
-            raise RuntimeError("update: expected 'step' for a gradient that waits, got 'backward'")
-        return self._updates
 
     def extra_repr(self) -> str:
         return (
