@@ -3,6 +3,7 @@
 Per step and rank, W ranks, at most b rows a rank, P = W b rows in all (short batches are padded):
 
     counts      all-gather    32 (W - 1)                bytes received
+    outlooks    all-gather    8 (W - 1)                 of a step by an optimizer of the head's own
     labels      all-gather    8 L b (W - 1)             L labels a row (row weights: 8 b (W - 1))
     embeddings  all-gather    e D b (W - 1)             e bytes an element
     statistics  all-reduce    2 (W - 1) / W x 8 P n     of n numbers a row, float64
@@ -60,7 +61,7 @@ def step_traffic(
     margin softmax 3, the maximum, the sum and the target.
     """
     others = world - 1
-    gathered = others * (32 + batch * (8 * labels + element_bytes * dim))
+    gathered = others * (40 + batch * (8 * labels + element_bytes * dim))
     reduced = 2 * others * 8 * batch * reduced_numbers  # 2 (W - 1) / W x 8 W b n
     return Traffic(gathered, reduced, others * batch * dim * gradient_bytes)
 

@@ -23,6 +23,7 @@ from fused_losses.base.validation import NO_TARGET
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import class_gradients, class_statistics, class_targets
 from fused_losses.primitives.class_rules.rules import CLASS_FOLDS, merge_statistics, no_classes
+from fused_losses.primitives.row_statistics.bend import steepest_bend
 from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING, Inputs
 from fused_losses.primitives.row_statistics.op import ROW_STATISTICS
 
@@ -76,6 +77,15 @@ class Engine(Protocol):
         """How each statistic merges."""
         ...
 
+    @property
+    def pooling(self) -> float:
+        """A bound on the slope of a class's cosine in that of one of its centres."""
+        ...
+
+    def steepest(self, values: Tensor | None) -> Tensor | float:
+        """A bound on the slope of each statistic's terms in a class's cosine, [B] or of all."""
+        ...
+
     def forward(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> Sums: ...
 
     def backward(
@@ -108,6 +118,13 @@ class SoftmaxEngine:
     @property
     def kinds(self) -> tuple[str, ...]:
         return ("lse", "sum") if self.with_sum else ("lse",)
+
+    @property
+    def pooling(self) -> float:
+        return 1.0
+
+    def steepest(self, values: Tensor | None) -> Tensor | float:
+        return steepest_bend(values) * self.scale
 
     def _inputs(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> tuple[str, Inputs]:
         weight = chunk.weight
@@ -187,6 +204,15 @@ class RuleEngine:
     @property
     def kinds(self) -> tuple[str, ...]:
         return CLASS_FOLDS[self.rule].kinds
+
+    @property
+    def pooling(self) -> float:
+        # of softmax(c / softness) c: a share, and what moves it
+        return 1 + 2 / self.softness if self.softness else 1.0
+
+    def steepest(self, values: Tensor | None) -> Tensor | float:
+        slope = CLASS_FOLDS[self.rule].steepest(list(self.params))
+        return steepest_bend(values) * slope if self.rule == "softmax" else slope
 
     def _inputs(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> ClassInputs:
         weight = chunk.weight

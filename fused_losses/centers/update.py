@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.centers import sparse_steps
+from fused_losses.centers.agreement import FINE, NOT_FINITE, agreed, outlook
 from fused_losses.centers.collectives import Ranks, Scattered
 from fused_losses.centers.head_optimizer import HeadOptimizer
 from fused_losses.centers.lazy_rows import RowOptimizer
@@ -158,13 +159,11 @@ class RowUpdates:
         """The step, or its wait for `take_pending`; dX on its way."""
         dx = _zeros_of_x(saved)
         trains = saved.trains and accumulates(saved.leaf)
+        scale, unscaled, worst = 1.0, grad, FINE
         if trains:
-            self._check_turn(saved)
-        finite = not trains or _finite(saved.x, grad.statistics, grad.targets)
+            scale, unscaled, worst = self._agreed_on(saved, grad)
         if trains and self.at == "backward":
-            scale = self._loss_scale(saved)
-            unscaled = grad.times(1 / scale)
-            factor = self._clipping([Waiting(saved, unscaled, 1.0)]) if finite else math.nan
+            factor = self._clipping([Waiting(saved, unscaled, 1.0)], worst)
             finite = math.isfinite(factor)
             self._tell(finite)
             trains = self._may_step(finite)
@@ -178,7 +177,7 @@ class RowUpdates:
                 self._taken += 1
                 return None, on_the_way
         elif trains:
-            self._await(Waiting(saved, grad, 1.0), finite)
+            self._await(Waiting(saved, grad, 1.0), worst != NOT_FINITE)
         for _ in saved.gradients(grad, dx, need_weight=False):
             pass
         return None, _scattered(self.ranks, dx, saved)
@@ -195,8 +194,8 @@ class RowUpdates:
             return
         for each in waiting:
             self._check_turn(each.saved)
-        finite = all(math.isfinite(each.factor) for each in waiting)
-        factor = self._clipping(waiting) if finite else math.nan
+        outlooks = [outlook(saved, grad.times(factor)) for saved, grad, factor in waiting]
+        factor = self._clipping(waiting, agreed(self.ranks, torch.stack(outlooks).amax()))
         if self._may_step(math.isfinite(factor)):
             with self._open_step():
                 for rows, d_rows in self._summed(waiting):
@@ -253,6 +252,17 @@ class RowUpdates:
                 "optimizer.zero_grad() forgets them"
             )
 
+    def _agreed_on(self, saved: SavedForward, grad: Gradients) -> tuple[float, Gradients, int]:
+        """The loss's scale, its gradient without it, and the worst outlook of all ranks."""
+        scale, refusal = 1.0, None
+        try:
+            self._check_turn(saved)
+            scale = self._loss_scale(saved) if self.at == "backward" else 1.0
+        except (RuntimeError, ValueError) as error:
+            refusal = error
+        unscaled = grad.times(1 / scale)
+        return scale, unscaled, agreed(self.ranks, outlook(saved, unscaled), refusal)
+
     def _loss_scale(self, saved: SavedForward) -> float:
         """What the loss was multiplied by; RuntimeError for a gradient that no loss has."""
         scale = self.loss_scale
@@ -301,12 +311,14 @@ class RowUpdates:
             d_rows = d_rows.to(accumulate_dtype(table.dtype)) * factor
         self.rows.update(rows.to(table.device) if isinstance(rows, Tensor) else rows, d_rows)
 
-    def _clipping(self, backwards: list[Waiting]) -> float:
-        """The step's factor, as clip_grad_norm_ has it; NaN where the norm is not finite."""
-        if self.max_norm is None:
-            return 1.0
+    def _clipping(self, backwards: list[Waiting], worst: int) -> float:
+        """The step's factor, as clip_grad_norm_ has it; NaN where a gradient is not finite."""
+        if worst == NOT_FINITE or (worst == FINE and self.max_norm is None):
+            return 1.0 if worst == FINE else math.nan
         norm = self._norm(backwards)
-        return min(1.0, self.max_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan
+        if not math.isfinite(norm):
+            return math.nan
+        return 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
 
     def _norm(self, backwards: list[Waiting]) -> float:
         square = torch.zeros((), dtype=torch.float64, device=self.rows.weight.device)
@@ -351,10 +363,6 @@ class RowUpdates:
 def _probe() -> Tensor:
     """A leaf whose gradient has the factor of what waits, on the host: it is read there."""
     return torch.zeros((), dtype=torch.float64, device="cpu", requires_grad=True)
-
-
-def _finite(*tensors: Tensor) -> bool:
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def _zeros_of_x(saved: SavedForward) -> Tensor | None:

@@ -36,7 +36,7 @@ def test_counts_by_hand() -> None:
     step = Step(1000, dim=8, batch=4, world=3, weight_bytes=2, state_bytes=6, embedding_bytes=2)
     assert step.rows == 334 and step.gathered == 12 and step.part == 334
     found = {p.name: p for p in phases(step)}
-    assert len(found) == 11
+    assert len(found) == 12
     elements = 334 * 8
     assert found["forward"].flop == 2 * 12 * elements
     assert found["backward"].flop == 3 * 2 * 12 * elements
@@ -46,11 +46,12 @@ def test_counts_by_hand() -> None:
     assert found["catch up"].memory == found["draw the sample"].memory == 0  # all rows take part
     assert found["gather counts"].received == 2 * 32
     assert found["gather labels"].received == 2 * 4 * 8
+    assert found["gather outlooks"].received == 2 * 8
     assert found["gather embeddings"].received == 2 * 4 * 8 * 2
     assert found["all-reduce maximum"].received == 2 * 2 / 3 * 8 * 12
     assert found["all-reduce sums"].received == 2 * 2 / 3 * 8 * 12 * 2
     assert found["reduce-scatter dX"].received == 2 * 4 * 8 * 4
-    assert sum(p.passes for p in found.values()) == 8
+    assert sum(p.passes for p in found.values()) == 9
 
     held = memory(step, chunk_bytes=100)
     assert held == {
@@ -99,7 +100,7 @@ def test_traffic_is_the_formula_of_the_collectives_and_of_the_page(world: int, l
     assert counted == traffic(step)
     b, d = step.batch, step.dim
     row = 8 * labels * b + 2 * d * b + 4 * d * b + 16 * b * (2 + labels)
-    assert counted == (world - 1) * (32 + row)
+    assert counted == (world - 1) * (40 + row)
     assert (
         counted
         == step_traffic(

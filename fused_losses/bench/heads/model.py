@@ -96,6 +96,7 @@ def phases(step: Step) -> list[Phase]:
         Phase("forward", flop=product, memory=table),
         Phase("all-reduce maximum", received=together, passes=2 * met),
         Phase("all-reduce sums", received=together * (1 + step.labels), passes=2 * met),
+        Phase("gather outlooks", received=8 * others, passes=int(met)),
         # the scores again, dX, dW; a chunk's dW is written, and read by the update
         Phase("backward", flop=3 * product, memory=3 * table),
         Phase("update", memory=3 * table + 2 * states),

@@ -222,11 +222,12 @@ and assumptions, listed below. None was measured on a GPU. The backbone is not i
 COMMUNICATION = """Bytes that a rank receives a step, W ranks, b rows a rank, L labels a row, e
 bytes an element of the embeddings (`fused_losses.centers.collectives`, counted in a test):
 
-$$ (W - 1)\\,\\big(32 + 8 L b + e D b + 4 D b + 16 b (2 + L)\\big) $$
+$$ (W - 1)\\,\\big(40 + 8 L b + e D b + 4 D b + 16 b (2 + L)\\big) $$
 
-gathers of counts, labels and embeddings, the reduce-scatter of dX in float32, and the all-reduces
-of a maximum and of 1 + L sums a row. It grows with the batch of all ranks, not with the classes.
-A link costs its bytes at the slowest edge of a ring; a pass over W ranks ceil(log2 W) messages."""
+gathers of counts, labels, embeddings and of whether the step can be taken, the reduce-scatter of dX
+in float32, and the all-reduces of a maximum and of 1 + L sums a row. It grows with the batch of all
+ranks, not with the classes. A link costs its bytes at the slowest edge of a ring; a pass over W
+ranks ceil(log2 W) messages."""
 
 PREDICTIONS = """D = 512, 128 rows a GPU, SGD with momentum, 8 GPUs a node, H100. Memory is the
 table, its states and the step's buffers; in brackets what does not fit in 80 GB. With a fixed batch

@@ -28,6 +28,7 @@ class ClassRule(NamedTuple):
     kinds: tuple[str, ...]  # of each statistic: "lse" or "sum"
     terms: Terms
     slopes: Slopes
+    steepest: Callable[[list[float]], float]  # a bound on |slopes| of what is not bent
     params: int  # how many
     values: tuple[int, ...]  # how many rows of them it may have
 
@@ -88,11 +89,18 @@ def _sphereface2_slopes(
 CLASS_FOLDS: Mapping[str, ClassRule] = MappingProxyType(
     {
         # params: scale; values: none, or the bend's four
-        "softmax": ClassRule(("lse",), _softmax_terms, _softmax_slopes, 1, (0, 4)),
+        "softmax": ClassRule(("lse",), _softmax_terms, _softmax_slopes, lambda p: p[0], 1, (0, 4)),
         # params: k, b
-        "sface": ClassRule(("sum",), _sface_terms, _sface_slopes, 2, (0,)),
+        "sface": ClassRule(("sum",), _sface_terms, _sface_slopes, lambda _: 1.0, 2, (0,)),
         # params: scale, margin, t, whether straight through; values: the bias
-        "sphereface2": ClassRule(("sum", "sum"), _sphereface2_terms, _sphereface2_slopes, 4, (1,)),
+        "sphereface2": ClassRule(
+            ("sum", "sum"),
+            _sphereface2_terms,
+            _sphereface2_slopes,
+            lambda p: p[0] * (1.0 if p[3] else p[2]),
+            4,
+            (1,),
+        ),
     }
 )
 

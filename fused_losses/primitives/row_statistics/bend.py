@@ -19,3 +19,11 @@ def bent_slope(raw: Tensor, bend: Tensor) -> Tensor:
     t, _, q, r = bend
     above = (2 * r * raw).add_(q)
     return torch.where(raw > t, above, 1)
+
+
+def steepest_bend(values: Tensor | None) -> Tensor | float:
+    """A bound on |psi'| of each row, [N], for cosines; of none 1."""
+    if values is None:
+        return 1.0
+    _, _, q, r = values
+    return (q.abs() + 2 * r.abs()).clamp_min(1)
