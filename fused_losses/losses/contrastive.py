@@ -94,7 +94,7 @@ def _share(stats: PairStatistics, mean: bool) -> tuple[Tensor, Tensor]:
     """lse over all - lse over the positives, or - their mean; and which rows have a positive."""
     positive, negative = stats.value
     counted = stats.count[POSITIVE] > 0
-    both = counted & (stats.count[NEGATIVE] > 0)
+    both = counted & ((stats.count[NEGATIVE] > 0) | positive.isnan())
     loss = torch.where(both, softplus(torch.where(both, negative - positive, 0)), 0)
     if mean:
         spread = positive - stats.total[POSITIVE] / stats.count[POSITIVE].clamp_min(1)

@@ -189,7 +189,7 @@ class _PairSums(NamedTuple):
             negative = torch.where(any_negative, self.count, 1).log() + negative - self.tilt
         # `!=` and not `>`: a NaN must show
         counted = self.positive != -torch.inf
-        both = counted & any_negative
+        both = counted & (any_negative | self.positive.isnan())
         gap = torch.where(both, negative - self.positive, 0)
         return torch.where(both, softplus(gap), 0), counted
 

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import about_own_mean, accumulate_dtype, no_autocast, row_dtype
+from fused_losses.base.numerics import (
+    about_own_mean,
+    accumulate_dtype,
+    nan_where_infinite,
+    no_autocast,
+    row_dtype,
+)
 from fused_losses.base.sides import Sides, batch_sides
 from fused_losses.base.validation import check_at_least, check_class_ids, check_plain, number
 from fused_losses.losses.scored_pairs import scored, triangle
@@ -184,7 +190,7 @@ def snr_contrastive(
     with no_autocast(embeddings.device):
         dtype, wide = accumulate_dtype(both.x.dtype), row_dtype(embeddings.device)
         inputs = scored_rows(both, "sqeuclidean", precision, normalize)
-        sums = inputs.x.to(dtype).sum(dim=1)
+        sums = inputs.x.to(dtype).sum(dim=1) + nan_where_infinite(inputs.x)
         x = about_own_mean(inputs.x)
         y = x if both.y is both.x else about_own_mean(inputs.y)
         power = x.to(wide).square().sum(dim=1)

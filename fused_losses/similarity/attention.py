@@ -182,8 +182,9 @@ def similarity_attention(
         out, lse = pair_attention(
             moved.contiguous(), inputs, positives=match == "same", backend=backend
         )
+        some = (lse != -torch.inf)[:, None]
+        out = torch.where(some, out, 0)  # also where weights of 0 have met a NaN among the values
         if center is not None:
-            some = (lse != -torch.inf)[:, None]
             out = torch.addcmul(out, some.to(out.dtype), center.to(out.dtype))
         return out.to(v.dtype), lse.to(accumulate_dtype(both.x.dtype))
 

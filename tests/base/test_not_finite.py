@@ -73,3 +73,39 @@ def test_triplets_of_a_bad_row(value: float, triplets: str, smooth: bool, backen
     many[2, 1] = value
     rows = fl.all_triplets(many, torch.arange(90) % 2, reduction="none", **options)
     assert rows.isnan().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_triplets_of_one_class_are_none(smooth: bool, value: float, backend: str) -> None:
+    x = torch.randn(6, 4)
+    x[2, 1] = value
+    labels = torch.zeros(6, dtype=torch.int64)
+    rows = fl.all_triplets(x, labels, smooth=smooth, reduction="none", backend=backend)
+    assert torch.equal(rows, torch.zeros(6))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_without_pairs_attends_to_no_bad_value(value: float, backend: str) -> None:
+    query, key, values = (torch.randn(n, 4) for n in (3, 5, 5))
+    values[2, 1] = value
+    labels = dict(query_labels=torch.tensor([0, 7, 1]), key_labels=torch.tensor([0, 1, 0, 0, 1]))
+    out = fl.similarity_attention(query, key, values, match="same", backend=backend, **labels)
+    assert torch.equal(out[1], torch.zeros(4))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_positive_without_a_negative(value: float, backend: str) -> None:
+    """Their loss would be 0 of any finite rows."""
+    x, y, labels = torch.randn(1, 4), torch.randn(1, 4), torch.zeros(2, dtype=torch.int64)
+    y[0, 2] = value
+    both = torch.cat([x, y])
+    options: dict[str, Any] = dict(reduction="none", backend=backend)
+    for loss in (
+        fl.info_nce(x, y, **options),
+        fl.n_pairs(x, y, **options),
+        fl.supervised_contrastive(both, labels, **options),
+        fl.soft_nearest_neighbor(both, labels, **options),
+        fl.snr_contrastive(y, labels[:1], zero_mean_weight=0.3, **options),
+    ):
+        assert loss.isnan().all()

@@ -57,8 +57,9 @@ def _each_positive(b: RowBlock) -> Iterator[tuple[Tensor, Tensor, Tensor | None]
     for p in range(index.shape[1]):
         at = index[:, p : p + 1]
         near = b.score.gather(1, at).masked_fill(~real[:, p : p + 1], -torch.inf)
-        # where a row has no such positive, no NaN of its others
-        violation = (near + margin - far).masked_fill_(~real[:, p : p + 1], -torch.inf)
+        # no NaN where there is no triplet: without such a positive, or with what is no negative
+        none = ~(real[:, p : p + 1] & b.negative)
+        violation = (near + margin - far).masked_fill_(none, -torch.inf)
         if kind == "all":
             yield at, violation, None
         elif kind == "hard":
