@@ -58,7 +58,8 @@ def cosine(t: Inputs) -> Tensor:
     """|u - v|^2 / 2; rows of zeros are at 1 from all, from one another at 0."""
     dead = [(side == 0).all(1) for side in (t.x, t.y)]
     matrix = square_distance(unit(t.x), unit(t.y)) / 2
-    return torch.where(dead[0][:, None] == dead[1], torch.where(dead[0][:, None], 0, matrix), 1.0)
+    found = torch.where(dead[0][:, None] == dead[1], torch.where(dead[0][:, None], 0, matrix), 1.0)
+    return torch.where(matrix.isnan(), matrix, found)
 
 
 def cosine_of_any(t: Inputs) -> Tensor:
@@ -68,7 +69,8 @@ def cosine_of_any(t: Inputs) -> Tensor:
 
 
 def best(matrix: Tensor, largest: bool = False) -> Tensor:
-    """The values of the k best a row, k = 5 or all there are."""
+    """The values of the k best a row, k = 5 or all there are; NaN is as bad as can be."""
+    matrix = torch.where(matrix.isnan(), -torch.inf if largest else torch.inf, matrix)
     return matrix.topk(min(5, matrix.shape[1]), largest=largest).values
 
 

@@ -56,7 +56,7 @@ def minkowski(t: Inputs, p: float, w: Tensor | float = 1.0) -> Tensor:
     """About the largest difference: a power of a small one is 0."""
     each = differences(t).abs()
     top = each.detach().amax(2, keepdim=True)
-    top = torch.where(top == 0, 1, top)
+    top = torch.where((top == 0) | top.isinf(), 1, top)
     total = (w * torch.where(each == 0, 0, (each / top).clamp_min(1e-300).pow(p))).sum(2)
     alive = total > 0
     return torch.where(alive, torch.where(alive, total, 1).pow(1 / p), 0) * top[..., 0]
@@ -74,7 +74,7 @@ def correlation(t: Inputs) -> Tensor:
 def angular(t: Inputs) -> Tensor:
     """By the half angle, whose sine is half the chord; a row of zeros is orthogonal to all."""
     chord = root(2 * cosine(t)) / 2
-    inside = chord < 1
+    inside = ~(chord >= 1)  # a NaN stays one
     return 2 / math.pi * torch.where(inside, torch.where(inside, chord, 0).asin(), math.pi / 2)
 
 
@@ -127,7 +127,7 @@ def hellinger(t: Inputs) -> Tensor:
 
 def plogp(p: Tensor, m: Tensor) -> Tensor:
     """p log(p / m), 0 at p = 0."""
-    some = (p > 0) & (m > 0)
+    some = ~(p <= 0) & ~(m <= 0)  # a NaN stays one
     return torch.where(some, p * (torch.where(some, p, 1) / torch.where(some, m, 1)).log(), 0)
 
 
@@ -298,7 +298,8 @@ def cross_entropy(t: Inputs, z: Tensor, smoothing: float) -> Tensor:
 def linear(t: Inputs, **more: Any) -> Tensor:
     options = {"linear_bias": t.bias, "weight": t.weight, "label_smoothing": 0.25} | more
     loss = fl.linear_cross_entropy(t.x, t.w, t.targets, ignore_index=-100, **options)
-    return torch.where(loss.isnan(), 0 * loss.nan_to_num(), loss)  # a mean over nothing
+    # a mean over nothing is NaN
+    return loss if bool((t.targets >= 0).any()) else 0 * loss.nan_to_num()
 
 
 def margin(t: Inputs, **more: Any) -> Tensor:

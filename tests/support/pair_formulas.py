@@ -133,7 +133,8 @@ def square_distance(x: Tensor, y: Tensor) -> Tensor:
 
 def distance(x: Tensor, y: Tensor) -> Tensor:
     square = square_distance(x, y)
-    return torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
+    alive = ~(square <= 0)  # a NaN stays one
+    return torch.where(alive, torch.where(alive, square, 1).sqrt(), 0)
 
 
 def unit(x: Tensor) -> Tensor:
