@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype
 from fused_losses.centers.collectives import Ranks
-from fused_losses.centers.shard import Gradients
+from fused_losses.centers.engines import Gradients
 from fused_losses.centers.step import SavedForward
 
 FINE, DOUBTFUL, NOT_FINITE, REFUSED = range(4)  # the worst of all ranks counts

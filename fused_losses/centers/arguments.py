@@ -70,16 +70,11 @@ def check_kernels(dtype: Any, backend: str | None) -> None:
         )
 
 
-def check_smoothing(
-    label_smoothing: float, sample_rate: float, sub_centers: int, batch_negatives: object
-) -> float:
-    """Its value; ValueError beside what has no uniform part over all classes."""
+def check_smoothing(label_smoothing: float, batch_negatives: object) -> float:
+    """Its value; ValueError beside negatives that are no classes."""
     value = checked_smoothing(label_smoothing)
-    if value and (sample_rate < 1 or sub_centers > 1 or batch_negatives is not None):
-        raise ValueError(
-            "label_smoothing: expected 0 beside sample_rate < 1, sub_centers > 1 or "
-            f"batch_negatives, got {value}"
-        )
+    if value and batch_negatives is not None:
+        raise ValueError(f"label_smoothing: expected 0 beside batch_negatives, got {value}")
     return value
 
 

@@ -20,10 +20,11 @@ from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers import arguments
 from fused_losses.centers.batch import GlobalBatch, device_of, flattened, gather_batch
 from fused_losses.centers.collectives import Ranks
+from fused_losses.centers.engines import Sums
 from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
 from fused_losses.centers.optimizers import make_row_optimizer
 from fused_losses.centers.sampling import groups
-from fused_losses.centers.shard import CHUNK_BYTES, ClassGroup, Shard, ShardSweep, Sums
+from fused_losses.centers.shard import CHUNK_BYTES, ClassGroup, Shard, ShardSweep
 from fused_losses.centers.statistics import HeadStats, over_shards
 from fused_losses.centers.step import SavedForward, Sharded
 from fused_losses.centers.stepped_table import SteppedTable
@@ -86,7 +87,7 @@ class ClassCenters(SteppedTable):
         precision, backend: as in `margin_softmax`; "reference" has no streamed form.
         nonfinite: of an optimizer's step whose embeddings or incoming gradient are not finite:
             "raise" (FloatingPointError) or "skip", before any row is written, on every rank.
-        label_smoothing: in [0, 1], of softmax over all classes, of one centre each.
+        label_smoothing: in [0, 1], of a softmax over the classes that take part.
 
     With an optimizer the table is neither a parameter nor a buffer, so that the head may lie inside
     what DistributedDataParallel or FSDP wrap; `requires_grad_(False)` of the head or of a model
@@ -135,9 +136,7 @@ class ClassCenters(SteppedTable):
         seed, ignore_index = arguments.integers(seed=seed, ignore_index=ignore_index)
         arguments.check_set("max_grad_norm", max_grad_norm)
         arguments.check_kernels(dtype, backend)
-        self.label_smoothing = arguments.check_smoothing(
-            label_smoothing, sample_rate, sub_centers, batch_negatives
-        )
+        self.label_smoothing = arguments.check_smoothing(label_smoothing, batch_negatives)
         validation.check_choice("update", update, UPDATES)
         validation.check_choice("precision", precision, validation.PRECISIONS)
         validation.check_choice("nonfinite", nonfinite, NONFINITE)
@@ -242,10 +241,11 @@ class ClassCenters(SteppedTable):
         x = rows.to(accumulate_dtype(table.dtype))
         x = (unit_rows(x) if self.normalize else x).contiguous()
         shard = Shard(table, batch.local, rows.device, self.chunk_bytes)
-        loss, values = self._loss_and_values(shard, x, batch.present, batch.valid)
+        loss, values = self._loss_and_values(shard, x, batch, self._smoothed_over(taking_part))
         engine = engine_of(
             loss,
-            plain=self.sub_centers == 1 and batch.labels.shape[1] == 1,
+            labels=batch.labels.shape[1],
+            centers=self.sub_centers,
             normalize=self.normalize,
             precision=self.precision,
             backend=self.backend,
@@ -299,21 +299,30 @@ class ClassCenters(SteppedTable):
             step=self.step_count,
         )
 
-    def _loss_of(self, scale: float | Tensor, valid: Tensor) -> ClassLoss:
+    def _smoothed_over(self, taking_part: list[ClassGroup]) -> int:
+        """Classes over which labels are smoothed: all, or without log_q those of the sample."""
+        drawn = [len(ids) for ids, _ in taking_part if ids is not None]
+        if not self.label_smoothing or not drawn or self.log_q:
+            return self.num_classes
+        count = torch.tensor(sum(drawn), device=self._table.device)
+        self.ranks.sum_(count)
+        return int(count)
+
+    def _loss_of(self, scale: float | Tensor, valid: Tensor, classes: int) -> ClassLoss:
         return loss_of(
             self.margin, scale, self.gradient, valid=valid, training=self.training,
-            smoothing=self.label_smoothing, classes=self.num_classes,
+            smoothing=self.label_smoothing, classes=classes,
         )  # fmt: skip
 
     def _loss_and_values(
-        self, shard: Shard, x: Tensor, present: Tensor, valid: Tensor
+        self, shard: Shard, x: Tensor, batch: GlobalBatch, classes: int
     ) -> tuple[ClassLoss, Tensor | None]:
         """The batch's loss, and the numbers of each row that its rule takes before the sweep."""
-        margin = self.margin
+        margin, present, valid = self.margin, batch.present, batch.valid
         adaptive = isinstance(margin, AdaptiveScale)
         if adaptive and present.shape[1] != 1:
             raise ValueError(f"labels: expected one a row with {type(margin).__name__}")
-        loss = self._loss_of(self.scale, valid)
+        loss = self._loss_of(self.scale, valid, classes)
         if not adaptive and not hasattr(getattr(loss, "margin", None), "bend"):
             none = x.new_zeros(present.shape, dtype=torch.float64)
             return loss, loss.values(none, present)
@@ -321,7 +330,8 @@ class ClassCenters(SteppedTable):
         targets = shard.targets(x, loss.softness, self.normalize)
         self.ranks.sum_(targets)
         if adaptive:
-            loss = self._loss_of(float(margin.scale_of(targets[:, 0], valid)), valid)
+            scale = float(margin.scale_of(targets[:, 0], valid))
+            loss = self._loss_of(scale, valid, classes)
         with torch.no_grad():
             return loss, loss.values(targets, present)
 

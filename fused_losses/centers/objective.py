@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.centers.shard import Engine, RuleEngine, SoftmaxEngine
+from fused_losses.centers.engines import Engine, RuleEngine, SoftmaxEngine
 from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.class_values import ClassLoss, MergedRows, Softmax
 from fused_losses.losses.margin_calls import penalty_of
@@ -43,7 +43,8 @@ class AdaptiveLoss(ClassLoss):
 class HeadSoftmax(Softmax):
     """With a scale that learns: by the target's score here, by the others' in `Sharded`.
 
-    smoothing: torch's label smoothing over so many classes, which takes one label a row.
+    smoothing: torch's label smoothing over so many classes, which takes one label a row. The sum of
+    the other classes' scores may be of a sample, corrected for it.
     """
 
     learned: Tensor | None = None
@@ -98,13 +99,20 @@ def loss_of(
 
 
 def engine_of(
-    loss: ClassLoss, *, plain: bool, normalize: bool, precision: str, backend: str | None
+    loss: ClassLoss,
+    *,
+    labels: int,  # a row
+    centers: int,  # a class
+    normalize: bool,
+    precision: str,
+    backend: str | None,
 ) -> Engine:
-    """The loss's kernels. plain: one label a row and one centre a class."""
+    """The loss's kernels."""
     smoothed = isinstance(loss, HeadSoftmax) and loss.smoothing > 0
-    if smoothed and not plain:
+    if smoothed and labels != 1:
         raise ValueError("labels: expected one a row with label_smoothing")
-    if plain and loss.rule == "softmax" and loss.softness == 0:
+    if labels == centers == 1 and loss.rule == "softmax" and loss.softness == 0:
         return SoftmaxEngine(loss.params()[0], normalize, precision, backend, smoothed)
     params = tuple(loss.params())
-    return RuleEngine(loss.rule, params, loss.softness, normalize, precision, backend)
+    rule = "summed_softmax" if smoothed else loss.rule
+    return RuleEngine(rule, params, loss.softness, normalize, precision, backend)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.centers.collectives import Ranks
-from fused_losses.centers.shard import Sums
+from fused_losses.centers.engines import Sums
 
 
 class HeadStats(NamedTuple):

@@ -13,7 +13,8 @@ from torch.autograd.graph import Node
 from fused_losses.base.numerics import no_autocast, unit_rows
 from fused_losses.centers.batch import GlobalBatch
 from fused_losses.centers.collectives import Scattered
-from fused_losses.centers.shard import Gradients, Rows, ShardSweep
+from fused_losses.centers.engines import Gradients, Rows
+from fused_losses.centers.shard import ShardSweep
 
 
 class SavedForward(NamedTuple):

@@ -24,7 +24,7 @@ from fused_losses.centers.update import AutogradUpdates, RowUpdates
 
 SWITCH = "trains"  # the parameter without elements that `requires_grad_` freezes the table by
 FIXED = ("num_classes", "embedding_dim", "sub_centers", "class_start", "num_local", "ranks")
-SMOOTHED = ("label_smoothing", "sample_rate", "sub_centers", "batch_negatives")
+SMOOTHED = ("label_smoothing", "batch_negatives")
 WEIGHT, EXTRA, STATES = "weight", "_extra_state", "optimizer."
 
 

@@ -15,9 +15,10 @@ from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.centers import sparse_steps
 from fused_losses.centers.agreement import FINE, NOT_FINITE, agreed, outlook
 from fused_losses.centers.collectives import Ranks, Scattered
+from fused_losses.centers.engines import Gradients, Rows
 from fused_losses.centers.head_optimizer import HeadOptimizer
 from fused_losses.centers.lazy_rows import RowOptimizer
-from fused_losses.centers.shard import ClassGroup, Gradients, Rows
+from fused_losses.centers.shard import ClassGroup
 from fused_losses.centers.step import SavedForward, accumulates
 
 NONFINITE = ("raise", "skip")

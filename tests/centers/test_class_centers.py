@@ -13,8 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fused_losses import class_losses, margins
 from fused_losses.centers.collectives import Ranks
+from fused_losses.centers.engines import Gradients, SoftmaxEngine
 from fused_losses.centers.sampling import sample
-from fused_losses.centers.shard import ClassGroup, Gradients, Shard, ShardSweep, SoftmaxEngine
+from fused_losses.centers.shard import ClassGroup, Shard, ShardSweep
 from fused_losses.losses import class_loss
 from fused_losses.losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
 from fused_losses.losses.margin_softmax import margin_softmax

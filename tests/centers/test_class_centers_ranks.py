@@ -43,6 +43,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "several labels": {"margin": class_losses.MLCD(16.0), "labels": 3},
     "adaptive scale": {"margin": AdaptiveScale(smallest=2.0)},
     "scale that learns, smoothed": {"scale": 7.0, "label_smoothing": 0.1},
+    "smoothed, a sample": {"label_smoothing": 0.2, "sample_rate": 0.4},
+    "smoothed sub-centres, sampled": {
+        "label_smoothing": 0.2, "sub_centers": 2, "sample_rate": 0.5, "log_q": True,
+    },
     "its sample": {"scale": 7.0, "sample_rate": 0.4, "log_q": True},
     "shared negatives": {"batch_negatives": UNPG(1.0)},
 }  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_losses import class_losses, margins
 from fused_losses.centers import ClassCenters
 from fused_losses.centers.agreement import _reach, _shortest, outlook
-from fused_losses.centers.shard import Gradients
+from fused_losses.centers.engines import Gradients
 from fused_losses.centers.step import SavedForward
 from fused_losses.centers.update import RowUpdates
 

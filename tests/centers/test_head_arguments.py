@@ -82,7 +82,7 @@ def test_what_stands_since_the_construction_is_refused_later() -> None:
         with pytest.raises(AttributeError, match=f"{name}: stands since the construction"):
             setattr(found, name, 3)
         assert getattr(found, name) == before
-    for name, wrong in (("sample_rate", 0.5), ("label_smoothing", 3.0)):
+    for name, wrong in (("batch_negatives", UNPG(1.0)), ("label_smoothing", 3.0)):
         with pytest.raises(ValueError, match="label_smoothing: expected"):
             setattr(found, name, wrong)
     found.label_smoothing = 0.0

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from class_center_cases import batch, data, gradients, head, same
+from class_center_cases import C, batch, data, gradients, head, same
+from dense_head import MARGIN, SCALE, DenseHead
 from torch import nn
 
 from fused_losses import class_losses
+from fused_losses.centers.sampling import sample
 from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.margin_softmax import margin_softmax
 from fused_losses.losses.unpg import UNPG
@@ -68,10 +70,50 @@ def test_rows_step_by_the_smoothed_gradient(update: str) -> None:
     same([found.weight], [weight.detach()])
 
 
+SAMPLES: dict[str, dict[str, Any]] = {
+    "a sample": dict(sample_rate=0.3),
+    "a corrected sample": dict(sample_rate=0.3, log_q=True),
+    "sub-centres": dict(sub_centers=3),
+    "sub-centres, a sample": dict(sub_centers=2, sample_rate=0.4),
+    "sub-centres, a corrected sample": dict(sub_centers=2, sample_rate=0.4, log_q=True),
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("update", ["backward", "step"])
+@pytest.mark.parametrize("case", SAMPLES)
+def test_over_a_sample_and_sub_centres(case: str, update: str, smoothing: float) -> None:
+    settings, options = dict(lr=0.5, momentum=0.9, weight_decay=0.01), SAMPLES[case]
+    found = head(
+        optimizer="sgd", optimizer_options=settings, update=update, label_smoothing=smoothing,
+        margin=CosFace(MARGIN), scale=SCALE, seed=3, **options,
+    )  # fmt: skip
+    dense, rate = DenseHead(found.weight, "sgd", settings), found.sample_rate
+    for step in range(4):
+        x, y = batch(step)
+        y[step] = -100
+        drawn = sample(0, C, rate, seed=3, step=step) if rate < 1 else None
+        part = dense.taking_part(y, drawn)
+        twin = x.detach().clone().requires_grad_()
+        chance = rate if found.log_q else 1.0
+        loss, expected = found(x, y), dense.loss(twin, y, part, smoothing=smoothing, chance=chance)
+        same([loss.detach()], [expected.detach()])
+        loss.backward()
+        found.optimizer.step()
+        (d_twin,) = torch.autograd.grad(expected, twin, retain_graph=True)
+        assert x.grad is not None
+        same([x.grad], [d_twin])
+        dense.backward(expected, part)
+        dense.step()
+        same([found.weight], [dense.weight.detach()])
+    x, y = batch(9)  # all classes count where nothing trains
+    same([found.eval()(x, y).detach()], [dense.loss(x, y, smoothing=smoothing).detach()])
+
+
 def test_what_smoothing_cannot_stand_beside() -> None:
     refused: list[dict[str, Any]] = [
-        dict(sample_rate=0.5), dict(sub_centers=2), dict(batch_negatives=UNPG(1.0)),
-        dict(margin=class_losses.SFace()), dict(margin=AdaptiveScale()),
+        dict(batch_negatives=UNPG(1.0)), dict(margin=class_losses.SFace()),
+        dict(margin=AdaptiveScale()),
     ]  # fmt: skip
     for options in refused:
         with pytest.raises(ValueError, match="label_smoothing: expected 0 beside"):

@@ -41,21 +41,39 @@ class DenseHead:
 
     # ---- the loss ----
 
-    def loss(self, x: Tensor, labels: Tensor, part: Tensor | None = None) -> Tensor:
-        """The mean over the rows that have a label; part: ids of the classes that take part."""
+    def loss(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        part: Tensor | None = None,
+        *,
+        smoothing: float = 0.0,
+        chance: float = 1.0,
+    ) -> Tensor:
+        """The mean over the rows that have a label; part: ids of the classes that take part.
+
+        chance: of those that are no row's label, which count 1 / chance times in sums over classes;
+        1: no class counts more than once.
+        """
         valid = labels >= 0
         if not bool(valid.any()):
             return torch.zeros((), dtype=torch.float64)
         rows, y = x[valid], labels[valid]
         cosine = _unit(rows) @ _unit(self.weight).flatten(0, -2).T
         cosine = cosine.view(len(rows), len(self.weight), -1).amax(dim=2)
-        there = torch.ones(len(self.weight), dtype=torch.bool)
+        times = torch.ones(len(self.weight), dtype=torch.float64)
         if part is not None:
-            there = torch.zeros_like(there).index_fill(0, part, True)
+            times = torch.zeros_like(times).index_fill(0, part, 1 / chance).index_fill(0, y, 1)
         own = torch.nn.functional.one_hot(y, len(self.weight)).double()
         z = SCALE * (cosine - MARGIN * own)
-        z = z.masked_fill(~there, -torch.inf)
-        return -(z.gather(1, y[:, None])[:, 0] - torch.logsumexp(z, dim=1)).mean()
+        log_p = z - torch.logsumexp(z + times.log(), dim=1, keepdim=True)
+        loss = -log_p.gather(1, y[:, None])[:, 0]
+        if smoothing:
+            classes = times.sum() if chance == 1 else len(times)
+            # of all classes log Z, of each that takes part its score, so often as it counts
+            uniform = (z - log_p)[:, 0] - (times * z).sum(dim=1) / classes
+            loss = (1 - smoothing) * loss + smoothing * uniform
+        return loss.mean()
 
     def taking_part(self, labels: Tensor, drawn: Tensor | None) -> Tensor | None:
         return None if drawn is None else torch.cat([drawn, labels[labels >= 0]]).unique()

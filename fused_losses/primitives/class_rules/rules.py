@@ -17,6 +17,9 @@ Terms = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor, ...]]
 Slopes = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor | float, ...]]
 
 
+BEND = 4  # rows of values: a threshold and a polynomial
+
+
 class ClassRule(NamedTuple):
     """What a cosine of a negative class adds to the row's statistics.
 
@@ -39,6 +42,18 @@ def _softmax_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tup
 
 def _softmax_slopes(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor | float]:
     return (params[0] if values is None else params[0] * bent_slope(c, values),)
+
+
+def _summed_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor, Tensor]:
+    (score,) = _softmax_terms(c, values, params)
+    return score, score
+
+
+def _summed_slopes(
+    c: Tensor, values: Tensor | None, params: list[float]
+) -> tuple[Tensor | float, Tensor | float]:
+    (slope,) = _softmax_slopes(c, values, params)
+    return slope, slope
 
 
 def _sface_weight(c: Tensor, params: list[float]) -> Tensor:
@@ -89,7 +104,13 @@ def _sphereface2_slopes(
 CLASS_FOLDS: Mapping[str, ClassRule] = MappingProxyType(
     {
         # params: scale; values: none, or the bend's four
-        "softmax": ClassRule(("lse",), _softmax_terms, _softmax_slopes, lambda p: p[0], 1, (0, 4)),
+        "softmax": ClassRule(
+            ("lse",), _softmax_terms, _softmax_slopes, lambda p: p[0], 1, (0, BEND)
+        ),
+        # and the sum of these scores
+        "summed_softmax": ClassRule(
+            ("lse", "sum"), _summed_terms, _summed_slopes, lambda p: p[0], 1, (0, BEND)
+        ),
         # params: k, b
         "sface": ClassRule(("sum",), _sface_terms, _sface_slopes, lambda _: 1.0, 2, (0,)),
         # params: scale, margin, t, whether straight through; values: the bias
