@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_losses.base.numerics import traced
 from fused_losses.base.validation import check_number, check_plain, describe
@@ -58,9 +58,19 @@ def check_angle(name: str, value: float | Tensor) -> None:
     check_parameter(name, value, 0, math.pi, within=within, carries=True)
 
 
+def check_called(name: str, value: object) -> None:
+    """TypeError for a `forward` that a value has and nobody calls: only a module's is."""
+    if hasattr(value, "forward") and not isinstance(value, nn.Module):
+        raise TypeError(
+            f"{name}: expected what {type(value).__name__}.forward does in the method that is "
+            "called (__call__ of a margin, row_loss of a loss): forward is an nn.Module's"
+        )
+
+
 def check_margin(margin: object) -> None:
     """None or a callable that is no class; else a TypeError that says what to write."""
     if margin is None or (callable(margin) and not isinstance(margin, type)):
+        check_called("margin", margin)
         return
     if isinstance(margin, type):
         got, write = f"the class {margin.__name__}", f"{margin.__name__}()"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import operator
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from fused_losses.base.parameters import check_above, check_parameter
+from fused_losses.base.parameters import check_above, check_called, check_parameter
 from fused_losses.base.validation import FLOATS, check_choice, checked_smoothing, describe
+from fused_losses.losses.unpg import UNPG
 
 GRADIENT_SCALES = ("ddp_mean", "global_sum")
 
@@ -68,6 +72,26 @@ def check_kernels(dtype: Any, backend: str | None) -> None:
             "backend: expected a streamed one, got 'reference'; margin_softmax(..., "
             "backend='reference') materialises the logits"
         )
+
+
+def check_objects(
+    *, batch_negatives: object, optimizer_options: object, storage: object, **groups: object
+) -> None:
+    """TypeError for an object of another kind; groups: process_group and device_mesh."""
+    kinds: dict[str, tuple[object, tuple[type, ...], str]] = {
+        "batch_negatives": (batch_negatives, (UNPG,), "UNPG()"),
+        "optimizer_options": (optimizer_options, (dict,), "a dict of hyper-parameters"),
+        "storage": (storage, (str, Path), "a folder or 'pinned'"),
+        "process_group": (
+            groups["process_group"], (dist.ProcessGroup,), "a group that this rank is in",
+        ),
+        "device_mesh": (groups["device_mesh"], (DeviceMesh,), "a DeviceMesh"),
+    }  # fmt: skip
+    for name, (value, right, wanted) in kinds.items():
+        if value is not None and not isinstance(value, right):
+            raise TypeError(f"{name}: expected None or {wanted}, got {value!r}")
+    if batch_negatives is not None:
+        check_called("batch_negatives", batch_negatives)
 
 
 def check_smoothing(label_smoothing: float, batch_negatives: object) -> float:

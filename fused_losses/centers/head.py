@@ -136,6 +136,10 @@ class ClassCenters(SteppedTable):
         seed, ignore_index = arguments.integers(seed=seed, ignore_index=ignore_index)
         arguments.check_set("max_grad_norm", max_grad_norm)
         arguments.check_kernels(dtype, backend)
+        arguments.check_objects(
+            batch_negatives=batch_negatives, optimizer_options=optimizer_options, storage=storage,
+            process_group=process_group, device_mesh=device_mesh,
+        )  # fmt: skip
         self.label_smoothing = arguments.check_smoothing(label_smoothing, batch_negatives)
         validation.check_choice("update", update, UPDATES)
         validation.check_choice("precision", precision, validation.PRECISIONS)

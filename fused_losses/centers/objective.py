@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses.base.parameters import check_called
 from fused_losses.centers.engines import Engine, RuleEngine, SoftmaxEngine
 from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.class_values import ClassLoss, MergedRows, Softmax
@@ -78,6 +79,8 @@ def loss_of(
     classes: int = 1,
 ) -> ClassLoss:
     """The loss of a row."""
+    if isinstance(margin, ClassLoss | AdaptiveScale):
+        check_called("margin", margin)
     if smoothing and isinstance(margin, ClassLoss | AdaptiveScale):
         raise ValueError(
             "label_smoothing: expected 0 beside a loss of its own, "

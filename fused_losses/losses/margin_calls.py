@@ -47,13 +47,28 @@ def apply_margin(
         given.append(norm.detach() if straight else norm)
     if getattr(margin, "uses_present", False):
         given.append(present)
-    moved = margin(*given)
-    if moved.shape != cosine.shape:
-        raise ValueError(
-            f"margin: expected it to return shape {tuple(cosine.shape)}, got {tuple(moved.shape)}"
-        )
+    moved = _called(margin, given)
+    if not isinstance(moved, Tensor) or moved.shape != cosine.shape:
+        got = tuple(moved.shape) if isinstance(moved, Tensor) else type(moved).__name__
+        raise ValueError(f"margin: expected it to return shape {tuple(cosine.shape)}, got {got}")
     # the difference is worth 0, of an infinite cosine too
     return moved + torch.where(cosine.isinf(), 0, cosine - cosine.detach()) if straight else moved
+
+
+def _called(margin: Margin, given: list[Tensor]) -> Any:
+    """TypeError for a callable that is no function of such vectors: a layer, say."""
+    if torch.compiler.is_compiling():
+        return margin(*given)
+    try:
+        return margin(*given)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError) as error:
+        vectors = f"{len(given)} vector{'s' * (len(given) > 1)} of shape {tuple(given[0].shape)}"
+        raise TypeError(
+            f"margin: expected a callable on {vectors}, {given[0].dtype}, got "
+            f"{type(margin).__name__}, which raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def penalty_of(margin: Margin | None, norm: Tensor | None) -> Tensor | float:

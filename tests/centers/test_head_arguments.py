@@ -19,6 +19,26 @@ from fused_losses.centers import ClassCenters
 from fused_losses.losses.unpg import UNPG
 from fused_losses.margins import AdaFace, ArcFace, CosFace, CurricularFace, InterclassFilter
 
+
+class ForwardMargin(CosFace):
+    """As one extends a module."""
+
+    def forward(self, cosine: Tensor) -> Tensor:
+        return cosine
+
+
+class ForwardLoss(class_losses.SFace):
+    def forward(self, rows: Any) -> Any:
+        return rows
+
+
+class Shifted(AdaFace):
+    """Whose own forward counts: it is a module."""
+
+    def forward(self, cosine: Tensor, *of_row: Tensor) -> Tensor:
+        return super().forward(cosine, *of_row) - 0.1
+
+
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a number for a margin": (dict(margin=0.5), TypeError, r"margin: .*write ArcFace\(0.5\)"),
     "a class": (dict(margin=ArcFace), TypeError, r"margin: .*write ArcFace\(\)"),
@@ -40,6 +60,26 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         dict(gradient_scale="mean"), ValueError, "gradient_scale: expected one of ddp_mean",
     ),
     "no bytes": (dict(chunk_bytes=0), ValueError, "chunk_bytes: expected at least 1, got 0"),
+    "a layer for negatives": (
+        dict(batch_negatives=nn.Linear(2, 2)), TypeError, r"batch_negatives: .* UNPG\(\), got Lin",
+    ),
+    "options in a list": (
+        dict(optimizer="sgd", optimizer_options=[0.1]), TypeError, "optimizer_options: .* a dict",
+    ),
+    "a group by its number": (
+        dict(process_group=0), TypeError, "process_group: .* a group that this rank is in, got 0",
+    ),
+    "a mesh by its shape": (dict(device_mesh=(2,)), TypeError, "device_mesh: .* a DeviceMesh"),
+    "a number of bytes": (dict(storage=4096), TypeError, "storage: expected None or a folder"),
+    "an optimizer of torch": (
+        dict(optimizer=torch.optim.SGD), ValueError, "optimizer: expected one of sgd, adamw",
+    ),
+    "a forward that nobody calls": (
+        dict(margin=ForwardMargin(0.2)), TypeError, "margin: .*ForwardMargin.forward .*__call__",
+    ),
+    "a loss's forward": (
+        dict(margin=ForwardLoss()), TypeError, "margin: .*ForwardLoss.forward .*row_loss",
+    ),
     "a seed of words": (dict(seed="a"), TypeError, "seed: expected an integer, got 'a'"),
 }  # fmt: skip
 
@@ -49,6 +89,35 @@ def test_wrong_arguments_are_refused_by_name(case: str) -> None:
     options, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         head(**options)
+
+
+CALLABLES: dict[str, tuple[Any, type[Exception], str]] = {
+    "a layer": (
+        nn.Linear(3, 3), TypeError,
+        r"margin: expected a callable on 1 vector of shape \(13,\), .*got Linear, which raised Run",
+    ),
+    "of two vectors": (
+        lambda cosine, norm: cosine, TypeError, "margin: .* 1 vector .*got function, which raised",
+    ),
+    "to a pair": (lambda t: (t, t), ValueError, r"margin: .* return shape \(13,\), got tuple"),
+    "to a number": (lambda t: t.sum(), ValueError, r"margin: .* shape \(13,\), got \(\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CALLABLES)
+def test_a_callable_that_is_no_margin_is_refused_by_name(case: str) -> None:
+    margin, error, message = CALLABLES[case]
+    found, before = head(margin=margin, optimizer="sgd"), head().weight
+    with pytest.raises(error, match=message):
+        found(*data()).backward()
+    assert torch.equal(found.weight, before) and found.step_count == 0
+    found.margin = None
+    found(*data()).backward()
+
+
+def test_a_modules_own_forward_counts() -> None:
+    x, y = data()
+    assert head(margin=Shifted())(x, y) > head(margin=AdaFace())(x, y)
 
 
 def test_the_order_of_partial_fc_is_told() -> None:
