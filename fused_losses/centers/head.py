@@ -67,7 +67,7 @@ class ClassCenters(SteppedTable):
             with a dense gradient (`fused_losses.centers.optimizers`), and no gradient of the
             table ever exists.
         optimizer_options: its hyper-parameters, `state_dtype`, `stochastic_rounding`.
-        update: "backward" (each is a step: gradient accumulation wants "step"), or "step":
+        update: "backward" (each is a step, or `every` of them are one), or "step":
             backward keeps O(B D), `head.optimizer.step()` sweeps again and updates. Several
             backwards before a step add up; `grad_norm`, `scale_grad` work in between.
         max_grad_norm: the table's gradient is scaled down to this norm (all shards together);
@@ -88,6 +88,8 @@ class ClassCenters(SteppedTable):
         nonfinite: of an optimizer's step whose embeddings or incoming gradient are not finite:
             "raise" (FloatingPointError) or "skip", before any row is written, on every rank.
         label_smoothing: in [0, 1], of a softmax over the classes that take part.
+        every: backwards whose gradients add up to one step inside the last of them, for gradient
+            accumulation; `optimizer.step()` before that takes it at once, `zero_grad()` forgets.
 
     With an optimizer the table is neither a parameter nor a buffer, so that the head may lie inside
     what DistributedDataParallel or FSDP wrap; `requires_grad_(False)` of the head or of a model
@@ -127,6 +129,7 @@ class ClassCenters(SteppedTable):
         backend: str | None = None,
         nonfinite: str = "raise",
         label_smoothing: float = 0.0,
+        every: int = 1,
     ) -> None:
         super().__init__()
         num_classes, embedding_dim, sub_centers, chunk_bytes = arguments.counts(
@@ -176,6 +179,7 @@ class ClassCenters(SteppedTable):
                 rows, self.ranks, at=update, max_norm=max_grad_norm, nonfinite=nonfinite
             )
         self._own(weight, updates)
+        self.every = every
 
     # ---- forward --------------------------------------------------------------------------------
 

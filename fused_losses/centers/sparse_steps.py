@@ -22,6 +22,14 @@ def watch(table: Tensor) -> None:
     _ask_every_optimizer()
 
 
+def gradient(table: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The gradient of some rows, in parts, as a sparse tensor of the table's shape."""
+    ids, values = table.new_empty(0, dtype=torch.int64), table.new_empty((0, *table.shape[1:]))
+    if parts:
+        ids, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return torch.sparse_coo_tensor(ids[None], values, table.shape, check_invariants=False)
+
+
 @functools.cache
 def _ask_every_optimizer() -> None:
     register_optimizer_step_pre_hook(_refuse_unfit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fused_losses.centers import arguments
 from fused_losses.centers.table import TableModule
 from fused_losses.centers.update import LossScale, RowUpdates
 
@@ -13,6 +14,21 @@ class SteppedTable(TableModule):
     def update_at(self) -> str:
         """When the rows step: "backward" or "step"."""
         return self._updates.at
+
+    @property
+    def every(self) -> int:
+        """How many backwards make a step inside backward; what waits counts for another number."""
+        return self._updates.every
+
+    @every.setter
+    def every(self, count: int) -> None:
+        (count,) = arguments.counts(every=count)
+        if count > 1 and (not isinstance(self._updates, RowUpdates) or self.update_at == "step"):
+            raise ValueError(
+                "every: expected 1 beside optimizer=None, or update='step', whose backwards add up "
+                f"until optimizer.step(), got {count}"
+            )
+        self._updates.every = count
 
     @property
     def max_grad_norm(self) -> float | None:

@@ -25,7 +25,7 @@ NONFINITE = ("raise", "skip")
 LARGEST = 1024.0  # incoming gradient of a loss, not of a loss times a scaler's factor
 ACCUMULATED = (
     "ClassCenters: {} backwards since the last head.optimizer.step() were as many steps of the "
-    "rows, each by a part of the batch; update='step' adds them up"
+    "rows, each by a part of the batch; update='step' adds them up, or every=, so many at a time"
 )
 UNIT = 2.0**-40  # what stands for a waiting gradient: its norm must not count in a clipping
 
@@ -44,6 +44,7 @@ class AutogradUpdates:
     """Of a table that is a parameter: some other optimiser takes the steps."""
 
     at = "backward"
+    every = 1
     optimizer = None
     loss_scale: LossScale = 1.0
     generation = skipped = 0
@@ -86,7 +87,7 @@ class AutogradUpdates:
             else:
                 assert isinstance(rows, Tensor)
                 parts.append((rows.to(table.device), d_rows.to(table.device)))
-        d_weight = _sparse(table, parts) if need and dense is None else dense
+        d_weight = sparse_steps.gradient(table, parts) if need and dense is None else dense
         if need and sampled and isinstance(leaf := getattr(saved.leaf, "variable", None), Tensor):
             sparse_steps.watch(leaf)
         return d_weight, _scattered(self.ranks, dx, saved)
@@ -95,7 +96,8 @@ class AutogradUpdates:
 class RowUpdates:
     """Of a table whose rows an optimiser steps inside backward, or when it is told to.
 
-    at: "backward" or "step". max_norm: the gradient is scaled down to it, over all shards.
+    at: "backward" or "step". every: so many backwards are a step inside backward. max_norm: the
+    gradient is scaled down to it, over all shards.
     It owns what waits for a step. `rows` owns the table, its states and its steps; the waiting
     gradients' factor is that of `probe.grad`, which torch's tools see among the optimiser's
     gradients: it is multiplied, found to be infinite, or forgotten with them.
@@ -105,7 +107,7 @@ class RowUpdates:
         self, rows: RowOptimizer, ranks: Ranks, *, at: str, max_norm: float | None, nonfinite: str
     ) -> None:
         self.rows, self.ranks, self.at, self.max_norm = rows, ranks, at, max_norm
-        self.nonfinite = nonfinite
+        self.nonfinite, self.every = nonfinite, 1
         self.skipped = 0  # steps, because of a number that is not finite
         self.loss_scale: LossScale = 1.0
         self._waiting: list[Waiting] = []
@@ -163,7 +165,10 @@ class RowUpdates:
         scale, unscaled, worst = 1.0, grad, FINE
         if trains:
             scale, unscaled, worst = self._agreed_on(saved, grad)
-        if trains and self.at == "backward":
+        waits = trains and (self.at == "step" or self.every > 1 or bool(self._waiting))
+        if waits:
+            self._await(Waiting(saved, unscaled, 1.0), worst != NOT_FINITE)
+        elif trains:
             factor = self._clipping([Waiting(saved, unscaled, 1.0)], worst)
             finite = math.isfinite(factor)
             self._tell(finite)
@@ -177,11 +182,23 @@ class RowUpdates:
                     on_the_way = _scattered(self.ranks, dx, saved)
                 self._taken += 1
                 return None, on_the_way
-        elif trains:
-            self._await(Waiting(saved, grad, 1.0), worst != NOT_FINITE)
         for _ in saved.gradients(grad, dx, need_weight=False):
             pass
-        return None, _scattered(self.ranks, dx, saved)
+        on_the_way = _scattered(self.ranks, dx, saved)
+        if waits and self.at == "backward" and len(self._waiting) >= self.every:
+            self._step_inside()
+        return None, on_the_way
+
+    @torch.no_grad()
+    def _step_inside(self) -> None:
+        """The step of several backwards; they are gone, whatever becomes of it."""
+        waiting, taken, finite = self._pending(), self._taken, False
+        self.forget()
+        try:
+            finite = self._take(waiting)
+        finally:
+            self._taken = taken + finite
+            self._tell(finite)
 
     @torch.no_grad()
     def take_pending(self) -> None:
@@ -193,19 +210,25 @@ class RowUpdates:
                 warnings.warn(ACCUMULATED.format(self._taken), stacklevel=4)
             self.forget()
             return
+        self._take(waiting)
+        self.forget()
+
+    def _take(self, waiting: list[Waiting]) -> bool:
+        """One step with the sum of these gradients; whether it was one."""
         for each in waiting:
             self._check_turn(each.saved)
         outlooks = [outlook(saved, grad.times(factor)) for saved, grad, factor in waiting]
         factor = self._clipping(waiting, agreed(self.ranks, torch.stack(outlooks).amax()))
-        if self._may_step(math.isfinite(factor)):
-            with self._open_step():
-                for rows, d_rows in self._summed(waiting):
-                    self._update(rows, d_rows, factor)
-        self.forget()
+        if not self._may_step(math.isfinite(factor)):
+            return False
+        with self._open_step():
+            for rows, d_rows in self._summed(waiting):
+                self._update(rows, d_rows, factor)
+        return True
 
     def forget(self) -> None:
         """Nothing waits."""
-        self._waiting.clear()
+        self._waiting = []
         self._taken = 0
         self.probe.grad = None
 
@@ -373,11 +396,3 @@ def _zeros_of_x(saved: SavedForward) -> Tensor | None:
 
 def _scattered(ranks: Ranks, dx: Tensor | None, saved: SavedForward) -> Scattered | None:
     return None if dx is None else Scattered(ranks, dx, saved.batch.counts)
-
-
-def _sparse(table: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The gradient of some rows, in parts, as a sparse tensor of the table's shape."""
-    ids, values = table.new_empty(0, dtype=torch.int64), table.new_empty((0, *table.shape[1:]))
-    if parts:
-        ids, values = (torch.cat(part) for part in zip(*parts, strict=True))
-    return torch.sparse_coo_tensor(ids[None], values, table.shape, check_invariants=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import processes
@@ -63,7 +64,7 @@ def wide(step: int) -> tuple[Tensor, Tensor]:
     return x.detach().float().requires_grad_(), y
 
 
-def one_rank_alone(rank: int) -> dict[str, str]:
+def one_rank_alone(rank: int, folder: str) -> dict[str, str]:
     found: dict[str, str] = {}
     last = dist.get_world_size() - 1
     for update in ("backward", "step"):
@@ -84,15 +85,21 @@ def one_rank_alone(rank: int) -> dict[str, str]:
             own(*batch(4)).backward()  # and on
             own.optimizer.step()
             assert own.step_count == 2 and bool(own.weight.isfinite().all())
+    counting = made("backward", "raise", every=2, sample_rate=0.4)
+    for step in range(4):  # each rank the whole batch: the mean is that of one
+        counting(*batch(step)).backward()
+    found["rows"] = str(counting.step_count)
+    torch.save(counting.weight, f"{folder}/{dist.get_world_size()}-{rank}.pt")
     factor = 1e6 if rank == last else 1.0
     found["a scaler's factor"] = refused(made("backward", "raise"), *batch(1), factor)
     return found
 
 
 @pytest.mark.processes
-def test_what_one_rank_sees_alone_stops_all_before_a_row_is_written() -> None:
+def test_what_one_rank_sees_alone_stops_all_before_a_row_is_written(tmp_path: Path) -> None:
     for world in (1, 2):
-        for rank, told in enumerate(processes.run(world, one_rank_alone)):
+        for rank, told in enumerate(processes.run(world, one_rank_alone, str(tmp_path))):
+            assert told.pop("rows") == "2"
             for case, text in told.items():
                 if case == "a scaler's factor":
                     own = rank == world - 1
@@ -103,6 +110,9 @@ def test_what_one_rank_sees_alone_stops_all_before_a_row_is_written() -> None:
                 else:
                     assert text.startswith("FloatingPointError: "), case
                     assert "no row was changed" in text
+    whole = torch.load(tmp_path / "1-0.pt")
+    parts = torch.cat([torch.load(tmp_path / f"2-{rank}.pt") for rank in range(2)])
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-10)
 
 
 # ---- the bound ----------------------------------------------------------------------------------
