@@ -23,6 +23,7 @@ from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.engines import Sums
 from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
 from fused_losses.centers.optimizers import make_row_optimizer
+from fused_losses.centers.resize import carry_over
 from fused_losses.centers.sampling import groups
 from fused_losses.centers.shard import CHUNK_BYTES, ClassGroup, Shard, ShardSweep
 from fused_losses.centers.statistics import HeadStats, over_shards
@@ -90,6 +91,7 @@ class ClassCenters(SteppedTable):
         label_smoothing: in [0, 1], of a softmax over the classes that take part.
         every: backwards whose gradients add up to one step inside the last of them, for gradient
             accumulation; `optimizer.step()` before that takes it at once, `zero_grad()` forgets.
+        grow_from: a head of fewer classes or more, where this one goes on: `carry_over`.
 
     With an optimizer the table is neither a parameter nor a buffer, so that the head may lie inside
     what DistributedDataParallel or FSDP wrap; `requires_grad_(False)` of the head or of a model
@@ -130,6 +132,7 @@ class ClassCenters(SteppedTable):
         nonfinite: str = "raise",
         label_smoothing: float = 0.0,
         every: int = 1,
+        grow_from: ClassCenters | None = None,
     ) -> None:
         super().__init__()
         num_classes, embedding_dim, sub_centers, chunk_bytes = arguments.counts(
@@ -139,6 +142,11 @@ class ClassCenters(SteppedTable):
         seed, ignore_index = arguments.integers(seed=seed, ignore_index=ignore_index)
         arguments.check_set("max_grad_norm", max_grad_norm)
         arguments.check_kernels(dtype, backend)
+        if grow_from is not None and not isinstance(grow_from, ClassCenters):
+            raise TypeError(
+                f"grow_from: expected None or a ClassCenters, got {type(grow_from).__name__}; a "
+                "state dict is loaded by a head of its number of classes"
+            )
         arguments.check_objects(
             batch_negatives=batch_negatives, optimizer_options=optimizer_options, storage=storage,
             process_group=process_group, device_mesh=device_mesh,
@@ -180,6 +188,8 @@ class ClassCenters(SteppedTable):
             )
         self._own(weight, updates)
         self.every = every
+        if grow_from is not None:
+            carry_over(grow_from, self)
 
     # ---- forward --------------------------------------------------------------------------------
 

@@ -292,8 +292,9 @@ class TableModule(nn.Module):
             classes += f" (of {self.num_classes}, the shard of rank {self.ranks.rank})"
         return (
             f"expected shape {expected}, that is {classes}, got {describe(given)}, that is "
-            f"{found}; rows go over to another number of classes by centers.carry_over(old, new) "
-            "or Checkpoints.load(..., resize=True)"
+            f"{found}; rows go over to another number of classes by a head of that number, old, "
+            "which loads them: ClassCenters(..., grow_from=old) or centers.carry_over(old, new); "
+            "from files by Checkpoints.load(..., resize=True)"
         )
 
     @torch.no_grad()

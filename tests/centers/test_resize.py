@@ -61,6 +61,9 @@ def carried(_: int) -> dict[str, Any]:
             old, new = head(name), head(name, classes)
             train(old, range(3), C)
             carry_over(old, new)
+            grown = head(name, classes, grow_from=old)
+            for key, table in local_state(grown).items():
+                assert torch.equal(table, local(new.state()[key])), (name, classes, key)
             before = {key: local(t) for key, t in new.state().items()}
             train(new, range(3, 5), min(C, classes))
             after = {key: local(t) for key, t in new.state().items()}
@@ -193,6 +196,12 @@ def test_heads_that_do_not_fit() -> None:
     new = head("adamw", 14, sub_centers=1)
     carry_over(old, new, optimizer=False)
     assert torch.equal(new.weight[:C], old.weight) and new.step_count == 0
+    with pytest.raises(ValueError, match="new: expected .*weight"):
+        head("sgd", 14, sub_centers=2, grow_from=old)
+    with pytest.raises(TypeError, match="grow_from: .*got OrderedDict; .* by a head of its number"):
+        head("sgd", 14, grow_from=old.state_dict())
+    with pytest.raises(RuntimeError, match=r"11 classes, got .*\(14, 4\).*grow_from=old\)"):
+        head("sgd").load_state_dict(head("sgd", 14).state_dict())
     with pytest.raises(IndexError, match="first"):
         set_rows(old, torch.zeros(3, D, dtype=torch.float64), C - 2)
     with pytest.raises(ValueError, match="rows"):
