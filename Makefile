@@ -9,7 +9,10 @@ BUILD := build/compiled
 CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
   -DCMAKE_BUILD_TYPE=Release
 
-.PHONY: venv train check test ctest cuda-host cuda-sanitize cuda-mutants \
+# tests start processes by the dozen, and each would compile the package's modules again
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: venv train check one-row test ctest cuda-host cuda-sanitize cuda-mutants \
   kernel-tests gpu-gate gpu-ptx gpu-static bench lint types clean
 
 venv: $(VENV)/.built
@@ -30,8 +33,11 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 train: venv
 	$(BIN)/fused-losses train $(if $(DATA),--data $(DATA))
 
-# a quick answer: one row of each test's table
-check: venv lint
+# a quick answer: one row of each test's table, with lint beside it
+check: venv
+	$(MAKE) --jobs 2 --output-sync lint one-row
+
+one-row:
 	OMP_WAIT_POLICY=passive $(PYTEST) --one-row
 
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
 from collections import defaultdict
@@ -83,6 +84,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # what takes long starts first, so that no process waits for it at the end
     slow = {_group(item) for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: _group(item) not in slow)
+
+
+def pytest_collection_finish() -> None:
+    # the items and what was imported stay: no collection of garbage walks them again
+    gc.collect()
+    gc.freeze()
 
 
 def _test_of(item: pytest.Item) -> str:
