@@ -89,8 +89,15 @@ def test_triplets_of_one_class_are_none(smooth: bool, value: float, backend: str
 def test_a_row_without_pairs_attends_to_no_bad_value(value: float, backend: str) -> None:
     query, key, values = (torch.randn(n, 4) for n in (3, 5, 5))
     values[2, 1] = value
-    labels = dict(query_labels=torch.tensor([0, 7, 1]), key_labels=torch.tensor([0, 1, 0, 0, 1]))
-    out = fl.similarity_attention(query, key, values, match="same", backend=backend, **labels)
+    out = fl.similarity_attention(
+        query,
+        key,
+        values,
+        match="same",
+        query_labels=torch.tensor([0, 7, 1]),
+        key_labels=torch.tensor([0, 1, 0, 0, 1]),
+        backend=backend,
+    )
     assert torch.equal(out[1], torch.zeros(4))
 
 

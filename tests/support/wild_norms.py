@@ -1,0 +1,176 @@
+"""Rows of norms from 1e-40 to 1e30, for what their length does not change or only multiplies.
+
+Which functions these are the literal formula says, by rows 2^20 times as long. Values and gradients
+are compared after the length is taken out of them, so that no row's hides another's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cache, partial
+
+import pair_cases
+import torch
+from draws import CANCEL, CASES, ROWS, Call, Draw, calls, inputs
+from pair_cases import Case, Inputs
+from pair_formulas import unit
+from torch import Tensor
+
+import fused_losses.functional as fl
+from fused_losses.base.disturbance import Movement, distance
+from fused_losses.base.numerics import ROUNDOFF, accumulate_dtype
+
+# views made of the rows as they are; squares of these; what a rounding of 16 bits chooses
+NOT_OF_DIRECTIONS = ("nt_xent_views", "n_pairs", "harmonic_triplet")
+# of denormals: a product with a weight has their grain; the kernels' logarithm is that of 1e-38
+NO_DENORMALS = ("pairwise_weighted", "pairwise_kl")
+LENGTHS = {"1e-40": 1e-40, "1e-30": 1e-30, "1e30": 1e30, "from 1e-30 to 1e30": None}
+# kernels over classes take a norm below 1e-12 for 0, and squares as they come (docs/reliability.md)
+OVER_CLASSES = (
+    fl.margin_softmax,
+    fl.unpg_margin_softmax,
+    fl.adaptive_margin_softmax,
+    fl.class_loss,
+    fl.shared_negatives,
+)
+
+
+def _rows(case: Case) -> list[str]:
+    return [name for name in case.leaves if name in ROWS]
+
+
+def normalised(case: Case) -> Case | None:
+    """The same with `normalize=True`, of whose rows the formula sees the directions."""
+    if case.function is None or case.name in NOT_OF_DIRECTIONS or "semihard" in case.name:
+        return None
+    option = inspect.signature(case.function).parameters.get("normalize")
+    if option is None or option.default is not False:
+        return None
+
+    def formula(t: Inputs) -> Tensor:
+        made = dict(vars(t))
+        for name in _rows(case):
+            flat = made[name].reshape(-1, made[name].shape[-1])
+            made[name] = unit(flat).view(made[name].shape)
+        return case.formula(Inputs(**made))
+
+    return Case(
+        f"{case.name}_unit",
+        case.make,
+        lambda t, **more: case.call(t, normalize=True, **more),
+        formula,
+        case.leaves,
+        case.cancels,
+        case.function,
+    )
+
+
+UNIT = {made.name: made for made in map(normalised, CASES.values()) if made is not None}
+
+
+def longer(case: Case, t: Inputs, factor: float | None, seed: int) -> dict[str, Tensor]:
+    """A power of two a row, by the rows' names; factor None: each row has its own."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name in _rows(case):
+        rows = getattr(t, name)
+        shape = (*rows.shape[:-1], 1)
+        if factor is None:
+            powers = (60 * torch.rand(shape, generator=generator, dtype=rows.dtype) - 30) * 3.32
+        else:
+            powers = torch.full(shape, factor, dtype=rows.dtype).log2()
+        made[name] = powers.round().exp2()
+    return made
+
+
+def scaled(t: Inputs, by: dict[str, Tensor]) -> Inputs:
+    return Inputs(**{name: v * by[name] if name in by else v for name, v in vars(t).items()})
+
+
+@cache
+def degree(name: str) -> int | None:
+    """k of f(c x) = c^k f(x), or None."""
+    first, second = (_of_longer(name, factor) for factor in (1.0, 2.0**20))
+    powers = [k for k in (0, 1) if torch.equal(second, first * 2.0 ** (20 * k))]
+    return powers[0] if len(powers) == 1 and bool(first.any()) else None
+
+
+def _of_longer(name: str, factor: float | None) -> Tensor:
+    """The formula's value on an example of rows so many times as long."""
+    case = {**CASES, **UNIT}[name]
+    t = inputs(case, Draw((5, 7, 4), "plain", "as they are", torch.float32, 1))
+    return case.formula(scaled(t, longer(case, t, factor, 0)))
+
+
+def judge(case: Case, draw: Draw, length: str) -> Iterator[tuple[Call, list[float], list[float]]]:
+    """Errors and bounds of value and gradients, freed of the rows' lengths.
+
+    Gradients of rows of 1e-40 are near 1e40 and not judged.
+    """
+    k, factor = degree(case.name), LENGTHS[length]
+    plain = inputs(case, draw)
+    by = longer(case, plain, factor, draw.seed)
+    exact = scaled(plain, by)
+    exact = Inputs(
+        **{n: v.to(draw.dtype).double() if n in by else v for n, v in vars(exact).items()}
+    )
+    freed = 1.0 if k == 0 or factor is None else 1 / next(iter(by.values())).flatten()[0].item()
+    dtype = accumulate_dtype(draw.dtype)
+    top, grain = torch.finfo(draw.dtype).max, torch.finfo(dtype).tiny * 2 * ROUNDOFF[dtype]
+
+    def free(found: list[Tensor], like: list[Tensor] | None = None) -> list[Tensor]:
+        """What no number of the dtype can be is left out."""
+        like = found if like is None else like
+        kept = [torch.where(w.abs() < top / 4, f, 0) for f, w in zip(found, like, strict=True)]
+        grads = (
+            g * by[name] if k == 0 and name in by else g
+            for name, g in zip(case.leaves, kept[1:], strict=True)
+        )
+        return [kept[0] * freed, *grads]
+
+    def right() -> list[Tensor]:
+        return pair_cases.outcome(
+            case, pair_cases.in_dtype(case, exact, torch.float64), case.formula
+        )
+
+    raw = right()
+    truth = free(raw)
+    movement = Movement(lambda: free(right(), raw), truth, draw.dtype, draw.shape[2])
+    absolute = CANCEL.get(case.name.removesuffix("_unit"), 0) * ROUNDOFF[dtype]
+    for call in calls(case, draw):
+        if call.layout != "contiguous" or call.precision != "fp32":
+            continue
+        t = pair_cases.in_dtype(case, exact, draw.dtype)
+        got = free(pair_cases.outcome(case, t, partial(case.call, backend=call.backend)), raw)
+        errors = [distance(g, w) for g, w in zip(got, truth, strict=True)]
+        errors = errors[:1] if length == "1e-40" else errors
+        # the grain of what is stored, and of each of a row's terms
+        lost = [(draw.shape[2] + 16) * grain * freed * truth[0].numel() ** 0.5]
+        for name, g in zip(case.leaves, truth[1:], strict=True):
+            size = by[name].norm().item() if k == 0 and name in by else 1.0
+            lost.append(4 * grain * size * g.numel() ** 0.5)
+        tiny = 1024 * torch.finfo(dtype).tiny
+        spares = [
+            2 * ROUNDOFF[draw.dtype] * w.norm().item() + absolute + tiny + each
+            for w, each in zip(truth, lost, strict=True)
+        ]
+        # those that are not judged are within any bound
+        rest = [0.0] * (len(truth) - len(errors))
+        yield call, errors, movement.bounds([*errors, *rest], spares)[: len(errors)]
+
+
+@cache
+def lengths(name: str) -> list[str]:
+    """Each row its own only where each row's alone is nothing."""
+    own = degree(name) == 0 and torch.equal(_of_longer(name, None), _of_longer(name, 1.0))
+    some = [length for length, factor in LENGTHS.items() if own or factor is not None]
+    return some[1:] if name.startswith(NO_DENORMALS) else some
+
+
+JUDGED = {**CASES, **UNIT}
+NAMES = [
+    name
+    for name, case in JUDGED.items()
+    if case.function not in OVER_CLASSES and degree(name) is not None
+]
