@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
+from torch import Tensor
+
 from fused_losses.centers import arguments
 from fused_losses.centers.table import TableModule
 from fused_losses.centers.update import LossScale, RowUpdates
@@ -53,6 +57,8 @@ class SteppedTable(TableModule):
     def loss_scale(self, scale: LossScale) -> None:
         if not isinstance(self._updates, RowUpdates) or self.update_at != "backward":
             raise RuntimeError("loss_scale: expected an optimizer with update='backward'")
+        if not callable(scale) and not isinstance(scale, Real | Tensor):
+            raise TypeError(f"loss_scale: expected a number or a function of none, got {scale!r}")
         self._updates.loss_scale = scale
 
     @property

@@ -200,6 +200,10 @@ def test_inside_backward_the_scale_is_known_or_refused() -> None:
         twin.optimizer.step()
         twin.done += 1
     twin.check()
+    with pytest.raises(
+        TypeError, match="loss_scale: expected a number or a function"
+    ):
+        twin.head.loss_scale = "65536"
     twin.head.loss_scale = 0.0
     with pytest.raises(ValueError, match="loss_scale: expected a value > 0"):
         twin.head(*batch(0)).backward()
