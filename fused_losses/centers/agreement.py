@@ -51,7 +51,7 @@ def _reach(saved: SavedForward, grad: Gradients) -> Tensor:
     times = max([1.0, *(1 / group.chance for group in saved.sweep.groups)])
     of_cosines = grad.statistics.abs().sum(dim=0) * (engine.steepest(saved.values) * times)
     of_cosines = of_cosines + grad.targets.abs().sum(dim=1)
-    lengths = torch.linalg.vector_norm(saved.x.double(), dim=1)
+    lengths = torch.linalg.vector_norm(saved.x, dim=1).double()
     return (of_cosines * engine.pooling * lengths).sum()
 
 
