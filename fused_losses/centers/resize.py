@@ -12,12 +12,12 @@ from fused_losses.base.validation import describe
 from fused_losses.centers.collectives import gather_rows, local_rows
 
 if TYPE_CHECKING:
-    from fused_losses.centers.head import ClassCenters
+    from fused_losses.centers.table import TableModule
 
 ROWS = 1 << 16  # that move at once
 
 
-def carry_over(old: ClassCenters, new: ClassCenters, *, optimizer: bool = True) -> None:
+def carry_over(old: TableModule, new: TableModule, *, optimizer: bool = True) -> None:
     """Go on in `new` where `old` stands: its first rows, their optimiser's states, steps, margin.
 
     new: a head of the same process group, D and sub-centres, with more classes or fewer, other
@@ -33,7 +33,7 @@ def carry_over(old: ClassCenters, new: ClassCenters, *, optimizer: bool = True) 
     carry_tables(old, tables, new)
 
 
-def carry_tables(old: ClassCenters, tables: Mapping[str, Tensor], new: ClassCenters) -> None:
+def carry_tables(old: TableModule, tables: Mapping[str, Tensor], new: TableModule) -> None:
     """`carry_over` of these tables, [c, ...] with the rows of old's classes, and plain tensors."""
     if old.ranks.group is not new.ranks.group:
         raise ValueError("new: expected a head over the ranks of the old one")
@@ -62,7 +62,7 @@ def carry_tables(old: ClassCenters, tables: Mapping[str, Tensor], new: ClassCent
     new.load()
 
 
-def set_rows(head: ClassCenters, rows: Tensor, first: int) -> None:
+def set_rows(head: TableModule, rows: Tensor, first: int) -> None:
     """Classes first, first + 1, ... get these rows, [m, D] or [m, K, D], with states of 0.
 
     Class means for classes that are new, say; [m, D] goes to every centre of a class. Alike on
@@ -97,10 +97,10 @@ def is_table(name: str) -> bool:
     return name == "weight" or name.startswith("optimizer.")
 
 
-def _spans(head: ClassCenters) -> list[tuple[int, int]]:
+def _spans(head: TableModule) -> list[tuple[int, int]]:
     """[first, last) of every rank's classes."""
     return [head.ranks.shard(head.num_classes, rank) for rank in range(head.ranks.world)]
 
 
-def _starts(head: ClassCenters) -> list[int]:
+def _starts(head: TableModule) -> list[int]:
     return [*(begin for begin, _ in _spans(head)), head.num_classes]

@@ -38,6 +38,8 @@ class TableModule(nn.Module):
     scale: Any
     label_smoothing: float
     num_classes: int
+    class_start: int
+    num_local: int
     sample_rate: float
     _strict = False  # within the head's own load_state_dict(..., strict=True)
 
