@@ -1,6 +1,5 @@
 // Rows by index into a chunk, cast to what a product multiplies, and their 1/|w| in the same pass.
 #include "rows.h"
-#include "warp.h"
 
 namespace fused_losses::cuda::gather {
 
@@ -52,8 +51,8 @@ gather_rows(GatherArguments a) {
       if (to != nullptr) st(to + k, from_float<To>(f));
     }
     if (a.inverse == nullptr) continue;
-    square = warp_sum(square);
-    if (lane == 0) st(static_cast<float*>(a.inverse) + j, inverse_norm(square));
+    const float inverse = inverse_norm(warp_sum(square), row, a.d);
+    if (lane == 0) st(static_cast<float*>(a.inverse) + j, inverse);
   }
 }
 

@@ -15,7 +15,7 @@ struct Shape {
   int64_t n, c, d;
   bool normalize, bias, weighted, subset, keep;
   Precision precision;
-  bool bend = false, compact = false;
+  bool bend = false, compact = false, lengths = false;
 };
 
 // [4, n] t, p, q, r: c + (c - t)^2 / 8 above t, which no rounding of c tears; where `jump`, each
@@ -43,7 +43,13 @@ std::vector<float> bends(const std::vector<double>& raw, int64_t n, int64_t k, b
 void check(const Kernels& kernels, const Shape& s) {
   const int64_t n = s.n, c = s.c, d = s.d;
   const auto x = random(n * d, s.normalize ? 6 / std::sqrt(float(d)) : 0.3f, 1);
-  const auto w = random(c * d, 1, 2), bias = random(c, 1, 3), column = random(c, 1, 4);
+  auto w = random(c * d, 1, 2);
+  for (int64_t j = 0; s.lengths && j < c; ++j) {
+    // zeros, numbers below the smallest normal one, and the rest of the range
+    const float lengths[] = {1, 0, 1e-42f, 1e-36f, 1e-21f, 1e-9f, 1e9f, 1e21f, 5e37f};
+    for (int64_t e = 0; e < d; ++e) w[j * d + e] *= lengths[j % 9];
+  }
+  const auto bias = random(c, 1, 3), column = random(c, 1, 4);
   const auto g_lse = random(n, 1, 5), g_target = random(n, 1, 6), g_weighted = random(n, 0.1f, 7);
   std::vector<int64_t> ids;
   for (int64_t j = 0; j < c; ++j) {
@@ -65,7 +71,7 @@ void check(const Kernels& kernels, const Shape& s) {
   for (int64_t j = 0; s.normalize && j < c; ++j) {
     norm[j] = 0;
     for (int64_t e = 0; e < d; ++e) norm[j] += double(w[j * d + e]) * w[j * d + e];
-    norm[j] = std::sqrt(norm[j]);
+    norm[j] = norm[j] == 0 ? INFINITY : std::sqrt(norm[j]);
   }
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < k; ++j) {
@@ -169,16 +175,27 @@ void check(const Kernels& kernels, const Shape& s) {
   const double loss_bound = s.precision == Precision::kBFloat16 ? 2e-2 : 2e-6;
   const double gradient_bound = exact ? 5e-6 : 1e-2;
   char name[200];
-  std::snprintf(name, sizeof name, "%s n=%ld c=%ld d=%ld%s%s%s%s%s%s%s precision=%d",
+  std::snprintf(name, sizeof name, "%s n=%ld c=%ld d=%ld%s%s%s%s%s%s%s%s precision=%d",
                 kernels.capability, long(n), long(c), long(d), s.normalize ? " normalize" : "",
                 s.bias ? " bias" : "", s.weighted ? " weighted" : "", s.subset ? " subset" : "",
                 s.keep ? " keep" : "", s.bend ? " bend" : "", s.compact ? " compact" : "",
-                int(s.precision));
+                s.lengths ? " lengths" : "", int(s.precision));
   const std::string at = name;
   expect(k == 1 || worst(lse, want_lse) < loss_bound, at + ": lse");
   expect(worst(got_target, want_target) < loss_bound, at + ": target");
   if (s.weighted) expect(worst(weighted, want_weighted) < 10 * loss_bound, at + ": weighted_sum");
   expect(s.precision == Precision::kBFloat16 || wrong_hardest == 0, at + ": hardest");
+  for (int64_t j = 0; s.lengths && j < k; ++j) {
+    // of comparable size; what 1/|w| takes out of float's range is infinite
+    for (int64_t e = 0, id = ids[j]; e < d; ++e) {
+      const int64_t i = (s.compact ? j : id) * d + e;
+      if (norm[id] < 1e-38) expect(std::abs(dw[i]) > 1e34, at + ": dw of a short row");
+      if (norm[id] == INFINITY) expect(dw[i] == 0, at + ": dw of a row of zeros");
+      const bool whole = norm[id] > 1e-38 && norm[id] < 1e37;
+      dw[i] = whole ? static_cast<float>(dw[i] * norm[id]) : 0;
+      want_dw[i] = whole ? want_dw[i] * norm[id] : 0;
+    }
+  }
   if (k > 1) {
     expect(worst(dx, want_dx) < gradient_bound, at + ": dx");
     expect(worst(dw, want_dw) < gradient_bound, at + ": dw");
@@ -208,6 +225,8 @@ int main(int argc, char** argv) {
     check(kernels, {300, 411, 40, true, true, false, true, true, precision, true, true});
     check(kernels, {259, 97, 33, false, true, true, true, false, precision, true, false});
     check(kernels, {33, 211, 24, true, false, false, true, false, precision, false, true});
+    check(kernels, {40, 300, 24, true, true, true, false, true, precision, false, false, true});
+    check(kernels, {300, 211, 33, true, false, false, true, false, precision, true, true, true});
   }
   std::printf("%s: %d failures\n", kernels.capability, failures);
   return failures ? 1 : 0;

@@ -77,14 +77,6 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(alive, x / torch.where(alive, norm, 1), 0)
 
 
-def unit_centers(x: Tensor) -> Tensor:
-    """x / |x| a row, as the kernels over classes have it: zero where |x| <= 1e-12. [C, D]"""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    # `not <=` and not `>`: a NaN norm must stay NaN
-    alive = ~(norm <= ZERO_NORM)
-    return torch.where(alive, x / torch.where(alive, norm, 1), 0)
-
-
 def root(v: Tensor) -> Tensor:
     """The square root, 0 (with gradient 0) where v <= 0; a NaN stays one."""
     positive = ~(v <= 0)

@@ -8,7 +8,7 @@ zeros stays zero and gets gradient zero, as in `numerics.unit_rows`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -27,28 +27,40 @@ def unit(x: Tensor, order: Tensor | None = None) -> Tensor:
     return _Unit.apply(x, order)
 
 
-def _parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, and two factors whose product is 1 / |x| (the first 0 for a zero row)."""
+class UnitRows(NamedTuple):
+    """Rows of norm 1, and what their gradient goes through."""
+
+    rows: Tensor  # [..., D] u = x / |x|
+    alive: Tensor  # [..., 1] bool: no row of zeros
+    inverse: Tensor  # [..., 1] 1 / |x|, but for
+    factor: Tensor  # [..., 1] a power of two: their product may overflow
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """dL/dx of dL/du."""
+        u = self.rows
+        across = grad - u * (u * grad).sum(dim=-1, keepdim=True)
+        return torch.where(self.alive, self.inverse * across * self.factor, 0)
+
+
+def unit_parts(x: Tensor) -> UnitRows:
+    """x, widened, as unit rows. [..., D]; time and memory O(N D)"""
     x = x.to(accumulate_dtype(x.dtype))
     factor = power_of_two(x)
     x = x * factor
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     # `not <=` and not `>`: a NaN norm must stay NaN
     alive = ~(norm <= 0)
-    inverse = torch.where(alive, 1 / torch.where(alive, norm, 1), 0)
-    return torch.where(alive, x * inverse, 0), inverse, factor
+    inverse = 1 / torch.where(alive, norm, 1)
+    return UnitRows(torch.where(alive, x * inverse, 0), alive, inverse, factor)
 
 
 def _forward(x: Tensor) -> Tensor:
-    return _parts(x)[0].to(x.dtype)
+    return unit_parts(x).rows.to(x.dtype)
 
 
 def _backward(x: Tensor, grad: Tensor) -> Tensor:
-    u, inverse, factor = _parts(x)
-    wide = grad.to(u.dtype)
-    across = wide - u * (u * wide).sum(dim=-1, keepdim=True)
-    # one after the other: 1 / |x| itself may overflow
-    return (inverse * across * factor).to(x.dtype)
+    of = unit_parts(x)
+    return of.backward(grad.to(of.rows.dtype)).to(x.dtype)
 
 
 class _Unit(torch.autograd.Function):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_centers, unit_rows
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import check_class_ids, check_index_vector
 from fused_losses.centers.batch import GlobalBatch, device_of, gather_batch
 from fused_losses.centers.shard import Shard
@@ -124,7 +124,7 @@ def center_scores(head: ClassCenters, x: Tensor, weight: Tensor) -> Tensor:
 
 def units(head: ClassCenters, weight: Tensor) -> Tensor:
     """Rows of the table as they are multiplied."""
-    return unit_centers(weight) if head.normalize else weight
+    return unit_rows(weight) if head.normalize else weight
 
 
 def _best_here(head: ClassCenters, asked: Questions, k: int) -> tuple[Tensor, Tensor]:

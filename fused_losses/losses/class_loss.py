@@ -44,9 +44,9 @@ def class_loss(
             torch.autocast the embeddings take the weight's).
         labels: [N] or [N, L] int64 in [0, C), or `ignore_index`: nothing there.
         loss: a value of this module.
-        normalize: divide rows of both sides by their norm; zero rows, and rows of the weight with
-            norm <= 1e-12, count as zero and get gradient zero. False: the products are taken for
-            cosines as they are.
+        normalize: divide rows of both sides by their norm, of any length (of the weight 1e-36 to
+            1e36 on GPU backends); zero rows stay zero and get gradient zero. False: the products
+            are taken for cosines as they are.
         classes: [M] distinct ids of the classes that take part; every label must be among them.
             Rows of `weight` are read in place, nothing but a tile is gathered.
         ignore_index: a row all of whose labels are this has loss 0 and leaves gradients alone.

@@ -71,9 +71,9 @@ def margin_softmax(
             `ClassLoss` or an `AdaptiveScale` (which have scales of their own).
         scale: > 0; a number, a tensor of one value or of one a row [N]; may need a gradient, but
             with a margin that bends only on the reference (NotImplementedError elsewhere).
-        normalize: divide rows of both sides by their norm; zero rows, and rows of the weight with
-            norm <= 1e-12, count as zero and get gradient zero. False: the products are taken for
-            cosines as they are.
+        normalize: divide rows of both sides by their norm, of any length (of the weight 1e-36 to
+            1e36 on GPU backends); zero rows stay zero and get gradient zero. False: the products
+            are taken for cosines as they are.
         bias: [C], added to the logits after the scale.
         label_smoothing: in [0, 1]; torch's meaning, the uniform part over the classes that take
             part.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.base.numerics import unit_centers, unit_rows
+from fused_losses.base.numerics import unit_rows
 from fused_losses.base.products import product
 from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
 from fused_losses.margins import Margin
@@ -41,7 +41,7 @@ def margin_softmax(
     embeddings = torch.where(valid[:, None], embeddings, 0)
     norm = embeddings.norm(dim=1)
     x = unit_rows(embeddings) if normalize else embeddings
-    w = unit_centers(weight) if normalize else weight
+    w = unit_rows(weight) if normalize else weight
     cosine = product(x, w)
     picked = torch.where(valid, labels, 0)[:, None]
     target = cosine.gather(1, picked)[:, 0]

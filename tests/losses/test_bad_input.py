@@ -467,9 +467,8 @@ def test_tensor_scale_of_zero_is_uniform(backend: str) -> None:
         lambda: {"weight": torch.randn(C, D) * 1e-11},
         lambda: {"weight": torch.randn(C, D) * 1e18},
     ],
-    ids=["tiny-rows-count-as-zero", "huge-rows", "small-centres", "huge-centres"],
+    ids=["tiny-rows", "huge-rows", "small-centres", "huge-centres"],
 )
 def test_lengths_far_from_one(inputs: Callable[[], dict], backend: str) -> None:
-    # float32 squares of 1e18 still fit; a norm below 1e-12 counts as zero
     loss, dx, dw = gradients(backend, {**good(), **inputs()})
     assert torch.isfinite(loss) and torch.isfinite(dx).all() and torch.isfinite(dw).all()

@@ -32,6 +32,20 @@ class Case:
     name: str = field(default="", compare=False)
 
 
+# of rows of weight, of two: what their squares and G over them would take out of the range
+POWERS = {
+    torch.float32: (0, -100, 90, -60, 60, -116, 110, -21, 21),
+    torch.float16: (0, -9, 6, -11, 4),
+}
+
+
+def lengths(case: Case) -> Tensor:
+    """What the rows of the weight are multiplied by. [C, 1]"""
+    powers = POWERS[torch.float16 if case.dtype == torch.float16 else torch.float32]
+    some = [powers[j % len(powers)] if case.edit == "lengths" else 0 for j in range(case.c)]
+    return torch.exp2(torch.tensor(some, dtype=torch.float64))[:, None]
+
+
 def call(case: Case) -> dict[str, Any]:
     """The arguments of `forward`, by name, and the gradients that come back."""
     g = torch.Generator().manual_seed(case.seed)
@@ -51,6 +65,7 @@ def call(case: Case) -> dict[str, Any]:
     labels = torch.where(torch.rand(n, generator=g) < case.no_target, -1, labels)
     if case.edit == "zero row":
         weight[c // 2] = 0
+    weight = (weight * lengths(case)).float()
     if case.edit == "duplicates":
         weight[1::2] = weight[0]
     if case.edit == "peaked":  # the target's score stands out by the whole scale
@@ -76,7 +91,7 @@ def product_of(x: Tensor, weight: Tensor, normalize: bool) -> Tensor:
     """<x_i, w_j>, w_j of unit norm if asked. [N, C]"""
     norm = weight.norm(dim=1, keepdim=True)
     if normalize:
-        weight = torch.where(norm > 1e-12, weight / norm.clamp_min(1e-12), 0)
+        weight = torch.where(norm > 0, weight / torch.where(norm > 0, norm, 1), 0)
     return x @ weight.T
 
 
@@ -190,6 +205,8 @@ CASES = [
     Case(name="scale-100", scale=100.0, no_target=0.1),
     Case(name="duplicates", edit="duplicates"),
     Case(name="zero-row", edit="zero row", weighted=True),
+    Case(name="lengths", edit="lengths", **EVERYTHING),
+    Case(name="lengths-classes", edit="lengths", n=33, c=300, classes=71, d=40),
     Case(name="strided", strided=True, bias=True),
     Case(name="wide-few-classes", d=512, c=7, n=19),
     Case(name="bent-everything", bend="jump", **EVERYTHING),

@@ -244,10 +244,15 @@ inline void backward_tile(const Problem& p, const BackwardIn& in, const Backward
     }
     if (plan.dw) add_dw(p, out, plan, th, tile, row0, real_rows);
   }
+  // 1/|w| is the shift times what stands in G
+  for (int64_t c = 0; plan.dw && plan.direct && tile.shifted && c < tile.count; ++c) {
+    T* dw = static_cast<T*>(out.dw) + gradient_row(out, tile, c) * p.d;
+    for (int64_t e = 0; e < p.d; ++e) dw[e] *= s.shift[c];
+  }
   for (int64_t c = 0; plan.dw && !plan.direct && c < tile.count; ++c) {
     T* dw = th.dw + c * plan.wide;
     const T* w = tile.row(c);
-    for (int64_t e = 0; e < p.d; ++e) dw[e] -= w[e] * th.along[c];
+    for (int64_t e = 0; e < p.d; ++e) dw[e] = (dw[e] - w[e] * th.along[c]) * s.shift[c];
     write_row(out.dw, p.w.type, gradient_row(out, tile, c) * p.d, p.d, dw);
   }
   for (int64_t c = 0; out.db && c < tile.count; ++c) {
@@ -281,8 +286,11 @@ void backward(const Problem& p, const BackwardIn& in, const BackwardOut& out, vo
   }
   on_threads(parallel, [&](int index) {
     auto th = plan.thread(p, index).first;
-    std::memset(static_cast<char*>(buffer) + plan.shared_bytes + index * plan.thread_bytes, 0,
-                plan.thread_bytes);
+    // but for the tile's rows, which come first and are written before they are read
+    char* const zeros = reinterpret_cast<char*>(th.tile.narrow);
+    char* const after =
+        static_cast<char*>(buffer) + plan.shared_bytes + (index + 1) * plan.thread_bytes;
+    std::memset(zeros, 0, after - zeros);
     std::fill_n(th.tile.keep, th.tile.ld, T(1));
     int64_t begin, end;
     tiles_of(index, parallel.threads, plan.tiles, &begin, &end);

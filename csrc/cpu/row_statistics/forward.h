@@ -195,13 +195,20 @@ inline void write_targets(const Problem& p, const T* x, T* row, double* target) 
     const Target& at = p.targets[t];
     const int64_t id = p.ids ? p.ids[at.position] : at.position;
     if (t == 0 || p.targets[t - 1].position != at.position) read_row(p.w, id, p.d, row);
-    double product = 0, square = 0;
-    for (int64_t e = 0; e < p.d; ++e) {
-      product += static_cast<double>(x[at.row * p.d + e]) * row[e];
-      square += static_cast<double>(row[e]) * row[e];
+    double product, square;
+    const auto multiply = [&] {
+      product = square = 0;
+      for (int64_t e = 0; e < p.d; ++e) {
+        product += static_cast<double>(x[at.row * p.d + e]) * row[e];
+        square += static_cast<double>(row[e]) * row[e];
+      }
+    };
+    multiply();
+    if (p.normalize && !usual(square)) {
+      bring_near_one(row, p.d);
+      multiply();
     }
-    const double norm = std::sqrt(square);
-    if (p.normalize) product = norm <= kZeroNorm ? 0 : product / norm;
+    if (p.normalize) product = square == 0 ? 0 : product / std::sqrt(square);
     target[at.row] = product;
   }
 }

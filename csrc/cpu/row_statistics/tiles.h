@@ -42,49 +42,77 @@ inline void blas(const Problem& p, bool ta, bool tb, int64_t m, int64_t n, int64
 
 template <class PS, class T>
 struct TileScratch {
-  T* rows;                    // [tile, d] converted weights, when they are not in type T
+  T* rows;                    // [tile, d] weights where they are not read as they are; comes first
   typename PS::Word* narrow;  // [tile, d words], when products are of pairs
   T* scores;                  // [tile, ld]
   T* inverse;                 // [tile] what a product is multiplied by to be a score
+  T* shift;                   // [tile] powers of two that rows have been multiplied by
   T* keep;                    // [block] 1, or 0 at the target of the class at hand
   int64_t tile, ld;
-  bool gathered;  // whether weights are read from `rows`
+  bool gathered;  // whether every tile's weights are read from `rows`
 
   TileScratch(Arena& arena, const Problem& p) {
     tile = tile_classes(p);
     ld = std::min(round_up(p.n, kPanel<PS>), round_up(kBlockRows, kPanel<PS>)) + 16;
     gathered = p.w.type != kNative<T> || (uses_blas(p) && p.ids);
-    rows = arena.take<T>(gathered ? tile * p.d : 0);
+    rows = arena.take<T>(gathered || p.normalize ? tile * p.d : 0);
     narrow = arena.take<typename PS::Word>(PS::kPair == 2 ? tile * words<PS>(p.d) : 0);
     scores = arena.take<T>(tile * ld);
     inverse = arena.take<T>(tile);
+    shift = arena.take<T>(tile);
     keep = arena.take<T>(ld);
   }
 };
 
-// The classes [first, first + count) with their weights at hand, and the targets among them.
+// Whether a sum of squares has lost nothing at either end of the range, nor will its inverse.
+template <class T>
+inline bool usual(T square) {
+  return square >= T(0x1p-40) && square <= T(0x1p40);
+}
+
+// Multiplies a row by a power of two, which is exact, so that its largest entry is near 1; returns
+// it. A row of zeros, and one with inf, stays as it is.
+template <class T>
+inline T bring_near_one(T* row, int64_t d) {
+  T top = 0;
+  for (int64_t e = 0; e < d; ++e) top = std::abs(row[e]) > top ? std::abs(row[e]) : top;
+  if (top == 0 || top == std::numeric_limits<T>::infinity()) return 1;
+  constexpr int kMost = std::numeric_limits<T>::max_exponent - 2;
+  const T factor = std::ldexp(T(1), std::clamp(-std::ilogb(top), -kMost, kMost));
+  for (int64_t e = 0; e < d; ++e) row[e] *= factor;
+  return factor;
+}
+
+// The classes [first, first + count) with their weights at hand, and the targets among them. With
+// `shifted` the rows at hand are those of W times s.shift.
 template <class PS, class T>
 class Tile {
  public:
   using Scores = PS;
-  Tile(const Problem& p, const TileScratch<PS, T>& s, int64_t index) : p_(p), s_(s) {
+  Tile(const Problem& p, const TileScratch<PS, T>& s, int64_t index)
+      : gathered(s.gathered), p_(p), s_(s) {
     first = index * s.tile;
     count = std::min(s.tile, p.k - first);
     const Target* end = p.targets + p.target_count;
     const auto before = [](const Target& t, int64_t at) { return t.position < at; };
     targets = std::lower_bound(p.targets, end, first, before);
     targets_end = std::lower_bound(targets, end, first + count, before);
-    for (int64_t c = 0; c < count; ++c) read(c);
+    for (int64_t c = 0; c < count; ++c) {
+      if (gathered) gather(c);
+      shifted |= !measure(c);
+      narrow(c);
+    }
+    if (shifted) shift_rows();
   }
 
   int64_t id(int64_t c) const { return p_.ids ? p_.ids[first + c] : first + c; }
 
   const T* row(int64_t c) const {
-    if (s_.gathered) return s_.rows + c * p_.d;
+    if (gathered) return s_.rows + c * p_.d;
     return static_cast<const T*>(p_.w.data) + id(c) * p_.w.stride;
   }
 
-  int64_t stride() const { return s_.gathered ? p_.d : p_.w.stride; }
+  int64_t stride() const { return gathered ? p_.d : p_.w.stride; }
 
   const typename PS::Word* left(int64_t c) const {
     if constexpr (PS::kPair == 2)
@@ -124,30 +152,48 @@ class Tile {
   int64_t first, count;
   const Target* targets;
   const Target* targets_end;
+  bool gathered, shifted = false;
 
  private:
-  void read(int64_t c) {
-    if (s_.gathered) read_row(p_.w, id(c), p_.d, s_.rows + c * p_.d);
+  void gather(int64_t c) { read_row(p_.w, id(c), p_.d, s_.rows + c * p_.d); }
+
+  void narrow(int64_t c) {
+    if constexpr (PS::kPair == 2) narrow_row<PS>(row(c), p_.d, s_.narrow + c * words<PS>(p_.d));
+  }
+
+  // 1/|w|; returns whether it could be taken of the row as it stands.
+  bool measure(int64_t c) {
+    s_.inverse[c] = s_.shift[c] = 1;
+    if (!p_.normalize) return true;
     const T* w = row(c);
     constexpr int64_t kStep = kLanes<T>;
     Vector<T> squares[4] = {};
     int64_t e = 0;
     T rest = 0;
-    if (p_.normalize) {
-      for (; e + 4 * kStep <= p_.d; e += 4 * kStep) {
-        for (int u = 0; u < 4; ++u) {
-          const Vector<T> v = load(w + e + u * kStep);
-          squares[u] += v * v;
-        }
+    for (; e + 4 * kStep <= p_.d; e += 4 * kStep) {
+      for (int u = 0; u < 4; ++u) {
+        const Vector<T> v = load(w + e + u * kStep);
+        squares[u] += v * v;
       }
-      for (; e < p_.d; ++e) rest += w[e] * w[e];
-      const T norm =
-          std::sqrt(sum<T>((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest);
-      s_.inverse[c] = norm <= T(kZeroNorm) ? T(0) : T(1) / norm;
-    } else {
-      s_.inverse[c] = 1;
     }
-    if constexpr (PS::kPair == 2) narrow_row<PS>(w, p_.d, s_.narrow + c * words<PS>(p_.d));
+    for (; e < p_.d; ++e) rest += w[e] * w[e];
+    const T square = sum<T>((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest;
+    s_.inverse[c] = square == 0 ? T(0) : T(1) / std::sqrt(square);
+    return usual(square);
+  }
+
+  // Rows of unusual length by powers of two, in copies.
+  void shift_rows() {
+    for (int64_t c = 0; !gathered && c < count; ++c) gather(c);
+    gathered = true;
+    for (int64_t c = 0; c < count; ++c) {
+      const T inverse = s_.inverse[c];
+      if (inverse >= T(0x1p-20) && inverse <= T(0x1p20)) continue;
+      const T factor = bring_near_one(s_.rows + c * p_.d, p_.d);
+      measure(c);
+      s_.shift[c] = factor;
+      narrow(c);
+    }
   }
 
   const Problem& p_;

@@ -207,7 +207,7 @@ finish_weight(WeightArguments a) {
     const float* g = gradients + j * a.d;
     const T* w = weights + id * a.stride_w;
     T* out = outs + (a.compact ? a.first + j : id) * a.stride_dw;
-    float along = 0;
+    float along = 0, inverse = 0;
     if (a.inverse != nullptr) {
       FL_ROLLED
       for (int64_t k = lane * kStep; k < packed; k += kWarp * kStep) {
@@ -217,8 +217,8 @@ finish_weight(WeightArguments a) {
       }
       FL_ROLLED
       for (int64_t k = packed + lane; k < a.d; k += kWarp) along += ld(g + k) * to_float(ld(w + k));
-      const float inverse = ld(static_cast<const float*>(a.inverse) + j);
-      along = warp_sum(along) * inverse * inverse;
+      inverse = ld(static_cast<const float*>(a.inverse) + j);
+      along = warp_sum(along) * inverse;
     }
     FL_ROLLED
     for (int64_t k = lane * kStep; k < packed; k += kWarp * kStep) {
@@ -227,7 +227,7 @@ finish_weight(WeightArguments a) {
       if (a.inverse != nullptr) {
         const Pack<T, kStep> v = ld_pack(w + k);
         for (int i = 0; i < kStep; ++i) {
-          to[i] = from_float<T>((u[i] - along * to_float(v[i])) * factor);
+          to[i] = from_float<T>((u[i] - along * (to_float(v[i]) * inverse)) * factor);
         }
       } else {
         for (int i = 0; i < kStep; ++i) to[i] = from_float<T>(u[i] * factor);
@@ -236,7 +236,7 @@ finish_weight(WeightArguments a) {
     }
     FL_ROLLED
     for (int64_t k = packed + lane; k < a.d; k += kWarp) {
-      const float v = a.inverse != nullptr ? along * to_float(ld(w + k)) : 0;
+      const float v = a.inverse != nullptr ? along * (to_float(ld(w + k)) * inverse) : 0;
       st(out + k, from_float<T>((ld(g + k) - v) * factor));
     }
   }

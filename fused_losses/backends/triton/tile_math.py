@@ -7,8 +7,11 @@ import triton.language as tl
 
 NOWHERE = tl.constexpr(2147483647)
 
-# a row of W at or below norm 1e-12 counts as zero, as the reference says
-TINY_SQUARE = tl.constexpr(1e-24)
+# 1/|w| of the shortest row of W that does not count as zero: times a gradient it has to be a float
+MOST_INVERSE = tl.constexpr(2.0**120)
+# squares that have lost nothing at either end of the range
+LEAST_SQUARE = tl.constexpr(2.0**-40)
+MOST_SQUARE = tl.constexpr(2.0**40)
 
 
 @triton.jit
@@ -31,18 +34,49 @@ def row_offsets(index, count, ids, stride):
 
 
 @triton.jit
-def inverse_norm(square):
-    """1 / sqrt(square), or 0 for a row that counts as zero."""
-    root = tl.sqrt_rn(tl.maximum(square, TINY_SQUARE))
-    # a NaN must stay one: the comparison is written so that NaN takes the division
-    return tl.where(square <= TINY_SQUARE, 0.0, tl.div_rn(1.0, root + (square - square)))
-
-
-@triton.jit
 def load(pointers, depth, d, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(pointers)
     return tl.load(pointers, mask=depth < d, other=0.0)
+
+
+@triton.jit
+def power_of_two(top):
+    """What brings a row's largest magnitude near 1; finite whatever that is."""
+    bits = (254 << 23) - (top.to(tl.int32, bitcast=True) & 0x7F800000)
+    return tl.maximum(bits, 1 << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_of(square, factor):
+    """1/|w| from |factor w|^2, 0 for a row that counts as zero; a NaN stays one."""
+    inverse = tl.div_rn(factor, tl.sqrt_rn(square))
+    return tl.where(inverse > MOST_INVERSE, 0.0, inverse)
+
+
+@triton.jit
+def inverse_norms_of(square, w, w_rows, d, BK: tl.constexpr, EVEN: tl.constexpr):
+    """1/|w| of rows at offsets `w_rows` from their sums of squares. [BN]
+
+    Where some may have left the range the rows are read again, and multiplied by powers of two.
+    """
+    unusual = ((square >= LEAST_SQUARE) & (square <= MOST_SQUARE)) == 0
+    factor = tl.full(square.shape, 1.0, tl.float32)
+    if tl.max(unusual.to(tl.int32), 0) > 0:
+        depth = tl.arange(0, BK)
+        w_tile = w + w_rows[:, None] + depth[None, :]
+        top = tl.zeros([square.shape[0], BK], tl.float32)
+        for start in range(0, d, BK):
+            a = load(w_tile + start, depth[None, :], d - start, EVEN).to(tl.float32)
+            top = tl.maximum(top, tl.abs(a))
+        factor = tl.where(unusual, power_of_two(tl.max(top, 1)), 1.0)
+        total = tl.zeros([square.shape[0], BK], tl.float32)
+        for start in range(0, d, BK):
+            a = load(w_tile + start, depth[None, :], d - start, EVEN).to(tl.float32)
+            a *= factor[:, None]
+            total += a * a
+        square = tl.where(unusual, tl.sum(total, 1), square)
+    return inverse_of(square, factor)
 
 
 @triton.jit

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_centers
+from fused_losses.base.numerics import accumulate_dtype, row_dtype, unit_rows
+from fused_losses.base.unit_norm import UnitRows, unit_parts
 from fused_losses.primitives.class_rules.inputs import (
     ClassInputs,
     ClassNeeds,
@@ -89,7 +90,7 @@ class _Tile(NamedTuple):
     part: slice  # of the classes that take part
     rows: slice | Tensor  # of weight, T K
     weight: Tensor  # [T K, D] as multiplied
-    norm: Tensor | None  # [T K, 1]
+    unit: UnitRows | None  # of those rows, where they are normalised
     product: Tensor  # [N, T K]
     cosine: Tensor  # [N, T]
     column: Tensor  # [N, L] of each label in this tile, T: it is in another one
@@ -125,13 +126,13 @@ def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_Tile]:
         size = part.stop - start
         rows = weight_rows(p, part)
         weight = p.weight[rows].to(x.dtype)
-        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True) if p.normalize else None
-        weight = unit_centers(weight) if p.normalize else weight
+        unit = unit_parts(weight) if p.normalize else None
+        weight = weight if unit is None else unit.rows
         product = DISTANCE_MATRIX(backend, x, weight, None, "dot", 2.0, p.precision)
         cosine = pool(product.unflatten(1, (size, p.centers)), p.softness)
         column = place - start
         column = torch.where((column < 0) | (column >= size), size, column)
-        yield _Tile(part, rows, weight, norm, product, cosine, column)
+        yield _Tile(part, rows, weight, unit, product, cosine, column)
 
 
 def _fold(kind: str, term: Tensor, positive: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def targets(
     for start in range(0, flat.shape[0], step):
         of = torch.arange(start, min(start + step, flat.shape[0]), device=x.device)
         w = weight[flat[of].clamp_min(0)].to(wide)
-        w = unit_centers(w) if normalize else w
+        w = unit_rows(w) if normalize else w
         rows = x[of // labels.shape[1]].to(wide)
         out[of] = pool((w * rows[:, None]).sum(dim=2), softness)
     return torch.where(labels < 0, 0, out.view_as(labels))
@@ -240,17 +241,11 @@ def backward(
         if need_x:
             dx += of_x
         if need_weight:
-            if tile.norm is not None:
-                of_weight = _through_norm(of_weight, tile.weight, tile.norm)
+            if tile.unit is not None:
+                of_weight = tile.unit.backward(of_weight)
             part = slice(tile.part.start * p.centers, tile.part.stop * p.centers)
             dweight[part if compact else tile.rows] = of_weight.to(dweight.dtype)
     return (dx.to(p.x.dtype) if need_x else dx), dweight
-
-
-def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-    """dL/dw of dL/du, u = w / |w|; 0 for a zero row."""
-    along = (grad * unit).sum(dim=1, keepdim=True)
-    return ((grad - along * unit) / norm).masked_fill_(norm <= ZERO_NORM, 0)
 
 
 def gradient_shape(p: ClassInputs, compact: bool) -> tuple[int, int]:

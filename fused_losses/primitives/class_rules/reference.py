@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fused_losses.base.numerics import row_dtype, unit_centers
+from fused_losses.base.numerics import row_dtype, unit_rows
 from fused_losses.base.products import product
 from fused_losses.primitives.class_rules.inputs import (
     ClassInputs,
@@ -22,7 +22,7 @@ def reference(p: ClassInputs) -> ClassStatistics:
     check_ids(p)
     rule, wide = CLASS_FOLDS[p.rule], row_dtype(p.x.device)
     rows = weight_rows(p, slice(0, p.taking_part))
-    weight = unit_centers(p.weight[rows]) if p.normalize else p.weight[rows]
+    weight = unit_rows(p.weight[rows]) if p.normalize else p.weight[rows]
     found = product(p.x.to(weight.dtype), weight)
     cosine = pool(found.unflatten(1, (p.taking_part, p.centers)), p.softness)
     place = places(p)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype, row_dtype, unit_centers
+from fused_losses.base.numerics import accumulate_dtype, row_dtype, unit_rows
+from fused_losses.base.unit_norm import UnitRows, unit_parts
 from fused_losses.primitives.row_statistics.bend import bent, bent_slope
 from fused_losses.primitives.row_statistics.inputs import (
     Inputs,
@@ -52,7 +53,7 @@ class Tile:
 
     ids: Tensor  # [T] class ids
     weight: Tensor  # [T, D] as multiplied (normalised if asked)
-    norm: Tensor | None  # [T, 1]
+    unit: UnitRows | None  # of those rows, where they are normalised
     raw: Tensor  # [N, T] products
     scores: Tensor  # [N, T] products, bent if asked, plus bias
     is_target: Tensor  # [N, T]
@@ -73,13 +74,12 @@ def tiles(p: Inputs, x: Tensor) -> Iterator[Tile]:
         else:
             ids = classes[start:stop]
             part = weight[ids].to(x.dtype)
-        norm = torch.linalg.vector_norm(part, dim=1, keepdim=True) if p.normalize else None
-        if p.normalize:
-            part = unit_centers(part)
+        unit = unit_parts(part) if p.normalize else None
+        part = part if unit is None else unit.rows
         raw = x @ part.T
         scores = raw if p.bend is None else bent(raw, p.bend.to(raw.dtype)[:, :, None])
         scores = scores if bias is None else scores + bias[ids].to(x.dtype)
-        yield Tile(ids, part, norm, raw, scores, p.labels[:, None] == ids[None, :])
+        yield Tile(ids, part, unit, raw, scores, p.labels[:, None] == ids[None, :])
 
 
 def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tensor:
@@ -101,7 +101,7 @@ def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tenso
 def _targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tensor:
     wide = row_dtype(x.device)
     w = weight[labels.clamp_min(0)].to(wide)
-    w = unit_centers(w) if normalize else w
+    w = unit_rows(w) if normalize else w
     return torch.where(labels < 0, 0, (x.to(wide) * w).sum(dim=1))
 
 
@@ -157,10 +157,8 @@ def backward(
             dx.addmm_(g, tile.weight)
         if dweight is not None:
             dw = g.T @ rows
-            if tile.norm is not None:
-                along = (g * tile.raw).sum(dim=0)[:, None]
-                dw = (dw - along * tile.weight) / tile.norm
-                dw = dw.masked_fill(tile.norm <= ZERO_NORM, 0)
+            if tile.unit is not None:
+                dw = tile.unit.backward(dw)
             dweight[slice(at, at + len(dw)) if compact else tile.ids] = dw.to(dweight.dtype)
             at += len(dw)
     return None if dx is None else dx.to(p.x.dtype), dweight, dbias

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import unit_centers
+from fused_losses.base.numerics import unit_rows
 from fused_losses.base.products import product
 
 
@@ -34,7 +34,7 @@ def row_statistics(
 ) -> dict[str, Tensor]:
     """The primitive, spelled out on the score matrix."""
     ids = torch.arange(weight.shape[0], device=x.device) if classes is None else classes
-    w = unit_centers(weight) if normalize else weight
+    w = unit_rows(weight) if normalize else weight
     raw = product(x, w)
     scores = raw if bend is None else bent(raw, bend)
     scores = (scores if bias is None else scores + bias)[:, ids]

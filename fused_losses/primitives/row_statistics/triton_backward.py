@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 
 from fused_losses.backends.triton.tile_math import (
-    inverse_norm,
+    inverse_of,
     load,
     multiply,
     narrow,
     operand,
+    power_of_two,
     products,
     row_offsets,
 )
@@ -172,13 +173,13 @@ def finish_weight(
         along = tl.sum(pull, 1)
         if inverse is not None:
             scale = tl.load(inverse + local, mask=real, other=0.0)
-            along *= scale * scale
+            along *= scale
         for start in range(0, d, BK):
             left = d - start
             value = load(from_row + start, depth[None, :], left, EVEN)
             if inverse is not None:
                 row = load(w_row + start, depth[None, :], left, EVEN).to(tl.float32)
-                value -= row * along[:, None]
+                value -= row * scale[:, None] * along[:, None]
             inside = real[:, None] & (depth < left)[None, :]
             tl.store(to_row + start, value * factor, mask=inside)
 
@@ -282,7 +283,9 @@ def owner_classes(
     scale, shift, v = column_values(of_class, columns, columns, count)
     if NORMALIZE:
         wide = b.to(tl.float32)
-        scale *= inverse_norm(tl.sum(wide * wide, 1))
+        factor = power_of_two(tl.max(tl.abs(wide), 1))
+        wide *= factor[:, None]
+        scale *= inverse_of(tl.sum(wide * wide, 1), factor)
     if inverse is not None:
         tl.store(inverse + columns, scale, mask=columns < count)
     b = operand(b, BF16, DOT)
@@ -316,9 +319,9 @@ def owner_classes(
         total = multiply(operand(narrow(g, x.dtype.element_ty), BF16, DOT), a, total, DOT)
     if NORMALIZE:
         # read again: keeping the tile through the loop costs its registers there
-        wide = load(w_at, depth[None, :], d, EVEN).to(tl.float32)
+        unit = load(w_at, depth[None, :], d, EVEN).to(tl.float32) * scale[:, None]
         total *= scale[:, None]
-        total -= wide * (tl.sum(total * wide, 1) * scale * scale)[:, None]
+        total -= unit * tl.sum(total * unit, 1)[:, None]
     factor = 1.0
     if unscale is not None:
         factor = tl.load(unscale)

@@ -14,7 +14,7 @@ import triton.language as tl
 from fused_losses.backends.triton.tile_math import (
     NOWHERE,
     bound,
-    inverse_norm,
+    inverse_norms_of,
     load,
     multiply,
     operand,
@@ -329,7 +329,7 @@ def forward_rows(
             square += b.to(tl.float32) * b.to(tl.float32)
     score = tl.sum(dot, 1)
     if NORMALIZE:
-        score *= inverse_norm(tl.sum(square, 1))
+        score *= inverse_norms_of(tl.sum(square, 1), w, w_rows, d, BK, EVEN)
     tl.store(target + rows, tl.where(labelled, score, 0.0), mask=real)
     found = where != NOWHERE
     empty = mass == 0.0
@@ -369,4 +369,5 @@ def inverse_norms(
         at = w + w_rows[:, None] + (start + depth)[None, :]
         b = load(at, depth[None, :], d - start, EVEN).to(tl.float32)
         square += b * b
-    tl.store(inverse + columns, inverse_norm(tl.sum(square, 1)), mask=columns < count)
+    found = inverse_norms_of(tl.sum(square, 1), w, w_rows, d, BK, EVEN)
+    tl.store(inverse + columns, found, mask=columns < count)
