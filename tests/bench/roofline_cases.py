@@ -133,7 +133,7 @@ ROWS = {
     ),
     "owners": (rows(33, 101, 32, torch.bfloat16, processors=0), OWNED - {"forward_tiles"}),
     "owners of everything": (
-        rows(33, 101, 24, torch.float16, 0, classes=67, extra=True, weighted=True),
+        rows(33, 101, 24, torch.bfloat16, 0, classes=67, extra=True, weighted=True),
         OWNED,
     ),
     "resident": (rows(60, 203, 64, torch.bfloat16, processors=6), {"forward_resident"}),

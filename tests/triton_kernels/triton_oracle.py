@@ -221,7 +221,7 @@ LOW = [
     for dtype in (torch.bfloat16, torch.float16)
     for case in CASES
     if case.name in ("ragged", "everything", "classes-subset", "scale-64-peaked", "strided")
-    or case.name in ("bent-everything", "bent-linear-classes")
+    or case.name in ("bent-everything", "bent-linear-classes", "lengths", "lengths-classes")
 ]
 PRECISIONS = [
     replace(case, name=f"{case.name}-{precision}", precision=precision)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from draws import CASES as LOSSES
+from draws import Call, Draw, judge
 from far_rows import far_rows
 from torch import Tensor
 
@@ -455,3 +457,11 @@ def test_wired_as_a_backend() -> None:
         results.append(torch.autograd.grad(total, leaves))
     for a, b in zip(*results, strict=True):
         close(a, b, None, 2**-20, "gradient")
+
+
+@pytest.mark.parametrize("name", ["contrastive", "margin_loss_beta_pair"])
+def test_slopes_of_short_distances_in_float16(name: str) -> None:
+    """1 / (2 d) is beyond float16, and saturates there."""
+    draw = Draw((17, 13, 16), "tiny", "skewed", torch.float16, 5)
+    for verdict in judge(LOSSES[name], draw, [Call("triton")]):
+        assert verdict.share <= 1, verdict

@@ -113,7 +113,7 @@ def gradient_tiles(s: Launch) -> None:
     _tile_products(s, "x", "w", (0, s.n), (s.first, columns), s.d, s.programs)
     s.read("of_class.ids", s.programs * s.BN)
     _columns(s, columns, s.row_tiles)
-    s.read("of_class.inverse", columns * s.row_tiles)
+    s.read("of_class.rest", columns * s.row_tiles)
     _row_vectors(s, tiles)
     s.write("ds", s.n * columns)
     s.write("bias_sum", columns * s.row_tiles)

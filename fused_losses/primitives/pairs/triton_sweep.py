@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -127,6 +127,9 @@ class TritonPairProblem(PairProblem):
 def problem(p: PairInputs, gradient: bool) -> TritonPairProblem:
     p, scale = gpu.kernel_form(p)
     operands = Product.of(p.x, p.y, p.precision, gradient)
+    if gradient and p.score == "root" and operands.low == torch.float16:
+        # the slope of a root, 1 / (2 d), takes G of short distances out of float16's range
+        operands = replace(operands, low=torch.float32)
     if p.apart:
         # the kernels score squared distances
         return TritonPairProblem(p, -scale, operands, Squares.of(p, operands))

@@ -262,16 +262,6 @@ def backward(
     return dx, dweight, _like(dbias, bias)
 
 
-def _near_one(w: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows by powers of two to lengths near 1, what is left of 1/|w|, and the powers [k, 1].
-
-    float16 begins and ends too soon for G over the length of a short or a long row.
-    """
-    rest = torch.frexp(inverse).mantissa
-    shift = torch.where(rest == 0, 1, inverse / rest)[: len(w), None]
-    return (w * shift).to(w.dtype), rest, shift
-
-
 def _like(sums: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return None if sums is None or bias is None else sums.to(bias.dtype)
 
@@ -315,7 +305,7 @@ def _sweep(
         w = chunks.weight(first, end, x.dtype)
         inverse, shift = chunks.inverse, None
         if low == torch.float16 and inverse is not None:
-            w, inverse, shift = _near_one(w, inverse)
+            w, inverse, shift = row_statistics_gpu.near_one(w, inverse)
         w_low = w.to(low) if need_x else None
         bias = chunks.values(p.bias, first, end)
         column_weight = chunks.values(p.column_weight, first, end) if rows[3] is not None else None

@@ -65,3 +65,13 @@ def weight_gradient(p: Problem, compact: bool) -> Tensor:
     make = torch.empty if p.n > 0 and (p.classes is None or compact) else torch.zeros
     rows = p.count if compact else p.m
     return make((rows, p.d), dtype=p.weight.dtype, device=p.weight.device)
+
+
+def near_one(w: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows by powers of two to lengths near 1, what is left of 1/|w|, and the powers [k, 1].
+
+    float16 begins and ends too soon for G over the length of a short or a long row.
+    """
+    rest = torch.frexp(inverse).mantissa
+    shift = torch.where(rest == 0, 1, inverse / rest)[: len(w), None]
+    return (w * shift).to(w.dtype), rest, shift

@@ -74,7 +74,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row_tiles = ceil_div(n, tile.rows)
     span = tile.columns
     if resident is not None:
-        in_l2 = table.chunk_bytes // (p.d * x.element_size()) if normalize else count
+        in_l2 = table.chunk_bytes // (p.d * p.x.element_size()) if normalize else count
         most = ceil_div(min(count, max(in_l2, span)), span)
         span *= ceil_div(most, _splits(most, row_tiles, gpu_device.processors(x.device)))
     parts = 3 if weighted else 2
@@ -88,7 +88,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     chunk = segment * span
     if normalize:
         # rows that the norms have just read should still be in L2
-        in_l2 = table.chunk_bytes // (p.d * x.element_size() * span)
+        in_l2 = table.chunk_bytes // (p.d * p.x.element_size() * span)
         chunk = min(chunk, max(1, in_l2) * span)
     inverse = torch.empty(chunk, **new) if normalize else None
     of_class, of_row = ClassVectors.of(p, inverse), RowVectors(p.positions, p.bend)
@@ -192,11 +192,14 @@ def backward(
     given = (row_gradients.lse, row_gradients.target, row_gradients.weighted if weighted else None)
     grads = [None if g is None else g.to(torch.float32).contiguous() for g in given]
     unscale = None
-    if x.dtype == torch.float16:
+    if p.low == torch.float16:
         scale = float16_scale(grads, p.column_weight)
         grads, unscale = [None if g is None else g * scale for g in grads], (1 / scale).reshape(1)
     of_row = RowVectors(p.positions, p.bend, lse.contiguous(), *grads)
     owner = _owner_tiles(p, bias is not None or weighted)
+    if p.low == torch.float16 and p.normalize and needs.x:
+        # G over a short row's length is none, and rows cannot be multiplied on their way there
+        owner = None
     # a class tile a processor at least, else the library products fill the GPU better
     if owner is not None and p.count >= owner[1].columns * gpu_device.processors(x.device):
         dx = _owners(p, owner, of_row, unscale, needs.x, dweight, dbias, compact)
@@ -302,7 +305,6 @@ def _chunks(
     ds = torch.empty((block, chunk), dtype=low, device=device)
     bias_sum = torch.empty((row_tiles, chunk), **new) if dbias is not None else None
     inverse = torch.empty(chunk, **new) if p.normalize else None
-    of_class = ClassVectors.of(p, inverse)
     # the product writes straight into dweight where nothing has to be done to it afterwards
     direct = not p.normalize and unscale is None and n == block
     direct = direct and (p.classes is None or compact)
@@ -316,7 +318,11 @@ def _chunks(
         if inverse is not None:
             norms(p, inverse, first, end)
         w = p.weight[first:end] if p.classes is None else p.weight[p.classes[first:end]]
+        rest = shift = None
+        if low == torch.float16 and inverse is not None:
+            w, rest, shift = row_statistics_gpu.near_one(w, inverse)
         w = w.to(low) if need_x else None
+        of_class = ClassVectors.of(p, inverse, rest)
         for top in range(0, n, block):
             part = slice(top, min(top + block, n))
             height = part.stop - top
@@ -339,6 +345,8 @@ def _chunks(
             elif gradient is not None:
                 beta = float(top > 0)
                 accumulate(gradient[None, :length], g.T[None], x_low[None, part], beta)
+        if gradient is not None and shift is not None:
+            gradient[:length] *= shift
         if gradient is not None or dbias is not None:
             out = None if gradient is None else dweight
             _finish(p, gradient, inverse, bias_sum, unscale, out, dbias, compact, first, end)

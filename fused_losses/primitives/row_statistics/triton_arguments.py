@@ -14,12 +14,16 @@ class ClassVectors(NamedTuple):
 
     ids: Tensor | None  # [K] int64
     inverse: Tensor | None  # [chunk] 1/|w_j|
+    rest: Tensor | None  # [chunk] what of it G is stored times
     bias: Tensor | None  # [C]
     weight: Tensor | None  # [C] v of the weighted sum
 
     @classmethod
-    def of(cls, p: Problem, inverse: Tensor | None = None) -> ClassVectors:
-        return cls(p.classes, inverse, p.bias, p.column_weight)
+    def of(
+        cls, p: Problem, inverse: Tensor | None = None, rest: Tensor | None = None
+    ) -> ClassVectors:
+        rest = inverse if rest is None else rest
+        return cls(p.classes, inverse, rest, p.bias, p.column_weight)
 
 
 class RowVectors(NamedTuple):

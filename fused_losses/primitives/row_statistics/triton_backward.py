@@ -60,7 +60,7 @@ def gradient_tiles(
     w,  # [C, D]
     of_class,  # as in `forward_tiles`
     of_row,
-    ds,  # [N, chunk] G_ij / |w_j|, rounded to the dtype of the products that follow
+    ds,  # [N, chunk] G_ij times `rest` of 1/|w_j|, in the dtype of the products that follow
     bias_sum,  # [row tiles, chunk] sum over non-targets of G_ij, or None
     stride_x,
     stride_w,
@@ -109,7 +109,7 @@ def gradient_tiles(
     g = tl.where(is_target, g_target[:, None], g)
     if of_class.inverse is not None:
         # read again past the compiler's eyes: keeping it alive from above spills on sm_90
-        again = tl.load(of_class.inverse + local, mask=real, other=0.0, volatile=True)
+        again = tl.load(of_class.rest + local, mask=real, other=0.0, volatile=True)
         g *= again[None, :]
     at = ds + rows.to(tl.int64)[:, None] * stride_ds + local[None, :]
     tl.store(at, narrow(g, ds.dtype.element_ty), mask=(rows < n)[:, None] & real[None, :])
