@@ -88,7 +88,7 @@ def test_state_is_that_of_all_columns(parts: int, is_bent: bool) -> None:
     launch(
         "row_finish", x=x, weight=torch.randn(403, 3), positions=positions, classes=None, **state,
         **out, stride_x=3, stride_w=3, n=5, d=3, parts=parts, type=ELEMENTS[x.dtype],
-        normalize=False,
+        type_x=ELEMENTS[x.dtype], normalize=False,
     )  # fmt: skip
     others = bent(z, bend)[0]
     for row, position in enumerate(positions.tolist()):

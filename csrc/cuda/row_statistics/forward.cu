@@ -131,20 +131,22 @@ FL_EXPORT(row_scores, ScoreArguments, SCORE_FIELDS, run_scores)
   F(int64_t, d)                \
   F(int64_t, parts)            \
   F(int32_t, type)             \
+  F(int32_t, type_x)           \
   F(bool, normalize)
 
-// x [n, d], weight [*, d]; the state [parts, n], at most 32 parts. lse, target double; weighted
-// (null without moment), hardest_score float; hardest int64; [n] each
+// x [n, d] in float, or as weight [*, d]; the state [parts, n], at most 32 parts. lse, target
+// double; weighted (null without moment), hardest_score float; hardest int64; [n] each
 FL_ARGUMENTS(FinishArguments, FINISH_FIELDS)
 
 // <x, w>, over |w| if asked, summed in double: lse - target is what an exponential follows. A warp.
-template <class T>
-FL_DEVICE double target_score(const T* x, const T* w, int64_t d, bool wide, bool normalize) {
+template <class X, class T>
+FL_DEVICE double target_score(const X* x, const T* w, int64_t d, bool wide, bool normalize) {
   const int lane = threadIdx.x % kWarp;
   const int64_t packed = wide ? d / kPack<T> * kPack<T> : 0;
   double dot = 0, square = 0;
   for (int64_t k = lane * kPack<T>; k < packed; k += kWarp * kPack<T>) {
-    const Pack<T, kPack<T>> u = ld_pack(x + k), v = ld_pack(w + k);
+    const Pack<X, kPack<T>> u = ld_many<kPack<T>>(x + k);
+    const Pack<T, kPack<T>> v = ld_pack(w + k);
     for (int i = 0; i < kPack<T>; ++i) {
       const double f = to_float(v[i]);
       dot += to_float(u[i]) * f;
@@ -164,11 +166,11 @@ FL_DEVICE double target_score(const T* x, const T* w, int64_t d, bool wide, bool
 }
 
 // A warp a row.
-template <class T>
+template <class X, class T>
 FL_KERNEL(128)
 finish_rows(FinishArguments a) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  const T* const x = static_cast<const T*>(a.x);
+  const X* const x = static_cast<const X*>(a.x);
   const T* const w = static_cast<const T*>(a.weight);
   const bool wide = packs(x, a.stride_x) && packs(w, a.stride_w);
   for (int64_t row = int64_t(blockIdx.x) * warps + threadIdx.x / kWarp; row < a.n;
@@ -208,7 +210,8 @@ finish_rows(FinishArguments a) {
 int run_finish(const FinishArguments& a, Stream stream) {
   return with_float_type(a.type, [&](auto zero) {
     using T = decltype(zero);
-    return launch(finish_rows<T>, blocks_of_warps(a.n, 128), 128, 0, stream, a);
+    const auto kernel = a.type_x == a.type ? finish_rows<T, T> : finish_rows<float, T>;
+    return launch(kernel, blocks_of_warps(a.n, 128), 128, 0, stream, a);
   });
 }
 

@@ -208,7 +208,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             )
     cuda_launch.launch(
         "row_finish",
-        x=p.x,
+        x=p.exact,
         weight=p.weight,
         positions=p.positions,
         classes=p.classes,
@@ -221,12 +221,13 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         weighted=weighted_sum if weighted else None,
         hardest=hardest,
         hardest_score=hardest_score,
-        stride_x=p.x.stride(0),
+        stride_x=p.exact.stride(0),
         stride_w=p.weight.stride(0),
         n=n,
         d=p.d,
         parts=parts,
-        type=ELEMENTS[p.x.dtype],
+        type=ELEMENTS[p.weight.dtype],
+        type_x=ELEMENTS[p.exact.dtype],
         normalize=p.normalize,
     )
     return lse, target, weighted_sum, hardest, hardest_score

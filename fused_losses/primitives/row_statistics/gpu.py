@@ -15,6 +15,7 @@ from fused_losses.primitives.row_statistics.inputs import Inputs
 class Problem(Product):
     """The product of x and W, with what rows and classes have besides."""
 
+    exact: Tensor  # [N, D] x for the targets' scores: float32 where products take it in 16 bits
     positions: Tensor  # [N] int32: column of the target, -1 = none
     classes: Tensor | None  # [K]
     bias: Tensor | None
@@ -43,11 +44,13 @@ def problem(inputs: Inputs, gradient: bool) -> Problem:
         known = classes[found] == labels if classes.numel() else torch.zeros_like(labels).bool()
         # a label outside `classes` has no column here: the row counts as one without target
         positions = torch.where(known, found, -1).to(torch.int32)
+    exact = x if x.dtype == weight.dtype else x.float()
     return Problem.of(
-        x,
+        x.to(weight.dtype),  # tensor cores take both operands in one dtype
         weight,
         precision,
         gradient,
+        exact=exact if exact.stride(-1) == 1 else exact.contiguous(),
         positions=positions.contiguous(),
         classes=classes,
         bias=None if bias is None else bias.contiguous(),

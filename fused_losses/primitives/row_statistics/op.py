@@ -71,8 +71,6 @@ def row_statistics(
     name, _ = backends.choose(
         backend, x.device, weight.dtype, precision, "row_statistics", x.shape[1]
     )
-    if name in ("triton", "cuda") and x.dtype != weight.dtype:
-        x = x.to(weight.dtype)  # tensor cores take both operands in one dtype
     arguments = (
         x,
         weight,

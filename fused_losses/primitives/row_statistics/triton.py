@@ -136,9 +136,9 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     triton_launch.launch(
         kernel("row_statistics.triton_forward.forward_rows"),
         ceil_div(n, merge_tile.rows),
-        (p.x, p.weight, p.positions, p.classes, Partials.of(top, top_best))
+        (p.exact, p.weight, p.positions, p.classes, Partials.of(top, top_best))
         + (lse, target, weighted_sum if weighted else None, hardest, hardest_score)
-        + (p.x.stride(0), p.weight.stride(0), n, spans if segments == 1 else segments, p.d),
+        + (p.exact.stride(0), p.weight.stride(0), n, spans if segments == 1 else segments, p.d),
         merging
         | dict(BK=merge_tile.depth, EVEN=p.even(merge_tile.depth))
         | dict(NORMALIZE=normalize, BF16=p.bf16),
