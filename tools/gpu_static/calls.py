@@ -48,7 +48,7 @@ def row_statistics(
     ids = empty(classes, dtype=torch.int64) if classes else None
     bias = empty(c, dtype=dtype) if extra else None
     weights = empty(c) if extra else None
-    operands = empty(n, d, dtype=dtype), empty(c, d, dtype=dtype)
+    operands = empty(n, d), empty(c, d, dtype=dtype)  # x in float32, as the losses have it
     bend = empty(4, n) if bent else None
     inputs = Inputs(*operands, labels, ids, bias, weights, normalize, extra, precision, bend)
     triton.forward(inputs)
