@@ -98,7 +98,7 @@ class ClassRows(NamedTuple):
         """
         loss = -F.logsigmoid(target - lse)  # exact at both ends
         # the limit is 0, but an infinite score is a fault that must show
-        loss = torch.where(target == torch.inf, torch.nan, loss) + penalty
+        loss = loss * torch.where(target == torch.inf, torch.nan, 1) + penalty
         loss = torch.where(self.valid, loss, 0).to(self.x.dtype)
         if self.options.reduction == "none":
             return loss

@@ -255,8 +255,8 @@ def _streamed(
     target = scale * moved + target_bias
     loss = -F.logsigmoid(target - stats.lse)  # softplus(lse - target), exact at both ends
     # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
-    loss = torch.where(target == torch.inf, torch.nan, loss)
-    logsumexp = target + loss
+    loss = loss * torch.where(target == torch.inf, torch.nan, 1)
+    logsumexp = torch.logaddexp(target, stats.lse)
     row_weight = 1.0 if class_weight is None else class_weight.to(accumulate)[picked]
     if label_smoothing > 0:
         loss = _smoothed(

@@ -237,3 +237,19 @@ def test_any_shape(
         assert torch.isnan(ours[0]) and torch.isnan(theirs[0])
         return
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("side", ["row", "class", "bias"])
+def test_numbers_that_are_none(side: str, value: float, smoothing: float, backend: str) -> None:
+    """The score counts, as in torch: the same rows are NaN or infinite, in losses and gradients."""
+    x, w, target = inputs(6, 5, 9, torch.float32)
+    bias = torch.randn(9)
+    target = torch.arange(6)
+    at = (bias[:, None] if side == "bias" else x if side == "row" else w)[3]
+    at[min(2, len(at) - 1)] = value
+    ours, theirs = both(x, w, target, backend, bias, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=2e-5, atol=2e-5, equal_nan=True)
+    broken = [~t.isfinite().all(1) for t in (ours[1], theirs[1])]
+    assert torch.equal(*broken)

@@ -125,6 +125,8 @@ def forward(p: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         hardest = torch.where(better, tile.ids[best.indices], hardest)
         hardest_score = torch.where(better, best.values, hardest_score)
         lse = torch.logaddexp(lse, torch.logsumexp(others, dim=1))
+    # an infinite score is a fault that must show, as in F.cross_entropy
+    lse = torch.where(lse == torch.inf, torch.nan, lse)
     return lse, target, weighted_sum, hardest, hardest_score
 
 
