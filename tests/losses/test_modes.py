@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any
 
+import example_values
 import pytest
 import torch
 import torch._dynamo.compiled_autograd as compiled_autograd
 from conftest import STREAMED, require
-from example_values import fields, floats
+from example_values import DIFFERENTIABLE, fields, floats
 from torch import Tensor
 
 import fused_losses
 from fused_losses import backends
-from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, ExampleInputs
+from fused_losses.base.examples import TABLE, ExampleInputs
 
-DIFFERENTIABLE = [n for n, example in TABLE.items() if example.bound not in (EXACT, UNJUDGED)]
 SHAPE = (12, 17, 8)
-
-
 FIELDS = fields(SHAPE)
 
 
 def total(name: str, backend: str, **leaves: Tensor) -> Tensor:
-    """One number of the example, float64."""
-    example, inputs = TABLE[name], ExampleInputs(*SHAPE)
-    vars(inputs).update(FIELDS, **leaves)
-    options = {"backend": backend} if example.takes("backend") else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        parts = [o.double() for o in floats(example(inputs, **options)) if o.requires_grad]
-    return torch.stack(
-        [(p * torch.linspace(0.5, 1.5, p.numel()).view_as(p)).sum() for p in parts]
-    ).sum()
+    return example_values.total(name, backend, SHAPE, FIELDS | leaves)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
