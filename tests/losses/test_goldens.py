@@ -136,6 +136,14 @@ def assert_rows_agree(got: Tensor, wanted: Tensor, tolerance: float, rows: Tenso
     assert error[rows].max() <= tolerance, error
 
 
+def assert_exact(loss: Tensor, x: Tensor, w: Tensor, data: dict[str, Tensor]) -> None:
+    loss.backward()
+    assert abs(loss - data["loss"]).item() <= EXACT * data["loss"].item()
+    everything = torch.ones(50, dtype=torch.bool)
+    assert_rows_agree(x.grad, data["grad_x"], EXACT, everything[:32])
+    assert_rows_agree(w.grad, data["grad_w"], EXACT, everything)
+
+
 @pytest.mark.float64
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.name)
 def test_value_and_gradients_are_the_authors(head: Head, backend: str) -> None:
@@ -185,11 +193,7 @@ def test_opensphere_cosface(backend: str) -> None:
         normalize=False,
         backend=backend,
     )
-    loss.backward()
-    assert abs(loss - data["loss"]).item() <= EXACT * data["loss"].item()
-    everything = torch.ones(50, dtype=torch.bool)
-    assert_rows_agree(x.grad, data["grad_x"], EXACT, everything[:32])
-    assert_rows_agree(w.grad, data["grad_w"], EXACT, everything)
+    assert_exact(loss, x, w, data)
 
 
 @pytest.mark.float64
@@ -208,11 +212,7 @@ def test_pml_large_margin_softmax(backend: str) -> None:
         normalize=False,
         backend=backend,
     )
-    loss.backward()
-    assert abs(loss - data["loss"]).item() <= EXACT * data["loss"].item()
-    everything = torch.ones(50, dtype=torch.bool)
-    assert_rows_agree(x.grad, data["grad_x"], EXACT, everything[:32])
-    assert_rows_agree(w.grad, data["grad_w"], EXACT, everything)
+    assert_exact(loss, x, w, data)
 
 
 @pytest.mark.float64
