@@ -17,6 +17,7 @@ from typing import NamedTuple
 import hypothesis.strategies as st
 import margin_draws
 import metric_draws
+import option_draws
 import pair_cases
 import row_loss_cases
 import torch
@@ -38,6 +39,7 @@ TABLES = (
     *MORE,
     *margin_draws.DRAWN,
     *metric_draws.DRAWN,
+    *option_draws.DRAWN,
 )
 CASES = {case.name: case for case in TABLES}
 
@@ -98,12 +100,12 @@ LIMITS: dict[str, tuple[str, ...]] = {
     "trilinear_attention": ("outlier", "far", "clusters"),
     # which of a document's equal tokens gets the gradient is open, and which of equal neighbours
     **dict.fromkeys(
-        ("maxsim_padded", "pairwise_topk_euclidean", "pairwise_topk_dot", "pairwise_topk_cosine"),
+        ("maxsim_padded", *(name for name in CASES if name.startswith("pairwise_topk_"))),
         ("integers", "constant", "duplicates", "sparse"),
     ),
     # which of a class's equal centres gets the gradient is open; a row of zeros is equal to many
     **dict.fromkeys(
-        (f"class_loss_{name}" for name in margin_draws.CLASS_LOSSES),
+        (name for name in CASES if name.startswith("class_loss_")),
         ("integers", "constant", "duplicates", "sparse", "clusters"),
     ),
     # weights multiply the rows: products rounded, of their own length, are subtracted
@@ -124,7 +126,10 @@ LIMITS: dict[str, tuple[str, ...]] = {
         ("integers", "constant", "duplicates"),
     ),
     # which of equal prototypes is the nearest is open
-    "prototype_triplet": ("integers", "constant", "duplicates"),
+    **dict.fromkeys(
+        (name for name in CASES if name.startswith("prototype_triplet")),
+        ("integers", "constant", "duplicates"),
+    ),
 }
 # on CUDA the bias' gradient sums G as the products have it, rounded; sum |G| is at most the loss,
 # since a sigmoid is at most its softplus
