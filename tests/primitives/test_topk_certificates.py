@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import pytest
@@ -79,18 +79,22 @@ def score(u: list[int], v: list[int], kind: str, bits: int) -> tuple[int, int]:
     return key, 2 * unit << COSINES - 52
 
 
+@lru_cache(maxsize=1)  # many searches of the same rows follow one another; a tensor is its object
+def scored(x: Tensor, y: Tensor, kind: str) -> tuple[list[dict | None], Rows]:
+    """Each row's exact scores by column, and the columns; None of what is not finite."""
+    left, right, bits = exactly(x, y)
+    of = lambda u: {j: score(u, v, kind, bits) for j, v in enumerate(right) if v is not None}
+    return [None if u is None else of(u) for u in left], right
+
+
 def check(found: Tensor, x: Tensor, y: Tensor, kind: str, k: int, largest: bool, own: bool) -> None:
     """The k best by exact scores, but for the rounding of a score in float64; copies in order."""
-    left, right, bits = exactly(x, y)
+    every, right = scored(x, y, kind)
     sign = 1 if largest else -1
-    for i, u in enumerate(left):
-        if u is None:
+    for i, row in enumerate(every):
+        if row is None:
             continue
-        scores = {
-            j: score(u, v, kind, bits)
-            for j, v in enumerate(right)
-            if v is not None and not (own and i == j)
-        }
+        scores = {j: pair for j, pair in row.items() if not (own and i == j)}
         best = sorted(scores, key=lambda j: (-sign * scores[j][0], j))[:k]
         mine = found[i].tolist()
         assert len(set(mine)) == len(mine) == k
