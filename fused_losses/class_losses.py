@@ -13,11 +13,31 @@ from fused_losses.losses.class_values import (
     SoftTriple,
     SphereFace2,
 )
+from fused_losses.losses.probability_values import (
+    AGCE,
+    AUL,
+    GCE,
+    MAE,
+    SCE,
+    CompSum,
+    Focal,
+    OfProbability,
+    Poly1,
+)
 
 __all__ = [
+    "AGCE",
+    "AUL",
+    "GCE",
+    "MAE",
     "MLCD",
+    "SCE",
     "ClassLoss",
+    "CompSum",
+    "Focal",
     "MergedRows",
+    "OfProbability",
+    "Poly1",
     "SFace",
     "SoftTriple",
     "Softmax",

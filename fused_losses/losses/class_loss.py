@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import NO_TARGET, describe, meet, no_target
+from fused_losses.losses.class_rows import ClassOptions, ClassRows
 from fused_losses.losses.class_values import (
     MLCD,
     ClassLoss,
@@ -18,6 +20,7 @@ from fused_losses.losses.class_values import (
     SphereFace2,
 )
 from fused_losses.losses.positions import over_positions
+from fused_losses.losses.probability_values import GCE
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import class_statistics, class_targets
 
@@ -75,28 +78,47 @@ def class_loss(
         x = torch.where(valid[:, None], embeddings.to(accumulate_dtype(weight.dtype)), 0)
         norms = torch.linalg.vector_norm(x, dim=1)
         x = unit_rows(x) if normalize else x
-        inputs = ClassInputs(
-            x,
-            weight.flatten(0, -2),
-            labels,
-            classes,
-            rule=loss.rule,
-            params=loss.params(),
-            centers=centers,
-            softness=loss.softness,
-            normalize=normalize,
-            precision=precision,
-        )
-        with torch.no_grad():
-            values = loss.values(class_targets(inputs), present)
-        inputs = inputs._replace(values=values)
-        found = class_statistics(inputs, backend=backend)
-        rows = loss.row_loss(MergedRows(found.statistics, found.targets, present, norms))
+        plain = centers == 1 and labels.shape[1] == 1 and loss.softness == 0
+        if plain and loss.rule == "softmax":
+            options = ClassOptions(normalize, ignore_index, classes, precision, reduction, backend)
+            seen = ClassRows(x, weight.flatten(0, -2), labels[:, 0], valid, norms, options)
+            merged = _compiled(seen, loss, present)
+        else:
+            inputs = ClassInputs(
+                x,
+                weight.flatten(0, -2),
+                labels,
+                classes,
+                rule=loss.rule,
+                params=loss.params(),
+                centers=centers,
+                softness=loss.softness,
+                normalize=normalize,
+                precision=precision,
+            )
+            with torch.no_grad():
+                values = loss.values(class_targets(inputs), present)
+            found = class_statistics(inputs._replace(values=values), backend=backend)
+            merged = MergedRows(found.statistics, found.targets, present, norms)
+        rows = loss.row_loss(merged)
         rows = torch.where(valid, rows, 0).to(x.dtype)
         if reduction == "none":
             return rows
         total = rows.sum()
         return total if reduction == "sum" else total / valid.sum().clamp_min(1)
+
+
+def _compiled(rows: ClassRows, loss: ClassLoss, present: Tensor) -> MergedRows:
+    """Of a softmax over classes of one centre, one label a row: `row_statistics` has kernels."""
+    p, weight = rows.options, rows.weight
+    name, _ = backends.choose(
+        p.backend, weight.device, weight.dtype, p.precision, "row_statistics", weight.shape[1]
+    )
+    rows = rows._replace(options=p._replace(backend=name))
+    (scale,) = loss.params()
+    margin = loss.margin if isinstance(loss, Softmax) else None
+    lse, target = rows.statistics(scale, margin)
+    return MergedRows(lse[None], (target / scale)[:, None], present, rows.norm)
 
 
 def _checked(embeddings: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -117,7 +139,12 @@ def _checked(embeddings: Tensor, weight: Tensor, labels: Tensor, reduction: str)
     return labels.long()
 
 
-_LOSSES = {"SFace": SFace(), "SphereFace2": SphereFace2(0.3), "class_loss": Softmax()}
+_LOSSES = {
+    "GCE": GCE(scale=16.0),
+    "SFace": SFace(),
+    "SphereFace2": SphereFace2(0.3),
+    "class_loss": Softmax(),
+}
 for _name, _loss in _LOSSES.items():
     examples(class_loss, lambda f, t: f(t.x, t.w, t.targets), {"": {"loss": _loss}}, name=_name)
 examples(

@@ -62,7 +62,7 @@ class ClassLoss:
         raise NotImplementedError
 
 
-def _floats(check: Callable[..., None], **numbers: float) -> None:
+def check_floats(check: Callable[..., None], **numbers: float) -> None:
     for name, number in numbers.items():
         if isinstance(number, Tensor):  # whose gradient would be lost in the rule
             raise TypeError(
@@ -97,7 +97,7 @@ class Softmax(ClassLoss):
 
     def __post_init__(self) -> None:
         check_margin(self.margin)
-        _floats(check_above, scale=self.scale)
+        check_floats(check_above, scale=self.scale)
         validation.check_choice("gradient", self.gradient, GRADIENTS)
 
     def params(self) -> list[float]:
@@ -111,8 +111,12 @@ class Softmax(ClassLoss):
 
     def row_loss(self, rows: MergedRows) -> Tensor:
         z = self._scaled(self._moved(rows.targets, rows.norms, rows.present))
-        loss = _label_softmax(z, rows.statistics[0], rows.present)
+        loss = _label_softmax(z, rows.statistics[0], rows.present, self.end)
         return loss + penalty_of(self.margin, rows.norms)
+
+    def end(self, log_p: Tensor, log_rest: Tensor) -> Tensor:  # noqa: ARG002 (of others)
+        """The loss of a label by log p and log(1 - p) of its probability. [N, L]"""
+        return -log_p
 
     def _scaled(self, cosines: Tensor) -> Tensor:
         return self.scale * cosines
@@ -135,9 +139,13 @@ def _one_label(margin: Margin | None, targets: Tensor) -> None:
         )
 
 
-def _label_softmax(z: Tensor, lse: Tensor, present: Tensor) -> Tensor:
-    """Mean over a row's labels of softplus(lse - z), [N]; z [N, L], lse [N] of the negatives."""
-    loss = -F.logsigmoid(z - lse[:, None])
+def _label_softmax(
+    z: Tensor, lse: Tensor, present: Tensor, end: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Mean over a row's labels of `Softmax.end`, [N]; z [N, L], lse [N] of the negatives."""
+    above = z - lse[:, None]
+    # each exact where the other is near 0
+    loss = end(F.logsigmoid(above), F.logsigmoid(-above))
     # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
     loss = torch.where(z == torch.inf, torch.nan, loss)
     return _present_sum(loss, present) / present.sum(dim=1).clamp_min(1)
@@ -161,8 +169,8 @@ class SoftTriple(ClassLoss):
     rule = "softmax"
 
     def __post_init__(self) -> None:
-        _floats(check_above, la=self.la, gamma=self.gamma)
-        _floats(check_parameter, margin=self.margin)
+        check_floats(check_above, la=self.la, gamma=self.gamma)
+        check_floats(check_parameter, margin=self.margin)
 
     @property
     def softness(self) -> float:
@@ -172,9 +180,8 @@ class SoftTriple(ClassLoss):
         return [float(self.la)]
 
     def row_loss(self, rows: MergedRows) -> Tensor:
-        return _label_softmax(
-            self.la * (rows.targets - self.margin), rows.statistics[0], rows.present
-        )
+        z = self.la * (rows.targets - self.margin)
+        return _label_softmax(z, rows.statistics[0], rows.present, lambda log_p, _: -log_p)
 
 
 @dataclass(frozen=True)
@@ -195,8 +202,8 @@ class SFace(ClassLoss):
     rule = "sface"
 
     def __post_init__(self) -> None:
-        _floats(check_above, scale=self.scale, k=self.k)
-        _floats(check_parameter, a=self.a, b=self.b)
+        check_floats(check_above, scale=self.scale, k=self.k)
+        check_floats(check_parameter, a=self.a, b=self.b)
 
     def params(self) -> list[float]:
         return [float(self.k), float(self.b)]
@@ -229,8 +236,8 @@ class SphereFace2(ClassLoss):
     rule = "sphereface2"
 
     def __post_init__(self) -> None:
-        _floats(check_above, scale=self.scale, lw=self.lw)
-        _floats(check_parameter, margin=self.margin, t=self.t, alpha=self.alpha)
+        check_floats(check_above, scale=self.scale, lw=self.lw)
+        check_floats(check_parameter, margin=self.margin, t=self.t, alpha=self.alpha)
         check_parameter("t", self.t, 1)
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha: expected a value in (0, 1), got {self.alpha}")
@@ -299,7 +306,7 @@ class MLCD(ClassLoss):
     rule = "softmax"
 
     def __post_init__(self) -> None:
-        _floats(check_above, scale=self.scale)
+        check_floats(check_above, scale=self.scale)
 
     def params(self) -> list[float]:
         return [float(self.scale)]

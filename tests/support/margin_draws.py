@@ -261,6 +261,36 @@ def mlcd(t: Inputs) -> Tensor:
     return s.mean(sum(torch.logaddexp(a, torch.zeros_like(a)) for a in (attract, repel)))
 
 
+def of_probability(end: Callable[[Tensor], Tensor]) -> Callable[[Inputs], Tensor]:
+    """The end of p = softmax(16 cos)_y, for a row's label among the negatives alone, each."""
+
+    def loss(t: Inputs) -> Tensor:
+        s = Seen(t)
+        others = lse(16.0 * s.cosine, ~s.own)[:, None]
+        log_p = -torch.logaddexp(torch.zeros_like(s.cosine), others - 16.0 * s.cosine)
+        each = torch.where(s.own, end(log_p), 0).sum(1) / s.own.sum(1).clamp_min(1)
+        return s.mean(each)
+
+    return loss
+
+
+def rest(log_p: Tensor) -> Tensor:
+    """1 - p."""
+    return -torch.expm1(log_p)
+
+
+PROBABILITY: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "CompSum": (class_losses.CompSum(0.5, scale=16.0), lambda z: 2 * torch.expm1(-0.5 * z)),
+    "GCE": (class_losses.GCE(0.7, scale=16.0), lambda z: -torch.expm1(0.7 * z) / 0.7),
+    "MAE": (class_losses.MAE(scale=16.0), lambda z: 2 * rest(z)),
+    "AGCE": (class_losses.AGCE(1.0, 2.0, scale=16.0), lambda z: rest(z) * (3 + z.exp()) / 2),
+    "AUL": (class_losses.AUL(2.0, 2.0, scale=16.0), lambda z: rest(z) * (3 - z.exp()) / 2),
+    "SCE": (class_losses.SCE(0.5, 2.0, scale=16.0), lambda z: -0.5 * z + 8 * rest(z)),
+    "Focal": (class_losses.Focal(2.0, scale=16.0), lambda z: -z * rest(z) ** 2),
+    "Poly1": (class_losses.Poly1(2.0, scale=16.0), lambda z: -z + 2 * rest(z)),
+}
+
+
 CLASS_LOSSES: dict[str, tuple[Callable[[Inputs], Any], Callable[[Inputs], Tensor]]] = {
     "Softmax": (
         lambda t: class_losses.Softmax(margins.CosFace(0.3), 16.0),
@@ -270,6 +300,10 @@ CLASS_LOSSES: dict[str, tuple[Callable[[Inputs], Any], Callable[[Inputs], Tensor
     "SFace": (lambda t: class_losses.SFace(), sface),
     "SphereFace2": (lambda t: class_losses.SphereFace2(t.bias), sphereface2),
     "MLCD": (lambda t: class_losses.MLCD(8.0), mlcd),
+    **{
+        name: (lambda t, loss=loss: loss, of_probability(end))
+        for name, (loss, end) in PROBABILITY.items()
+    },
 }
 
 
