@@ -200,9 +200,7 @@ def test_inside_backward_the_scale_is_known_or_refused() -> None:
         twin.optimizer.step()
         twin.done += 1
     twin.check()
-    with pytest.raises(
-        TypeError, match="loss_scale: expected a number or a function"
-    ):
+    with pytest.raises(TypeError, match="loss_scale: expected a number or a function"):
         twin.head.loss_scale = "65536"
     twin.head.loss_scale = 0.0
     with pytest.raises(ValueError, match="loss_scale: expected a value > 0"):
