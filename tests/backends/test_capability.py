@@ -63,6 +63,7 @@ def test_every_instruction_set_agrees_with_truth(capability, dtype, bound, optio
 
 
 @pytest.mark.parametrize(("wanted", "allowed"), [("avx2", ("avx2", "default")), ("default", ())])
+@pytest.mark.processes
 def test_aten_cpu_capability_caps_the_choice(wanted, allowed):
     code = "import fused_losses._C as c; print(c.capability(), c.has_bf16())"
     env = {**os.environ, "ATEN_CPU_CAPABILITY": wanted}

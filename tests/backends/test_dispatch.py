@@ -140,6 +140,7 @@ CHOOSE = (
 )
 
 
+@pytest.mark.processes
 def test_environment_names_the_backend_and_yields_to_the_program() -> None:
     told = child(
         CHOOSE + "print(c(), c('bounded'));\nwith b.use_backend('bounded'): print(c())",
@@ -148,12 +149,14 @@ def test_environment_names_the_backend_and_yields_to_the_program() -> None:
     assert told.stdout.split() == ["reference", "bounded", "bounded"], told.stderr
 
 
+@pytest.mark.processes
 def test_environment_with_an_unknown_name_is_refused() -> None:
     told = child(CHOOSE + "c()", FUSED_LOSSES_BACKEND="quick")
     assert told.returncode != 0
     assert "backend: expected auto" in told.stderr and "'quick'" in told.stderr
 
 
+@pytest.mark.processes
 def test_import_is_quiet_and_starts_nothing() -> None:
     # torch._dynamo alone is seconds of import, and brings Triton
     told = child(

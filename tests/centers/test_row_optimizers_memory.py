@@ -86,6 +86,7 @@ with fused_losses.use_backend(json.loads(sys.argv[1])):
 )
 
 
+@pytest.mark.processes
 def test_no_memory_of_the_tables_size(backend: str) -> None:
     """Neither in a step nor to settle; the reference, whose blocks are the caller's, is control."""
     for rule, (extra, table) in told_by_child(CHILD, backend).items():

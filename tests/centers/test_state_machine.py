@@ -92,6 +92,7 @@ def test_found(name: str) -> None:
     done.check()
 
 
+@pytest.mark.slow
 def test_any_order_on_one_rank() -> None:
     run_state_machine_as_test(
         HeadMachine,

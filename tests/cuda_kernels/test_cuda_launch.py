@@ -37,6 +37,7 @@ def test_what_it_cannot_take_has_a_reason() -> None:
 
 
 @pytest.mark.parametrize("host", ["0", "1"])
+@pytest.mark.processes
 def test_a_missing_library_says_what_to_do(host: str) -> None:
     code = "import fused_losses.backends as b; print(b.unavailable('cuda'))"
     env = {"FUSED_LOSSES_CUDA_ON_HOST": host, "FUSED_LOSSES_CUDA_LIBRARY": "no/such/library.so"}

@@ -846,6 +846,7 @@ print(json.dumps({name: run(*case) for name, case in cases.items()}))
 )
 
 
+@pytest.mark.slow
 def test_bounded_memory_is_what_it_says() -> None:
     cases = {k: (k, 600, 40, 1.0) for k in KINDS if k != "dot"}
     # every pair near; rows of which few fit in a block

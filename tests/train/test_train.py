@@ -79,6 +79,7 @@ def losses(folder: Path, name: str = "trained") -> list[list[float]]:
 # training
 
 
+@pytest.mark.slow
 def test_it_learns_and_writes_its_record(tiny: TrainConfig, tmp_path: Path) -> None:
     config = tiny.with_changes(steps=60, folds=2, compare=True, backend="auto", augment="none")
     result = train(config, tmp_path / "run", quiet=True)

@@ -135,6 +135,7 @@ def test_heads_are_compared_in_their_own_processes(
     assert (tmp_path / "compare.png").stat().st_size > 0
 
 
+@pytest.mark.processes
 def test_a_signal_to_a_comparison_reaches_the_head_under_way(
     tiny: GlyphConfig, glyphs: Glyphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
