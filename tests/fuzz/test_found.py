@@ -43,6 +43,23 @@ FOUND = {
         Draw((33, 33, 7), "tiny", "skewed", torch.float16, 1),
         Call("cuda"),
     ),
+    # the scale follows 1 / (1 - the target's cosine), and that was of rows rounded to 16 bits
+    "a scale of rounded rows": (
+        "adaptive_margin_softmax",
+        Draw((1, 16, 3), "aligned", "as they are", torch.float16, 136698),
+        Call("cuda"),
+    ),
+    "a scale of rounded rows, short": (
+        "adaptive_margin_softmax",
+        Draw((2, 8, 16), "tiny", "as they are", torch.float16, 31639),
+        Call("cuda"),
+    ),
+    # and so the slope 1 / sin of the angle
+    "an angle of rounded rows": (
+        "margin_ArcFace_clamp",
+        Draw((1, 3, 2), "outlier", "as they are", torch.bfloat16, 314728),
+        Call("cuda"),
+    ),
 }
 
 

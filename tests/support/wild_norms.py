@@ -26,7 +26,7 @@ NOT_OF_DIRECTIONS = ("nt_xent_views", "n_pairs", "harmonic_triplet")
 # of denormals: a product with a weight has their grain; the kernels' logarithm is that of 1e-38
 NO_DENORMALS = ("pairwise_weighted", "pairwise_kl")
 LENGTHS = {"1e-40": 1e-40, "1e-30": 1e-30, "1e30": 1e30, "from 1e-30 to 1e30": None}
-# kernels over classes take a norm below 1e-12 for 0, and squares as they come (docs/reliability.md)
+# of these tests/losses/test_class_lengths.py: on a GPU backend denormal classes count as zero
 OVER_CLASSES = (
     fl.margin_softmax,
     fl.unpg_margin_softmax,
