@@ -107,6 +107,7 @@ CASES = {
         in_16_bits=True,
     ),
     "class_centers": Entry(head_cases.class_centers, "head"),
+    "spherical_head": Entry(head_cases.spherical_head, "head"),
     "info_nce": Entry(pair_cases.info_nce, "pairs", in_16_bits=True),
     "siglip": Entry(pair_cases.siglip, "pairs", in_16_bits=True),
     "supervised_contrastive": Entry(pair_cases.supervised_contrastive, "pairs"),

@@ -6,6 +6,7 @@ which gathers the drawn rows, scatters their gradient into a dense one, and step
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fused_losses.bench.measure import Provider
 from fused_losses.bench.micro.cases import MARGIN, SCALE, Case, backward, eager_arcface
-from fused_losses.centers import ClassCenters
+from fused_losses.centers import ClassCenters, SphericalHead
 from fused_losses.margins import ArcFace
 
 RATE = 0.1
@@ -26,10 +27,16 @@ def _ours(x: Tensor, y: Tensor, head: ClassCenters) -> Provider:
     return lambda: backward(head(x, y))
 
 
-def _plain(x: Tensor, y: Tensor, table: Tensor, compiled: bool) -> Provider:
+def _plain(
+    x: Tensor,
+    y: Tensor,
+    table: Tensor,
+    compiled: bool,
+    formula: Callable[..., Tensor] = eager_arcface,
+) -> Provider:
     weight = table.clone().requires_grad_()
     optimizer = torch.optim.SGD([weight], **SGD)
-    loss = torch.compile(eager_arcface) if compiled else eager_arcface
+    loss = torch.compile(formula) if compiled else formula
 
     def step() -> Tensor:
         value = backward(loss(x, weight, y))
@@ -103,7 +110,44 @@ def class_centers(n: int, c: int, d: int, device: str = "cpu", rivals: str = "al
     )
 
 
-def _then_step(step: Provider, head: ClassCenters) -> Provider:
+def eager_z_loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """The Z-loss on the N x C outputs."""
+    outputs = x @ w.T
+    deviation, mean = torch.std_mean(outputs, dim=1, correction=0)
+    return F.softplus((mean - outputs.gather(1, y[:, None])[:, 0]) / deviation).mean()
+
+
+def spherical_head(n: int, c: int, d: int, device: str = "cpu", rivals: str = "all") -> Case:
+    """n rows against c classes under the Z-loss; beside it margin softmax, another loss."""
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(n, d, device=device)).requires_grad_()
+    y = torch.randint(0, c, (n,), device=device)
+    # at this rate, too, all tables stay equal
+    head = SphericalHead(c, d, "z", lr=1e-30, device=device)
+    steps = {"fused fp32": _then_step(lambda: backward(head(x, y)), head)}
+    rate = dict(optimizer="sgd", optimizer_options=dict(lr=0.0), scale=SCALE, device=device)
+    others = {"margin softmax": {}, f"margin softmax, r={RATE}": dict(sample_rate=RATE)}
+    if rivals != "none":
+        table = head.rows(torch.arange(c, device=device))
+        steps["eager, dense SGD"] = _plain(x, y, table, False, eager_z_loss)
+        if rivals == "all":
+            steps["torch.compile, dense SGD"] = _plain(x, y, table, True, eager_z_loss)
+        for name, more in others.items():
+            steps[name] = _ours(x, y, ClassCenters(c, d, **rate, **more))
+    return Case(
+        title=f"SphericalHead, a step of the Z-loss with SGD, B={n}, C={c:,}, D={d}",
+        providers=steps,
+        ours=["fused fp32"],
+        leaves=[x],
+        # of the outputs, both gradients of the rows, and what a step changes
+        flops=2 * (10 * n * d * d + 4 * n * n * d + 4 * d**3),
+        bytes=8 * 10 * d * d + 4 * 4 * n * d,
+        unlike=tuple(others),
+        flops_of="D x D products in float64, none with all classes",
+    )
+
+
+def _then_step(step: Provider, head: ClassCenters | SphericalHead) -> Provider:
     optimizer = head.optimizer
     assert optimizer is not None
 
