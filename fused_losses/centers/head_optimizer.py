@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.validation import describe
+from fused_losses.centers.state import BEGUN
 
 
 class Table(Protocol):
@@ -44,11 +45,14 @@ class Updates(Protocol):
     @property
     def states(self) -> dict[str, Tensor]: ...
 
+    @property
+    def begun(self) -> bool | None: ...
+
     def take_pending(self) -> None: ...
 
     def forget(self) -> None: ...
 
-    def fill(self, states: Mapping[str, Tensor], steps: int) -> None: ...
+    def fill(self, states: Mapping[str, Tensor], steps: int, begun: bool | None) -> None: ...
 
 
 class HeadOptimizer(torch.optim.Optimizer):
@@ -81,8 +85,9 @@ class HeadOptimizer(torch.optim.Optimizer):
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         if not self._groups:
             return {}
-        step = torch.tensor(self._updates.steps, device="cpu")
-        return {self._updates.rows.weight: {"step": step, **self._updates.states}}
+        counts = {"step": self._updates.steps, BEGUN: self._updates.begun}
+        told = {k: torch.tensor(int(v), device="cpu") for k, v in counts.items() if v is not None}
+        return {self._updates.rows.weight: {**told, **self._updates.states}}
 
     @state.setter
     def state(self, state: dict[Tensor, Any]) -> None:
@@ -142,8 +147,11 @@ class HeadOptimizer(torch.optim.Optimizer):
                 f"state_dict: expected one group with {', '.join(sorted(own))}, got "
                 f"{len(groups)} with {', '.join(sorted(given))}"
             )
-        states = dict(next(iter(state_dict["state"].values()), {}))
+        kept = next(iter(state_dict["state"].values()), {})
+        states = {k: v for k, v in kept.items() if v is not None}  # torch has such a buffer
         step = states.pop("step", None)
+        # torch's SGD has no step, and a buffer once momentum has begun
+        begun = states.pop(BEGUN, True if step is None else None)
         trouble = rows.unfit(states) if states or step is not None else None
         if step is not None and not float(step) >= 0:
             trouble = f"step: expected a count >= 0, got {describe(step)}"
@@ -151,4 +159,5 @@ class HeadOptimizer(torch.optim.Optimizer):
             raise ValueError(f"state_dict: {trouble}")
         self._groups[0].update({k: v for k, v in groups[0].items() if k != "params"})
         if states or step is not None:
-            self._updates.fill(states, rows.steps if step is None else int(step))
+            steps = rows.steps if step is None else int(step)
+            self._updates.fill(states, steps, None if begun is None else bool(begun))

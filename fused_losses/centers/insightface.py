@@ -21,6 +21,7 @@ from fused_losses.base.files import DataError, write_atomically
 from fused_losses.base.validation import describe
 from fused_losses.centers.collectives import everyones, gather_rows, local_rows
 from fused_losses.centers.insightface_files import STEP, TABLE, WEIGHT, find_files, read_part
+from fused_losses.centers.state import BEGUN
 
 BLOCK = 1 << 16  # rows that are checked or copied at once
 
@@ -156,6 +157,8 @@ def import_checkpoints(
             if key in state:
                 local_rows(state[key])[first - start : first - start + len(rows)].copy_(rows)
     state["steps"].fill_(table.step)
+    if BEGUN in state and "momentum_buffer" in table.names:  # torch.optim.SGD makes it then
+        state[BEGUN].fill_(1)
     head.load()
     return table
 

@@ -230,8 +230,16 @@ class RowOptimizer:
             self.catch_up(slice(start, start + block_rows))
         self._settled = self.steps
 
-    def load(self, steps: int) -> None:
-        """All rows stand at this step: after weight and states were loaded in place."""
+    @property
+    def begun(self) -> bool | None:
+        """Whether a momentum that is kept has begun, of the whole table; None: none is kept."""
+        return None
+
+    def load(self, steps: int, begun: bool | None = None) -> None:  # noqa: ARG002 (RowSgd's)
+        """All rows stand at this step: after weight and states were loaded in place.
+
+        begun: what `begun` was there; None: of older checkpoints, which do not say.
+        """
         if steps < 0:
             raise ValueError(f"steps: expected a count >= 0, got {steps}")
         self._open = None
@@ -258,11 +266,11 @@ class RowOptimizer:
         self._state(name)
 
     @torch.no_grad()
-    def fill(self, states: Mapping[str, Tensor], steps: int) -> None:
+    def fill(self, states: Mapping[str, Tensor], steps: int, begun: bool | None = None) -> None:
         """Goes on from this step with copies of such states, which `unfit` has nothing against."""
         for name, state in states.items():
             self._state(name).copy_(flat(state))
-        self.load(steps)
+        self.load(steps, begun)
 
     def _check_turn(self, rows: Tensor) -> None:
         """Raises for rows that are behind or have had the open step; a GPU is not waited for."""

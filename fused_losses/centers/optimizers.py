@@ -41,12 +41,22 @@ class RowSgd(RowOptimizer):
         elif self.defaults["nesterov"]:
             raise ValueError("nesterov: expected a momentum, got 0")
 
-    def load(self, steps: int) -> None:
+    @property
+    def begun(self) -> bool | None:
+        return self._moving if "momentum_buffer" in self.states else None
+
+    def load(self, steps: int, begun: bool | None = None) -> None:
         super().load(steps)
-        # torch has no buffer before the first step with momentum, and the rows have zeros
-        self._moving = "momentum_buffer" in self.states and bool(
-            self._state("momentum_buffer").any()
-        )
+        # torch has no buffer before the first step with momentum, and the rows have zeros; they may
+        # have them after it, too: a shard's, none of whose rows has taken part
+        buffer = self.states.get("momentum_buffer")
+        self._moving = buffer is not None and (bool(begun) or bool(buffer.any()))
+
+    def begin(self, group: ParamGroup) -> None:
+        super().begin(group)
+        assert self._open is not None
+        if self._open["momentum"]:
+            self._state("momentum_buffer")  # of every shard: of rows that take no part, too
 
     def end(self) -> None:
         moving = self._moving or (self._open is not None and self._open["momentum"] != 0)

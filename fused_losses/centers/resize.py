@@ -37,7 +37,12 @@ def carry_tables(old: TableModule, tables: Mapping[str, Tensor], new: TableModul
     """`carry_over` of these tables, [c, ...] with the rows of old's classes, and plain tensors."""
     if old.ranks.group is not new.ranks.group:
         raise ValueError("new: expected a head over the ranks of the old one")
-    state = {name: local_rows(t) for name, t in new.state().items()}
+    there = new.state()
+    try:
+        there.add(tables)
+    except ValueError as error:
+        raise ValueError(f"new: expected the states of the old head; {error}") from None
+    state = {name: local_rows(t) for name, t in there.items()}
     for name, table in tables.items():
         rows = is_table(name)
         if name not in state or state[name].shape[rows:] != table.shape[rows:]:

@@ -82,6 +82,8 @@ class SphericalTable:
 class SphericalUpdates:
     """The steps of the table, and what waits for one."""
 
+    begun: bool | None = None  # there is no momentum
+
     def __init__(self, rows: SphericalTable) -> None:
         self.rows = rows
         self.waits: WaitingGradients[tuple[int, Slopes]] = WaitingGradients()
@@ -99,7 +101,12 @@ class SphericalUpdates:
     def states(self) -> dict[str, Tensor]:
         return {}
 
-    def fill(self, states: Mapping[str, Tensor], steps: int) -> None:  # noqa: ARG002 (none here)
+    def fill(
+        self,
+        states: Mapping[str, Tensor],  # noqa: ARG002 (none here)
+        steps: int,
+        begun: bool | None = None,  # noqa: ARG002 (nor a momentum)
+    ) -> None:
         self.forget()
         self.rows.steps = steps
 

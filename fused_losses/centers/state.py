@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fused_losses.centers.collectives import Ranks
 
+BEGUN = "momentum_begun"  # whether a step with momentum has been, of the whole table
+
 
 def named_tensors(
     weight: Tensor, states: dict[str, Tensor], margin: object, ranks: Ranks, num_classes: int
@@ -44,7 +46,14 @@ class TableState(dict[str, Tensor]):
     named: Callable[[], dict[str, Tensor]] | None = None
 
     def expect(self, names: Iterable[str]) -> None:
-        """Makes the states that a checkpoint has beside these, such as a scheduled momentum's."""
+        """Fits itself to a checkpoint that has these."""
+        names = set(names)
+        self.add(names)
+        if BEGUN in self and BEGUN not in names:  # an older one, which does not say
+            self.pop(BEGUN).zero_()
+
+    def add(self, names: Iterable[str]) -> None:
+        """Makes the states that others have beside these, such as a scheduled momentum's."""
         if self.make is None or self.named is None:
             return
         more = [name for name in names if name.startswith("optimizer.") and name not in self]

@@ -19,7 +19,7 @@ from fused_losses.centers import arguments
 from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.held import Held, held_by
 from fused_losses.centers.objective import loss_of
-from fused_losses.centers.state import TableState, named_tensors
+from fused_losses.centers.state import BEGUN, TableState, named_tensors
 from fused_losses.centers.update import AutogradUpdates, RowUpdates
 
 SWITCH = "trains"  # the parameter without elements that `requires_grad_` freezes the table by
@@ -47,6 +47,7 @@ class TableModule(nn.Module):
         """Takes the table, once, in the constructor."""
         self._updates = updates
         self._steps: Tensor | None = None
+        self._begun: Tensor | None = None
         if isinstance(updates, RowUpdates):
             self.register_parameter(SWITCH, nn.Parameter(table.new_empty(0)))
         else:
@@ -162,22 +163,25 @@ class TableModule(nn.Module):
         """The optimiser's states of this shard, [c, ...] each, in place."""
         return self._updates.states
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> TableState:
         """What torch.distributed.checkpoint saves, and loads in place: call `load` after that.
 
         weight and each "optimizer.<name>" as a DTensor over the shards (a plain tensor without
-        process group), "margin.<name>" of the averages that a margin keeps, and "steps". They share
-        the head's memory; every row has caught up. What waits for `optimizer.step()` and the
-        hyper-parameters are not in it: the latter are in `optimizer.state_dict()`. A scale that
-        learns is "scale".
+        process group), "margin.<name>" of the averages that a margin keeps, "steps", and beside a
+        momentum's buffer "momentum_begun". They share the head's memory; every row has caught up.
+        What waits for `optimizer.step()` and the hyper-parameters are not in it: the latter are in
+        `optimizer.state_dict()`. A scale that learns is "scale".
         """
         self._steps = torch.tensor(self._updates.steps, device="cpu")
 
         def named() -> dict[str, Tensor]:
             averages = self.margin_parts or self.margin
-            return named_tensors(
+            tensors = named_tensors(
                 self.weight, self.row_states(), averages, self.ranks, self.num_classes
             )
+            begun = self._updates.begun
+            self._begun = None if begun is None else torch.tensor(int(begun), device="cpu")
+            return tensors if self._begun is None else {**tensors, BEGUN: self._begun}
 
         found = TableState({**named(), "steps": self._steps})
         if isinstance(self.scale, Tensor):
@@ -190,19 +194,19 @@ class TableModule(nn.Module):
         """After the tensors of `state()` were loaded in place: goes on from there."""
         if self._steps is None:
             raise RuntimeError("load: expected state() before, whose tensors are loaded in place")
-        self._updates.load(int(self._steps))
+        self._updates.load(int(self._steps), self._begun is not None and bool(self._begun))
 
     def get_extra_state(self) -> Tensor:
-        """[1] int64: the steps."""
-        return torch.tensor([self._updates.steps], device="cpu")
+        """[2] int64: the steps, and whether momentum has begun."""
+        return torch.tensor([self._updates.steps, bool(self._updates.begun)], device="cpu")
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
-        """The steps; of older checkpoints a dict that has the optimiser's states, too."""
-        states, steps = _read(state, {})
+        """The same; of older checkpoints the steps alone, or a dict of them and the states."""
+        states, steps, begun = _read(state, {})
         trouble = self._unfit(states) if isinstance(state, dict) else None
         if trouble is not None:
             raise ValueError(trouble)
-        self._updates.fill(states, steps)
+        self._updates.fill(states, steps, begun)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -255,7 +259,7 @@ class TableModule(nn.Module):
 
         extra = own.get(prefix + EXTRA)
         named = {k.removeprefix(prefix + STATES): v for k, v in own.items() if STATES in k}
-        states, steps = _read(extra, named)
+        states, steps, begun = _read(extra, named)
         lost = bool(self._updates.states) or self.sample_rate < 1
         trouble = self._unfit(states) if states or extra is not None else None
         missing = [prefix + WEIGHT] if prefix + WEIGHT not in own else []
@@ -282,7 +286,7 @@ class TableModule(nn.Module):
         if trouble is not None:
             warnings.warn(f"{prefix}{trouble}; left out", stacklevel=2)
         elif extra is not None:
-            self._updates.fill(states, steps)
+            self._updates.fill(states, steps, begun)
 
     def _misshapen(self, given: Tensor) -> str:
         """What a table of another shape is told; one of other classes, how it goes over."""
@@ -315,8 +319,11 @@ def _is_own(name: str) -> bool:
 
 def _read(
     extra: Tensor | dict[str, Any] | None, named: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], int]:
-    """The optimiser's states and the steps, in today's form or in the dict of older ones."""
+) -> tuple[dict[str, Tensor], int, bool | None]:
+    """The optimiser's states, the steps and whether momentum has begun; older ones do not say."""
     if isinstance(extra, dict):
-        return extra["optimizer"], int(extra["steps"])
-    return named, 0 if extra is None else int(extra.sum())
+        return extra["optimizer"], int(extra["steps"]), None
+    if extra is None:
+        return named, 0, None
+    steps, *begun = extra.flatten().tolist()
+    return named, steps, bool(begun[0]) if begun else None

@@ -20,6 +20,7 @@ from fused_losses.centers.head_optimizer import HeadOptimizer
 from fused_losses.centers.lazy_rows import RowOptimizer
 from fused_losses.centers.shard import ClassGroup
 from fused_losses.centers.step import SavedForward, accumulates
+from fused_losses.centers.waiting import UNIT, new_probe
 
 NONFINITE = ("raise", "skip")
 LARGEST = 1024.0  # incoming gradient of a loss, not of a loss times a scaler's factor
@@ -27,7 +28,6 @@ ACCUMULATED = (
     "ClassCenters: {} backwards since the last head.optimizer.step() were as many steps of the "
     "rows, each by a part of the batch; update='step' adds them up, or every=, so many at a time"
 )
-UNIT = 2.0**-40  # what stands for a waiting gradient: its norm must not count in a clipping
 
 LossScale = float | Callable[[], float]
 
@@ -48,6 +48,7 @@ class AutogradUpdates:
     optimizer = None
     loss_scale: LossScale = 1.0
     generation = skipped = 0
+    begun: bool | None = None
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -61,11 +62,11 @@ class AutogradUpdates:
     def settle(self) -> None:
         """No row is ever behind."""
 
-    def load(self, steps: int) -> None:
+    def load(self, steps: int, *_: bool | None) -> None:
         """Goes on from this step."""
         self.steps = steps
 
-    def fill(self, states: Mapping[str, Tensor], steps: int) -> None:  # noqa: ARG002 (none here)
+    def fill(self, _: Mapping[str, Tensor], steps: int, *__: bool | None) -> None:
         """Goes on from this step."""
         self.steps = steps
 
@@ -113,16 +114,21 @@ class RowUpdates:
         self._waiting: list[Waiting] = []
         self._taken = 0  # steps inside backward since optimizer.step() or zero_grad()
         self._warned = False
-        self.probe = _probe()
+        self.probe = new_probe()
         self.optimizer = HeadOptimizer(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # as a parameter's copy has no gradient
-        return {**self.__dict__, "_waiting": [], "probe": _probe()}
+        return {**self.__dict__, "_waiting": [], "probe": new_probe()}
 
     @property
     def steps(self) -> int:
         return self.rows.steps
+
+    @property
+    def begun(self) -> bool | None:
+        """Whether a momentum that is kept has begun; None: none is kept."""
+        return self.rows.begun
 
     @property
     def generation(self) -> int:
@@ -146,15 +152,15 @@ class RowUpdates:
         """Every row stands at the latest step."""
         self.rows.settle()
 
-    def load(self, steps: int) -> None:
+    def load(self, steps: int, begun: bool | None = None) -> None:
         """Goes on from this step, after table and states were loaded in place."""
         self.forget()
-        self.rows.load(steps)
+        self.rows.load(steps, begun)
 
-    def fill(self, states: Mapping[str, Tensor], steps: int) -> None:
+    def fill(self, states: Mapping[str, Tensor], steps: int, begun: bool | None = None) -> None:
         """Goes on from this step with copies of these states."""
         self.forget()
-        self.rows.fill(states, steps)
+        self.rows.fill(states, steps, begun)
 
     def backward(
         self, saved: SavedForward, grad: Gradients
@@ -382,11 +388,6 @@ class RowUpdates:
             at = touched.nonzero()[:, 0]
             if at.numel():
                 yield at + first, total[at]
-
-
-def _probe() -> Tensor:
-    """A leaf whose gradient has the factor of what waits, on the host: it is read there."""
-    return torch.zeros((), dtype=torch.float64, device="cpu", requires_grad=True)
 
 
 def _zeros_of_x(saved: SavedForward) -> Tensor | None:

@@ -29,11 +29,11 @@ class WaitingGradients(Generic[Gradient]):
 
     def __init__(self) -> None:
         self._waiting: list[Waiting[Gradient]] = []
-        self.probe = _probe()
+        self.probe = new_probe()
 
     def __getstate__(self) -> dict[str, Any]:
         # as a parameter's copy has no gradient
-        return {"_waiting": [], "probe": _probe()}
+        return {"_waiting": [], "probe": new_probe()}
 
     def pending(self) -> list[Waiting[Gradient]]:
         """What waits, each with its factor as it stands now."""
@@ -70,6 +70,6 @@ class WaitingGradients(Generic[Gradient]):
         self.probe.grad = None
 
 
-def _probe() -> Tensor:
+def new_probe() -> Tensor:
     """On the host: it is read there."""
     return torch.zeros((), dtype=torch.float64, device="cpu", requires_grad=True)

@@ -49,6 +49,7 @@ for _name in STEPS:
 BATCH = dict(ignored=False, factor=1.0)
 MOMENTUM = dict(kind="momentum", update="backward", centers=1)
 REST = dict(lr=0.2, momentum=0.0)
+EMPTY = dict(seed=15, **BATCH)  # no rows
 FOUND: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]] = {
     "a copy of a head whose rows are behind": (
         dict(MOMENTUM, rate=0.4),
@@ -80,11 +81,55 @@ FOUND: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]] = {
             ("train_step", dict(seed=3, **BATCH)),
         ],
     ),
+    "a shard of which no row has taken part when momentum has begun": (
+        dict(MOMENTUM, update="step", rate=0.4),
+        [
+            ("resize", dict(classes=14)),
+            ("clip", dict(norm=0.1)),
+            ("accumulate", dict(seed=374345, **BATCH)),
+            ("schedule", dict(seed=861562)),
+            ("train_step", dict(seed=134937, **BATCH)),
+            ("other_world", {}),
+            ("train_step", dict(seed=446146, ignored=True, factor=0.5)),
+            ("other_world", {}),
+        ],
+    ),
+    "a first step with momentum that has no gradient": (
+        dict(MOMENTUM, rate=0.4),
+        [
+            ("set_options", dict(momentum=0.9, weight_decay=0.0)),
+            ("train_step", EMPTY),
+            ("save_and_load", dict(strict=True)),
+            ("train_step", dict(seed=1, **BATCH)),
+            ("optimizer_state", {}),
+            ("other_world", {}),
+        ],
+    ),
+    "momentum that begins while rows take no part": (
+        dict(MOMENTUM, kind="scheduled", rate=0.4),
+        [
+            ("resize", dict(classes=7)),
+            ("train_step", EMPTY),
+            ("train_step", EMPTY),
+            ("set_options", dict(momentum=0.9, weight_decay=0.05)),
+            ("train_step", EMPTY),  # of two ranks one draws none
+            ("tensors", {}),
+            ("train_step", dict(seed=1, **BATCH)),
+            ("resize", dict(classes=14)),
+            ("train_step", dict(seed=3, **BATCH)),
+            ("other_world", {}),
+            ("train_step", dict(seed=4, **BATCH)),
+        ],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name: str) -> None:
+    found(name)
+
+
+def found(name: str) -> None:
     start, steps = FOUND[name]
     done = HeadWalk(**start)
     for step, given in steps:
@@ -113,5 +158,7 @@ def test_any_order_on_two_ranks() -> None:
 
 
 def walks(_: int, count: int) -> None:
+    for name in FOUND:
+        found(name)
     for seed in range(count):
         walk(seed)

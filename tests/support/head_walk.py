@@ -29,6 +29,7 @@ CLOSE = dict(rtol=1e-10, atol=1e-10)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("sgd", dict(lr=0.3, weight_decay=0.01)),
     "momentum": ("sgd", dict(lr=0.2, momentum=0.9, weight_decay=0.01, dampening=0.3)),
+    "scheduled": ("sgd", dict(lr=0.2, weight_decay=0.01, dampening=0.3)),
     "nesterov": ("sgd", dict(lr=0.2, momentum=0.9, weight_decay=0.01, nesterov=True)),
     "adamw": ("adamw", dict(lr=0.05, weight_decay=0.1)),
     "adagrad": ("adagrad", dict(lr=0.1, lr_decay=0.05, weight_decay=0.02)),
@@ -202,7 +203,7 @@ class HeadWalk:
             "lr": draw.choice([0.0, 0.01, 0.2]),
             "weight_decay": draw.choice([0.0, 0.05]),
         }
-        if self.kind == "momentum":
+        if self.kind in ("momentum", "scheduled"):
             new["momentum"] = draw.choice([0.0, 0.5, 0.9])
         self.set_options(**new)
 
@@ -229,6 +230,7 @@ class HeadWalk:
         saved = {name: _local(t).clone() for name, t in self.head.state().items()}
         self._go_on(self.build())
         state = self.head.state()
+        state.expect(saved)
         with torch.no_grad():
             for name, tensor in saved.items():
                 _local(state[name]).copy_(tensor)
@@ -352,6 +354,7 @@ class HeadWalk:
         self._go_on(self.build())
         first = self.head.class_start
         state = self.head.state()
+        state.expect(tables)
         with torch.no_grad():
             for name, tensor in tables.items():
                 mine = slice(first, first + self.head.num_local)
