@@ -27,7 +27,7 @@ def combined_margin(
 ) -> Tensor:
     """cos(m1 theta + m2) - m3, with a stated convention where m1 theta + m2 passes pi.
 
-    cosine [N] · m2, m3 scalar or [N] · returns [N], differentiable in cosine, m2 and m3.
+    cosine [N] · m1, m2, m3 scalar or [N] · returns [N], differentiable in all of them.
     `beyond_pi`:
       none      no correction: the loss stops being monotone (insightface, ElasticFace);
       linear    t - m2 sin(m2) past the bound, m1 = 1 only (ArcFace's first code, CurricularFace);
@@ -36,7 +36,8 @@ def combined_margin(
       easy      the margin only where t > 0 (MagFace);
       monotone  (-1)^k cos(phi) - 2k, k = floor(phi / pi) (SphereFace): continuous and decreasing.
     """
-    if isinstance(m2, (int, float)) and m1 == 1 and m2 == 0 and beyond_pi != "clip":
+    numbers = not isinstance(m1, Tensor) and not isinstance(m2, Tensor)
+    if numbers and m1 == 1 and m2 == 0 and beyond_pi != "clip":
         return cosine - m3  # no angle: CosFace keeps its gradient at |t| = 1
     if beyond_pi == "clip":
         cosine = cosine.clamp(-1 + eps, 1 - eps)
@@ -61,5 +62,5 @@ def check_convention(beyond_pi: str, m1: float | Tensor) -> None:
     """That `beyond_pi` is one of BEYOND_PI, and defined for this m1."""
     if beyond_pi not in BEYOND_PI:
         raise ValueError(f"beyond_pi: expected one of {', '.join(BEYOND_PI)}, got {beyond_pi!r}")
-    if beyond_pi == "linear" and m1 != 1:
+    if beyond_pi == "linear" and (isinstance(m1, Tensor) or m1 != 1):
         raise ValueError(f"beyond_pi='linear' is defined for m1=1, got m1={m1}; use 'monotone'")

@@ -161,6 +161,28 @@ def test_unknown_conventions_are_refused() -> None:
             make()
 
 
+@pytest.mark.parametrize("how", ["monotone", "clip", "none"])
+def test_an_m1_of_each_row(how: str) -> None:
+    """1 among them, of a number the case without an angle, has a gradient, too."""
+    cosine = torch.linspace(-0.9, 0.9, 7, dtype=torch.float64)
+    m1 = torch.tensor([1, 1, 1.5, 2, 1, 3.2, 1], dtype=torch.float64)
+    for make in (lambda m: SphereFace(m, how), lambda m: CombinedMargin(m, 0.2, 0.1, how)):
+        found = make(m1)(cosine)
+        for i, m in enumerate(m1.tolist()):
+            torch.testing.assert_close(found[i], make(m)(cosine[i]), rtol=1e-12, atol=1e-12)
+    for each in (m1, torch.ones((), dtype=torch.float64)):
+        learned = each.clone().requires_grad_()
+        made = SphereFace(learned, how)
+        (slope,) = torch.autograd.grad(made(cosine).sum(), learned)
+        by_hand = -cosine.acos() * torch.sin(each * cosine.acos())
+        sign = torch.where((each * cosine.acos() / math.pi).floor() % 2 == 0, 1, -1)
+        by_hand = by_hand * (sign if how == "monotone" else 1)
+        by_hand = (
+            torch.where(each * cosine.acos() > math.pi, 0, by_hand) if how == "clip" else by_hand
+        )
+        torch.testing.assert_close(slope, by_hand if each.dim() else by_hand.sum())
+
+
 # --- elastic -------------------------------------------------------------------------------------
 
 
