@@ -94,6 +94,16 @@ def check_objects(
         check_called("batch_negatives", batch_negatives)
 
 
+def check_bias(bias: bool, margin: object, normalize: bool, sub_centers: int) -> bool:
+    """Its value; ValueError beside what makes no logits <x, w> + b of one centre a class."""
+    if bias and (margin is not None or normalize or sub_centers > 1):
+        raise ValueError(
+            "bias: expected margin=None, normalize=False and sub_centers=1 beside it, got "
+            f"margin={margin!r}, normalize={normalize} and sub_centers={sub_centers}"
+        )
+    return bool(bias)
+
+
 def check_smoothing(label_smoothing: float, batch_negatives: object) -> float:
     """Its value; ValueError beside negatives that are no classes."""
     value = checked_smoothing(label_smoothing)

@@ -71,6 +71,7 @@ def gather_batch(
     *,
     class_start: int,
     num_classes: int,
+    embedding_dim: int,
     ignore_index: int,
     row_weight: Tensor | None = None,  # [n]
 ) -> tuple[GlobalBatch, Gathered]:
@@ -81,7 +82,7 @@ def gather_batch(
     refusal: Exception | None = None
     said: tuple[int, int, int, int] = (0, 0, 0, 0)
     try:
-        own = _checked_labels(embeddings, labels, table, num_classes, ignore_index)
+        own = _checked_labels(embeddings, labels, table, num_classes, embedding_dim, ignore_index)
         n, d = embeddings.shape
         said = (n, d, own.shape[1], DTYPES.index(embeddings.dtype))
         _check_weights(row_weight, n, embeddings)
@@ -126,14 +127,19 @@ def _check_weights(row_weight: Tensor | None, n: int, embeddings: Tensor) -> Non
 
 
 def _checked_labels(
-    embeddings: Tensor, labels: Tensor, table: Tensor, num_classes: int, ignore_index: int
+    embeddings: Tensor,
+    labels: Tensor,
+    table: Tensor,
+    num_classes: int,
+    embedding_dim: int,
+    ignore_index: int,
 ) -> Tensor:
     """The labels [n, L] of this rank's rows, NO_TARGET where there is none."""
     validation.check_matrix("embeddings", embeddings, "[n, D]")
     if embeddings.layout != torch.strided:
         raise TypeError(f"embeddings: expected dense rows, got {embeddings.layout}")
-    n, d = embeddings.shape[0], table.shape[-1]
-    check_width(embeddings, num_classes, d)
+    n = embeddings.shape[0]
+    check_width(embeddings, num_classes, embedding_dim)
     if (embeddings.dtype == torch.float64) != (table.dtype == torch.float64):
         raise TypeError(
             f"embeddings: expected float64 where the table is, and only there: it is "

@@ -14,10 +14,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
+from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.rounding import rounding_key
 from fused_losses.base.validation import NO_TARGET
-from fused_losses.centers import arguments
+from fused_losses.centers import arguments, class_margins
 from fused_losses.centers.batch import GlobalBatch, device_of, flattened, gather_batch
 from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.engines import Sums
@@ -52,7 +52,8 @@ class ClassCenters(SteppedTable):
     Args:
         num_classes, embedding_dim: C, D.
         margin: None, an object of `fused_losses.margins`, a callable on the target cosine, a
-            `ClassLoss` (SFace, SphereFace2, MLCD, SoftTriple, ...) or `AdaptiveScale`.
+            `ClassLoss` (SFace, SphereFace2, MLCD, SoftTriple, ...) or `AdaptiveScale`. A tensor [C]
+            among its numbers is one value a class (LDAM: CosFace(delta)), which may learn.
         scale: > 0 (a ClassLoss and AdaptiveScale have their own); a parameter of one value learns
             with whoever steps it, but beside none that bends other classes, nor batch_negatives.
         normalize: rows of both sides by their norm.
@@ -92,6 +93,8 @@ class ClassCenters(SteppedTable):
         every: backwards whose gradients add up to one step inside the last of them, for gradient
             accumulation; `optimizer.step()` before that takes it at once, `zero_grad()` forgets.
         grow_from: a head of fewer classes or more, where this one goes on: `carry_over`.
+        bias: logits scale <x, w_j> + b_j, with margin=None and normalize=False: `weight` has a
+            column more, which starts at 0 and trains as the rows do.
 
     With an optimizer the table is neither a parameter nor a buffer, so that the head may lie inside
     what DistributedDataParallel or FSDP wrap; `requires_grad_(False)` of the head or of a model
@@ -133,6 +136,7 @@ class ClassCenters(SteppedTable):
         label_smoothing: float = 0.0,
         every: int = 1,
         grow_from: ClassCenters | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         num_classes, embedding_dim, sub_centers, chunk_bytes = arguments.counts(
@@ -152,6 +156,7 @@ class ClassCenters(SteppedTable):
             process_group=process_group, device_mesh=device_mesh,
         )  # fmt: skip
         self.label_smoothing = arguments.check_smoothing(label_smoothing, batch_negatives)
+        bias = arguments.check_bias(bias, margin, normalize, sub_centers)
         validation.check_choice("update", update, UPDATES)
         validation.check_choice("precision", precision, validation.PRECISIONS)
         validation.check_choice("nonfinite", nonfinite, NONFINITE)
@@ -175,8 +180,8 @@ class ClassCenters(SteppedTable):
         device = torch.device(device or "cpu")
         place = Storage(storage, device, rank=self.ranks.rank, world=self.ranks.world)
         middle = () if sub_centers == 1 else (sub_centers,)
-        weight = place.zeros("weight", (self.num_local, *middle, embedding_dim), dtype)
-        initialise_(weight, self.class_start, seed=seed)
+        weight = place.zeros("weight", (self.num_local, *middle, embedding_dim + bias), dtype)
+        initialise_(weight[..., :embedding_dim], self.class_start, seed=seed)
         updates: AutogradUpdates | RowUpdates = AutogradUpdates(self.ranks)
         if optimizer is not None:
             rows = make_row_optimizer(
@@ -221,6 +226,7 @@ class ClassCenters(SteppedTable):
                 self._table,
                 class_start=self.class_start,
                 num_classes=self.num_classes,
+                embedding_dim=self.embedding_dim,
                 ignore_index=self.ignore_index,
                 row_weight=row_weight,
             )
@@ -256,8 +262,7 @@ class ClassCenters(SteppedTable):
     ) -> tuple[SavedForward, ClassLoss, Sums]:
         """The sweep over this shard, its statistics merged with those of the others."""
         leaf, table = self._leaf, self._table.detach()
-        x = rows.to(accumulate_dtype(table.dtype))
-        x = (unit_rows(x) if self.normalize else x).contiguous()
+        x = self.multiplied(rows.to(accumulate_dtype(table.dtype))).contiguous()
         shard = Shard(table, batch.local, rows.device, self.chunk_bytes)
         loss, values = self._loss_and_values(shard, x, batch, self._smoothed_over(taking_part))
         engine = engine_of(
@@ -326,9 +331,11 @@ class ClassCenters(SteppedTable):
         self.ranks.sum_(count)
         return int(count)
 
-    def _loss_of(self, scale: float | Tensor, valid: Tensor, classes: int) -> ClassLoss:
+    def _loss_of(
+        self, margin: HeadMargin, scale: float | Tensor, valid: Tensor, classes: int
+    ) -> ClassLoss:
         return loss_of(
-            self.margin, scale, self.gradient, valid=valid, training=self.training,
+            margin, scale, self.gradient, valid=valid, training=self.training,
             smoothing=self.label_smoothing, classes=classes,
         )  # fmt: skip
 
@@ -336,11 +343,12 @@ class ClassCenters(SteppedTable):
         self, shard: Shard, x: Tensor, batch: GlobalBatch, classes: int
     ) -> tuple[ClassLoss, Tensor | None]:
         """The batch's loss, and the numbers of each row that its rule takes before the sweep."""
-        margin, present, valid = self.margin, batch.present, batch.valid
+        present, valid = batch.present, batch.valid
+        margin = class_margins.of_rows(self.margin, self.num_classes, batch.labels)
         adaptive = isinstance(margin, AdaptiveScale)
         if adaptive and present.shape[1] != 1:
             raise ValueError(f"labels: expected one a row with {type(margin).__name__}")
-        loss = self._loss_of(self.scale, valid, classes)
+        loss = self._loss_of(margin, self.scale, valid, classes)
         if not adaptive and not hasattr(getattr(loss, "margin", None), "bend"):
             none = x.new_zeros(present.shape, dtype=torch.float64)
             return loss, loss.values(none, present)
@@ -349,7 +357,7 @@ class ClassCenters(SteppedTable):
         self.ranks.sum_(targets)
         if adaptive:
             scale = float(margin.scale_of(targets[:, 0], valid))
-            loss = self._loss_of(scale, valid, classes)
+            loss = self._loss_of(margin, scale, valid, classes)
         with torch.no_grad():
             return loss, loss.values(targets, present)
 
@@ -364,5 +372,5 @@ class ClassCenters(SteppedTable):
         return (
             f"{self.num_classes} x {self.embedding_dim}, "
             f"rows {self.class_start}:{self.class_start + self.num_local}, "
-            f"sample_rate={self.sample_rate}, world={self.ranks.world}"
+            f"sample_rate={self.sample_rate}, world={self.ranks.world}" + ", bias" * self.has_bias
         )

@@ -201,8 +201,8 @@ def export_checkpoints(
         raise ValueError(f"world: expected at least 1, got {world}")
     state = head.state()
     weight = state[WEIGHT]
-    if weight.dim() != 2:
-        raise ValueError(f"head: insightface has no sub-centres, got {describe(weight)}")
+    if weight.dim() != 2 or getattr(head, "has_bias", False):
+        raise ValueError(f"head: insightface has neither sub-centres nor a bias, got {head}")
     group = _group_of(weight)
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     paths = [folder / f"checkpoint_gpu_{file}.pt" for file in range(world)]

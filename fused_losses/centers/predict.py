@@ -48,9 +48,9 @@ def top_classes(head: ClassCenters, embeddings: Tensor, k: int = 1) -> TopClasse
 
         score of class j: cosine of x and w_j, the best (or the pooled) one of its centres
 
-    without margin and scale. embeddings [n, D]; 1 <= k <= C. Scores are in the table's accumulation
-    dtype, detached. Among equal scores any may come first. Rows that are behind catch up; nothing
-    else of the head changes.
+    without margin and scale; with a bias <x, w_j> + b_j / scale. embeddings [n, D]; 1 <= k <= C.
+    Scores are in the table's accumulation dtype, detached. Among equal scores any may come first.
+    Rows that are behind catch up; nothing else of the head changes.
     Every rank must call it, with one k; batches may differ in size and be empty. ValueError,
     TypeError: bad arguments. Time O(B C D / W) a rank; memory O(B (D + k W)) and a block of scores.
     """
@@ -100,11 +100,12 @@ def questions(head: ClassCenters, embeddings: Tensor, labels: Tensor | None = No
         head.weight,
         class_start=head.class_start,
         num_classes=head.num_classes,
+        embedding_dim=head.embedding_dim,
         ignore_index=head.ignore_index,
     )
     head.settle()
     x = arriving.wait().to(accumulate_dtype(head.weight.dtype))
-    x = unit_rows(x) if head.normalize else x
+    x = head.multiplied(x)
     shard = Shard(head.weight.detach(), batch.local, x.device, head.chunk_bytes)
     return Questions(batch, x, shard, len(embeddings))
 

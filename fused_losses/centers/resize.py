@@ -45,7 +45,8 @@ def carry_tables(old: TableModule, tables: Mapping[str, Tensor], new: TableModul
     state = {name: local_rows(t) for name, t in there.items()}
     for name, table in tables.items():
         rows = is_table(name)
-        if name not in state or state[name].shape[rows:] != table.shape[rows:]:
+        skip = int(rows or table.shape == (old.num_classes,))  # of a margin's tensor [C], too
+        if name not in state or state[name].shape[skip:] != table.shape[skip:]:
             expected = f"[..., {', '.join(map(str, table.shape[1:]))}]" if rows else describe(table)
             got = describe(state[name]) if name in state else f"none among {sorted(state)}"
             raise ValueError(f"new: expected {name} {expected} as the old head has, got {got}")
@@ -54,7 +55,8 @@ def carry_tables(old: TableModule, tables: Mapping[str, Tensor], new: TableModul
     with torch.no_grad():
         for name, table in tables.items():
             if not is_table(name):
-                state[name].copy_(table)
+                both = slice(min(table.shape[0], state[name].shape[0])) if table.dim() else ...
+                state[name][both].copy_(table[both])
                 continue
             for rank, (begin, end) in enumerate(_spans(new)):
                 for first in range(begin, min(end, common), ROWS):
@@ -70,7 +72,8 @@ def carry_tables(old: TableModule, tables: Mapping[str, Tensor], new: TableModul
 def set_rows(head: TableModule, rows: Tensor, first: int) -> None:
     """Classes first, first + 1, ... get these rows, [m, D] or [m, K, D], with states of 0.
 
-    Class means for classes that are new, say; [m, D] goes to every centre of a class. Alike on
+    Class means for classes that are new, say; [m, D] goes to every centre of a class, and to a head
+    with a bias (rows [m, D + 1]) with a bias of 0. Alike on
     every rank, each of which must call it. Waiting backwards are lost. IndexError, ValueError: bad
     arguments.
     """
@@ -81,6 +84,8 @@ def set_rows(head: TableModule, rows: Tensor, first: int) -> None:
             f"first: expected at least 0 and at most {head.num_classes - len(rows)}, of which on "
             f"{len(rows)} rows are classes, got {first}"
         )
+    if head.has_bias and rows.dim() == 2 and rows.shape[1] == head.embedding_dim:
+        rows = torch.nn.functional.pad(rows, (0, 1))
     if weight.dim() == 3 and rows.dim() == 2:
         rows = rows[:, None].expand(-1, weight.shape[1], -1)
     if rows.shape[1:] != weight.shape[1:]:

@@ -113,10 +113,10 @@ class Sharded(torch.autograd.Function):
             if on_the_way is not None:
                 own = slice(batch.first, batch.first + embeddings.shape[0])
                 alive = torch.where(batch.valid[own, None], embeddings, 0)
-                dx = on_the_way.wait()
+                dx = on_the_way.wait()[:, : embeddings.shape[1]]  # a bias' unit is no coordinate
                 if ctx.needs_input_grad[6]:
                     # scores are scale <x, w>, linear in both: scale d_scale = sum <x, dx>
-                    d_scale = (dx.double() * saved.x[own]).sum()
+                    d_scale = (dx.double() * saved.x[own, : embeddings.shape[1]]).sum()
                     d_scale -= (d_targets[own].double() * ctx.targets[own]).sum()
                     on_the_way.ranks.sum_(d_scale)
                     d_scale = (d_scale.to(scale.device) / scale.double()).to(scale.dtype)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fused_losses.base.numerics import unit_rows
 from fused_losses.base.validation import describe
-from fused_losses.centers import arguments
+from fused_losses.centers import arguments, class_margins
 from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.held import Held, held_by
 from fused_losses.centers.objective import loss_of
@@ -37,9 +38,12 @@ class TableModule(nn.Module):
     batch_negatives: Any
     scale: Any
     label_smoothing: float
+    sub_centers: int
     num_classes: int
     class_start: int
     num_local: int
+    embedding_dim: int
+    normalize: bool
     sample_rate: float
     _strict = False  # within the head's own load_state_dict(..., strict=True)
 
@@ -60,7 +64,7 @@ class TableModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """This shard's rows [c, D] or [c, K, D], which all catch up for it.
+        """This shard's rows [c, D] or [c, K, D], with a bias [c, D + 1], which all catch up for it.
 
         Another table of this shape may be assigned, of any dtype and device.
         """
@@ -87,6 +91,25 @@ class TableModule(nn.Module):
         return table
 
     @property
+    def bias(self) -> Tensor | None:
+        """[c], a number of each of this shard's classes: the last column of `weight`."""
+        return self.weight[..., -1] if self.has_bias else None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the table has a column more than the embeddings."""
+        return self._table.shape[-1] > self.embedding_dim
+
+    def multiplied(self, rows: Tensor) -> Tensor:
+        """Embeddings [B, D] as the table's rows meet them: units, or with a bias' own unit."""
+        if self.normalize:
+            return unit_rows(rows)
+        if not self.has_bias:
+            return rows
+        # logits are scale times the product, and a bias comes after that
+        return torch.cat([rows, rows.new_full((len(rows), 1), 1 / float(self.scale))], dim=1)
+
+    @property
     def _leaf(self) -> Tensor:
         """What autograd takes for the table."""
         return getattr(self, SWITCH) if isinstance(self._updates, RowUpdates) else self._table
@@ -109,6 +132,9 @@ class TableModule(nn.Module):
                 f"{name}: stands since the construction; expected another head, which "
                 "centers.carry_over fills from this one"
             )
+        if name in ("margin", "normalize"):
+            given = {"margin": self.margin, "normalize": self.normalize, name: value}
+            arguments.check_bias(self.has_bias, sub_centers=self.sub_centers, **given)
         if name in SMOOTHED:
             checked = ({**{each: getattr(self, each) for each in SMOOTHED}, name: value}).values()
             arguments.check_smoothing(*checked)
@@ -124,6 +150,7 @@ class TableModule(nn.Module):
         loss = loss_of(
             margin, self.scale, "exact", smoothing=self.label_smoothing
         )  # its own checks, before anything changes
+        class_margins.check_numbers(margin, self.num_classes)
         fixed = loss.rule == "softmax" and not isinstance(self.scale, Tensor)
         if self.batch_negatives is not None and not fixed:
             raise ValueError("batch_negatives: expected a softmax loss of a fixed scale beside it")

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 C, D = 23, 6
 COUNTS = {1: [9], 2: [4, 5], 3: [5, 0, 4], 4: [2, 3, 0, 4]}  # rows of each rank: uneven, empty
 
+PLAIN: dict[str, Any] = {"margin": None, "normalize": False, "bias": True}
 HEADS: dict[str, dict[str, Any]] = {
     "arcface": {},
     "adaface": {"margin": "AdaFace"},
@@ -49,6 +50,12 @@ HEADS: dict[str, dict[str, Any]] = {
     },
     "its sample": {"scale": 7.0, "sample_rate": 0.4, "log_q": True},
     "shared negatives": {"batch_negatives": UNPG(1.0)},
+    "margins of classes": {"margin": margins.ArcFace(torch.linspace(0.1, 0.6, C))},
+    "their sample, several centres": {
+        "margin": margins.CosFace(torch.linspace(0, 0.5, C)), "sample_rate": 0.5, "sub_centers": 2,
+    },
+    "bias, a scale that learns": {**PLAIN, "scale": 2.0},
+    "bias, sampled": {**PLAIN, "sample_rate": 0.4, "log_q": True},
 }  # fmt: skip
 
 

@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 MARGIN, SCALE = 0.2, 16.0  # a CosFace
+PLAIN_SCALE = 2.0  # of <x, w> + b
+FORMS = ("cosine", "class margins", "bias")
+
+
+def class_margins(classes: int) -> Tensor:
+    return MARGIN * (1 + torch.arange(classes, dtype=torch.float64) % 3) / 2
+
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": dict(lr=0.1, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False),
@@ -24,9 +31,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class DenseHead:
-    """weight [C, D] or [C, K, D] float64, what its optimiser keeps, and the gradient that waits."""
+    """weight [C, D] or [C, K, D] float64, what its optimiser keeps, and the gradient that waits.
 
-    def __init__(self, weight: Tensor, optimizer: str, options: dict[str, Any]) -> None:
+    form "bias": [C, D + 1], logits of a linear layer whose bias is the last column.
+    """
+
+    def __init__(
+        self, weight: Tensor, optimizer: str, options: dict[str, Any], form: str = "cosine"
+    ) -> None:
+        self.form = form
         self.weight = weight.detach().clone().requires_grad_()
         self.kind = optimizer
         self.options = {**DEFAULTS[optimizer], **options}
@@ -59,13 +72,10 @@ class DenseHead:
         if not bool(valid.any()):
             return torch.zeros((), dtype=torch.float64)
         rows, y = x[valid], labels[valid]
-        cosine = _unit(rows) @ _unit(self.weight).flatten(0, -2).T
-        cosine = cosine.view(len(rows), len(self.weight), -1).amax(dim=2)
         times = torch.ones(len(self.weight), dtype=torch.float64)
         if part is not None:
             times = torch.zeros_like(times).index_fill(0, part, 1 / chance).index_fill(0, y, 1)
-        own = torch.nn.functional.one_hot(y, len(self.weight)).double()
-        z = SCALE * (cosine - MARGIN * own)
+        z = self._logits(rows, y)
         log_p = z - torch.logsumexp(z + times.log(), dim=1, keepdim=True)
         loss = -log_p.gather(1, y[:, None])[:, 0]
         if smoothing:
@@ -74,6 +84,15 @@ class DenseHead:
             uniform = (z - log_p)[:, 0] - (times * z).sum(dim=1) / classes
             loss = (1 - smoothing) * loss + smoothing * uniform
         return loss.mean()
+
+    def _logits(self, rows: Tensor, y: Tensor) -> Tensor:
+        if self.form == "bias":
+            return PLAIN_SCALE * rows @ self.weight[:, :-1].T + self.weight[:, -1]
+        cosine = _unit(rows) @ _unit(self.weight).flatten(0, -2).T
+        cosine = cosine.view(len(rows), len(self.weight), -1).amax(dim=2)
+        own = torch.nn.functional.one_hot(y, len(self.weight)).double()
+        margins = class_margins(len(self.weight)) if self.form == "class margins" else MARGIN
+        return SCALE * (cosine - margins * own)
 
     def taking_part(self, labels: Tensor, drawn: Tensor | None) -> Tensor | None:
         return None if drawn is None else torch.cat([drawn, labels[labels >= 0]]).unique()

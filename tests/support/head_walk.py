@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dense_head import MARGIN, SCALE, DenseHead
+from dense_head import MARGIN, PLAIN_SCALE, SCALE, DenseHead, class_margins
 from torch import Tensor
 
 from fused_losses.centers import ClassCenters, carry_over
@@ -37,7 +37,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class HeadWalk:
-    """kind: of KINDS; update, rate, centers, clip: the head's own options."""
+    """kind: of KINDS; form: of dense_head.FORMS; the others are the head's own options.
+
+    A bias is of one centre a class.
+    """
 
     def __init__(
         self,
@@ -48,8 +51,10 @@ class HeadWalk:
         centers: int = 1,
         clip: float | None = None,
         nonfinite: str = "raise",
+        form: str = "cosine",
     ) -> None:
-        self.kind, self.rate = kind, rate
+        self.kind, self.rate, self.form = kind, rate, form
+        centers = 1 if form == "bias" else centers
         self.optimizer, self.options = KINDS[kind]
         self.made = dict(
             update=update, sample_rate=rate, sub_centers=centers, max_grad_norm=clip,
@@ -60,11 +65,16 @@ class HeadWalk:
         self.group = dist.group.WORLD if joined else None
         self.head = self.build()
         whole = self.whole(self.head.weight)
-        self.model = DenseHead(whole, self.optimizer, self.options)
+        self.model = DenseHead(whole, self.optimizer, self.options, form)
 
     def build(self, **changed: Any) -> ClassCenters:
+        forms: dict[str, dict[str, Any]] = {
+            "cosine": dict(margin=CosFace(MARGIN), scale=SCALE),
+            "class margins": dict(margin=CosFace(class_margins(self.classes)), scale=SCALE),
+            "bias": dict(margin=None, normalize=False, scale=PLAIN_SCALE, bias=True),
+        }
         fixed = dict(
-            dtype=torch.float64, margin=CosFace(MARGIN), scale=SCALE, seed=SEED,
+            dtype=torch.float64, **forms[self.form], seed=SEED,
             gradient_scale="global_sum", chunk_bytes=3 * D * 8, process_group=self.group,
         )  # fmt: skip
         return ClassCenters(self.classes, D, **{**fixed, **self.made, **changed})

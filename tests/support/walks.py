@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from dense_head import FORMS
 from head_walk import KINDS, HeadWalk
 
 SEEDS = range(1_000_000)
@@ -17,6 +18,7 @@ START: dict[str, Sequence[Any]] = {
     "centers": (1, 2),
     "clip": (None, 0.5),
     "nonfinite": ("raise", "skip"),
+    "form": FORMS,
 }
 BATCH: dict[str, Sequence[Any]] = {"seed": SEEDS, "ignored": (False, True), "factor": (1.0, 0.5)}
 STEPS: dict[str, dict[str, Sequence[Any]]] = {
