@@ -26,6 +26,10 @@ from fused_losses.centers.update import AutogradUpdates, RowUpdates
 SWITCH = "trains"  # the parameter without elements that `requires_grad_` freezes the table by
 FIXED = ("num_classes", "embedding_dim", "sub_centers", "class_start", "num_local", "ranks")
 SMOOTHED = ("label_smoothing", "batch_negatives")
+PARAMETRIZED = (
+    "weight: expected the table to stay the head's own; its rows are read in parts, which a "
+    "parametrization (weight_norm, spectral_norm) does not know: margin_softmax takes such a weight"
+)
 WEIGHT, EXTRA, STATES = "weight", "_extra_state", "optimizer."
 
 
@@ -74,10 +78,18 @@ class TableModule(nn.Module):
     @weight.setter
     def weight(self, weight: Tensor) -> None:
         if not isinstance(self._updates, RowUpdates):
+            if WEIGHT not in self._parameters:  # torch.nn.utils.weight_norm has removed it
+                raise RuntimeError(PARAMETRIZED)
             super().__setattr__(WEIGHT, weight)
             return
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+        if weight.requires_grad and not isinstance(weight, nn.Parameter):
+            raise RuntimeError(
+                "weight: expected a tensor without gradient, which none would reach: the head's "
+                "own optimizer steps the table; torch.func.functional_call differentiates a head "
+                "with optimizer=None"
+            )
         self._updates.rows.weight = weight.detach()
         self._updates.forget()
 
@@ -124,6 +136,11 @@ class TableModule(nn.Module):
             self._set_margin(value)
         else:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == WEIGHT:  # torch.nn.utils.parametrize does, before it changes anything
+            raise RuntimeError(PARAMETRIZED)
+        super().__delattr__(name)
 
     def _check_later(self, name: str, value: Any) -> None:
         """Raises for what a head that stands cannot become."""
