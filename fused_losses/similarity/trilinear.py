@@ -48,24 +48,29 @@ def trilinear_attention(
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
     number("scale", scale, q)
+    given = (q, k1, k2, v1, v2)
+    _check_item([t.new_empty(()).expand(t.shape[-2:]) for t in given], precision)
 
     def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, c, u, v = tensors
-        check_both("q", a, "k1", b, precision, rows="J")
-        check_both("q", a, "k2", c, precision, rows="L")
-        for pair in ((("q", a), ("k1", b)), (("q", a), ("k2", c))):
-            validation.check_same_dtype(*pair[0], *pair[1])
-        check_values("v1", u, "k1", b)
-        check_values("v2", v, "k2", c)
-        if u.shape[1] != v.shape[1]:
-            raise ValueError(
-                f"v2: expected [L, {u.shape[1]}] to match v1, got {validation.describe(v)}"
-            )
-        out = _TRILINEAR(a, b, c, u, v, float(scale), precision, requested(backend))
+        out = _TRILINEAR(*tensors, float(scale), precision, requested(backend))
         return out, out.new_zeros(0)
 
     with no_autocast(q.device):
-        return one_by_one(attend, q.shape[:-2], (q, k1, k2, v1, v2), v1)[0]
+        return one_by_one(attend, q.shape[:-2], given, v1)[0]
+
+
+def _check_item(item: list[Tensor], precision: str) -> None:
+    """What holds of each item of the leading dimensions, of which there may be none."""
+    q, k1, k2, v1, v2 = item
+    for name, keys, rows in (("k1", k1, "J"), ("k2", k2, "L")):
+        check_both("q", q, name, keys, precision, rows=rows)
+        validation.check_same_dtype("q", q, name, keys)
+    check_values("v1", v1, "k1", k1)
+    check_values("v2", v2, "k2", k2)
+    if v1.shape[1] != v2.shape[1]:
+        raise ValueError(
+            f"v2: expected [L, {v1.shape[1]}] to match v1, got {validation.describe(v2)}"
+        )
 
 
 def _trilinear_block(

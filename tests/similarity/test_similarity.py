@@ -431,6 +431,11 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "query_labels: expected labels for match='same', got None",
     ),
+    "trilinear-no-items": (
+        lambda: fl.trilinear_attention(X[None][:0], Y[None][:0, :, :2], *[Y[None][:0]] * 3),
+        ValueError,
+        "k1: expected [J, 5] to match q [N, 5], got shape (8, 2)",
+    ),
     "trilinear-values": (
         lambda: fl.trilinear_attention(X, Y, Y, Y, torch.zeros(M, 2)),
         ValueError,
