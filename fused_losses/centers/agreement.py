@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import ZERO_NORM, accumulate_dtype
+from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.engines import Gradients
 from fused_losses.centers.step import SavedForward
 
+# of a table's rows, where nobody looks; a gradient of 1e8 over it is still in the range
+SHORTEST = 2.0**-100
 FINE, DOUBTFUL, NOT_FINITE, REFUSED = range(4)  # the worst of all ranks counts
 
 
@@ -26,7 +28,7 @@ def outlook(saved: SavedForward, grad: Gradients) -> Tensor:
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
     reach = _reach(saved, grad)
     if saved.normalize:  # the slope of w / |w| is at most 1 / |w|
-        smallest = _shortest(saved) if saved.table.dtype == torch.float16 else ZERO_NORM
+        smallest = _shortest(saved) if saved.table.dtype == torch.float16 else SHORTEST
         reach = reach / smallest
     doubt = ~(reach <= torch.finfo(saved.table.dtype).max / 2)  # half: its roundings
     return torch.where(finite, torch.where(doubt, DOUBTFUL, FINE), NOT_FINITE)
@@ -56,12 +58,12 @@ def _reach(saved: SavedForward, grad: Gradients) -> Tensor:
 
 
 def _shortest(saved: SavedForward) -> Tensor:
-    """Of the rows that take part and are not taken for zero. []"""
+    """Of the rows that take part and are not zero. []"""
     least = torch.full((), torch.inf, dtype=torch.float64, device=saved.x.device)
     for chunk in saved.sweep.chunks():
         rows = chunk.weight if chunk.ids is None else chunk.weight[chunk.ids]
         wide = accumulate_dtype(rows.dtype)
         norms = torch.linalg.vector_norm(rows, dim=-1, dtype=wide).double()
-        norms = torch.where(norms <= ZERO_NORM, torch.inf, norms)
+        norms = torch.where(norms == 0, torch.inf, norms)
         least = torch.minimum(least, norms.amin().to(least) if norms.numel() else least)
     return least
