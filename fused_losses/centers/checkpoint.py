@@ -12,24 +12,20 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 
+from fused_losses.centers.checkpoint_fit import CommonRows, check_fits, expect
 from fused_losses.centers.checksums import ChecksumWriter, damage
 from fused_losses.centers.collectives import everyones
-from fused_losses.centers.state import TableState
 
 COMPLETE = re.compile(r"step-(\d{8,})")
 PART, DAMAGED = ".part", ".damaged"
@@ -69,6 +65,7 @@ class Checkpoints:
         self.group, self._talk = _gloo_group(process_group), _gloo_group(process_group)
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         self.world = dist.get_world_size(self.group) if self.group is not None else 1
+        self._closed = False
         self._pending: Future[None] | None = None
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish-checkpoint")
         # a name that no earlier process has used: what one that is still dying writes stays apart
@@ -122,6 +119,7 @@ class Checkpoints:
                 state_dict_saver.save(state, **options)
                 self._publish(part, step)
             except (Exception, CheckpointException) as error:
+                self._drop(part)
                 failure = error
         self._agree(failure)
 
@@ -181,8 +179,8 @@ class Checkpoints:
             failure = CheckpointError(f"{path.name}: {_one_line(error)}")
         self._agree(failure)
         try:
-            _expect(state, saved.state_dict_metadata)
-            _check_fits(state, saved, path, resize)
+            expect(state, saved.state_dict_metadata)
+            check_fits(state, saved, path, resize)
         except ValueError as error:
             failure = error
         self._agree(failure)
@@ -191,7 +189,7 @@ class Checkpoints:
                 state_dict_loader.load(
                     state,
                     storage_reader=reader,
-                    planner=_CommonRows() if resize else None,
+                    planner=CommonRows() if resize else None,
                     process_group=self.group,
                     no_dist=self.group is None,
                 )
@@ -217,11 +215,20 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Wait for the save under way and end the threads."""
+        """Wait for the save under way and end the threads and the groups; a collective call.
+
+        Once is enough; what reads or writes after it is a RuntimeError.
+        """
+        if self._closed:
+            return
         try:
             self.wait()
         finally:
             self._publisher.shutdown()
+            self._closed = True
+            for group in (self.group, self._talk):  # their threads and connections
+                if group is not None and self.world == dist.get_world_size():
+                    dist.destroy_process_group(group)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -237,8 +244,17 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def _publish_after(self, written: Future[Metadata], part: Path, step: int) -> None:
-        written.result()
-        self._publish(part, step)
+        try:
+            written.result()
+            self._publish(part, step)
+        except (Exception, CheckpointException):
+            self._drop(part)
+            raise
+
+    def _drop(self, part: Path) -> None:
+        """What a save that failed has written would take the room that the next one needs."""
+        if self.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
 
     def _publish(self, part: Path, step: int) -> None:
         """Give the checkpoint its name. DCP returns on rank 0 once all ranks' files are synced."""
@@ -273,8 +289,13 @@ class Checkpoints:
                 failure = error
         self._agree(failure)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(f"{self.folder}: these checkpoints were closed; expected new ones")
+
     def _from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
+        self._check_open()
         if self._talk is None:
             return value
         box = [value]
@@ -286,6 +307,7 @@ class Checkpoints:
 
         One kind of error on all ranks: who catches it does so everywhere, or nowhere.
         """
+        self._check_open()
         mine = None if failure is None else (isinstance(failure, ValueError), _one_line(failure))
         told = enumerate(everyones(mine, self._talk))
         failed: dict[int, tuple[bool, str]] = {rank: one for rank, one in told if one is not None}
@@ -301,7 +323,10 @@ def _gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | 
     if not (dist.is_available() and dist.is_initialized()):
         return None
     ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    # torch names the group of a part by how many groups there are: the name of one that was ended
+    # comes again, with what it left in the store, so that `close` ends those of all ranks alone
+    part = len(ranks) < dist.get_world_size()
+    group = dist.new_group(ranks, backend="gloo", use_local_synchronization=part)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
@@ -309,53 +334,6 @@ def _gloo_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | 
 def _check_state(state: dict[str, Any]) -> None:
     if not isinstance(state, dict):
         raise TypeError(f"state: expected a dict of tensors, got {type(state).__name__}")
-
-
-def _check_fits(state: dict[str, Any], saved: Metadata, path: Path, resize: bool) -> None:
-    """Every tensor of the state is in the checkpoint, with its shape: DCP's own text is a page."""
-    for key, value in _leaves(state):
-        if key not in saved.state_dict_metadata:
-            raise ValueError(f"state[{key!r}]: {path} has no such entry")
-        there = saved.state_dict_metadata[key]
-        if not isinstance(value, Tensor) or not isinstance(there, TensorStorageMetadata):
-            continue
-        rows = int(resize and value.dim() > 0)
-        if len(there.size) != value.dim() or there.size[rows:] != value.shape[rows:]:
-            raise ValueError(
-                f"state[{key!r}]: expected shape {tuple(there.size)} as in {path}, got "
-                f"shape {tuple(value.shape)}, {value.dtype}"
-            )
-
-
-class _CommonRows(DefaultLoadPlanner):
-    """Loads what overlaps: DCP finds it by offsets, and asks that sizes be equal besides."""
-
-    def set_up_planner(
-        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        super().set_up_planner(state_dict, metadata, is_coordinator)
-        assert metadata is not None
-        there = dict(metadata.state_dict_metadata)
-        for key, value in self.state_dict.items():
-            saved = there[key]
-            if isinstance(value, Tensor) and isinstance(saved, TensorStorageMetadata):
-                there[key] = replace(saved, size=value.shape)
-        self.metadata = replace(metadata, state_dict_metadata=there)
-
-
-def _expect(state: Any, there: Iterable[str], prefix: str = "") -> None:
-    """Tells the parts of a state that can make room for them what names a checkpoint has."""
-    if not isinstance(state, dict):
-        return
-    if isinstance(state, TableState):
-        state.expect(key.removeprefix(prefix) for key in there if key.startswith(prefix))
-    for name, part in state.items():
-        _expect(part, there, f"{prefix}{name}.")
-
-
-def _leaves(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(key, value) with DCP's own names for nested entries; lists of plain values are leaves."""
-    yield from flatten_state_dict(state)[0].items()
 
 
 def _sync_folder(path: Path) -> None:

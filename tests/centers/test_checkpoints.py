@@ -1,6 +1,8 @@
 """Sharded checkpoints: never half of one, and for any number of ranks."""
 
+import gc
 import multiprocessing as mp
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +68,7 @@ def test_unpublished_checkpoint_is_not_read(
         checkpoints.save(state, 1)
         checkpoints.wait()
         monkeypatch.setattr(Checkpoints, "_publish", lambda *_: (_ for _ in ()).throw(Halt()))
+        monkeypatch.setattr(Checkpoints, "_drop", lambda *_: None)  # as a kill leaves it
         checkpoints.save(state, 2)
         with pytest.raises(CheckpointError, match="Halt"):
             checkpoints.wait()
@@ -91,6 +94,8 @@ def test_failed_save_raises_at_the_next(tmp_path: Path, monkeypatch: pytest.Monk
         checkpoints.save({"x": torch.ones(3)}, 2)
         checkpoints.wait()
         assert checkpoints.latest() == 2
+        # what a failed save had written would keep the disk full
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -284,3 +289,36 @@ def test_a_folder_that_is_not_one_is_found_at_the_start(tmp_path: Path) -> None:
         (tmp_path / "c").rmdir()
         with pytest.raises(CheckpointError, match="folder of the checkpoints was removed"):
             checkpoints.save(state_of(1), 1)
+
+
+def usage() -> tuple[int, int]:
+    """Files and threads of this process."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def many(rank: int, folder: str) -> None:
+    part = dist.new_group([0, 1])
+    held = []
+    for number in range(5):
+        _, state = sharded(rank, 2, float(number))
+        with Checkpoints(f"{folder}/{number}") as checkpoints:
+            for step in range(2):
+                checkpoints.save(state, step)
+            assert checkpoints.load(state) == 1
+            with Checkpoints(f"{folder}/{number}/inner", process_group=part) as inner:
+                assert inner.latest() is None
+        held.append(usage())
+    assert all(now <= then for now, then in zip(held[-1], held[1], strict=True)), held
+    checkpoints.close()
+    for after in (
+        checkpoints.latest,
+        lambda: checkpoints.load(state),
+        lambda: checkpoints.save(state, 2),
+    ):
+        with pytest.raises(RuntimeError, match="4: these checkpoints were closed"):
+            after()
+
+
+def test_closed_checkpoints_leave_nothing_open(tmp_path: Path) -> None:
+    processes.run(2, many, str(tmp_path))
