@@ -79,7 +79,8 @@ class RankWatch:
     rank takes the error's place.
 
     Each rank reads the next rank's mark and the verdict, two small messages an interval whatever
-    the world's size; the rank behind a dead one is read by the one before it.
+    the world's size; the rank behind a dead one is read by the one before it. A store that does not
+    answer ends the process as a dead rank does.
     A heartbeat needs the interpreter's lock: who keeps it for `timeout` counts as dead.
     """
 
@@ -123,7 +124,9 @@ class RankWatch:
         self._stopped = threading.Event()
         self._judged = threading.Event()
         self._main = threading.main_thread().ident
+        self._rounds = 0  # of the watching thread, each of which asks the store
         self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
+        self._guard = threading.Thread(target=self._run_guard, name="rank-watch-guard", daemon=True)
 
     @classmethod
     def of_group(cls, process_group: dist.ProcessGroup | None = None, **options: Any) -> RankWatch:
@@ -143,6 +146,7 @@ class RankWatch:
     def start(self) -> None:
         self._send()
         self._thread.start()
+        self._guard.start()
 
     def stop(self) -> None:
         """This rank has ended in good order."""
@@ -171,10 +175,33 @@ class RankWatch:
             if self.verdict is not None:
                 raise RankFailure(self.verdict) from error
         self._stopped.set()
-        with contextlib.suppress(RuntimeError):
-            self._judge(f"{self._me.name()} raised {type(error).__name__}: {error}")
+        told = f"{self._me.name()} raised {type(error).__name__}: {error}"
+        # the store may not answer, and this rank has an error to raise
+        telling = threading.Thread(target=self._tell, args=(told,), daemon=True)
+        telling.start()
+        telling.join(self.timeout)
 
-    # what follows runs in the thread
+    def _tell(self, verdict: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._judge(verdict)
+
+    # what follows runs in the threads
+
+    def _run_guard(self) -> None:
+        """Ends the process where the store is silent: torch's calls to it then never return."""
+        rounds, moved = self._rounds, time.monotonic()
+        looked, most = moved, self.timeout + 2 * self.interval
+        while not self._stopped.wait(self.interval) and self.verdict is None:
+            now = time.monotonic()
+            if now - looked > self.timeout / 2 or self._rounds != rounds:  # starved, as below
+                rounds, moved = self._rounds, now
+            looked = now
+            if now - moved > most:
+                self._end(
+                    f"the ranks' store has not answered for {now - moved:.1f} s: the process that "
+                    "serves it (rank 0, or the launcher's agent) is stopped, or its machine lost"
+                )
+                return
 
     def _run(self) -> None:
         try:
@@ -196,6 +223,7 @@ class RankWatch:
         place = self._mark().place()
         looked = peer_seen = moved = time.monotonic()
         while not self._stopped.wait(self.interval):
+            self._rounds += 1
             now = time.monotonic()
             if now - looked > self.timeout / 2:
                 # this process was itself stopped or starved: the time away is nobody's fault

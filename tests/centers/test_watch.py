@@ -152,6 +152,55 @@ def test_failing_rank_tells_the_others_its_error(tmp_path: Path) -> None:
         assert named(run, text) and "raised ArithmeticError: no such number" in text
 
 
+def serve(folder: str) -> None:
+    """The ranks' store, in a process that then stands still."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    Path(folder, "port.part").write_text(str(store.port))
+    Path(folder, "port.part").rename(Path(folder, "port"))
+    while not store.check(["False", "True"]):
+        time.sleep(0.01)
+    commit("stopped")
+
+
+def wait_or_raise(folder: str, raises: bool) -> None:
+    log = os.open(f"{folder}/{raises}.err", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)
+    store = dist.TCPStore("localhost", int(Path(folder, "port").read_text()), is_master=False)
+    watch = RankWatch(store, 0, 1, interval=INTERVAL, timeout=TIMEOUT)
+    with watch:
+        watch.store.set(f"{raises}", "")
+        time.sleep(4 * INTERVAL)
+        if raises:
+            raise ArithmeticError("no such number")
+        time.sleep(60)
+
+
+def test_a_store_that_stands_still_ends_its_ranks(tmp_path: Path) -> None:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(processes.PRELOAD)
+    server = context.Process(target=serve, args=(str(tmp_path),))
+    server.start()
+    while not (tmp_path / "port").exists():
+        assert server.is_alive()
+        time.sleep(0.01)
+    ranks = [
+        context.Process(target=wait_or_raise, args=(str(tmp_path), raises))
+        for raises in (False, True)
+    ]
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(TIMEOUT + BOUND + SLACK)
+        assert [process.exitcode for process in ranks] == [EXIT_CODE, 1]
+    finally:
+        for process in (server, *ranks):
+            process.kill()
+            process.join()
+    assert "the ranks' store has not answered for" in (tmp_path / "False.err").read_text()
+    assert "ArithmeticError: no such number" in (tmp_path / "True.err").read_text()
+
+
 def test_slow_start_trips_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path, "starts late", 60.0)
     assert run.codes[:2] == [0, 0]
