@@ -12,7 +12,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 # tests start processes by the dozen, and each would compile the package's modules again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv train check one-row test ctest cuda-host cuda-sanitize cuda-mutants \
+.PHONY: venv train check one-row test soak ctest cuda-host cuda-sanitize cuda-mutants \
   kernel-tests gpu-gate gpu-ptx gpu-static bench lint types clean
 
 venv: $(VENV)/.built
@@ -61,6 +61,12 @@ DRAWS = 20
 fuzz: venv cuda-host
 	PYTHONPATH=tests:tests/support $(ON_HOST) $(BIN)/python tests/fuzz/record.py run --seed $(SEED) --draws $(DRAWS)
 	PYTHONPATH=tests:tests/support $(BIN)/python tests/fuzz/record.py table
+
+# hours of trainings on two ranks that are killed, starved of disk and damaged: runs/soak/summary.json
+HOURS = 2
+soak: venv
+	PYTHONPATH=.:tests:tests/support OMP_NUM_THREADS=1 nice unshare --mount --map-root-user \
+	  $(BIN)/python tests/soak/run.py --hours $(HOURS) --seed $(SEED)
 
 # the kernels without Python: their own tests under ctest, on every instruction set
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure
