@@ -13,7 +13,7 @@ UNIT = 2.0**-40  # what stands for a waiting gradient: its norm must not count i
 Gradient = TypeVar("Gradient")
 
 
-class Waiting(NamedTuple, Generic[Gradient]):
+class WaitingGradient(NamedTuple, Generic[Gradient]):
     """One backward's."""
 
     gradient: Gradient
@@ -28,14 +28,14 @@ class WaitingGradients(Generic[Gradient]):
     """
 
     def __init__(self) -> None:
-        self._waiting: list[Waiting[Gradient]] = []
+        self._waiting: list[WaitingGradient[Gradient]] = []
         self.probe = new_probe()
 
     def __getstate__(self) -> dict[str, Any]:
         # as a parameter's copy has no gradient
         return {"_waiting": [], "probe": new_probe()}
 
-    def pending(self) -> list[Waiting[Gradient]]:
+    def pending(self) -> list[WaitingGradient[Gradient]]:
         """What waits, each with its factor as it stands now."""
         if self.probe.grad is None:
             self._waiting.clear()  # whoever dropped the optimiser's gradients meant these
@@ -52,7 +52,7 @@ class WaitingGradients(Generic[Gradient]):
     def add(self, gradient: Gradient, *, finite: bool) -> None:
         """One more, after the factor of those before has been taken up."""
         former = self.pending()
-        self._waiting = [*former, Waiting(gradient, 1.0 if finite else math.nan)]
+        self._waiting = [*former, WaitingGradient(gradient, 1.0 if finite else math.nan)]
         self.tell(self.finite)
 
     def tell(self, finite: bool) -> None:

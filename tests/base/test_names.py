@@ -10,8 +10,6 @@ from pathlib import Path
 
 from places import ROOT
 
-# the tile that a kernel computes at once, and in a bounded form a run of classes with its scores
-SHARED = {"Tile"}
 PACKAGE = ROOT / "fused_losses"
 TYPE = re.compile(r"_?[A-Z][a-z]\w*")  # Words = ...: constants are in capitals
 
@@ -36,7 +34,7 @@ def homes(package: Path) -> dict[str, list[str]]:
 
 def test_no_two_modules_define_a_class_of_one_name() -> None:
     doubled = {name: where for name, where in homes(PACKAGE).items() if len(where) > 1}
-    assert doubled.keys() == SHARED, doubled
+    assert doubled == {}
 
 
 def test_a_second_home_is_seen(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def pick(tiles: dict[str, Tiles], p: Product, kernel: str, others: tuple[int, ..
 
 
 @dataclass(frozen=True)
-class Table:
+class TileTable:
     """Tiles of kernels that have a wide and a narrow form, `kernel` and `kernel_extra` (bias,
     weighted, bends); `kernel_bent` where bends and one of the others spill in that."""
 

@@ -84,7 +84,7 @@ def _product_bytes(backend: str, p: ClassInputs, classes: int, needs: ClassNeeds
     return form.workspace(inputs, needs and DistanceNeeds(needs.x, needs.weight, False))
 
 
-class _Tile(NamedTuple):
+class _CenterTile(NamedTuple):
     """A run of T classes against every row."""
 
     part: slice  # of the classes that take part
@@ -103,7 +103,7 @@ class _Tile(NamedTuple):
         return marks.scatter_(1, self.column, True)[:, :size]
 
 
-def _spread(grad: Tensor, tile: _Tile, p: ClassInputs) -> Tensor:
+def _spread(grad: Tensor, tile: _CenterTile, p: ClassInputs) -> Tensor:
     """dL/dcosine [N, T] -> dL/dproduct [N, T K]."""
     if p.centers == 1:
         return grad
@@ -116,7 +116,7 @@ def _spread(grad: Tensor, tile: _Tile, p: ClassInputs) -> Tensor:
     return share.mul_(grad[..., None]).flatten(1)
 
 
-def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_Tile]:
+def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_CenterTile]:
     """The classes that take part, a tile at a time, against the rows x (p.x as accumulated)."""
     if x.shape[0] == 0:
         return
@@ -132,7 +132,7 @@ def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_Tile]:
         cosine = pool(product.unflatten(1, (size, p.centers)), p.softness)
         column = place - start
         column = torch.where((column < 0) | (column >= size), size, column)
-        yield _Tile(part, rows, weight, unit, product, cosine, column)
+        yield _CenterTile(part, rows, weight, unit, product, cosine, column)
 
 
 def _fold(kind: str, term: Tensor, positive: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def forward(backend: str, p: ClassInputs) -> ClassStatistics:
 
 
 def _tile_gradient(
-    p: ClassInputs, tile: _Tile, grads: Tensor, merged: Tensor, grad_targets: Tensor
+    p: ClassInputs, tile: _CenterTile, grads: Tensor, merged: Tensor, grad_targets: Tensor
 ) -> Tensor:
     """dL/dcosine [N, T] of a tile, from the merged statistics [S, N] and their gradients.
 

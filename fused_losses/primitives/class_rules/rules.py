@@ -14,7 +14,7 @@ from fused_losses.primitives.row_statistics.bend import bent, bent_slope
 
 Terms = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor, ...]]
 
-Slopes = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor | float, ...]]
+RuleSlopes = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor | float, ...]]
 
 
 BEND = 4  # rows of values: a threshold and a polynomial
@@ -30,7 +30,7 @@ class ClassRule(NamedTuple):
 
     kinds: tuple[str, ...]  # of each statistic: "lse" or "sum"
     terms: Terms
-    slopes: Slopes
+    slopes: RuleSlopes
     steepest: Callable[[list[float]], float]  # a bound on |slopes| of what is not bent
     params: int  # how many
     values: tuple[int, ...]  # how many rows of them it may have

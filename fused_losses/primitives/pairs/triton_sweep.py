@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.product import Product
-from fused_losses.backends.gpu.tiles import Table, Tile
+from fused_losses.backends.gpu.tiles import Tile, TileTable
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.primitives.pairs import gpu
 from fused_losses.primitives.pairs.gpu import Block, PairGradients, PairProblem
@@ -56,7 +56,7 @@ class TritonPairProblem(PairProblem):
         return self.table.tile(self.operands, name, more)
 
     @property
-    def table(self) -> Table:
+    def table(self) -> TileTable:
         return TABLES[gpu_device.architecture(self.p.x.device)]
 
     @property

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fused_losses.backends.gpu.tiles import ALL, Table, Tile, by_kernel, same, wide
+from fused_losses.backends.gpu.tiles import ALL, Tile, TileTable, by_kernel, same, wide
 
 # a wider run of columns reads x and the sums of dx less often, which here outweighs that G, larger
 # than `row_statistics` has it, leaves L2
 MIB = 1 << 20
 
 
-def _table(ds_bytes: int, **kernels: dict[str, Tile]) -> Table:
-    return Table(by_kernel(**kernels), ds_bytes)
+def _table(ds_bytes: int, **kernels: dict[str, Tile]) -> TileTable:
+    return TileTable(by_kernel(**kernels), ds_bytes)
 
 
 def _shallow(half: Tile, tf32: Tile, tf32x3: Tile) -> dict[str, Tile]:

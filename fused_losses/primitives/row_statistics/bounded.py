@@ -48,7 +48,7 @@ def workspace(p: Inputs, needs: Needs | None) -> int:
 
 
 @dataclass
-class Tile:
+class ClassTile:
     """A run of classes with their scores against every row."""
 
     ids: Tensor  # [T] class ids
@@ -59,7 +59,7 @@ class Tile:
     is_target: Tensor  # [N, T]
 
 
-def tiles(p: Inputs, x: Tensor) -> Iterator[Tile]:
+def tiles(p: Inputs, x: Tensor) -> Iterator[ClassTile]:
     """The classes that take part, a tile at a time, against the rows x (p.x as accumulated)."""
     weight, classes, bias = p.weight, p.classes, p.bias
     total = weight.shape[0] if classes is None else classes.shape[0]
@@ -79,7 +79,7 @@ def tiles(p: Inputs, x: Tensor) -> Iterator[Tile]:
         raw = x @ part.T
         scores = raw if p.bend is None else bent(raw, p.bend.to(raw.dtype)[:, :, None])
         scores = scores if bias is None else scores + bias[ids].to(x.dtype)
-        yield Tile(ids, part, unit, raw, scores, p.labels[:, None] == ids[None, :])
+        yield ClassTile(ids, part, unit, raw, scores, p.labels[:, None] == ids[None, :])
 
 
 def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tensor:

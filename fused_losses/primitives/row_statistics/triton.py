@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div, from_column
 from fused_losses.backends.gpu.products import accumulate, add_rows, float16_scale, library_tf32
-from fused_losses.backends.gpu.tiles import Table, Tile, width
+from fused_losses.backends.gpu.tiles import Tile, TileTable, width
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
@@ -49,7 +49,7 @@ def workspace(p: Inputs, needs: Needs | None) -> int:
     return workspace_bytes(n, d, p.weight.dtype, p.precision)
 
 
-def _table(p: Problem) -> Table:
+def _table(p: Problem) -> TileTable:
     return TABLES[gpu_device.architecture(p.x.device)]
 
 

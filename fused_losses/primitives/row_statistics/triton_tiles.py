@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels, per architecture, each with the compilation that chose it.
 
-kernel: forward, gradient (`Table`), forward_resident, and owner_rows, owner_classes up to D = 128,
-owner_*wide up to 256. No owner entry: the form with stored G is used.
+kernel: forward, gradient (`TileTable`), forward_resident, and of owners owner_rows, owner_classes
+up to D = 128, owner_*wide up to 256. No owner entry: the form with stored G is used.
 
 Figures: registers a thread with Triton 3.6.0 and its ptxas, at 1024 x 1,000,000; nothing spills
 (test_gpu_static.py). "all": classes, bias, weights at once. No time was measured: the
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fused_losses.backends.gpu.tiles import ALL, Table, Tile, by_kernel, same, wide
+from fused_losses.backends.gpu.tiles import ALL, Tile, TileTable, by_kernel, same, wide
 
 
-def _table(chunk_bytes: int, ds_bytes: int, **kernels: dict[str, Tile]) -> Table:
-    return Table(by_kernel(**kernels), ds_bytes, chunk_bytes)
+def _table(chunk_bytes: int, ds_bytes: int, **kernels: dict[str, Tile]) -> TileTable:
+    return TileTable(by_kernel(**kernels), ds_bytes, chunk_bytes)
 
 
 MIB = 1 << 20
