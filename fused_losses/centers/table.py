@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -186,7 +187,15 @@ class TableModule(nn.Module):
         return self
 
     def _check_wrapped(self) -> None:
-        """Raises where DistributedDataParallel holds rows that differ between ranks."""
+        """Raises where each rank would train a table of its own, or DDP would mix their rows."""
+        alone = self.ranks.group is None and self.training and torch.is_grad_enabled()
+        if alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                "process_group: expected a head that is made after torch.distributed is "
+                "initialised, got one made before, of which every rank would train a copy of its "
+                "own; Lightning has configure_model for it. A head of one rank alone takes a "
+                "process_group of it"
+            )
         around = DistributedDataParallel._get_active_ddp_module()
         if around is None or self.optimizer is not None or self.ranks.world == 1:
             return
@@ -241,13 +250,16 @@ class TableModule(nn.Module):
         self._updates.load(int(self._steps), self._begun is not None and bool(self._begun))
 
     def get_extra_state(self) -> Tensor:
-        """[2] int64: the steps, and whether momentum has begun."""
-        return torch.tensor([self._updates.steps, bool(self._updates.begun)], device="cpu")
+        """[3] int64: the steps, whether momentum has begun, and the first class of this shard."""
+        begun = bool(self._updates.begun)
+        return torch.tensor([self._updates.steps, begun, self.class_start], device="cpu")
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
         """The same; of older checkpoints the steps alone, or a dict of them and the states."""
         states, steps, begun = _read(state, {})
-        trouble = self._unfit(states) if isinstance(state, dict) else None
+        trouble = self._anothers(state)
+        if trouble is None and isinstance(state, dict):
+            trouble = self._unfit(states)
         if trouble is not None:
             raise ValueError(trouble)
         self._updates.fill(states, steps, begun)
@@ -311,9 +323,10 @@ class TableModule(nn.Module):
             missing.append(prefix + EXTRA)
             missing += [prefix + STATES + name for name in self._updates.states if not states]
         given = own.get(prefix + WEIGHT, self._table)
-        if given.shape != self._table.shape:
+        anothers = self._anothers(extra)
+        if given.shape != self._table.shape or anothers is not None:
             missing_keys += missing
-            error_msgs.append(f"{prefix}weight: {self._misshapen(given)}")
+            error_msgs.append(f"{prefix}weight: {anothers or self._misshapen(given)}")
             return
         if trouble is not None:
             rows = self._updates.states
@@ -331,6 +344,19 @@ class TableModule(nn.Module):
             warnings.warn(f"{prefix}{trouble}; left out", stacklevel=2)
         elif extra is not None:
             self._updates.fill(states, steps, begun)
+
+    def _anothers(self, extra: Tensor | dict[str, Any] | None) -> str | None:
+        """What is told of another rank's shard, which may have this one's shape."""
+        if not isinstance(extra, Tensor) or extra.numel() < 3:  # of earlier versions
+            return None
+        first, stop = int(extra.flatten()[2]), self.class_start + self.num_local
+        if first == self.class_start or self.num_local == 0:
+            return None
+        return (
+            f"expected the shard of rank {self.ranks.rank} of {self.ranks.world}, classes "
+            f"{self.class_start} to {stop - 1}, got one that begins at class {first}: a state dict "
+            "that one rank writes has that rank's rows alone; Checkpoints saves head.state() of all"
+        )
 
     def _misshapen(self, given: Tensor) -> str:
         """What a table of another shape is told; one of other classes, how it goes over."""

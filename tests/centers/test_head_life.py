@@ -243,6 +243,21 @@ def test_another_optimisers_state_is_refused_whole_or_left_out_by_name() -> None
         sgd.load_state_dict({**sgd.state_dict(), "nobodys": before})
 
 
+def test_another_ranks_shard_is_refused_even_of_this_shape() -> None:
+    twin, other = Twin(), Twin().head
+    twin.steps(3)
+    saved = twin.head.state_dict()
+    of_other = {**saved, "_extra_state": torch.tensor([3, 1, 12])}
+    before = other.weight.clone()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="of rank 0 of 1, .* that begins at class 12"):
+            other.load_state_dict(of_other, strict=strict)
+    assert torch.equal(other.weight, before) and other.step_count == 0
+    # of earlier versions: the steps alone
+    other.load_state_dict({**saved, "_extra_state": torch.tensor([3])})
+    assert torch.equal(other.weight, twin.head.weight) and other.step_count == 3
+
+
 def test_a_table_alone_is_strictly_enough_where_nothing_is_lost() -> None:
     rows = torch.randn_like(head().weight)
     for options in ({}, dict(optimizer="sgd")):
