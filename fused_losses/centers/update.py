@@ -118,8 +118,12 @@ class RowUpdates:
         self.optimizer = HeadOptimizer(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # as a parameter's copy has no gradient
-        return {**self.__dict__, "_waiting": [], "probe": new_probe()}
+        # as a parameter's copy has no gradient. A tensor made here would be gone before another
+        # process maps it
+        return {**self.__dict__, "_waiting": [], "probe": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, probe=new_probe())
 
     @property
     def steps(self) -> int:

@@ -32,8 +32,12 @@ class WaitingGradients(Generic[Gradient]):
         self.probe = new_probe()
 
     def __getstate__(self) -> dict[str, Any]:
-        # as a parameter's copy has no gradient
-        return {"_waiting": [], "probe": new_probe()}
+        # as a parameter's copy has no gradient. A tensor made here would be gone before another
+        # process maps it
+        return {"_waiting": []}
+
+    def __setstate__(self, _: dict[str, Any]) -> None:
+        self.__init__()
 
     def pending(self) -> list[WaitingGradient[Gradient]]:
         """What waits, each with its factor as it stands now."""

@@ -10,6 +10,7 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -177,3 +178,21 @@ def test_a_wrapped_head_is_that_of_one_process() -> None:
             assert torch.equal(copied[name]["weight"], copied[""]["weight"])
     with pytest.raises(RuntimeError, match="the shard of rank 1 of 2 and is now at rank 0 of 1"):
         torch.load(io.BytesIO(found[1]["copies"]["file"]), weights_only=False)
+
+
+def sent(model: Model, told: Any) -> None:
+    """As torch.multiprocessing.spawn's functions get a model."""
+    model.head(torch.zeros(1, D, dtype=torch.float64), torch.tensor([0])).backward()
+    told.put(model.head.step_count)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_model_is_sent_to_another_process(name: str) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(processes.PRELOAD)
+    told = context.Queue()
+    process = context.Process(target=sent, args=(Model(**OPTIONS[name]), told))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert told.get(timeout=10) == (0 if name == "step" else 1)
