@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.numerics import over_last, softplus
 from fused_losses.base.parameters import check_above, check_margin, check_parameter
 from fused_losses.base.validation import GRADIENTS, describe
 from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
@@ -312,7 +313,5 @@ class MLCD(ClassLoss):
         return [float(self.scale)]
 
     def row_loss(self, rows: MergedRows) -> Tensor:
-        z = (-self.scale * rows.targets).masked_fill(~rows.present, -torch.inf)
-        # the 1 is one more term, e^0
-        of_labels = torch.logsumexp(F.pad(z, (0, 1)), dim=1)
-        return of_labels - F.logsigmoid(-rows.statistics[0])
+        attract = over_last(-self.scale * rows.targets, rows.present)
+        return softplus(attract) + softplus(rows.statistics[0])

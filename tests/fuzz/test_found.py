@@ -60,6 +60,24 @@ FOUND = {
         Draw((1, 3, 2), "outlier", "as they are", torch.bfloat16, 314728),
         Call("cuda"),
     ),
+    # the formula's: e^-745 is 0 in float64, and its logarithm infinite
+    "a logarithm of nothing": (
+        "cauchy_schwarz_divergence",
+        Draw((1, 32, 31), "large", "as they are", torch.float16, 1026941218),
+        Call("bounded"),
+    ),
+    # log(1 + e^z) with a small e^z was rounded as 1 is
+    "beside one": (
+        "class_loss_MLCD",
+        Draw((2, 1, 1), "large", "one class", torch.float64, 75113273),
+        Call("bounded"),
+    ),
+    # the formula's: an infinite term took the slopes of the others away
+    "one infinite term": (
+        "pairwise_kl",
+        Draw((31, 32, 65), "tiny", "one class", torch.float16, 676460726),
+        Call("cpu"),
+    ),
 }
 
 

@@ -118,8 +118,6 @@ LIMITS: dict[str, tuple[str, ...]] = {
         ("clusters", "far"),
     ),
     "pairwise_mahalanobis": ("clusters", "far"),
-    # where a divergence is infinite its slopes are open
-    "pairwise_kl": ("integers", "sparse"),
     # on which side of a threshold a tie falls
     **dict.fromkeys(
         ("harmonic_triplet", *(name for name in CASES if "triplets" in name and "semi" in name)),

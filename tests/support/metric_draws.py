@@ -149,10 +149,10 @@ def jensenshannon(t: Inputs) -> Tensor:
 
 
 def kl(t: Inputs) -> Tensor:
+    """A term at y = 0 < x is infinite and flat; the others keep their slopes."""
     t = sizes(t)
     x, y = t.x[:, None].expand(len(t.x), *t.y.shape), t.y.expand(len(t.x), *t.y.shape)
-    never = ((x > 0) & (y == 0)).any(2)
-    return torch.where(never, torch.inf, plogp(x, y).sum(2))
+    return torch.where((x > 0) & (y == 0), torch.inf, plogp(x, y)).sum(2)
 
 
 def snr(t: Inputs) -> Tensor:

@@ -432,8 +432,12 @@ def third_order(t: Inputs) -> Tensor:
     return (t.x @ pairs.T / t.x.shape[1] ** 0.5).softmax(1) @ values
 
 
+def log_gaussian(x: Tensor, y: Tensor, width: float | Tensor) -> Tensor:
+    return -square_distance(x, y) / (2 * width**2)
+
+
 def gaussian(x: Tensor, y: Tensor, width: float | Tensor) -> Tensor:
-    return (-square_distance(x, y) / (2 * width**2)).exp()
+    return log_gaussian(x, y, width).exp()
 
 
 def mmd(t: Inputs) -> Tensor:
@@ -456,16 +460,18 @@ def hsic(t: Inputs) -> Tensor:
 
 
 def qmi(t: Inputs) -> Tensor:
-    k, l = gaussian(t.x, t.x, 1.3), gaussian(t.y, t.y, 0.8)
-    cross = (k.sum(1) * l.sum(1)).sum()
-    return (k * l).sum().log() + (k.sum() * l.sum()).log() - 2 * cross.log()
+    """Of logarithms: e^-745 is 0 in float64, and its logarithm infinite."""
+    k, l = log_gaussian(t.x, t.x, 1.3), log_gaussian(t.y, t.y, 0.8)
+    cross = (k.logsumexp(1) + l.logsumexp(1)).logsumexp(0)
+    both, *each = (z.flatten().logsumexp(0) for z in (k + l, k, l))
+    return both + sum(each) - 2 * cross
 
 
 def divergence(t: Inputs) -> Tensor:
-    k = gaussian(t.x, t.x, 1.3)
-    weight = 1 / k.square().sum(1)
+    k = log_gaussian(t.x, t.x, 1.3)
+    weight = (2 * k).logsumexp(1)
     pairs = ((t.y, t.y), (t.z, t.z), (t.z, t.y))
-    terms = [(weight * (k * gaussian(a, b, 0.8)).sum(1)).sum().log() for a, b in pairs]
+    terms = [((k + log_gaussian(a, b, 0.8)).logsumexp(1) - weight).logsumexp(0) for a, b in pairs]
     return terms[0] + terms[1] - 2 * terms[2]
 
 
