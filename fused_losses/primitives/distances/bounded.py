@@ -1,7 +1,8 @@
 """`distance_matrix` in pure PyTorch, a block of pairs at a time: any device, float64 too.
 
-The kinds made of products take blocks of |x|^2 + |y|^2 - 2<x, y>, of rows moved by y's mean, and
-recompute from x - y the pairs that are near: d^2 < (|x|^2 + |y|^2) / 16. The others take
+The kinds made of products take blocks of |x|^2 + |y|^2 - 2<x, y>, of rows moved towards 0 without
+a rounding, so that equal distances stay equal, and recompute from x - y the pairs that are near:
+d^2 < (|x|^2 + |y|^2) / 16. The others take
 [rows, columns, D] blocks of x - y. Backward recomputes those blocks; memory beyond inputs, result
 and their gradients O((N + M) D) plus a few blocks, where every pair is near too.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.blocks import runs
-from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.numerics import accumulate_dtype, exactly_centered
 from fused_losses.primitives.distances.inputs import FLAT, PRODUCTS, DistanceInputs, DistanceNeeds
 from fused_losses.primitives.distances.kinds import FORMULAS
 
@@ -145,7 +146,7 @@ def _blocks(n: int, m: int, pair_bytes: int) -> Iterator[tuple[slice, slice]]:
 
 
 class _MovedRows(NamedTuple):
-    """Rows as they came, widened, and moved by y's mean with their squared norms."""
+    """Rows as they came, widened, and moved by `exact_center` with their squared norms."""
 
     x: Tensor
     y: Tensor
@@ -158,14 +159,8 @@ class _MovedRows(NamedTuple):
 def _sides(x: Tensor, y: Tensor) -> _MovedRows:
     dtype = accumulate_dtype(x.dtype)
     x, y = x.to(dtype), y.to(dtype)
-    mean = _mean(y)
-    moved = x - mean, y - mean
+    moved = exactly_centered(x, y)
     return _MovedRows(x, y, *moved, *(t.square().sum(dim=1) for t in moved))
-
-
-def _mean(y: Tensor) -> Tensor:
-    """Over the rows, [D]; a row with NaN or inf must not reach the others."""
-    return (y.sum(dim=0) / max(y.shape[0], 1)).nan_to_num(0, 0, 0)
 
 
 def _norms(s: _MovedRows, rows: slice, cols: slice) -> Tensor:
@@ -260,8 +255,7 @@ def _products_of_differences(
 ) -> Tensor:
     """<u_i - v_j, x_i - y_j>, [N, M], near pairs from the differences."""
     s = _sides(x.detach(), y.detach())
-    mean = _mean(s.y)
-    x_moved, y_moved = x - mean, y - mean
+    x_moved, y_moved = exactly_centered(x, y)
     products = (u * x_moved).sum(1)[:, None] + (v * y_moved).sum(1)
     products = products - u @ y_moved.T - x_moved @ v.T
     everything = slice(None)
