@@ -6,6 +6,7 @@ to a query are the gallery's rows of its label. Nearest first, equal ones by the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +18,10 @@ from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.sides import ref_sides
 from fused_losses.base.unit_norm import unit
 from fused_losses.pairwise.distance import pairwise_distance, pairwise_similarity
-from fused_losses.pairwise.metrics import METRICS
+from fused_losses.pairwise.metrics import METRICS, moved
 from fused_losses.pairwise.topk import MOST, pairwise_topk
 
+COSINES = ("cosine", "angular", "correlation")
 LISTED = 1 << 21  # neighbours in a block
 BLOCK_BYTES = 2 << 20  # of distances in a block, where no top-k is long enough; ten such are alive
 
@@ -135,13 +137,11 @@ def neighbours(search: Search, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]
 def distances(search: Search) -> Iterator[tuple[slice, Tensor]]:
     """Runs of queries against the whole gallery, smaller is nearer; NaN where not a candidate."""
     x, y, metric = search.x, search.y, search.metric
-    # as in the top-k a row of zeros has cosine 0 with another one
-    apart = {"cosine": 1.0, "angular": 0.5, "correlation": 1.0}.get(metric)
-    of_x, of_y = _without_direction(x, metric), _without_direction(y, metric)
-    if metric == "cosine":
-        # not once a run
-        x, metric = unit(x.to(accumulate_dtype(x.dtype))), "sqeuclidean"
-        y = x if search.own else unit(y.to(x.dtype))
+    if metric in COSINES:
+        # not once a run; a row of zeros, or of correlation a constant one, has cosine 0 with all
+        turned = (lambda r: unit(moved(r))) if metric == "correlation" else unit
+        x = turned(x.to(accumulate_dtype(x.dtype)))
+        y = x if search.own else turned(y.to(x.dtype))
     n, m = x.shape[0], y.shape[0]
     size = accumulate_dtype(x.dtype).itemsize
     step = max(1, BLOCK_BYTES // (size * max(1, m)))
@@ -149,12 +149,10 @@ def distances(search: Search) -> Iterator[tuple[slice, Tensor]]:
         run = slice(i, min(i + step, n))
         if metric == "dot":
             d = -pairwise_similarity(x[run], y, "dot", backend=search.backend)
+        elif metric in COSINES:
+            d = _of_cosines(x[run], y, metric, search.backend)
         else:
             d = pairwise_distance(x[run], y, metric, backend=search.backend)
-        if search.metric == "cosine":
-            d = d / 2  # 1 - cos = |u - v|^2 / 2
-        if apart is not None:
-            d = torch.where((of_x[run, None] | of_y) & ~d.isnan(), apart, d)
         if search.own:
             d[torch.arange(len(d)), torch.arange(i, run.stop)] = torch.nan
         if search.ids is not None:
@@ -162,11 +160,19 @@ def distances(search: Search) -> Iterator[tuple[slice, Tensor]]:
         yield run, d
 
 
-def _without_direction(x: Tensor, metric: str) -> Tensor:
-    """Which rows have no cosine in the top-k: zero, or of correlation constant. [N]"""
-    if metric == "correlation":
-        return (x == x[:, :1]).all(dim=1)
-    return (x == 0).all(dim=1)
+def _of_cosines(x: Tensor, y: Tensor, metric: str, backend: str | None) -> Tensor:
+    """1 - cos, or arccos / pi, of unit rows.
+
+    Near rows by their chord, which keeps its digits; others by the product, which is 0 exactly
+    where rows have no coordinate in common, and so leaves a tie one.
+    """
+    cosine = pairwise_similarity(x, y, "dot", backend=backend)
+    chord = pairwise_distance(x, y, backend=backend)
+    near = cosine > 0.5
+    if metric == "angular":
+        angle = cosine.clamp_min_(-1).acos_()
+        return torch.where(near, 2 * chord.div_(2).asin_(), angle).div_(math.pi)
+    return torch.where(near, chord.square_().div_(2), 1 - cosine)
 
 
 def _long_neighbours(search: Search, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

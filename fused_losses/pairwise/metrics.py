@@ -115,16 +115,16 @@ def _power(v: Tensor, power: float) -> Tensor:
     return torch.where(positive, powers, torch.where(v < 0, torch.nan, 0.0).to(v.dtype))
 
 
-def _moved(x: Tensor, w: Tensor | None = None) -> Tensor:
+def moved(x: Tensor, w: Tensor | None = None) -> Tensor:
     """Rows moved by their own (weighted) mean."""
     if w is None:
-        moved = about_own_mean(x)
+        about = about_own_mean(x)
     else:
         x = wide(x)
-        moved = x - (x * (w / w.sum()).to(x.dtype)).sum(dim=-1, keepdim=True)
+        about = x - (x * (w / w.sum()).to(x.dtype)).sum(dim=-1, keepdim=True)
     # what rounding leaves of a constant row is no direction; its slope is that of any other
     constant = (x == x[..., :1]).all(dim=-1, keepdim=True)
-    return moved - torch.where(constant, moved, 0).detach()
+    return about - torch.where(constant, about, 0).detach()
 
 
 def _lp(kind: str, power: float, p: float = 2.0) -> Callable[[MetricCall], Tensor]:
@@ -176,7 +176,7 @@ def _cosine(call: MetricCall) -> Tensor:
 
 
 def _correlation(call: MetricCall) -> Tensor:
-    x, y = call.both(lambda r: _moved(r, call.w))
+    x, y = call.both(lambda r: moved(r, call.w))
     return _cosine(call._replace(x=x, y=y))
 
 
@@ -239,7 +239,7 @@ def _snr(call: MetricCall) -> Tensor:
     # a ratio of squares: of rows near 1
     x, y = call.both(wide)
     x, y = multiplied(common_factor(x, y, 0, 0), x, y)
-    x, y = call._replace(x=x, y=y).both(_moved)
+    x, y = call._replace(x=x, y=y).both(moved)
     apart = call.matrix("sqeuclidean", x, y)
     power = x.square().sum(dim=-1, keepdim=True)
     flat = power == 0
