@@ -90,26 +90,6 @@ def about_own_mean(x: Tensor) -> Tensor:
     return moved.to(accumulate_dtype(x.dtype))
 
 
-@overload
-def centered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
-@overload
-def centered(x: Tensor, y: None) -> tuple[Tensor, None]: ...
-def centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both moved by y's mean, so that |x|^2 - 2<x, y> + |y|^2 cancels less."""
-    about = (x if y is None else y).detach()
-    if about.shape[0] == 0:
-        return x, y
-    about = about.to(accumulate_dtype(x.dtype))
-    # a row with NaN must not reach the others
-    mean = about.mean(dim=0).nan_to_num(0, 0, 0)
-    if x.dtype in (torch.bfloat16, torch.float16):
-        # moving rounds anew, but where values are nearer to their mean than that is to 0
-        spread = (about - mean).square().mean(dim=0).sqrt()
-        mean = torch.where(mean.abs() > spread, mean, 0)
-    mean = mean.to(x.dtype)
-    return x - mean, None if y is None else y - mean
-
-
 def exact_center(*sides: Tensor) -> Tensor | None:
     """A row [D] by which all rows can be moved towards 0 without a rounding; None: there is none.
 

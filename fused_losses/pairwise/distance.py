@@ -73,14 +73,16 @@ def pairwise_distance(
     Returns float32, float64 for float64 inputs; equal rows are at distance 0 exactly.
     Differentiable in the tensors (hamming and jaccard: none), with gradient 0 at distance 0; again
     where a metric is made of products: euclidean, sqeuclidean, cosine, correlation, angular,
-    hellinger, snr, poincare, lorentz, mahalanobis (but not with variance).
+    hellinger, snr, poincare, lorentz, mahalanobis (but not with variance). Differences come first
+    where rows are near, weights and whitening after them: how many pairs are so near is read on
+    the host.
     A negative entry gives NaN in hellinger, jensenshannon and kl, a row of sum 0 in jensenshannon,
     a row outside the ball in poincare. A row of zeros has cosine 0 with every other row in
     cosine, correlation and angular (SciPy: NaN), and is at 0 from another row of zeros.
     Raises ValueError, TypeError for bad arguments, RuntimeError where the backend cannot run.
     Time O(N M D); memory beyond the result, its like in the gradient, and a few [N, M] where a
-    metric is a function of another, or a root of rows whose largest entry is beyond 2^50 or below
-    2^-20: O((N + M) D) plus a block.
+    metric is a function of another, or has weights or whitening, or is a root of rows whose largest
+    entry is beyond 2^50 or below 2^-20: O((N + M) D) plus a block.
     """
     check_plain(p=p, base=base)
     validation.check_choice("metric", metric, METRICS)

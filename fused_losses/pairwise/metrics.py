@@ -23,7 +23,8 @@ from fused_losses.base.numerics import (
 )
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import assert_async, describe
-from fused_losses.pairwise.whitening import about_mean, whitened, wide
+from fused_losses.pairwise.differences import from_differences
+from fused_losses.pairwise.whitening import exactly_about, whitened, wide
 from fused_losses.primitives.distances import reference as reference_distances
 from fused_losses.primitives.distances.op import choose, distance_matrix, in_range
 
@@ -131,9 +132,11 @@ def _lp(kind: str, power: float, p: float = 2.0) -> Callable[[MetricCall], Tenso
     """A norm of the difference: weights scale the coordinates by w^power."""
 
     def metric(call: MetricCall) -> Tensor:
-        if call.w is not None:
-            call = call._replace(**dict(zip("xy", about_mean(call.x, call.y), strict=True)))
-        return call.matrix(kind, *call.weighted(power), p=p)
+        if call.w is None:
+            return call.matrix(kind, call.x, call.y, p=p)
+        x, y = exactly_about(*call.both(wide))
+        found = call.matrix(kind, *call._replace(x=x, y=y).weighted(power), p=p)
+        return from_differences(found, x, y, _power(call.w, power).to(x.dtype), kind, p)
 
     return metric
 
@@ -276,7 +279,9 @@ def mahalanobis(
 ) -> Tensor:
     if variance is not None:
         return _diagonal(call, variance)
-    return call.matrix("euclidean", *whitened(call.x, call.y, VI, covariance))
+    x, y = exactly_about(*call.both(wide))
+    u, v, factor = whitened(x, y, VI, covariance)
+    return from_differences(call.matrix("euclidean", u, v), x, y, factor, "euclidean")
 
 
 def _diagonal(call: MetricCall, variance: Tensor) -> Tensor:

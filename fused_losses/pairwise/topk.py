@@ -206,7 +206,7 @@ def _by_products(
         x = x.to(row_dtype(x.device))
         bank = x if same else bank.to(x.dtype)
     if metric == "mahalanobis":
-        x, bank = whitened(x, bank, options.get("VI"), options.get("covariance"))
+        x, bank, _ = whitened(x, bank, options.get("VI"), options.get("covariance"))
     elif order.rows is not None:
         x, bank = order.rows(x), order.rows(bank)
     elif order.kind == "cosine":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import plans, validation
-from fused_losses.base.numerics import accumulate_dtype, centered, row_dtype
+from fused_losses.base.numerics import accumulate_dtype, exactly_centered, row_dtype
 from fused_losses.base.products import product
 from fused_losses.base.validation import describe
 
@@ -25,13 +25,13 @@ def wide(x: Tensor) -> Tensor:
     return x.to(accumulate_dtype(x.dtype))
 
 
-def about_mean(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both moved by the mean of y's rows: a later factor then rounds less."""
-    flat = wide(x).flatten(0, -2)
+def exactly_about(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both moved towards 0, differences as they were: a later factor then rounds less."""
+    flat = x.flatten(0, -2)
     if y is x:
-        moved = centered(flat, None)[0].reshape(x.shape)
+        moved = exactly_centered(flat, None)[0].reshape(x.shape)
         return moved, moved
-    moved, other = centered(flat, wide(y).flatten(0, -2))
+    moved, other = exactly_centered(flat, y.flatten(0, -2))
     return moved.reshape(x.shape), other.reshape(y.shape)
 
 
@@ -40,12 +40,13 @@ def whitened(
     y: Tensor,  # [..., M, D]
     VI: Tensor | None = None,  # [D, D]
     covariance: Tensor | None = None,  # [D, D]
-) -> tuple[Tensor, Tensor]:
-    """Rows whose Euclidean distances are Mahalanobis distances; y may be x.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows whose Euclidean distances are Mahalanobis distances, and the factor they were times.
 
-    VI = L L^T: rows times L; covariance = L L^T: L^-1 rows (None: of the rows of x and y, of x
-    alone where y is x). Computed in float64 about the mean of y, returned in float32, or float64
-    for float64 rows. Raises ValueError where a matrix is not symmetric positive definite.
+    y may be x. VI = L L^T: rows times L; covariance = L L^T: rows times L^-T (None: of the rows of
+    x and y, of x alone where y is x). Computed in float64 of rows moved towards 0, returned in
+    float32, or float64 for float64 rows; the factor [D, D] in float64. Raises ValueError where a
+    matrix is not symmetric positive definite.
     """
     dtype, wide = accumulate_dtype(x.dtype), row_dtype(x.device)
     same = y is x
@@ -54,19 +55,17 @@ def whitened(
     if VI is not None:
         _check_square("VI", VI, x)
         factor = _cholesky("VI", VI.to(wide))
-        whiten = lambda r: product(r, factor.T)
     else:
         if covariance is None:
             covariance = _covariance(x, y)
         else:
             _check_square("covariance", covariance, x)
-        factor = _cholesky("covariance", covariance.to(wide))
-        whiten = lambda r: torch.linalg.solve_triangular(
-            factor, r.flatten(0, -2).mT, upper=False
-        ).mT.reshape(r.shape)
-    x, y = about_mean(x, y)
-    x = whiten(x).to(dtype)
-    return x, x if same else whiten(y).to(dtype)
+        root = _cholesky("covariance", covariance.to(wide))
+        one = torch.eye(x.shape[-1], dtype=wide, device=x.device)
+        factor = torch.linalg.solve_triangular(root, one, upper=False).mT
+    x, y = exactly_about(x, y)
+    moved = product(x, factor.mT).to(dtype)
+    return moved, moved if same else product(y, factor.mT).to(dtype), factor
 
 
 def _covariance(x: Tensor, y: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ class OpaqueOp:
 
     def _forward(self, *arguments: Any) -> Tensor:
         with torch.no_grad(), no_autocast(arguments[0].device):
-            return self.run(*arguments)
+            found = self.run(*arguments)
+        # an op's result is no argument of it
+        return found.clone() if any(found is a for a in arguments) else found
 
     def _backward(self, grad: Tensor, *arguments: Any) -> list[Tensor]:
         # an op's body runs below autograd, which is let in again

@@ -78,6 +78,17 @@ FOUND = {
         Draw((31, 32, 65), "tiny", "one class", torch.float16, 676460726),
         Call("cpu"),
     ),
+    # weights and whitening multiplied rows before they were subtracted
+    "near, and far from 0, weighted": (
+        "pairwise_weighted_euclidean",
+        Draw((17, 7, 3), "clusters", "as they are", torch.float64, 551485620),
+        Call("reference"),
+    ),
+    "near, and far from 0, whitened": (
+        "pairwise_mahalanobis",
+        Draw((7, 3, 7), "clusters", "skewed", torch.float32, 2139648909),
+        Call("cuda"),
+    ),
 }
 
 

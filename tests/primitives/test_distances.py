@@ -673,7 +673,8 @@ def test_layouts(kind: str, backend: str) -> None:
     inputs = [*inputs, None][:3]
     dense = [None if t is None else t.contiguous() for t in inputs]
     out = f(*inputs)
-    torch.testing.assert_close(out, f(*dense), rtol=1e-6, atol=1e-7)
+    # a product of other strides sums in another order
+    torch.testing.assert_close(out, f(*dense), rtol=BOUNDS[torch.float32], atol=1e-7)
     if kind not in FLAT:
         # what comes back is often no dense matrix: of a sum, a transpose, a broadcast row
         for grad in (torch.ones(()).expand(9, 66), torch.randn(66, 9).T, torch.randn(1, 66)):

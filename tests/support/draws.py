@@ -77,7 +77,6 @@ class Verdict(NamedTuple):
 
 # what is made hard: all rows, and none of the numbers that must be above 0
 ROWS = frozenset("x y z w v other few few_values first_bank second_bank negatives".split())
-NO_DIFFERENCE = ("cosine", "canberra", "hamming", "jaccard", "chebyshev")
 # where a promise ends, and why: these draws are not judged
 LIMITS: dict[str, tuple[str, ...]] = {
     # float32 loses softplus(-100), and with it a triplet that the mean would count
@@ -108,16 +107,6 @@ LIMITS: dict[str, tuple[str, ...]] = {
         (name for name in CASES if name.startswith("class_loss_")),
         ("integers", "constant", "duplicates", "sparse", "clusters"),
     ),
-    # weights multiply the rows: products rounded, of their own length, are subtracted
-    **dict.fromkeys(
-        (
-            f"pairwise_weighted_{name}"
-            for name in metric_draws.WEIGHTED
-            if name not in NO_DIFFERENCE
-        ),
-        ("clusters", "far"),
-    ),
-    "pairwise_mahalanobis": ("clusters", "far"),
     # on which side of a threshold a tie falls
     **dict.fromkeys(
         ("harmonic_triplet", *(name for name in CASES if "triplets" in name and "semi" in name)),
