@@ -55,8 +55,8 @@ def all_triplets(
         smooth: log(1 + e^(d_ap - d_an + margin)) in the place of the hinge.
         distance: "euclidean", "sqeuclidean", "cosine" (of rows of norm 1; FaceNet: sqeuclidean,
             margin 0.2, semihard, normalize=True).
-        reduction: "mean" over the triplets whose loss is not 0 (pytorch-metric-learning), "sum",
-            "none" [N]: the sum of each anchor's.
+        reduction: "mean" over the triplets whose loss is not 0 (pytorch-metric-learning; with
+            smooth all that are chosen), "sum", "none" [N]: the sum of each anchor's.
 
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
     A row's gradient is counts: of the negatives that violate a positive, and the reverse.

@@ -137,7 +137,11 @@ def all_triplets(
     if reduction == "none":
         return torch.stack([each.sum() for each in losses]) + zero(t)
     losses = torch.cat(losses)
-    return (losses.sum() if reduction == "sum" else over_nonzero(losses, zero(t))) + zero(t)
+    if reduction == "sum":
+        return losses.sum() + zero(t)
+    # a softplus is above 0, also where float64 has none so small
+    mean = losses.mean() if smooth and len(losses) else over_nonzero(losses, zero(t))
+    return mean + zero(t)
 
 
 def harmonic(t: Inputs) -> Tensor:

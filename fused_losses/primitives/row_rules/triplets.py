@@ -1,4 +1,4 @@
-"""The rule over triplets: the sum of their hinges (or softplus), and how many are not 0.
+"""The rule over triplets: the sum of their hinges (or softplus), and how many are not 0 by formula.
 
 params: margin, index in TRIPLETS, smooth
 """
@@ -35,7 +35,9 @@ def triplets_formula(b: RowBlock) -> Tensor:
     chosen = chosen & b.positive[:, :, None] & b.negative[:, None, :]
     loss = -F.logsigmoid(-gap - margin) if smooth else F.relu(gap + margin)
     loss = torch.where(chosen, loss, 0).to(b.wide)
-    return torch.stack([loss.sum(dim=(1, 2)), (loss > 0).sum(dim=(1, 2)).to(b.wide)], dim=1)
+    # a softplus is above 0, also where float32 has none so small
+    counted = chosen if smooth else loss > 0
+    return torch.stack([loss.sum(dim=(1, 2)), counted.sum(dim=(1, 2)).to(b.wide)], dim=1)
 
 
 def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,11 +99,13 @@ def triplets_forward(b: RowBlock) -> Tensor:
         total = torch.zeros(b.score.shape[0], dtype=b.wide, device=b.score.device)
         count = torch.zeros_like(total)
         for _, violation, left_out in _each_positive(b):
+            counted = violation > (-torch.inf if b.params[2] else 0)
             loss = -F.logsigmoid(-violation) if b.params[2] else violation.clamp_min_(0)
             if left_out is not None:
                 loss.masked_fill_(left_out, 0)
+                counted &= ~left_out
             total += row_sum(loss, b.wide)
-            count += (loss > 0).sum(dim=1)
+            count += counted.sum(dim=1)
     return torch.stack([torch.where(_broken(b), torch.nan, total), count], dim=1)
 
 
