@@ -202,9 +202,10 @@ def _log_sum(s: Executed) -> Tensor:
 
 
 def _softmax(s: Executed) -> Tensor:
+    """A weight is the exponential of a score less a logsumexp, each rounded in its own length."""
     z, dim = s.args[:2]
-    below = _finite((z - z.amax(dim, keepdim=True)).abs())
-    return (s.mode.sum(z.shape[dim]) + s.mode.unit * (4 + below)) * s.out.abs()
+    both = _finite(z.abs() + z.amax(dim, keepdim=True).abs())
+    return (s.mode.sum(z.shape[dim]) + s.mode.unit * (4 + both)) * s.out.abs()
 
 
 def _log_softmax(s: Executed) -> Tensor:

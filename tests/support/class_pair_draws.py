@@ -69,9 +69,10 @@ def cosine_of_any(t: Inputs) -> Tensor:
 
 
 def best(matrix: Tensor, largest: bool = False) -> Tensor:
-    """The values of the k best a row, k = 5 or all there are; NaN is as bad as can be."""
+    """The values of the k best a row, k = 5 or all; of equal ones the first, NaN after all."""
     matrix = torch.where(matrix.isnan(), -torch.inf if largest else torch.inf, matrix)
-    return matrix.topk(min(5, matrix.shape[1]), largest=largest).values
+    order = matrix.argsort(dim=1, descending=largest, stable=True)
+    return matrix.gather(1, order[:, :5])
 
 
 def late(t: Inputs) -> Tensor:

@@ -79,44 +79,45 @@ class Verdict(NamedTuple):
 ROWS = frozenset("x y z w v other few few_values first_bank second_bank negatives".split())
 # where a promise ends, and why: these draws are not judged
 LIMITS: dict[str, tuple[str, ...]] = {
-    # float32 loses softplus(-100), and with it a triplet that the mean would count
-    "all_triplets_smooth": ("clusters",),
-    "all_triplets_smooth_hard": ("clusters",),
-    "all_triplets_smooth_easy": ("clusters",),
-    # costs of 1e6 over eps of 0.1: the exponents' own rounding is above 1
-    "sinkhorn_dot": ("far", "clusters", "outlier"),
-    # exponents of 40,000, rounded with a row's norm, which all of its pairs share
-    "attention_rbf_different": ("clusters",),
     # which of equal neighbours are nearest is open
     "icnn": (
         *("integers", "constant", "duplicates", "sparse", "near duplicates", "unit clusters"),
     ),
     # the hats of a histogram have no slope of their own where a value stands on a node
-    "fast_ap": ("integers", "duplicates", "constant", "sparse"),
-    "fast_ap_ref": ("integers", "duplicates", "constant", "sparse"),
     "histogram": ("integers", "duplicates", "constant", "sparse"),
-    # products of two rows are held in their dtype
-    "trilinear_attention": ("outlier", "far", "clusters"),
-    # which of a document's equal tokens gets the gradient is open, and which of equal neighbours
+    # which of a document's equal tokens gets the gradient is open
+    "maxsim_padded": ("sparse",),
+    # equal values of rows that are not: which is rounded to the larger, or is the first in a formula
     **dict.fromkeys(
-        ("maxsim_padded", *(name for name in CASES if name.startswith("pairwise_topk_"))),
+        (name for name in CASES if name.startswith("pairwise_topk_")),
         ("integers", "constant", "duplicates", "sparse"),
     ),
+    "pairwise_topk_euclidean": (),
+    "pairwise_topk_dot": (),
+    "pairwise_topk_cosine": ("integers", "sparse"),
     # which of a class's equal centres gets the gradient is open; a row of zeros is equal to many
     **dict.fromkeys(
         (name for name in CASES if name.startswith("class_loss_")),
         ("integers", "constant", "duplicates", "sparse", "clusters"),
     ),
+    **dict.fromkeys(
+        (f"class_loss_{name}" for name in margin_draws.CLASS_LOSSES), ("integers", "sparse")
+    ),
     # on which side of a threshold a tie falls
     **dict.fromkeys(
-        ("harmonic_triplet", *(name for name in CASES if "triplets" in name and "semi" in name)),
+        (name for name in CASES if "triplets" in name and "semi" in name),
         ("integers", "constant", "duplicates"),
+    ),
+    **dict.fromkeys(
+        ("all_triplets_semihard", "all_triplets_semihard_crowded", "all_triplets_smooth_semihard"),
+        (),
     ),
     # which of equal prototypes is the nearest is open
     **dict.fromkeys(
         (name for name in CASES if name.startswith("prototype_triplet")),
         ("integers", "constant", "duplicates"),
     ),
+    "prototype_triplet": ("constant",),
 }
 # on CUDA the bias' gradient sums G as the products have it, rounded; sum |G| is at most the loss,
 # since a sigmoid is at most its softplus
