@@ -86,8 +86,8 @@ LIMITS: dict[str, tuple[str, ...]] = {
     # the hats of a histogram have no slope of their own where a value stands on a node
     "histogram": ("integers", "duplicates", "constant", "sparse"),
     # which of a document's equal tokens gets the gradient is open
-    "maxsim_padded": ("sparse",),
-    # equal values of rows that are not: which is rounded to the larger, or is the first in a formula
+    "maxsim_padded": ("integers", "sparse"),
+    # equal values of rows that are not: which is rounded to the larger, or a formula's first
     **dict.fromkeys(
         (name for name in CASES if name.startswith("pairwise_topk_")),
         ("integers", "constant", "duplicates", "sparse"),
@@ -101,7 +101,12 @@ LIMITS: dict[str, tuple[str, ...]] = {
         ("integers", "constant", "duplicates", "sparse", "clusters"),
     ),
     **dict.fromkeys(
-        (f"class_loss_{name}" for name in margin_draws.CLASS_LOSSES), ("integers", "sparse")
+        (
+            f"class_loss_{name}"
+            for name in margin_draws.CLASS_LOSSES
+            if name not in margin_draws.PROBABILITY
+        ),
+        ("integers", "sparse"),
     ),
     # on which side of a threshold a tie falls
     **dict.fromkeys(
