@@ -92,6 +92,17 @@ def test_the_tangent_of_info_nce_with_negatives_is_the_difference(backend: str) 
     assert got is not None and (got - want).abs() <= 1e-7
 
 
+@pytest.mark.float64
+def test_a_loss_of_no_pairs_has_the_tangent_0(backend: str) -> None:
+    """What no argument reaches moves by 0; torch ends in an internal assertion on None."""
+    x = torch.randn(6, 4, dtype=torch.float64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.randn_like(x))
+        loss = fused_losses.all_triplets(dual, torch.arange(6), backend=backend)
+        moved = forward_ad.unpack_dual(loss).tangent
+    assert moved is not None and moved == 0
+
+
 TRANSFORMED = [
     "info_nce, banks and negatives",
     "supervised_contrastive",

@@ -108,6 +108,15 @@ class RowLossesOp(StreamedOp):
             ctx.mark_non_differentiable(output)
         ctx.set_materialize_grads(False)
 
+    def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
+        found = super().tangents(direction, arguments, moves, output)
+        if direction or ROW_FOLDS[RowInputs(*arguments).rule].gradient is None:
+            return found
+        # where no row has what its rule sums, no argument reaches the result
+        return tuple(
+            torch.zeros_like(o) if t is None else t for t, o in zip(found, output, strict=True)
+        )
+
     def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
         if grads[0] is None:
             return (None,) * FIELDS
