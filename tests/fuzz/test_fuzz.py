@@ -60,7 +60,10 @@ def test_nothing_public_is_missing() -> None:
     assert made - private - {miners.Miner, miners.DistanceWeightedMiner} <= known
     kinds = {m.__name__ for m in vars(margins).values() if _is_margin(m)}
     assert kinds == {name.split("_")[0] for name in MARGINS} - {"none"}
-    assert set(class_losses.__all__) == {*CLASS_LOSSES, "ClassLoss", "MergedRows", "class_loss"}
+    assert set(class_losses.__all__) == {
+        *CLASS_LOSSES,
+        *("ClassLoss", "OfProbability", "MergedRows", "class_loss"),
+    }
     assert set(SIMILARITIES) == set(distance.SIMILARITIES)
     names = {name.removeprefix("pairwise_") for name in CASES}
     assert set(pairwise_metrics.METRICS) <= names
