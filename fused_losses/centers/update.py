@@ -67,7 +67,6 @@ class AutogradUpdates:
         self.steps = steps
 
     def fill(self, _: Mapping[str, Tensor], steps: int, *__: bool | None) -> None:
-        """Goes on from this step."""
         self.steps = steps
 
     def backward(
@@ -118,8 +117,7 @@ class RowUpdates:
         self.optimizer = HeadOptimizer(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # as a parameter's copy has no gradient. A tensor made here would be gone before another
-        # process maps it
+        # no gradient, as a parameter's copy; a tensor made here is gone before a process maps it
         return {**self.__dict__, "_waiting": [], "probe": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,7 +129,6 @@ class RowUpdates:
 
     @property
     def begun(self) -> bool | None:
-        """Whether a momentum that is kept has begun; None: none is kept."""
         return self.rows.begun
 
     @property
