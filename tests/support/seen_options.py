@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +44,11 @@ def watched(functions: list[Callable[..., Any]]) -> Iterator[Options]:
         function, defaults = known[frame.f_code]
         given = frame.f_locals
         found[function] |= {n for n, d in defaults.items() if _other(given.get(n, d), d)}
+        # a loss or margin that was made before, as a table has it
+        for made in list(given.values()):
+            if type(made) in found and dataclasses.is_dataclass(made):
+                own = options_of(type(made)).items()
+                found[type(made)] |= {n for n, d in own if _other(getattr(made, n, d), d)}
 
     before = sys.getprofile()
     sys.setprofile(look)
@@ -56,27 +62,33 @@ def watched(functions: list[Callable[..., Any]]) -> Iterator[Options]:
 NOT_DRAWN = {
     "AdaFace": "eps h margin momentum",
     "adaptive_margin_softmax": "classes ignore_index margin normalize reduction training",
+    "AGCE": "a gradient margin q",
     "all_pairs_tar_at_far": "metric p",
     "angular": "normalize_negatives",
     "AngularMiner": "angle normalize",
     "ArcFace": "eps",
+    "AUL": "a gradient margin q",
     "BatchEasyHardMiner": "allowed_neg_range allowed_pos_range neg_strategy pos_strategy",
     "BatchHardMiner": "metric p",
     "centroid_triplet": "margin reduction",
     "circle": "reduction",
     "class_loss": "classes ignore_index normalize reduction",
     "CombinedMargin": "beyond_pi eps",
+    "CompSum": "gradient margin",
     "CrossBatchMemory": "device dtype",
     "DistanceWeightedMiner": "cutoff generator nonzero_loss_cutoff",
     "ElasticArcFace": "beyond_pi generator margin plus std",
     "ElasticCosFace": "generator margin std",
     "fast_ap": "reduction",
+    "Focal": "gamma gradient margin",
+    "GCE": "gradient k margin q",
     "harmonic_triplet": "distance normalize reduction triplets",
     "higher_order_compatibility": "reduction",
     "knn_classify": "ids num_classes ref_ids temperature",
     "lifted_structure": "reduction",
     "linear_cross_entropy": "memory_budget options reduction",
     "logsumexp_similarity": "exclude y_groups",
+    "MAE": "gradient margin",
     "MagFace": "beyond_pi",
     "map_at_k": "ids ref_ids",
     "map_at_r": "ids ref_ids",
@@ -93,16 +105,19 @@ NOT_DRAWN = {
     "MVSoftmax": "beyond_pi",
     "n_pairs": "normalize reduction",
     "nt_xent": "reduction",
+    "OfProbability": "gradient margin scale",
     "orthogonal_projection": "normalize",
     "PairMarginMiner": "neg_margin pos_margin",
     "pairwise_distance": "base covariance",
     "pairwise_topk": "exclude p screen x_ids y_ids",
+    "Poly1": "gradient margin",
     "precision_at_k": "ids ref_ids",
     "proxy_anchor": "reduction",
     "proxy_nca": "reduction",
     "r_precision": "ids ref_ids",
     "ranked_list": "alpha margin reduction",
     "recall_at_k": "ids ref_ids",
+    "SCE": "A gradient margin",
     "shared_negatives": "whisker",
     "sigmoid_contrastive": "offset reduction",
     "sinkhorn": "tolerance x_weight y_weight",
