@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from fused_losses.centers.head_optimizer import HeadOptimizer
 from fused_losses.centers.lazy_rows import RowOptimizer
 from fused_losses.centers.shard import ClassGroup
 from fused_losses.centers.step import SavedForward, accumulates
-from fused_losses.centers.waiting import UNIT, new_probe
+from fused_losses.centers.waiting import WaitingGradient, WaitingGradients
 
 NONFINITE = ("raise", "skip")
 LARGEST = 1024.0  # incoming gradient of a loss, not of a loss times a scaler's factor
@@ -32,12 +32,14 @@ ACCUMULATED = (
 LossScale = float | Callable[[], float]
 
 
-class Waiting(NamedTuple):
-    """A backward whose table's gradient waits for the step."""
+class Backward(NamedTuple):
+    """One, whose table's gradient can be made again."""
 
     saved: SavedForward
     grad: Gradients
-    factor: float  # of its gradient
+
+
+Backwards = list[WaitingGradient[Backward]]
 
 
 class AutogradUpdates:
@@ -98,9 +100,7 @@ class RowUpdates:
 
     at: "backward" or "step". every: so many backwards are a step inside backward. max_norm: the
     gradient is scaled down to it, over all shards.
-    It owns what waits for a step. `rows` owns the table, its states and its steps; the waiting
-    gradients' factor is that of `probe.grad`, which torch's tools see among the optimiser's
-    gradients: it is multiplied, found to be infinite, or forgotten with them.
+    It owns what waits for a step. `rows` owns the table, its states and its steps.
     """
 
     def __init__(
@@ -110,18 +110,14 @@ class RowUpdates:
         self.nonfinite, self.every = nonfinite, 1
         self.skipped = 0  # steps, because of a number that is not finite
         self.loss_scale: LossScale = 1.0
-        self._waiting: list[Waiting] = []
+        self._waits: WaitingGradients[Backward] = WaitingGradients()
         self._taken = 0  # steps inside backward since optimizer.step() or zero_grad()
         self._warned = False
-        self.probe = new_probe()
         self.optimizer = HeadOptimizer(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # no gradient, as a parameter's copy; a tensor made here is gone before a process maps it
-        return {**self.__dict__, "_waiting": [], "probe": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, probe=new_probe())
+    @property
+    def probe(self) -> Tensor:
+        return self._waits.probe
 
     @property
     def steps(self) -> int:
@@ -172,13 +168,13 @@ class RowUpdates:
         scale, unscaled, worst = 1.0, grad, FINE
         if trains:
             scale, unscaled, worst = self._agreed_on(saved, grad)
-        waits = trains and (self.at == "step" or self.every > 1 or bool(self._waiting))
+        waits = trains and (self.at == "step" or self.every > 1 or len(self._waits) > 0)
         if waits:
-            self._await(Waiting(saved, unscaled, 1.0), worst != NOT_FINITE)
+            self._waits.add(Backward(saved, unscaled), finite=worst != NOT_FINITE)
         elif trains:
-            factor = self._clipping([Waiting(saved, unscaled, 1.0)], worst)
+            factor = self._clipping([WaitingGradient(Backward(saved, unscaled), 1.0)], worst)
             finite = math.isfinite(factor)
-            self._tell(finite)
+            self._waits.tell(finite)
             trains = self._may_step(finite)
             if trains:
                 with self._open_step():
@@ -192,25 +188,25 @@ class RowUpdates:
         for _ in saved.gradients(grad, dx, need_weight=False):
             pass
         on_the_way = _scattered(self.ranks, dx, saved)
-        if waits and self.at == "backward" and len(self._waiting) >= self.every:
+        if waits and self.at == "backward" and len(self._waits) >= self.every:
             self._step_inside()
         return None, on_the_way
 
     @torch.no_grad()
     def _step_inside(self) -> None:
         """The step of several backwards; they are gone, whatever becomes of it."""
-        waiting, taken, finite = self._pending(), self._taken, False
+        waiting, taken, finite = self._waits.pending(), self._taken, False
         self.forget()
         try:
             finite = self._take(waiting)
         finally:
             self._taken = taken + finite
-            self._tell(finite)
+            self._waits.tell(finite)
 
     @torch.no_grad()
     def take_pending(self) -> None:
         """The step with the sum of the gradients that wait."""
-        waiting = self._pending()
+        waiting = self._waits.pending()
         if not waiting:
             if self._taken > 1 and not self._warned:
                 self._warned = True
@@ -220,11 +216,11 @@ class RowUpdates:
         self._take(waiting)
         self.forget()
 
-    def _take(self, waiting: list[Waiting]) -> bool:
+    def _take(self, waiting: Backwards) -> bool:
         """One step with the sum of these gradients; whether it was one."""
-        for each in waiting:
-            self._check_turn(each.saved)
-        outlooks = [outlook(saved, grad.times(factor)) for saved, grad, factor in waiting]
+        for (saved, _), _ in waiting:
+            self._check_turn(saved)
+        outlooks = [outlook(saved, grad.times(factor)) for (saved, grad), factor in waiting]
         factor = self._clipping(waiting, agreed(self.ranks, torch.stack(outlooks).amax()))
         if not self._may_step(math.isfinite(factor)):
             return False
@@ -235,43 +231,16 @@ class RowUpdates:
 
     def forget(self) -> None:
         """Nothing waits."""
-        self._waiting = []
+        self._waits.forget()
         self._taken = 0
-        self.probe.grad = None
 
     def norm(self) -> float:
         """Of the gradient that waits, over all shards; 0 of none."""
-        return self._norm(self._pending())
+        return self._norm(self._waits.pending())
 
     def scale(self, factor: float) -> None:
         """Multiplies the gradient that waits."""
-        if self.probe.grad is not None:
-            self.probe.grad *= factor
-
-    # ---- what waits ----
-
-    def _pending(self) -> list[Waiting]:
-        """What waits, each with its factor as it stands now."""
-        if self.probe.grad is None:
-            self._waiting.clear()  # whoever dropped the optimiser's gradients meant these
-        elif self._waiting:
-            factor = float(self.probe.grad) / UNIT
-            self._waiting = [each._replace(factor=each.factor * factor) for each in self._waiting]
-            self.probe.grad.fill_(UNIT)
-            if not all(math.isfinite(each.factor) for each in self._waiting):
-                self.probe.grad.fill_(math.nan)
-        return self._waiting
-
-    def _await(self, backward: Waiting, finite: bool) -> None:
-        former = self._pending()
-        if not finite:
-            backward = backward._replace(factor=math.nan)
-        self._waiting = [*former, backward]
-        self._tell(all(math.isfinite(each.factor) for each in self._waiting))
-
-    def _tell(self, finite: bool) -> None:
-        """What a GradScaler finds among the optimiser's gradients, and lowers its scale for."""
-        self.probe.grad = torch.full_like(self.probe, UNIT if finite else math.nan)
+        self._waits.scale(factor)
 
     # ---- a step ----
 
@@ -342,7 +311,7 @@ class RowUpdates:
             d_rows = d_rows.to(accumulate_dtype(table.dtype)) * factor
         self.rows.update(rows.to(table.device) if isinstance(rows, Tensor) else rows, d_rows)
 
-    def _clipping(self, backwards: list[Waiting], worst: int) -> float:
+    def _clipping(self, backwards: Backwards, worst: int) -> float:
         """The step's factor, as clip_grad_norm_ has it; NaN where a gradient is not finite."""
         if worst == NOT_FINITE or (worst == FINE and self.max_norm is None):
             return 1.0 if worst == FINE else math.nan
@@ -351,29 +320,32 @@ class RowUpdates:
             return math.nan
         return 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
 
-    def _norm(self, backwards: list[Waiting]) -> float:
+    def _norm(self, backwards: Backwards) -> float:
         square = torch.zeros((), dtype=torch.float64, device=self.rows.weight.device)
         for _, d_rows in self._summed(backwards):
             square += torch.linalg.vector_norm(d_rows, dtype=torch.float64).square().to(square)
         self.ranks.sum_(square)
         return math.sqrt(float(square))
 
-    def _summed(self, backwards: list[Waiting]) -> Iterator[tuple[Rows, Tensor]]:
+    def _summed(self, backwards: Backwards) -> Iterator[tuple[Rows, Tensor]]:
         """The sum of some backwards' gradients, a chunk of rows at a time."""
         if not backwards:
             return
         if len(backwards) == 1:
-            saved, grad, factor = backwards[0]
+            (saved, grad), factor = backwards[0]
             for rows, d_rows in saved.gradients(grad.times(factor), None, need_weight=True):
                 assert d_rows is not None
                 yield rows, d_rows
             return
-        table, height = backwards[0].saved.table, backwards[0].saved.sweep.shard.height
+        table, height = (
+            backwards[0].gradient.saved.table,
+            backwards[0].gradient.saved.sweep.shard.height,
+        )
         for first in range(0, table.shape[0], height):
             last = min(first + height, table.shape[0])
             total = torch.zeros_like(table[first:last], dtype=accumulate_dtype(table.dtype))
             touched = torch.zeros(last - first, dtype=torch.bool, device=total.device)
-            for saved, grad, factor in backwards:
+            for (saved, grad), factor in backwards:
                 for rows, d_rows in saved.gradients(
                     grad.times(factor), None, need_weight=True, first=first, last=last
                 ):

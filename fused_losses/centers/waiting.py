@@ -31,6 +31,9 @@ class WaitingGradients(Generic[Gradient]):
         self._waiting: list[WaitingGradient[Gradient]] = []
         self.probe = new_probe()
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def __getstate__(self) -> dict[str, Any]:
         # as a parameter's copy has no gradient. A tensor made here would be gone before another
         # process maps it
@@ -69,8 +72,8 @@ class WaitingGradients(Generic[Gradient]):
             self.probe.grad *= factor
 
     def forget(self) -> None:
-        """Nothing waits."""
-        self._waiting.clear()
+        """Nothing waits; what `pending` gave stays as it is."""
+        self._waiting = []
         self.probe.grad = None
 
 
