@@ -173,6 +173,8 @@ def test_the_command_line_says_what_is_wrong(
     assert "--characters: expected ranges such as 21-17f, got 'zz'" in capsys.readouterr().err
     assert cli.main([*run, "--resume"]) == 2
     assert "--name: expected the run to go on with" in capsys.readouterr().err
+    assert cli.main([*run, "--name", "typo", "--resume"]) == 2
+    assert "--resume: expected a run to go on with" in capsys.readouterr().err
     assert cli.main([*run, "--head", "reference", "--sample-rate", "0.5"]) == 2
     assert "the reference takes every class" in capsys.readouterr().err
     words = ["--fonts", str(fonts), "--characters", LATIN_GREEK_CYRILLIC, "--steps", "2"]

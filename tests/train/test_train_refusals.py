@@ -132,6 +132,11 @@ def test_what_cannot_run_is_told_before_there_is_a_folder(
         f"--name {tmp_path}/x": "--name: expected the name of one folder in",
         "--name ..": "--name: expected the name of one folder in",
         "--resume": "--resume: expected a run to go on with",
+        "--resume --name typo": "--resume: expected a run to go on with, ",
+        "--batch-size 99999": "--batch-size: expected at most 1024: folds train on fewer",
+        f"--name {'x' * 201}": "--name: expected the name of one folder in",
+        "--runs /dev/null": "--runs: expected a folder, got '/dev/null': /dev/null is no folder",
+        "--runs /dev/null/x": "--runs: expected a folder, got '/dev/null/x': /dev/null is no",
     }
     if not torch.cuda.is_available():
         table["--device cuda"] = "--device: expected a device that works here, got 'cuda' (Torch"
@@ -140,7 +145,43 @@ def test_what_cannot_run_is_told_before_there_is_a_folder(
         assert run(*words.split()) == 2, words
         assert f"fused-losses train: {told}" in one_line(capsys), words
         assert not (tmp_path / "runs").exists(), words
+    for name in (" ", "x ", "x\ny", "x\0"):
+        assert run("--name", name) == 2
+        assert "--name: expected the name of one folder in" in one_line(capsys)
+    assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "x").exists() and not (tmp_path.parent / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(MemoryError("2 EiB"), 2), (RuntimeError("[x] can't allocate memory: you tried\nC++"), 2),
+     (KeyboardInterrupt(), 130)],
+    ids=("MemoryError", "torch", "Ctrl-C"),
+)  # fmt: skip
+def test_what_ends_before_the_first_step_is_no_run(
+    run: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+) -> None:
+    def end(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faces_run, "warm_up", end)
+        assert run("--name", "run") == status
+    told = capsys.readouterr().err
+    assert not (tmp_path / "runs" / "run").exists()
+    assert status != 2 or "--batch-size, --embedding, size of the pictures: out of memory" in told
+    assert "C++" not in told
+    assert run("--name", "run") == 0
+    # of a run that has stepped nothing goes
+    with monkeypatch.context() as patch:
+        patch.setattr(faces_run, "warm_up", end)
+        assert run("--name", "run", "--resume", "--steps", "5") == status
+    assert run("--name", "run", "--resume", "--steps", "5") == 0
 
 
 def test_a_dead_run_is_not_what_resume_picks(
@@ -178,6 +219,7 @@ def test_the_large_trainer_refuses_in_one_line(
 ) -> None:
     for words, told in {
         "--name ../x": "--name: expected the name of one folder in",
+        "--name x --runs /dev/null": "--runs: expected a folder, got '/dev/null'",
         "--name x --head-lr inf": "--head-lr: expected at least 0, got inf",
         "--name x --interval 20": "--interval: expected less than half of --timeout 30.0, got 20.0",
         "--name x --hang-timeout 0.5": "--hang-timeout: expected more than --interval 1.0, got 0.5",

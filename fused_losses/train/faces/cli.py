@@ -10,7 +10,7 @@ from fused_losses.train.faces.config import TrainConfig
 from fused_losses.train.faces.run import train
 from fused_losses.train.frame.commands import add_run_arguments, first_free, status_of
 from fused_losses.train.frame.options import OptionError
-from fused_losses.train.frame.runs import CONFIG, run_folder
+from fused_losses.train.frame.runs import CONFIG, run_folder, runs_folder
 
 DESCRIPTION = """\
 Train a face embedding with a margin-softmax head and judge it on people that it never saw.
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Train as the options say; the exit status, as of `status_of`."""
 
     def folder(given: dict[str, Any]) -> Path:
-        return _folder(Path(args.runs), args.name, given, resume=args.resume)
+        return _folder(runs_folder(args.runs), args.name, given, resume=args.resume)
 
     def work(config: TrainConfig, folder: Path) -> None:
         train(config, folder, resume=args.resume, overwrite=args.overwrite, quiet=args.quiet)
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 def _folder(runs: Path, name: str | None, given: dict[str, Any], *, resume: bool) -> Path:
     """The run's folder: the one named, the latest to resume, or the first free one."""
     if name is not None:
-        return run_folder(runs, name)
+        return run_folder(runs, name, resume=resume)
     if resume:
         found = sorted(runs.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime)
         if not found:

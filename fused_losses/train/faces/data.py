@@ -20,6 +20,8 @@ from fused_losses.train.faces.config import SPLITS, TrainConfig
 from fused_losses.train.frame.options import OptionError
 from fused_losses.train.frame.seeds import seed_from
 
+SMALL_BATCH = 1024  # a small set's pictures may be in a batch more than once up to here
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -124,7 +126,10 @@ def split(pictures: Pictures, fold: int, seed: int) -> tuple[Pictures, Pictures]
 
 
 def check_folds(pictures: Pictures, config: TrainConfig) -> None:
-    """OptionError where a fold could be trained and not judged, or the table lacks a person."""
+    """OptionError where a fold has too few pictures for a batch or to be judged by, or the table
+    lacks a person.
+    """
+    most_rows = SMALL_BATCH
     for fold in range(config.folds):
         people, held_out = split(pictures, fold, config.seed)
         if 0 < config.classes < len(people.names):
@@ -144,6 +149,10 @@ def check_folds(pictures: Pictures, config: TrainConfig) -> None:
                     f"fold {fold + 1} cannot be judged: expected at least 2 {what} people, one of "
                     f"them with 2 pictures, got {len(part.names)} with at most {most} each",
                 )
+        most_rows = max(most_rows, len(people))
+    if config.batch_size > most_rows:
+        text = f"expected at most {most_rows}: folds train on fewer pictures"
+        raise OptionError("batch_size", f"{text}, got {config.batch_size}")
 
 
 def batch_indices(n: int, batch: int, step: int, *, seed: int, fold: int) -> Tensor:

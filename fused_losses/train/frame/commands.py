@@ -73,8 +73,17 @@ def status_of(
     except KeyboardInterrupt:
         print("\nstopped at once; what the last checkpoint holds is kept", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (ValueError, RuntimeError, OSError) as error:
-        told = error.flag() if isinstance(error, OptionError) else error
-        print(f"fused-losses train: {told}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        print(f"fused-losses train: {_told(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _told(error: Exception) -> object:
+    """The line that an error ends a run with."""
+    if isinstance(error, OptionError):
+        return error.flag()
+    first = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError) or "allocate memory" in first or "out of memory" in first:
+        return f"--batch-size, --embedding, size of the pictures: out of memory ({first})"
+    return error

@@ -150,9 +150,13 @@ def running(
             config = _accepted(config, folder, ours, resume=resume, overwrite=overwrite)
             _begin(config, folder, ours, overwrite=overwrite)
             board = folder / TENSORBOARD if config.tensorboard else None
-            with StopSignals().watching() as stop, StepLog(folder / LOG, board) as log:
-                yield Run(config, folder, made, stop, lock, log)
-                lock.check()
+            try:
+                with StopSignals().watching() as stop, StepLog(folder / LOG, board) as log:
+                    yield Run(config, folder, made, stop, lock, log)
+                    lock.check()
+            except BaseException:
+                _forget(folder, ours)
+                raise
     finally:
         checkpoint.set_random_state(random_state)
         torch.set_num_threads(threads)
@@ -187,6 +191,20 @@ def _accepted(
     return chosen
 
 
+def _forget(folder: Path, ours: tuple[str, ...]) -> None:
+    """A run that an error ended before its first step is none: the next may have its name."""
+
+    def holds(path: Path) -> bool:
+        return any(path.iterdir()) if path.is_dir() else bool(path.stat().st_size)
+
+    with contextlib.suppress(OSError):
+        left = [folder / name for name in ours if (folder / name).exists()]
+        if any(holds(path) for path in left if path.name != CONFIG):
+            return
+        for path in left:
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
 def _begin(config: Config, folder: Path, ours: tuple[str, ...], *, overwrite: bool) -> None:
     """Record the configuration; what an earlier run left goes where that is wanted."""
     known = (folder / CONFIG).exists()
@@ -202,8 +220,32 @@ def _begin(config: Config, folder: Path, ours: tuple[str, ...], *, overwrite: bo
     write_text(folder / CONFIG, text)
 
 
-def run_folder(runs: Path, name: str) -> Path:
-    """RUNS/NAME, which lies in RUNS whatever the name is."""
-    if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
-        raise OptionError("name", f"expected the name of one folder in {runs}, got {name!r}")
+LONGEST_NAME = 200  # bytes; file systems have 255, and files of the run may add to it
+
+
+def run_folder(runs: Path, name: str, *, resume: bool = False) -> Path:
+    """RUNS/NAME, which lies in RUNS whatever the name is; to resume, of a run that is there."""
+    plain = name.isprintable() and name.strip() == name and Path(name).name == name
+    if not plain or name in ("", ".", "..") or len(os.fsencode(name)) > LONGEST_NAME:
+        raise OptionError(
+            "name",
+            f"expected the name of one folder in {runs}, of at most {LONGEST_NAME} bytes without "
+            f"space around it, got {name!r}",
+        )
+    if resume and not (runs / name / CONFIG).exists():
+        raise OptionError("resume", f"expected a run to go on with, {runs / name} holds none")
     return runs / name
+
+
+def runs_folder(text: str) -> Path:
+    """The folder of all runs, which is there or can be made."""
+    runs = Path(text)
+    try:
+        there = next(path for path in (runs, *runs.absolute().parents) if path.exists())
+        fits = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero
+        raise OptionError("runs", f"expected a folder, got {text!r} ({error})") from error
+    if not fits:
+        what = "a folder that cannot be written to" if there.is_dir() else "no folder"
+        raise OptionError("runs", f"expected a folder, got {text!r}: {there} is {what}")
+    return runs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fused_losses.train.frame.commands import add_run_arguments, first_free, status_of
 from fused_losses.train.frame.options import OptionError
-from fused_losses.train.frame.runs import run_folder
+from fused_losses.train.frame.runs import run_folder, runs_folder
 from fused_losses.train.glyphs.compare import compare
 from fused_losses.train.glyphs.config import GlyphConfig
 from fused_losses.train.glyphs.run import train
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         GlyphConfig,
         description=DESCRIPTION,
         name="glyphs",
-        resume="go on with RUNS/NAME, or start it",
+        resume="go on with RUNS/NAME",
     )
     run.add_argument(
         "--compare",
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _folder(args: argparse.Namespace) -> Path:
     """The run's folder: the one named, or the first free one."""
-    runs = Path(args.runs)
+    runs = runs_folder(args.runs)
     if args.name is not None:
-        return run_folder(runs, args.name)
+        return run_folder(runs, args.name, resume=args.resume and not args.compare)
     if args.compare:
         return runs / "glyphs-heads"
     if args.resume:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_losses.train.frame.reports import blank, drawn, write_json
-from fused_losses.train.frame.runs import StopSignals
+from fused_losses.train.frame.runs import CONFIG, StopSignals
 from fused_losses.train.frame.steps import Interrupted
 from fused_losses.train.glyphs import report
 from fused_losses.train.glyphs.config import GlyphConfig
@@ -48,7 +48,7 @@ def compare(
         result = run / "result.json"
         changed = {"subset": 0, "sample_rate": 1.0, "log_q": False, "head": "centers"}
         asked = config.with_changes(**{**changed, **COMPARED[name]})
-        # always resumed: the child refuses a run of another configuration
+        # what is there is resumed: the child refuses a run of another configuration
         _run(asked, run, quiet)
         found[name] = json.loads(result.read_text())
     write(folder, found)
@@ -58,10 +58,9 @@ def compare(
 
 
 def _run(config: GlyphConfig, run: Path, quiet: bool) -> None:
-    command = [sys.executable, "-m", "fused_losses.train.glyphs", "--resume"]
+    command = [sys.executable, "-m", "fused_losses.train.glyphs"]
     command += ["--runs", str(run.parent), "--name", run.name, *options(config)]
-    if quiet:
-        command.append("--quiet")
+    command += ["--quiet"] * quiet + ["--resume"] * (run / CONFIG).exists()
     with StopSignals().watching() as stop, subprocess.Popen(command) as child:
         while (status := _status(child)) is None:
             if stop() is not None:

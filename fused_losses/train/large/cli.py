@@ -7,13 +7,12 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from fused_losses.centers.watch import EXIT_CODE, RankFailure
 from fused_losses.train.frame.options import OptionError, add_options, given_options
-from fused_losses.train.frame.runs import RunError, run_folder
+from fused_losses.train.frame.runs import RunError, run_folder, runs_folder
 from fused_losses.train.frame.steps import Interrupted
 from fused_losses.train.large.config import LargeConfig
 from fused_losses.train.large.loop import train
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> int:
     args = parser().parse_args(argv)
     try:
-        folder = run_folder(Path(args.runs), args.name)
+        folder = run_folder(runs_folder(args.runs), args.name)
         config = LargeConfig(**given_options(args, LargeConfig))
     except ValueError as error:
         return _refuse(error)
