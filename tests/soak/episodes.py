@@ -54,6 +54,11 @@ class Episode:
         """Of `fused_losses.train.large`; else of a loop as people write it."""
         return self.draw.random() < 0.25
 
+    @property
+    def sampled(self) -> bool:
+        own = self.arguments(0.0) if self.trainer else self.options()
+        return own["sample_rate"] < 1
+
     def options(self) -> dict[str, Any]:
         """The head's."""
         draw = self.draw

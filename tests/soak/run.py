@@ -52,6 +52,7 @@ class Soak:
     def __init__(self, folder: Path, seed: int, steps: int, share: float) -> None:
         self.folder, self.seed, self.steps, self.share = folder, seed, steps, share
         self.chance, self.counts = random.Random(seed), Counter()
+        self.stopped: set[int] = set()  # episodes that a signal has stopped between checkpoints
         self.began, self.samples, self.dense = time.time(), [[], []], 0.0
         self.context: ForkServerContext = mp.get_context("forkserver")
         mp.set_forkserver_preload([*processes.PRELOAD, "episodes"])
@@ -167,6 +168,7 @@ class Soak:
                 time.sleep(0.0005)
             attempt.signal(kill, self.chance.choice((one, attempt.alive)))
         elif fault == "terminate":
+            self.stopped.add(episode.seed)
             attempt.signal(signal.SIGTERM, self.chance.choice((one, attempt.alive)))
         elif fault == "freeze":
             if not attempt.pause(10):  # before the second step a rank may take half an hour
@@ -204,7 +206,9 @@ class Soak:
                 if line.endswith("}")
             ]
             found = [(r["step"], float.fromhex(r["loss"])) for r in read if "step" in r]
-        differ = [step for step, loss in found if loss != losses[step]]
+        # a checkpoint at a step where the undisturbed run has none lets rows of a sample catch up
+        most = 1e-9 if episode.sampled and episode.seed in self.stopped else 0.0
+        differ = [step for step, loss in found if not abs(loss - losses[step]) <= most]
         self.counts["losses compared"] += len(found)
         self.counts["losses that differ"] += len(differ)
         if differ:
