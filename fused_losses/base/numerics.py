@@ -124,6 +124,8 @@ def exactly_centered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
 def exactly_centered(x: Tensor, y: None) -> tuple[Tensor, None]: ...
 def exactly_centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both moved towards 0, while no difference of rows changes by so much as a rounding."""
+    # strides would choose the order of sums
+    x, y = x.contiguous(), None if y is None else y.contiguous()
     center = exact_center(x) if y is None else exact_center(x, y)
     if center is None:
         return x, y

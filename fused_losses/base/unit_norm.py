@@ -38,8 +38,10 @@ class UnitRows(NamedTuple):
     def backward(self, grad: Tensor) -> Tensor:
         """dL/dx of dL/du."""
         u = self.rows
-        across = grad - u * (u * grad).sum(dim=-1, keepdim=True)
-        return torch.where(self.alive, self.inverse * across * self.factor, 0)
+        found = torch.addcmul(grad, u, (u * grad).sum(dim=-1, keepdim=True), value=-1)
+        found = self.inverse * found  # by one name: what it held before is free
+        found = found * self.factor
+        return torch.where(self.alive, found, 0)
 
 
 def unit_parts(x: Tensor) -> UnitRows:
@@ -51,7 +53,7 @@ def unit_parts(x: Tensor) -> UnitRows:
     # `not <=` and not `>`: a NaN norm must stay NaN
     alive = ~(norm <= 0)
     inverse = 1 / torch.where(alive, norm, 1)
-    return UnitRows(torch.where(alive, x * inverse, 0), alive, inverse, factor)
+    return UnitRows(x * torch.where(alive, inverse, 0), alive, inverse, factor)
 
 
 def _forward(x: Tensor) -> Tensor:

@@ -264,7 +264,6 @@ class SphericalHead(nn.Module):
         """SGD over all classes."""
         return self._updates.optimizer
 
-    @torch.compiler.disable
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss. [N, D] or [..., D], and labels [N], [N, K], [...] or [..., K] int64.
 

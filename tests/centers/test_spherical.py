@@ -421,3 +421,20 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match="k: expected"):
         head.top_classes(h, C + 1)
     assert fused_losses.SphericalHead is SphericalHead
+
+
+def test_compiled_steps_are_the_same() -> None:
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        head = head_of("z")
+        call = torch.compile(lambda x, y, head=head: head(2 * x, y), backend="aot_eager")
+        torch.manual_seed(3)
+        for _ in range(2):
+            h, labels = batch()
+            (call if compiled else lambda x, y, head=head: head(2 * x, y))(h, labels).backward()
+            head.optimizer.step()
+            head.optimizer.zero_grad()
+        found.append((head.rows(ALL), h.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -467,7 +467,9 @@ def test_expanded_inputs(backend: str) -> None:
     )
     loss.backward()
     assert abs(loss.item() - np.log(7)) <= tiny
-    assert weight.grad.abs().max() <= tiny
+    # a sum of 21 terms, in all |G| of 2 * 64 / |w| at most a row, of the mean over rows
+    most = (21 + 16) * torch.finfo(dtype).eps / 2 * 2 * 64 / float(weight.detach().norm())
+    assert weight.grad.abs().max() <= most
 
 
 def test_reductions_are_of_the_same_rows(backend: str) -> None:

@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("
 
 # what is left untold of an operator's inside (test_explain_operators.py): one runs at the peak
 WITHIN = 39_000
+# what is told is for rows all of whose pairs are near; here few are
+OF_THE_WORST_DATA = ("pairwise_distance, mahalanobis",)
 NAMES = [name for name, example in TABLE.items() if example.takes("backend")]
 
 CHILD = (
@@ -89,4 +91,4 @@ def test_peak_is_within_what_explain_says(name: str) -> None:
     extra, told = measured(require("cpu"))[name]
     assert extra <= told + WITHIN
     # a plan that says anything would hold too; calls of half a MiB are mostly fixed costs
-    assert told <= 4 * extra + 2 * MIB
+    assert told <= (6 if name in OF_THE_WORST_DATA else 4) * extra + 2 * MIB
