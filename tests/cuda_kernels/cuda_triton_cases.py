@@ -64,6 +64,8 @@ ROWS = [
     oracle.Case(n=9, c=70, d=27, dtype=BF16, classes=41, name="unaligned-bf16"),
     oracle.Case(n=9, c=45, d=40, dtype=FP16, classes=40, **BENT, name="classes-fp16"),
     oracle.Case(n=9, c=45, d=27, dtype=FP16, classes=41, name="unaligned-fp16"),
+    oracle.Case(n=9, c=45, d=40, dtype=BF16, wide=True, no_target=0.3, name="wide-bf16"),
+    oracle.Case(n=9, c=45, d=27, dtype=FP16, wide=True, name="wide-fp16"),
     oracle.Case(n=9, c=45, d=44, precision="bf16", bias=True, name="rounded"),
     oracle.Case(n=70, c=303, d=24, **BENT, name="bent"),
     oracle.Case(n=9, c=45, d=27, classes=31, normalize=False, bend="jump", name="bent-linear"),

@@ -63,7 +63,8 @@ def test_ptx(case: Case, arch: str) -> None:
                 assert (g.double() - w).abs().max() <= allowed
     ran = {name for name, _ in reports}
     assert {"forward_tiles", "forward_rows", "gradient_tiles"} <= ran
-    if args["x"].dtype != torch.float32:
+    # G over a short row's length is none in float16: normalised rows take the stored form
+    if case.dtype == torch.bfloat16 or (case.dtype == torch.float16 and not case.normalize):
         assert {"owner_rows", "owner_classes"} <= ran
     products = ("wgmma", "mma.sync") if arch == "sm_90" else ("mma.sync",)
     for name, report in reports:

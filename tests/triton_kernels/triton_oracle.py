@@ -27,6 +27,7 @@ class Case:
     no_target: float = 0.0  # share of the labels that are -1
     scale: float = 4.0
     strided: bool = False
+    wide: bool = False  # x in float32 beside a weight in 16 bits, which has its values
     edit: str = ""
     seed: int = 0
     name: str = field(default="", compare=False)
@@ -74,6 +75,8 @@ def call(case: Case) -> dict[str, Any]:
     if case.edit == "nan row":
         x[n // 3, d // 2] = torch.nan
     x, weight = x.to(case.dtype), weight.to(case.dtype)
+    if case.wide:
+        x = x.float()
     if case.strided:
         wide = torch.zeros(n, d + 5, dtype=case.dtype)
         wide[:, 3 : d + 3] = x
