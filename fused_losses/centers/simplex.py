@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, unit_rows
 from fused_losses.base.parameters import check_above, check_margin
 from fused_losses.base.validation import NO_TARGET, no_target
 from fused_losses.centers import arguments
@@ -218,10 +218,7 @@ class DSimplexHead(nn.Module):
                 self.margin, target / self.scale, norm.to(target.dtype), "exact", valid
             )
             each = -F.logsigmoid(self.scale * moved - lse) + penalty_of(self.margin, norm)
-            each = torch.where(valid, each, 0).to(x.dtype)
-        if self.reduction == "none":
-            return each
-        return each.sum() if self.reduction == "sum" else each.sum() / valid.sum().clamp_min(1)
+            return reduced(each, valid, self.reduction, x.dtype)
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """scale <x, v_c> of every vertex that takes part, without margin; differentiable. [N, V]"""

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node, get_gradient_edge
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, root, softplus
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, root, softplus
 from fused_losses.base.parameters import check_above, check_parameter
 from fused_losses.base.validation import describe
 from fused_losses.centers import arguments
@@ -286,10 +286,7 @@ class SphericalHead(nn.Module):
             saved = Saved(self._updates, self.table.generation, rows.detach(), classes, leaf)
             found = Outputs(*SphericalOutputs.apply(rows, self.trains, saved))
             each = LOSSES[self.loss](found, present, self.num_classes, self.a, self.b)
-            total = torch.where(valid, each, 0).sum()
-            if self.reduction == "mean":
-                total = total / valid.sum().clamp_min(1)
-            return total.to(accumulate_dtype(embeddings.dtype))
+            return reduced(each, valid, self.reduction, accumulate_dtype(embeddings.dtype))
 
     def _checked(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """[N, D], and classes [N, K] with -1 for none."""

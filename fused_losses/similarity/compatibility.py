@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import no_autocast
+from fused_losses.base.numerics import no_autocast, reduced
 from fused_losses.base.validation import number
 from fused_losses.similarity.attention import logsumexp_similarity
 
@@ -57,9 +57,7 @@ def higher_order_compatibility(
     with no_autocast(new.device):
         own = (old.to(torch.float64) * new.to(torch.float64)).sum(dim=1)
         each = (sums - factor * own).to(sums.dtype)
-    if reduction == "none":
-        return each
-    return each.sum() if reduction == "sum" else each.sum() / max(len(each), 1)
+        return reduced(each, torch.ones_like(each, dtype=torch.bool), reduction, each.dtype)
 
 
 examples(
