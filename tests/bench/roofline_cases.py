@@ -20,7 +20,7 @@ from fused_losses.primitives.maxsim import triton as triton_maxsim
 from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.pairs import triton as triton_pairs
 from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds, Rule
-from fused_losses.primitives.row_statistics import triton
+from fused_losses.primitives.row_statistics import triton, triton_chunks
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from fused_losses.primitives.topk import triton as triton_topk
 
@@ -149,7 +149,7 @@ def test_row_statistics(name: str, counted: Any, monkeypatch: pytest.MonkeyPatch
     call, kernels = ROWS[name]
     same(counted(call), kernels)
     monkeypatch.setattr(triton, "PARTIAL_BYTES", 1)
-    monkeypatch.setattr(triton, "MAX_CHUNK", 64)
+    monkeypatch.setattr(triton_chunks, "MAX_CHUNK", 64)
     same(counted(call), kernels | {"merge_tiles"})
 
 

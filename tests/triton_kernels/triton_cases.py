@@ -19,7 +19,7 @@ import fused_losses.backends
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.triton import capability as triton_capability
 from fused_losses.backends.triton import launch as triton_launch
-from fused_losses.primitives.row_statistics import triton
+from fused_losses.primitives.row_statistics import triton, triton_chunks
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from fused_losses.primitives.row_statistics.op import row_statistics
 
@@ -119,8 +119,8 @@ def test_segments_chunks_and_row_blocks(
 ) -> None:
     """Everything that is one piece at these sizes, cut into several ragged ones."""
     monkeypatch.setattr(triton, "PARTIAL_BYTES", 4 * 4 * 75 * 5)
-    monkeypatch.setattr(triton, "ROW_BLOCK", 32)
-    monkeypatch.setattr(triton, "MAX_CHUNK", 64)
+    monkeypatch.setattr(triton_chunks, "ROW_BLOCK", 32)
+    monkeypatch.setattr(triton_chunks, "MAX_CHUNK", 64)
     case = Case(**MANY, classes=classes, no_target=0.1, bend=bend)
     data = call(case)
     lse = check_forward(case, data["args"])[0]
@@ -130,8 +130,8 @@ def test_segments_chunks_and_row_blocks(
 @pytest.mark.parametrize("classes", (0, 131))
 def test_split_products(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """dx summed over several pieces of a chunk, the last chunk ragged; no bias, no norm."""
-    monkeypatch.setattr(triton, "SPLIT_ROWS", 64)
-    monkeypatch.setattr(triton, "MAX_CHUNK", 64)
+    monkeypatch.setattr(triton_chunks, "SPLIT_ROWS", 64)
+    monkeypatch.setattr(triton_chunks, "MAX_CHUNK", 64)
     case = Case(n=20, c=203, d=40, normalize=False, classes=classes)
     data = call(case)
     lse = check_forward(case, data["args"])[0]

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
-from fused_losses.backends.gpu.device import ceil_div, from_column
-from fused_losses.backends.gpu.products import accumulate, add_rows, float16_scale, library_tf32
+from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.gpu.products import float16_scale, library_tf32
 from fused_losses.backends.gpu.tiles import Tile, TileTable, width
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
+from fused_losses.primitives.row_statistics import triton_chunks
 from fused_losses.primitives.row_statistics.gpu import Problem
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients, check
 from fused_losses.primitives.row_statistics.triton_arguments import (
@@ -28,9 +29,6 @@ from fused_losses.primitives.row_statistics.triton_arguments import (
 from fused_losses.primitives.row_statistics.triton_tiles import TABLES
 
 PARTIAL_BYTES = 64 << 20
-SPLIT_ROWS = 2048  # of the parts of dx, together: float32 sums that each chunk reads and writes
-ROW_BLOCK = 4096  # rows of G stored at a time: 4096 x 512 is 128 tiles of 128 x 128, a full H100
-MAX_CHUNK = 16384  # classes; bounds the chunk of dW where N is small
 # of the pieces of a row in `forward_resident`, so many of one half are held in registers: 227 KiB
 # of shared memory take 128 rows, the rest of the other 128, and two tiles of 32 classes
 HELD = {1: 0, 2: 0, 3: 1, 4: 3}
@@ -39,8 +37,7 @@ ROWS_IN_TILES = 8  # 256 rows are as many bytes as eight tiles of 32 classes
 
 def workspace_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
     """Peak memory of forward and backward beyond inputs and gradients, at most."""
-    chunk = MAX_CHUNK * (d + min(n, ROW_BLOCK)) * 4  # of dW and of G, float32 at the most
-    return max(PARTIAL_BYTES, chunk) + 3 * n * d * 4
+    return max(PARTIAL_BYTES, triton_chunks.chunk_bytes(n, d)) + 3 * n * d * 4
 
 
 def workspace(p: Inputs, needs: Needs | None) -> int:
@@ -99,7 +96,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         for first in range(start * span, min(stop * span, count), chunk):
             end = min(first + chunk, stop * span, count)
             if inverse is not None:
-                norms(p, inverse, first, end)
+                triton_chunks.norms(p, inverse, first, end)
             at = first // span - start
             partials = Partials.of(part[:, at:], best[at:])
             if resident is not None:
@@ -254,7 +251,7 @@ def _owners(
             tile,
         )
     elif inverse is not None:
-        norms(p, inverse, 0, p.count)
+        triton_chunks.norms(p, inverse, 0, p.count)
     if not need_x:
         return None
     tile = owner[0]
@@ -281,113 +278,28 @@ def _chunks(
     need_x: bool,
     dweight: Tensor | None,
     dbias: Tensor | None,
-    compact: bool,  # dweight has a row for each of `classes`
+    compact: bool,
 ) -> Tensor | None:
-    """The form with a chunk of G stored: dx += G W and dW = G^T x are library products.
-
-    At 1024 x 1,000,000 x 512 it moves 43 GB between L2 and the processors of an H100 (bound by
-    count, roofline.md), where Liger's CuTe kernel moves 36: the norms and the projection of
-    dW are 8 of them. Rows resident as in the forward would be read anew for every chunk.
-    """
-    x, n, d, low, device = p.x, p.n, p.d, p.low, p.x.device
+    """The form with a chunk of G stored, for any D."""
     extra = p.bias is not None or of_row.grad_weighted is not None
     table = _table(p)
     tile = table.tile(p, "gradient", extra, p.bend is not None)
-    block = min(n, ROW_BLOCK)
-    # dx has few tiles: its classes are split over as many products as fill the GPU, added at last
-    splits = max(1, min(16, SPLIT_ROWS // block)) if n == block else 1
-    piece = max(1, table.ds_bytes // (block * low.itemsize * splits * tile.columns)) * tile.columns
-    piece = min(piece, max(1, MAX_CHUNK // (splits * tile.columns)) * tile.columns)
-    piece = min(piece, ceil_div(p.count, splits * tile.columns) * tile.columns)
-    chunk = piece * splits
-    new: dict[str, Any] = dict(dtype=torch.float32, device=device)
-    row_tiles = ceil_div(n, tile.rows)
-    ds = torch.empty((block, chunk), dtype=low, device=device)
-    bias_sum = torch.empty((row_tiles, chunk), **new) if dbias is not None else None
-    inverse = torch.empty(chunk, **new) if p.normalize else None
-    # the product writes straight into dweight where nothing has to be done to it afterwards
-    direct = not p.normalize and unscale is None and n == block
-    direct = direct and (p.classes is None or compact)
-    direct = direct and dweight is not None and dweight.dtype == low
-    gradient = None if direct or dweight is None else torch.empty((chunk, d), **new)
-    x_low = x.to(low)
-    dx = torch.zeros((splits, n, d), **new) if need_x else None
-    for first in range(0, p.count, chunk):
-        end = min(first + chunk, p.count)
-        length = end - first
-        if inverse is not None:
-            norms(p, inverse, first, end)
-        w = p.weight[first:end] if p.classes is None else p.weight[p.classes[first:end]]
-        rest = shift = None
-        if low == torch.float16 and inverse is not None:
-            w, rest, shift = row_statistics_gpu.near_one(w, inverse)
-        w = w.to(low) if need_x else None
-        of_class = ClassVectors.of(p, inverse, rest)
-        for top in range(0, n, block):
-            part = slice(top, min(top + block, n))
-            height = part.stop - top
-            triton_launch.launch(
-                kernel("row_statistics.triton_backward.gradient_tiles"),
-                ceil_div(height, tile.rows) * ceil_div(length, tile.columns),
-                (x[part], p.weight, of_class)
-                + (of_row.cut(part), ds)
-                + (from_column(bias_sum, top // tile.rows), x.stride(0), p.weight.stride(0), chunk)
-                + (height, first, end, d, ceil_div(height, tile.rows)),
-                dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth))
-                | dict(BF16=p.bf16, DOT=p.dot),
-                tile,
-            )
-            g = ds[:height, :length]
-            if dx is not None and w is not None:
-                add_rows(dx[:, part], g, w, piece)
-            if direct and dweight is not None:
-                torch.mm(g.T, x_low, out=dweight[first:end])
-            elif gradient is not None:
-                beta = float(top > 0)
-                accumulate(gradient[None, :length], g.T[None], x_low[None, part], beta)
-        if gradient is not None and shift is not None:
-            gradient[:length] *= shift
-        if gradient is not None or dbias is not None:
-            out = None if gradient is None else dweight
-            _finish(p, gradient, inverse, bias_sum, unscale, out, dbias, compact, first, end)
-    return None if dx is None else dx.sum(0)
+    x, strides = p.x, (p.x.stride(0), p.weight.stride(0))
 
+    def fill(
+        part: slice, of_class: ClassVectors, ds: Tensor, sums: Tensor | None, first: int, end: int
+    ) -> None:
+        height = part.stop - part.start
+        row_tiles = ceil_div(height, tile.rows)
+        triton_launch.launch(
+            kernel("row_statistics.triton_backward.gradient_tiles"),
+            row_tiles * ceil_div(end - first, tile.columns),
+            (x[part], p.weight, of_class, of_row.cut(part), ds, sums, *strides, ds.stride(0))
+            + (height, first, end, p.d, row_tiles),
+            dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth))
+            | dict(BF16=p.bf16, DOT=p.dot),
+            tile,
+        )
 
-def _finish(
-    p: Problem,
-    gradient: Tensor | None,
-    inverse: Tensor | None,
-    bias_sum: Tensor | None,
-    unscale: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    compact: bool,
-    first: int,
-    end: int,
-) -> None:
-    # rows of no whole slices take more registers: 32 of them spill
-    tile = Tile(0, 32 if p.even(128) else 16, 128, 4, 1)
-    height, width = (0, 0) if bias_sum is None else bias_sum.shape
-    triton_launch.launch(
-        kernel("row_statistics.triton_backward.finish_weight"),
-        ceil_div(end - first, tile.columns),
-        (gradient, p.weight, inverse, p.classes, bias_sum, unscale, dweight, dbias)
-        + (p.weight.stride(0), p.d, width)
-        + (first, end, p.d, height),
-        dict(BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth), COMPACT=compact),
-        tile,
-    )
-
-
-def norms(p: Problem, inverse: Tensor, first: int, end: int) -> None:
-    """1/|w_j| of columns [first, end), which also brings their rows into L2."""
-    classes = from_column(p.classes, first)
-    weight = p.weight[first:] if classes is None else p.weight
-    tile = Tile(0, 16, 64, 4, 1)
-    triton_launch.launch(
-        kernel("row_statistics.triton_forward.inverse_norms"),
-        ceil_div(end - first, tile.columns),
-        (weight, classes, inverse, weight.stride(0), end - first, p.d),
-        dict(BN=tile.columns, BK=tile.depth, EVEN=p.even(tile.depth)),
-        tile,
-    )
+    given = (unscale, need_x, dweight, dbias, compact)
+    return triton_chunks.gradients(p, fill, tile, table.ds_bytes, *given)
