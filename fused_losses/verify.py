@@ -4,7 +4,7 @@ A person with a new machine runs this first; with --out the table is Markdown, t
 issue. The bound of a row is what roundings can do at its inputs, whoever makes them: the float64
 formula is run again with its roundings drawn anew (`base/disturbance.py`), and a result may be
 four times as far from the truth as the largest of these movements (sixteen times with narrowed
-products), and its own rounding. Movements are drawn until it is within, at most three (six).
+products), and its own rounding. Movements are drawn until it is within, at most 32.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from fused_losses.base.numerics import ROUNDOFF
 
 # of a product's factors, where they are narrowed
 LOWERED = {"fp32": 0.0, "tf32": 2.0**-11, "mixed": 2.0**-8, "bf16": 2.0**-8}
-SAMPLES = 3
+# at most: terms of one size, or jumps of two pairs, take themselves away in half of the draws
+SAMPLES = 32
 # times the largest of the samples: what is allowed; a sum of errors of one sign is seldom drawn
 SURE = 4.0
 # a narrowed factor's rounding is shared by all pairs of its row: few draws say little of it
@@ -266,8 +267,6 @@ class Movement:
         self._outcome, self._truth = outcome, truth
         shapes = [tuple(part.shape) for part in truth]
         self._mode = partial(Disturbed, dtype, width, lowered=lowered, shapes=shapes)
-        # with narrowed factors a term may well be taken across a jump: more draws, to see it
-        self._samples = 2 * SAMPLES if lowered else SAMPLES
         self._times = SURE_LOWERED if lowered else SURE
         self._most, self._drawn = [0.0] * len(truth), 0
 
@@ -279,7 +278,7 @@ class Movement:
         while True:
             found = [self._times * m + s for m, s in zip(self._most, spare, strict=True)]
             within = all(e <= b for e, b in zip(errors, found, strict=True))
-            if within or self._drawn == self._samples:
+            if within or self._drawn == SAMPLES:
                 return found
             self._draw()
 

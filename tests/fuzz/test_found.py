@@ -89,6 +89,30 @@ FOUND = {
         Draw((7, 3, 7), "clusters", "skewed", torch.float32, 2139648909),
         Call("cuda"),
     ),
+    # the bound's: two pairs of a row cross the margin, and six movements took one away by the other
+    "two pairs at a boundary": (
+        "margin_loss_class_beta_triplet",
+        Draw((8, 5, 33), "near duplicates", "all distinct", torch.float32, 1261728583),
+        Call("cpu", precision="bf16"),
+    ),
+    # the bound's: in three movements four roundings of one size took one another away
+    "roundings of one size": (
+        "soft_nearest_neighbor",
+        Draw((5, 15, 16), "anti-aligned", "as they are", torch.float64, 1494105700),
+        Call("reference"),
+    ),
+    # the bound's: a cost 1 - cos of 0 is off by roundings of 1
+    "a cost of nothing": (
+        "sinkhorn_cosine",
+        Draw((3, 31, 1), "far", "as they are", torch.float64, 1493093109),
+        Call("reference"),
+    ),
+    # the bound's: a temperature's gradient is read off dx, of which narrowed G made 3e-3
+    "a temperature off dx": (
+        "supervised_contrastive_out",
+        Draw((5, 17, 65), "constant", "as they are", torch.float16, 1189372397),
+        Call("cpu", precision="bf16"),
+    ),
 }
 
 
