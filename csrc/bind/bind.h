@@ -26,6 +26,11 @@ void* aligned(const at::Tensor& buffer);
 // 16-bit elements are widened to float, and their gradients are float before they are narrowed.
 constexpr size_t kWidened = sizeof(float);
 
+// Torch's own products, rows that are dense, and threads enough for so many classes.
+Gemm host_products();
+at::Tensor dense_rows(const at::Tensor& t);
+Parallel parallel_for_classes(int64_t k);
+
 // Each file's ops, whose schemas are the Python side's, and the peak of what their calls allocate
 // beyond inputs, outputs and gradients: by the plans that the kernels themselves allocate by, on
 // torch's number of threads. `item`: bytes of an element of the inputs.

@@ -36,16 +36,6 @@ void host_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, in
   at::addmm_out(out, out, view(b, n, k, ldb, tb), view(a, k, m, lda, ta), beta, 1);
 }
 
-Parallel parallel_for_classes(int64_t k) {
-  const Parallel all = torch_threads();
-  const int64_t most = std::max<int64_t>(1, k / 24);
-  return {static_cast<int>(std::min<int64_t>(all.threads, most)), all.run};
-}
-
-Tensor dense_rows(const Tensor& t) {
-  return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous();
-}
-
 OptionalTensor accumulated(const OptionalTensor& t, at::ScalarType type) {
   return t ? OptionalTensor(t->to(type).contiguous()) : std::nullopt;
 }
@@ -141,7 +131,7 @@ struct Call {
         precision_of(precision),
         kept && kept->numel() ? kept->data_ptr() : nullptr,
         kept && kept->numel() ? kept->size(0) : 0,
-        {host_gemm<float>, host_gemm<double>},
+        host_products(),
     };
   }
 };
@@ -219,6 +209,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 
 }  // namespace
 
+Gemm host_products() { return {host_gemm<float>, host_gemm<double>}; }
+
+Parallel parallel_for_classes(int64_t k) {
+  const Parallel all = torch_threads();
+  const int64_t most = std::max<int64_t>(1, k / 24);
+  return {static_cast<int>(std::min<int64_t>(all.threads, most)), all.run};
+}
+
+Tensor dense_rows(const Tensor& t) {
+  return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous();
+}
+
 // With many classes.
 size_t row_workspace(int64_t n, int64_t d, int64_t itemsize, bool bf16) {
   Problem p = {};
@@ -228,7 +230,7 @@ size_t row_workspace(int64_t n, int64_t d, int64_t itemsize, bool bf16) {
   p.d = d;
   p.k = int64_t(1) << 30;
   p.normalize = true;
-  p.gemm = {host_gemm<float>, host_gemm<double>};
+  p.gemm = host_products();
   p.precision = bf16 ? Precision::kBFloat16 : Precision::kFull;
   const Kernels& kernels = best_kernels();
   const int threads = torch_threads().threads;

@@ -15,60 +15,49 @@ namespace fused_losses::FL_ISA {
 using F32 = Plain<float>;
 using F64 = Plain<double>;
 
-inline bool is_double(const Problem& p) { return p.w.type == Type::kFloat64; }
-
-inline size_t table_forward_bytes(const Problem& p, int threads) {
-  if (is_double(p)) return forward_bytes<F64, double>(p, threads);
-#if defined(__AVX512BF16__)
-  if (p.precision == Precision::kBFloat16) return forward_bytes<Pairs, float>(p, threads);
-#endif
-  return forward_bytes<F32, float>(p, threads);
-}
-
-inline size_t table_backward_bytes(const Problem& p, int threads, bool dx, bool dw) {
-  if (is_double(p)) return backward_bytes<F64, F64, double>(p, threads, dx, dw);
-#if defined(__AVX512BF16__)
-  if (p.precision == Precision::kMixed)
-    return backward_bytes<F32, Pairs, float>(p, threads, dx, dw);
-  if (p.precision == Precision::kBFloat16) {
-    return backward_bytes<Pairs, Pairs, float>(p, threads, dx, dw);
-  }
-#endif
-  return backward_bytes<F32, F32, float>(p, threads, dx, dw);
-}
-
-inline void table_forward(const Problem& p, const ForwardOut& out, void* buffer,
-                          const Parallel& parallel) {
-  if (is_double(p)) return forward<F64, double>(p, out, buffer, parallel);
-#if defined(__AVX512BF16__)
-  if (p.precision == Precision::kBFloat16) return forward<Pairs, float>(p, out, buffer, parallel);
-#endif
-  forward<F32, float>(p, out, buffer, parallel);
-}
-
-inline void table_backward(const Problem& p, const BackwardIn& in, const BackwardOut& out,
-                           void* buffer, const Parallel& parallel) {
-  if (is_double(p)) return backward<F64, F64, double>(p, in, out, buffer, parallel);
-#if defined(__AVX512BF16__)
-  if (p.precision == Precision::kMixed) {
-    return backward<F32, Pairs, float>(p, in, out, buffer, parallel);
-  }
-  if (p.precision == Precision::kBFloat16) {
-    return backward<Pairs, Pairs, float>(p, in, out, buffer, parallel);
-  }
-#endif
-  backward<F32, F32, float>(p, in, out, buffer, parallel);
-}
-
 // Calls f.template operator()<PS, PG, T>() with the products that a problem asks for.
 template <class F>
-inline auto with_products(const PairProblem& p, F&& f) {
-  if (p.is_double) return f.template operator()<F64, F64, double>();
+inline auto with_products(bool is_double, [[maybe_unused]] Precision precision, F&& f) {
+  if (is_double) return f.template operator()<F64, F64, double>();
 #if defined(__AVX512BF16__)
-  if (p.precision == Precision::kMixed) return f.template operator()<F32, Pairs, float>();
-  if (p.precision == Precision::kBFloat16) return f.template operator()<Pairs, Pairs, float>();
+  if (precision == Precision::kMixed) return f.template operator()<F32, Pairs, float>();
+  if (precision == Precision::kBFloat16) return f.template operator()<Pairs, Pairs, float>();
 #endif
   return f.template operator()<F32, F32, float>();
+}
+
+template <class F>
+inline auto with_products(const Problem& p, F&& f) {
+  return with_products(p.w.type == Type::kFloat64, p.precision, f);
+}
+
+template <class F>
+inline auto with_products(const PairProblem& p, F&& f) {
+  return with_products(p.is_double, p.precision, f);
+}
+
+// of a forward no product is a gradient's: mixed rounds none
+inline RowKernels row_table() {
+  RowKernels k;
+  k.forward_bytes = [](const Problem& p, int threads) {
+    return with_products(
+        p, [&]<class PS, class, class T>() { return forward_bytes<PS, T>(p, threads); });
+  };
+  k.forward = [](const Problem& p, const ForwardOut& out, void* buffer, const Parallel& parallel) {
+    with_products(p, [&]<class PS, class, class T>() { forward<PS, T>(p, out, buffer, parallel); });
+  };
+  k.backward_bytes = [](const Problem& p, int threads, bool dx, bool dw) {
+    return with_products(p, [&]<class PS, class PG, class T>() {
+      return backward_bytes<PS, PG, T>(p, threads, dx, dw);
+    });
+  };
+  k.backward = [](const Problem& p, const BackwardIn& in, const BackwardOut& out, void* buffer,
+                  const Parallel& parallel) {
+    with_products(p, [&]<class PS, class PG, class T>() {
+      backward<PS, PG, T>(p, in, out, buffer, parallel);
+    });
+  };
+  return k;
 }
 
 inline PairKernels pair_table() {
@@ -193,16 +182,8 @@ inline TripletKernels triplet_table() {
 }
 
 inline Kernels table(const char* capability, bool bf16) {
-  const RowKernels rows = {table_forward_bytes, table_backward_bytes, table_forward,
-                           table_backward};
-  return {capability,
-          bf16,
-          rows,
-          pair_table(),
-          maxsim_table(),
-          topk_table(),
-          distance_table(),
-          triplet_table(),
+  return {capability,        bf16,         row_table(),      pair_table(),
+          maxsim_table(),    topk_table(), distance_table(), triplet_table(),
           row_update_table()};
 }
 
