@@ -35,8 +35,11 @@ def rounding_key(*numbers: int) -> int:
     return _signed(key)
 
 
-def hashed(key: int, numbers: Tensor) -> Tensor:
-    """64 random bits for each of some integers under a key, splitmix64. int64, same shape"""
+def hashed(key: int | Tensor, numbers: Tensor) -> Tensor:
+    """64 random bits for each of some integers under a key, splitmix64. int64, same shape
+
+    A key for each integer: a tensor, int64, that broadcasts with them.
+    """
     z = numbers * _signed(_GOLDEN) + key
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * _signed(factor)

@@ -14,6 +14,7 @@ from fused_losses.base.parameters import check_above, check_called, check_parame
 from fused_losses.base.validation import FLOATS, check_choice, checked_smoothing, describe
 from fused_losses.losses.unpg import UNPG
 
+LEAST_RATE = 2.0**-60  # of sample_rate
 GRADIENT_SCALES = ("ddp_mean", "global_sum")
 
 
@@ -53,7 +54,7 @@ def check_set(name: str, value: Any) -> None:
             value = float(value.detach())
         check_above("scale", value)
     elif name == "sample_rate":
-        check_parameter("sample_rate", value, 2.0**-60, 1, within="a value in (0, 1]")
+        check_parameter("sample_rate", value, LEAST_RATE, 1, within="a value in (0, 1]")
     elif name == "max_grad_norm":
         if value is not None:
             check_above("max_grad_norm", value)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -152,6 +154,7 @@ class Wide(torch.nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out, self.calls = super().forward(x), self.calls + 1
+        self.calls -= not self.training  # as a run looks at it once before it begins
         if self.calls == 2:
             out.register_hook(lambda grad: grad * math.inf)
         return out
@@ -222,19 +225,56 @@ def test_what_cannot_run_leaves_no_folder(
     ):
         with pytest.raises(OptionError, match=told):
             train(dataclasses.replace(SMALL, **changes), tmp_path / "run")
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        assert not dist.is_initialized()  # all ranks know, and leave in order
         assert not (tmp_path / "run").exists(), changes
     assert main(["--runs", str(tmp_path), "--name", "run", "--data", "recordio:absent"]) == 2
     err = capsys.readouterr().err
     assert "fused_losses.train.large: --data: " in err and "Traceback" not in err
-    dist.destroy_process_group()
     # where a checkpoint's folder should be is a file: found before the first step
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step-00000003").write_text("")
     with pytest.raises(RuntimeError, match="step-00000003: expected a checkpoint's folder"):
         train(SMALL, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@contextlib.contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """Files take `most` bytes and no more, as on a disk that is full."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(SMALL, tmp_path / "whole")
+    words = [f"--{f.name.replace('_', '-')}={getattr(SMALL, f.name)}" for f in changed(SMALL)]
+    words += ["--runs", str(tmp_path), "--name", "run"]
+    with monkeypatch.context() as patch, contextlib.ExitStack() as full:
+        at_step(patch, 4, lambda: full.enter_context(full_disk(1024)))
+        assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "File too large" in told and "the run goes on from its newest checkpoint" in told
+    assert told.count("\n") == 1 and "Traceback" not in told
+    assert steps_of(tmp_path / "run") == [3]
+    # of the log alone, at the step after the one that it has no room for
+    with monkeypatch.context() as patch, contextlib.ExitStack() as full:
+        at_step(patch, 3, lambda: full.enter_context(full_disk(100)))
+        assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "log.jsonl" in told and told.count("\n") == 1 and "Traceback" not in told
+    assert steps_of(tmp_path / "run") == [3]
+    assert train(SMALL, tmp_path / "run") == whole[3:]
+    assert [line["loss"] for line in read_log(tmp_path / "run" / "log.jsonl")] == whole
+
+
+def changed(config: LargeConfig) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
 
 
 # two ranks

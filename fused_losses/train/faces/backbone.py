@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fused_losses.train.faces.augment import normalize
 from fused_losses.train.faces.config import TrainConfig
+from fused_losses.train.frame.memory import is_memory
 from fused_losses.train.frame.options import OptionError
 
+OPTIONS = {"height": "image_size", "width": "image_size", "num_classes": "embedding"}
 WIDTHS = (16, 32, 64, 128)
 
 
@@ -85,6 +87,9 @@ def call_factory(
         backbone = factory(**own, **args)
     except Exception as error:
         option = "backbone_args" if args else "backbone"
+        if is_memory(error) and not args:
+            largest = max(own, key=own.__getitem__)
+            option = OPTIONS.get(largest, largest)
         given = ", ".join(f"{name}={value!r}" for name, value in {**own, **args}.items())
         text = f"{config.backbone!r} cannot be built with {given} ({_told(error)})"
         raise OptionError(option, text) from error
@@ -113,24 +118,46 @@ def build(config: TrainConfig) -> nn.Module:
 
 def embedding_size(backbone: nn.Module, config: TrainConfig) -> int:
     """D, read off one forward pass, so that any module that embeds pictures will do."""
-    height, width = config.size()
+    return check_embeds(backbone, (config.picture_channels(), *config.size()), config)
+
+
+def check_embeds(
+    backbone: nn.Module,
+    shape: tuple[int, ...],
+    config: BackboneConfig,
+    *,
+    dim: int | None = None,
+    rows: int = 2,
+    training: bool = False,
+) -> int:
+    """D of the embeddings of inputs of this shape; OptionError where they have none, or not `dim`.
+
+    training: as in a step; averages of batches stay as they are.
+    """
     parameter = next(backbone.parameters(), None)
     if parameter is None:
         raise OptionError("backbone", f"{config.backbone!r} has no parameters to train")
-    was_training = backbone.training
-    backbone.eval()
-    probe = torch.zeros(2, config.picture_channels(), height, width, device=parameter.device)
+    was_training, buffers = backbone.training, [b.clone() for b in backbone.buffers()]
+    backbone.train(training)
+    probe = torch.zeros(rows, *shape, device=parameter.device, dtype=parameter.dtype)
     try:
         with torch.no_grad():
             out = backbone(probe)
+            for buffer, kept in zip(backbone.buffers(), buffers, strict=True):
+                buffer.copy_(kept)
     except Exception as error:
-        text = f"{config.backbone!r} fails on pictures {tuple(probe.shape)}: {_told(error)}"
+        text = f"{config.backbone!r} fails on inputs {tuple(probe.shape)}: {_told(error)}"
         raise OptionError("backbone", text) from error
     finally:
         backbone.train(was_training)
-    if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[0] != 2:
+    if not isinstance(out, Tensor) or out.dim() != 2 or out.shape[0] != rows:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise OptionError("backbone", f"expected embeddings [2, D] for 2 pictures, got {got}")
+        raise OptionError(
+            "backbone", f"expected embeddings [{rows}, D] for {rows} inputs, got {got}"
+        )
+    if dim not in (None, out.shape[1]):
+        text = f"expected embeddings of {dim} numbers, the --embedding, got {out.shape[1]}"
+        raise OptionError("backbone", text)
     return out.shape[1]
 
 

@@ -10,6 +10,8 @@ from fused_losses.train.frame.options import (
     AUGMENTATIONS,
     BACKENDS,
     MARGINS,
+    MOST,
+    MOST_THREADS,
     PRECISIONS,
     SCHEDULES,
     Config,
@@ -44,7 +46,7 @@ class TrainConfig(Config):
     )
     margin: str = option("arcface", "margin on the target class", MARGINS)
     margin_value: float | None = option(None, "the margin's size; default: its paper's")
-    scale: float = option(30.0, "scale s of the cosines", above=0)
+    scale: float = option(30.0, "scale s of the cosines", above=0, most=MOST)
     backend: str = option("auto", "backend of the trained head", BACKENDS)
     precision: str = option("fp32", "precision of the head's products", PRECISIONS)
     memory_budget: int = option(
@@ -54,12 +56,14 @@ class TrainConfig(Config):
     steps: int = option(150, "steps per fold; --resume may add to them", least=1)
     batch_size: int = option(120, "pictures per step", least=2)
     optimizer: str = option("adamw", "optimiser of the backbone", OPTIMIZERS)
-    lr: float = option(1e-3, "peak learning rate of the backbone", least=0)
-    head_lr: float = option(0.1, "peak learning rate of the class table (SGD)", least=0)
+    lr: float = option(1e-3, "peak learning rate of the backbone", least=0, most=MOST)
+    head_lr: float = option(0.1, "peak learning rate of the class table (SGD)", least=0, most=MOST)
     head_momentum: float = option(
         0.9, "momentum of the class table; 0 with --classes padding", least=0, most=1
     )
-    weight_decay: float = option(0.05, "decoupled for adamw; the class table has none", least=0)
+    weight_decay: float = option(
+        0.05, "decoupled for adamw; the class table has none", least=0, most=MOST
+    )
     momentum: float = option(0.9, "momentum of sgd", least=0, most=1)
     schedule: str = option("cosine", "learning rate after the warm-up", SCHEDULES)
     warmup: float = option(
@@ -68,7 +72,9 @@ class TrainConfig(Config):
     augment: str = option("full", "none, light (flip, shift), full", AUGMENTATIONS)
     amp: str = option("off", "autocast of the backbone", AMPS)
     device: str = option("cpu", "torch device")
-    threads: int = option(0, "CPU threads; 0: torch's own choice, then kept by --resume", least=0)
+    threads: int = option(
+        0, "CPU threads; 0: torch's own choice, then kept by --resume", least=0, most=MOST_THREADS
+    )
     seed: int = option(0, "seeds weights, folds, data order and augmentation", least=0)
     checkpoint_every: int = option(
         0,

@@ -17,7 +17,12 @@ from fused_losses.train.faces.loop import RESULT_KEYS, FoldTraining, fold_embedd
 from fused_losses.train.frame import checkpoint
 from fused_losses.train.frame.files import RunFileError
 from fused_losses.train.frame.memory import PeakMemory
-from fused_losses.train.frame.preflight import check_backend, check_machine
+from fused_losses.train.frame.preflight import (
+    check_backend,
+    check_machine,
+    check_room,
+    memory_of,
+)
 from fused_losses.train.frame.progress import Progress
 from fused_losses.train.frame.reports import tell
 from fused_losses.train.frame.runs import CHECKPOINT, Run, running
@@ -70,7 +75,9 @@ def _ready(config: TrainConfig) -> Pictures:
         _backend_that_ran(one)
     pictures = load(config)
     check_folds(pictures, config)
-    embedding_size(build(config).to(config.device), config)
+    dim = embedding_size(build(config).to(config.device), config)
+    room = memory_of(torch.device(config.device))
+    check_room("classes", config.classes, dim, torch.float32, room)
     return pictures
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fused_losses.train.frame.memory import is_memory
 from fused_losses.train.frame.options import Config, OptionError, add_options, given_options
 from fused_losses.train.frame.runs import CONFIG
 from fused_losses.train.frame.steps import Interrupted
@@ -74,16 +75,16 @@ def status_of(
         print("\nstopped at once; what the last checkpoint holds is kept", file=sys.stderr)
         return 128 + signal.SIGINT
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        print(f"fused-losses train: {_told(error)}", file=sys.stderr)
+        print(f"fused-losses train: {line_of(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _told(error: Exception) -> object:
+def line_of(error: Exception) -> object:
     """The line that an error ends a run with."""
     if isinstance(error, OptionError):
         return error.flag()
-    first = str(error).partition("\n")[0]
-    if isinstance(error, MemoryError) or "allocate memory" in first or "out of memory" in first:
+    if is_memory(error):
+        first = str(error).partition("\n")[0]
         return f"--batch-size, --embedding, size of the pictures: out of memory ({first})"
     return error

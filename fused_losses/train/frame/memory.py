@@ -10,6 +10,14 @@ from contextlib import suppress
 import torch
 
 MIB = 2**20
+# what torch says of sizes that no memory has
+TOLD = ("allocate memory", "out of memory", "Storage size calculation overflow", "Overflow when un")
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether there was not enough memory."""
+    first = str(error).partition("\n")[0]
+    return isinstance(error, MemoryError) or any(told in first for told in TOLD)
 
 
 class PeakMemory:

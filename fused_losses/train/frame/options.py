@@ -120,6 +120,8 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+MOST = 1e30  # of rates and scales: float32 has room for it, and for what optimisers make of it
+MOST_THREADS = 1024  # a process that asks for more than its system has is ended by OpenMP
 KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 MOST_INTEGER = 2**63 - 1
 

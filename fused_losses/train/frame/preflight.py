@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
@@ -31,3 +32,21 @@ def check_backend(backend: str, device: str, precision: str, dtype: torch.dtype)
         return backends.choose(asked, torch.device(device), dtype, precision)[0]
     except (ValueError, RuntimeError) as error:
         raise OptionError("backend", str(error)) from error
+
+
+def check_room(option: str, rows: int, width: int, dtype: torch.dtype, room: int) -> None:
+    """OptionError for a table that `room` bytes have no place for."""
+    size = rows * width * dtype.itemsize
+    if size > room:
+        text = (
+            f"{rows} rows of {width} take {size / 2**30:.4g} GiB, where {room / 2**30:.4g} GiB is "
+            "all there is"
+        )
+        raise OptionError(option, text)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -88,8 +88,12 @@ def locked(folder: Path, *, seconds: float = 0.0) -> Iterator[Lock]:
     Raises RunError where another still has it after `seconds`. A folder in which an error leaves
     nothing but the lock goes again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "w")  # noqa: SIM115
+    except OSError as error:
+        raise OptionError("runs", f"{folder} cannot be written to ({error})") from error
+    with file:
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -102,10 +106,7 @@ def locked(folder: Path, *, seconds: float = 0.0) -> Iterator[Lock]:
         try:
             yield Lock(folder, file)
         except BaseException:
-            with contextlib.suppress(OSError):
-                if [path.name for path in folder.iterdir()] == [LOCK]:
-                    (folder / LOCK).unlink()
-                    folder.rmdir()
+            forget(folder, ())
             raise
 
 
@@ -155,7 +156,7 @@ def running(
                     yield Run(config, folder, made, stop, lock, log)
                     lock.check()
             except BaseException:
-                _forget(folder, ours)
+                forget(folder, ours)
                 raise
     finally:
         checkpoint.set_random_state(random_state)
@@ -191,18 +192,25 @@ def _accepted(
     return chosen
 
 
-def _forget(folder: Path, ours: tuple[str, ...]) -> None:
-    """A run that an error ended before its first step is none: the next may have its name."""
+def forget(folder: Path, ours: tuple[str, ...]) -> None:
+    """A run that ended before its first step is none: the next may have its name.
+
+    ours: the files and folders of a run. A folder with nothing else goes, too, with its lock.
+    """
 
     def holds(path: Path) -> bool:
         return any(path.iterdir()) if path.is_dir() else bool(path.stat().st_size)
 
     with contextlib.suppress(OSError):
         left = [folder / name for name in ours if (folder / name).exists()]
-        if any(holds(path) for path in left if path.name != CONFIG):
+        # TensorBoard's files begin before there is a step
+        if any(holds(path) for path in left if path.name not in (CONFIG, TENSORBOARD)):
             return
         for path in left:
-            path.rmdir() if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def _begin(config: Config, folder: Path, ours: tuple[str, ...], *, overwrite: bool) -> None:
@@ -239,13 +247,18 @@ def run_folder(runs: Path, name: str, *, resume: bool = False) -> Path:
 
 def runs_folder(text: str) -> Path:
     """The folder of all runs, which is there or can be made."""
-    runs = Path(text)
+    return check_folder("runs", text)
+
+
+def check_folder(option: str, text: str) -> Path:
+    """A folder that is there, or in one that can be written to; OptionError for another."""
+    folder = Path(text)
     try:
-        there = next(path for path in (runs, *runs.absolute().parents) if path.exists())
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         fits = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
     except (OSError, ValueError) as error:  # a name that is too long, or has a zero
-        raise OptionError("runs", f"expected a folder, got {text!r} ({error})") from error
+        raise OptionError(option, f"expected a folder, got {text!r} ({error})") from error
     if not fits:
         what = "a folder that cannot be written to" if there.is_dir() else "no folder"
-        raise OptionError("runs", f"expected a folder, got {text!r}: {there} is {what}")
-    return runs
+        raise OptionError(option, f"expected a folder, got {text!r}: {there} is {what}")
+    return folder

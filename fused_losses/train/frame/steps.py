@@ -99,7 +99,9 @@ class Training(ABC, Generic[C]):
         set_rates(self.peaks, learning_rate_factor(number, self.config))
         loss = self.update(number)
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {number + 1}: lower lr or head_lr")
+            raise RuntimeError(
+                f"the loss is {loss} at step {number + 1}: lower lr, head_lr or scale"
+            )
         self.losses.append(loss)
         self.step_ms.append(1e3 * (time.perf_counter() - start))
         return loss

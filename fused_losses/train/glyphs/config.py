@@ -6,10 +6,13 @@ import os
 import sys
 from dataclasses import dataclass
 
+from fused_losses.centers.arguments import LEAST_RATE
 from fused_losses.train.frame.heads import check_margin
 from fused_losses.train.frame.options import (
     BACKENDS,
     MARGINS,
+    MOST,
+    MOST_THREADS,
     SCHEDULES,
     Config,
     OptionError,
@@ -39,14 +42,14 @@ class GlyphConfig(Config):
     embedding: int = option(128, "embedding size D", least=1)
     head: str = option("centers", "ClassCenters, or the dense table of the reference", HEADS)
     sample_rate: float = option(
-        1.0, "chance of another class to take part in a step", above=0, most=1
+        1.0, "chance of another class to take part in a step", least=LEAST_RATE, most=1
     )
     log_q: bool = option(False, "make the sums over sampled classes unbiased")
     margin: str = option("cosface", "margin on the target class", MARGINS)
     margin_value: float | None = option(
         None, "the margin's size; default: 0.2 of cosface, else its paper's"
     )
-    scale: float = option(32.0, "scale s of the cosines", above=0)
+    scale: float = option(32.0, "scale s of the cosines", above=0, most=MOST)
     backend: str = option("auto", "backend of the head's products", BACKENDS)
     steps: int = option(1800, "steps of the training; --resume may add to them", least=1)
     subset: int = option(
@@ -57,17 +60,21 @@ class GlyphConfig(Config):
         10_000, "classes judged at the most; 0: all that the held-out fonts draw", least=0
     )
     batch_size: int = option(256, "pictures per step", least=2)
-    lr: float = option(4e-3, "peak learning rate of the network (AdamW)", least=0)
-    weight_decay: float = option(0.05, "of the network", least=0)
-    head_lr: float = option(0.5, "peak learning rate of the class centres (SGD)", least=0)
+    lr: float = option(4e-3, "peak learning rate of the network (AdamW)", least=0, most=MOST)
+    weight_decay: float = option(0.05, "of the network", least=0, most=MOST)
+    head_lr: float = option(
+        0.5, "peak learning rate of the class centres (SGD)", least=0, most=MOST
+    )
     head_momentum: float = option(0.9, "momentum of the class centres", least=0, most=1)
-    head_weight_decay: float = option(0.0, "of the class centres", least=0)
+    head_weight_decay: float = option(0.0, "of the class centres", least=0, most=MOST)
     schedule: str = option("cosine", "learning rate after the warm-up", SCHEDULES)
     warmup: float = option(
         0.05, "share of the steps with a linearly rising learning rate", least=0, most=1
     )
     device: str = option("cpu", "torch device")
-    threads: int = option(0, "CPU threads; 0: torch's own choice, then kept by --resume", least=0)
+    threads: int = option(
+        0, "CPU threads; 0: torch's own choice, then kept by --resume", least=0, most=MOST_THREADS
+    )
     seed: int = option(0, "seeds weights, data order, samples and changes of the pictures", least=0)
     checkpoint_every: int = option(
         0, "steps between checkpoints; 0: once in 60 s and when interrupted", least=0

@@ -11,6 +11,8 @@ import traceback
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from fused_losses.centers.watch import EXIT_CODE, RankFailure
+from fused_losses.train.frame.commands import line_of
+from fused_losses.train.frame.memory import is_memory
 from fused_losses.train.frame.options import OptionError, add_options, given_options
 from fused_losses.train.frame.runs import RunError, run_folder, runs_folder
 from fused_losses.train.frame.steps import Interrupted
@@ -49,11 +51,14 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped at once; the newest checkpoint is kept", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
     except Exception as error:
-        traceback.print_exc()
+        known = isinstance(error, OSError) or is_memory(error)
+        status = _refuse(error) if known else 1
+        if not known:
+            traceback.print_exc()
         sys.stderr.flush()
         # not by the interpreter's exit: it joins the checkpoints' threads, which may wait for ranks
         # that are gone
-        os._exit(EXIT_CODE if isinstance(error, RankFailure) else 1)
+        os._exit(EXIT_CODE if isinstance(error, RankFailure) else status)
 
 
 @record  # torchrun then shows the first error of all ranks
@@ -76,6 +81,5 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    told = error.flag() if isinstance(error, OptionError) else error
-    print(f"fused_losses.train.large: {told}", file=sys.stderr)
+    print(f"fused_losses.train.large: {line_of(error)}", file=sys.stderr)
     return 2

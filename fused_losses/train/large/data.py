@@ -10,27 +10,18 @@ import torch
 from torch import Tensor
 
 from fused_losses import datasets
+from fused_losses.base.rounding import hashed
 from fused_losses.datasets.base import Corrupt
 from fused_losses.datasets.glyphs import load_glyphs
 from fused_losses.train.large.config import LargeConfig
 
-_SPREAD = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64
-_MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's multipliers, as int64
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser (Steele et al., 2014): int64 in, well mixed int64 out."""
-    for shift, factor in zip((30, 27), _MIX, strict=True):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
 
 def hashed_normal(keys: Tensor, width: int, *, seed: int) -> Tensor:  # [n] int64
     """Standard normal numbers [n, width] float32: row i is a function of (seed, keys[i]) alone."""
-    start = _mix(_mix(keys * _SPREAD + seed))
-    counters = start[:, None] + torch.arange(2 * width) * _SPREAD
+    start = hashed(hashed(seed, keys), torch.tensor(0))
+    counters = hashed(start[:, None], torch.arange(2 * width))
     # 53 bits in (0, 1]: the logarithm must not meet 0
-    uniform = (((_mix(counters) >> 11) & ((1 << 53) - 1)).double() + 1) * 2.0**-53
+    uniform = (((counters >> 11) & ((1 << 53) - 1)).double() + 1) * 2.0**-53
     radius, turn = uniform.chunk(2, dim=1)
     return (torch.sqrt(-2 * radius.log()) * torch.cos(2 * math.pi * turn)).float()
 
@@ -57,7 +48,8 @@ class SyntheticVectors:
     names: Sequence[str] | None = None  # of classes that have none
 
     def __init__(self, classes: int, samples: int, features: int, noise: float, seed: int) -> None:
-        self.classes, self.features, self.noise, self.seed = classes, features, noise, seed
+        self.classes, self.features, self.noise = classes, features, noise
+        self.seed = seed % 2**62  # twice it is an int64
         self.labels: Any = Cyclic(classes * samples, classes)
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
+from fused_losses.train.frame.options import OptionError
 from fused_losses.train.frame.runs import Lock, RunError, locked
 from fused_losses.train.large.config import LargeConfig
 from fused_losses.train.large.join import fresh_store
@@ -68,16 +69,22 @@ def deterministic() -> Iterator[None]:
 
 
 def first_does(work: Callable[[], object]) -> None:
-    """Rank 0 does it while the others wait; what it could not do is a `RunError` on every rank."""
-    box: list[str | None] = [None]
+    """Rank 0 does it while the others wait; what it could not do is a `RunError` on every rank.
+
+    An `OptionError` stays one.
+    """
+    box: list[tuple[str | None, str] | None] = [None]
     if dist.get_rank() == 0:
         try:
             work()
+        except OptionError as error:
+            box[0] = error.name, error.text
         except (ValueError, RuntimeError, OSError) as error:
-            box[0] = str(error)
+            box[0] = None, str(error)
     dist.broadcast_object_list(box, src=0)
     if box[0] is not None:
-        raise RunError(box[0])
+        name, text = box[0]
+        raise RunError(text) if name is None else OptionError(name, text)
 
 
 class FirstLock:

@@ -20,22 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_losses.base.files import write_text
 from fused_losses.centers.checkpoint import CheckpointError, Checkpoints
-from fused_losses.centers.head import ClassCenters
 from fused_losses.centers.watch import RankWatch
 from fused_losses.datasets import ImageSet
 from fused_losses.datasets.base import EncodedImages
 from fused_losses.datasets.sampler import EpochBatches, PrefetchReader
 from fused_losses.train.faces.augment import augment, normalize
-from fused_losses.train.faces.backbone import SmallFaceNet, call_factory, load_backbone
-from fused_losses.train.frame.heads import make_margin
 from fused_losses.train.frame.log import LOG, TENSORBOARD, StepLog
-from fused_losses.train.frame.options import OptionError, differences
-from fused_losses.train.frame.preflight import check_backend, check_machine
-from fused_losses.train.frame.runs import CONFIG, RunError, StopSignals
+from fused_losses.train.frame.options import OptionError
+from fused_losses.train.frame.runs import CONFIG, RunError, StopSignals, forget
 from fused_losses.train.frame.seeds import seed_from
 from fused_losses.train.frame.steps import Interrupted, go_through, learning_rate_factor, set_rates
 from fused_losses.train.large.config import LargeConfig
-from fused_losses.train.large.data import load
 from fused_losses.train.large.group import (
     FirstLock,
     deterministic,
@@ -44,8 +39,17 @@ from fused_losses.train.large.group import (
     highest,
     process_group,
 )
+from fused_losses.train.large.ready import (
+    check_batch,
+    check_head,
+    check_same,
+    make_head,
+    read_images,
+    ready,
+)
 
 CHECKPOINTS = "checkpoints"
+START_SECONDS = 1800.0  # for a rank's first steps, at least
 NAMED = 20  # pictures passed over, in the warning at the end
 
 
@@ -62,7 +66,7 @@ def train(config: LargeConfig, folder: str | Path) -> list[float]:
     `RankFailure` when another rank is lost.
     """
     torch.set_num_threads(config.threads)
-    backbone = _ready(config)
+    backbone = ready(config)
     with process_group(config) as device:
         losses, ended = _train(config, Path(folder), backbone, device)
         del backbone
@@ -75,55 +79,51 @@ def _train(
     config: LargeConfig, folder: Path, backbone: nn.Module, device: torch.device
 ) -> tuple[list[float], Exception | None]:
     """(losses, what ended the run early on all ranks alike, to be raised once they have left)."""
-    images = _images(config)
-    with first_locked(folder) as lock, deterministic():
-        first_does(lambda: _check_same(config, folder / CONFIG))
-        with RankWatch.of_group(
-            interval=config.interval, timeout=config.timeout, hang_timeout=config.hang_timeout
-        ) as watch:
-            training = LargeTraining(config, device, backbone, images)
-            with Checkpoints(folder / CHECKPOINTS, keep=config.keep) as checkpoints:
-                start = training.resume(checkpoints)
-                first = dist.get_rank() == 0
-                board = folder / TENSORBOARD if first and config.tensorboard else None
-                with StepLog(folder / LOG if first else None, board) as log:
-                    first_does(lambda: log.begin(start))
-                    # last of what may fail at the start: a run that never began is no run
-                    first_does(lambda: write_text(folder / CONFIG, config.to_json()))
-                    return training.run(start, checkpoints, log, watch, lock)
-
-
-def _ready(config: LargeConfig) -> nn.Module:
-    """The backbone, once nothing is left that one rank alone can know to fail."""
-    check_machine(config.device, config.tensorboard)
-    if config.backend == "reference":
-        raise OptionError(
-            "backend", "expected a streamed one: the table's reference is not sharded"
-        )
-    dtype = getattr(torch, config.dtype)
-    check_backend(config.backend, config.device, config.precision, dtype)
-    kind, _, place = config.data.partition(":")
-    if kind == "folders" and not Path(place).is_dir():
-        raise OptionError("data", f"expected a folder after {kind}:, {place!r} is none")
-    torch.manual_seed(seed_from("weights", config.seed))
-    return _backbone(config)
-
-
-def _images(config: LargeConfig) -> ImageSet:
-    """The set, on every rank; OptionError on all where the first cannot read it."""
-    found: list[ImageSet] = []
     try:
-        first_does(lambda: found.append(load(config)))  # it leaves the set's index for the others
-    except RunError as error:
-        raise OptionError("data", str(error)) from error
-    return found[0] if found else load(config)
+        images = read_images(config)
+        check_batch(config, backbone.to(device, _float(config)), images)
+        check_head(config, max(images.classes, config.classes), device)
+        with first_locked(folder) as lock, deterministic():
+            first_does(lambda: check_same(config, folder / CONFIG))
+            try:
+                return _in_folder(config, folder, backbone, images, device, lock)
+            finally:
+                if dist.get_rank() == 0:
+                    forget(folder, (CONFIG, LOG, TENSORBOARD, CHECKPOINTS))
+    except OptionError as error:  # of all ranks
+        error.__cause__ = None  # whose frames keep tensors
+        return [], error.with_traceback(None)
 
 
-def _check_same(config: LargeConfig, path: Path) -> None:
-    """RunError where the folder has a run of another configuration."""
-    unlike = differences(LargeConfig.load(path), config) if path.exists() else []
-    if unlike:
-        raise RunError("\n  ".join([f"{path.parent}: holds a run that differs", *unlike]))
+def _in_folder(
+    config: LargeConfig,
+    folder: Path,
+    backbone: nn.Module,
+    images: ImageSet,
+    device: torch.device,
+    lock: FirstLock,
+) -> tuple[list[float], Exception | None]:
+    with RankWatch.of_group(
+        interval=config.interval,
+        timeout=config.timeout,
+        hang_timeout=config.hang_timeout,
+        start_timeout=max(START_SECONDS, config.timeout),
+    ) as watch:
+        training = LargeTraining(config, device, backbone, images)
+        with Checkpoints(folder / CHECKPOINTS, keep=config.keep) as checkpoints:
+            start = training.resume(checkpoints)
+            first = dist.get_rank() == 0
+            board = folder / TENSORBOARD if first and config.tensorboard else None
+            with StepLog(folder / LOG if first else None, board) as log:
+                first_does(lambda: log.begin(start))
+                # last of what may fail at the start: a run that never began is no run
+                first_does(lambda: write_text(folder / CONFIG, config.to_json()))
+                return training.run(start, checkpoints, log, watch, lock)
+
+
+def _float(config: LargeConfig) -> torch.dtype:
+    """Of the backbone."""
+    return torch.float64 if config.dtype == "float64" else torch.float32
 
 
 class LargeTraining:
@@ -133,29 +133,13 @@ class LargeTraining:
         self, config: LargeConfig, device: torch.device, backbone: nn.Module, images: ImageSet
     ) -> None:
         self.config, self.device, self.images = config, device, images
+        self.unlogged: OSError | None = None  # why the log could not be written
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        wide = config.dtype == "float64"
-        self.float = torch.float64 if wide else torch.float32
-        self.backbone = _spread(backbone.to(device, self.float), config)
+        self.float = _float(config)
+        self.backbone = _spread(backbone, config)
         self.optimizer = _optimizer(self.backbone, config)
-        self.head = ClassCenters(
-            max(self.images.classes, config.classes),
-            config.embedding,
-            margin=make_margin(config.margin, config.margin_value),
-            scale=config.scale,
-            sample_rate=config.sample_rate,
-            log_q=config.log_q,
-            sub_centers=config.sub_centers,
-            optimizer=config.head_optimizer,
-            optimizer_options=config.head_options(),
-            dtype=getattr(torch, config.dtype),
-            device=device,
-            storage=config.storage or None,
-            seed=seed_from("head", config.seed) % 2**31,
-            precision=config.precision,
-            backend=None if config.backend == "auto" else config.backend,
-            nonfinite={"stop": "raise", "skip": "skip"}[config.nonfinite],
-        )
+        classes = max(images.classes, config.classes)
+        self.head = make_head(config, classes, device, config.storage or None)
         assert self.head.optimizer is not None
         self.head_optimizer = self.head.optimizer
         self.peaks = ((self.optimizer, config.lr), (self.head_optimizer, config.head_lr))
@@ -216,14 +200,18 @@ class LargeTraining:
                 factor = learning_rate_factor(number, config)
                 images, labels = batch.images.to(self.device), batch.labels.to(self.device)
                 losses.append(self.step(number, factor, images, labels))
-                log.write(number, losses[-1], factor * config.lr, time.monotonic() - began)
+                try:
+                    log.write(number, losses[-1], factor * config.lr, time.monotonic() - began)
+                except OSError as error:  # of this rank; the next step tells all
+                    self.unlogged = error
 
             def due(done: int) -> bool:
                 return done % config.checkpoint_every == 0 or done == config.steps
 
             def save(done: int) -> None:
                 lock.check()
-                log.sync()  # a checkpoint's steps are in the log before it exists
+                self.check_logged()
+                first_does(log.sync)  # a checkpoint's steps are in the log before it exists
                 checkpoints.save(self.state(), done)
 
             try:
@@ -232,6 +220,9 @@ class LargeTraining:
                 lock.check()
             except Interrupted as stopped:
                 return losses, stopped.with_traceback(None)  # which would keep this frame's tensors
+            except CheckpointError as error:
+                told = f"{error}; the run goes on from its newest checkpoint"
+                return losses, RunError(told)
             except RunError as error:
                 with contextlib.suppress(CheckpointError):  # that there is no folder is told better
                     checkpoints.wait()
@@ -255,7 +246,11 @@ class LargeTraining:
         value = float(loss.detach())
         # one message tells all ranks what any has seen: they stop, skip and save at one step
         signal = self.asked() or 0
-        bad, self.signal = highest(not math.isfinite(value), signal, device=self.device)
+        bad, self.signal, unlogged = highest(
+            not math.isfinite(value), signal, self.unlogged is not None, device=self.device
+        )
+        if unlogged:
+            self.check_logged()
         if bad:
             self._refuse(step, f"the loss is {value}")
             with torch.no_grad():  # averages of a batch that is not finite stay so
@@ -275,12 +270,21 @@ class LargeTraining:
         self.head_optimizer.step()
         return value
 
+    def check_logged(self) -> None:
+        """RunError on every rank where the first could not write the log."""
+
+        def say() -> None:
+            if self.unlogged is not None:
+                raise self.unlogged
+
+        first_does(say)
+
     def _refuse(self, step: int, told: str) -> None:
         """RunError, on all ranks, unless such steps are skipped."""
         if self.config.nonfinite == "stop":
             raise RunError(
-                f"{told} at step {step + 1}: lower lr or head_lr, or leave such steps out with "
-                "--nonfinite skip; the run goes on from its newest checkpoint"
+                f"{told} at step {step + 1}: lower lr, head_lr or scale, or leave such steps "
+                "out with --nonfinite skip; the run goes on from its newest checkpoint"
             )
         if self.rank == 0:
             warnings.warn(f"step {step + 1} is skipped: {told}", stacklevel=2)
@@ -299,31 +303,6 @@ def _gradient_norm(backbone: nn.Module) -> float:
     gradients = [p.grad for p in backbone.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-class VectorNet(nn.Sequential):
-    """Vectors [B, features] -> embeddings [B, D]; no statistics of the batch, which ranks share."""
-
-    def __init__(self, features: int, hidden: int, embedding: int) -> None:
-        super().__init__(
-            nn.Linear(features, hidden),
-            nn.LayerNorm(hidden),
-            nn.GELU(),
-            nn.Linear(hidden, embedding, bias=False),
-        )
-
-
-def _backbone(config: LargeConfig) -> nn.Module:
-    kind = config.backbone
-    if kind == "auto":
-        kind = "mlp" if config.data == "synthetic" else "small"
-    if kind == "mlp":
-        own = {"features": config.features, "hidden": config.hidden}
-        return call_factory(VectorNet, config, **own, embedding=config.embedding)
-    if kind == "small":
-        own = {"height": config.image_size, "width": config.image_size, "channels": config.channels}
-        return call_factory(SmallFaceNet, config, **own, embedding=config.embedding)
-    return call_factory(load_backbone(kind), config, num_classes=config.embedding)
 
 
 def _spread(backbone: nn.Module, config: LargeConfig) -> nn.Module:
