@@ -69,16 +69,22 @@ ON_GPU = (
     Preference(
         "rows", ("cuda", "triton", "bounded"), "triplets are counted a row, in shared memory"
     ),
+    Preference(
+        "divergence",
+        ("bounded",),
+        "two products a tile and what is made of them in float64: it has no kernels yet",
+    ),
     Preference("row_update", ("cuda", "bounded"), "one pass over the rows that have a gradient"),
 )
 ON_CPU = ("cpu", "bounded")
+NOT_COMPILED = ("divergence",)  # operations without a form in C++
 OPERATIONS = tuple(dict.fromkeys(e.operation for e in ON_GPU))
 
 
 def order(operation: str, device: str, width: int = 0, half: bool = False) -> tuple[str, ...]:
     """What `auto` tries for this operation on rows of this width; half: of 16-bit elements."""
     if device == "cpu":
-        return ON_CPU
+        return ("bounded",) if operation in NOT_COMPILED else ON_CPU
     if device != "cuda":
         return ("bounded",)
     fitting = [

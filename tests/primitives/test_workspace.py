@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.primitives.distances.inputs import FLAT
+from fused_losses.primitives.divergence.op import DIVERGENCE
 from fused_losses.primitives.op import OPS
 from fused_losses.primitives.pairs.inputs import PairInputs
 
@@ -142,6 +143,18 @@ def shared(n: int, d: int) -> Callable:
     return make
 
 
+def two_sided(
+    n: int, c: int, d: int, kind: str, *params: float, dense: bool = False, unit: bool = False
+) -> Callable:
+    def make(dtype: torch.dtype) -> tuple:
+        teacher = rows(dtype, n, c if dense else d), None if dense else rows(dtype, c, d)
+        ids = torch.arange(n) % c
+        rest = (unit, unit and not dense, kind, list(params), "fp32")
+        return (rows(dtype, n, d), rows(dtype, c, d), *teacher, ids, None, None, None, None, *rest)
+
+    return make
+
+
 SPHERE = (8.0, 0.1, 3.0, 0.0)
 
 CASES = {
@@ -201,6 +214,16 @@ CASES = {
     "sub-centres": Case("class_rules", classes(256, 3_000, 64, "softmax", 8.0, centers=3)),
     "sphereface2": Case("class_rules", classes(256, 9_000, 64, "sphereface2", *SPHERE)),
     "class-targets": Case("class_targets", of_labels(9_000, 500, 64)),
+    "divergence": Case(DIVERGENCE.name, two_sided(256, 9_000, 64, "forward")),
+    "divergence-dense": Case(DIVERGENCE.name, two_sided(256, 9_000, 64, "reverse", dense=True)),
+    "divergence-twice": Case(DIVERGENCE.name, two_sided(256, 9_000, 64, "jensen_shannon", 0.5)),
+    "divergence-many-rows": Case(DIVERGENCE.name, two_sided(4_000, 1_000, 32, "power", 2.0)),
+    "divergence-half": Case(
+        DIVERGENCE.name, two_sided(64, 9_000, 256, "forward", unit=True), "bfloat16"
+    ),
+    "divergence-float64": Case(
+        "divergence", two_sided(256, 9_000, 64, "bernoulli", 9.0), "float64"
+    ),
     "shared": Case("shared_negatives", shared(1_600, 64)),
     "shared-few": Case("shared_negatives", shared(200, 64)),
 }
@@ -233,6 +256,10 @@ def of_backward(case: Case, given: tuple, output: Any) -> tuple | None:
         return None if choice else (*ones, *given, True, True, given[6] is not None)
     if case.op == "class_rules":
         return (*ones[:2], outputs[0], *given, False, True, True)
+    if case.op == "divergence":
+        factored = given[3] is not None
+        needs = (False, True, True, True, factored, False, False, False)
+        return (*ones, *given, outputs[0], outputs[1], outputs[4], *needs)
     if case.op == "shared_negatives":
         return (ones[0], *given[:4], *outputs, True, True)
     return None

@@ -1,0 +1,1 @@
+"""Divergences of two softmaxes over classes, from two score matrices that are never stored."""

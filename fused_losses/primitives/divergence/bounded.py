@@ -1,0 +1,311 @@
+"""Divergences in pure PyTorch: both matrices go by in the same tiles of classes.
+
+A tile's products are in the accumulation dtype, all that is made of them in `row_dtype`.
+Extra memory O(N D + tile), whatever the number of classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_losses.base.numerics import merged, over_last, row_dtype, unit_rows
+from fused_losses.base.unit_norm import UnitRows, unit_parts
+from fused_losses.primitives.divergence.inputs import (
+    DivergenceGradients,
+    DivergenceInputs,
+    DivergenceNeeds,
+    DivergenceSaved,
+    check_ids,
+    gradient_shapes,
+)
+from fused_losses.primitives.divergence.rules import DIVERGENCES, ClassScores, exp_excess
+
+TILE_BYTES = 1 << 20  # of a tile's scores in row_dtype and of its rows of both weights
+# how many tiles of scores, and of weights, are alive at the peak (test_workspace.py)
+LIVE_SCORES, LIVE_SHARES, LIVE_WEIGHTS = 17.5, 22.0, 2.5
+ROW_BYTES = 400  # of vectors
+
+# beyond this distance from their mean exp(scores' difference) is not summed: lse tells it
+FAR = 40.0
+
+
+def _depth(p: DivergenceInputs) -> int:
+    """Of both sides' rows together."""
+    return p.x.shape[1] + (0 if p.teacher_weight is None else p.teacher.shape[1])
+
+
+def _class_bytes(p: DivergenceInputs) -> tuple[int, int]:
+    """Of a class in a tile: its scores and its rows of both weights."""
+    scores = p.x.shape[0] * row_dtype(p.x.device).itemsize
+    return max(1, scores), _depth(p) * p.dtype.itemsize
+
+
+def _tile_classes(p: DivergenceInputs) -> int:
+    return max(16, TILE_BYTES // sum(_class_bytes(p)))
+
+
+def workspace(p: DivergenceInputs, needs: DivergenceNeeds | None) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
+    n, depth = p.x.shape[0], _depth(p)
+    classes = min(_tile_classes(p), p.taking_part)
+    scores, weights = (classes * each for each in _class_bytes(p))
+    live = LIVE_SHARES if DIVERGENCES[p.kind].shares and needs is None else LIVE_SCORES
+    tile = int(live * scores + LIVE_WEIGHTS * weights)
+    gathered = 3 * min(TILE_BYTES, 32 * n * depth)  # of targets
+    rows = (1 if needs is None else 2) * n * depth * p.dtype.itemsize
+    return max(tile, gathered) + rows + n * ROW_BYTES
+
+
+class _Side(NamedTuple):
+    """Rows and a tile of their weight."""
+
+    rows: Tensor  # [N, D]
+    weight: Tensor  # [T, D] as multiplied
+    unit: UnitRows | None  # of those rows, where they are normalised
+
+
+class _Tile(NamedTuple):
+    """A run of T classes against every row, on both sides."""
+
+    ids: slice | Tensor  # of the classes
+    part: slice  # of those that take part
+    student: _Side
+    teacher: _Side | None
+    dense: Tensor | None  # [N, T] scores of a teacher without a weight, as given
+    u: Tensor  # [N, T] in row_dtype
+    v: Tensor  # [N, T]
+    others: Tensor  # [N, T] bool: no target
+
+
+def _side(rows: Tensor, weight: Tensor, ids: slice | Tensor, normalize: bool) -> _Side:
+    part = weight[ids].to(rows.dtype)
+    unit = unit_parts(part) if normalize else None
+    return _Side(rows, part if unit is None else unit.rows, unit)
+
+
+def _tiles(p: DivergenceInputs) -> Iterator[_Tile]:
+    wide, n = row_dtype(p.x.device), p.x.shape[0]
+    x = p.x.to(p.dtype)
+    t = p.teacher if p.teacher_weight is None else p.teacher.to(p.dtype)
+    step, total = _tile_classes(p), p.taking_part
+    for start in range(0, total if n else 0, step):
+        part = slice(start, min(start + step, total))
+        ids = part if p.classes is None else p.classes[part]
+        student, teacher, dense = _side(x, p.weight, ids, p.normalize), None, None
+        u = (student.rows @ student.weight.T).to(wide)
+        if p.teacher_weight is None:
+            dense = t[:, ids]
+            v = dense.to(wide)
+            v = v if p.teacher_scale is None else v * p.teacher_scale.to(wide)[:, None]
+        else:
+            teacher = _side(t, p.teacher_weight, ids, p.teacher_normalize)
+            v = (teacher.rows @ teacher.weight.T).to(wide)
+        u = u if p.bias is None else u + p.bias[ids].to(wide)
+        v = v if p.teacher_bias is None else v + p.teacher_bias[ids].to(wide)
+        numbers = torch.arange(part.start, part.stop, device=u.device)
+        others = p.labels[:, None] != (numbers if p.classes is None else ids)
+        yield _Tile(ids, part, student, teacher, dense, u, v, others)
+
+
+# ---- targets ------------------------------------------------------------------------------------
+
+
+def _target(
+    rows: Tensor, weight: Tensor | None, bias: Tensor | None, normalize: bool, p: DivergenceInputs
+) -> Tensor:
+    """A row's score of its label, summed in `row_dtype`; 0 without one. [N]"""
+    wide, here, picked = row_dtype(rows.device), p.labels >= 0, p.labels.clamp_min(0)
+    if weight is None:
+        found = rows.gather(1, picked[:, None])[:, 0].to(wide)
+        found = found if p.teacher_scale is None else found * p.teacher_scale.to(wide)
+    else:
+        step = max(1, TILE_BYTES // (32 * max(rows.shape[1], 1)))
+        parts = []
+        for start in range(0, max(len(rows), 1), step):
+            w = weight[picked[start : start + step]].to(wide)
+            w = unit_rows(w) if normalize else w
+            parts.append((rows[start : start + step].to(wide) * w).sum(dim=1))
+        found = torch.cat(parts)
+    found = found if bias is None else found + bias[picked].to(wide)
+    return torch.where(here, found, 0)
+
+
+# ---- sums over the classes ----------------------------------------------------------------------
+
+
+class _Gap(NamedTuple):
+    """Of the leading softmax q and gaps d = leading score - other score, [N] each."""
+
+    lse: Tensor  # of the leading scores
+    mean: Tensor  # sum q d
+    excess: Tensor  # sum q (exp(r) - 1 - r) >= 0, r = mean - d
+    far: Tensor  # bool: some |r| > FAR, the excess tells nothing
+
+
+def _gap_of(lead: Tensor, other: Tensor, others: Tensor) -> _Gap:
+    """Of a tile."""
+    lse = over_last(lead, others)
+    share = torch.where(others, (lead - _finite(lse)).exp(), 0)
+    gap = torch.where(others, lead - other, 0)
+    mean = (share * gap).sum(dim=1)
+    r = torch.where(others, mean[:, None] - gap, 0)
+    far = (r.abs() > FAR).any(dim=1)
+    return _Gap(lse, mean, (share * exp_excess(r.clamp(-FAR, FAR))).sum(dim=1), far)
+
+
+def _joined(a: _Gap, b: _Gap) -> _Gap:
+    """Of two disjoint sets of classes, as variances are: each about the mean of both."""
+    lse = merged(a.lse, b.lse)
+    mass = [(part.lse - torch.where(lse == -torch.inf, 0, lse)).exp() for part in (a, b)]
+    mean = mass[0] * a.mean + mass[1] * b.mean
+    excess, far = torch.zeros_like(mean), a.far | b.far
+    for weight, part in zip(mass, (a, b), strict=True):
+        step = mean - part.mean
+        empty = weight == 0
+        far = far | ((step.abs() > FAR) & ~empty)
+        step = torch.where(empty, 0, step).clamp(-FAR, FAR)
+        excess = excess + weight * (step.exp() * part.excess + exp_excess(step))
+    return _Gap(lse, mean, excess, far)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """[N, 1]; a row without other classes has lse = -inf, and nothing to sum."""
+    return torch.where(lse == -torch.inf, 0, lse)[:, None]
+
+
+def _leibler(gap: _Gap, lse: Tensor) -> Tensor:
+    """KL of the leading softmax from the other, whose lse is given.
+
+    KL = log(1 + excess), exact down to 0; where exponents would be too large it is what lse tells,
+    to a few roundings of lse.
+    """
+    plain = gap.mean - torch.where(gap.lse == -torch.inf, 0, gap.lse - lse)
+    return torch.where(gap.far, plain, torch.log1p(gap.excess))
+
+
+def _scores_of(p: DivergenceInputs, tile: _Tile, saved: DivergenceSaved) -> ClassScores:
+    """Of a tile, once both lse are known; the target's are as an equal class of no weight."""
+    u = torch.where(tile.others, tile.u, 0)
+    v = torch.where(tile.others, tile.v, 0)
+    lse, teacher_lse = _finite(saved.lse), _finite(saved.teacher_lse)
+    q_s = torch.where(tile.others, (u - lse).exp(), 0)
+    q_t = torch.where(tile.others, (v - teacher_lse).exp(), 0)
+    gap = torch.where(tile.others, (u - v) - (lse - teacher_lse), 0)
+    return ClassScores(u, v, q_s, q_t, gap, tuple(saved.folds[:, :, None]))
+
+
+def forward(p: DivergenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """lse, teacher_lse, target, teacher_target, folds (`divergence`)."""
+    check_ids(p)
+    rule, params = DIVERGENCES[p.kind], list(p.params)
+    n, wide = p.x.shape[0], row_dtype(p.x.device)
+    nothing = p.x.new_zeros(n, dtype=wide)
+    none = torch.full_like(nothing, -torch.inf)
+    lse, teacher_lse, total = none, none, nothing
+    gap = _Gap(none, nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool))
+    for tile in _tiles(p):
+        lse = merged(lse, over_last(tile.u, tile.others))
+        teacher_lse = merged(teacher_lse, over_last(tile.v, tile.others))
+        if rule.lead:
+            sides = (tile.v, tile.u) if rule.lead == "teacher" else (tile.u, tile.v)
+            gap = _joined(gap, _gap_of(*sides, tile.others))
+        elif rule.power:
+            # the mean of u, as that of a gap from 0
+            gap = _joined(gap, _mean_of(params[0] * tile.v, tile.u, tile.others))
+        elif rule.term is not None:
+            total = total + torch.where(tile.others, rule.term(tile.u, tile.v, params), 0).sum(
+                dim=1
+            )
+    # an infinite score is a fault that must show
+    lse, teacher_lse = (torch.where(t == torch.inf, torch.nan, t) for t in (lse, teacher_lse))
+    if rule.lead:
+        folds = (_leibler(gap, lse if rule.lead == "teacher" else teacher_lse),)
+    elif rule.power:
+        folds = (gap.lse, gap.mean)
+    elif rule.shares is not None:
+        folds = (nothing,) * rule.folds
+        saved = DivergenceSaved(lse, teacher_lse, p.x.new_zeros((0, n), dtype=wide))
+        for tile in _tiles(p):
+            parts = rule.shares(_scores_of(p, tile, saved), params)
+            folds = tuple(f + part.sum(dim=1) for f, part in zip(folds, parts, strict=True))
+    else:
+        folds = (total,)
+    of_target = _target(p.x, p.weight, p.bias, p.normalize, p)
+    of_teacher = _target(p.teacher, p.teacher_weight, p.teacher_bias, p.teacher_normalize, p)
+    return lse, teacher_lse, of_target, of_teacher, torch.stack(folds)
+
+
+def _mean_of(lead: Tensor, values: Tensor, others: Tensor) -> _Gap:
+    """The mean of values alone, for `_joined`."""
+    lse = over_last(lead, others)
+    share = torch.where(others, (lead - _finite(lse)).exp(), 0)
+    mean = (share * values).sum(dim=1)
+    return _Gap(lse, mean, torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.bool))
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+def backward(
+    p: DivergenceInputs, saved: DivergenceSaved, grads: DivergenceGradients, needs: DivergenceNeeds
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, teacher, teacher_weight, bias, teacher_bias and teacher_scale."""
+    rule, params = DIVERGENCES[p.kind], list(p.params)
+    out = [like.new_zeros(shape) for like, shape in gradient_shapes(p, needs)]
+    _, dweight, dteacher, dteacher_weight, dbias, dteacher_bias, dscale = out
+    dx = torch.zeros_like(p.x, dtype=p.dtype) if needs.x else None
+    dense = p.teacher_weight is None
+    dt = torch.zeros_like(p.teacher, dtype=p.dtype) if needs.teacher and not dense else None
+    wide = row_dtype(p.x.device)
+    scale_sum = p.x.new_zeros(p.x.shape[0], dtype=wide)
+    of_folds = tuple(grads.folds[: rule.differentiable, :, None])
+    compact = needs.compact and p.classes is not None
+    for tile in _tiles(p):
+        s = _scores_of(p, tile, saved)
+        of_u, of_v = rule.slopes(s, of_folds, params)
+        of_u = torch.where(tile.others, of_u + grads.lse[:, None] * s.q_s, grads.target[:, None])
+        rows = tile.part if compact else tile.ids
+        _accumulate(of_u, tile.student, dx, dweight if needs.weight else None, rows)
+        if needs.bias:
+            dbias[tile.ids] = of_u.sum(dim=0).to(dbias.dtype)
+        if not needs.of_teacher:
+            continue
+        of_v = of_v + grads.teacher_lse[:, None] * s.q_t
+        of_v = torch.where(tile.others, of_v, grads.teacher_target[:, None])
+        if needs.teacher_bias:
+            dteacher_bias[tile.ids] = of_v.sum(dim=0).to(dteacher_bias.dtype)
+        if tile.teacher is not None:
+            of_weight = dteacher_weight if needs.teacher_weight else None
+            _accumulate(of_v, tile.teacher, dt, of_weight, rows)
+            continue
+        assert tile.dense is not None
+        if needs.teacher_scale:
+            scale_sum += (of_v * tile.dense.to(wide)).sum(dim=1)
+        if needs.teacher:
+            scale = 1 if p.teacher_scale is None else p.teacher_scale.to(wide)[:, None]
+            dteacher[:, tile.ids] = (of_v * scale).to(dteacher.dtype)
+    if dx is not None:
+        out[0] = dx.to(p.x.dtype)
+    if dt is not None:
+        out[2] = dt.to(p.teacher.dtype)
+    if needs.teacher_scale:
+        out[6] = scale_sum.to(dscale.dtype)
+    return tuple(out)
+
+
+def _accumulate(
+    of_scores: Tensor, side: _Side, of_rows: Tensor | None, of_weight: Tensor | None,
+    ids: slice | Tensor,
+) -> None:  # fmt: skip
+    """The gradients of a tile's products, into those of the rows and of the weight."""
+    g = of_scores.to(side.rows.dtype)
+    if of_rows is not None:
+        of_rows += g @ side.weight
+    if of_weight is not None:
+        found = g.T @ side.rows
+        found = found if side.unit is None else side.unit.backward(found)
+        of_weight[ids] = found.to(of_weight.dtype)

@@ -1,0 +1,266 @@
+"""Divergences of two score matrices, every backend against formulas on probabilities."""
+
+from __future__ import annotations
+
+import divergence_formulas as formulas
+import pytest
+import torch
+from divergence_formulas import PARAMS, Call
+from torch import Tensor
+
+from fused_losses import backends
+from fused_losses.primitives.divergence import bounded
+from fused_losses.primitives.divergence.inputs import DivergenceInputs
+from fused_losses.primitives.divergence.op import DIVERGENCE, DivergenceStatistics, divergence
+from fused_losses.primitives.divergence.rules import DIVERGENCES
+
+FORMS = ("reference", "bounded")
+STREAMED = FORMS[1:]
+SHAPES = {
+    "two weights": {},
+    "dense": {"dense": True},
+    "sampled": {"sampled": True},
+    "dense, sampled": {"dense": True, "sampled": True},
+    "plain": {"plain": True},
+    "dense, plain": {"dense": True, "plain": True},
+}
+LIMITED = {"bernoulli limit": ("bernoulli", [0.6]), "norm limit": ("bernoulli_norm", [0.6])}
+KINDS = {kind: (kind, params) for kind, params in PARAMS.items()} | LIMITED
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of 16 classes, or there would be nothing to merge."""
+    monkeypatch.setattr(bounded, "TILE_BYTES", 1)
+
+
+def inputs(call: Call, kind: str, params: list[float]) -> DivergenceInputs:
+    return DivergenceInputs(*vars(call).values(), kind, params)
+
+
+def found(call: Call, kind: str, params: list[float], backend: str) -> DivergenceStatistics:
+    return divergence(inputs(call, kind, params), backend=backend)
+
+
+def pulled(out: tuple[Tensor, ...], call: Call) -> list[Tensor]:
+    """Gradients of all leaves, of one fixed random sum of the outputs."""
+    drawn = torch.Generator().manual_seed(3)
+    total = sum((o * torch.randn(o.shape, generator=drawn, dtype=o.dtype)).sum() for o in out)
+    given = torch.autograd.grad(total, call.leaves, allow_unused=True, materialize_grads=True)
+    return list(given)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients(kind: str, shape: str, form: str) -> None:
+    name, params = KINDS[kind]
+    call = formulas.drawn(c=50, **SHAPES[shape])
+    expected = formulas.divergence(call, name, params)
+    got = found(call, name, params, form)
+    torch.testing.assert_close(tuple(got), expected, rtol=1e-11, atol=1e-11)
+    pairs = zip(pulled(got, call), pulled(expected, call), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def _near(scale: float, c: int = 5_000, d: int = 64) -> Call:
+    """A student that is its teacher and a little; the label counts on neither side."""
+    call = formulas.drawn(8, c, plain=True, rounded=torch.float32, d=(d, d))
+    x = call.x.detach() / d**0.5
+    moved = (x + scale * torch.randn_like(x) / d**0.5).float().double()
+    call.x, call.teacher = x.float().double().requires_grad_(), moved.requires_grad_()
+    call.teacher_weight = call.weight.detach().clone().requires_grad_()
+    return call
+
+
+@pytest.mark.parametrize("form", STREAMED)
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon"])
+def test_near_agreement_keeps_its_digits(kind: str, form: str) -> None:
+    # KL is half a variance: 2e-6 of gaps of 2e-3
+    call = _near(2e-3)
+    expected = formulas.divergence(call, kind, PARAMS[kind])
+    single = call.to(torch.float32)
+    got = found(single, kind, PARAMS[kind], form)
+    assert 2e-7 < expected[-1].mean() < 4e-6
+    torch.testing.assert_close(got.folds, expected[-1], rtol=1e-3, atol=0)
+    (mine,) = torch.autograd.grad(got.folds.sum(), single.x)
+    (theirs,) = torch.autograd.grad(expected[-1].sum(), call.x)
+    # each gap is rounded in the products, to some 1e-7 of 2e-3
+    assert (mine - theirs).norm() < 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("form", STREAMED)
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon", "bernoulli"])
+def test_differences_far_below_the_roundings_of_lse(kind: str, form: str) -> None:
+    """In float64 gaps of 1e-9: half their variance, to the digits that the gaps have."""
+    call = formulas.drawn(4, 60, dense=True, plain=True)
+    call.weight = torch.eye(60, dtype=torch.float64).requires_grad_()
+    call.x = torch.randn(4, 60, dtype=torch.float64).requires_grad_()
+    gap = 1e-9 * torch.randn(4, 60, dtype=torch.float64)
+    call.teacher = (call.x.detach() + gap).requires_grad_()
+    got = found(call, kind, PARAMS[kind], form).folds[0]
+    u, gap = call.x.detach(), call.teacher.detach() - call.x.detach()
+    for i, label in enumerate(call.labels.tolist()):
+        kept = torch.arange(60) != label
+        a, g = u[i, kept], gap[i, kept]
+        q = torch.softmax(a, 0)
+        half = (q * (g - (q * g).sum()) ** 2).sum() / 2
+        if kind == "jensen_shannon":
+            half = half * 0.3 * 0.7
+        if kind == "bernoulli":
+            half = (torch.sigmoid(a) * torch.sigmoid(-a) * g**2).sum() / 2
+        torch.testing.assert_close(got[i], half, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", STREAMED)
+@pytest.mark.parametrize("kind", [k for k in PARAMS if k != "power"])
+def test_a_student_that_is_its_teacher(kind: str, form: str) -> None:
+    call = formulas.drawn(7, 90, plain=True, d=(6, 6)).to(torch.float32)
+    call.teacher, call.teacher_weight = call.x, call.weight
+    got = found(call, kind, PARAMS[kind], form).folds
+    assert (got == 0).all()
+    call.teacher, call.teacher_weight = call.x.detach(), call.weight.detach()
+    got = found(call, kind, PARAMS[kind], form).folds
+    of_x, of_weight = torch.autograd.grad(got.sum(), [call.x, call.weight])
+    assert not of_x.any() and not of_weight.any()
+
+
+@pytest.mark.parametrize("form", STREAMED)
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("kind", PARAMS)
+def test_peaked_scores(kind: str, temperature: float, form: str) -> None:
+    """Scores to +-1e4: against the same formulas by logarithms, in float64."""
+    call = formulas.drawn(5, 40, dense=True, plain=True)
+    size = 500.0 / temperature
+    call.weight = torch.eye(40, dtype=torch.float64).requires_grad_()
+    call.x = (size * torch.randn(5, 40, dtype=torch.float64)).clamp(-1e4, 1e4).requires_grad_()
+    call.teacher = (size * torch.randn(5, 40, dtype=torch.float64)).requires_grad_()
+    expected = found(call, kind, PARAMS[kind], "reference")
+    got = found(call, kind, PARAMS[kind], form)
+    torch.testing.assert_close(tuple(got), tuple(expected), rtol=1e-11, atol=1e-11)
+    for mine, theirs in zip(pulled(got, call), pulled(expected, call), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", PARAMS)
+def test_rows_without_other_classes(kind: str, form: str) -> None:
+    call = formulas.drawn(4, 1)
+    call.labels = torch.tensor([0, -1, 0, -1])
+    got = found(call, kind, PARAMS[kind], form)
+    alone = call.labels == 0
+    assert (got.lse[alone] == -torch.inf).all() and (got.teacher_lse[alone] == -torch.inf).all()
+    assert (got.folds[-1, alone] == 0).all()
+    assert all(g.isfinite().all() for g in pulled((got.folds[-1], got.target), call))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", PARAMS)
+def test_no_rows(kind: str, form: str) -> None:
+    call = formulas.drawn(0, 9)
+    got = found(call, kind, PARAMS[kind], form)
+    assert got.lse.shape == (0,) and got.folds.shape == (formulas.DIFFERENTIABLE.get(kind, 1), 0)
+    assert all(not g.any() for g in pulled(got, call))
+
+
+@pytest.mark.parametrize("form", STREAMED)
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("kind", PARAMS)
+def test_opcheck(kind: str, dense: bool, form: str) -> None:
+    p = inputs(formulas.drawn(4, 20, dense=dense, sampled=True), kind, PARAMS[kind])
+    torch.library.opcheck(DIVERGENCE.op(form), tuple(p))
+    still = [a.detach() if isinstance(a, Tensor) else a for a in p]
+    out = DIVERGENCE.op(form)(*still)
+    grads = [torch.randn_like(o) for o in out]
+    for compact in (False, True):
+        needs = (compact, True, True, True, not dense, True, True, dense)
+        arguments = (*grads, *still, out[0], out[1], out[4], *needs)
+        torch.library.opcheck(DIVERGENCE.op(form, "_backward"), arguments)
+    *_, gradient = DIVERGENCE.op(form, "_backward")(*grads, *still, out[0], out[1], out[4], *needs)
+    assert gradient.shape == ((4,) if dense else (0,))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compact_gradients_are_the_rows_of_the_classes(form: str) -> None:
+    if form == "reference":
+        pytest.skip("its gradient is autograd's")
+    p = inputs(formulas.drawn(4, 20, sampled=True), "forward", [])
+    still = [a.detach() if isinstance(a, Tensor) else a for a in p]
+    out = DIVERGENCE.op(form)(*still)
+    given = (*[torch.ones_like(o) for o in out], *still, out[0], out[1], out[4])
+    needs = (False, True, False, True, False, False, False)
+    whole, small = (
+        DIVERGENCE.op(form, "_backward")(*given, compact, *needs[:2], False, *needs[3:])
+        for compact in (False, True)
+    )
+    for full, some in ((whole[1], small[1]), (whole[3], small[3])):
+        torch.testing.assert_close(full[p.classes], some)
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_forward_mode(kind: str) -> None:
+    call = formulas.drawn(4, 20)
+    leaves = call.leaves
+    moves = [torch.randn_like(t) for t in leaves]
+
+    def at(*given: Tensor) -> tuple[Tensor, ...]:
+        names = [k for k, v in vars(call).items() if any(v is t for t in leaves)]
+        moved = Call(**(vars(call) | dict(zip(names, given, strict=True))))
+        return tuple(found(moved, kind, PARAMS[kind], "bounded"))
+
+    still = tuple(t.detach() for t in leaves)
+    _, tangents = torch.func.jvp(at, still, tuple(moves))
+    step = 1e-6
+    ahead, behind = (
+        at(*(t + sign * step * m for t, m in zip(still, moves, strict=True))) for sign in (1, -1)
+    )
+    for tangent, a, b in zip(tangents, ahead, behind, strict=True):
+        torch.testing.assert_close(tangent, (a - b) / (2 * step), rtol=1e-6, atol=1e-7)
+
+
+def test_infinite_scores_show() -> None:
+    call = formulas.drawn(3, 20, dense=True, plain=True)
+    call.teacher = call.teacher.detach().clone()
+    call.teacher[1, 2] = torch.inf
+    call.labels = torch.tensor([-1, 5, -1])
+    got = found(call, "forward", [], "bounded")
+    assert got.teacher_lse.isnan().tolist() == got.folds[0].isnan().tolist() == [0, 1, 0]
+
+
+def test_kinds_are_those_of_the_formulas() -> None:
+    assert set(DIVERGENCES) == set(PARAMS)
+    for kind, rule in DIVERGENCES.items():
+        assert len(rule.params) == len(PARAMS[kind])
+        assert rule.differentiable == formulas.DIFFERENTIABLE.get(kind, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("kind", "cosine", "kind: expected one of"),
+        ("params", [1.0], "params: expected 0 of 'forward'"),
+        ("x", torch.zeros(6, 4), "weight: expected"),
+        ("teacher", torch.zeros(5, 7), "teacher: expected 6 rows"),
+        ("teacher_weight", torch.zeros(9, 7), "teacher_weight: expected 23 classes"),
+        ("teacher_weight", None, "teacher: expected scores"),
+        ("teacher_scale", torch.ones(6), "teacher_scale: expected None"),
+        ("bias", torch.ones(3), "bias: expected shape"),
+        ("labels", torch.full((6,), 23), "labels: expected class ids"),
+        ("precision", "half", "precision: expected one of"),
+    ],
+    ids=lambda change: change[0],
+)
+def test_bad_inputs(change: tuple[str, object, str]) -> None:
+    name, value, message = change
+    p = inputs(formulas.drawn().to(torch.float32), "forward", [])._replace(**{name: value})
+    with pytest.raises((ValueError, TypeError, IndexError), match=message):
+        divergence(p)
+
+
+def test_a_backend_without_kernels_says_so() -> None:
+    missing = [b for b in backends.NAMES if b not in FORMS and b not in DIVERGENCE.python_backends]
+    for name in missing:
+        if backends.unavailable(name) is None:
+            with pytest.raises(RuntimeError, match=r"has no kernels of two score matrices"):
+                found(formulas.drawn(), "forward", [], name)
