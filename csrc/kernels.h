@@ -1,6 +1,7 @@
 // The kernels by instruction set, and the choice among them.
 #pragma once
 
+#include "class_rules.h"
 #include "distances.h"
 #include "maxsim.h"
 #include "pairs.h"
@@ -15,6 +16,7 @@ struct Kernels {
   const char* capability;
   bool bf16;
   RowKernels rows;
+  ClassKernels classes;
   PairKernels pairs;
   MaxSimKernels maxsim;
   TopkKernels topk;

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../kernels.h"
 
@@ -58,6 +59,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_scores(
     const std::string& screen, const std::optional<at::Tensor>& codes,
     const std::optional<at::Tensor>& codes_scale, const std::optional<at::Tensor>& codes_error);
 size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes);
+
+// Of the form in Python (primitives/class_rules/cpu.py), which has checked: `place` [n, slots] of
+// labels among the classes that take part, or -1; `statistics` merged, [S, n].
+std::tuple<at::Tensor, at::Tensor, at::Tensor> class_rules_forward(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& place,
+    const std::optional<at::Tensor>& classes, const std::optional<at::Tensor>& values,
+    const std::string& rule, const std::vector<double>& params, int64_t centers, double softness,
+    bool normalize, const std::string& precision);
+std::tuple<at::Tensor, at::Tensor> class_rules_backward(
+    const at::Tensor& grad_statistics, const at::Tensor& grad_targets, const at::Tensor& statistics,
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& place,
+    const std::optional<at::Tensor>& classes, const std::optional<at::Tensor>& values,
+    const std::string& rule, const std::vector<double>& params, int64_t centers, double softness,
+    bool normalize, const std::string& precision, bool compact, bool need_x, bool need_weight);
+size_t class_rules_workspace(int64_t n, int64_t d, int64_t classes, int64_t centers, int64_t item,
+                             const std::string& rule, int64_t value_rows, bool bf16, bool gradient);
 
 void register_triplets(torch::Library& m);
 void register_row_update(torch::Library& m);

@@ -112,6 +112,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("maxsim_workspace", &maxsim_workspace);
   m.def("distance_workspace", &distance_workspace);
   m.def("topk_workspace", &topk_workspace);
+  m.def("class_rules_workspace", &class_rules_workspace);
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  m.def("class_rules_forward", &class_rules_forward, unlocked);
+  m.def("class_rules_backward", &class_rules_backward, unlocked);
   // For tests: what the screen of the top-k makes of every pair, and how far it may be wrong.
   m.def("topk_scores", &topk_scores);
   m.def("build", [] {

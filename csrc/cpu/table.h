@@ -1,6 +1,7 @@
 // Fills the table of one instruction set from the templates.
 #pragma once
 
+#include "class_rules/backward.h"
 #include "distances/distances.h"
 #include "maxsim.h"
 #include "pairs/attention.h"
@@ -55,6 +56,32 @@ inline RowKernels row_table() {
                   const Parallel& parallel) {
     with_products(p, [&]<class PS, class PG, class T>() {
       backward<PS, PG, T>(p, in, out, buffer, parallel);
+    });
+  };
+  return k;
+}
+
+inline ClassKernels class_table() {
+  ClassKernels k;
+  k.forward_bytes = [](const ClassProblem& c, int threads) {
+    return with_products(
+        c.rows, [&]<class PS, class, class T>() { return class_forward_bytes<PS, T>(c, threads); });
+  };
+  k.forward = [](const ClassProblem& c, const ClassForwardOut& out, void* buffer,
+                 const Parallel& parallel) {
+    with_products(c.rows, [&]<class PS, class, class T>() {
+      class_forward<PS, T>(c, out, buffer, parallel);
+    });
+  };
+  k.backward_bytes = [](const ClassProblem& c, int threads, bool dx, bool dw) {
+    return with_products(c.rows, [&]<class PS, class PG, class T>() {
+      return class_backward_bytes<PS, PG, T>(c, threads, dx, dw);
+    });
+  };
+  k.backward = [](const ClassProblem& c, const ClassBackwardIn& in, const BackwardOut& out,
+                  void* buffer, const Parallel& parallel) {
+    with_products(c.rows, [&]<class PS, class PG, class T>() {
+      class_backward<PS, PG, T>(c, in, out, buffer, parallel);
     });
   };
   return k;
@@ -182,9 +209,8 @@ inline TripletKernels triplet_table() {
 }
 
 inline Kernels table(const char* capability, bool bf16) {
-  return {capability,        bf16,         row_table(),      pair_table(),
-          maxsim_table(),    topk_table(), distance_table(), triplet_table(),
-          row_update_table()};
+  return {capability,     bf16,         row_table(),      class_table(),   pair_table(),
+          maxsim_table(), topk_table(), distance_table(), triplet_table(), row_update_table()};
 }
 
 }  // namespace fused_losses::FL_ISA

@@ -116,12 +116,23 @@ def folded(n: int, m: int, d: int, rule: str, *params: float, each: int = 4) -> 
     return make
 
 
-def classes(n: int, c: int, d: int, rule: str, *params: float, centers: int = 1) -> Callable:
+def classes(
+    n: int,
+    c: int,
+    d: int,
+    rule: str,
+    *params: float,
+    centers: int = 1,
+    slots: int = 1,
+    sampled: int = 0,
+) -> Callable:
     def make(dtype: torch.dtype) -> tuple:
         values = torch.zeros(1, n) if rule == "sphereface2" else None
-        weight, ids = rows(dtype, c * centers, d), (torch.arange(n) % c)[:, None]
+        part = torch.arange(0, c, max(1, c // sampled)) if sampled else torch.arange(c)
+        ids = part[torch.arange(n * slots).reshape(n, slots) % len(part)]
         rest = (rule, list(params), centers, 0.0, True, "fp32")
-        return (rows(dtype, n, d), weight, ids, None, values, *rest)
+        weight = rows(dtype, c * centers, d)
+        return (rows(dtype, n, d), weight, ids, part if sampled else None, values, *rest)
 
     return make
 
@@ -213,6 +224,10 @@ CASES = {
     "softmax-half": Case("class_rules", classes(256, 9_000, 64, "softmax", 8.0), "bfloat16"),
     "sub-centres": Case("class_rules", classes(256, 3_000, 64, "softmax", 8.0, centers=3)),
     "sphereface2": Case("class_rules", classes(256, 9_000, 64, "sphereface2", *SPHERE)),
+    "several-labels": Case("class_rules", classes(256, 9_000, 64, "summed_softmax", 8.0, slots=20)),
+    "sub-centres-sampled": Case(
+        "class_rules", classes(256, 9_000, 64, "sface", 80.0, 1.2, centers=3, sampled=3_000)
+    ),
     "class-targets": Case("class_targets", of_labels(9_000, 500, 64)),
     "divergence": Case(DIVERGENCE.name, two_sided(256, 9_000, 64, "forward")),
     "divergence-dense": Case(DIVERGENCE.name, two_sided(256, 9_000, 64, "reverse", dense=True)),

@@ -192,6 +192,14 @@ inline void add_dw(const Problem& p, const BackwardOut& out,
   }
 }
 
+// Whether a centre is nothing: its gradient is zero, whatever NaN the rows bring.
+template <class PS, class T>
+inline bool is_zero(const Problem& p, const TileScratch<PS, T>& s, const Tile<PS, T>& tile,
+                    int64_t c) {
+  const T* w = tile.row(c);
+  return p.normalize && s.inverse[c] == 0 && std::all_of(w, w + p.d, [](T v) { return v == 0; });
+}
+
 // fill(th, tile, scores, ld, row0, rows) leaves the tile's G of these rows in the words of both
 // products, and in th.along what its weights' norms take.
 template <class PS, class PG, class T, class Own, class Fill>
@@ -230,10 +238,15 @@ inline void gradient_tile(const Problem& p, const BackwardOut& out,
     T* dw = static_cast<T*>(out.dw) + gradient_row(out, tile, c) * p.d;
     for (int64_t e = 0; e < p.d; ++e) dw[e] *= s.shift[c];
   }
+  for (int64_t c = 0; plan.dw && plan.direct && c < tile.count; ++c) {
+    if (!is_zero(p, s, tile, c)) continue;
+    std::fill_n(static_cast<T*>(out.dw) + gradient_row(out, tile, c) * p.d, p.d, T(0));
+  }
   for (int64_t c = 0; plan.dw && !plan.direct && c < tile.count; ++c) {
     T* dw = th.dw + c * plan.wide;
     const T* w = tile.row(c);
     for (int64_t e = 0; e < p.d; ++e) dw[e] = (dw[e] - w[e] * th.along[c]) * s.shift[c];
+    if (is_zero(p, s, tile, c)) std::fill_n(dw, p.d, T(0));
     write_row(out.dw, p.w.type, gradient_row(out, tile, c) * p.d, p.d, dw);
   }
   for (int64_t c = 0; out.db && c < tile.count; ++c) {

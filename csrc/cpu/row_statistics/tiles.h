@@ -14,7 +14,8 @@ constexpr int64_t kBlockRows = 256;        // rows whose scores a tile holds at 
 
 inline int64_t tile_classes(const Problem& p) {
   const int64_t fit = kTileBytes / (std::max<int64_t>(p.d, 1) * 4) / 12 * 12;
-  return std::clamp<int64_t>(fit, 24, 384);
+  const int64_t tile = std::clamp<int64_t>(fit, 24, 384);
+  return std::max(p.group, tile / p.group * p.group);
 }
 
 // Without wide vectors the host's BLAS, which has its own, multiplies tiles faster than we do.

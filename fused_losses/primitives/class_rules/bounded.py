@@ -1,4 +1,4 @@
-"""Folds over classes on tiles of products, in PyTorch, on every backend."""
+"""Folds over classes in PyTorch, on tiles of any backend's products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import accumulate_dtype, row_dtype, unit_rows
+from fused_losses.base.numerics import row_dtype, unit_rows
 from fused_losses.base.unit_norm import UnitRows, unit_parts
 from fused_losses.primitives.class_rules.inputs import (
     ClassInputs,
@@ -47,15 +47,6 @@ def tile_classes(p: ClassInputs) -> int:
 
 def _class_bytes(n: int, d: int, centers: int, dtype: torch.dtype) -> int:
     return max(1, centers * (n + d) * dtype.itemsize)
-
-
-def workspace_bytes(
-    n: int, d: int, centers: int, dtype: torch.dtype, device: torch.device | None = None
-) -> int:
-    """Peak memory of forward and backward beyond inputs, outputs and gradients."""
-    wide = accumulate_dtype(dtype)
-    tile = max(tile_bytes(device), _class_bytes(n, d, centers, wide))
-    return int(LIVE_TILES * tile) + 4 * n * d * wide.itemsize
 
 
 def workspace(backend: str, p: ClassInputs, needs: ClassNeeds | None) -> int:

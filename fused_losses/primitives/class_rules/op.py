@@ -7,9 +7,9 @@
 A rule says what the terms are; a class that is none of a row's labels is its negative. Statistics
 of tiles, and of shards of the classes, merge by `merge_statistics`, and the gradient of a tile
 needs nothing but the merged ones: the same op serves one process and a sharded head. It is for
-losses that `row_statistics` cannot express (sub-centres, several labels a row, no softmax): their
-rule runs in PyTorch on a tile, its products on the backend. Tiles are computed again in backward;
-nothing N x C.
+losses that `row_statistics` cannot express (sub-centres, several labels a row, no softmax). The
+backends in COMPILED have the rules in kernels; on others they run in PyTorch on a tile, its
+products on the backend. Tiles are computed again in backward; nothing N x C.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def class_statistics(inputs: ClassInputs, *, backend: str | None = None) -> Clas
 
     Raises ValueError, TypeError or IndexError for inputs that do not fit each other;
     NotImplementedError for a second derivative, but on "reference". Labels must be among `classes`.
-    Time O(N M K D) and the rule's own; memory O(N D) and a few tiles (`workspace_bytes`).
+    Time O(N M K D) and the rule's own; memory O(N D) and a few tiles (`explain`).
     """
     _check(inputs)
     inputs = inputs._replace(params=[float(p) for p in inputs.params])
@@ -128,6 +128,7 @@ def _check(p: ClassInputs) -> None:
 
 FIELDS = len(ClassInputs._fields)
 TENSORS = ClassInputs._fields.index("rule")  # how many fields, the first ones, are tensors
+COMPILED = ("cpu",)  # backends with the rules in kernels; others run `bounded` on their products
 
 
 class ClassRulesOp(StreamedOp):
@@ -135,7 +136,7 @@ class ClassRulesOp(StreamedOp):
 
     name = primitive = "class_rules"
     schema, backward_schema = FORWARD, BACKWARD
-    # rules are Python on the CPU too, its products are the compiled op's
+    # the CPU's kernels are functions of the extension, whose targets are PyTorch's
     python_backends = (*PYTHON_BACKENDS, "cpu")
 
     def setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -179,13 +180,18 @@ class ClassRulesOp(StreamedOp):
         )
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(bounded.forward(backend, ClassInputs(*arguments)))
+        p = ClassInputs(*arguments)
+        if backend in COMPILED:
+            return tuple(self.form(backend).forward(p))
+        return tuple(bounded.forward(backend, p))
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         p = ClassInputs(*arguments[3:-3])
         grad_statistics, grad_targets, statistics = arguments[:3]
-        before = backend, grad_statistics, grad_targets, statistics
-        return bounded.backward(*before, p, *arguments[-3:])
+        given = grad_statistics, grad_targets, statistics, p, *arguments[-3:]
+        if backend in COMPILED:
+            return self.form(backend).backward(*given)
+        return bounded.backward(backend, *given)
 
     def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
         if direction:
@@ -195,9 +201,12 @@ class ClassRulesOp(StreamedOp):
         return *tangents.statistics(p, output[0]), None, None
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
-        if not direction:
-            return bounded.workspace(backend, ClassInputs(*arguments), None)
-        p, needs = ClassInputs(*arguments[3:-3]), ClassNeeds(*arguments[-3:])
+        needs = None
+        if direction:
+            arguments, needs = arguments[3:-3], ClassNeeds(*arguments[-3:])
+        p = ClassInputs(*arguments)
+        if backend in COMPILED:
+            return self.form(backend).workspace(p, needs)
         return bounded.workspace(backend, p, needs)
 
 
