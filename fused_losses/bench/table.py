@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fused_losses.bench.heads import cases as head_cases
+from fused_losses.bench.heads import class_rules
 from fused_losses.bench.micro import batch_cases, cases, distance_cases, pair_cases
 from fused_losses.bench.micro.cases import Case
 
@@ -108,6 +109,10 @@ CASES = {
     ),
     "class_centers": Entry(head_cases.class_centers, "head"),
     "spherical_head": Entry(head_cases.spherical_head, "head"),
+    **{
+        name: Entry(make, "head", own=(256, 100_000, 512))
+        for name, make in class_rules.CASES.items()
+    },
     "info_nce": Entry(pair_cases.info_nce, "pairs", in_16_bits=True),
     "siglip": Entry(pair_cases.siglip, "pairs", in_16_bits=True),
     "supervised_contrastive": Entry(pair_cases.supervised_contrastive, "pairs"),
