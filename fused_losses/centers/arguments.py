@@ -14,6 +14,7 @@ from fused_losses.base.parameters import check_above, check_called, check_parame
 from fused_losses.base.validation import FLOATS, check_choice, checked_smoothing, describe
 from fused_losses.losses.unpg import UNPG
 
+HEADS_OWN = ("name", "weight", "seed", "allocate")  # that the head gives its optimiser
 LEAST_RATE = 2.0**-60  # of sample_rate
 GRADIENT_SCALES = ("ddp_mean", "global_sum")
 
@@ -91,6 +92,12 @@ def check_objects(
     for name, (value, right, wanted) in kinds.items():
         if value is not None and not isinstance(value, right):
             raise TypeError(f"{name}: expected None or {wanted}, got {value!r}")
+    if isinstance(optimizer_options, dict):
+        own = [name for name in optimizer_options if name in HEADS_OWN or not isinstance(name, str)]
+        if own:
+            raise TypeError(
+                f"optimizer_options: expected names of hyper-parameters, got {own[0]!r}"
+            )
     if batch_negatives is not None:
         check_called("batch_negatives", batch_negatives)
 
@@ -99,7 +106,8 @@ def check_bias(bias: bool, margin: object, normalize: bool, sub_centers: int) ->
     """Its value; ValueError beside what makes no logits <x, w> + b of one centre a class."""
     if bias and (margin is not None or normalize or sub_centers > 1):
         raise ValueError(
-            "bias: expected margin=None, normalize=False and sub_centers=1 beside it, got "
+            "bias: expected margin=None, normalize=False and sub_centers=1 beside it, whose "
+            "logits are no cosines, of which margins and the best of several centres are, got "
             f"margin={margin!r}, normalize={normalize} and sub_centers={sub_centers}"
         )
     return bool(bias)

@@ -6,7 +6,9 @@ when the table is saved (`settle`): fused_losses.centers.history.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +66,10 @@ class RowOptimizer:
         if state_dtype not in (None, *allowed):
             told = " or ".join(map(str, allowed))
             raise TypeError(f"state_dtype: expected {told}, got {state_dtype}")
+        if stochastic_rounding is not None and not isinstance(stochastic_rounding, bool):
+            raise TypeError(
+                f"stochastic_rounding: expected None, True or False, got {stochastic_rounding!r}"
+            )
         self._asked_dtype, self._asked_stochastic = state_dtype, stochastic_rounding
         self.defaults = self._checked(defaults)
         self.row_offset = 0  # the row of the whole table that row 0 is
@@ -197,11 +203,14 @@ class RowOptimizer:
                 self.settle()
             self._history.clear(self.steps)
 
-    def abort(self) -> None:
-        """Closes a step that something broke: it counts if any row has had its part in it."""
+    def abort(self, *, counts: bool = False) -> None:
+        """Closes a step that something broke: it counts if any row has had its part in it.
+
+        counts: it does, whatever this shard's rows have had: of others', other ranks know.
+        """
         if self._open is None:
             return
-        if bool((self.last > self.steps).any()):
+        if counts or bool((self.last > self.steps).any()):
             self.end()
         self._open = None
 
@@ -332,10 +341,29 @@ class RowOptimizer:
             raise TypeError(
                 f"{unknown[0]}: expected one of {', '.join(self.options)} for this optimiser"
             )
-        whole = {**getattr(self, "defaults", self.options), **group}
-        whole["lr"] = float(whole["lr"])
+        given = {**getattr(self, "defaults", self.options), **group}
+        whole = {name: _option(name, given[name], usual) for name, usual in self.options.items()}
         self._check(whole)
         return whole
+
+
+def _option(name: str, value: Any, usual: Any) -> Any:
+    """A hyper-parameter of the kind that its usual value has."""
+    if isinstance(usual, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+        return value
+    if isinstance(usual, tuple):
+        if not isinstance(value, tuple | list) or len(value) != len(usual):
+            raise TypeError(f"{name}: expected {len(usual)} numbers, got {value!r}")
+        return tuple(_option(name, one, 0.0) for one in value)
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
 
 
 def flat(table: Tensor) -> Tensor:

@@ -22,16 +22,13 @@ from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.held import Held, held_by
 from fused_losses.centers.objective import loss_of
 from fused_losses.centers.state import BEGUN, TableState, named_tensors
+from fused_losses.centers.tableless import PARAMETRIZED, WEIGHT, TablelessParameters
 from fused_losses.centers.update import AutogradUpdates, RowUpdates
 
 SWITCH = "trains"  # the parameter without elements that `requires_grad_` freezes the table by
 FIXED = ("num_classes", "embedding_dim", "sub_centers", "class_start", "num_local", "ranks")
 SMOOTHED = ("label_smoothing", "batch_negatives")
-PARAMETRIZED = (
-    "weight: expected the table to stay the head's own; its rows are read in parts, which a "
-    "parametrization (weight_norm, spectral_norm) does not know: margin_softmax takes such a weight"
-)
-WEIGHT, EXTRA, STATES = "weight", "_extra_state", "optimizer."
+EXTRA, STATES = "_extra_state", "optimizer."
 
 
 class TableModule(nn.Module):
@@ -58,6 +55,7 @@ class TableModule(nn.Module):
         self._steps: Tensor | None = None
         self._begun: Tensor | None = None
         if isinstance(updates, RowUpdates):
+            self.__dict__["_parameters"] = TablelessParameters()
             self.register_parameter(SWITCH, nn.Parameter(table.new_empty(0)))
         else:
             self._parameters[WEIGHT] = nn.Parameter(table)  # beside the property of that name
@@ -71,7 +69,8 @@ class TableModule(nn.Module):
     def weight(self) -> Tensor:
         """This shard's rows [c, D] or [c, K, D], with a bias [c, D + 1], which all catch up for it.
 
-        Another table of this shape may be assigned, of any dtype and device.
+        Another table of this shape may be assigned, of any dtype and device. With an optimizer it
+        is no leaf of autograd: the head's `requires_grad_(False)` freezes it, not the tensor's own.
         """
         self._updates.settle()
         return self._table

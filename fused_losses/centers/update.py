@@ -292,7 +292,10 @@ class RowUpdates:
 
     @contextmanager
     def _open_step(self) -> Iterator[None]:
-        """A step of the rows; broken by an exception, it leaves them fit for the next."""
+        """A step of the rows; broken by an exception, it leaves them fit for the next.
+
+        Over several ranks it then counts: they cannot ask one another, and count alike.
+        """
         group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
         # hyper-parameters of now, as a schedule has left them
         self.rows.begin({k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()})
@@ -300,7 +303,7 @@ class RowUpdates:
             yield
             self.rows.end()
         except BaseException:
-            self.rows.abort()
+            self.rows.abort(counts=self.ranks.world > 1)
             raise
 
     def _update(self, rows: Rows, d_rows: Tensor | None, factor: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from class_center_cases import data, gradients, head, same
 from torch import nn
 from torch.func import functional_call
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 SGD = dict(optimizer="sgd", optimizer_options=dict(lr=0.5, momentum=0.9))
 
@@ -67,3 +69,25 @@ def test_parametrizations_are_refused(register: Callable[[nn.Module], object]) -
     writes = (nn.utils.weight_norm, nn.utils.spectral_norm, parametrizations.orthogonal)
     if register not in writes:
         assert torch.equal(found(x, y), expected)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        parametrizations.weight_norm,
+        lambda h: prune.l1_unstructured(h, "weight", 0.5),
+        lambda h: prune.random_structured(h, "weight", 0.5, dim=0),
+    ],
+)
+def test_beside_an_optimizer_nothing_takes_the_table(take: Callable[[nn.Module], object]) -> None:
+    found, (x, y) = head(**SGD), data()
+    expected, names = found(x, y), list(found.state_dict())
+    told = "weight: expected the table to stay|parametrized element|cannot assign 'torch.Double"
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=told):
+        take(found)
+    assert torch.equal(found(x, y), expected) and list(found.state_dict()) == names
+    for made in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        with pytest.raises(RuntimeError, match="weight: expected the table to stay the head's own"):
+            nn.utils.weight_norm(made)

@@ -108,6 +108,34 @@ FOUND: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]] = {
             ("other_world", {}),
         ],
     ),
+    "interrupts before and amid the rows of a step, of two ranks on either": (
+        dict(MOMENTUM, update="step", rate=0.4),
+        [
+            ("fault", dict(seed=1, at=1)),
+            ("train_step", dict(seed=2, **BATCH)),
+            ("fault", dict(seed=5, at=2)),
+            ("train_step", dict(seed=3, **BATCH)),
+            ("fault", dict(seed=4, at=3)),
+            ("train_step", dict(seed=6, **BATCH)),
+        ],
+    ),
+    "several backwards a step, and then another number of them": (
+        dict(MOMENTUM, rate=0.4, every=3),
+        [
+            ("accumulate", dict(seed=1, **BATCH)),
+            ("accumulate", dict(seed=2, **BATCH)),
+            ("set_every", dict(count=2)),
+            ("accumulate", dict(seed=3, **BATCH)),
+            ("accumulate", dict(seed=4, **BATCH)),
+            ("copy", dict(way="deepcopy", seed=5)),
+            ("train_step", dict(seed=6, **BATCH)),
+            ("accumulate", dict(seed=7, **BATCH)),
+            ("fault", dict(seed=8, at=2)),
+            ("save_and_load", dict(strict=True)),
+            ("accumulate", dict(seed=9, **BATCH)),
+            ("accumulate", dict(seed=10, **BATCH)),
+        ],
+    ),
     "momentum that begins while rows take no part": (
         dict(MOMENTUM, kind="scheduled", rate=0.4),
         [

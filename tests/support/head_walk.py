@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from dense_head import MARGIN, PLAIN_SCALE, SCALE, DenseHead, class_margins
 from torch import Tensor
+from walk_ranks import alone, local, of_all
 
 from fused_losses.centers import ClassCenters, carry_over
 from fused_losses.centers.sampling import sample
@@ -52,6 +53,7 @@ class HeadWalk:
         clip: float | None = None,
         nonfinite: str = "raise",
         form: str = "cosine",
+        every: int = 1,
     ) -> None:
         self.kind, self.rate, self.form = kind, rate, form
         centers = 1 if form == "bias" else centers
@@ -59,6 +61,7 @@ class HeadWalk:
         self.made = dict(
             update=update, sample_rate=rate, sub_centers=centers, max_grad_norm=clip,
             optimizer=self.optimizer, optimizer_options=self.options, nonfinite=nonfinite,
+            every=every if update == "backward" else 1,
         )  # fmt: skip
         self.classes = C
         joined = dist.is_initialized()
@@ -85,11 +88,7 @@ class HeadWalk:
 
     def whole(self, local: Tensor) -> Tensor:
         """The rows of all ranks."""
-        if self.world == 1:
-            return local.detach().clone()
-        parts: list[Any] = [None] * self.world
-        dist.all_gather_object(parts, local.detach().clone())
-        return torch.cat(parts)
+        return torch.cat(of_all(self.world, local.detach().clone()))
 
     # ---- what compares ----
 
@@ -153,6 +152,8 @@ class HeadWalk:
         self._compare_dx(mine, expected, whole, own, factor)
         if self.trains:
             self.model.backward(expected * factor, part)
+            if not self.at_step and self.model.backwards >= self.head.every:
+                self.model.step(self.head.max_grad_norm)
 
     # ---- what is done ----
 
@@ -170,10 +171,12 @@ class HeadWalk:
         self.model.step(self.head.max_grad_norm)
 
     def accumulate(self, seed: int, ignored: bool, factor: float) -> None:
-        """A backward without a step; inside backward it is one."""
+        """A backward without a step; inside backward it is one, or a part of one."""
         self._back(seed, ignored, factor)
+
+    def set_every(self, count: int) -> None:
         if not self.at_step:
-            self.model.step(self.head.max_grad_norm)
+            self.head.every = count
 
     def forward_alone(self, seed: int) -> None:
         """A loss that is thrown away, and one without gradients: that of the next step."""
@@ -237,13 +240,13 @@ class HeadWalk:
 
     def tensors(self) -> None:
         """By `state()` and `load()`, filled in place as torch.distributed.checkpoint does."""
-        saved = {name: _local(t).clone() for name, t in self.head.state().items()}
+        saved = {name: local(t).clone() for name, t in self.head.state().items()}
         self._go_on(self.build())
         state = self.head.state()
         state.expect(saved)
         with torch.no_grad():
             for name, tensor in saved.items():
-                _local(state[name]).copy_(tensor)
+                local(state[name]).copy_(tensor)
         self.head.load()
 
     def optimizer_state(self) -> None:
@@ -300,10 +303,13 @@ class HeadWalk:
         self.head.to("cpu")
 
     def fault(self, seed: int, at: int) -> None:
-        """An interrupt at a chunk of rows: those before it have been stepped."""
-        if self.world > 1 or not self.trains:
-            return  # on one of several ranks it ends the others, too
-        rows = self.head._updates.rows
+        """An interrupt at a chunk of rows: those before it have been stepped.
+
+        Over several ranks in optimizer.step(), in which none waits for another.
+        """
+        if not self.trains or (self.world > 1 and not self.at_step):
+            return
+        rows, first = self.head._updates.rows, self.head.class_start
         stepped: list[Tensor] = []
         real = type(rows).update
 
@@ -311,22 +317,26 @@ class HeadWalk:
             if len(stepped) + 1 == at:
                 raise KeyboardInterrupt
             real(rows, rows_or_slice, grad)
-            stepped.append(torch.arange(self.classes)[rows_or_slice])
+            stepped.append(torch.arange(self.head.num_local)[rows_or_slice] + first)
 
-        rows.update = update
+        rows.update, broken = update, False
         try:
             loss, _, expected, _, part, _ = self._forward(seed)
             self.model.backward(expected, part)
             loss.backward()
             self.head.optimizer.step()
         except KeyboardInterrupt:
+            broken = True
+        finally:
             del rows.update
-            if stepped:
-                self.model.step(self.head.max_grad_norm, only=torch.cat(stepped))
-            self.zero_grad()
-        else:
-            del rows.update
+        done = torch.cat([torch.empty(0, dtype=torch.int64), *stepped])
+        parts = of_all(self.world, (broken, done))
+        ids = torch.cat([mine for _, mine in parts])
+        if not any(one for one, _ in parts):
             self.model.step(self.head.max_grad_norm)
+        elif self.world > 1 or len(ids):
+            self.model.step(self.head.max_grad_norm, only=ids)
+        self.zero_grad()
 
     def not_finite(self, seed: int) -> None:
         """A step with NaN in it is refused or left out, before any row is written."""
@@ -356,7 +366,7 @@ class HeadWalk:
         if not dist.is_initialized():
             return
         tables = {
-            name: self.whole(_local(t)) if t.dim() > 1 else t
+            name: self.whole(local(t)) if t.dim() > 1 else t
             for name, t in self.head.state().items()
         }
         world = dist.group.WORLD
@@ -368,7 +378,7 @@ class HeadWalk:
         with torch.no_grad():
             for name, tensor in tables.items():
                 mine = slice(first, first + self.head.num_local)
-                _local(state[name]).copy_(tensor[mine] if tensor.dim() > 1 else tensor)
+                local(state[name]).copy_(tensor[mine] if tensor.dim() > 1 else tensor)
         self.head.load()
 
     def _go_on(self, head: ClassCenters) -> None:
@@ -376,21 +386,6 @@ class HeadWalk:
         group = {k: v for k, v in self.head.optimizer.param_groups[0].items() if k != "params"}
         head.requires_grad_(self.trains)
         head.optimizer.param_groups[0].update(group)
-        head.max_grad_norm = self.head.max_grad_norm
+        head.max_grad_norm, head.every = self.head.max_grad_norm, self.head.every
         self.head = head
         self.model.forget()
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-_ALONE: list[dist.ProcessGroup] = []
-
-
-def alone() -> dist.ProcessGroup:
-    """A group of this rank only."""
-    if not _ALONE:
-        groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-        _ALONE.append(groups[dist.get_rank()])
-    return _ALONE[0]

@@ -19,6 +19,7 @@ START: dict[str, Sequence[Any]] = {
     "clip": (None, 0.5),
     "nonfinite": ("raise", "skip"),
     "form": FORMS,
+    "every": (1, 1, 3),
 }
 BATCH: dict[str, Sequence[Any]] = {"seed": SEEDS, "ignored": (False, True), "factor": (1.0, 0.5)}
 STEPS: dict[str, dict[str, Sequence[Any]]] = {
@@ -31,6 +32,7 @@ STEPS: dict[str, dict[str, Sequence[Any]]] = {
     "scale_grad": {"factor": (0.5, 2.0, -1.0)},
     "schedule": {"seed": SEEDS},
     "clip": {"norm": (None, 0.1, 1.0)},
+    "set_every": {"count": (1, 2, 3)},
     "settle": {},
     "save_and_load": {"strict": (False, True)},
     "tensors": {},
