@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.class_labels import check_positions, class_labels
 from fused_losses.base.numerics import row_dtype
 from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.centers.arguments import check_width
@@ -42,20 +43,6 @@ class GlobalBatch(NamedTuple):
         # what counts for nothing may be NaN
         terms = torch.where(weights > 0, each, 0) * weights
         return terms.sum() / torch.where(total > 0, total, 1)
-
-
-def flattened(
-    embeddings: Tensor, labels: Tensor, row_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[N, T, D] and what belongs to its rows as [N T, D]; all else as it is, for `gather_batch`."""
-    if not isinstance(embeddings, Tensor) or embeddings.dim() != 3:
-        return embeddings, labels, row_weight
-    lead = embeddings.shape[:2]
-    if isinstance(labels, Tensor) and labels.shape[:2] == lead:
-        labels = labels.flatten(0, 1)
-    if isinstance(row_weight, Tensor) and row_weight.shape == lead:
-        row_weight = row_weight.flatten()
-    return embeddings.flatten(0, 1), labels, row_weight
 
 
 def device_of(embeddings: Tensor, table: Tensor) -> torch.device:
@@ -105,17 +92,6 @@ def gather_batch(
     return batch, Gathered(ranks, embeddings.detach(), counts)
 
 
-def _check_ids(labels: Tensor, num_classes: int) -> None:
-    """One-hot rows [n, C] would be taken for many labels of classes 0 and 1."""
-    if labels.shape[1] != num_classes or num_classes <= 2 or not labels.numel():
-        return
-    if labels.device.type == "cpu" and bool(((labels == 0) | (labels == 1)).all()):
-        raise ValueError(
-            "labels: expected class ids, [n] or [n, L], got one column a class with 0 and 1: "
-            "labels.argmax(dim=1) of one-hot rows"
-        )
-
-
 def _check_weights(row_weight: Tensor | None, n: int, embeddings: Tensor) -> None:
     if row_weight is None:
         return
@@ -135,27 +111,14 @@ def _checked_labels(
     ignore_index: int,
 ) -> Tensor:
     """The labels [n, L] of this rank's rows, NO_TARGET where there is none."""
+    check_positions(embeddings, labels)
     validation.check_matrix("embeddings", embeddings, "[n, D]")
     if embeddings.layout != torch.strided:
         raise TypeError(f"embeddings: expected dense rows, got {embeddings.layout}")
-    n = embeddings.shape[0]
     check_width(embeddings, num_classes, embedding_dim)
     if (embeddings.dtype == torch.float64) != (table.dtype == torch.float64):
         raise TypeError(
             f"embeddings: expected float64 where the table is, and only there: it is "
             f"{table.dtype}, got {describe(embeddings)}"
         )
-    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[0] == n:
-        validation.check_index_vector("labels", labels.flatten(), None, embeddings)
-        _check_ids(labels, num_classes)
-    else:
-        validation.check_index_vector("labels", labels, n, embeddings)
-        labels = labels[:, None]
-    labels = labels.long()
-    # -1 is out of range unless it is the ignored one; a GPU's check does not wait for it
-    stray = (labels == NO_TARGET) & (labels != ignore_index)
-    if labels.device.type == "cpu" and bool(stray.any()):
-        raise IndexError(f"labels: expected class ids in [0, {num_classes}), got -1")
-    labels = torch.where(stray, NO_TARGET - 1, labels)
-    validation.check_labels(labels, num_classes, ignore_index=ignore_index)
-    return torch.where(labels == ignore_index, NO_TARGET, labels)
+    return class_labels(labels, embeddings, num_classes, ignore_index)

@@ -14,11 +14,12 @@ from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 
 from fused_losses.base import validation
+from fused_losses.base.class_labels import flattened
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.rounding import rounding_key
 from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers import arguments, class_margins
-from fused_losses.centers.batch import GlobalBatch, device_of, flattened, gather_batch
+from fused_losses.centers.batch import GlobalBatch, device_of, gather_batch
 from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.engines import Sums
 from fused_losses.centers.objective import HeadMargin, engine_of, loss_of

@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node, get_gradient_edge
 
 from fused_losses.base import validation
+from fused_losses.base.class_labels import check_positions, class_labels, flattened
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, root, softplus
 from fused_losses.base.parameters import check_above, check_parameter
-from fused_losses.base.validation import describe
 from fused_losses.centers import arguments
 from fused_losses.centers.factored import WIDE, FactoredTable, Outputs, Slopes, together
 from fused_losses.centers.head_optimizer import HeadOptimizer
@@ -290,20 +290,10 @@ class SphericalHead(nn.Module):
 
     def _checked(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """[N, D], and classes [N, K] with -1 for none."""
-        if isinstance(embeddings, Tensor) and embeddings.dim() > 2:
-            lead = embeddings.shape[:-1]
-            if not isinstance(labels, Tensor) or labels.shape[: len(lead)] != lead:
-                got = describe(labels) if isinstance(labels, Tensor) else type(labels).__name__
-                raise ValueError(f"labels: expected shape {tuple(lead)}, got {got}")
-            embeddings, labels = embeddings.flatten(0, -2), labels.flatten(0, len(lead) - 1)
+        check_positions(embeddings, labels)
+        embeddings, labels = flattened(embeddings, labels)
         self._check_embeddings(embeddings)
-        several = isinstance(labels, Tensor) and labels.dim() == 2
-        flat = labels.flatten() if several else labels
-        count = None if several and len(labels) == len(embeddings) else len(embeddings)
-        validation.check_index_vector("labels", flat, count, embeddings)
-        validation.check_labels(flat, self.num_classes, ignore_index=self.ignore_index)
-        classes = torch.where(flat == self.ignore_index, -1, flat.long())
-        return embeddings, classes.view(len(embeddings), -1 if len(embeddings) else 1)
+        return embeddings, class_labels(labels, embeddings, self.num_classes, self.ignore_index)
 
     def _check_embeddings(self, embeddings: Tensor) -> None:
         validation.check_matrix("embeddings", embeddings, "[N, D]")

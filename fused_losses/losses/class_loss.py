@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.class_labels import class_labels
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
-from fused_losses.base.validation import NO_TARGET, describe, meet, no_target
+from fused_losses.base.validation import NO_TARGET, describe, meet
 from fused_losses.losses.class_rows import ClassOptions, ClassRows
 from fused_losses.losses.class_values import (
     MLCD,
@@ -64,13 +65,11 @@ def class_loss(
     """
     if not isinstance(loss, ClassLoss):
         raise TypeError(f"loss: expected a ClassLoss, got {type(loss).__name__}")
-    labels = _checked(embeddings, weight, labels, reduction)
+    _check(embeddings, weight, reduction)
+    labels = class_labels(labels, embeddings, weight.shape[0], ignore_index)
     centers = weight.shape[1] if weight.dim() == 3 else 1
     embeddings = meet(embeddings, weight)
     classes = validation.increasing_classes(classes, embeddings)
-    if not torch.compiler.is_compiling():
-        validation.check_labels(labels, weight.shape[0], ignore_index=ignore_index)
-    labels = no_target(labels, ignore_index)
     present = labels != NO_TARGET
     valid = present.any(dim=1)
     with no_autocast(embeddings.device):
@@ -121,22 +120,14 @@ def _compiled(rows: ClassRows, loss: ClassLoss, present: Tensor) -> MergedRows:
     return MergedRows(lse[None], (target / scale)[:, None], present, rows.norm)
 
 
-def _checked(embeddings: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
-    """Checks at the door; the labels as int64 [N, L]."""
+def _check(embeddings: Tensor, weight: Tensor, reduction: str) -> None:
     if isinstance(weight, Tensor) and weight.dim() == 3:
         if weight.shape[1] == 0:
             raise ValueError(f"weight: expected [C, K >= 1, D], got {describe(weight)}")
         validation.check_pair("embeddings", embeddings, "weight", weight[:, 0])
     else:
         validation.check_pair("embeddings", embeddings, "weight", weight)
-    n = embeddings.shape[0]
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[0] == n:
-        validation.check_index_vector("labels", labels.flatten(), None, embeddings)
-    else:
-        validation.check_index_vector("labels", labels, n, embeddings)
-        labels = labels[:, None]
-    return labels.long()
 
 
 _LOSSES = {

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fused_losses.base.validation import describe
+from fused_losses.base.class_labels import check_positions, flattened
 
 LossFunction = TypeVar("LossFunction", bound=Callable[..., Any])
 
@@ -28,18 +28,13 @@ def over_positions(loss: LossFunction) -> LossFunction:
             return loss(*args, **options)
         options |= dict(zip(names, args, strict=False))
         # one dimension more a row: several labels, or probabilities
-        shape, labels = rows.shape[:-1], options.get(names[2])
-        if not isinstance(labels, Tensor) or labels.shape[: len(shape)] != shape:
-            got = describe(labels) if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(
-                f"{names[2]}: expected shape {tuple(shape)} or {tuple(shape)} and more, as "
-                f"{names[0]} has {tuple(rows.shape)}, got {got}"
-            )
-        options[names[0]] = rows.flatten(0, -2)
-        options[names[2]] = labels.flatten(0, len(shape) - 1)
-        scale = options.get("scale")
-        if isinstance(scale, Tensor) and scale.shape == shape:
-            options["scale"] = scale.flatten()
+        shape = rows.shape[:-1]
+        labels: Any = options.get(names[2])
+        check_positions(rows, labels, names[0], names[2])
+        rows, labels, scale = flattened(rows, labels, options.get("scale"))
+        options |= {names[0]: rows, names[2]: labels}
+        if "scale" in options:
+            options["scale"] = scale
         return _unflattened(loss(**options), shape)
 
     return call  # pyright: ignore[reportReturnType]
