@@ -37,6 +37,12 @@ ON_GPU = (
         least_width=2048,
         half=True,
     ),
+    Preference(
+        "class_rules",
+        ("triton", "cuda", "bounded"),
+        "one sweep, as of row_statistics; on cuda the rule is PyTorch on a tile of the library's "
+        "products, at 8 bytes a score for each of its passes",
+    ),
     Preference("pairs", ("triton", "cuda", "bounded"), "one sweep, as of row_statistics"),
     Preference(
         "pairs",

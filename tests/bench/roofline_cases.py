@@ -14,6 +14,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.bench.roofline.trace import triton_work
+from fused_losses.primitives.class_rules import triton as triton_class_rules
+from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.distances import triton as triton_distances
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.maxsim import triton as triton_maxsim
@@ -151,6 +153,46 @@ def test_row_statistics(name: str, counted: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(triton, "PARTIAL_BYTES", 1)
     monkeypatch.setattr(triton_chunks, "MAX_CHUNK", 64)
     same(counted(call), kernels | {"merge_tiles"})
+
+
+def classes(dtype: torch.dtype, many: int, some: int, values: int = 0, **more: Any) -> Any:
+    g = torch.Generator().manual_seed(0)
+    n, c, d, centers = 37, 53, 24, more.get("centers", 1)
+    p = ClassInputs(
+        torch.randn(n, d, generator=g).to(dtype),
+        torch.randn(c * centers, d, generator=g).to(dtype),
+        torch.full((n, many), -1),
+        torch.randperm(c, generator=g)[:some].sort().values if some else None,
+        torch.rand(values, n, generator=g) if values else None,
+        **more,
+    )
+
+    def call() -> None:
+        out = triton_class_rules.forward(p)
+        grads = torch.ones_like(out.statistics), torch.ones_like(out.targets)
+        triton_class_rules.backward(*grads, out.statistics, p, False, True, True)
+
+    return call
+
+
+CLASSES = {
+    "softmax": classes(torch.float32, 1, 0, params=[4.0]),
+    "sums": classes(torch.bfloat16, 3, 0, 4, rule="summed_softmax", params=[4.0], normalize=False),
+    "best": classes(torch.float32, 2, 41, rule="sface", params=[4.0, 1.0], centers=3),
+    "soft": classes(
+        torch.float16, 1, 41, 1, rule="sphereface2", params=[4.0, 0.1, 3.0, 0.0], centers=3,
+        softness=0.2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_class_rules(name: str, counted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {"forward_classes", "merge_classes", "gradient_classes"}
+    same(counted(CLASSES[name]), kernels)
+    monkeypatch.setattr(triton_class_rules, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(triton_chunks, "MAX_CHUNK", 64)
+    same(counted(CLASSES[name]), kernels)
 
 
 def pairs(n: int, m: int, d: int, dtype: torch.dtype, **more: Any) -> Any:

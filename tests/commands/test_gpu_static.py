@@ -22,6 +22,7 @@ from places import ROOT
 from fused_losses import primitives
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.triton import launch as triton_launch
+from fused_losses.primitives.class_rules import triton_tiles as triton_class_tiles
 from fused_losses.primitives.distances import triton as triton_distances
 from fused_losses.primitives.maxsim import triton as triton_maxsim
 from fused_losses.primitives.pairs import triton_tiles as triton_pair_tiles
@@ -110,7 +111,7 @@ NEVER = {
 def test_every_tile_is_taken(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry that no call reaches would never be compiled."""
     noted = []
-    for tables in (triton_tiles.TABLES, triton_pair_tiles.TABLES):
+    for tables in (triton_tiles.TABLES, triton_pair_tiles.TABLES, triton_class_tiles.TABLES):
         noted.append(Taken(tables[row].tiles))
         monkeypatch.setitem(tables, row, replace(tables[row], tiles=noted[-1]))
     for module in (triton_topk, triton_distances, triton_maxsim):
@@ -150,6 +151,8 @@ def test_width_decides_nothing(name: str, widths: tuple[int, ...], arch: str) ->
     "name, changes",
     [
         ("row_statistics D512", dict(n=1000)),
+        ("class_rules best", dict(n=1000, many=7, centers=16)),
+        ("class_rules soft", dict(n=1000, softness=0.3)),
         ("pairs everything", dict(exclude=16)),
         ("pairs everything", dict(reach=3.0, n=4100, m=9000)),
         ("topk", dict(n=1000, m=70001, keep=100)),
@@ -162,7 +165,10 @@ def test_sizes_decide_nothing(name: str, changes: dict[str, Any]) -> None:
     assert keys(name, "sm_90", **changes) == keys(name, "sm_90")
 
 
-@pytest.mark.parametrize("name", ("row_statistics D128 everything", "pairs everything", "topk"))
+@pytest.mark.parametrize(
+    "name",
+    ("row_statistics D128 everything", "class_rules soft sphereface2", "pairs everything", "topk"),
+)
 def test_specialisation_is_that_of_triton(name: str) -> None:
     """Of groups of arguments, too."""
     target = make_backend(GPUTarget("cuda", 90, 32))
@@ -192,6 +198,7 @@ def test_specialisation_is_that_of_triton(name: str) -> None:
     [
         "row_statistics D512 everything",
         "row_statistics D128 rounded",
+        "class_rules soft sphereface2",
         "pairs everything",
         "pairs triangle",
         "pairs attention",

@@ -13,7 +13,7 @@ import torch
 import triton_oracle as oracle
 from far_rows import far_rows
 from torch import Tensor
-from triton_oracle import CASES, DTYPE_STEP, LOW, PRECISIONS, Case, call
+from triton_oracle import CASES, DTYPE_STEP, LOW, PRECISIONS, Case, call, close
 
 import fused_losses.backends
 from fused_losses.backends.gpu import device as gpu_device
@@ -22,8 +22,6 @@ from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.primitives.row_statistics import triton, triton_chunks
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from fused_losses.primitives.row_statistics.op import row_statistics
-
-STEPS = 6  # a few: sums of a few dozen rounded terms
 
 
 def yardstick(case: Case) -> tuple[torch.dtype, float]:
@@ -36,21 +34,6 @@ def yardstick(case: Case) -> tuple[torch.dtype, float]:
 def backward(args: dict[str, Any], grads: list, lse: Tensor, need: tuple = (True,) * 3) -> tuple:
     """need: of x, weight, bias, and then whether the weight's is compact."""
     return triton.backward(Inputs(**args), lse, RowGradients(*grads), Needs(*need))
-
-
-def close(got: Tensor, want: Tensor, eager: Tensor | None, step: float, what: str) -> None:
-    finite = want.isfinite()
-    got, want = got.double(), want.double()
-    assert torch.equal(got.isfinite(), finite), what
-    assert torch.equal(got[~finite].nan_to_num(7), want[~finite].nan_to_num(7)), what
-    if not finite.any():
-        return
-    largest = want[finite].abs().max().clamp_min(1e-3)
-    error = (got - want)[finite].abs().max() / largest
-    allowed = STEPS * step
-    if eager is not None:
-        allowed += float((eager.double() - want)[finite].abs().max() / largest)
-    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def check_forward(case: Case, args: dict[str, Any]) -> tuple:

@@ -235,3 +235,19 @@ PRECISIONS = [
 # what rounding the operands costs, relative to the largest value: 2^-24, 2^-11, 2^-8, 2^-11
 STEP = {"fp32": 2**-24, "tf32": 2**-11, "mixed": 2**-8, "bf16": 2**-8}
 DTYPE_STEP = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+STEPS = 6  # a few: sums of a few dozen rounded terms
+
+
+def close(got: Tensor, want: Tensor, eager: Tensor | None, step: float, what: str) -> None:
+    finite = want.isfinite()
+    got, want = got.double(), want.double()
+    assert torch.equal(got.isfinite(), finite), what
+    assert torch.equal(got[~finite].nan_to_num(7), want[~finite].nan_to_num(7)), what
+    if not finite.any():
+        return
+    largest = want[finite].abs().max().clamp_min(1e-3)
+    error = (got - want)[finite].abs().max() / largest
+    allowed = STEPS * step
+    if eager is not None:
+        allowed += float((eager.double() - want)[finite].abs().max() / largest)
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"

@@ -1,8 +1,6 @@
 """The calls whose Triton kernels are compiled: every operation of the dispatch table that has some.
 
-A call runs a forward and a backward on tensors without data, so that the kernels, their tiles and
-their specialisations are those that the host code chooses. Between them they take every entry of
-every tile table (test_gpu_static.py).
+Between them they take every entry of every tile table (test_gpu_static.py).
 """
 
 from __future__ import annotations
@@ -13,169 +11,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fused_losses.primitives.distances import triton as triton_distances
-from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
-from fused_losses.primitives.maxsim import triton as triton_maxsim
-from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
-from fused_losses.primitives.pairs import triton as triton_pairs
-from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds, Rule
-from fused_losses.primitives.row_statistics import triton
-from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
-from fused_losses.primitives.topk import triton as triton_topk
+from tools.gpu_static.host_calls import (
+    BF16,
+    FP16,
+    FP32,
+    class_rules,
+    distances,
+    maxsim,
+    pairs,
+    row_statistics,
+    topk,
+)
 from tools.gpu_static.record import AMD, Compilation, launches
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def row_statistics(
-    d: int,
-    dtype: torch.dtype,
-    precision: str = "fp32",
-    normalize: bool = True,
-    extra: bool = False,  # bias and weights
-    classes: int = 0,
-    bent: bool = False,  # scores; with classes compact gradients, too
-    n: int = 1024,
-    c: int = 1_000_000,
-) -> None:
-    labels = empty(n, dtype=torch.int64)
-    ids = empty(classes, dtype=torch.int64) if classes else None
-    bias = empty(c, dtype=dtype) if extra else None
-    weights = empty(c) if extra else None
-    operands = empty(n, d), empty(c, d, dtype=dtype)  # x in float32, as the losses have it
-    bend = empty(4, n) if bent else None
-    inputs = Inputs(*operands, labels, ids, bias, weights, normalize, extra, precision, bend)
-    triton.forward(inputs)
-    grads = empty(n), empty(n), empty(n) if extra else None
-    triton.backward(inputs, empty(n), RowGradients(*grads), Needs(True, True, extra, bent))
-
-
-def pairs(
-    d: int,
-    dtype: torch.dtype,
-    precision: str = "fp32",
-    reduction: str = "lse",
-    cols: bool = False,
-    triangle: bool = False,
-    labels: bool = True,
-    biases: bool = False,
-    ids: bool = False,
-    groups: bool = False,
-    exclude: int = 0,
-    windows: bool = False,
-    root: bool = False,
-    reach: float = float("inf"),
-    skip_self: bool = False,
-    apart: bool = False,
-    attention: int = 0,  # width of the values; 0: statistics
-    n: int = 4096,
-    m: int = 8192,
-) -> None:
-    def sides(
-        wanted: bool, *head: int, dtype: torch.dtype = FP32
-    ) -> tuple[Tensor | None, Tensor | None]:
-        both = empty(*head, n, dtype=dtype), empty(*head, m, dtype=dtype)
-        return (both[0], None if triangle else both[1]) if wanted else (None, None)
-
-    x = empty(n, d, dtype=dtype)
-    p = PairInputs(
-        x,
-        x if triangle else empty(m, d, dtype=dtype),
-        empty(dtype=torch.float64),
-        *sides(biases),
-        *sides(labels, dtype=torch.int32),
-        *sides(ids, dtype=torch.int32),
-        *sides(groups, dtype=torch.int32),
-        empty(n, exclude, dtype=torch.int32) if exclude else None,
-        *sides(windows, 4),
-        score="root" if root else "linear",
-        positive=Rule(-1.5, 0.25, reach),
-        negative=Rule(2.0, 0.75, reach),
-        skip_self=skip_self,
-        triangle=triangle,
-        apart=apart,
-        precision=precision,
-    )
-    if not cols:
-        p = p._replace(y_window=None)
-    needs = PairNeeds(True, not triangle, True, biases, biases and not triangle)
-    wide = dict(dtype=torch.float64)
-    if attention:
-        values = empty(m, attention, dtype=dtype)
-        out, lse = triton_pairs.attention(values, p, labels)
-        grads = empty(*out.shape), empty(n, **wide)
-        triton_pairs.attention_backward(*grads, out, lse, values, p, labels, True, needs)
-        return
-    rows, columns = triton_pairs.statistics(p, reduction, cols)
-    grads = empty(2, 2, n, **wide), empty(2, 2, columns.shape[-1], **wide)
-    triton_pairs.statistics_backward(*grads, rows, columns, p, reduction, cols, needs)
-
-
-def distances(
-    kind: str, d: int, dtype: torch.dtype, precision: str = "fp32", n: int = 4096, m: int = 8192
-) -> None:
-    x, y = empty(n, d, dtype=dtype), empty(m, d, dtype=dtype)
-    inputs = DistanceInputs(x, y, None, kind, 2.0, precision)
-    out = triton_distances.forward(inputs)
-    needs = DistanceNeeds(True, True, False)
-    triton_distances.backward(empty(*out.shape), out, inputs, needs)
-
-
-def topk(
-    keep: int,
-    d: int,
-    dtype: torch.dtype,
-    precision: str = "fp32",
-    y_dtype: torch.dtype | None = None,
-    everything: bool = False,  # multipliers, ids, exclusions
-    match: str = "any",
-    center: bool = False,
-    n: int = 4096,
-    m: int = 65536,
-) -> None:
-    def integers(wanted: bool, *shape: int) -> torch.Tensor | None:
-        return empty(*shape, dtype=torch.int32) if wanted else None
-
-    triton_topk.screen(
-        empty(n, d, dtype=dtype),
-        empty(m, d, dtype=y_dtype or dtype),
-        empty(m),
-        empty(m) if everything else None,
-        keep,
-        integers(match != "any", n),
-        integers(match != "any", m),
-        match,
-        integers(everything, n),
-        integers(everything, m),
-        integers(everything, n, 3),
-        everything,
-        precision,
-        empty(d) if center else None,
-    )
-
-
-def maxsim(
-    d: int,
-    dtype: torch.dtype,
-    precision: str = "fp32",
-    shape: tuple[int, int, int, int] = (64, 32, 64, 256),  # queries, tokens, documents, tokens
-) -> None:
-    query_count, query_length, count, length = shape
-    inputs = MaxsimInputs(
-        empty(query_count * query_length, d, dtype=dtype),
-        empty(count * length, d, dtype=dtype),
-        empty(query_count + 1, dtype=torch.int64),
-        empty(count + 1, dtype=torch.int64),
-        precision,
-    )
-    scores, index = triton_maxsim.forward(inputs)
-    triton_maxsim.backward(empty(*scores.shape), index, inputs, MaxsimNeeds(True, True))
 
 
 @dataclass(frozen=True)
@@ -212,6 +60,9 @@ APART_ATTEND = dict(**APART, attention=512, exclude=3, skip_self=True)
 CHOSEN = dict(everything=True, match="different", center=True)
 FULL = dict(extra=True, classes=100_000)
 BENT = dict(bent=True, **FULL)
+LABELS = dict(many=4, classes=100_000)
+CENTERS = dict(centers=3, **LABELS)
+SOFT = dict(softness=0.1, **CENTERS)
 ODD = dict(n=4095, m=8191)  # rows of the output that are not whole vectors
 ONE_QUERY = (1, 32, 1000, 256)
 TF32 = dict(dtype=FP32, precision="tf32")
@@ -252,6 +103,27 @@ CALLS: dict[str, HostCall] = {
     "row_statistics D256 bent": _call(row_statistics, "sm_86", d=256, **HALF, bent=True),
     "row_statistics D128 bent": _call(row_statistics, "sm_90", d=128, **HALF, **BENT),
     "row_statistics D128 rounded bent": _call(row_statistics, d=128, **ROUNDED, **BENT),
+    "class_rules": _call(class_rules, d=512, **HALF),
+    "class_rules bent": _call(class_rules, *MAIN, d=512, **HALF, bent=True, **LABELS),
+    "class_rules sums": _call(class_rules, d=512, **HALF, rule="summed_softmax", bent=True),
+    "class_rules sface": _call(class_rules, *ALSO, d=512, **HALF, rule="sface"),
+    "class_rules sphereface2": _call(class_rules, *MAIN, d=512, **HALF, rule="sphereface2", many=4),
+    "class_rules best": _call(class_rules, *ALSO, "sm_86", d=512, **HALF, bent=True, **CENTERS),
+    "class_rules best sface": _call(class_rules, d=512, **HALF, rule="sface", **CENTERS),
+    "class_rules soft": _call(class_rules, *ALSO, "sm_120", d=512, **HALF, **SOFT),
+    "class_rules soft sphereface2": _call(class_rules, d=512, **HALF, rule="sphereface2", **SOFT),
+    "class_rules D500 fp16": _call(class_rules, "sm_90", d=500, dtype=FP16, **SOFT),
+    "class_rules fp32": _call(class_rules, *ALSO, d=512, **WIDE, rule="sphereface2", **LABELS),
+    "class_rules fp32 sface": _call(class_rules, "sm_90", d=512, **WIDE, rule="sface"),
+    "class_rules fp32 best": _call(class_rules, "sm_89", d=512, **WIDE, **CENTERS),
+    "class_rules fp32 soft": _call(class_rules, *MAIN, d=500, **WIDE, rule="sphereface2", **SOFT),
+    "class_rules tf32": _call(class_rules, d=512, **TF32, rule="sface", **LABELS),
+    "class_rules tf32 best": _call(class_rules, d=512, **TF32, rule="sface", **CENTERS),
+    "class_rules tf32 soft": _call(class_rules, d=512, **TF32, rule="sphereface2", **SOFT),
+    "class_rules mixed": _call(class_rules, "sm_90", d=512, **MIXED, rule="sface", **CENTERS),
+    "class_rules rounded": _call(class_rules, "sm_80", d=512, **ROUNDED, rule="sface", **LABELS),
+    "class_rules rounded best": _call(class_rules, d=512, **ROUNDED, **CENTERS),
+    "class_rules rounded soft": _call(class_rules, d=512, **ROUNDED, bent=True, **SOFT),
     "pairs rows": _call(pairs, "sm_90", "sm_100", d=512, **HALF, biases=True),
     "pairs rows masks": _call(pairs, d=512, **HALF, **MASKS),
     "pairs two sides": _call(pairs, *MAIN, "sm_86", d=512, **HALF, biases=True, cols=True),

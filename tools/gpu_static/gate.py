@@ -61,6 +61,7 @@ STUB = 64  # instructions
 NARROW = {
     "forward_rows": "partials [tiles, N]: any N, so that no batch size compiles anew; N x C / BN",
     "merge_tiles": "partials, as forward_rows",
+    "merge_classes": "partials, as forward_rows",
     "token_sums": "a query's tokens begin anywhere",
     "near_distances": "off the main path: the rare pairs that are near",
     "near_gradients": "as near_distances",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.bench.roofline.work import Launch, form
+from fused_losses.primitives.class_rules import triton_backward as triton_class_gradients
+from fused_losses.primitives.class_rules import triton_forward as triton_class_kernels
 from fused_losses.primitives.distances import triton_kernels as triton_distance_kernels
 from fused_losses.primitives.maxsim import triton_kernels as triton_maxsim_kernels
 from fused_losses.primitives.pairs import triton_attention, triton_backward, triton_near
@@ -165,6 +167,51 @@ def owner_classes(s: Launch) -> None:
     s.write("dweight", s.count * s.d)
     s.multiply(2 * swept * s.BN, s.BD, s.x)
     s.work.scalar = 6 * swept * s.BN
+
+
+def _centres(s: Launch, sweeps: int) -> tuple[int, int]:
+    """Products with every centre of a tile's classes, `sweeps` times; class tiles, and classes."""
+    times, columns = s.centers * sweeps, s.count - s.first
+    centres = s.first * s.centers, columns * s.centers
+    _tile_products(s, "x", "w", (0, s.n), centres, s.d, s.programs * times)
+    s.read("of_class.ids", s.programs * s.BN * times)
+    s.read("of_class.inverse", columns * times * s.row_tiles)
+    tiles = s.programs // s.row_tiles
+    width = 4 if s.BENT else 1
+    s.read("of_row.numbers", width * s.n * tiles, 0, width * s.n)
+    s.work.scalar = 20 * s.programs * s.BM * s.BN * times
+    return tiles, columns
+
+
+PARTIALS = ("high", "best", "total", "peak", "second")
+
+
+@form(triton_class_kernels.forward_classes)
+def forward_classes(s: Launch) -> None:
+    tiles, _ = _centres(s, 1)
+    s.read("of_row.places", s.n * s.labels * tiles, 0, s.n * s.labels)
+    for name in PARTIALS:
+        s.write(f"part.{name}", s.n * tiles, 0, s.n * tiles)
+
+
+@form(triton_class_kernels.merge_classes)
+def merge_classes(s: Launch) -> None:
+    for name in PARTIALS:
+        s.read(f"part.{name}", s.groups * s.n, 0, s.groups * s.n)
+        s.read(f"so_far.{name}", s.n)
+        s.write(f"so_far.{name}", s.n)
+
+
+@form(triton_class_gradients.gradient_classes)
+def gradient_classes(s: Launch) -> None:
+    # the softmax over centres takes each again
+    tiles, columns = _centres(s, 2 if s.POOL == 2 else 1)
+    s.read("of_row.places", s.n * s.labels * tiles * (2 if s.MANY else 1), 0, s.n * s.labels)
+    s.read("of_row.grad_targets", s.n * s.labels * tiles, 0, s.n * s.labels)
+    for name in ("lse", "grad_first", "grad_second"):
+        s.read(f"of_row.{name}", s.n * tiles)
+    s.read("of_class.rest", columns * s.centers * s.row_tiles)
+    s.write("ds", s.n * columns * s.centers)
 
 
 def _pair_tiles(s: Launch) -> tuple[int, int, int]:

@@ -82,7 +82,7 @@ def class_gradients(
 def _choose(p: ClassInputs, backend: str | None) -> str:
     width = p.x.shape[1]
     name, _ = backends.choose(
-        backend, p.x.device, p.weight.dtype, p.precision, "distance_products", width
+        backend, p.x.device, p.weight.dtype, p.precision, "class_rules", width
     )
     # kernels need a coordinate
     return name if width or name == "reference" else "bounded"
@@ -128,7 +128,7 @@ def _check(p: ClassInputs) -> None:
 
 FIELDS = len(ClassInputs._fields)
 TENSORS = ClassInputs._fields.index("rule")  # how many fields, the first ones, are tensors
-COMPILED = ("cpu",)  # backends with the rules in kernels; others run `bounded` on their products
+COMPILED = ("cpu", "triton")  # the rules in kernels; others run `bounded` on their products
 
 
 class ClassRulesOp(StreamedOp):
