@@ -47,7 +47,7 @@ PROVE = $(BIN)/python -m tools.proofs run $(if $(FULL),--full)
 BEST = $(shell $(BIN)/python -c "from fused_losses import _C; print(_C.capability())")
 
 test: venv lint cuda-host kernel-tests
-	$(CTEST) --tests-regex '_$(BEST)$$'
+	$(CTEST) --no-tests=error --tests-regex '_$(BEST)$$'
 	$(ON_HOST) $(PYTEST) --durations 40 -m "not (mutants or gate or ptx)"
 	$(PROVE) ctest:$(BEST) $(CTEST) --exclude-regex '_$(BEST)$$'
 	$(PROVE) sanitizers make cuda-sanitize

@@ -5,19 +5,24 @@ Triton compiles for every target, and the PTX of all kernels in the emulator.
     python -m tools.proofs hash
 
 `run` runs the command unless NAME was proven on the same contents (--full: always), and records
-the contents in tests/proven.json once it succeeds. `hash` prints one hash over all proofs' files.
-NAME may carry what else the proof depends on, as in ctest:avx2. Needs neither git nor torch.
+the contents in tests/proven.json once it succeeds, with the tools that were there: where one is
+absent the tests that need it are left out, and a machine that has more of them proves it again.
+`hash` prints one hash over all proofs' files. NAME may carry what else the proof depends on, as in
+ctest:avx2. Needs neither git nor torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
+import shutil
 import subprocess
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypedDict
 
 ROOT = Path(__file__).parent.parent
 RECORD = Path("tests", "proven.json")
@@ -44,6 +49,24 @@ PTX = (*CUDA, *TRITON, "tests/support/*")
 # each proof's files; a * also crosses folders
 PROOFS = {"mutants": CUDA, "sanitizers": CUDA, "ctest": KERNELS, "gate": TRITON, "ptx": PTX}
 
+# what a part of a proof's tests needs
+TOOLS = {
+    "mutants": ("triton",),
+    "sanitizers": ("triton",),
+    "gate": ("triton", "nvcc"),
+    "ptx": ("triton", "nvcc", "emulator"),
+}
+
+
+def tools(name: str, root: Path = ROOT) -> list[str]:
+    """Those of a proof's that this machine has."""
+    there = {
+        "triton": importlib.util.find_spec("triton") is not None,
+        "nvcc": shutil.which("nvcc") is not None,
+        "emulator": (root.parent / "shared" / "ptxsim").is_dir(),
+    }
+    return sorted(tool for tool in TOOLS.get(name.partition(":")[0], ()) if there[tool])
+
 
 def files(name: str, root: Path = ROOT) -> list[Path]:
     """The proof's files, relative to the root, in one order everywhere."""
@@ -69,22 +92,37 @@ def content_hash(names: Iterable[str], root: Path = ROOT) -> str:
     return out.hexdigest()[:16]
 
 
-def proven(root: Path = ROOT) -> dict[str, str]:
-    """The record: the contents on which each proof last succeeded; empty when there is none."""
+class Proof(TypedDict):
+    """What a proof last succeeded on."""
+
+    contents: str
+    tools: list[str]
+
+
+def proven(root: Path = ROOT) -> dict[str, Proof]:
+    """The record; empty when there is none."""
     path = root / RECORD
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def run(name: str, command: list[str], full: bool = False, root: Path = ROOT) -> int:
     """Runs the proof's command where it is due, and says so where it is not; its exit status."""
-    now = content_hash([name], root)
-    if not full and proven(root).get(name) == now:
+    now, there = content_hash([name], root), tools(name, root)
+    before = proven(root).get(name)
+    known = before is not None and before["contents"] == now and {*there} <= {*before["tools"]}
+    if known and not full:
         print(f"{name}: not run, unchanged since proven ({now}); FULL=1 runs it", flush=True)
         return 0
-    print(f"{name}: running, {'FULL=1' if full else 'its files have changed'} ({now})", flush=True)
+    print(
+        f"{name}: running, {'FULL=1' if full else 'its files or tools have changed'} ({now})",
+        flush=True,
+    )
     status = subprocess.run(command, cwd=root).returncode
-    if status == 0 and content_hash([name], root) == now:
-        record = json.dumps(proven(root) | {name: now}, indent=2, sort_keys=True)
+    # one with fewer tools takes no place of one with more
+    less = before is not None and known and before["tools"] != there
+    if status == 0 and content_hash([name], root) == now and not less:
+        proof = Proof(contents=now, tools=there)
+        record = json.dumps(proven(root) | {name: proof}, indent=2, sort_keys=True)
         (root / RECORD).write_text(record + "\n")
     return status
 

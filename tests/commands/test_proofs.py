@@ -64,6 +64,27 @@ def test_each_best_cpu_is_a_proof_of_its_own(tree: Path) -> None:
     assert runs(tree) == 2
 
 
+def test_a_machine_with_more_tools_proves_again(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def there(*found: str) -> None:
+        monkeypatch.setattr(proofs, "tools", lambda *_: sorted(found))
+
+    there("triton")
+    assert proofs.run("ptx", command("0"), root=tree) == 0 and runs(tree) == 1
+    there("emulator", "triton")
+    assert proofs.run("ptx", command("0"), root=tree) == 0 and runs(tree) == 2
+    # one that has less neither runs it nor takes its place
+    for found in ((), ("triton",), ("emulator",)):
+        there(*found)
+        assert proofs.run("ptx", command("0"), root=tree) == 0 and runs(tree) == 2
+    assert proofs.run("ptx", command("0"), full=True, root=tree) == 0 and runs(tree) == 3
+    assert proofs.proven(tree)["ptx"]["tools"] == ["emulator", "triton"]
+    (tree / "csrc/cuda/topk.cu").write_text("changed")
+    assert proofs.run("ptx", command("0"), root=tree) == 0 and runs(tree) == 4
+    assert proofs.proven(tree)["ptx"]["tools"] == ["emulator"]
+
+
 def test_what_is_no_source_changes_nothing(tree: Path) -> None:
     before = proofs.content_hash(proofs.PROOFS, tree)
     for name in (
