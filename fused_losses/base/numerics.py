@@ -144,6 +144,13 @@ def softplus(z: Tensor) -> Tensor:
     return -F.logsigmoid(-z)
 
 
+def against(target: Tensor, lse: Tensor) -> Tensor:
+    """softplus(lse - target), exact at both ends; against nothing (-inf) 0, and no NaN slope."""
+    some = lse != -torch.inf
+    loss = -F.logsigmoid(target - torch.where(some, lse, 0))
+    return torch.where(some, loss, 0 * target.detach())
+
+
 def merged(first: Tensor, second: Tensor) -> Tensor:
     """logaddexp whose first and second derivatives are finite also at -inf."""
     top = torch.maximum(first, second).detach()

@@ -352,7 +352,8 @@ class ClassCenters(SteppedTable):
         loss = self._loss_of(margin, self.scale, valid, classes)
         if not adaptive and not hasattr(getattr(loss, "margin", None), "bend"):
             none = x.new_zeros(present.shape, dtype=torch.float64)
-            return loss, loss.values(none, present)
+            with torch.no_grad():
+                return loss, loss.values(none, present)
         # of all shards, before the sweep, which gives them again with a gradient
         targets = shard.targets(x, loss.softness, self.normalize)
         self.ranks.sum_(targets)

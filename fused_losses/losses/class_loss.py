@@ -95,10 +95,9 @@ def class_loss(
                 normalize=normalize,
                 precision=precision,
             )
-            with torch.no_grad():
-                values = loss.values(class_targets(inputs), present)
+            values = loss.values(class_targets(inputs), present)
             found = class_statistics(inputs._replace(values=values), backend=backend)
-            merged = MergedRows(found.statistics, found.targets, present, norms)
+            merged = MergedRows(found.statistics, found.targets, present, norms, of_values=True)
         rows = loss.row_loss(merged)
         rows = torch.where(valid, rows, 0).to(x.dtype)
         if reduction == "none":

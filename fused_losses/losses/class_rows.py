@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, followed, unit_rows
+from fused_losses.base.numerics import accumulate_dtype, against, followed, unit_rows
 from fused_losses.base.validation import meet
 from fused_losses.losses.margin_calls import bend_of
 from fused_losses.margins import Margin
@@ -96,7 +95,7 @@ class ClassRows(NamedTuple):
         target, lse [N]. Ignored rows have loss 0 and are not in the mean (0 of none). Accumulation
         dtype.
         """
-        loss = -F.logsigmoid(target - lse)  # exact at both ends
+        loss = against(target, lse)
         # the limit is 0, but an infinite score is a fault that must show
         loss = loss * torch.where(target == torch.inf, torch.nan, 1) + penalty
         loss = torch.where(self.valid, loss, 0).to(self.x.dtype)

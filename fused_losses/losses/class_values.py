@@ -22,7 +22,7 @@ from fused_losses.base.parameters import check_above, check_margin, check_parame
 from fused_losses.base.validation import GRADIENTS, describe
 from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
 from fused_losses.margins import ArcFace, Margin
-from fused_losses.primitives.class_rules.rules import raised
+from fused_losses.primitives.class_rules.rules import log1p_exp, raised
 
 
 class MergedRows(NamedTuple):
@@ -32,6 +32,7 @@ class MergedRows(NamedTuple):
     targets: Tensor  # [N, L] cosines with the labels, 0 where there is none
     present: Tensor  # [N, L] bool: there is a label
     norms: Tensor | None = None  # [N] |x| of the embeddings, for margins that use it
+    of_values: bool = False  # the statistics carry the gradient of the rule's values
 
 
 class ClassLoss:
@@ -49,7 +50,7 @@ class ClassLoss:
         raise NotImplementedError
 
     def values(self, targets: Tensor, present: Tensor) -> Tensor | None:  # noqa: ARG002 (a hook)
-        """Numbers of each row that the rule takes, [R, N] without gradient, or None.
+        """Numbers of each row that the rule takes, [R, N], or None.
 
         targets [N, L]: cosines with the labels, 0 where there is none; present [N, L] bool.
         """
@@ -108,7 +109,8 @@ class Softmax(ClassLoss):
         if not hasattr(self.margin, "bend"):
             return None
         _one_label(self.margin, targets)
-        return bend_of(self.margin, targets[:, 0], present[:, 0])
+        with torch.no_grad():
+            return bend_of(self.margin, targets[:, 0], present[:, 0])
 
     def row_loss(self, rows: MergedRows) -> Tensor:
         z = self._scaled(self._moved(rows.targets, rows.norms, rows.present))
@@ -144,9 +146,13 @@ def _label_softmax(
     z: Tensor, lse: Tensor, present: Tensor, end: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Mean over a row's labels of `Softmax.end`, [N]; z [N, L], lse [N] of the negatives."""
-    above = z - lse[:, None]
+    others = lse[:, None] != -torch.inf
+    above = z - torch.where(others, lse[:, None], 0)
     # each exact where the other is near 0
     loss = end(F.logsigmoid(above), F.logsigmoid(-above))
+    # beside no class the probability is 1, and has no curve either
+    zero = 0 * z.detach()
+    loss = torch.where(others, loss, end(zero, zero - torch.inf))
     # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
     loss = torch.where(z == torch.inf, torch.nan, loss)
     return _present_sum(loss, present) / present.sum(dim=1).clamp_min(1)
@@ -277,7 +283,7 @@ class SphereFace2(ClassLoss):
         return [float(v) for v in (self.scale, self.margin, self.t, straight)]
 
     def values(self, targets: Tensor, present: Tensor) -> Tensor | None:  # noqa: ARG002 (a hook)
-        return self._bias(targets).detach().expand(1, targets.shape[0])
+        return self._bias(targets).expand(1, targets.shape[0])
 
     def _bias(self, like: Tensor) -> Tensor:
         return torch.as_tensor(self.bias, dtype=like.dtype, device=like.device).reshape(())
@@ -285,10 +291,12 @@ class SphereFace2(ClassLoss):
     def row_loss(self, rows: MergedRows) -> Tensor:
         bias = self._bias(rows.targets)
         g = raised(rows.targets, self.t, self.gradient == "straight_through")
-        of_labels = _present_sum(-F.logsigmoid(self.scale * (g - self.margin) + bias), rows.present)
+        z = self.scale * (g - self.margin) + bias
+        of_labels = _present_sum(log1p_exp(-z), rows.present)
         # worth 0: the gradient of the negatives' sum in the bias is their second statistic
-        of_bias = (bias - bias.detach()) * rows.statistics[1].detach()
-        of_negatives = rows.statistics[0] + of_bias
+        of_negatives = rows.statistics[0]
+        if not rows.of_values:
+            of_negatives = of_negatives + (bias - bias.detach()) * rows.statistics[1].detach()
         return self.lw / self.scale * (self.alpha * of_labels + (1 - self.alpha) * of_negatives)
 
 

@@ -6,13 +6,12 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, followed, no_autocast, unit_rows
+from fused_losses.base.numerics import accumulate_dtype, against, followed, no_autocast, unit_rows
 from fused_losses.base.parameters import check_above, check_margin
 from fused_losses.base.validation import GRADIENTS, check_plain, checked_smoothing, meet, no_target
 from fused_losses.losses import reference as losses_reference
@@ -253,7 +252,7 @@ def _streamed(
     target_bias = 0.0 if bias is None else bias.to(accumulate)[picked]
     moved = apply_margin(margin, target_cosine, norm, gradient, valid)
     target = scale * moved + target_bias
-    loss = -F.logsigmoid(target - stats.lse)  # softplus(lse - target), exact at both ends
+    loss = against(target, stats.lse)
     # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
     loss = loss * torch.where(target == torch.inf, torch.nan, 1)
     logsumexp = torch.logaddexp(target, stats.lse)

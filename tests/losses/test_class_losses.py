@@ -564,9 +564,10 @@ def test_opcheck(rule: str, dtype: torch.dtype, streamed: str) -> None:
     torch.library.opcheck(CLASS_RULES.op(streamed), tuple(p))
     still = [t.detach() if isinstance(t, Tensor) else t for t in p]
     found = CLASS_RULES.op(streamed)(*still)
-    for compact, need_x, need_weight in ((False, True, True), (True, False, True)):
+    own = CLASS_FOLDS[p.rule].own_slope
+    for needs in ((False, True, True, own), (True, False, True, False)):
         up = torch.rand_like(found[0]), torch.rand_like(found[1]), found[0]
-        arguments = (*up, *still, compact, need_x, need_weight)
+        arguments = (*up, *still, *needs)
         torch.library.opcheck(CLASS_RULES.op(streamed, "_backward"), arguments)
     targets = CLASS_TARGETS.op("bounded")
     torch.library.opcheck(targets, (*still[:3], K, 0.0, True))

@@ -20,7 +20,8 @@ FORWARD = f"({INPUTS}) -> (Tensor statistics, Tensor targets, Tensor hardest, Te
 
 BACKWARD = (
     f"(Tensor grad_statistics, Tensor grad_targets, Tensor statistics, {INPUTS}, bool compact, "
-    "bool need_x, bool need_weight) -> (Tensor dx, Tensor dweight)"
+    "bool need_x, bool need_weight, bool need_values) "
+    "-> (Tensor dx, Tensor dweight, Tensor dvalues)"
 )
 
 
@@ -31,7 +32,7 @@ class ClassInputs(NamedTuple):
     weight: Tensor  # [C K, D], the K centres of a class one after the other
     labels: Tensor  # [N, L] int64, -1: nothing there, or a class that is not in this weight
     classes: Tensor | None = None  # [M] int64, increasing: the classes that take part
-    values: Tensor | None = None  # [R, N], numbers of each row that the rule takes; no gradient
+    values: Tensor | None = None  # [R, N], numbers of each row that the rule takes
     rule: str = "softmax"  # a name in CLASS_FOLDS
     params: tuple[float, ...] | list[float] = ()
     centers: int = 1  # K
@@ -55,6 +56,7 @@ class ClassNeeds(NamedTuple):
     compact: bool  # the weight's has the rows of `classes` only
     x: bool
     weight: bool
+    values: bool
 
 
 class ClassStatistics(NamedTuple):

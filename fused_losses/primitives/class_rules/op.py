@@ -76,7 +76,8 @@ def class_gradients(
     if name == "reference":
         raise ValueError("backend: expected a streamed one, got 'reference', which autograd serves")
     op = CLASS_RULES.op(name, "_backward")
-    return op(grad_statistics, grad_targets, statistics, *inputs, compact, need_x, need_weight)
+    needs = compact, need_x, need_weight, False
+    return op(grad_statistics, grad_targets, statistics, *inputs, *needs)[:2]
 
 
 def _choose(p: ClassInputs, backend: str | None) -> str:
@@ -129,6 +130,8 @@ def _check(p: ClassInputs) -> None:
 FIELDS = len(ClassInputs._fields)
 TENSORS = ClassInputs._fields.index("rule")  # how many fields, the first ones, are tensors
 COMPILED = ("cpu", "triton")  # the rules in kernels; others run `bounded` on their products
+VALUES = ClassInputs._fields.index("values")
+NEEDS = len(ClassNeeds._fields)
 
 
 class ClassRulesOp(StreamedOp):
@@ -149,18 +152,21 @@ class ClassRulesOp(StreamedOp):
     def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
         *tensors, statistics = ctx.saved_tensors
         of_statistics, of_targets = grads[:2]
-        none = (None,) * (FIELDS - 2)
         if of_statistics is None and of_targets is None:
-            return None, None, *none
+            return (None,) * FIELDS
         if of_statistics is None:
             of_statistics = torch.zeros_like(statistics)
         if of_targets is None:
             of_targets = torch.zeros_like(tensors[2], dtype=statistics.dtype)
-        dx, dweight = backward_op(
+        asked = needed[0], needed[1], needed[VALUES] and CLASS_FOLDS[ctx.rest[0]].own_slope
+        found = backward_op(
             of_statistics.contiguous(), of_targets.contiguous(), statistics, *tensors, *ctx.rest,
-            False, *needed[:2],
+            False, *asked,
         )  # fmt: skip
-        return dx if needed[0] else None, dweight if needed[1] else None, *none
+        given: list[Tensor | None] = [None] * FIELDS
+        for at, need, gradient in zip((0, 1, VALUES), asked, found, strict=True):
+            given[at] = gradient if need else None
+        return tuple(given)
 
     def fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         p = ClassInputs(*arguments)
@@ -172,11 +178,12 @@ class ClassRulesOp(StreamedOp):
             p.x.new_empty(n, dtype=p.dtype),
         )
 
-    def fake_backward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        p, (compact, need_x, need_weight) = ClassInputs(*arguments[3:-3]), arguments[-3:]
+    def fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        p, needs = ClassInputs(*arguments[3:-NEEDS]), ClassNeeds(*arguments[-NEEDS:])
         return (
-            p.x.new_empty(p.x.shape if need_x else 0),
-            p.weight.new_empty(gradient_shape(p, compact) if need_weight else 0),
+            p.x.new_empty(p.x.shape if needs.x else 0),
+            p.weight.new_empty(gradient_shape(p, needs.compact) if needs.weight else 0),
+            arguments[0].new_empty((1, p.x.shape[0]) if needs.values else 0),
         )
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
@@ -186,28 +193,36 @@ class ClassRulesOp(StreamedOp):
         return tuple(bounded.forward(backend, p))
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        p = ClassInputs(*arguments[3:-3])
-        grad_statistics, grad_targets, statistics = arguments[:3]
-        given = grad_statistics, grad_targets, statistics, p, *arguments[-3:]
+        p, needs = ClassInputs(*arguments[3:-NEEDS]), ClassNeeds(*arguments[-NEEDS:])
+        of_statistics, _, statistics = arguments[:3]
+        given = *arguments[:3], p, needs.compact, needs.x, needs.weight
         if backend in COMPILED:
-            return self.form(backend).backward(*given)
-        return bounded.backward(backend, *given)
+            found = self.form(backend).backward(*given)
+        else:
+            found = bounded.backward(backend, *given)
+        return *found, _of_values(of_statistics, statistics, needs.values)
 
     def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
         if direction:
             return super().tangents(direction, arguments, moves, output)
-        moving = tuple(t if i < 2 else None for i, t in enumerate(moves))
+        moving = tuple(t if i in (0, 1, VALUES) else None for i, t in enumerate(moves))
         p = ClassInputs(*duals(arguments, moving))
         return *tangents.statistics(p, output[0]), None, None
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         needs = None
         if direction:
-            arguments, needs = arguments[3:-3], ClassNeeds(*arguments[-3:])
+            arguments, needs = arguments[3:-NEEDS], ClassNeeds(*arguments[-NEEDS:])
         p = ClassInputs(*arguments)
         if backend in COMPILED:
             return self.form(backend).workspace(p, needs)
         return bounded.workspace(backend, p, needs)
+
+
+def _of_values(grad_statistics: Tensor, statistics: Tensor, needed: bool) -> Tensor:
+    if not needed:
+        return grad_statistics.new_empty(0)
+    return (grad_statistics[0] * statistics[1])[None]
 
 
 CLASS_RULES = ClassRulesOp()

@@ -24,8 +24,8 @@ class ClassRule(NamedTuple):
     """What a cosine of a negative class adds to the row's statistics.
 
     terms(c [N, T], values [R, N, 1] or None, params) gives one [N, T] a statistic, in PyTorch that
-    autograd follows; slopes gives their derivatives in c (of an lse a number will do). values and
-    params carry no gradient.
+    autograd follows; slopes gives their derivatives in c (of an lse a number will do). values
+    carry a gradient where `own_slope` says so, params none.
     """
 
     kinds: tuple[str, ...]  # of each statistic: "lse" or "sum"
@@ -34,6 +34,7 @@ class ClassRule(NamedTuple):
     steepest: Callable[[list[float]], float]  # a bound on |slopes| of what is not bent
     params: int  # how many
     values: tuple[int, ...]  # how many rows of them it may have
+    own_slope: bool = False  # the second statistic is the first's derivative in the one value
 
 
 def _softmax_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor]:
@@ -76,6 +77,11 @@ def raised(c: Tensor, t: float, straight_through: bool) -> Tensor:
     return c + (value - c).detach() if straight_through else value
 
 
+def log1p_exp(z: Tensor) -> Tensor:
+    """As `numerics.softplus`, in whose curve s (1 - s) torch rounds 1 - s as it does 1."""
+    return torch.logaddexp(z, z.new_zeros(()))
+
+
 def _sphereface2_score(c: Tensor, values: Tensor | None, params: list[float]) -> Tensor:
     scale, margin, t, straight_through = params
     assert values is not None
@@ -87,7 +93,7 @@ def _sphereface2_terms(
 ) -> tuple[Tensor, Tensor]:
     """softplus(z), and its slope in the bias."""
     z = _sphereface2_score(c, values, params)
-    return -torch.nn.functional.logsigmoid(-z), torch.sigmoid(z)
+    return log1p_exp(z), torch.sigmoid(z)
 
 
 def _sphereface2_slopes(
@@ -121,6 +127,7 @@ CLASS_FOLDS: Mapping[str, ClassRule] = MappingProxyType(
             lambda p: p[0] * (1.0 if p[3] else p[2]),
             4,
             (1,),
+            own_slope=True,
         ),
     }
 )
