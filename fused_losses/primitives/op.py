@@ -23,13 +23,16 @@ LIBRARY = torch.library.Library("fused_losses", "FRAGMENT")
 Op = Callable[..., Any]
 
 
-def refused(name: str, hint: str = "") -> Callable[..., tuple]:
+ANY_ORDER = "backend='reference', whose autograd goes to any order"
+
+
+def refused(name: str, hint: str = "", instead: str = ANY_ORDER) -> Callable[..., tuple]:
     """What stands for a derivative that there is not."""
 
     def raises(ctx: Any, *grads: Tensor) -> tuple:
         raise NotImplementedError(
             f"{name}: a second derivative through the streamed kernels is not supported{hint}; "
-            "use backend='reference', whose autograd goes to any order"
+            f"use {instead}"
         )
 
     return raises
@@ -48,6 +51,8 @@ class StreamedOp:
     backward_schema: str | None = None  # None: there is no gradient
     # with "cpu" among them nothing of the op is compiled
     python_backends: tuple[str, ...] = PYTHON_BACKENDS
+    # what has a second derivative where the op has none
+    instead: str = ANY_ORDER
     # gradient of the backward op, as `gradients` and `setup_context` are of the forward op
     second: Callable[..., tuple] | None = None
     setup_second: Callable[[Any, tuple, Any], None] | None = None
@@ -156,7 +161,9 @@ class StreamedOp:
             setup_context=lambda ctx, inputs, output: self.setup_context(ctx, inputs, output),
         )
         torch.library.register_autograd(
-            f"{name}_backward", self.second or refused(self.name), setup_context=self.setup_second
+            f"{name}_backward",
+            self.second or refused(self.name, instead=self.instead),
+            setup_context=self.setup_second,
         )
 
 

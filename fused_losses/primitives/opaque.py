@@ -13,18 +13,24 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import no_autocast
-from fused_losses.primitives.op import LIBRARY, refused
+from fused_losses.primitives.op import ANY_ORDER, LIBRARY, refused
 
 
 class OpaqueOp:
     """run(*arguments) -> Tensor, registered as fused_losses::name.
 
     schema: its arguments, "(Tensor x, float t)"; like: an empty result of the right shape. The
-    gradient, of the floating point tensors, is that of run, which is called again for it.
+    gradient, of the floating point tensors, is that of run, which is called again for it; `instead`
+    says what has a second one.
     """
 
     def __init__(
-        self, name: str, schema: str, run: Callable[..., Tensor], like: Callable[..., Tensor]
+        self,
+        name: str,
+        schema: str,
+        run: Callable[..., Tensor],
+        like: Callable[..., Tensor],
+        instead: str = ANY_ORDER,
     ) -> None:
         self.name, self.run = name, run
         for suffix, given, out, body, fake in (
@@ -38,7 +44,9 @@ class OpaqueOp:
         torch.library.register_autograd(
             f"fused_losses::{name}", self._gradients, setup_context=self._keep
         )
-        torch.library.register_autograd(f"fused_losses::{name}_backward", refused(name))
+        torch.library.register_autograd(
+            f"fused_losses::{name}_backward", refused(name, instead=instead)
+        )
 
     def __call__(self, *arguments: Any) -> Tensor:
         if torch.compiler.is_compiling():

@@ -14,12 +14,14 @@ from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
 from fused_losses.base.validation import check_both, check_plain, number
 from fused_losses.losses.scored_pairs import scored
-from fused_losses.primitives.op import TangentFunction, duals, primals, tangents_of
+from fused_losses.primitives.op import TangentFunction, duals, primals, refused, tangents_of
 from fused_losses.primitives.opaque import OpaqueOp
 from fused_losses.primitives.pairs.op import pair_attention
 from fused_losses.similarity.attention import check_leading, check_values, one_by_one
 
 TRILINEAR_ROWS = 4096  # of (query, first key) pairs that one sweep takes
+# what has a second derivative: no backend, reference neither
+SCORES = "scores written out in PyTorch, einsum('nd,jd,ld->njl', q, k1, k2)"
 
 
 def trilinear_attention(
@@ -38,7 +40,7 @@ def trilinear_attention(
         out_i = sum_jl softmax_jl(scale sum_d q_id k1_jd k2_ld) (v1_j * v2_l)
 
     All of one dtype, leading dimensions alike. scale: None for 1 / sqrt(D). Returns [..., N, Dv] in
-    v1's dtype. Differentiable once; a second derivative raises RuntimeError.
+    v1's dtype. Differentiable once; a second derivative raises NotImplementedError.
     Raises ValueError, TypeError for bad arguments. Time O(N J L (D + Dv)), put J, the side that is
     looped over, on the smaller; memory O((N + J + L)(D + Dv)). Paper: Alman and Song, 2023.
     """
@@ -136,7 +138,7 @@ class _TrilinearBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
-        raise RuntimeError("trilinear_attention: a second derivative is not supported")
+        return refused("trilinear_attention", instead=SCORES)(ctx, *grads)
 
 
 def _trilinear_backward(
@@ -209,6 +211,7 @@ _TRILINEAR = OpaqueOp(
     "str backend)",
     _Trilinear.apply,
     lambda q, k1, k2, v1, *_: v1.new_empty((q.shape[0], v1.shape[1])),
+    SCORES,
 )
 
 examples(trilinear_attention, lambda f, t: f(t.x, t.few, t.z, t.few_values, t.w))

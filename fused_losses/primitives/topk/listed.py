@@ -139,6 +139,8 @@ class ListedPairsOp(StreamedOp):
         "bool need_y) -> (Tensor dx, Tensor dy)"
     )
     python_backends = ("bounded",)
+    # the values of the listed pairs are this op's on every backend
+    instead = "the indices, and values taken again of x and y[indices] in PyTorch"
 
     def forward(self, backend: str, *arguments: Any) -> Tensor:
         return listed_forward(*arguments)
