@@ -41,7 +41,7 @@ _EXACT = frozenset(
     "slice_backward sort split split_with_sizes squeeze stack t threshold threshold_backward topk "
     "transpose tril triu unbind unfold unsafe_split unsafe_view unsqueeze "
     "value_selecting_reduction_backward view where zero zeros zeros_like _local_scalar_dense "
-    "_reshape_alias _to_copy _unsafe_view".split()
+    "_reshape_alias _to_copy _unsafe_view _efficientzerotensor".split()
 )
 _PRODUCTS = frozenset("mm bmm mv dot addmm baddbmm".split())
 
@@ -52,6 +52,7 @@ class Disturbed(TorchDispatchMode):
     dtype: what the caller's rows are held in; sums are float32's, or float64's for float64.
     width: D; a matrix whose last dimension it is holds rows, in their dtype, and so does what has
     one of `shapes`. lowered: the rounding of a product's factors. seed: which roundings are drawn.
+    alike: what one operation returns has roundings of one sign, as rows that are nearly equal have.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Disturbed(TorchDispatchMode):
         lowered: float = 0.0,
         shapes: Collection[tuple[int, ...]] = (),
         seed: int = 0,
+        alike: bool = False,
     ) -> None:
         super().__init__()
         self.unit = ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
@@ -69,7 +71,7 @@ class Disturbed(TorchDispatchMode):
         # what storing rows rounds beyond the sums' own rounding
         self.stored = self.row_unit if self.row_unit > self.unit else 0.0
         self.width, self.lowered, self.shapes = width, lowered, frozenset(shapes)
-        self._seed, self._drawings = seed, 0
+        self._seed, self._drawings, self._alike = seed, 0, alike
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
@@ -97,6 +99,8 @@ class Disturbed(TorchDispatchMode):
         self._drawings += 1
         # another part of the same signs each time: drawing anew would take most of the time
         start = (self._drawings * 7919 + self._seed * 104729) % (len(signs) // 2)
+        if self._alike:
+            return signs[start].to(like).expand(like.shape)
         found = signs[start : start + count]
         if len(found) < count:
             found = found.repeat(-(-count // len(found)))[:count]
@@ -283,7 +287,8 @@ class Movement:
             self._draw()
 
     def _draw(self) -> None:
-        with self._mode(seed=self._drawn):
+        # the later half: what is nearly equal is rounded alike
+        with self._mode(seed=self._drawn, alike=2 * self._drawn >= SAMPLES):
             moved = self._outcome()
         apart = [distance(part, right) for part, right in zip(moved, self._truth, strict=True)]
         self._most = [max(pair) for pair in zip(self._most, apart, strict=True)]

@@ -11,8 +11,8 @@ from fuzz_settings import drawn
 from hypothesis import given
 from tangent_draws import judge
 
-# a row or a class alone: a mean over nothing is NaN and so moves; open, a scale over one class
-MORE_THAN_ONE = ("linear_cross_entropy_options", "adaptive_margin_softmax")
+# of a row alone: a mean over nothing is NaN and so moves
+MORE_THAN_ONE = ("linear_cross_entropy_options",)
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -15,29 +15,29 @@ from fused_losses.base.disturbance import Movement, distance
 from fused_losses.base.numerics import ROUNDOFF, accumulate_dtype
 
 
-def _drawn(like: list[Tensor], seed: int) -> list[Tensor]:
+def drawn(like: list[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in like]
 
 
-def _weighted(value: Tensor) -> Tensor:
-    return (value * _drawn([value.detach()], 5)[0]).sum()
+def weighted(value: Tensor) -> Tensor:
+    return (value * drawn([value.detach()], 5)[0]).sum()
 
 
 def slope(case: Case, t: Inputs) -> Tensor:
     """Of a weighting of the formula's value along the direction, by reverse mode."""
     leaves = [getattr(t, name) for name in case.leaves]
-    grads = torch.autograd.grad(_weighted(case.formula(t)), leaves, allow_unused=True)
-    pairs = zip(grads, _drawn(leaves, 7), strict=True)
+    grads = torch.autograd.grad(weighted(case.formula(t)), leaves, allow_unused=True)
+    pairs = zip(grads, drawn(leaves, 7), strict=True)
     return torch.stack([(g * a).sum() for g, a in pairs if g is not None]).sum()
 
 
 def tangent(case: Case, t: Inputs, backend: str) -> Tensor:
     leaves = [getattr(t, name).detach() for name in case.leaves]
     with forward_ad.dual_level():
-        duals = map(forward_ad.make_dual, leaves, _drawn(leaves, 7))
+        duals = map(forward_ad.make_dual, leaves, drawn(leaves, 7))
         made = vars(t) | dict(zip(case.leaves, duals, strict=True))
-        value = _weighted(case.call(Inputs(**made), backend=backend))
+        value = weighted(case.call(Inputs(**made), backend=backend))
         found = forward_ad.unpack_dual(value).tangent
     # an option that counts has no tangent
     return torch.zeros(()).double() if found is None else found.double()

@@ -1,0 +1,73 @@
+"""Second derivatives on hard data, drawn, for every function."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from draws import CASES, DRAWS, Draw, unjudged
+from fuzz_settings import drawn
+from hypothesis import given
+from second_draws import judge
+
+# a second derivative is refused on every backend
+NONE = {name for name in CASES if name.startswith(("pairwise_topk", "trilinear_attention"))}
+# rows of 100 and more whose weighted sum is near 0: positives and softmax are summed apart
+SUMS_THAT_CANCEL = {("supervised_contrastive_out", kind) for kind in ("clusters", "far")}
+FOUND = {
+    # the bias met the other classes by a sum of their shares that stood still
+    "a bias": (
+        "class_loss_SphereFace2",
+        Draw((15, 29, 65), "plain", "one class", torch.float32, 1255470979),
+    ),
+    # s (1 - s) with 1 - s of s rounded to 1
+    "a share of one": (
+        "class_loss_SphereFace2",
+        Draw((2, 16, 17), "unit clusters", "skewed", torch.float32, 1119953454),
+    ),
+    # a logsumexp over nothing under logsigmoid
+    "a class alone": (
+        "class_loss_Softmax",
+        Draw((29, 1, 2), "unit clusters", "as they are", torch.float32, 937374666),
+    ),
+    "a class alone, and its scale": (
+        "adaptive_margin_softmax",
+        Draw((1, 1, 1), "aligned", "all distinct", torch.float32, 0),
+    ),
+    # the bound's: rows that are nearly equal are rounded alike
+    "rounded alike": (
+        "proxy_nca",
+        Draw((7, 33, 17), "clusters", "one class", torch.float32, 3415429),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NONE])
+def test_second_derivatives(name: str) -> None:
+    @drawn(3)
+    @given(DRAWS)
+    def check(draw: Draw) -> None:
+        if draw.dtype.itemsize == 2:
+            draw = replace(draw, dtype=torch.float32)
+        if not unjudged(CASES[name], draw) and (name, draw.kind) not in SUMS_THAT_CANCEL:
+            held(name, draw)
+
+    check()
+
+
+@pytest.mark.parametrize("find", list(FOUND))
+def test_found(find: str) -> None:
+    held(*FOUND[find])
+
+
+def held(name: str, draw: Draw) -> None:
+    for verdict in judge(CASES[name], draw):
+        assert verdict.share <= 1, (draw, verdict)
+
+
+@pytest.mark.parametrize("name", sorted(NONE))
+def test_where_there_is_none(name: str) -> None:
+    draw = Draw((5, 7, 4), "plain", "as they are", torch.float32, 1)
+    with pytest.raises(AssertionError, match="second derivative.*not supported"):
+        list(judge(CASES[name], draw))
