@@ -15,6 +15,7 @@ from fused_losses.losses.contrastive import (
     soft_nearest_neighbor,
     supervised_contrastive,
 )
+from fused_losses.losses.distillation import distillation
 from fused_losses.losses.info_nce import info_nce
 from fused_losses.losses.linear_cross_entropy import linear_cross_entropy
 from fused_losses.losses.margin_pairs import contrastive, margin_loss, snr_contrastive
@@ -31,6 +32,7 @@ from fused_losses.losses.pair_weighting import (
 )
 from fused_losses.losses.proxies import proxy_anchor, proxy_nca
 from fused_losses.losses.ranking import angular, fast_ap, histogram, ranked_list, tuplet_margin
+from fused_losses.losses.top_teacher import TopTeacher
 from fused_losses.losses.triplets import (
     all_triplets,
     harmonic_triplet,
@@ -61,6 +63,7 @@ from fused_losses.similarity.trilinear import trilinear_attention
 __all__ = [
     "MarginSoftmaxStats",
     "Pairs",
+    "TopTeacher",
     "Transport",
     "Triplets",
     "adaptive_margin_softmax",
@@ -74,6 +77,7 @@ __all__ = [
     "circle",
     "class_loss",
     "contrastive",
+    "distillation",
     "fast_ap",
     "generalized_lifted_structure",
     "harmonic_triplet",

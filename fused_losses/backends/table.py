@@ -77,20 +77,19 @@ ON_GPU = (
     ),
     Preference(
         "divergence",
-        ("bounded",),
-        "two products a tile and what is made of them in float64: it has no kernels yet",
+        ("triton", "cuda", "bounded"),
+        "two products a tile on the backend; what is made of them is PyTorch in float64",
     ),
     Preference("row_update", ("cuda", "bounded"), "one pass over the rows that have a gradient"),
 )
 ON_CPU = ("cpu", "bounded")
-NOT_COMPILED = ("divergence",)  # operations without a form in C++
 OPERATIONS = tuple(dict.fromkeys(e.operation for e in ON_GPU))
 
 
 def order(operation: str, device: str, width: int = 0, half: bool = False) -> tuple[str, ...]:
     """What `auto` tries for this operation on rows of this width; half: of 16-bit elements."""
     if device == "cpu":
-        return ("bounded",) if operation in NOT_COMPILED else ON_CPU
+        return ON_CPU
     if device != "cuda":
         return ("bounded",)
     fitting = [

@@ -16,6 +16,10 @@ from fused_losses.base.examples import TABLE, ExampleInputs
 
 # what differs from the default: where the default is None, or is not differentiable there
 VALUES = {
+    ("distillation", "temperature"): 2.0,
+    ("distillation", "alpha"): 0.5,
+    ("distillation", "beta"): 2.0,
+    ("distillation", "removed"): -3.0,
     ("batch_hard_triplet", "margin"): 0.3,
     ("info_nce", "false_negative_margin"): 0.1,
     ("info_nce", "hardness"): 0.5,
@@ -32,6 +36,10 @@ VALUES = {
 }
 # the example that makes use of the argument, where another comes first
 USED_BY = {
+    ("distillation", "alpha"): "distillation, dkd",
+    ("distillation", "beta"): "distillation, dkd",
+    ("distillation", "removed"): "distillation, dkd",
+    ("distillation", "eps"): "distillation, ofa",
     ("pairwise_similarity", "gamma"): "pairwise_similarity, polynomial",
     ("pairwise_similarity", "coef0"): "pairwise_similarity, polynomial",
     ("pairwise_similarity", "degree"): "pairwise_similarity, polynomial",

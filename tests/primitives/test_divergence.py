@@ -8,13 +8,12 @@ import torch
 from divergence_formulas import PARAMS, Call
 from torch import Tensor
 
-from fused_losses import backends
 from fused_losses.primitives.divergence import bounded
 from fused_losses.primitives.divergence.inputs import DivergenceInputs
 from fused_losses.primitives.divergence.op import DIVERGENCE, DivergenceStatistics, divergence
 from fused_losses.primitives.divergence.rules import DIVERGENCES
 
-FORMS = ("reference", "bounded")
+FORMS = ("reference", "bounded", "cpu")
 STREAMED = FORMS[1:]
 SHAPES = {
     "two weights": {},
@@ -256,11 +255,3 @@ def test_bad_inputs(change: tuple[str, object, str]) -> None:
     p = inputs(formulas.drawn().to(torch.float32), "forward", [])._replace(**{name: value})
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         divergence(p)
-
-
-def test_a_backend_without_kernels_says_so() -> None:
-    missing = [b for b in backends.NAMES if b not in FORMS and b not in DIVERGENCE.python_backends]
-    for name in missing:
-        if backends.unavailable(name) is None:
-            with pytest.raises(RuntimeError, match=r"has no kernels of two score matrices"):
-                found(formulas.drawn(), "forward", [], name)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from class_pair_draws import cross_entropy
+from distillation_formulas import TEMPERATURE, of_scores
 from pair_cases import Case
 from pair_formulas import Inputs, equal, eye, lse, proxies, unit
 from torch import Tensor
@@ -372,6 +374,36 @@ def _shared(t: Inputs, **more: Any) -> Tensor:
     return torch.where(found == -torch.inf, 0, found)
 
 
+# ---- distillation: every kind by its formula on both matrices ------------------------------------
+
+
+def two_tables(n: int, m: int, d: int) -> Inputs:
+    """A student's rows and classes, and a teacher's."""
+    t = proxies(n, m, d)
+    t.teacher, t.teacher_w = torch.randn(n, d) / d**0.25, torch.randn(m, d) / d**0.25
+    return t
+
+
+def _distilled(kind: str, t: Inputs, **more: Any) -> Tensor:
+    given = (t.x, t.w, t.teacher, t.teacher_w)
+    return fl.distillation(*given, kind=kind, labels=t.targets, teacher_grad=True, **more)
+
+
+def distilled(kind: str, temperature: float) -> Callable[[Inputs], Tensor]:
+    def formula(t: Inputs) -> Tensor:
+        u, v = (x @ w.T / temperature for x, w in ((t.x, t.w), (t.teacher, t.teacher_w)))
+        return of_scores(kind, u, v, t.targets, temperature).mean()
+
+    return formula
+
+
+DISTILLED = {
+    kind: distilled(kind, TEMPERATURE.get(kind, 1.0))
+    for kind in ("kl", "reverse_kl", "jsd", "tv", "soft_ce", "pskd", "dkd", "ofa", "mse")
+    + ("bernoulli", "bernoulli_norm")
+}
+
+
 ROWS = ("x", "w")
 DRAWN = [
     *(
@@ -404,6 +436,17 @@ DRAWN = [
         mada,
         ROWS,
         function=fl.adaptive_margin_softmax,
+    ),
+    *(
+        Case(
+            f"distillation_{kind}",
+            two_tables,
+            partial(_distilled, kind),
+            distilled,
+            (*ROWS, "teacher", "teacher_w"),
+            function=fl.distillation,
+        )
+        for kind, distilled in DISTILLED.items()
     ),
     Case(
         "shared_negatives",

@@ -77,6 +77,8 @@ NOT_DRAWN = {
     "CompSum": "gradient margin",
     "CrossBatchMemory": "device dtype",
     "DistanceWeightedMiner": "cutoff generator nonzero_loss_cutoff",
+    "distillation": "alpha beta classes eps ignore_index memory_budget reduction removed "
+    "student_bias student_scale teacher_bias teacher_scale temperature",
     "ElasticArcFace": "beyond_pi generator margin plus std",
     "ElasticCosFace": "generator margin std",
     "fast_ap": "reduction",

@@ -1,6 +1,7 @@
-"""Divergences in pure PyTorch: both matrices go by in the same tiles of classes.
+"""Divergences on tiles of products: both matrices go by in the same tiles of classes.
 
-A tile's products are in the accumulation dtype, all that is made of them in `row_dtype`.
+Products are the backend's, in the accumulation dtype; all that is made of them is PyTorch in
+`row_dtype`. It is the form of every backend that has no kernels of its own for this primitive.
 Extra memory O(N D + tile), whatever the number of classes.
 """
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from fused_losses.base.numerics import merged, over_last, row_dtype, unit_rows
 from fused_losses.base.unit_norm import UnitRows, unit_parts
+from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
+from fused_losses.primitives.distances.op import DISTANCE_MATRIX
 from fused_losses.primitives.divergence.inputs import (
     DivergenceGradients,
     DivergenceInputs,
@@ -48,7 +51,7 @@ def _tile_classes(p: DivergenceInputs) -> int:
     return max(16, TILE_BYTES // sum(_class_bytes(p)))
 
 
-def workspace(p: DivergenceInputs, needs: DivergenceNeeds | None) -> int:
+def workspace(p: DivergenceInputs, needs: DivergenceNeeds | None, backend: str = "bounded") -> int:
     """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
     n, depth = p.x.shape[0], _depth(p)
     classes = min(_tile_classes(p), p.taking_part)
@@ -57,15 +60,32 @@ def workspace(p: DivergenceInputs, needs: DivergenceNeeds | None) -> int:
     tile = int(live * scores + LIVE_WEIGHTS * weights)
     gathered = 3 * min(TILE_BYTES, 32 * n * depth)  # of targets
     rows = (1 if needs is None else 2) * n * depth * p.dtype.itemsize
-    return max(tile, gathered) + rows + n * ROW_BYTES
+    further = _product_bytes(backend, p, classes, needs)
+    return max(tile + further, gathered) + rows + n * ROW_BYTES
+
+
+def _product_bytes(
+    backend: str, p: DivergenceInputs, classes: int, needs: DivergenceNeeds | None
+) -> int:
+    """Of a tile's products on a backend, and of their gradient."""
+    if backend == "bounded":
+        return 0
+    x, weight = (
+        torch.empty((count, max(1, _depth(p))), dtype=p.dtype, device="meta")
+        for count in (p.x.shape[0], classes)
+    )
+    inputs = DistanceInputs(x, weight, None, "dot", 2.0, p.precision)
+    form = DISTANCE_MATRIX.form(backend)
+    return form.workspace(inputs, None if needs is None else DistanceNeeds(True, True, False))
 
 
 class _Side(NamedTuple):
-    """Rows and a tile of their weight."""
+    """Rows, a tile of their weight and their products."""
 
     rows: Tensor  # [N, D]
     weight: Tensor  # [T, D] as multiplied
     unit: UnitRows | None  # of those rows, where they are normalised
+    product: Tensor  # [N, T]
 
 
 class _Tile(NamedTuple):
@@ -81,13 +101,28 @@ class _Tile(NamedTuple):
     others: Tensor  # [N, T] bool: no target
 
 
-def _side(rows: Tensor, weight: Tensor, ids: slice | Tensor, normalize: bool) -> _Side:
+def _side(
+    backend: str,
+    rows: Tensor,
+    weight: Tensor,
+    ids: slice | Tensor,
+    normalize: bool,
+    precision: str,
+) -> _Side:
     part = weight[ids].to(rows.dtype)
     unit = unit_parts(part) if normalize else None
-    return _Side(rows, part if unit is None else unit.rows, unit)
+    part = part if unit is None else unit.rows
+    if backend == "bounded":
+        return _Side(rows, part, unit, rows @ part.T)
+    return _Side(rows, part, unit, DISTANCE_MATRIX(backend, rows, part, *_dot(precision)))
 
 
-def _tiles(p: DivergenceInputs) -> Iterator[_Tile]:
+def _dot(precision: str) -> tuple[None, str, float, str]:
+    """What says that `DISTANCE_MATRIX` multiplies."""
+    return None, "dot", 2.0, precision
+
+
+def _tiles(p: DivergenceInputs, backend: str) -> Iterator[_Tile]:
     wide, n = row_dtype(p.x.device), p.x.shape[0]
     x = p.x.to(p.dtype)
     t = p.teacher if p.teacher_weight is None else p.teacher.to(p.dtype)
@@ -95,15 +130,16 @@ def _tiles(p: DivergenceInputs) -> Iterator[_Tile]:
     for start in range(0, total if n else 0, step):
         part = slice(start, min(start + step, total))
         ids = part if p.classes is None else p.classes[part]
-        student, teacher, dense = _side(x, p.weight, ids, p.normalize), None, None
-        u = (student.rows @ student.weight.T).to(wide)
+        student = _side(backend, x, p.weight, ids, p.normalize, p.precision)
+        teacher, dense = None, None
+        u = student.product.to(wide)
         if p.teacher_weight is None:
             dense = t[:, ids]
             v = dense.to(wide)
             v = v if p.teacher_scale is None else v * p.teacher_scale.to(wide)[:, None]
         else:
-            teacher = _side(t, p.teacher_weight, ids, p.teacher_normalize)
-            v = (teacher.rows @ teacher.weight.T).to(wide)
+            teacher = _side(backend, t, p.teacher_weight, ids, p.teacher_normalize, p.precision)
+            v = teacher.product.to(wide)
         u = u if p.bias is None else u + p.bias[ids].to(wide)
         v = v if p.teacher_bias is None else v + p.teacher_bias[ids].to(wide)
         numbers = torch.arange(part.start, part.stop, device=u.device)
@@ -198,7 +234,9 @@ def _scores_of(p: DivergenceInputs, tile: _Tile, saved: DivergenceSaved) -> Clas
     return ClassScores(u, v, q_s, q_t, gap, tuple(saved.folds[:, :, None]))
 
 
-def forward(p: DivergenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    p: DivergenceInputs, backend: str = "bounded"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, teacher_lse, target, teacher_target, folds (`divergence`)."""
     check_ids(p)
     rule, params = DIVERGENCES[p.kind], list(p.params)
@@ -207,7 +245,7 @@ def forward(p: DivergenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     none = torch.full_like(nothing, -torch.inf)
     lse, teacher_lse, total = none, none, nothing
     gap = _Gap(none, nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool))
-    for tile in _tiles(p):
+    for tile in _tiles(p, backend):
         lse = merged(lse, over_last(tile.u, tile.others))
         teacher_lse = merged(teacher_lse, over_last(tile.v, tile.others))
         if rule.lead:
@@ -229,7 +267,7 @@ def forward(p: DivergenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     elif rule.shares is not None:
         folds = (nothing,) * rule.folds
         saved = DivergenceSaved(lse, teacher_lse, p.x.new_zeros((0, n), dtype=wide))
-        for tile in _tiles(p):
+        for tile in _tiles(p, backend):
             parts = rule.shares(_scores_of(p, tile, saved), params)
             folds = tuple(f + part.sum(dim=1) for f, part in zip(folds, parts, strict=True))
     else:
@@ -251,7 +289,11 @@ def _mean_of(lead: Tensor, values: Tensor, others: Tensor) -> _Gap:
 
 
 def backward(
-    p: DivergenceInputs, saved: DivergenceSaved, grads: DivergenceGradients, needs: DivergenceNeeds
+    p: DivergenceInputs,
+    saved: DivergenceSaved,
+    grads: DivergenceGradients,
+    needs: DivergenceNeeds,
+    backend: str = "bounded",
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight, teacher, teacher_weight, bias, teacher_bias and teacher_scale."""
     rule, params = DIVERGENCES[p.kind], list(p.params)
@@ -264,12 +306,14 @@ def backward(
     scale_sum = p.x.new_zeros(p.x.shape[0], dtype=wide)
     of_folds = tuple(grads.folds[: rule.differentiable, :, None])
     compact = needs.compact and p.classes is not None
-    for tile in _tiles(p):
+    for tile in _tiles(p, backend):
         s = _scores_of(p, tile, saved)
         of_u, of_v = rule.slopes(s, of_folds, params)
         of_u = torch.where(tile.others, of_u + grads.lse[:, None] * s.q_s, grads.target[:, None])
         rows = tile.part if compact else tile.ids
-        _accumulate(of_u, tile.student, dx, dweight if needs.weight else None, rows)
+        _accumulate(
+            backend, p.precision, of_u, tile.student, dx, dweight if needs.weight else None, rows
+        )
         if needs.bias:
             dbias[tile.ids] = of_u.sum(dim=0).to(dbias.dtype)
         if not needs.of_teacher:
@@ -280,7 +324,7 @@ def backward(
             dteacher_bias[tile.ids] = of_v.sum(dim=0).to(dteacher_bias.dtype)
         if tile.teacher is not None:
             of_weight = dteacher_weight if needs.teacher_weight else None
-            _accumulate(of_v, tile.teacher, dt, of_weight, rows)
+            _accumulate(backend, p.precision, of_v, tile.teacher, dt, of_weight, rows)
             continue
         assert tile.dense is not None
         if needs.teacher_scale:
@@ -298,14 +342,25 @@ def backward(
 
 
 def _accumulate(
-    of_scores: Tensor, side: _Side, of_rows: Tensor | None, of_weight: Tensor | None,
+    backend: str,
+    precision: str,
+    of_scores: Tensor,
+    side: _Side,
+    of_rows: Tensor | None,
+    of_weight: Tensor | None,
     ids: slice | Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """The gradients of a tile's products, into those of the rows and of the weight."""
-    g = of_scores.to(side.rows.dtype)
+    g, needs = of_scores.to(side.rows.dtype), (of_rows is not None, of_weight is not None)
+    if not any(needs):
+        return
+    if backend == "bounded":
+        found = g @ side.weight if needs[0] else g, g.T @ side.rows if needs[1] else g
+    else:
+        given = (g, side.product, side.rows, side.weight, *_dot(precision))
+        found = DISTANCE_MATRIX.run_backward(backend, *given, *needs, False)
     if of_rows is not None:
-        of_rows += g @ side.weight
+        of_rows += found[0]
     if of_weight is not None:
-        found = g.T @ side.rows
-        found = found if side.unit is None else side.unit.backward(found)
-        of_weight[ids] = found.to(of_weight.dtype)
+        rows = found[1] if side.unit is None else side.unit.backward(found[1])
+        of_weight[ids] = rows.to(of_weight.dtype)

@@ -130,6 +130,6 @@ def gradient_shapes(p: DivergenceInputs, needs: DivergenceNeeds) -> list[tuple[T
 def check_ids(p: DivergenceInputs) -> None:
     """Labels and classes in range, before anything is read by them."""
     validation.check_labels(p.labels, p.weight.shape[0])
-    if p.classes is not None and not p.labels.is_cuda:
+    if p.classes is not None and not (p.labels.is_cuda or p.labels.is_meta):
         validation.check_classes(p.classes, p.weight.shape[0])
         validation.check_labels_in_classes(p.labels, p.classes)

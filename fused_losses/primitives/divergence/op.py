@@ -32,6 +32,7 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.validation import describe
+from fused_losses.primitives.divergence import bounded
 from fused_losses.primitives.divergence.inputs import (
     BACKWARD,
     FORWARD,
@@ -42,7 +43,7 @@ from fused_losses.primitives.divergence.inputs import (
 )
 from fused_losses.primitives.divergence.reference import reference
 from fused_losses.primitives.divergence.rules import DIVERGENCES
-from fused_losses.primitives.op import StreamedOp
+from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
 
 
 class DivergenceStatistics(NamedTuple):
@@ -74,16 +75,11 @@ def divergence(inputs: DivergenceInputs, *, backend: str | None = None) -> Diver
 
 def choose(p: DivergenceInputs, backend: str | None) -> str:
     """The backend that runs such a call."""
-    name = backends.requested(backend)
-    if name not in ("auto", "reference", *DIVERGENCE.python_backends, *COMPILED):
-        raise RuntimeError(
-            f"backend={name!r} has no kernels of two score matrices; use backend='auto', which "
-            "takes the best path, or backend='bounded'"
-        )
     width = p.x.shape[1]
     name, _ = backends.choose(backend, p.x.device, p.weight.dtype, p.precision, "divergence", width)
     # kernels need a coordinate
-    return name if width or name == "reference" else "bounded"
+    deep = width > 0 and (p.teacher_weight is None or p.teacher.shape[1] > 0)
+    return name if deep or name == "reference" else "bounded"
 
 
 def _check(p: DivergenceInputs) -> None:
@@ -144,7 +140,8 @@ class DivergenceOp(StreamedOp):
 
     name = primitive = "divergence"
     schema, backward_schema = FORWARD, BACKWARD
-    python_backends = ("bounded",)
+    # the tiles are PyTorch on the CPU too, their products are the compiled op's
+    python_backends = (*PYTHON_BACKENDS, "cpu")
 
     def setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
         lse, teacher_lse, _, _, folds = output
@@ -178,20 +175,29 @@ class DivergenceOp(StreamedOp):
         return tuple(like.new_empty(shape) for like, shape in gradient_shapes(p, needs))
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return self.form(backend).forward(DivergenceInputs(*arguments))
+        p = DivergenceInputs(*arguments)
+        if backend in ON_TILES:
+            return bounded.forward(p, backend)
+        return self.form(backend).forward(p)
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         grads, p, saved, needs = backward_arguments(arguments)
+        if backend in ON_TILES:
+            return bounded.backward(p, saved, grads, needs, backend)
         found = self.form(backend).backward(p, saved, grads, needs)
         return tuple(p.weight.new_empty(0) if g is None else g for g in found)
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
-        if not direction:
-            return self.form(backend).workspace(DivergenceInputs(*arguments), None)
-        _, p, _, needs = backward_arguments(arguments)
+        if direction:
+            _, p, _, needs = backward_arguments(arguments)
+        else:
+            p, needs = DivergenceInputs(*arguments), None
+        if backend in ON_TILES:
+            return bounded.workspace(p, needs, backend)
         return self.form(backend).workspace(p, needs)
 
 
-COMPILED: tuple[str, ...] = ()  # backends whose kernels stand in C++
+# backends without kernels of their own: tiles in PyTorch, products on the backend
+ON_TILES = ("bounded", "cpu", "triton", "cuda")
 DIVERGENCE = DivergenceOp()
 DIVERGENCE.define()

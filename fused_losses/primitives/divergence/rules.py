@@ -166,7 +166,7 @@ def _variation_shares(s: ClassScores, params: Params) -> tuple[Tensor, Tensor, T
 
 def bernoulli_kl(u: Tensor, v: Tensor) -> Tensor:
     """KL(Bern(sigmoid(v)) || Bern(sigmoid(u))), exact near agreement and of any scores."""
-    low = -v.abs()  # the rarer outcome's logit
+    low = torch.where(v > 0, -v, v)  # the rarer outcome's logit; abs has no slope at 0
     h = torch.where(v > 0, v - u, u - v)
     rare = torch.sigmoid(low)
     near = h.abs() < 1

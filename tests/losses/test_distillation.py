@@ -1,0 +1,414 @@
+"""Distillation against its formulas on whole matrices, in float64, and the authors' numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from distillation_formulas import TEMPERATURE, of_scores
+from places import GOLDEN
+from torch import Tensor
+
+import fused_losses
+from fused_losses import TopTeacher, backends, distillation
+from fused_losses.losses.distillation_kinds import KINDS
+from fused_losses.primitives.divergence import bounded
+
+FORMS = tuple(f for f in ("reference", "bounded", "cpu") if backends.unavailable(f) is None)
+DOUBLE = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "TILE_BYTES", 1)
+
+
+OPTIONS: dict[str, list[dict[str, float]]] = {
+    "jsd": [{}, {"beta": 0.1}],
+    "pskd": [{}, {"alpha": 0.3}],
+    "ofa": [{}, {"eps": 1.5}],
+    "dkd": [{}, {"alpha": 2.0, "beta": 0.5}, {"removed": -2.0}],
+    "bernoulli": [{}, {"eps": 0.2}],
+    "bernoulli_norm": [{}, {"eps": 0.2}],
+}
+CALLS = [(kind, options) for kind in KINDS for options in OPTIONS.get(kind, [{}])]
+LABELLED = [kind for kind, of in KINDS.items() if of.labelled]
+
+
+def rows(*shape: int, size: float = 1.0) -> Tensor:
+    return (size * torch.randn(*shape, dtype=DOUBLE)).requires_grad_()
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dense", [False, True], ids=["two weights", "scores"])
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_loss_and_gradients(call: tuple[str, dict[str, float]], dense: bool, form: str) -> None:
+    kind, options = call
+    n, c = 7, 40
+    x, w = rows(n, 5), rows(c, 5)
+    teacher, wt = (rows(n, c), None) if dense else (rows(n, 6), rows(c, 6))
+    b, bt = rows(c), rows(c)
+    scale, other = torch.full((), 3.0, dtype=DOUBLE).requires_grad_(), rows(n)
+    other = (1 + other.detach().abs()).requires_grad_()
+    t = torch.tensor(TEMPERATURE.get(kind, 1.0) * 1.25, dtype=DOUBLE).requires_grad_()
+    labels = torch.randint(0, c, (n,))
+    ignored = labels.clone()
+    ignored[2] = -100
+    got = distillation(
+        x, w, teacher, wt, kind=kind, labels=ignored, temperature=t, student_bias=b,
+        teacher_bias=bt, student_scale=scale, teacher_scale=other, teacher_grad=True,
+        normalize="student" if dense else True, reduction="none", backend=form, **options,
+    )  # fmt: skip
+    v = teacher if wt is None else unit(teacher) @ unit(wt).T
+    u, v = (scale * unit(x) @ unit(w).T + b) / t, (other[:, None] * v + bt) / t
+    expected = of_scores(kind, u, v, labels, t, **options) * (ignored >= 0)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+    leaves = [leaf for leaf in (x, w, teacher, wt, b, bt, scale, other, t) if leaf is not None]
+    drawn = torch.rand(n, dtype=DOUBLE)
+    mine, theirs = (torch.autograd.grad((o * drawn).sum(), leaves) for o in (got, expected))
+    for a, e in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_classes_that_take_part(kind: str, form: str) -> None:
+    n, c = 5, 50
+    x, w, y, wt = rows(n, 4), rows(c, 4), rows(n, 3).detach(), rows(c, 3).detach()
+    classes = torch.tensor([49, 2, 30, 4, 17, 9])
+    labels = classes[torch.randint(0, 6, (n,))]
+    given = {"labels": labels} if kind in LABELLED else {}
+    got = distillation(x, w, y, wt, kind=kind, classes=classes, backend=form, **given)
+    place = (labels[:, None] == classes).int().argmax(1)
+    t = TEMPERATURE.get(kind, 1.0)
+    u, v = x @ w[classes].T / t, y @ wt[classes].T / t
+    expected = of_scores(kind, u, v, place, t).mean()
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+    mine, theirs = (torch.autograd.grad(o, [x, w]) for o in (got, expected))
+    for a, e in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
+
+
+# ---- the teacher's best classes -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["reference", "bounded", "cpu"])
+@pytest.mark.parametrize("kind", ["kl", "jsd", "tv", "soft_ce", "pskd"])
+def test_top_teacher(kind: str, form: str) -> None:
+    if backends.unavailable(form):
+        pytest.skip("it is not built")
+    n, c, k = 6, 30, 4
+    x, w, b, values = rows(n, 5), rows(c, 5), rows(c), rows(n, k)
+    ids = torch.stack([torch.randperm(c)[:k] for _ in range(n)])
+    labels = torch.randint(0, c, (n,))
+    labels[0] = ids[0, 1]
+    got = distillation(
+        x, w, TopTeacher(ids, values), kind=kind, temperature=2.0, student_bias=b, labels=labels,
+        normalize="student", student_scale=4.0, teacher_grad=True, reduction="none", backend=form,
+    )  # fmt: skip
+    u = (4 * unit(x) @ unit(w).T + b) / 2
+    p = torch.zeros(n, c, dtype=DOUBLE).scatter(1, ids, torch.softmax(values / 2, 1))
+    q = torch.softmax(u, 1)
+    hot = F.one_hot(labels, c).to(q)
+    m = (p + q) / 2
+    expected = {
+        "kl": lambda: 4 * (torch.xlogy(p, p) - p * q.log()).sum(1),
+        "jsd": lambda: 2 * (torch.xlogy(p, p) - p * m.log() + q * (q / m).log()).sum(1),
+        "tv": lambda: (p - q).abs().sum(1) / 2,
+        "soft_ce": lambda: -(p * q.log()).sum(1),
+        "pskd": lambda: -((0.2 * hot + 0.8 * p) * q.log()).sum(1),
+    }[kind]()
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+    mine = torch.autograd.grad(got.sum(), [x, w, b, values])
+    u_only = torch.autograd.grad(expected.sum(), [x, w, b], retain_graph=True)
+    for a, e in zip(mine[:3], u_only, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+    step = torch.randn_like(values)
+    ahead, behind = (
+        distillation(
+            x, w, TopTeacher(ids, (values + s * step).detach()), kind=kind, temperature=2.0,
+            student_bias=b, labels=labels, normalize="student", student_scale=4.0,
+            reduction="sum", backend=form,
+        ).detach()
+        for s in (1e-6, -1e-6)
+    )  # fmt: skip
+    torch.testing.assert_close(
+        (mine[3] * step).sum(), (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-7
+    )
+
+
+def test_all_classes_in_the_list_are_a_dense_teacher() -> None:
+    x, w, scores = rows(5, 4), rows(12, 4), rows(5, 12).detach()
+    ids = torch.stack([torch.randperm(12) for _ in range(5)])
+    for kind in ("kl", "jsd", "tv", "soft_ce"):
+        whole = distillation(x, w, scores, kind=kind)
+        listed = distillation(x, w, TopTeacher(ids, scores.gather(1, ids)), kind=kind)
+        torch.testing.assert_close(listed, whole, rtol=1e-10, atol=1e-12)
+
+
+# ---- the authors' numbers -----------------------------------------------------------------------
+
+FOLDER = GOLDEN / "distillation"
+INDEX = json.loads((FOLDER / "index.json").read_text())["entries"]
+GOLDENS: dict[str, dict[str, Any]] = {
+    "ofakd_eps1.5": dict(kind="ofa", eps=1.5),
+    "dhkd_BinaryKL": dict(kind="bernoulli", eps=1e-8),
+    "pskd": dict(kind="pskd", alpha=0.3),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", GOLDENS)
+def test_the_authors_numbers(name: str, form: str) -> None:
+    with np.load(FOLDER / f"{name}.npz") as stored:
+        data = {key: torch.from_numpy(stored[key]) for key in stored.files}
+    student = data["student"].requires_grad_()
+    c = student.shape[1]
+    teacher = data["teacher" if "teacher" in data else "past_logits"]
+    options = GOLDENS[name]
+    if KINDS[options["kind"]].labelled:
+        options = options | {"labels": data["labels"]}
+    eye = torch.eye(c, dtype=DOUBLE)
+    loss = distillation(student, eye, teacher, backend=form, **options)
+    torch.testing.assert_close(loss, data["loss"], rtol=1e-9, atol=0)
+    (grad,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(grad, data["grad_student"], rtol=1e-9, atol=1e-12)
+
+
+def test_every_golden_is_asked_for() -> None:
+    assert set(GOLDENS) == set(INDEX) == {path.stem for path in FOLDER.glob("*.npz")}
+
+
+# ---- the ends -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_class(kind: str, form: str) -> None:
+    x, w, y, wt = rows(3, 4), rows(1, 4), rows(3, 2).detach(), rows(1, 2).detach()
+    loss = distillation(
+        x, w, y, wt, kind=kind, labels=torch.tensor([0, -100, 0]), reduction="none", backend=form
+    )
+    if kind in ("bernoulli", "bernoulli_norm", "mse"):  # of each class alone
+        assert (loss[[0, 2]] > 0).all()
+    else:
+        assert (loss == 0).all()
+    assert loss[1] == 0
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss.sum(), [x, w]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_and_none_that_take_part(kind: str, reduction: str) -> None:
+    x, w, y, wt = rows(0, 4), rows(9, 4), rows(0, 2).detach(), rows(9, 2).detach()
+    labels = torch.zeros(0, dtype=torch.long)
+    loss = distillation(x, w, y, wt, kind=kind, labels=labels, reduction=reduction)
+    assert not loss.any()
+    x, y = rows(3, 4), torch.full((3, 2), torch.nan, dtype=DOUBLE)
+    loss = distillation(x, w, y, wt, kind=kind, labels=torch.full((3,), -100), reduction=reduction)
+    assert not loss.any()
+    assert not any(g.any() for g in torch.autograd.grad(loss.sum(), [x, w]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_of_nan_leaves_the_others_alone(kind: str, dense: bool, form: str) -> None:
+    x, w = rows(4, 3), rows(20, 3)
+    y, wt = (rows(4, 20), None) if dense else (rows(4, 2), rows(20, 2).detach())
+    y = y.detach()
+    y[1] = torch.nan
+    labels = torch.tensor([1, 2, 3, 4])
+
+    def loss(labels: Tensor) -> Tensor:
+        return distillation(x, w, y, wt, kind=kind, labels=labels, reduction="none", backend=form)
+
+    found = loss(labels)
+    assert found.isnan().tolist() == [False, True, False, False]
+    labels[1] = -100
+    found = loss(labels)
+    assert found[1] == 0 and found.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(found.sum(), [x, w]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("soft_ce", "pskd", "ofa")])
+def test_a_student_that_is_its_teacher(kind: str, form: str) -> None:
+    """Exactly 0 in float32, and no gradient, whatever the temperature."""
+    x, w = (torch.randn(k, 6, requires_grad=True) for k in (5, 70))
+    labels = torch.randint(0, 70, (5,))
+    loss = distillation(
+        x, w, x.detach(), w.detach(), kind=kind, labels=labels, temperature=0.7, normalize=True,
+        student_scale=9.0, teacher_scale=9.0, backend=form,
+    )  # fmt: skip
+    bound = 1e-5 if form == "reference" else 0.0
+    assert loss.abs() <= bound
+    of_x, of_w = torch.autograd.grad(loss, [x, w])
+    assert of_x.abs().max() <= bound and of_w.abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_that_knows_nothing(kind: str) -> None:
+    """All scores equal: finite, as the formula has it."""
+    x, w, y = rows(4, 5), rows(30, 5), torch.zeros(4, 30, dtype=DOUBLE)
+    labels, t = torch.tensor([0, 3, 29, 3]), TEMPERATURE.get(kind, 1.0)
+    got = distillation(x, w, y, kind=kind, labels=labels)
+    expected = of_scores(kind, x @ w.T / t, y, labels, t).mean()
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("bernoulli", "bernoulli_norm")])
+@pytest.mark.parametrize("temperature", [0.05, 20.0])
+def test_peaked_teachers_are_finite(kind: str, temperature: float) -> None:
+    x, w = rows(4, 5, size=100.0), rows(30, 5)
+    y = rows(4, 30, size=1e4).detach()
+    labels = torch.tensor([0, 3, 29, 3])
+    loss = distillation(x, w, y, kind=kind, labels=labels, temperature=temperature)
+    again = distillation(
+        x, w, y, kind=kind, labels=labels, temperature=temperature, backend="reference"
+    )
+    torch.testing.assert_close(loss, again, rtol=1e-9, atol=0)
+    mine, theirs = (torch.autograd.grad(o, [x, w]) for o in (loss, again))
+    for a, e in zip(mine, theirs, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-8 * max(1e-6, e.abs().max().item()))
+
+
+# ---- dtypes, programs, derivatives --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind: str) -> None:
+    x, w, y, wt, t = rows(3, 4), rows(20, 4), rows(3, 3), rows(20, 3), rows(1).detach().abs() + 1
+    labels = torch.tensor([0, 5, 19])
+
+    def loss(*given: Tensor) -> Tensor:
+        *sides, t = given
+        return distillation(*sides, kind=kind, labels=labels, temperature=t, teacher_grad=True)
+
+    given = (x, w, y, wt, t.requires_grad_())
+    assert torch.autograd.gradcheck(loss, given, fast_mode=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        (first,) = torch.autograd.grad(loss(*given), x, create_graph=True)
+        torch.autograd.grad(first.sum(), x)
+
+
+def test_second_derivatives_of_the_reference() -> None:
+    x, w, y = rows(3, 4), rows(8, 4), rows(3, 8).detach()
+    assert torch.autograd.gradgradcheck(
+        lambda x, w: distillation(x, w, y, backend="reference"), (x, w)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(dtype: torch.dtype) -> None:
+    x, w, y, wt = (rows(*s).to(dtype).detach() for s in ((6, 8), (50, 8), (6, 4), (50, 4)))
+    x.requires_grad_()
+    labels = torch.zeros(6, dtype=torch.long)
+    loss = distillation(x, w, y, wt)
+    exact = of_scores(
+        "kl", x.double() @ w.double().T, y.double() @ wt.double().T, labels, 1.0
+    ).mean()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    assert torch.autograd.grad(loss, x)[0].dtype == dtype
+
+
+def test_autocast_takes_the_weights_dtype() -> None:
+    x, y = torch.randn(6, 8, requires_grad=True), torch.randn(6, 4)
+    w, wt = torch.randn(50, 8).bfloat16(), torch.randn(50, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = distillation(x, w, y, wt)
+    plain = distillation(x.bfloat16(), w, y.bfloat16(), wt)
+    assert loss == plain and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["kl", "dkd", "bernoulli"])
+def test_compiled(kind: str) -> None:
+    x, w, y, wt = (torch.randn(*s) for s in ((6, 8), (50, 8), (6, 4), (50, 4)))
+    x.requires_grad_()
+    labels = torch.randint(0, 50, (6,))
+
+    def loss(x: Tensor) -> Tensor:
+        return distillation(x, w, y, wt, kind=kind, labels=labels, temperature=2.0)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    plain, traced = loss(x), compiled(x)
+    torch.testing.assert_close(traced, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(o, x) for o in (traced, plain)))
+
+
+# ---- recipes ------------------------------------------------------------------------------------
+
+
+def test_dino_is_a_soft_cross_entropy_with_prototypes() -> None:
+    """Centred and sharpened teacher, one table of prototypes for both."""
+    student, teacher, prototypes = rows(6, 8), rows(6, 8).detach(), rows(40, 8)
+    center = torch.randn(40, dtype=DOUBLE)
+    got = distillation(
+        student, prototypes, teacher, prototypes.detach(), kind="soft_ce", normalize=True,
+        student_scale=1 / 0.1, teacher_scale=1 / 0.04, teacher_bias=-center / 0.04,
+    )  # fmt: skip
+    s, t = unit(student) @ unit(prototypes).T, unit(teacher) @ unit(prototypes.detach()).T
+    expected = -(torch.softmax((t - center) / 0.04, 1) * torch.log_softmax(s / 0.1, 1)).sum(1)
+    torch.testing.assert_close(got, expected.mean(), rtol=1e-10, atol=0)
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+X, W, Y, WT = torch.ones(4, 3), torch.ones(9, 3), torch.ones(4, 2), torch.ones(9, 2)
+IDS, VALUES = torch.tensor([[0, 1]] * 4), torch.zeros(4, 2)
+TWICE, HIGH = torch.tensor([[0, 0]] * 4), torch.tensor([[0, 9]] * 4)
+BAD: list[tuple[tuple, dict, type, str]] = [
+    ((X, W, Y, torch.ones(8, 2)), {}, ValueError, "teacher_weight: expected 9 classes"),
+    ((X, W, Y), {}, ValueError, r"teacher: expected scores \(4, 9\)"),
+    ((X, W, Y[:3], WT), {}, ValueError, "teacher: expected 4 rows"),
+    ((X, W, Y, WT.double()), {}, TypeError, "teacher_weight: expected the dtype of student"),
+    ((X, W, Y.double(), WT), {}, TypeError, "teacher_weight: expected the dtype of teacher"),
+    ((X, W, Y.clone().requires_grad_(), WT), {}, ValueError, "teacher: expected a teacher without"),
+    ((X, W, Y, WT.clone().requires_grad_()), {}, ValueError, "teacher_weight: expected a teacher"),
+    ((X, W, Y, WT), {"temperature": 0.0}, ValueError, "temperature: expected a value > 0"),
+    ((X, W, Y, WT), {"temperature": -1.0}, ValueError, "temperature: expected a value > 0"),
+    ((X, W, Y, WT), {"student_scale": 0.0}, ValueError, "student_scale: expected a value > 0"),
+    ((X, W, Y, WT), {"kind": "hinton"}, ValueError, "kind: expected one of kl"),
+    ((X, W, Y, WT), {"alpha": 0.5}, ValueError, "alpha: expected None with kind='kl'"),
+    (
+        (X, W, Y, WT),
+        {"kind": "jsd", "beta": 1.0},
+        ValueError,
+        r"beta: expected a value in \(0, 1\)",
+    ),
+    ((X, W, Y, WT), {"kind": "dkd"}, ValueError, "labels: expected class ids"),
+    ((X, W, Y, WT), {"kind": "dkd", "labels": torch.full((4,), 9)}, IndexError, "labels: expected"),
+    ((X, W, Y, WT), {"kind": "ofa", "labels": IDS[:, 0], "eps": 0.0}, ValueError, "eps: expected"),
+    ((X, W, Y, WT), {"normalize": "both"}, ValueError, "normalize: expected one of"),
+    ((X, W, Y, WT), {"memory_budget": -1}, ValueError, "memory_budget: expected bytes"),
+    ((X, W, Y, WT), {"student_bias": torch.ones(4)}, ValueError, "student_bias: expected shape"),
+    ((X, W, Y, WT), {"classes": torch.tensor([1, 1])}, ValueError, "classes: expected distinct"),
+    ((X, W, TopTeacher(TWICE, VALUES)), {}, ValueError, "teacher.ids: expected distinct"),
+    ((X, W, TopTeacher(HIGH, VALUES)), {}, IndexError, "teacher.ids: expected class ids"),
+    ((X, W, TopTeacher(IDS, VALUES[:, :1])), {}, ValueError, "teacher.values: expected shape"),
+    ((X, W, TopTeacher(IDS, VALUES)), {"kind": "reverse_kl"}, ValueError, "kind: expected one of"),
+    ((X, W, TopTeacher(IDS, VALUES), WT), {}, ValueError, "teacher_weight: expected None"),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case[3][:30])
+def test_bad_arguments(case: tuple[tuple, dict, type, str]) -> None:
+    given, options, error, message = case
+    with pytest.raises(error, match=message):
+        distillation(*given, **options)
+
+
+def test_public() -> None:
+    assert fused_losses.distillation is distillation
+    assert math.isfinite(float(distillation(X, W, Y, WT)))
