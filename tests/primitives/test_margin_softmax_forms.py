@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import require
 from torch import Tensor
 
 from fused_losses import class_losses, margins
@@ -79,3 +80,20 @@ def test_options_that_these_do_not_have(option: dict[str, Any]) -> None:
     if "gradient" not in option:
         with pytest.raises(ValueError, match=next(iter(option))):
             margin_softmax(x, w, y, **option)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [N, 300])  # of one block of the kernels, and of two
+@pytest.mark.parametrize("name", ["reference", "bounded", "cpu"])
+def test_a_zero_class_has_gradient_zero_beside_a_row_of_nan(
+    name: str, rows: int, dtype: torch.dtype
+) -> None:
+    require(name)
+    x, w = torch.randn(rows, D).to(dtype), torch.randn(C, D).to(dtype)
+    x[3], w[2] = torch.nan, 0
+    w.requires_grad_()
+    losses = margin_softmax(x, w, torch.arange(rows) % C, reduction="none", backend=name)
+    assert isinstance(losses, Tensor)
+    assert losses.isnan().nonzero().flatten().tolist() == [3]
+    (dw,) = torch.autograd.grad(losses.sum(), w)
+    assert torch.equal(dw[2], torch.zeros_like(dw[2])) and dw[[0, 1]].isnan().all()
