@@ -20,12 +20,16 @@ CASES = [
     *((what, dtype) for what in (*PAIRS, "maxsim", *DISTANCES) for dtype in DTYPES),
     *((what, dtype) for what in TOPK for dtype in ("float32", "bfloat16")),
     ("hamming", "bool"),
+    *(("class-rules", dtype) for dtype in DTYPES),
 ]
 
 CHILD = (
     COUNTER
     + """
 from fused_losses import functional as f
+from fused_losses.primitives.class_rules import cpu as class_rules
+from fused_losses.primitives.class_rules.inputs import ClassInputs, ClassNeeds
+from fused_losses.primitives.class_rules.op import class_statistics
 from fused_losses.primitives.distances import cpu as distances
 from fused_losses.primitives.maxsim import cpu as maxsims
 from fused_losses.primitives.maxsim.op import maxsim
@@ -65,6 +69,12 @@ def made(what, dtype):
         told = distances.workspace_bytes(N, M, D, dtype, kind, gradient=gradient)
         # and the rows times a power of two
         told += (kind in ("canberra", "braycurtis")) * (N + M) * D * dtype.itemsize
+        return (x, y), call, told
+    if what == "class-rules":
+        labels = torch.arange(4 * N).view(N, 4) % (M // 3)
+        p = ClassInputs(x, y, labels, rule="sface", params=[80.0, 1.2], centers=3)
+        call = lambda: class_statistics(p, backend="cpu")
+        told = max(class_rules.workspace(p, n) for n in (None, ClassNeeds(False, True, True)))
         return (x, y), call, told
     own = what == "topk-self"
     other = None if own else fused_losses.quantize_rows(y) if what == "topk-codes" else y
