@@ -23,14 +23,15 @@ struct NamedRule {
   ClassRule rule;
   size_t params;
   int64_t statistics;
+  int64_t value_rows[2];  // how many it may have
 };
 
 // as CLASS_FOLDS of primitives/class_rules/rules.py
 constexpr NamedRule kRules[] = {
-    {"softmax", ClassRule::kSoftmax, 1, 1},
-    {"summed_softmax", ClassRule::kSummedSoftmax, 1, 2},
-    {"sface", ClassRule::kSFace, 2, 1},
-    {"sphereface2", ClassRule::kSphereFace2, 4, 2},
+    {"softmax", ClassRule::kSoftmax, 1, 1, {0, 4}},
+    {"summed_softmax", ClassRule::kSummedSoftmax, 1, 2, {0, 4}},
+    {"sface", ClassRule::kSFace, 2, 1, {0, 0}},
+    {"sphereface2", ClassRule::kSphereFace2, 4, 2, {1, 1}},
 };
 
 const NamedRule& rule_of(const std::string& name) {
@@ -55,6 +56,10 @@ std::vector<ClassLabel> sorted_labels(const Tensor& place) {
   return labels;
 }
 
+void expect_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, name, ": expected ", shape, ", got ", t.sizes());
+}
+
 // A ClassProblem and what it points to.
 struct Call {
   const NamedRule& rule;
@@ -76,7 +81,14 @@ struct Call {
         labels(sorted_labels(place.contiguous())) {
     TORCH_CHECK_VALUE(params.size() == rule.params, "params: expected ", rule.params, " of ",
                       rule.name, ", got ", params.size());
-    if (values_in) values = values_in->to(accumulate).contiguous();
+    const int64_t given = values_in ? values_in->size(0) : 0;
+    TORCH_CHECK_VALUE(given == rule.value_rows[0] || given == rule.value_rows[1],
+                      "values: expected ", rule.value_rows[0], " or ", rule.value_rows[1],
+                      " rows with ", rule.name, ", got ", given);
+    if (values_in) {
+      expect_shape("values", *values_in, {given, x.size(0)});
+      values = values_in->to(accumulate).contiguous();
+    }
     if (classes) {
       const Tensor ids = classes->contiguous();
       rows.reserve(ids.numel() * centers);
@@ -140,6 +152,9 @@ std::tuple<Tensor, Tensor> class_rules_backward(
   const Call call(x, weight, place, classes, values, rule, params, centers, softness, normalize,
                   precision);
   const Problem& p = call.problem.rows;
+  expect_shape("grad_statistics", grad_statistics, {call.rule.statistics, p.n});
+  expect_shape("statistics", statistics, {call.rule.statistics, p.n});
+  expect_shape("grad_targets", grad_targets, place.sizes());
   const bool part = compact && classes;
   const bool whole = (!classes || part) && p.n > 0;
   const Tensor dx = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());

@@ -233,3 +233,36 @@ def test_no_rows_and_nothing_asked_for() -> None:
     up = torch.ones_like(found.statistics), torch.ones_like(found.targets)
     dx, dw = class_gradients(empty, found.statistics, *up, backend="cpu", compact=True)
     assert torch.equal(dx, torch.zeros_like(dx)) and dw.shape == (0, 9)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (
+            {"up": torch.zeros(2, 4)},
+            ValueError,
+            r"grad_statistics: expected \[1, 4\], got \[2, 4\]",
+        ),
+        ({"statistics": torch.zeros(4)}, ValueError, r"statistics: expected \[1, 4\], got \[4\]"),
+        ({"targets": torch.zeros(4)}, ValueError, r"grad_targets: expected \[4, 3\], got \[4\]"),
+        (
+            {"values": torch.zeros(3, 4)},
+            ValueError,
+            "values: expected 0 or 4 rows with softmax, got 3",
+        ),
+        ({"values": torch.zeros(4, 5)}, ValueError, r"values: expected \[4, 4\], got \[4, 5\]"),
+        ({"params": (1.0, 2.0)}, ValueError, "params: expected 1 of softmax, got 2"),
+        ({"labels": torch.full((4, 3), 5)}, IndexError, r"labels: expected class ids in \[0, 5\)"),
+        ({"classes": torch.tensor([0, 5])}, IndexError, r"classes: expected class ids in \[0, 5\)"),
+    ],
+)
+def test_gradients_by_hand_are_checked(
+    changed: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
+    p = made(RULES["softmax"], Shape(3, 0.0, n=4, classes=5), "drawn", torch.float32)
+    given = {"statistics": torch.zeros(1, 4), "up": torch.zeros(1, 4), "targets": torch.zeros(4, 3)}
+    inputs = {k: v for k, v in changed.items() if k not in given}
+    given |= {k: v for k, v in changed.items() if k in given}
+    p = p._replace(labels=torch.full((4, 3), -1))._replace(**inputs)
+    with pytest.raises(error, match=message):
+        class_gradients(p, given["statistics"], given["up"], given["targets"], backend="cpu")

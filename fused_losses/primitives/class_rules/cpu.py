@@ -55,6 +55,7 @@ def backward(
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_ids(p)
     given = grad_statistics, grad_targets, statistics, p.x, p.weight, places(p), *_rest(p)
     return extension().class_rules_backward(*given, compact, need_x, need_weight)
 
