@@ -286,7 +286,9 @@ class SphereFace2(ClassLoss):
         return self._bias(targets).expand(1, targets.shape[0])
 
     def _bias(self, like: Tensor) -> Tensor:
-        return torch.as_tensor(self.bias, dtype=like.dtype, device=like.device).reshape(())
+        if isinstance(self.bias, Tensor):
+            return self.bias.to(like).reshape(())
+        return like.new_full((), self.bias)  # no copy to the device, which would wait for it
 
     def row_loss(self, rows: MergedRows) -> Tensor:
         bias = self._bias(rows.targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -141,8 +142,9 @@ def merge_statistics(kinds: tuple[str, ...], a: Tensor, b: Tensor) -> Tensor:
 
 def no_classes(kinds: tuple[str, ...], n: int, device: torch.device) -> Tensor:
     """Statistics [S, N] over no classes at all."""
-    start = [-torch.inf if kind == "lse" else 0.0 for kind in kinds]
-    return torch.tensor(start, dtype=row_dtype(device), device=device)[:, None].repeat(1, n)
+    # fills: a tensor made of a list is a copy to the device, which waits for it
+    make = partial(torch.full, (n,), dtype=row_dtype(device), device=device)
+    return torch.stack([make(-torch.inf if kind == "lse" else 0.0) for kind in kinds])
 
 
 def pool(product: Tensor, softness: float) -> Tensor:

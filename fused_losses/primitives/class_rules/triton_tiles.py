@@ -29,11 +29,12 @@ NVIDIA = dict(
 AMPERE = NVIDIA | dict(
     # split products of best centres at 64 x 64 spill 96, and 66 of the gradient's
     forward_extra=wide(Tile(128, 64, 64), Tile(64, 64, 32), Tile(64, 32, 32)),
-    gradient_extra=wide(Tile(64, 64, 32), Tile(64, 64, 32), Tile(64, 32, 32)),
+    gradient_extra=wide(Tile(64, 64, 64), Tile(64, 64, 32), Tile(64, 32, 32)),
     # slices of 32 spill 12, and rounded at 64 x 32, too
     gradient_soft=wide(Tile(64, 32, 32), Tile(64, 32, 32), Tile(32, 32, 16))
     | same(Tile(64, 64, 32), "rounded"),
 )
+FEW = wide(Tile(64, 64, 64), Tile(64, 64, 32), Tile(64, 32, 32))
 AMD = dict(
     forward=same(Tile(128, 64, 32, 8, 2), *ALL),
     forward_extra=same(Tile(64, 64, 32, 8, 2), *ALL),
@@ -45,7 +46,8 @@ AMD = dict(
 
 TABLES = {
     "sm_80": _table(16 * MIB, 6 * MIB, **AMPERE),
-    "sm_86": _table(16 * MIB, 6 * MIB, **AMPERE),
+    # sm_86, sm_89 and sm_120; 12 bytes of bent scores spill at 128 x 64
+    "sm_86": _table(16 * MIB, 6 * MIB, **AMPERE | dict(forward_extra=FEW)),
     "sm_90": _table(24 * MIB, 8 * MIB, **NVIDIA),
     "sm_100": _table(48 * MIB, 16 * MIB, **NVIDIA),
     "gfx942": _table(64 * MIB, 16 * MIB, **AMD),
