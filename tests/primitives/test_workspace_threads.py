@@ -74,7 +74,7 @@ def made(what, dtype):
         labels = torch.arange(4 * N).view(N, 4) % (M // 3)
         p = ClassInputs(x, y, labels, rule="sface", params=[80.0, 1.2], centers=3)
         call = lambda: class_statistics(p, backend="cpu")
-        told = max(class_rules.workspace(p, n) for n in (None, ClassNeeds(False, True, True)))
+        told = max(class_rules.workspace(p, n) for n in (None, ClassNeeds(False, *[True] * 3)))
         return (x, y), call, told
     own = what == "topk-self"
     other = None if own else fused_losses.quantize_rows(y) if what == "topk-codes" else y
