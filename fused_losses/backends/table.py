@@ -78,7 +78,8 @@ ON_GPU = (
     Preference(
         "divergence",
         ("triton", "cuda", "bounded"),
-        "two products a tile on the backend; what is made of them is PyTorch in float64",
+        "one sweep of both sides' tiles: neither score is stored; on cuda two library products a "
+        "tile, and what is made of them is PyTorch in float64",
     ),
     Preference("row_update", ("cuda", "bounded"), "one pass over the rows that have a gradient"),
 )

@@ -24,6 +24,7 @@ from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.primitives.class_rules import triton_tiles as triton_class_tiles
 from fused_losses.primitives.distances import triton as triton_distances
+from fused_losses.primitives.divergence import triton_tiles as triton_divergence_tiles
 from fused_losses.primitives.maxsim import triton as triton_maxsim
 from fused_losses.primitives.pairs import triton_tiles as triton_pair_tiles
 from fused_losses.primitives.row_statistics import triton_tiles
@@ -117,6 +118,8 @@ def test_every_tile_is_taken(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (triton_topk, triton_distances, triton_maxsim):
         noted.append(Taken(module.TILES[row]))
         monkeypatch.setitem(module.TILES, row, noted[-1])
+    noted.append(Taken(triton_divergence_tiles.TILES[row]))
+    monkeypatch.setitem(triton_divergence_tiles.TILES, row, noted[-1])
     compilations(row)
     left = {key for table in noted for key in set(table) - table.taken} - NEVER
     # tf32 is refused on AMD

@@ -18,6 +18,7 @@ from tools.gpu_static.host_calls import (
     FP32,
     class_rules,
     distances,
+    divergence,
     maxsim,
     pairs,
     row_statistics,
@@ -59,6 +60,7 @@ APART_TWO = dict(**APART, cols=True, exclude=3, skip_self=True)
 APART_ATTEND = dict(**APART, attention=512, exclude=3, skip_self=True)
 CHOSEN = dict(everything=True, match="different", center=True)
 FULL = dict(extra=True, classes=100_000)
+JENSEN, VARIATION, BERNOULLI = "jensen_shannon", "total_variation", "bernoulli_norm"
 BENT = dict(bent=True, **FULL)
 LABELS = dict(many=4, classes=100_000)
 CENTERS = dict(centers=3, **LABELS)
@@ -191,6 +193,23 @@ CALLS: dict[str, HostCall] = {
     "topk stored": _call(topk, keep=200, d=128, **HALF, **CHOSEN),
     "topk stored fp32 D100": _call(topk, *ALSO, keep=200, d=100, **WIDE, **CHOSEN),
     "topk stored rounded": _call(topk, keep=200, d=128, **ROUNDED, **CHOSEN),
+    "divergence": _call(divergence, *ALSO, "sm_120", d=512, **HALF),
+    "divergence everything": _call(divergence, *MAIN, d=512, **HALF, **FULL, kind="reverse"),
+    "divergence probabilities": _call(divergence, *ALSO, d=512, **HALF, **FULL, kind=JENSEN),
+    "divergence D500 fp16": _call(divergence, "sm_90", d=500, dtype=FP16, **FULL, kind=VARIATION),
+    "divergence fp32": _call(divergence, *ALSO, "sm_86", d=512, **WIDE),
+    "divergence fp32 everything": _call(divergence, d=512, **WIDE, **FULL, kind=BERNOULLI),
+    "divergence fp32 probabilities": _call(divergence, "sm_80", d=512, **WIDE, **FULL, kind=JENSEN),
+    "divergence fp32 D500": _call(divergence, "sm_90", d=500, **WIDE, **FULL, kind=JENSEN),
+    "divergence tf32": _call(divergence, "sm_90", d=512, **TF32, kind=VARIATION),
+    "divergence tf32 D500": _call(divergence, d=500, **TF32, **FULL, kind=VARIATION),
+    "divergence mixed": _call(divergence, "sm_100", d=512, **MIXED, kind="power"),
+    "divergence rounded": _call(divergence, "sm_80", d=512, **ROUNDED, **FULL, kind=VARIATION),
+    "divergence rounded D500": _call(divergence, d=500, **ROUNDED, **FULL, kind=VARIATION),
+    "divergence dense": _call(divergence, "sm_90", d=512, **HALF, dense=True, kind="power"),
+    "divergence dense fp32": _call(divergence, d=512, **WIDE, dense=True, kind="squared"),
+    # their scores are read one by one
+    "divergence dense classes": _call(divergence, d=500, **HALF, **FULL, dense=True),
     "maxsim D128": _call(maxsim, *ALSO, "sm_89", d=128, **HALF),
     "maxsim D96": _call(maxsim, *ALSO, d=96, **HALF),
     "maxsim D768": _call(maxsim, *ALSO, "sm_120", d=768, **HALF),

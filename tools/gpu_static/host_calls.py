@@ -14,6 +14,14 @@ from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.rules import CLASS_FOLDS
 from fused_losses.primitives.distances import triton as triton_distances
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
+from fused_losses.primitives.divergence import triton as triton_divergence
+from fused_losses.primitives.divergence.inputs import (
+    DivergenceGradients,
+    DivergenceInputs,
+    DivergenceNeeds,
+    DivergenceSaved,
+)
+from fused_losses.primitives.divergence.rules import DIVERGENCES
 from fused_losses.primitives.maxsim import triton as triton_maxsim
 from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.pairs import triton as triton_pairs
@@ -206,3 +214,41 @@ def maxsim(
     )
     scores, index = triton_maxsim.forward(inputs)
     triton_maxsim.backward(empty(*scores.shape), index, inputs, MaxsimNeeds(True, True))
+
+
+def divergence(
+    d: int,
+    dtype: torch.dtype,
+    kind: str = "forward",
+    precision: str = "fp32",
+    normalize: bool = True,
+    extra: bool = False,  # biases of both sides, and of dense scores a scale
+    classes: int = 0,
+    dense: bool = False,  # the teacher's scores are given
+    n: int = 1024,
+    c: int = 1_000_000,
+) -> None:
+    """The gradients of both sides."""
+    rule, wide = DIVERGENCES[kind], dict(dtype=torch.float64)
+    bias = empty(c, dtype=dtype) if extra else None
+    p = DivergenceInputs(
+        empty(n, d),  # rows in float32, as the losses have them
+        empty(c, d, dtype=dtype),
+        empty(n, c, dtype=dtype) if dense else empty(n, d),
+        None if dense else empty(c, d, dtype=dtype),
+        empty(n, dtype=torch.int64),
+        empty(classes, dtype=torch.int64) if classes else None,
+        bias,
+        bias,
+        empty(n) if dense and extra else None,
+        normalize,
+        normalize and not dense,
+        kind,
+        [0.5] * len(rule.params),
+        precision,
+    )
+    triton_divergence.forward(p)
+    row, folds = empty(n, **wide), empty(rule.folds, n, **wide)
+    needs = DivergenceNeeds(False, True, True, True, not dense, extra, extra, dense and extra)
+    grads = DivergenceGradients(row, row, row, row, folds)
+    triton_divergence.backward(p, DivergenceSaved(row, row, folds), grads, needs)

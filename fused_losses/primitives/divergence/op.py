@@ -198,6 +198,6 @@ class DivergenceOp(StreamedOp):
 
 
 # backends without kernels of their own: tiles in PyTorch, products on the backend
-ON_TILES = ("bounded", "cpu", "triton", "cuda")
+ON_TILES = ("bounded", "cpu", "cuda")
 DIVERGENCE = DivergenceOp()
 DIVERGENCE.define()

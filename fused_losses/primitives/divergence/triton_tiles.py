@@ -1,0 +1,60 @@
+"""Tile sizes of the Triton kernels, per architecture.
+
+divergence: statistics of both sides, and sums that need nothing else; share: sums that need both
+lse; gradient: G of one side; _uneven: rows that are no whole vectors or slices. Two tiles of scores
+are alive at once, so that one of 128 x 64 holds what 128 x 128 does in `row_statistics`; a tile of
+shares has a dozen values a class more.
+"""
+
+from __future__ import annotations
+
+from fused_losses.backends.gpu.tiles import ALL, Tile, Tiles, by_kernel, same, wide
+
+MIB = 1 << 20
+
+# bytes of the stored G, as of row_statistics
+DS_BYTES = {"sm_80": 6 * MIB, "sm_86": 6 * MIB, "sm_90": 8 * MIB, "sm_100": 16 * MIB}
+DS_BYTES |= {"gfx942": 16 * MIB, "interpret": 2048}
+
+
+def _tiles(even: dict[str, Tile], share: dict[str, Tile], uneven: dict[str, Tile]) -> Tiles:
+    return by_kernel(
+        divergence=even, gradient=even, share=share,
+        divergence_uneven=uneven, gradient_uneven=uneven, share_uneven=uneven,
+    )  # fmt: skip
+
+
+NARROW = wide(Tile(64, 32, 64), Tile(64, 32, 32), Tile(64, 32, 32))
+
+TILES: dict[str, Tiles] = {
+    "sm_80": _tiles(
+        wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(64, 32, 32)),
+        NARROW,
+        wide(Tile(64, 32, 64), Tile(64, 32, 32), Tile(64, 16, 32)),
+    ),
+    "sm_90": _tiles(
+        wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(64, 64, 32)),
+        NARROW,
+        wide(Tile(64, 32, 64), Tile(64, 32, 32), Tile(64, 16, 32)),
+    ),
+    "sm_100": _tiles(
+        wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(128, 32, 32)),
+        wide(Tile(128, 32, 64), Tile(128, 32, 32), Tile(128, 32, 32)),
+        same(Tile(64, 16, 32), *ALL),
+    ),
+    "gfx942": _tiles(
+        same(Tile(128, 64, 32, 8, 2), *ALL),
+        same(Tile(64, 32, 32, 8, 2), *ALL),
+        same(Tile(64, 32, 32, 8, 2), *ALL),
+    ),
+    # small and unequal, so that a few dozen rows and classes make several ragged tiles of each
+    "interpret": by_kernel(
+        divergence=same(Tile(16, 32, 16), *ALL),
+        divergence_uneven=same(Tile(32, 16, 16), *ALL),
+        share=same(Tile(32, 16, 16), *ALL),
+        share_uneven=same(Tile(16, 32, 16), *ALL),
+        gradient=same(Tile(16, 32, 16), *ALL),
+        gradient_uneven=same(Tile(32, 16, 16), *ALL),
+    ),
+}
+TILES["sm_86"] = TILES["sm_80"]
