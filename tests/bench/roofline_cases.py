@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import divergence_formulas
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,13 @@ from fused_losses.primitives.class_rules import triton as triton_class_rules
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.distances import triton as triton_distances
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
+from fused_losses.primitives.divergence import triton as triton_divergence
+from fused_losses.primitives.divergence.inputs import (
+    DivergenceGradients,
+    DivergenceInputs,
+    DivergenceNeeds,
+    DivergenceSaved,
+)
 from fused_losses.primitives.maxsim import triton as triton_maxsim
 from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.pairs import triton as triton_pairs
@@ -304,3 +312,36 @@ def test_maxsim(d: int, counted: Any) -> None:
         triton_maxsim.backward(grad, index, inputs, MaxsimNeeds(True, True))
 
     same(counted(call), {"token_maxima", "token_sums", "query_gradients", "document_gradients"})
+
+
+def divergence(kind: str, **more: Any) -> Callable[[], None]:
+    given = divergence_formulas.drawn(37, 53, d=(24, 32), **more).to(torch.float32)
+    values = (v.detach() if isinstance(v, torch.Tensor) else v for v in vars(given).values())
+    p = DivergenceInputs(*values, kind, divergence_formulas.PARAMS[kind])
+
+    def call() -> None:
+        lse, teacher_lse, *_, folds = triton_divergence.forward(p)
+        vectors, one = [torch.randn(37).double() for _ in range(4)], p.bias is not None
+        needs = DivergenceNeeds(
+            False, True, True, True, p.teacher_weight is not None, one, one,
+            p.teacher_scale is not None,
+        )  # fmt: skip
+        saved = DivergenceSaved(lse, teacher_lse, folds)
+        triton_divergence.backward(p, saved, DivergenceGradients(*vectors, folds), needs)
+
+    return call
+
+
+BOTH = {"divergence_runs", "side_gradient"}
+DIVERGENCES = {
+    "plain": (divergence("forward", plain=True), BOTH),
+    "sampled": (divergence("jensen_shannon", sampled=True), BOTH | {"share_runs", "inverse_norms"}),
+    "dense": (divergence("power", dense=True), BOTH),
+    "dense sampled": (divergence("squared", dense=True, sampled=True), BOTH),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_divergence(name: str, counted: Any) -> None:
+    call, kernels = DIVERGENCES[name]
+    same(counted(call), kernels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.bench.roofline import divergence_forms  # noqa: F401 (enters them)
 from fused_losses.bench.roofline.work import Launch, form
 from fused_losses.primitives.class_rules import triton_backward as triton_class_gradients
 from fused_losses.primitives.class_rules import triton_forward as triton_class_kernels
