@@ -84,7 +84,12 @@ def test_it_learns_and_writes_its_record(tiny: GlyphConfig, glyphs: Glyphs, tmp_
 @pytest.mark.parametrize(
     ("changes", "rounding"),
     # a checkpoint catches up the rows that a sampled head left behind, which rounds otherwise
-    [({}, 0.0), ({"sample_rate": 0.3, "log_q": True}, 1e-5), ({"head": "reference"}, 0.0)],
+    [
+        ({}, 0.0),
+        ({"sample_rate": 0.3, "log_q": True}, 1e-5),
+        ({"head": "reference"}, 0.0),
+        ({"head": "spherical", "head_momentum": 0.0, "margin": "none"}, 0.0),
+    ],
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not(
     changes: dict,
@@ -177,6 +182,13 @@ def test_the_command_line_says_what_is_wrong(
     assert "--resume: expected a run to go on with" in capsys.readouterr().err
     assert cli.main([*run, "--head", "reference", "--sample-rate", "0.5"]) == 2
     assert "the reference takes every class" in capsys.readouterr().err
+    assert cli.main([*run, "--head", "spherical"]) == 2
+    assert "--head-momentum: expected 0 of spherical, got 0.9" in capsys.readouterr().err
+    spherical = ["--head", "spherical", "--head-momentum", "0"]
+    assert cli.main([*run, *spherical]) == 2
+    assert "--margin: expected none of spherical, got cosface" in capsys.readouterr().err
+    assert cli.main([*run, *spherical, "--margin", "none", "--log-q"]) == 2
+    assert "spherical takes every class" in capsys.readouterr().err
     words = ["--fonts", str(fonts), "--characters", LATIN_GREEK_CYRILLIC, "--steps", "2"]
     words += ["--subset", "0", "--threads", "1", "--batch-size", "8", "--embedding", "16"]
     words += ["--classes", "40"]

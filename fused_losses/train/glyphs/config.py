@@ -19,7 +19,7 @@ from fused_losses.train.frame.options import (
     option,
 )
 
-HEADS = ("centers", "reference")
+HEADS = ("centers", "reference", "spherical")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,13 @@ class GlyphConfig(Config):
     )
     classes: int = option(0, "only this many classes, drawn at random; 0: all", least=0)
     embedding: int = option(128, "embedding size D", least=1)
-    head: str = option("centers", "ClassCenters, or the dense table of the reference", HEADS)
+    head: str = option(
+        "centers",
+        "ClassCenters, the dense table of the reference, or SphericalHead's Z-loss",
+        HEADS,
+    )
+    z_a: float = option(0.1, "a of the Z-loss", above=0)
+    z_b: float = option(10.0, "b of the Z-loss")
     sample_rate: float = option(
         1.0, "chance of another class to take part in a step", least=LEAST_RATE, most=1
     )
@@ -90,6 +96,17 @@ class GlyphConfig(Config):
                 raise OptionError(name, "expected 0 or at least 2, got 1")
         if self.head == "reference" and (self.sample_rate < 1 or self.log_q):
             raise OptionError("head", "the reference takes every class; expected sample_rate 1")
+        if self.head == "spherical":
+            self._check_spherical()
+
+    def _check_spherical(self) -> None:
+        """It has every class, plain SGD and no margin: nothing given may be without effect."""
+        if self.sample_rate < 1 or self.log_q:
+            raise OptionError("head", "spherical takes every class; expected sample_rate 1")
+        if self.head_momentum:
+            raise OptionError("head_momentum", f"expected 0 of spherical, got {self.head_momentum}")
+        if self.margin != "none":
+            raise OptionError("margin", f"expected none of spherical, got {self.margin}")
 
     def margin_size(self) -> float | None:
         """`margin_value`, with this recipe's own default."""

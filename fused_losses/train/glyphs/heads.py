@@ -1,4 +1,4 @@
-"""The heads that the recipe compares: `ClassCenters`, and the dense table it must agree with."""
+"""The heads that the recipe compares: `ClassCenters`, its dense reference, the Z-loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_losses.centers import ClassCenters
+from fused_losses.centers import ClassCenters, SphericalHead
 from fused_losses.losses.margin_softmax import margin_softmax
 from fused_losses.margins import Margin
 from fused_losses.train.frame.heads import make_margin
@@ -48,15 +48,49 @@ class ReferenceHead(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def make_head(config: GlyphConfig, classes: int) -> ClassCenters | ReferenceHead:
+class ZHead(SphericalHead):
+    """`SphericalHead` as the training asks for its table."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[C, D] as it is now, a copy."""
+        return self.rows(torch.arange(self.num_classes, device=self.table.rows.device))
+
+    def settle(self) -> None:
+        """Nothing waits."""
+
+
+Head = ClassCenters | ReferenceHead | ZHead
+
+
+def imprint(head: Head, rows: Tensor) -> None:
+    """The table's first rows. [C, D]"""
+    if isinstance(head, ZHead):
+        head.fill_(rows)
+    else:
+        head.weight.copy_(rows)
+
+
+def make_head(config: GlyphConfig, classes: int) -> Head:
     """The configured head, whose first rows the training sets."""
+    if config.head == "spherical":
+        return ZHead(
+            classes,
+            config.embedding,
+            lr=config.head_lr,
+            weight_decay=config.head_weight_decay,
+            a=config.z_a,
+            b=config.z_b,
+            seed=config.seed,
+            device=config.device,
+        )
     margin = make_margin(config.margin, config.margin_size())
     options = {
         "lr": config.head_lr,
         "momentum": config.head_momentum,
         "weight_decay": config.head_weight_decay,
     }
-    head: ClassCenters | ReferenceHead
+    head: Head
     if config.head == "reference":
         head = ReferenceHead(classes, config.embedding, margin, config.scale, **options)
     else:

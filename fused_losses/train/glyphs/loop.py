@@ -17,7 +17,7 @@ from fused_losses.train.frame.seeds import seed_from
 from fused_losses.train.frame.steps import Training
 from fused_losses.train.glyphs.config import GlyphConfig
 from fused_losses.train.glyphs.evaluation import embed, evaluate
-from fused_losses.train.glyphs.heads import make_head
+from fused_losses.train.glyphs.heads import imprint, make_head
 from fused_losses.train.glyphs.model import Changes, GlyphNet, change, normalize
 
 WARM_UP_CLASSES = 64
@@ -63,7 +63,7 @@ class GlyphTraining(Training[GlyphConfig]):
             if len(part) == 1:
                 continue  # has no variance
             self.net(normalize(train.read(part).to(self.device)))
-        self.head.weight.copy_(embed(self.net, train, rows))
+        imprint(self.head, embed(self.net, train, rows))
 
     def update(self, step: int) -> float:
         rows = self.order.batch(step)
