@@ -39,7 +39,8 @@ __all__ = [
     "use_backend",
 ]
 __all__ += functional.__all__
-# the types of two results are named in `functional` alone
+# the types of some results are named in `functional` alone
 __all__.remove("MarginSoftmaxStats")
+__all__.remove("SoftmaxOutputs")
 __all__.remove("Transport")
-del MarginSoftmaxStats, Transport  # noqa: F821
+del MarginSoftmaxStats, SoftmaxOutputs, Transport  # noqa: F821

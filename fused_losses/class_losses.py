@@ -13,6 +13,9 @@ from fused_losses.losses.class_values import (
     SoftTriple,
     SphereFace2,
 )
+from fused_losses.losses.difference_values import LDR, CrammerSinger, WestonWatkins
+from fused_losses.losses.mapped_ldr import ALDR, MappedLDR
+from fused_losses.losses.normalized_values import MSE, NCE, ActivePassive
 from fused_losses.losses.probability_values import (
     AGCE,
     AUL,
@@ -24,17 +27,26 @@ from fused_losses.losses.probability_values import (
     OfProbability,
     Poly1,
 )
+from fused_losses.losses.row_weights import BiasWeights, equity_weights
 
 __all__ = [
     "AGCE",
+    "ALDR",
     "AUL",
     "GCE",
+    "LDR",
     "MAE",
     "MLCD",
+    "MSE",
+    "NCE",
     "SCE",
+    "ActivePassive",
+    "BiasWeights",
     "ClassLoss",
     "CompSum",
+    "CrammerSinger",
     "Focal",
+    "MappedLDR",
     "MergedRows",
     "OfProbability",
     "Poly1",
@@ -42,5 +54,7 @@ __all__ = [
     "SoftTriple",
     "Softmax",
     "SphereFace2",
+    "WestonWatkins",
     "class_loss",
+    "equity_weights",
 ]

@@ -32,6 +32,7 @@ from fused_losses.losses.pair_weighting import (
 )
 from fused_losses.losses.proxies import proxy_anchor, proxy_nca
 from fused_losses.losses.ranking import angular, fast_ap, histogram, ranked_list, tuplet_margin
+from fused_losses.losses.softmax_outputs import SoftmaxOutputs, softmax_outputs
 from fused_losses.losses.top_teacher import TopTeacher
 from fused_losses.losses.triplets import (
     all_triplets,
@@ -63,6 +64,7 @@ from fused_losses.similarity.trilinear import trilinear_attention
 __all__ = [
     "MarginSoftmaxStats",
     "Pairs",
+    "SoftmaxOutputs",
     "TopTeacher",
     "Transport",
     "Triplets",
@@ -114,6 +116,7 @@ __all__ = [
     "sinkhorn",
     "snr_contrastive",
     "soft_nearest_neighbor",
+    "softmax_outputs",
     "supervised_contrastive",
     "trilinear_attention",
     "triplet_margin",

@@ -160,6 +160,12 @@ def merged(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(dead, -torch.inf, torch.where(dead, 1, mass).log() + shift)
 
 
+def joined(target: Tensor, lse: Tensor) -> Tensor:
+    """log(e^target + e^lse); beside nothing (-inf) the target, and no NaN slope or curve."""
+    some = lse != -torch.inf
+    return torch.where(some, merged(target, torch.where(some, lse, 0)), target)
+
+
 def over_last(z: Tensor, kept: Tensor | None = None) -> Tensor:
     """logsumexp over the last dimension of what is kept; over nothing -inf, gradient 0."""
     if kept is not None:
@@ -171,11 +177,27 @@ def over_last(z: Tensor, kept: Tensor | None = None) -> Tensor:
     return torch.where(dead, -torch.inf, torch.where(dead, 1, mass).log() + shift).squeeze(-1)
 
 
-def reduced(loss: Tensor, counted: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
-    """A loss a row -> its mean over the rows that count (0 over none), its sum, or itself."""
-    loss = torch.where(counted, loss, 0)
+def reduced(
+    loss: Tensor,
+    counted: Tensor,
+    reduction: str,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,  # [N] >= 0
+) -> Tensor:
+    """A loss a row -> its mean over the rows that count (0 over none), its sum, or itself.
+
+    weight: what a row counts for; one of weight 0 counts for nothing and may be NaN.
+    """
+    if weight is None:
+        loss = torch.where(counted, loss, 0)
+        count = counted.sum().clamp_min(1)
+    else:
+        counts = torch.where(counted, weight.to(loss.dtype), 0)
+        loss = torch.where(counts > 0, loss, 0) * counts
+        count = counts.sum()
+        count = torch.where(count > 0, count, 1)
     if reduction == "mean":
-        loss = loss.sum() / counted.sum().clamp_min(1)
+        loss = loss.sum() / count
     elif reduction == "sum":
         loss = loss.sum()
     return loss.to(dtype)

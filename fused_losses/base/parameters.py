@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses.base.numerics import traced
-from fused_losses.base.validation import check_number, check_plain, describe
+from fused_losses.base.validation import check_number, check_plain, check_vector, describe
 
 
 def check_parameter(
@@ -56,6 +56,21 @@ def check_angle(name: str, value: float | Tensor) -> None:
     if number and math.pi < value <= 180:
         within += f" ({value:g} degrees are {math.radians(value):.4g} radians)"
     check_parameter(name, value, 0, math.pi, within=within, carries=True)
+
+
+def check_row_weight(row_weight: Tensor | None, n: int, embeddings: Tensor) -> None:
+    """None, or what each row counts for in a mean: [n] >= 0, without gradient."""
+    if row_weight is None:
+        return
+    check_vector("row_weight", row_weight, n, f"one value a row [{n}]", embeddings)
+    if row_weight.requires_grad:
+        raise TypeError("row_weight: expected a tensor without gradient; detach it")
+    if row_weight.device.type == "cpu" and not traced(row_weight):
+        fit = (row_weight >= 0) & row_weight.isfinite()
+        if not bool(fit.all()):
+            raise ValueError(
+                f"row_weight: expected values >= 0, finite, got {row_weight[~fit][0]:g}"
+            )
 
 
 def check_called(name: str, value: object) -> None:

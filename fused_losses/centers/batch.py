@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.class_labels import check_positions, class_labels
-from fused_losses.base.numerics import row_dtype
+from fused_losses.base.numerics import reduced, row_dtype
+from fused_losses.base.parameters import check_row_weight
 from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.centers.arguments import check_width
 from fused_losses.centers.collectives import DTYPES, Gathered, Ranks, exchange_shapes
@@ -36,13 +37,7 @@ class GlobalBatch(NamedTuple):
 
     def mean(self, each: Tensor) -> Tensor:
         """Of the rows with a label, by their weights; 0 of none. [B] -> []"""
-        weights = self.valid.to(each.dtype)
-        if self.weights is not None:
-            weights = weights * self.weights.to(each.dtype)
-        total = weights.sum()
-        # what counts for nothing may be NaN
-        terms = torch.where(weights > 0, each, 0) * weights
-        return terms.sum() / torch.where(total > 0, total, 1)
+        return reduced(each, self.valid, "mean", each.dtype, self.weights)
 
 
 def device_of(embeddings: Tensor, table: Tensor) -> torch.device:
@@ -72,7 +67,7 @@ def gather_batch(
         own = _checked_labels(embeddings, labels, table, num_classes, embedding_dim, ignore_index)
         n, d = embeddings.shape
         said = (n, d, own.shape[1], DTYPES.index(embeddings.dtype))
-        _check_weights(row_weight, n, embeddings)
+        check_row_weight(row_weight, n, embeddings)
     except (ValueError, TypeError, IndexError) as error:
         refusal = error
     needs = refusal is None and torch.is_grad_enabled() and embeddings.requires_grad
@@ -90,16 +85,6 @@ def gather_batch(
         weights = Gathered(ranks, row_weight.to(row_dtype(row_weight.device)), counts).wait()
     batch = GlobalBatch(counts, first, shapes.needs_gradient, everyones, local, weights)
     return batch, Gathered(ranks, embeddings.detach(), counts)
-
-
-def _check_weights(row_weight: Tensor | None, n: int, embeddings: Tensor) -> None:
-    if row_weight is None:
-        return
-    validation.check_vector("row_weight", row_weight, n, "one value a row [n]", embeddings)
-    if row_weight.requires_grad:
-        raise TypeError("row_weight: expected a tensor without gradient; detach it")
-    if row_weight.device.type == "cpu" and not bool((row_weight >= 0).all()):
-        raise ValueError("row_weight: expected values >= 0, got a negative one or NaN")
 
 
 def _checked_labels(

@@ -12,7 +12,7 @@ from fused_losses import backends
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import class_gradients, class_statistics
-from fused_losses.primitives.class_rules.rules import BEND, CLASS_FOLDS
+from fused_losses.primitives.class_rules.rules import CLASS_FOLDS
 from fused_losses.primitives.row_statistics.bend import steepest_bend
 from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING, Inputs
 from fused_losses.primitives.row_statistics.op import ROW_STATISTICS
@@ -194,8 +194,7 @@ class RuleEngine:
 
     def steepest(self, values: Tensor | None) -> Tensor | float:
         rule = CLASS_FOLDS[self.rule]
-        bend = steepest_bend(values) if BEND in rule.values else 1.0
-        return bend * rule.steepest(list(self.params))
+        return rule.times(values) * rule.steepest(list(self.params))
 
     def _inputs(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> ClassInputs:
         weight = chunk.weight

@@ -21,7 +21,7 @@ from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers import arguments, class_margins
 from fused_losses.centers.batch import GlobalBatch, device_of, gather_batch
 from fused_losses.centers.collectives import Ranks
-from fused_losses.centers.engines import Sums
+from fused_losses.centers.engines import RuleEngine, Sums
 from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
 from fused_losses.centers.optimizers import make_row_optimizer
 from fused_losses.centers.resize import carry_over
@@ -33,7 +33,7 @@ from fused_losses.centers.stepped_table import SteppedTable
 from fused_losses.centers.storage import Storage, initialise_
 from fused_losses.centers.update import NONFINITE, AutogradUpdates, RowUpdates
 from fused_losses.losses.adaptive_scale import AdaptiveScale
-from fused_losses.losses.class_values import ClassLoss, MergedRows
+from fused_losses.losses.class_values import ClassLoss, MergedRows, Sweep, count_negatives
 from fused_losses.losses.unpg import UNPG
 from fused_losses.margins import ArcFace
 from fused_losses.primitives.shared_negatives.op import add_shared
@@ -247,7 +247,9 @@ class ClassCenters(SteppedTable):
             )
             statistics = self._with_pairs(statistics, rows, batch, loss)
             with self._alike(embeddings.device):
-                each = loss.row_loss(MergedRows(statistics, targets, batch.present, norms))
+                merged = MergedRows(statistics, targets, batch.present, norms)
+                told = dict(negatives=saved.negatives, values=saved.values)
+                each = loss.row_loss(merged._replace(**told))
             total = batch.mean(each).to(saved.x.dtype)
             if saved.trains and self.optimizer is not None:
                 total.register_hook(saved.incoming.append)
@@ -265,15 +267,18 @@ class ClassCenters(SteppedTable):
         leaf, table = self._leaf, self._table.detach()
         x = self.multiplied(rows.to(accumulate_dtype(table.dtype))).contiguous()
         shard = Shard(table, batch.local, rows.device, self.chunk_bytes)
-        loss, values = self._loss_and_values(shard, x, batch, self._smoothed_over(taking_part))
-        engine = engine_of(
-            loss,
-            labels=batch.labels.shape[1],
-            centers=self.sub_centers,
-            normalize=self.normalize,
-            precision=self.precision,
-            backend=self.backend,
+        classes = self._counted(taking_part)
+        kernels: dict[str, Any] = dict(
+            normalize=self.normalize, precision=self.precision, backend=self.backend
         )
+
+        def swept(rule: str, params: list[float], values: Tensor | None) -> Tensor:
+            engine = RuleEngine(rule, tuple(params), softness=0.0, **kernels)
+            found = ShardSweep(shard, taking_part, engine).forward(x, values)
+            return over_shards(self.ranks, found, engine.kinds, False).statistics
+
+        loss, values, negatives = self._loss_and_values(shard, x, batch, classes, swept)
+        engine = engine_of(loss, labels=batch.labels.shape[1], centers=self.sub_centers, **kernels)
         sweep = ShardSweep(shard, taking_part, engine)
         with torch.no_grad():
             found = over_shards(self.ranks, sweep.forward(x, values), engine.kinds, with_best)
@@ -283,6 +288,7 @@ class ClassCenters(SteppedTable):
             x,
             found.statistics,
             values,
+            negatives,
             sweep,
             need_weight=leaf.requires_grad,
             normalize=self.normalize,
@@ -323,10 +329,11 @@ class ClassCenters(SteppedTable):
             step=self.step_count,
         )
 
-    def _smoothed_over(self, taking_part: list[ClassGroup]) -> int:
-        """Classes over which labels are smoothed: all, or without log_q those of the sample."""
+    def _counted(self, taking_part: list[ClassGroup]) -> int:
+        """Classes that a loss is a mean over: all, or without log_q those of the sample."""
         drawn = [len(ids) for ids, _ in taking_part if ids is not None]
-        if not self.label_smoothing or not drawn or self.log_q:
+        counts = isinstance(self.margin, ClassLoss) and self.margin.counts
+        if not (self.label_smoothing or counts) or not drawn or self.log_q:
             return self.num_classes
         count = torch.tensor(sum(drawn), device=self._table.device)
         self.ranks.sum_(count)
@@ -341,19 +348,21 @@ class ClassCenters(SteppedTable):
         )  # fmt: skip
 
     def _loss_and_values(
-        self, shard: Shard, x: Tensor, batch: GlobalBatch, classes: int
-    ) -> tuple[ClassLoss, Tensor | None]:
-        """The batch's loss, and the numbers of each row that its rule takes before the sweep."""
+        self, shard: Shard, x: Tensor, batch: GlobalBatch, classes: int, swept: Sweep
+    ) -> tuple[ClassLoss, Tensor | None, Tensor | None]:
+        """The loss, the numbers of each row that its rule takes, and how many negatives it has."""
         present, valid = batch.present, batch.valid
         margin = class_margins.of_rows(self.margin, self.num_classes, batch.labels)
         adaptive = isinstance(margin, AdaptiveScale)
         if adaptive and present.shape[1] != 1:
             raise ValueError(f"labels: expected one a row with {type(margin).__name__}")
         loss = self._loss_of(margin, self.scale, valid, classes)
-        if not adaptive and not hasattr(getattr(loss, "margin", None), "bend"):
+        negatives = count_negatives(batch.labels, classes) if loss.counts else None
+        bends = hasattr(getattr(loss, "margin", None), "bend")
+        if not (adaptive or bends or loss.by_targets):
             none = x.new_zeros(present.shape, dtype=torch.float64)
             with torch.no_grad():
-                return loss, loss.values(none, present)
+                return loss, loss.values(none, present), negatives
         # of all shards, before the sweep, which gives them again with a gradient
         targets = shard.targets(x, loss.softness, self.normalize)
         self.ranks.sum_(targets)
@@ -361,7 +370,9 @@ class ClassCenters(SteppedTable):
             scale = float(margin.scale_of(targets[:, 0], valid))
             loss = self._loss_of(margin, scale, valid, classes)
         with torch.no_grad():
-            return loss, loss.values(targets, present)
+            values = loss.swept_values(swept, targets, present, negatives)
+            # as the rule takes them: a loss may correct for that
+            return loss, None if values is None else values.to(x.dtype).to(values.dtype), negatives
 
     @contextmanager
     def _alike(self, device: torch.device) -> Iterator[None]:

@@ -95,6 +95,11 @@ def loss_of(
             )
         return HeadSoftmax(margin, float(scale.detach()), gradient, scale, smoothing, classes)
     if isinstance(margin, ClassLoss):
+        if margin.asks_hardest:
+            raise ValueError(
+                "margin: expected a loss whose gradient all classes share, got "
+                f"{type(margin).__name__}; class_loss has it, on one process"
+            )
         return margin
     if isinstance(margin, AdaptiveScale):
         return AdaptiveLoss(margin, scale, valid, training)
@@ -114,8 +119,8 @@ def engine_of(
     smoothed = isinstance(loss, HeadSoftmax) and loss.smoothing > 0
     if smoothed and labels != 1:
         raise ValueError("labels: expected one a row with label_smoothing")
-    if labels == centers == 1 and loss.rule == "softmax" and loss.softness == 0:
-        return SoftmaxEngine(loss.params()[0], normalize, precision, backend, smoothed)
-    params = tuple(loss.params())
     rule = "summed_softmax" if smoothed else loss.rule
+    params, summed = tuple(loss.params()), rule == "summed_softmax"
+    if labels == centers == 1 and loss.softness == 0 and (summed or rule == "softmax"):
+        return SoftmaxEngine(params[0], normalize, precision, backend, summed)
     return RuleEngine(rule, params, loss.softness, normalize, precision, backend)

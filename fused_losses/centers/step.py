@@ -25,6 +25,7 @@ class SavedForward(NamedTuple):
     x: Tensor  # [B, D] as multiplied
     statistics: Tensor  # [S, B] of all shards
     values: Tensor | None
+    negatives: Tensor | None  # [B] how many, where the loss counts
     sweep: ShardSweep
     need_weight: bool  # autograd wants the table's gradient
     normalize: bool

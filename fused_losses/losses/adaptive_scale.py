@@ -131,6 +131,7 @@ def adaptive_margin_softmax(
     ignore_index: int = -100,
     classes: Tensor | None = None,  # [K]
     precision: str = "fp32",
+    row_weight: Tensor | None = None,  # [N]
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -143,7 +144,9 @@ def adaptive_margin_softmax(
     """
     if not isinstance(margin, AdaptiveScale):
         raise TypeError(f"margin: expected an AdaptiveScale, got {type(margin).__name__}")
-    options = ClassOptions(normalize, ignore_index, classes, precision, reduction, backend)
+    options = ClassOptions(
+        normalize, ignore_index, classes, precision, reduction, backend, row_weight
+    )
     rows = class_rows(embeddings, weight, labels, options)
     with no_autocast(embeddings.device):
         cosine = rows.target_cosine()

@@ -9,7 +9,8 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.class_labels import class_labels
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, unit_rows
+from fused_losses.base.parameters import check_row_weight
 from fused_losses.base.validation import NO_TARGET, describe, meet
 from fused_losses.losses.class_rows import ClassOptions, ClassRows
 from fused_losses.losses.class_values import (
@@ -19,11 +20,13 @@ from fused_losses.losses.class_values import (
     SFace,
     Softmax,
     SphereFace2,
+    count_negatives,
 )
 from fused_losses.losses.positions import over_positions
 from fused_losses.losses.probability_values import GCE
+from fused_losses.primitives.class_rules.bounded import targets
 from fused_losses.primitives.class_rules.inputs import ClassInputs
-from fused_losses.primitives.class_rules.op import class_statistics, class_targets
+from fused_losses.primitives.class_rules.op import class_statistics, class_targets, is_reference
 
 
 @over_positions
@@ -36,6 +39,7 @@ def class_loss(
     normalize: bool = True,
     classes: Tensor | None = None,
     ignore_index: int = -100,
+    row_weight: Tensor | None = None,
     reduction: str = "mean",
     precision: str = "fp32",
     backend: str | None = None,
@@ -54,6 +58,8 @@ def class_loss(
         classes: [M] distinct ids of the classes that take part; every label must be among them.
             Rows of `weight` are read in place, nothing but a tile is gathered.
         ignore_index: a row all of whose labels are this has loss 0 and leaves gradients alone.
+        row_weight: [N] >= 0, without gradient: what a row counts for, in the mean's divisor, too; 0
+            is as if it had no label.
         reduction: "mean" over the rows with a label (0 if there are none), "sum", "none" [N].
         precision: "fp32", "tf32", "mixed" or "bf16"; see `fused_losses.functional`.
 
@@ -66,10 +72,14 @@ def class_loss(
     if not isinstance(loss, ClassLoss):
         raise TypeError(f"loss: expected a ClassLoss, got {type(loss).__name__}")
     _check(embeddings, weight, reduction)
+    validation.check_choice("precision", precision, validation.PRECISIONS)
     labels = class_labels(labels, embeddings, weight.shape[0], ignore_index)
     centers = weight.shape[1] if weight.dim() == 3 else 1
     embeddings = meet(embeddings, weight)
     classes = validation.increasing_classes(classes, embeddings)
+    check_row_weight(row_weight, embeddings.shape[0], embeddings)
+    if row_weight is not None:
+        labels = torch.where(row_weight[:, None] > 0, labels, NO_TARGET)
     present = labels != NO_TARGET
     valid = present.any(dim=1)
     with no_autocast(embeddings.device):
@@ -77,33 +87,67 @@ def class_loss(
         x = torch.where(valid[:, None], embeddings.to(accumulate_dtype(weight.dtype)), 0)
         norms = torch.linalg.vector_norm(x, dim=1)
         x = unit_rows(x) if normalize else x
+        inputs = ClassInputs(
+            x,
+            weight.flatten(0, -2),
+            labels,
+            classes,
+            rule=loss.rule,
+            params=loss.params(),
+            centers=centers,
+            softness=loss.softness,
+            normalize=normalize,
+            precision=precision,
+        )
         plain = centers == 1 and labels.shape[1] == 1 and loss.softness == 0
-        if plain and loss.rule == "softmax":
+        if loss.asks_hardest:
+            merged = _hardest(inputs, present, backend)
+        elif plain and loss.rule == "softmax" and not loss.counts:
             options = ClassOptions(normalize, ignore_index, classes, precision, reduction, backend)
             seen = ClassRows(x, weight.flatten(0, -2), labels[:, 0], valid, norms, options)
             merged = _compiled(seen, loss, present)
         else:
-            inputs = ClassInputs(
-                x,
-                weight.flatten(0, -2),
-                labels,
-                classes,
-                rule=loss.rule,
-                params=loss.params(),
-                centers=centers,
-                softness=loss.softness,
-                normalize=normalize,
-                precision=precision,
-            )
-            values = loss.values(class_targets(inputs), present)
-            found = class_statistics(inputs._replace(values=values), backend=backend)
-            merged = MergedRows(found.statistics, found.targets, present, norms, of_values=True)
-        rows = loss.row_loss(merged)
-        rows = torch.where(valid, rows, 0).to(x.dtype)
-        if reduction == "none":
-            return rows
-        total = rows.sum()
-        return total if reduction == "sum" else total / valid.sum().clamp_min(1)
+            merged = _by_rule(inputs, loss, present, backend)
+        rows = loss.row_loss(merged._replace(norms=norms))
+        return reduced(rows, valid, reduction, x.dtype, row_weight)
+
+
+def _by_rule(
+    inputs: ClassInputs, loss: ClassLoss, present: Tensor, backend: str | None
+) -> MergedRows:
+    """Of any rule, by `class_statistics`."""
+    negatives = count_negatives(inputs.labels, inputs.taking_part) if loss.counts else None
+
+    def sweep(rule: str, params: list[float], values: Tensor | None) -> Tensor:
+        # a streamed rule takes what is made of it without gradient, the reference with all of it
+        with torch.set_grad_enabled(torch.is_grad_enabled() and reference):
+            of = inputs._replace(rule=rule, params=params, values=values)
+            found = class_statistics(of, backend=backend).statistics
+        return found if reference else found.detach()  # forward mode heeds no no_grad
+
+    reference = is_reference(inputs, backend)
+    cosines = _targets(inputs, inputs.labels) if reference else class_targets(inputs)
+    values = loss.swept_values(sweep, cosines, present, negatives)
+    if values is not None:  # as the rule takes them: a loss may correct for that
+        values = values.to(inputs.dtype).to(values.dtype)
+    found = class_statistics(inputs._replace(values=values), backend=backend)
+    rows = MergedRows(found.statistics, found.targets, present, of_values=True)
+    return rows._replace(negatives=negatives, values=values)
+
+
+def _hardest(inputs: ClassInputs, present: Tensor, backend: str | None) -> MergedRows:
+    """The targets and the best negative: a sweep without gradient finds it."""
+    with torch.no_grad():
+        found = class_statistics(inputs, backend=backend)
+    both = torch.cat([inputs.labels, found.hardest[:, None]], dim=1)
+    scores = _targets(inputs, both)
+    hardest = torch.where(found.hardest < 0, -torch.inf, scores[:, -1])
+    return MergedRows(found.statistics, scores[:, :-1], present, hardest=hardest)
+
+
+def _targets(p: ClassInputs, classes: Tensor) -> Tensor:
+    """Cosines with chosen classes [N, L], -1: none, in PyTorch that autograd follows."""
+    return targets(p.x, p.weight, classes, p.centers, p.softness, p.normalize)
 
 
 def _compiled(rows: ClassRows, loss: ClassLoss, present: Tensor) -> MergedRows:
@@ -116,7 +160,7 @@ def _compiled(rows: ClassRows, loss: ClassLoss, present: Tensor) -> MergedRows:
     (scale,) = loss.params()
     margin = loss.margin if isinstance(loss, Softmax) else None
     lse, target = rows.statistics(scale, margin)
-    return MergedRows(lse[None], (target / scale)[:, None], present, rows.norm)
+    return MergedRows(lse[None], (target / scale)[:, None], present)
 
 
 def _check(embeddings: Tensor, weight: Tensor, reduction: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import accumulate_dtype, against, followed, unit_rows
+from fused_losses.base.numerics import accumulate_dtype, against, followed, reduced, unit_rows
+from fused_losses.base.parameters import check_row_weight
 from fused_losses.base.validation import meet
 from fused_losses.losses.margin_calls import bend_of
 from fused_losses.margins import Margin
@@ -29,6 +30,7 @@ class ClassOptions(NamedTuple):
     precision: str
     reduction: str
     backend: str | None
+    row_weight: Tensor | None = None  # [N]
 
 
 class ClassRows(NamedTuple):
@@ -98,11 +100,8 @@ class ClassRows(NamedTuple):
         loss = against(target, lse)
         # the limit is 0, but an infinite score is a fault that must show
         loss = loss * torch.where(target == torch.inf, torch.nan, 1) + penalty
-        loss = torch.where(self.valid, loss, 0).to(self.x.dtype)
-        if self.options.reduction == "none":
-            return loss
-        total = loss.sum()
-        return total if self.options.reduction == "sum" else total / self.valid.sum().clamp_min(1)
+        dtype, of_rows = self.x.dtype, self.options.row_weight
+        return reduced(loss, self.valid, self.options.reduction, dtype, of_rows)
 
 
 def class_rows(
@@ -115,7 +114,7 @@ def class_rows(
 
     Time and memory O(N D + K log K).
     """
-    normalize, ignore_index, classes, precision, reduction, backend = options
+    normalize, ignore_index, classes, precision, reduction, backend, row_weight = options
     validation.check_pair("embeddings", embeddings, "weight", weight)
     n, c = embeddings.shape[0], weight.shape[0]
     validation.check_index_vector("labels", labels, n, embeddings)
@@ -124,7 +123,10 @@ def class_rows(
     embeddings, labels = meet(embeddings, weight), labels.long()
     if not torch.compiler.is_compiling():
         validation.check_labels(labels, c, ignore_index=ignore_index)
+    check_row_weight(row_weight, n, embeddings)
     valid = labels != ignore_index
+    if row_weight is not None:
+        valid = valid & (row_weight > 0)
     labels = torch.where(valid, labels, validation.NO_TARGET)
     classes = validation.increasing_classes(classes, embeddings)
     if classes is not None and not torch.compiler.is_compiling() and not classes.is_cuda:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import over_last, softplus
+from fused_losses.base.numerics import joined, over_last, softplus
 from fused_losses.base.parameters import check_above, check_margin, check_parameter
 from fused_losses.base.validation import GRADIENTS, describe
 from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
@@ -33,6 +33,20 @@ class MergedRows(NamedTuple):
     present: Tensor  # [N, L] bool: there is a label
     norms: Tensor | None = None  # [N] |x| of the embeddings, for margins that use it
     of_values: bool = False  # the statistics carry the gradient of the rule's values
+    negatives: Tensor | None = None  # [N] how many classes they are over, where the loss counts
+    values: Tensor | None = None  # [R, N] as the rule took them; with a gradient on the reference
+    hardest: Tensor | None = None  # [N] cosine of the best negative, -inf: none; where it is asked
+
+
+Sweep = Callable[[str, list[float], Tensor | None], Tensor]
+
+
+def count_negatives(labels: Tensor, taking_part: int | Tensor) -> Tensor:
+    """How many classes are none of a row's labels; labels [N, L], -1: none. [N] float64"""
+    order = labels.sort(dim=1).values
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[:, 1:] = order[:, 1:] != order[:, :-1]
+    return (taking_part - (first & (order >= 0)).sum(dim=1)).to(torch.float64)
 
 
 class ClassLoss:
@@ -44,6 +58,9 @@ class ClassLoss:
 
     rule: str
     softness: float = 0.0
+    counts: bool = False  # whether `row_loss` asks how many negatives a row has
+    by_targets: bool = False  # whether `values` asks for the labels' cosines
+    asks_hardest: bool = False  # whether it is made of the best negative, found by a sweep
 
     def params(self) -> list[float]:
         """The rule's."""
@@ -55,6 +72,20 @@ class ClassLoss:
         targets [N, L]: cosines with the labels, 0 where there is none; present [N, L] bool.
         """
         return None
+
+    def swept_values(
+        self,
+        sweep: Sweep,  # noqa: ARG002 (a hook)
+        targets: Tensor,
+        present: Tensor,
+        negatives: Tensor | None,  # noqa: ARG002
+    ) -> Tensor | None:
+        """`values`, of losses that must see the classes before the sweep that has the gradient.
+
+        sweep(rule, params, values) gives [S, N] over the negatives. What this returns may follow
+        gradients: the reference, whose sweeps do, gives the rule and `row_loss` the same values.
+        """
+        return self.values(targets, present)
 
     def row_loss(self, rows: MergedRows) -> Tensor:
         """Each row's loss [N], differentiable in statistics, targets and norms.
@@ -88,38 +119,67 @@ class Softmax(ClassLoss):
     With one label that is margin softmax (sub-centre ArcFace: Deng et al., 2020); each of several
     meets the negatives alone, not the other labels. margin: as in `margin_softmax`; one with a
     `bend` moves the negatives by psi, and such a one, or one that uses the embeddings' norms,
-    takes one label a row. gradient: "exact" or "straight_through".
+    takes one label a row. gradient: "exact" or "straight_through". softcap: None, or scores z
+    become softcap tanh(z / softcap), that of the target after its margin (Gemma 2); beside no
+    margin with a bend. z_loss >= 0: so many times the square of the denominator's logarithm is
+    added (PaLM).
     """
 
     margin: Margin | None = ArcFace(0.5)
     scale: float = 64.0
     gradient: str = "exact"
-
-    rule = "softmax"
+    z_loss: float = field(default=0.0, kw_only=True)
+    softcap: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_margin(self.margin)
         check_floats(check_above, scale=self.scale)
         validation.check_choice("gradient", self.gradient, GRADIENTS)
+        check_floats(check_parameter, z_loss=self.z_loss)
+        check_parameter("z_loss", self.z_loss, 0)
+        if self.softcap is not None:
+            self._check_softcap(self.softcap)
+
+    def _check_softcap(self, softcap: float) -> None:
+        check_floats(check_above, softcap=softcap)
+        if hasattr(self.margin, "bend"):
+            raise ValueError(
+                "softcap: expected None beside a margin that bends other classes, got "
+                f"{softcap} beside {type(self.margin).__name__}"
+            )
+
+    @property
+    def rule(self) -> str:
+        return "softmax" if self.softcap is None else "capped_softmax"
 
     def params(self) -> list[float]:
-        return [float(self.scale)]
+        capped = [] if self.softcap is None else [float(self.softcap)]
+        return [float(self.scale), *capped]
 
     def values(self, targets: Tensor, present: Tensor) -> Tensor | None:
         if not hasattr(self.margin, "bend"):
             return None
-        _one_label(self.margin, targets)
+        one_label(self.margin, targets)
         with torch.no_grad():
             return bend_of(self.margin, targets[:, 0], present[:, 0])
 
     def row_loss(self, rows: MergedRows) -> Tensor:
-        z = self._scaled(self._moved(rows.targets, rows.norms, rows.present))
-        loss = _label_softmax(z, rows.statistics[0], rows.present, self.end)
-        return loss + penalty_of(self.margin, rows.norms)
+        z = self._capped(self._scaled(self._moved(rows.targets, rows.norms, rows.present)))
+        each = self.of_labels(z, rows)
+        if self.z_loss:
+            each = each + self.z_loss * joined(z, rows.statistics[0][:, None]) ** 2
+        return over_labels(each, z, rows.present) + penalty_of(self.margin, rows.norms)
+
+    def of_labels(self, z: Tensor, rows: MergedRows) -> Tensor:
+        """The loss of each label by its score, [N, L] -> [N, L]."""
+        return label_ends(z, rows.statistics[0], self.end)
 
     def end(self, log_p: Tensor, log_rest: Tensor) -> Tensor:  # noqa: ARG002 (of others)
         """The loss of a label by log p and log(1 - p) of its probability. [N, L]"""
         return -log_p
+
+    def _capped(self, z: Tensor) -> Tensor:
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def _scaled(self, cosines: Tensor) -> Tensor:
         return self.scale * cosines
@@ -127,7 +187,7 @@ class Softmax(ClassLoss):
     def _moved(self, targets: Tensor, norms: Tensor | None, present: Tensor) -> Tensor:
         """[N, L] target cosines after the margin."""
         if getattr(self.margin, "uses_norm", False):
-            _one_label(self.margin, targets)
+            one_label(self.margin, targets)
             if norms is None:
                 raise ValueError(f"norms: expected [N], which {self.margin} uses, got None")
             norms = norms.to(targets.dtype)
@@ -135,27 +195,29 @@ class Softmax(ClassLoss):
         return apply_margin(self.margin, flat, norms, self.gradient, here).view_as(targets)
 
 
-def _one_label(margin: Margin | None, targets: Tensor) -> None:
+def one_label(what: object, targets: Tensor) -> None:
     if targets.shape[1] != 1:
         raise ValueError(
-            f"labels: expected one a row with {type(margin).__name__}, got {targets.shape[1]}"
+            f"labels: expected one a row with {type(what).__name__}, got {targets.shape[1]}"
         )
 
 
-def _label_softmax(
-    z: Tensor, lse: Tensor, present: Tensor, end: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Mean over a row's labels of `Softmax.end`, [N]; z [N, L], lse [N] of the negatives."""
+def label_ends(z: Tensor, lse: Tensor, end: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`Softmax.end` of each label, [N, L]; z [N, L], lse [N] of the negatives."""
     others = lse[:, None] != -torch.inf
     above = z - torch.where(others, lse[:, None], 0)
     # each exact where the other is near 0
     loss = end(F.logsigmoid(above), F.logsigmoid(-above))
     # beside no class the probability is 1, and has no curve either
     zero = 0 * z.detach()
-    loss = torch.where(others, loss, end(zero, zero - torch.inf))
+    return torch.where(others, loss, end(zero, zero - torch.inf))
+
+
+def over_labels(each: Tensor, z: Tensor, present: Tensor) -> Tensor:
+    """Mean over a row's labels, [N]; z [N, L] their scores."""
     # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
-    loss = torch.where(z == torch.inf, torch.nan, loss)
-    return _present_sum(loss, present) / present.sum(dim=1).clamp_min(1)
+    each = torch.where(z == torch.inf, torch.nan, each)
+    return _present_sum(each, present) / present.sum(dim=1).clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -188,7 +250,8 @@ class SoftTriple(ClassLoss):
 
     def row_loss(self, rows: MergedRows) -> Tensor:
         z = self.la * (rows.targets - self.margin)
-        return _label_softmax(z, rows.statistics[0], rows.present, lambda log_p, _: -log_p)
+        each = label_ends(z, rows.statistics[0], lambda log_p, _: -log_p)
+        return over_labels(each, z, rows.present)
 
 
 @dataclass(frozen=True)

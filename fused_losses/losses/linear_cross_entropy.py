@@ -12,8 +12,11 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, autocasts, no_autocast
+from fused_losses.base.parameters import check_parameter, check_row_weight
 from fused_losses.base.validation import check_plain, checked_smoothing, meet
-from fused_losses.losses.margin_softmax import kept_classes, margin_softmax, row_weights
+from fused_losses.losses.class_values import check_floats
+from fused_losses.losses.margin_rows import row_weights
+from fused_losses.losses.margin_softmax import kept_classes, margin_softmax
 from fused_losses.losses.positions import over_positions
 from fused_losses.primitives.row_statistics.op import row_statistics
 
@@ -30,6 +33,9 @@ def linear_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,  # noqa: ARG001 (torch's signature)
+    row_weight: Tensor | None = None,  # [N] or [...]
+    z_loss: float = 0.0,
+    softcap: float | None = None,
     precision: str = "fp32",
     memory_budget: int = 0,
     backend: str | None = None,
@@ -41,8 +47,10 @@ def linear_cross_entropy(
     `options` (torch's chunking) is accepted and not needed. input [..., D] has a row for each
     position, beside target [...] or [..., C]. Class probabilities [N, C] as target cost one product
     [N, C] x [C, D], no logits. A K-dimensional loss (linear_weight with more than two dimensions)
-    is refused: call once for each position. Memory, precision, budget and errors as in
-    `margin_softmax`.
+    is refused: call once for each position. Beyond torch's: row_weight [N] >= 0 of rows, in the
+    mean's divisor, too; z_loss and softcap as in `margin_softmax`, softcap beside no linear_bias,
+    weight, label_smoothing, memory_budget or probabilities. Memory, precision, budget and errors as
+    in `margin_softmax`.
     """
     check_plain(label_smoothing=label_smoothing)
     single = input.dim() == 1
@@ -60,6 +68,17 @@ def linear_cross_entropy(
     for name, vector in (("linear_bias", linear_bias), ("weight", weight)):
         if vector is not None:
             validation.check_vector(name, vector, c, "one value a class [C]", rows)
+    check_row_weight(row_weight, n, rows)
+    if softcap is not None:
+        _refuse_beside_softcap(
+            linear_bias=linear_bias is not None,
+            weight=weight is not None,
+            label_smoothing=label_smoothing != 0,
+            memory_budget=memory_budget != 0,
+            target=target.is_floating_point(),
+        )
+    check_floats(check_parameter, z_loss=z_loss)
+    check_parameter("z_loss", z_loss, 0)
     rows = meet(rows, linear_weight, "input", "linear_weight")
     if target.is_floating_point():
         probabilities = target[None] if single else target
@@ -76,10 +95,9 @@ def linear_cross_entropy(
         with no_autocast(rows.device):
             row_loss = _soft_targets(
                 rows, linear_weight, probabilities, linear_bias, weight, label_smoothing,
-                precision, memory_budget, name,
+                z_loss, precision, memory_budget, name,
             )  # fmt: skip
-        loss = row_loss.mean() if reduction == "mean" else row_loss
-        loss = loss.sum() if reduction == "sum" else loss
+            loss = _of_rows(row_loss, row_weight, reduction)
     else:
         labels = target.reshape(1) if single and target.dim() == 0 else target
         ignored = -100 if ignore_index is None else ignore_index
@@ -94,6 +112,9 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
             ignore_index=ignored,
             class_weight=weight,
+            row_weight=row_weight,
+            z_loss=z_loss,
+            softcap=softcap,
             precision=precision,
             memory_budget=memory_budget,
             reduction="none" if reduction == "none" else "sum",
@@ -101,7 +122,7 @@ def linear_cross_entropy(
         )
         assert isinstance(loss, Tensor)  # no stats were asked for
         if reduction == "mean":
-            loss = loss / row_weights(labels.long(), ignored, weight, loss).sum()
+            loss = loss / row_weights(labels.long(), ignored, weight, loss, row_weight).sum()
     # autocast has cross_entropy in float32, whatever the logits come in
     loss = loss.to(accumulate_dtype(rows.dtype) if autocasts(input.device) else input.dtype)
     return loss[0] if single and reduction == "none" else loss
@@ -114,6 +135,7 @@ def _soft_targets(
     bias: Tensor | None,
     class_weight: Tensor | None,
     label_smoothing: float,
+    z_loss: float,
     precision: str,
     memory_budget: int,
     backend: str,
@@ -125,7 +147,8 @@ def _soft_targets(
     mix = mix if class_weight is None else mix * class_weight
     if backend == "reference":
         logits = F.linear(rows, weight, bias).to(accumulate)
-        return (mix * (torch.logsumexp(logits, 1, keepdim=True) - logits)).sum(1)
+        lse = torch.logsumexp(logits, 1, keepdim=True)
+        return (mix * (lse - logits)).sum(1) + z_loss * lse[:, 0] ** 2
     x = rows.to(accumulate)
     labels = torch.full((rows.shape[0],), validation.NO_TARGET, device=rows.device)
     stats = row_statistics(
@@ -141,7 +164,26 @@ def _soft_targets(
     picked = (x * (mix @ weight).to(accumulate)).sum(1)
     if bias is not None:
         picked = picked + (mix @ bias.to(mix.dtype)).to(accumulate)
-    return mix.to(accumulate).sum(1) * stats.lse - picked
+    return mix.to(accumulate).sum(1) * stats.lse - picked + z_loss * stats.lse**2
+
+
+def _of_rows(loss: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
+    """Of probabilities every row counts; the mean over none is NaN, as torch has it."""
+    count: Tensor | int = loss.shape[0]
+    if row_weight is not None:
+        row_weight = row_weight.to(loss.dtype)
+        # what counts for nothing may be NaN
+        loss, count = torch.where(row_weight > 0, loss, 0) * row_weight, row_weight.sum()
+    if reduction == "none":
+        return loss
+    return loss.sum() / count if reduction == "mean" else loss.sum()
+
+
+def _refuse_beside_softcap(**given: bool) -> None:
+    for name, is_given in given.items():
+        if is_given:
+            wanted = "class ids" if name == "target" else "its default"
+            raise ValueError(f"{name}: expected {wanted} beside a softcap")
 
 
 examples(linear_cross_entropy, lambda f, t: f(t.x, t.w, t.targets))

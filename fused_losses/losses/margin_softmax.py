@@ -12,19 +12,20 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, against, followed, no_autocast, unit_rows
-from fused_losses.base.parameters import check_above, check_margin
+from fused_losses.base.parameters import check_margin, check_parameter, check_row_weight
 from fused_losses.base.validation import GRADIENTS, check_plain, checked_smoothing, meet, no_target
 from fused_losses.losses import reference as losses_reference
 from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
 from fused_losses.losses.class_loss import class_loss
-from fused_losses.losses.class_values import Softmax
+from fused_losses.losses.class_values import Softmax, check_floats
 from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
+from fused_losses.losses.margin_rows import checked_scale, mean_of, smoothed
 from fused_losses.losses.margin_softmax_stats import MarginSoftmaxStats, blanked, reference_stats
 from fused_losses.losses.positions import over_positions
 from fused_losses.margins import ArcFace, CosFace, Margin, MVSoftmax
 from fused_losses.primitives.row_statistics import bounded
 from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING
-from fused_losses.primitives.row_statistics.op import RowStatistics, row_statistics
+from fused_losses.primitives.row_statistics.op import row_statistics
 
 
 @over_positions
@@ -40,7 +41,10 @@ def margin_softmax(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     class_weight: Tensor | None = None,  # [C]
+    row_weight: Tensor | None = None,  # [N]
     classes: Tensor | None = None,  # [K]
+    z_loss: float = 0.0,
+    softcap: float | None = None,
     precision: str = "fp32",
     memory_budget: int = 0,
     gradient: str = "exact",
@@ -57,8 +61,8 @@ def margin_softmax(
     InterclassFilter): a row's polynomial of c above the row's threshold.
     Sub-centres (weight [C, K, D]: a class has its best centre's cosine), several labels a row
     (labels [N, L] padded with ignore_index) and the losses of `fused_losses.class_losses` as margin
-    are `class_loss`; with `AdaptiveScale` it is `adaptive_margin_softmax`. Both take neither bias,
-    label_smoothing, class_weight, memory_budget nor return_stats.
+    are `class_loss`; with `AdaptiveScale` it is `adaptive_margin_softmax`. Both, and `softcap`,
+    take neither bias, label_smoothing, class_weight, memory_budget nor return_stats.
 
     Args:
         embeddings: [N, D] float32, bfloat16, float16 or float64; [..., D] beside labels [...]: a
@@ -77,8 +81,13 @@ def margin_softmax(
         label_smoothing: in [0, 1]; torch's meaning, the uniform part over the classes that take
             part.
         class_weight: [C] >= 0; torch's meaning.
+        row_weight: [N] >= 0, without gradient: what a row counts for, in the mean's divisor, too; 0
+            is as if it were ignored.
         classes: [K] distinct ids of the classes that take part (PartialFC); every label must be
             among them. Rows of `weight` are read in place, nothing is gathered.
+        z_loss: >= 0; z_loss (log sum_j e^{z_j})^2 is added to each row's loss (PaLM).
+        softcap: > 0; z becomes softcap tanh(z / softcap) (Gemma 2), that of the target after its
+            margin, which may have no bend. Then the rule is PyTorch on tiles, as in `class_loss`.
         precision: "fp32", "tf32", "mixed" or "bf16"; see `fused_losses.functional`.
         memory_budget: bytes of scores that the forward may keep to spare the backward their
             recomputation (cpu backend; others keep none).
@@ -102,25 +111,29 @@ def margin_softmax(
         check_margin(margin)
     several = isinstance(weight, Tensor) and weight.dim() == 3
     several = several or (isinstance(labels, Tensor) and labels.dim() == 2)
-    if of_class or several or adaptive:
+    check_floats(check_parameter, z_loss=z_loss)
+    check_parameter("z_loss", z_loss, 0)
+    if of_class or several or adaptive or softcap is not None:
         _refuse_others(
             bias=bias is not None,
             label_smoothing=label_smoothing != 0,
             class_weight=class_weight is not None,
             memory_budget=memory_budget != 0,
-            gradient=gradient != "exact" and not (several and not of_class),
+            gradient=gradient != "exact" and (of_class or adaptive),
             return_stats=return_stats,
-            scale=isinstance(scale, Tensor) and several and not of_class,
+            scale=isinstance(scale, Tensor) and not (of_class or adaptive),
+            z_loss=z_loss != 0 and (of_class or adaptive),
+            softcap=softcap is not None and (of_class or adaptive),
         )
         shared: dict[str, Any] = dict(
             normalize=normalize, ignore_index=ignore_index, classes=classes, precision=precision,
-            reduction=reduction, backend=backend,
+            row_weight=row_weight, reduction=reduction, backend=backend,
         )  # fmt: skip
         if adaptive:
             return adaptive_margin_softmax(embeddings, weight, labels, margin=margin, **shared)
         if not of_class:
             assert not isinstance(scale, Tensor)  # refused above
-            margin = Softmax(margin, scale, gradient)
+            margin = Softmax(margin, scale, gradient, z_loss=z_loss, softcap=softcap)
         return class_loss(embeddings, weight, labels, margin, **shared)
     validation.check_pair("embeddings", embeddings, "weight", weight)
     n, c = embeddings.shape[0], weight.shape[0]
@@ -128,18 +141,21 @@ def margin_softmax(
     validation.check_choice("precision", precision, validation.PRECISIONS)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     validation.check_choice("gradient", gradient, GRADIENTS)
-    scale = _checked_scale(scale, embeddings)
+    scale = checked_scale(scale, embeddings)
     label_smoothing = checked_smoothing(label_smoothing)
     if memory_budget < 0:
         raise ValueError(f"memory_budget: expected bytes >= 0, got {memory_budget}")
     for name, vector in (("bias", bias), ("class_weight", class_weight)):
         if vector is not None:
             validation.check_vector(name, vector, c, "one value a class [C]", weight)
+    check_row_weight(row_weight, n, embeddings)
     embeddings = meet(embeddings, weight)
     labels = labels.long()
     classes = validation.increasing_classes(classes, embeddings)
     if not torch.compiler.is_compiling():
         validation.check_labels(labels, c, ignore_index=ignore_index)
+    if row_weight is not None:
+        labels = torch.where(row_weight > 0, labels, ignore_index)
     name, _ = backends.choose(
         backend, embeddings.device, weight.dtype, precision, "row_statistics", embeddings.shape[-1]
     )
@@ -163,6 +179,7 @@ def margin_softmax(
                 class_weight=class_weight,
                 classes=classes,
                 gradient=gradient,
+                z_loss=z_loss,
             )
             stats = (
                 reference_stats(cosine, logits, labels, classes, scale, bias, ignore_index)
@@ -184,9 +201,10 @@ def margin_softmax(
                 precision=precision,
                 memory_budget=memory_budget,
                 gradient=gradient,
+                z_loss=z_loss,
                 backend=name,
             )
-        loss = _reduce(row_loss, labels, ignore_index, class_weight, reduction)
+        loss = mean_of(row_loss, labels, ignore_index, class_weight, reduction, row_weight)
     return (loss, stats) if return_stats and stats is not None else loss
 
 
@@ -195,7 +213,7 @@ def _refuse_others(**given: bool) -> None:
         if is_given:
             raise ValueError(
                 f"{name}: expected its default (scale: a number) beside sub-centres, several "
-                "labels a row, a ClassLoss or AdaptiveScale"
+                "labels a row, a softcap, a ClassLoss or AdaptiveScale"
             )
 
 
@@ -214,6 +232,7 @@ def _streamed(
     precision: str,
     memory_budget: int,
     gradient: str,
+    z_loss: float,
     backend: str,
 ) -> tuple[Tensor, MarginSoftmaxStats]:
     """Per-row losses from one sweep over the classes; the margin is autograd on [N] vectors."""
@@ -258,13 +277,15 @@ def _streamed(
     logsumexp = torch.logaddexp(target, stats.lse)
     row_weight = 1.0 if class_weight is None else class_weight.to(accumulate)[picked]
     if label_smoothing > 0:
-        loss = _smoothed(
+        loss = smoothed(
             loss, logsumexp, target, row_weight, stats, class_weight, classes, label_smoothing,
             taking_part,
         )  # fmt: skip
     else:
         loss = loss * row_weight
     loss = loss + row_weight * penalty_of(margin, norm)
+    if z_loss:
+        loss = loss + row_weight * z_loss * logsumexp**2
     with torch.no_grad():
         hardest_bias = 0.0 if bias is None else bias.to(accumulate)[stats.hardest.clamp_min(0)]
         told = blanked(
@@ -303,26 +324,6 @@ def _bend(
     return torch.stack((t * scale, p * scale, q, r / scale)).to(x.dtype)
 
 
-def _smoothed(
-    loss: Tensor,
-    logsumexp: Tensor,
-    target: Tensor,
-    row_weight: float | Tensor,
-    stats: RowStatistics,
-    class_weight: Tensor | None,
-    classes: Tensor | None,
-    label_smoothing: float,
-    taking_part: int,
-) -> Tensor:
-    """(1 - eps) v_y loss + eps / K sum_j v_j (lse - z_j), as torch defines label smoothing."""
-    if class_weight is None:
-        total: float | Tensor = float(taking_part)
-    else:
-        total = (class_weight if classes is None else class_weight[classes]).sum()
-    uniform = total * logsumexp - stats.weighted_sum - row_weight * target
-    return (1 - label_smoothing) * row_weight * loss + label_smoothing / taking_part * uniform
-
-
 def kept_classes(memory_budget: int, x: Tensor, weight: Tensor, taking_part: int) -> int:
     """How many classes' scores fit in the budget, whole vectors a class."""
     needs = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -332,45 +333,6 @@ def kept_classes(memory_budget: int, x: Tensor, weight: Tensor, taking_part: int
     fits = memory_budget // (max(padded, 1) * x.element_size())
     kept: Any = torch.sym_min(fits, taking_part)  # an int, or a symbol of one
     return kept
-
-
-def row_weights(
-    labels: Tensor, ignore_index: int, class_weight: Tensor | None, like: Tensor
-) -> Tensor:
-    """What each row counts for in a mean: 0 if ignored, else its class's weight."""
-    valid = labels != ignore_index
-    if class_weight is None:
-        return valid.to(like.dtype)
-    return torch.where(valid, class_weight[torch.where(valid, labels, 0)].to(like.dtype), 0)
-
-
-def _reduce(
-    loss: Tensor, labels: Tensor, ignore_index: int, class_weight: Tensor | None, reduction: str
-) -> Tensor:
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    total = row_weights(labels, ignore_index, class_weight, loss).sum()
-    # where nothing counts: 0, but for what is no number; smoothing alone may have a loss there
-    return loss.sum() * (total != 0) / torch.where(total == 0, 1, total)
-
-
-def _checked_scale(scale: float | Tensor, embeddings: Tensor) -> float | Tensor:
-    """A float, or a tensor [] or [N]."""
-    if isinstance(scale, Tensor):
-        n = embeddings.shape[0]
-        if scale.dim() == 1 and scale.shape[0] == 1:  # a parameter that learns often has a row
-            scale = scale.reshape(())
-        if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != n):
-            raise ValueError(
-                f"scale: expected a number, a scalar tensor or shape ({n},), got "
-                f"{validation.describe(scale)}"
-            )
-        validation.check_device("embeddings", embeddings, "scale", scale)
-        return scale
-    check_above("scale", scale)
-    return scale if isinstance(scale, int | float) else float(scale)
 
 
 examples(

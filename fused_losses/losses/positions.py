@@ -17,7 +17,8 @@ LossFunction = TypeVar("LossFunction", bound=Callable[..., Any])
 def over_positions(loss: LossFunction) -> LossFunction:
     """A loss of rows [N, D], a weight and labels [N] or [N, L] that takes them [..., D] and [...].
 
-    What it returns for each row comes in the rows' shape [...]; a scale for each row goes so, too.
+    What it returns for each row comes in the rows' shape [...]; a scale or a weight for each row
+    goes so, too.
     """
     names = list(inspect.signature(loss).parameters)
 
@@ -31,10 +32,12 @@ def over_positions(loss: LossFunction) -> LossFunction:
         shape = rows.shape[:-1]
         labels: Any = options.get(names[2])
         check_positions(rows, labels, names[0], names[2])
-        rows, labels, scale = flattened(rows, labels, options.get("scale"))
-        options |= {names[0]: rows, names[2]: labels}
-        if "scale" in options:
-            options["scale"] = scale
+        beside = [name for name in ("scale", "row_weight") if name in options]
+        rows, labels, *flat = flattened(rows, labels, *(options[name] for name in beside))
+        options |= {names[0]: rows, names[2]: labels, **dict(zip(beside, flat, strict=True))}
+        chosen = options.get("selected")
+        if isinstance(chosen, Tensor) and chosen.shape[:-1] == shape:
+            options["selected"] = chosen.flatten(0, -2)
         return _unflattened(loss(**options), shape)
 
     return call  # pyright: ignore[reportReturnType]
@@ -42,6 +45,8 @@ def over_positions(loss: LossFunction) -> LossFunction:
 
 def _unflattened(found: Any, shape: tuple[int, ...]) -> Any:
     if isinstance(found, Tensor):
-        return found.view(shape) if found.dim() else found
+        return found.view(*shape, *found.shape[1:]) if found.dim() else found
+    if found is None:
+        return None
     parts = [_unflattened(part, shape) for part in found]
     return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)

@@ -27,6 +27,7 @@ def margin_softmax(
     class_weight: Tensor | None,  # [C]
     classes: Tensor | None,  # [K], sorted
     gradient: str,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row losses [N], the cosines [N, K] and the logits [N, K] that entered the loss.
 
@@ -63,6 +64,8 @@ def margin_softmax(
     )
     row_weight = 1.0 if class_weight is None else class_weight[picked[:, 0]]
     loss = loss + torch.where(valid, row_weight * penalty_of(margin, norm), 0)
+    if z_loss:
+        loss = loss + torch.where(valid, row_weight * z_loss * logits.logsumexp(dim=1) ** 2, 0)
     return loss, cosine, logits
 
 

@@ -48,6 +48,7 @@ def unpg_margin_softmax(
     classes: Tensor | None = None,  # [K]
     precision: str = "fp32",
     gradient: str = "exact",
+    row_weight: Tensor | None = None,  # [N]
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -60,7 +61,9 @@ def unpg_margin_softmax(
     check_margin(margin)
     if not isinstance(negatives, UNPG):
         raise TypeError(f"negatives: expected a UNPG, got {type(negatives).__name__}")
-    options = ClassOptions(normalize, ignore_index, classes, precision, reduction, backend)
+    options = ClassOptions(
+        normalize, ignore_index, classes, precision, reduction, backend, row_weight
+    )
     rows = class_rows(embeddings, weight, labels, options)
     scale = number("scale", scale, embeddings)
     with no_autocast(embeddings.device):

@@ -21,7 +21,10 @@ LOSSES = [
     if side in example.leaves and example.takes("backend") and name not in REFUSED
 ]
 # what gives a number a pair keeps an infinite one; products over classes of any length, too
-PAIRED = ("distances", "pairwise", "topk", "mine", "linear_cross_entropy", "distillation")
+PAIRED = (
+    *("distances", "pairwise", "topk", "mine", "linear_cross_entropy", "distillation"),
+    "softmax_outputs",
+)
 
 
 def which(name: str, side: str, value: float, backend: str) -> list[Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from choice_draws import CHOICES
+from class_loss_draws import LOSSES
 from draws import CASES, DRAWS, Draw, judge, unjudged
 from fuzz_settings import drawn
 from hypothesis import given
@@ -62,7 +63,10 @@ def test_nothing_public_is_missing() -> None:
     assert kinds == {name.split("_")[0] for name in MARGINS} - {"none"}
     assert set(class_losses.__all__) == {
         *CLASS_LOSSES,
-        *("ClassLoss", "OfProbability", "MergedRows", "class_loss"),
+        *(name.split("_")[0] for name in LOSSES),
+        *("ALDR", "ClassLoss", "OfProbability", "MergedRows", "class_loss"),
+        # functions of a row's features, held to the authors' numbers
+        *("BiasWeights", "equity_weights"),
     }
     assert set(SIMILARITIES) == set(distance.SIMILARITIES)
     names = {name.removeprefix("pairwise_") for name in CASES}

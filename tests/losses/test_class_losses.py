@@ -716,7 +716,7 @@ def test_a_scale_whose_gradient_would_be_lost_is_refused() -> None:
     [
         ({"centers": 4}, ValueError, "centers: expected a divisor of weight's 57 rows, got 4"),
         ({"softness": -1.0}, ValueError, "softness: expected a value >= 0"),
-        ({"rule": "hinge"}, ValueError, "rule: expected one of"),
+        ({"rule": "hinges"}, ValueError, "rule: expected one of"),
         ({"params": []}, ValueError, "params: expected 1 of 'softmax', got 0"),
         ({"values": torch.zeros(1, N)}, ValueError, r"values: expected None or \(4, 7\)"),
         ({"labels": torch.zeros(N, dtype=torch.int64)}, ValueError, r"labels: expected shape \(7"),

@@ -32,6 +32,9 @@ VALUES = {
     ("cauchy_schwarz_divergence", "target_bandwidth"): 1.5,
     ("similarity_attention", "scale"): 0.7,
     ("sigmoid_contrastive", "scale"): 2.0,
+    ("margin_softmax", "softcap"): 3.0,
+    ("linear_cross_entropy", "softcap"): 3.0,
+    ("softmax_outputs", "softcap"): 3.0,
     ("sigmoid_contrastive", "bias"): -1.0,
 }
 # the example that makes use of the argument, where another comes first

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import class_loss_draws
 import hypothesis.strategies as st
 import margin_draws
 import metric_draws
@@ -38,6 +39,7 @@ TABLES = (
     *row_loss_cases.ROWS,
     *MORE,
     *margin_draws.DRAWN,
+    *class_loss_draws.DRAWN,
     *metric_draws.DRAWN,
     *option_draws.DRAWN,
 )
@@ -107,6 +109,11 @@ LIMITS: dict[str, tuple[str, ...]] = {
             if name not in margin_draws.PROBABILITY
         ),
         ("integers", "sparse"),
+    ),
+    # at which of equal scores a hinge opens, and which of equal best classes gets the gradient
+    **dict.fromkeys(
+        ("one_label_CrammerSinger", "one_label_WestonWatkins"),
+        ("integers", "constant", "duplicates", "sparse", "clusters"),
     ),
     # on which side of a threshold a tie falls
     **dict.fromkeys(

@@ -55,7 +55,8 @@ def workspace(backend: str, p: ClassInputs, needs: ClassNeeds | None) -> int:
     classes = min(tile_classes(p), p.taking_part)
     tile = classes * _class_bytes(n, d, p.centers, p.dtype)
     around = targets_workspace(p.x, p.labels, p.centers) + 4 * n * d * size
-    return int(LIVE_TILES * tile) + around + _product_bytes(backend, p, classes, needs)
+    live = LIVE_TILES + CLASS_FOLDS[p.rule].more_tiles
+    return int(live * tile) + around + _product_bytes(backend, p, classes, needs)
 
 
 def targets_workspace(x: Tensor, labels: Tensor, centers: int) -> int:

@@ -8,7 +8,7 @@ A rule says what the terms are; a class that is none of a row's labels is its ne
 of tiles, and of shards of the classes, merge by `merge_statistics`, and the gradient of a tile
 needs nothing but the merged ones: the same op serves one process and a sharded head. It is for
 losses that `row_statistics` cannot express (sub-centres, several labels a row, no softmax). The
-backends in COMPILED have the rules in kernels; on others they run in PyTorch on a tile, its
+backends in COMPILED have the KERNEL_RULES in kernels; all else runs in PyTorch on a tile, its
 products on the backend. Tiles are computed again in backward; nothing N x C.
 """
 
@@ -33,7 +33,7 @@ from fused_losses.primitives.class_rules.inputs import (
     ClassStatistics,
 )
 from fused_losses.primitives.class_rules.reference import reference
-from fused_losses.primitives.class_rules.rules import CLASS_FOLDS
+from fused_losses.primitives.class_rules.rules import CLASS_FOLDS, KERNEL_RULES
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp, duals
 
 # ---- what the op is given -----------------------------------------------------------------------
@@ -78,6 +78,11 @@ def class_gradients(
     op = CLASS_RULES.op(name, "_backward")
     needs = compact, need_x, need_weight, False
     return op(grad_statistics, grad_targets, statistics, *inputs, *needs)[:2]
+
+
+def is_reference(inputs: ClassInputs, backend: str | None) -> bool:
+    """Whether `class_statistics` would run materialised, with any order of derivatives."""
+    return _choose(inputs, backend) == "reference"
 
 
 def _choose(p: ClassInputs, backend: str | None) -> str:
@@ -129,9 +134,14 @@ def _check(p: ClassInputs) -> None:
 
 FIELDS = len(ClassInputs._fields)
 TENSORS = ClassInputs._fields.index("rule")  # how many fields, the first ones, are tensors
-COMPILED = ("cpu", "triton")  # the rules in kernels; others run `bounded` on their products
+# backends with some rules in kernels; others, and other rules, run `bounded` on their products
+COMPILED = ("cpu", "triton")
 VALUES = ClassInputs._fields.index("values")
 NEEDS = len(ClassNeeds._fields)
+
+
+def _in_kernels(backend: str, p: ClassInputs) -> bool:
+    return backend in COMPILED and p.rule in KERNEL_RULES
 
 
 class ClassRulesOp(StreamedOp):
@@ -188,7 +198,7 @@ class ClassRulesOp(StreamedOp):
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         p = ClassInputs(*arguments)
-        if backend in COMPILED:
+        if _in_kernels(backend, p):
             return tuple(self.form(backend).forward(p))
         return tuple(bounded.forward(backend, p))
 
@@ -196,7 +206,7 @@ class ClassRulesOp(StreamedOp):
         p, needs = ClassInputs(*arguments[3:-NEEDS]), ClassNeeds(*arguments[-NEEDS:])
         of_statistics, _, statistics = arguments[:3]
         given = *arguments[:3], p, needs.compact, needs.x, needs.weight
-        if backend in COMPILED:
+        if _in_kernels(backend, p):
             found = self.form(backend).backward(*given)
         else:
             found = bounded.backward(backend, *given)
@@ -214,7 +224,7 @@ class ClassRulesOp(StreamedOp):
         if direction:
             arguments, needs = arguments[3:-NEEDS], ClassNeeds(*arguments[-NEEDS:])
         p = ClassInputs(*arguments)
-        if backend in COMPILED:
+        if _in_kernels(backend, p):
             return self.form(backend).workspace(p, needs)
         return bounded.workspace(backend, p, needs)
 

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import row_dtype
-from fused_losses.primitives.row_statistics.bend import bent, bent_slope
+from fused_losses.primitives.class_rules import mapped
+from fused_losses.primitives.row_statistics.bend import bent, bent_slope, steepest_bend
 
 Terms = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor, ...]]
 
 RuleSlopes = Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor | float, ...]]
 
 
+# what compiled forms have; the others run in PyTorch on tiles everywhere
+KERNEL_RULES = frozenset(("softmax", "summed_softmax", "sface", "sphereface2"))
 BEND = 4  # rows of values: a threshold and a polynomial
 
 
@@ -32,9 +35,11 @@ class ClassRule(NamedTuple):
     kinds: tuple[str, ...]  # of each statistic: "lse" or "sum"
     terms: Terms
     slopes: RuleSlopes
-    steepest: Callable[[list[float]], float]  # a bound on |slopes| of what is not bent
+    steepest: Callable[[list[float]], float]  # a bound on |slopes|, but for what the values do
     params: int  # how many
     values: tuple[int, ...]  # how many rows of them it may have
+    times: Callable[[Tensor | None], Tensor | float] = lambda _: 1.0  # what they do, [N]
+    more_tiles: int = 0  # alive at the peak, beside those that any rule has (`LIVE_TILES`)
     own_slope: bool = False  # the second statistic is the first's derivative in the one value
 
 
@@ -56,6 +61,60 @@ def _summed_slopes(
 ) -> tuple[Tensor | float, Tensor | float]:
     (slope,) = _softmax_slopes(c, values, params)
     return slope, slope
+
+
+def _capped_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor]:
+    scale, cap = params
+    return (cap * torch.tanh(scale / cap * c),)
+
+
+def _capped_slopes(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor]:
+    scale, cap = params
+    # 1 - tanh^2 has no digits where tanh rounds to 1
+    return (scale / torch.cosh(scale / cap * c) ** 2,)
+
+
+def _entropy_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor]:
+    """e^{z - L} (L - z), z capped if a cap is given: a class's part of the entropy."""
+    assert values is not None
+    below = values[0] - _entropy_score(c, params)
+    return ((-below).exp() * below,)
+
+
+def _entropy_score(c: Tensor, params: list[float]) -> Tensor:
+    scale, cap = params
+    return _capped_terms(c, None, params)[0] if cap else scale * c
+
+
+def _entropy_slopes(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor]:
+    assert values is not None
+    below = values[0] - _entropy_score(c, params)
+    slope = _capped_slopes(c, None, params)[0] if params[1] else params[0]
+    return ((-below).exp() * (below - 1) * slope,)
+
+
+def _squared_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor, Tensor]:
+    (score,) = _softmax_terms(c, values, params)
+    return score, 2 * score
+
+
+def _squared_slopes(
+    c: Tensor, values: Tensor | None, params: list[float]
+) -> tuple[Tensor | float, Tensor | float]:
+    (slope,) = _softmax_slopes(c, values, params)
+    return slope, 2 * slope
+
+
+def _hinge_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor, Tensor]:
+    """max(0, z + v), and its slope in v."""
+    assert values is not None
+    above = params[0] * c + values[0]
+    return above.clamp_min(0), (above > 0).to(c.dtype)
+
+
+def _hinge_slopes(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor, float]:
+    assert values is not None
+    return params[0] * (params[0] * c + values[0] > 0).to(c.dtype), 0.0
 
 
 def _sface_weight(c: Tensor, params: list[float]) -> Tensor:
@@ -108,15 +167,55 @@ def _sphereface2_slopes(
     return share * of_score, share * (1 - share) * of_score
 
 
+_TERMS, _SUMS = (
+    (mapped.mapped_terms, mapped.mapped_slopes),
+    (mapped.row_sum_terms, mapped.row_sum_slopes),
+)
+_DIVERGENCE = (mapped.divergence_terms, mapped.divergence_slopes)
+# params: scale; values: l and t. Or scale, eps, K, and L beside them
+_MAPPED = (
+    ("mapped_l1", ("lse", "lse", "lse", "sum"), *_TERMS, False, 1, (2,)),
+    ("mapped_softplus", ("lse", "lse", "lse"), *_TERMS, True, 1, (2,)),
+    ("row_sum_l1", ("sum",), *_SUMS, False, 1, (0,)),
+    ("row_sum_softplus", ("lse",), *_SUMS, True, 1, (0,)),
+    ("divergence_l1", ("sum",), *_DIVERGENCE, False, 3, (3,)),
+    ("divergence_softplus", ("sum",), *_DIVERGENCE, True, 3, (3,)),
+)
 CLASS_FOLDS: Mapping[str, ClassRule] = MappingProxyType(
     {
         # params: scale; values: none, or the bend's four
         "softmax": ClassRule(
-            ("lse",), _softmax_terms, _softmax_slopes, lambda p: p[0], 1, (0, BEND)
+            ("lse",), _softmax_terms, _softmax_slopes, lambda p: p[0], 1, (0, BEND), steepest_bend
         ),
         # and the sum of these scores
         "summed_softmax": ClassRule(
-            ("lse", "sum"), _summed_terms, _summed_slopes, lambda p: p[0], 1, (0, BEND)
+            ("lse", "sum"),
+            _summed_terms,
+            _summed_slopes,
+            lambda p: p[0],
+            1,
+            (0, BEND),
+            steepest_bend,
+        ),
+        # params: scale, cap
+        "capped_softmax": ClassRule(
+            ("lse",), _capped_terms, _capped_slopes, lambda p: p[0], 2, (0,)
+        ),
+        # params: scale, cap or 0; values: the logsumexp over all classes
+        "entropy": ClassRule(("sum",), _entropy_terms, _entropy_slopes, lambda p: p[0], 2, (1,)),
+        # and of the squares of their exponentials
+        "squared_softmax": ClassRule(
+            ("lse", "lse"),
+            _squared_terms,
+            _squared_slopes,
+            lambda p: 2 * p[0],
+            1,
+            (0, BEND),
+            steepest_bend,
+        ),
+        # params: scale; values: threshold less the label's score
+        "hinge": ClassRule(
+            ("sum", "sum"), _hinge_terms, _hinge_slopes, lambda p: p[0], 1, (1,), own_slope=True
         ),
         # params: k, b
         "sface": ClassRule(("sum",), _sface_terms, _sface_slopes, lambda _: 1.0, 2, (0,)),
@@ -130,6 +229,19 @@ CLASS_FOLDS: Mapping[str, ClassRule] = MappingProxyType(
             (1,),
             own_slope=True,
         ),
+        **{
+            name: ClassRule(
+                kinds,
+                partial(terms, soft=soft),
+                partial(slopes, soft=soft),
+                lambda p: p[0],
+                params,
+                values,
+                mapped.steepest_mapped,
+                more_tiles=3 * len(kinds),
+            )
+            for name, kinds, terms, slopes, soft, params, values in _MAPPED
+        },
     }
 )
 
