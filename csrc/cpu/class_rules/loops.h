@@ -59,7 +59,6 @@ template <class T>
 struct RuleLoops {
   int statistics;
   const bool* lse;
-  int64_t values;
   // top[s][i] = max(top[s][i], term s), of those with an lse
   void (*peak)(const double* params, const RuleRows<T>&, const CosineRow<T>&, T* top,
                int64_t block);
@@ -132,8 +131,8 @@ void rule_slope(const double* params, const RuleRows<T>& r, const CosineRow<T>& 
 
 template <class T, class Rule>
 inline RuleLoops<T> loops_of_rule() {
-  return {Rule::kStatistics,  Rule::kLse,        Rule::kValues,
-          rule_peak<T, Rule>, rule_add<T, Rule>, rule_slope<T, Rule>};
+  return {Rule::kStatistics, Rule::kLse, rule_peak<T, Rule>, rule_add<T, Rule>,
+          rule_slope<T, Rule>};
 }
 
 template <class T>
