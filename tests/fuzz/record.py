@@ -1,6 +1,7 @@
 """The recorded run: portions of draws by seed, kept as lines of JSON, and the table made of them.
 
 python tests/fuzz/record.py run --seed 1000 --draws 20 --minutes 6    goes on where it stopped
+python tests/fuzz/record.py run --kinds "NaN and inf" tangents          of these kinds alone
 python tests/fuzz/record.py table                                      what all portions found
 python tests/fuzz/record.py again                                      judges what was outside anew
 """
@@ -12,88 +13,62 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from choice_draws import BY_NAME, answer, batch
-from conftest import BACKENDS
-from draws import (
-    CASES,
-    DTYPES,
-    KIND_NAMES,
-    LABEL_NAMES,
-    SIDES,
-    WIDTHS,
-    Call,
-    Draw,
-    chooses,
-    judge,
-    unjudged,
-)
+from draws import Draw
+from kinds_of_draws import KINDS, drawn
 from places import ROOT
 
 RUNS = ROOT / "runs" / "fuzz"
 
 
-def drawn(name: str, seed: int, number: int) -> tuple[Draw, bool]:
-    """A draw of a function, and whether what chooses meets a second set."""
-    choice = random.Random(f"{name}/{seed}/{number}")
-    shape = choice.choice(SIDES), choice.choice(SIDES), choice.choice(WIDTHS)
-    kind, labels = choice.choice(KIND_NAMES), choice.choice(LABEL_NAMES)
-    draw = Draw(shape, kind, labels, choice.choice(DTYPES), choice.randrange(2**31))
-    return draw, choice.random() < 0.5
-
-
-def judged(name: str, seed: int, number: int) -> tuple[int, list[dict[str, Any]]]:
+def judged(kind: str, name: str, seed: int, number: int) -> tuple[int, list[dict[str, Any]]]:
     """How many calls were judged, and those outside of their bound."""
-    draw, both = drawn(name, seed, number)
-    found: Iterator[tuple[Any, bool, Any]]
-    if name in BY_NAME:
-        found = _chosen(name, draw, both)
-    elif unjudged(CASES[name], draw):
-        return 0, []
-    else:
-        found = ((v.call, v.share <= 1, v.found) for v in judge(CASES[name], draw))
+    choice = random.Random(f"{kind}/{name}/{seed}/{number}")
+    draw = drawn(choice)
     calls, outside = 0, []
-    for call, within, parts in found:
+    try:
+        for call, within, parts in KINDS[kind].judge(name, draw, choice):
+            calls += 1
+            if not within:
+                outside.append(_told(kind, name, seed, number, draw, call, parts))
+    except Exception as error:
         calls += 1
-        if not within:
-            told = asdict(draw) | {"dtype": str(draw.dtype)}
-            outside.append(
-                dict(name=name, seed=seed, number=number, draw=told, call=call, found=parts)
-            )
+        outside.append(_told(kind, name, seed, number, draw, "raised", repr(error)))
     return calls, outside
 
 
-def _chosen(name: str, draw: Draw, both: bool) -> Iterator[tuple[Any, bool, Any]]:
-    choice, rows = BY_NAME[name], batch(draw, both)
-    clear, right = answer(choice, draw, rows)
-    for backend in BACKENDS if clear else ():
-        if chooses(backend, draw):
-            yield Call(backend), choice.call(rows, {"backend": backend}) == right, None
+def _told(
+    kind: str, name: str, seed: int, number: int, draw: Draw, call: Any, parts: Any
+) -> dict[str, Any]:
+    told = asdict(draw) | {"dtype": str(draw.dtype)}
+    return dict(
+        kind=kind, name=name, seed=seed, number=number, draw=told, call=call, found=repr(parts)
+    )
 
 
-def run(seed: int, draws: int, minutes: float) -> None:
-    """Every function in turn, a line each, until the time is over."""
+def run(kinds: list[str], seed: int, draws: int, minutes: float) -> None:
+    """Every function of every kind in turn, a line each, until the time is over."""
     RUNS.mkdir(parents=True, exist_ok=True)
     path, end = RUNS / f"{seed}.jsonl", time.monotonic() + 60 * minutes
-    done = {line["name"] for line in _lines(path)}
+    done = {(line["kind"], line["name"]) for line in _lines(path)}
+    every = [(kind, name) for kind in kinds for name in KINDS[kind].names]
+    todo = [one for one in every if one not in done]
     torch.set_num_threads(1)
     with path.open("a") as out:
-        for name in (*CASES, *BY_NAME):
-            if name in done:
-                continue
+        for kind, name in todo:
             if time.monotonic() > end:
                 return
             calls, outside, start = 0, [], time.process_time()
             for number in range(draws):
-                more, found = judged(name, seed, number)
+                more, found = judged(kind, name, seed, number)
                 calls, outside = calls + more, outside + found
             seconds = round(time.process_time() - start, 2)
-            line = dict(name=name, seed=seed, calls=calls, seconds=seconds, outside=outside)
+            line = dict(kind=kind, name=name, seed=seed, calls=calls)
+            line |= dict(seconds=seconds, outside=outside)
             out.write(json.dumps(line) + "\n")
             out.flush()
 
@@ -107,29 +82,27 @@ def _all() -> list[dict[str, Any]]:
 
 
 def table() -> None:
-    """Calls by function and outside of their bound."""
+    """Calls of each kind, and what was outside of its bound."""
     lines = _all()
-    calls, outside = Counter[str](), Counter[str]()
-    for line in lines:
-        calls[line["name"]] += line["calls"]
-        outside[line["name"]] += len(line["outside"])
+    print("| kind | functions and variants | calls | outside |\n|---|---|---|---|")
+    for kind in KINDS:
+        its = [line for line in lines if line["kind"] == kind]
+        outside = sum(len(line["outside"]) for line in its)
+        names, calls = {line["name"] for line in its}, sum(line["calls"] for line in its)
+        print(f"| {kind} | {len(names)} | {calls:,} | {outside} |")
+    seconds, calls = (sum(line[key] for line in lines) for key in ("seconds", "calls"))
     seeds = sorted({line["seed"] for line in lines})
-    seconds = sum(line["seconds"] for line in lines)
-    print(
-        f"{calls.total():,} calls, {outside.total()} outside; {len(calls)} functions and variants"
-    )
-    print(f"seeds {seeds}; {seconds / 60:.0f} minutes of one core")
-    for name, count in outside.most_common():
-        if count:
-            print(f"{name}: {count} of {calls[name]}")
+    print(f"{calls:,} calls, seeds {seeds}, {seconds / 60:.0f} minutes of one core")
+    found = Counter((o["kind"], o["name"]) for line in lines for o in line["outside"])
+    for (kind, name), count in found.most_common():
+        print(f"{kind}, {name}: {count}")
 
 
 def again() -> None:
     """What was outside, judged by today's code."""
-    seen = {(o["name"], o["seed"], o["number"]) for line in _all() for o in line["outside"]}
-    still = [
-        found for name, seed, number in sorted(seen) for found in judged(name, seed, number)[1]
-    ]
+    lines = [o for line in _all() for o in line["outside"]]
+    seen = {(o["kind"], o["name"], o["seed"], o["number"]) for o in lines}
+    still = [found for one in sorted(seen) for found in judged(*one)[1]]
     for found in still:
         print(json.dumps(found))
     print(f"{len(seen)} draws were outside; {len(still)} calls are")
@@ -138,12 +111,13 @@ def again() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("run", "table", "again"))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=1e6)
     given = parser.parse_args()
     if given.what == "run":
-        run(given.seed, given.draws, given.minutes)
+        run(given.kinds, given.seed, given.draws, given.minutes)
     else:
         {"table": table, "again": again}[given.what]()
 

@@ -6,15 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from draws import CASES, DRAWS, Draw, unjudged
+from draws import CASES, DRAWS, Draw
 from fuzz_settings import drawn
 from hypothesis import given
-from second_draws import judge
+from second_draws import NONE, judge, judged
 
-# a second derivative is refused on every backend
-NONE = {name for name in CASES if name.startswith(("pairwise_topk", "trilinear_attention"))}
-# rows of 100 and more whose weighted sum is near 0: positives and softmax are summed apart
-SUMS_THAT_CANCEL = {("supervised_contrastive_out", kind) for kind in ("clusters", "far")}
 FOUND = {
     # the bias met the other classes by a sum of their shares that stood still
     "a bias": (
@@ -50,7 +46,7 @@ def test_second_derivatives(name: str) -> None:
     def check(draw: Draw) -> None:
         if draw.dtype.itemsize == 2:
             draw = replace(draw, dtype=torch.float32)
-        if not unjudged(CASES[name], draw) and (name, draw.kind) not in SUMS_THAT_CANCEL:
+        if judged(name, draw):
             held(name, draw)
 
     check()

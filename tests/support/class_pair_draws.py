@@ -70,8 +70,8 @@ def cosine_of_any(t: Inputs) -> Tensor:
 
 def best(matrix: Tensor, largest: bool = False) -> Tensor:
     """The values of the k best a row, k = 5 or all; of equal ones the first, NaN after all."""
-    matrix = torch.where(matrix.isnan(), -torch.inf if largest else torch.inf, matrix)
-    order = matrix.argsort(dim=1, descending=largest, stable=True)
+    key = torch.where(matrix.isnan(), -torch.inf if largest else torch.inf, matrix)
+    order = key.argsort(dim=1, descending=largest, stable=True)
     return matrix.gather(1, order[:, :5])
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pair_cases
 import torch
-from draws import ROWS, Draw, chooses, inputs, unjudged
+from draws import CASES, ROWS, Draw, chooses, inputs, unjudged
 from pair_cases import BACKENDS, Case, Inputs
 from torch import Tensor
 
@@ -27,9 +27,8 @@ DIRECTED = ("cosine", "correlation", "angular", "snr")
 ONLY_NAN = ("linear_cross_entropy", "triplet_margin", "pairwise_kl")
 # weights multiply them, those of pairs that are left out, too
 WEIGHTED = {
-    **dict.fromkeys(("attention", "attention_cosine_same", "attention_rbf_different"), ("v",)),
-    "attention_euclidean": ("v",),
-    "trilinear_attention": ("few_values", "w"),
+    **{name: ("v",) for name in CASES if name.startswith("attention")},
+    **{name: ("few_values", "w") for name in CASES if name.startswith("trilinear_attention")},
 }
 TRIES = 16
 
@@ -87,7 +86,7 @@ def reached(case: Case, exact: Inputs, where: list[Place], draw: Draw) -> Tensor
     return seen
 
 
-def faults(case: Case, draw: Draw) -> Iterator[str]:
+def judge(case: Case, draw: Draw) -> Iterator[tuple[str, list[str]]]:
     """What each backend has wrong; the first of them also says which NaN all have."""
     exact = inputs(case, draw)
     where = places(case, exact, draw)
@@ -101,14 +100,16 @@ def faults(case: Case, draw: Draw) -> Iterator[str]:
         t = pair_cases.in_dtype(case, bad, draw.dtype)
         got = case.call(t, backend=backend).detach()
         nan = got.isnan()
+        faults = []
         if must is not None and bool((must & ~nan).any()):
-            yield f"{backend}: {where} reach {int((must & ~nan).sum())} results that are not NaN"
+            faults.append(f"{where} reach {int((must & ~nan).sum())} results that are not NaN")
         first = nan if first is None else first
         if not pairs and not torch.equal(nan, first):
-            yield f"{backend}: {where}, other NaN than the first backend's"
+            faults.append(f"{where}, other NaN than the first backend's")
         if not unjudged(case, draw):
             wanted = planted(exact, where, case.name.endswith(DIRECTED)) if pairs else exact
-            yield from _values(case, draw, wanted, got, where, ~nan)
+            faults += _values(case, draw, wanted, got, where, ~nan)
+        yield backend, faults
 
 
 def _values(
