@@ -68,11 +68,15 @@ def cosine_of_any(t: Inputs) -> Tensor:
     return torch.where(dead, 1.0, cosine(t))
 
 
-def best(matrix: Tensor, largest: bool = False) -> Tensor:
-    """The values of the k best a row, k = 5 or all; of equal ones the first, NaN after all."""
-    key = torch.where(matrix.isnan(), -torch.inf if largest else torch.inf, matrix)
-    order = key.argsort(dim=1, descending=largest, stable=True)
-    return matrix.gather(1, order[:, :5])
+def best(matrix: Tensor, x: Tensor, largest: bool = False) -> Tensor:
+    """The values of the k best a row, k = 5 or all; of equal ones the first.
+
+    A pair with NaN is no candidate, and a row of x with NaN has none but NaN.
+    """
+    matrix = torch.where(matrix.isnan(), -torch.inf if largest else torch.inf, matrix)
+    order = matrix.argsort(dim=1, descending=largest, stable=True)
+    found = matrix.gather(1, order[:, :5])
+    return torch.where(x.isnan().any(1, keepdim=True), torch.nan, found)
 
 
 def late(t: Inputs) -> Tensor:
@@ -101,9 +105,9 @@ MATRICES = {
     "cosine": cosine,
 }
 NEAREST = {
-    "euclidean": lambda t: best(_euclidean(t)),
-    "dot": lambda t: best(t.x @ t.y.T, True),
-    "cosine": lambda t: best(cosine_of_any(t)),
+    "euclidean": lambda t: best(_euclidean(t), t.x),
+    "dot": lambda t: best(t.x @ t.y.T, t.x, True),
+    "cosine": lambda t: best(cosine_of_any(t), t.x),
 }
 _smooth = dict(margin=None, scale=20.0, label_smoothing=0.1)
 _cosface = dict(margin=CosFace(0.35))

@@ -96,9 +96,11 @@ def _reordered_classes(name: str) -> Invariant:
     def change(t: Inputs, generator: torch.Generator) -> tuple:
         order = torch.randperm(len(t.w), generator=generator)
         of_classes = hasattr(t, "bias") and t.bias.dim() == 1
-        u = _taken(t, order, "w", "weight", *(("bias",) if of_classes else ()))
+        u = _taken(t, order, "w", "weight", "teacher_w", *(("bias",) if of_classes else ()))
         u.targets = torch.where(t.targets < 0, t.targets, order.argsort()[t.targets.clamp_min(0)])
-        return u, _unordered(CASES[name], order, *(("w", "bias") if of_classes else ("w",)))
+        return u, _unordered(
+            CASES[name], order, *("w", "teacher_w", *(("bias",) if of_classes else ()))
+        )
 
     return Invariant(change)
 
@@ -192,7 +194,11 @@ SCALED += "margin_ArcFace_linear margin_CurricularFace pairwise_cosine similarit
 INVARIANTS: dict[tuple[str, str], Invariant] = {
     (what, name): make(name)
     for what, names, make in (
-        ("order of rows", BATCH, lambda n: _reordered(n, "x", "labels", "targets", "drawn")),
+        (
+            "order of rows",
+            BATCH,
+            lambda n: _reordered(n, "x", "labels", "targets", "drawn", "teacher"),
+        ),
         ("order of columns", COLUMNS, lambda n: _reordered(n, "y", "y_labels", "v")),
         ("order of classes", CLASSES, _reordered_classes),
         ("sides", SYMMETRIC, _sides_changed),

@@ -124,7 +124,7 @@ def attend(t: Inputs, **more: Any) -> Tensor:
 def of_others(t: Inputs) -> Tensor:
     """The five nearest of another label; missing ones count as 0."""
     apart = torch.where(equal(t.labels, t.y_labels), torch.inf, distance(t.x, t.y))
-    found = best(apart)
+    found = best(apart, t.x)
     return torch.where(found == torch.inf, 0, found)
 
 
@@ -369,7 +369,7 @@ DRAWN = [
         "pairwise_topk_farthest",
         matrices,
         farthest,
-        lambda t: best(distance(t.x, t.y), True),
+        lambda t: best(distance(t.x, t.y), t.x, True),
         TOWERS,
         function=fl.pairwise_topk,
     ),

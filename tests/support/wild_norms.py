@@ -42,7 +42,9 @@ def _rows(case: Case) -> list[str]:
 
 def normalised(case: Case) -> Case | None:
     """The same with `normalize=True`, of whose rows the formula sees the directions."""
-    if case.function is None or case.name in NOT_OF_DIRECTIONS or "semihard" in case.name:
+    if case.function in (None, fl.distillation) or case.name in NOT_OF_DIRECTIONS:
+        return None
+    if "semihard" in case.name:
         return None
     option = inspect.signature(case.function).parameters.get("normalize")
     if option is None or option.default is not False:
