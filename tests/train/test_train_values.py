@@ -94,6 +94,7 @@ def wide(num_classes: int) -> nn.Module:
     return nn.Linear(4, num_classes + 1)
 
 
+@pytest.mark.slow
 def test_numbers_of_the_large_trainer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], contained: None
 ) -> None:
@@ -174,6 +175,7 @@ def test_paths_of_the_large_trainer(
     assert runs.check("storage", "/proc/none") == runs.check("runs", "/proc/none") == 2
 
 
+@pytest.mark.slow
 def test_numbers_of_the_small_trainers(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
