@@ -3,67 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import oracles
 import pytest
 import torch
-from conftest import CUDA, require, widest
+from conftest import CUDA, require
+from margin_softmax_cases import MARGINS, Case, Data, ask, oracle
 from oracles import relative_error
 from torch import Tensor
 
 import fused_losses
-from fused_losses import margins
-
-# package margin (a factory: AdaFace has state) and the oracle's formula for it
-MARGINS: dict[str, tuple[Callable[[], Any], Any]] = {
-    "none": (lambda: None, None),
-    "cosface": (lambda: margins.CosFace(0.35), oracles.cosface(0.35)),
-    "arcface": (lambda: margins.ArcFace(0.5), oracles.arcface(0.5)),
-    "arcface-monotone": (
-        lambda: margins.ArcFace(0.5, "monotone"),
-        oracles.arcface(0.5, "monotone"),
-    ),
-    "sphereface": (lambda: margins.SphereFace(4.0), oracles.sphereface4()),
-    "combined": (
-        lambda: margins.CombinedMargin(1.35, 0.3, 0.2),
-        oracles.combined(1.35, 0.3, 0.2),
-    ),
-    "adaface": (
-        lambda: margins.AdaFace().eval().requires_grad_(False),
-        oracles.adaface(20.0, 100.0),
-    ),
-    "magface": (lambda: margins.MagFace(), oracles.magface()),
-    "callable": (
-        lambda: lambda t: t**3 - 0.1,
-        lambda t, norm: (t**3 - 0.1, 3 * t**2, 0 * t),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of margin_softmax: shapes and options, with options made from a generator."""
-
-    id: str
-    n: int
-    d: int
-    c: int
-    margin: str = "arcface"
-    scale: float | str = 64.0
-    normalize: bool = True
-    bias: bool = False
-    smoothing: float = 0.0
-    ignored: float = 0.0  # the share of rows with ignore_index
-    class_weight: bool = False
-    classes: str = ""  # "", "sorted" or "unsorted"
-    gradient: str = "exact"
-    reduction: str = "mean"
-    size: float = 1.0  # of the embeddings
-    options: dict = field(default_factory=dict)
-
 
 CASES = [
     Case("arcface-plain", 32, 16, 50),
@@ -118,104 +69,6 @@ CASES = [
 ]  # fmt: skip
 
 
-class Data:
-    """Peaked data of a case: a third of the rows near their centre, duplicates among the rest."""
-
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float64) -> None:
-        rng = np.random.default_rng([case.n, case.d, case.c])
-        w = rng.standard_normal((case.c, case.d))
-        labels = rng.integers(0, case.c, case.n)
-        x = rng.standard_normal((case.n, case.d))
-        x[::3] = 0.5 * x[::3] + w[labels[::3]]
-        if case.n > 3:
-            x[3], labels[3] = x[2], labels[2]  # the same row twice
-        if case.c > 7:
-            w[7] = w[2]  # the same centre twice: a tie for the hardest class
-        x *= case.size / (np.sqrt(case.d) if not case.normalize else 1)
-        ignored = rng.random(case.n) < case.ignored
-        labels[ignored] = -100
-        self.options: dict[str, Any] = {}
-        self.x, self.w = (torch.from_numpy(a).to(dtype) for a in (x, w))
-        self.labels = torch.from_numpy(labels)
-        if case.bias:
-            self.options["bias"] = torch.from_numpy(rng.standard_normal(case.c)).to(dtype)
-        if case.class_weight:
-            self.options["class_weight"] = torch.from_numpy(rng.uniform(0.2, 2, case.c)).to(dtype)
-        if case.classes:
-            own = np.unique(labels[labels >= 0])
-            extra = np.setdiff1d(rng.permutation(case.c)[: case.c // 3], own)
-            ids = own if case.classes == "target" else np.concatenate([own, extra])
-            ids = np.sort(ids) if case.classes == "sorted" else rng.permutation(ids)
-            self.options["classes"] = torch.from_numpy(ids)
-        if case.scale == "scalar":
-            self.options["scale"] = torch.tensor(23.0, dtype=dtype)
-        elif case.scale == "rows":
-            self.options["scale"] = torch.from_numpy(rng.uniform(5, 40, case.n)).to(dtype)
-        elif case.scale == "norm":
-            self.options["scale"] = self.x.norm(dim=1)
-        else:
-            self.options["scale"] = case.scale
-        self.options["label_smoothing"] = case.smoothing
-        # what multiplies the rows' losses under reduction="none"
-        self.upstream = torch.from_numpy(rng.standard_normal(case.n))
-
-    def leaves(self) -> dict[str, Tensor]:
-        """The differentiable inputs, as fresh leaves, by the oracle's name of their gradient."""
-        found = {"dx": self.x, "dw": self.w, "dbias": self.options.get("bias")}
-        if isinstance(self.options["scale"], Tensor):
-            found["dscale"] = self.options["scale"]
-        return {k: v.clone().requires_grad_() for k, v in found.items() if v is not None}
-
-
-def oracle(case: Case, data: Data) -> oracles.Answer:
-    """What the exact answer is for the (already rounded) inputs."""
-    options = {k: v.double().numpy() if isinstance(v, Tensor) and v.is_floating_point() else v
-               for k, v in data.options.items()}  # fmt: skip
-    if "classes" in options:
-        options["classes"] = options["classes"].numpy()
-    return oracles.margin_softmax(
-        data.x.double().numpy(),
-        data.w.double().numpy(),
-        data.labels.numpy(),
-        margin=MARGINS[case.margin][1],
-        penalty=oracles.magface_penalty if case.margin == "magface" else None,
-        normalize=case.normalize,
-        straight_through=case.gradient == "straight_through",
-        reduction=case.reduction,
-        upstream=data.upstream.numpy() if case.reduction == "none" else None,
-        **options,
-    )
-
-
-def ask(
-    case: Case, data: Data, backend: str, **changes: Any
-) -> tuple[Tensor, dict[str, Tensor], Any]:
-    """The loss (under "none": weighted and summed), its gradients by name, and the stats."""
-    leaves = data.leaves()
-    options = {
-        "margin": MARGINS[case.margin][0](),
-        "normalize": case.normalize,
-        "gradient": case.gradient,
-        "reduction": case.reduction,
-        "return_stats": True,
-        **data.options,
-        **case.options,
-        **changes,
-    }
-    if "dbias" in leaves:
-        options["bias"] = leaves["dbias"]
-    if "dscale" in leaves:
-        options["scale"] = leaves["dscale"]
-    loss, stats = fused_losses.margin_softmax(
-        leaves["dx"], leaves["dw"], data.labels, backend=backend, **options
-    )
-    if case.reduction == "none":
-        assert loss.shape == (case.n,)
-        loss = (loss * data.upstream).sum()
-    loss.backward()
-    return loss.detach(), {k: v.grad for k, v in leaves.items()}, stats
-
-
 def row_losses(case: Case, data: Data, backend: str, **changes: Any) -> Tensor:
     with torch.no_grad():
         return fused_losses.margin_softmax(
@@ -246,11 +99,6 @@ def eager(case: Case, data: Data) -> tuple[Tensor, dict[str, Tensor]]:
     shares = data.options.get("class_weight", torch.ones(case.c))
     (rows.sum() / shares[data.labels[valid]].sum()).backward()
     return rows.detach(), {k: v.grad for k, v in leaves.items()}
-
-
-def room_of(data: Data) -> float:
-    """The relative error that sums in the data's dtype may leave in a loss or a gradient."""
-    return 1e-10 if data.x.dtype == torch.float64 else 2e-5
 
 
 def wanted_gradient(answer: oracles.Answer, name: str, like: Tensor) -> np.ndarray:
@@ -296,6 +144,8 @@ NARROW = [case for case in CASES if case.id in {
     "scale-200", "scale-1000", "scale-tensor", "adaface-in-eval",
     "budget-partial", "budget-ample", "any-callable",
 }]  # fmt: skip
+
+
 # the least that a result of this dtype can be off by, with room for a sum of rounded terms
 ROOM = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -390,262 +240,3 @@ def test_trained_embeddings_keep_the_gradient_that_eager_loses(
     theirs = errors(lambda a, b: oracles.eager_margin_softmax(a, b, y, margin=make()).mean())
     assert max(ours) <= room, ours
     assert min(theirs) > 1e-4, theirs  # otherwise this data shows nothing
-
-
-@pytest.mark.parametrize("frozen", ["embeddings", "weight"])
-def test_frozen_side_changes_nothing_for_the_other(frozen: str, backend: str) -> None:
-    case = Case("frozen", 20, 9, 31)
-    data = Data(case, widest(backend))
-    answer = oracle(case, data)
-    x = data.x.clone().requires_grad_(frozen != "embeddings")
-    w = data.w.clone().requires_grad_(frozen != "weight")
-    fused_losses.margin_softmax(x, w, data.labels, backend=backend).backward()
-    if frozen == "weight":
-        assert w.grad is None
-        assert relative_error(x.grad, answer.dx) <= room_of(data)
-    else:
-        assert x.grad is None
-        assert relative_error(w.grad, answer.dw) <= room_of(data)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda a: a.T.contiguous().T,
-    "every-other-column": lambda a: torch.stack([a, a + 1], dim=2).flatten(1)[:, ::2],
-    "rows-backwards-in-memory": lambda a: a.flip(0).contiguous().flip(0),
-    "offset-into-storage": lambda a: torch.cat([a[:1], a])[1:],
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_layout_in_memory_changes_nothing(
-    layout: Callable[[Tensor], Tensor], dtype: torch.dtype, backend: str
-) -> None:
-    case = Case("layout", 20, 10, 31, bias=True, class_weight=True)
-    data = Data(case, dtype)
-    wide = {name: layout(getattr(data, name)) for name in ("x", "w")}
-    assert torch.equal(wide["x"], data.x)
-
-    def gradients(x: Tensor, w: Tensor, labels: Tensor, options: dict) -> tuple[Tensor, ...]:
-        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-        loss = fused_losses.margin_softmax(x, w, labels, backend=backend, **options)
-        return loss.detach(), *torch.autograd.grad(loss, (x, w))
-
-    strided = {
-        k: torch.stack([v, v], 1)[:, 0] if isinstance(v, Tensor) else v
-        for k, v in data.options.items()
-    }
-    labels = torch.stack([data.labels, data.labels], 1)[:, 1]
-    plain = gradients(data.x, data.w, data.labels, data.options)
-    laid = gradients(wide["x"], wide["w"], labels, strided)
-    # products of the same numbers; a library may sum them in another order for other strides
-    room = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    for got, wanted in zip(laid, plain, strict=True):
-        assert relative_error(got, wanted.double().numpy()) <= room
-
-
-def test_expanded_inputs(backend: str) -> None:
-    # the same row for everyone, with stride 0; so is the gradient that reaches the op
-    rng, dtype = np.random.default_rng(3), widest(backend)
-    room, tiny = (1e-10, 1e-12) if dtype == torch.float64 else (1e-5, 1e-6)
-    one = torch.from_numpy(rng.standard_normal((1, 6))).to(dtype).requires_grad_()
-    w = torch.from_numpy(rng.standard_normal((11, 6))).to(dtype)
-    label = torch.tensor([4])
-    loss = fused_losses.margin_softmax(
-        one.expand(5, 6), w, label.expand(5), reduction="sum", backend=backend
-    )
-    loss.backward()
-    answer = oracles.margin_softmax(
-        one.detach().numpy(), w.numpy(), label.numpy(), margin=oracles.arcface(0.5)
-    )
-    assert relative_error(one.grad, 5 * answer.dx) <= room
-    weight = torch.from_numpy(rng.standard_normal((1, 6))).to(dtype).requires_grad_()
-    x = torch.from_numpy(rng.standard_normal((3, 6))).to(dtype)
-    # all classes are one vector: every class is as likely, and the sum of its gradients is 0
-    loss = fused_losses.margin_softmax(
-        x, weight.expand(7, 6), torch.tensor([0, 3, 6]), margin=None, backend=backend
-    )
-    loss.backward()
-    assert abs(loss.item() - np.log(7)) <= tiny
-    # a sum of 21 terms, in all |G| of 2 * 64 / |w| at most a row, of the mean over rows
-    most = (21 + 16) * torch.finfo(dtype).eps / 2 * 2 * 64 / float(weight.detach().norm())
-    assert weight.grad.abs().max() <= most
-
-
-def test_reductions_are_of_the_same_rows(backend: str) -> None:
-    case = Case("reductions", 30, 8, 19, ignored=0.3, class_weight=True)
-    data = Data(case, widest(backend))
-    rows, total, mean = (
-        fused_losses.margin_softmax(
-            data.x, data.w, data.labels, reduction=how, backend=backend, **data.options
-        )
-        for how in ("none", "sum", "mean")
-    )
-    valid = data.labels != -100
-    assert (rows[~valid] == 0).all()
-    torch.testing.assert_close(total, rows.sum())
-    weights = data.options["class_weight"][data.labels[valid]]
-    torch.testing.assert_close(mean, rows.sum() / weights.sum())
-
-
-def test_another_ignore_index(backend: str) -> None:
-    # -1 is the primitives' own mark, 3 is a class that exists: both only mean "ignored" here
-    case = Case("ignore", 30, 8, 19)
-    data = Data(case, widest(backend))
-    kept = data.labels != 3
-    assert not kept.all()
-    by_class = fused_losses.margin_softmax(
-        data.x, data.w, data.labels, ignore_index=3, backend=backend
-    )
-    by_minus_one = fused_losses.margin_softmax(
-        data.x,
-        data.w,
-        torch.where(kept, data.labels, -1),
-        ignore_index=-1,
-        backend=backend,
-    )
-    wanted = oracles.margin_softmax(
-        data.x.numpy()[kept],
-        data.w.numpy(),
-        data.labels.numpy()[kept],
-        margin=oracles.arcface(0.5),
-    )
-    assert abs(by_class.item() - wanted.loss) <= room_of(data) * wanted.loss
-    assert abs(by_minus_one.item() - wanted.loss) <= room_of(data) * wanted.loss
-
-
-def test_int32_labels_and_classes(backend: str) -> None:
-    case = Case("int32", 30, 8, 19, classes="unsorted")
-    data = Data(case, widest(backend))
-    wide = fused_losses.margin_softmax(
-        data.x, data.w, data.labels, classes=data.options["classes"], backend=backend
-    )
-    narrow = fused_losses.margin_softmax(
-        data.x, data.w, data.labels.int(), classes=data.options["classes"].int(), backend=backend
-    )
-    assert torch.equal(wide, narrow)
-
-
-def test_all_classes_listed_is_no_classes_at_all(backend: str) -> None:
-    case = Case("listed", 30, 8, 19)
-    data = Data(case, widest(backend))
-    _, whole, _ = ask(case, data, backend)
-    _, listed, _ = ask(case, data, backend, classes=torch.randperm(19))
-    room = 1e-12 if data.x.dtype == torch.float64 else 1e-4
-    for name in whole:
-        torch.testing.assert_close(listed[name], whole[name], rtol=room, atol=0.01 * room)
-
-
-def test_unsampled_classes_get_gradient_zero(backend: str) -> None:
-    case = Case("sampled", 10, 8, 200, classes="unsorted")
-    data = Data(case, widest(backend))
-    _, gradients, _ = ask(case, data, backend)
-    out = torch.ones(200, dtype=torch.bool)
-    out[data.options["classes"]] = False
-    assert out.any() and (gradients["dw"][out] == 0).all()
-    assert (gradients["dw"][~out].abs().sum(1) > 0).all()
-
-
-@pytest.mark.parametrize("scale", [1.0, 64.0, 1000.0])
-def test_shifting_every_bias_changes_nothing(scale: float, backend: str) -> None:
-    # the largest score is taken out online: 1e4 more on every score must not overflow
-    case = Case("shift", 30, 8, 19)
-    data = Data(case, widest(backend))
-    zero = torch.zeros(19, dtype=data.x.dtype)
-    losses = [
-        fused_losses.margin_softmax(
-            data.x, data.w, data.labels, bias=zero + shift, scale=scale, backend=backend
-        )
-        for shift in (0.0, 1e4, -1e4)
-    ]
-    # a float32 score of 1e4 has steps of 1e-3
-    room = 1e-10 if data.x.dtype == torch.float64 else 2e-3
-    torch.testing.assert_close(losses[1], losses[0], rtol=room, atol=room)
-    torch.testing.assert_close(losses[2], losses[0], rtol=room, atol=room)
-
-
-def test_float32_scores_of_a_thousand_stay_finite(backend: str) -> None:
-    # exp(1000) is inf in every dtype of ours
-    x = torch.eye(3, 8).requires_grad_()
-    w = torch.cat([torch.eye(3, 8), -torch.eye(3, 8)]).requires_grad_()
-    loss = fused_losses.margin_softmax(
-        x, w, torch.tensor([3, 4, 5]), margin=None, scale=1000.0, backend=backend
-    )
-    loss.backward()
-    assert abs(loss.item() - 2000) <= 1e-3
-    assert torch.isfinite(x.grad).all() and torch.isfinite(w.grad).all()
-
-
-def test_order_of_the_rows_changes_nothing(streamed: str) -> None:
-    case = Case("order", 100, 24, 700, reduction="none")
-    data = Data(case, torch.float32)
-    order = torch.randperm(100)
-    rows = fused_losses.margin_softmax(
-        data.x, data.w, data.labels, reduction="none", backend=streamed
-    )
-    mixed = fused_losses.margin_softmax(
-        data.x[order], data.w, data.labels[order], reduction="none", backend=streamed
-    )
-    torch.testing.assert_close(mixed, rows[order], rtol=1e-6, atol=2e-5)
-
-
-def test_the_same_call_twice_is_the_same_to_the_bit(streamed: str) -> None:
-    case = Case("twice", 100, 24, 5000, bias=True, smoothing=0.1)
-    data = Data(case, torch.float32)
-    first, second = ask(case, data, streamed), ask(case, data, streamed)
-    assert torch.equal(first[0], second[0])
-    for name in first[1]:
-        assert torch.equal(first[1][name], second[1][name]), name
-
-
-def test_adaface_state_moves_once_a_call(backend: str) -> None:
-    case = Case("state", 30, 8, 19, "adaface", size=20.0)
-    data = Data(case, widest(backend))
-    margin = margins.AdaFace(momentum=0.1).to(data.x.dtype)
-    mean, std = oracles.adaface_state(np.linalg.norm(data.x.numpy(), axis=1), 20.0, 100.0, 0.1)
-    loss = fused_losses.margin_softmax(data.x, data.w, data.labels, margin=margin, backend=backend)
-    wanted = oracles.margin_softmax(
-        data.x.numpy(), data.w.numpy(), data.labels.numpy(), margin=oracles.adaface(mean, std)
-    )
-    assert abs(margin.mean.item() - mean) <= 0.1 * room_of(data) * mean
-    assert abs(margin.std.item() - std) <= 0.1 * room_of(data) * std
-    assert abs(loss.item() - wanted.loss) <= room_of(data) * wanted.loss
-
-
-def test_elastic_draws_once_a_call_and_uses_them(backend: str) -> None:
-    case = Case("elastic", 30, 8, 19)
-    data = Data(case, widest(backend))
-
-    def generator() -> torch.Generator:
-        return torch.Generator().manual_seed(11)
-
-    margin = margins.ElasticArcFace(0.5, 0.1, generator=generator())
-    loss = fused_losses.margin_softmax(data.x, data.w, data.labels, margin=margin, backend=backend)
-    draws = 0.5 + 0.1 * torch.randn(30, generator=generator(), dtype=torch.float64)
-    wanted = oracles.margin_softmax(
-        data.x.numpy(),
-        data.w.numpy(),
-        data.labels.numpy(),
-        margin=oracles.arcface(draws.numpy(), "none"),
-    )
-    assert abs(loss.item() - wanted.loss) <= room_of(data) * wanted.loss
-
-
-def test_a_margin_needs_to_return_one_value_a_row(backend: str) -> None:
-    case = Case("shape", 30, 8, 19)
-    data = Data(case, widest(backend))
-    with pytest.raises(ValueError, match=r"margin: expected it to return shape \(30,\), got \(\)"):
-        fused_losses.margin_softmax(
-            data.x, data.w, data.labels, margin=lambda t: t.mean(), backend=backend
-        )
-
-
-def test_stats_change_neither_loss_nor_gradient(backend: str) -> None:
-    case = Case("stats", 30, 8, 19)
-    data = Data(case, widest(backend))
-    loss, gradients, _ = ask(case, data, backend)
-    x, w = data.x.clone().requires_grad_(), data.w.clone().requires_grad_()
-    alone = fused_losses.margin_softmax(x, w, data.labels, backend=backend)
-    alone.backward()
-    assert torch.equal(alone, loss)
-    assert torch.equal(x.grad, gradients["dx"]) and torch.equal(w.grad, gradients["dw"])
