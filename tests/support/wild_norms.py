@@ -37,14 +37,12 @@ OVER_CLASSES = (
 
 
 def _rows(case: Case) -> list[str]:
-    return [name for name in case.leaves if name in ROWS]
+    return [name for name in case.leaves if name in ROWS or name.startswith("teacher")]
 
 
 def normalised(case: Case) -> Case | None:
     """The same with `normalize=True`, of whose rows the formula sees the directions."""
-    if case.function in (None, fl.distillation) or case.name in NOT_OF_DIRECTIONS:
-        return None
-    if "semihard" in case.name:
+    if case.function is None or case.name in NOT_OF_DIRECTIONS or "semihard" in case.name:
         return None
     option = inspect.signature(case.function).parameters.get("normalize")
     if option is None or option.default is not False:
