@@ -7,114 +7,33 @@ autograd through them; nothing of them is said by (t, p, q, r).
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from margin_bends import (
+    BF16,
+    F32,
+    F64,
+    FP16,
+    LOSSES,
+    Case,
+    Data,
+    ask,
+    curricular,
+    stored_curricular,
+)
 from oracles import relative_error
 from places import GOLDEN
 from torch import Tensor
 
 import fused_losses
 from fused_losses import margins
-from fused_losses.margins import ArcFace, CosFace, CurricularFace, InterclassFilter, MVSoftmax
+from fused_losses.margins import ArcFace, CurricularFace, InterclassFilter
 from fused_losses.primitives.row_statistics import reference
 
-F64, F32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 EXACT = 1e-9
-
-
-# --- the papers' cosines, margin and bends applied ------------------------------------------------
-
-
-def arc(t: Tensor, m: float) -> Tensor:
-    """cos(theta + m), or t - m sin(m) past pi, by the addition theorem."""
-    added = t * math.cos(m) - (1 - t * t).sqrt() * math.sin(m)
-    return torch.where(t > math.cos(math.pi - m), added, t - m * math.sin(m))
-
-
-def curricular(cosine: Tensor, is_target: Tensor, m: float = 0.5, t: float = 0.3) -> Tensor:
-    """N(t, theta_j) = cos(theta_j) (t + cos(theta_j)) where cos(theta_y + m) < cos(theta_j)."""
-    y = (cosine * is_target).sum(1, keepdim=True)
-    hard = cosine > torch.cos(torch.acos(y) + m)
-    return torch.where(is_target, arc(y, m), torch.where(hard, cosine * (t + cosine), cosine))
-
-
-def mv_softmax(
-    cosine: Tensor, is_target: Tensor, f: Callable[[Tensor], Tensor], t: float, adaptive: bool
-) -> Tensor:
-    """log(h e^{s cos}) / s with log(h) / s = t (cos + 1), or t, where f(theta_y) < cos(theta_j)."""
-    y = f((cosine * is_target).sum(1, keepdim=True))
-    wrong = (cosine > y).to(cosine.dtype)
-    return torch.where(is_target, y, cosine + wrong * t * (cosine + 1 if adaptive else 1))
-
-
-def filtered(
-    cosine: Tensor, is_target: Tensor, f: Callable[[Tensor], Tensor], threshold: float
-) -> Tensor:
-    """insightface: 0 in the place of another class's cosine above the threshold."""
-    y = f((cosine * is_target).sum(1, keepdim=True))
-    return torch.where(is_target, y, cosine * (cosine <= threshold))
-
-
-def stored_curricular(t: float = 0.3, dtype: torch.dtype = F64) -> CurricularFace:
-    margin = CurricularFace().to(dtype).eval()
-    margin.t.fill_(t)
-    return margin
-
-
-def easy(t: Tensor, m: float) -> Tensor:
-    return torch.where(t > 0, torch.cos(torch.acos(t) + m), t)
-
-
-Formula = Callable[[Tensor, Tensor], Tensor]
-LOSSES: dict[str, tuple[Callable[[], margins.Margin], Formula]] = {
-    "curricular": (stored_curricular, curricular),
-    "mv-arc": (
-        lambda: MVSoftmax("arc", 0.5, 0.2),
-        lambda c, y: mv_softmax(c, y, lambda t: arc(t, 0.5), 0.2, True),
-    ),
-    "mv-arc-easy": (
-        lambda: MVSoftmax("arc", 0.4, 0.3, beyond_pi="easy"),
-        lambda c, y: mv_softmax(c, y, lambda t: easy(t, 0.4), 0.3, True),
-    ),
-    "mv-am-fixed": (
-        lambda: MVSoftmax("am", 0.35, 0.15, "fixed"),
-        lambda c, y: mv_softmax(c, y, lambda t: t - 0.35, 0.15, False),
-    ),
-    "filter-arc": (
-        lambda: InterclassFilter(ArcFace(0.5), 0.25),
-        lambda c, y: filtered(c, y, lambda t: arc(t, 0.5), 0.25),
-    ),
-    "filter-alone": (
-        lambda: InterclassFilter(None, 0.1),
-        lambda c, y: filtered(c, y, lambda t: t, 0.1),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call: sizes, the loss, and the options of `margin_softmax`."""
-
-    id: str
-    loss: str
-    n: int = 23
-    c: int = 61
-    d: int = 12
-    scale: float | str = 16.0  # "rows": one a row
-    options: dict[str, Any] = field(default_factory=dict)
-    bias: bool = False
-    shares: bool = False
-    part: bool = False  # of the classes
-    normalize: bool = True
-
-
 CASES = [
     *(Case(name, name) for name in LOSSES),
     Case("everything", "curricular", scale="rows", bias=True, shares=True, part=True,
@@ -127,36 +46,6 @@ CASES = [
     Case("kept", "curricular", n=65, c=130, d=9, options={"memory_budget": 100 * 128 * 8}),
     Case("products", "filter-arc", normalize=False, scale=8.0),
 ]  # fmt: skip
-
-
-class Data:
-    def __init__(self, case: Case) -> None:
-        n, c, d = case.n, case.c, case.d
-        self.labels = torch.randint(0, c, (n,))
-        self.w = torch.randn(c, d, dtype=F64)
-        near = self.w[self.labels] / self.w[self.labels].norm(dim=1, keepdim=True)
-        self.x = near + 0.3 * torch.randn(n, d, dtype=F64)
-        if not case.normalize:
-            self.x, self.w = F.normalize(self.x), F.normalize(self.w)
-        self.options: dict[str, Any] = dict(case.options)
-        self.scale = case.scale
-        if case.scale == "rows":
-            self.scale = torch.linspace(6, 20, n, dtype=F64)
-        if case.bias:
-            self.options["bias"] = torch.randn(c, dtype=F64)
-        if case.shares:
-            self.options["class_weight"] = torch.rand(c, dtype=F64) + 0.5
-        if case.part:
-            keep = torch.rand(c) < 0.6
-            keep[self.labels] = True
-            self.options["classes"] = keep.nonzero()[:, 0].flip(0)
-        if n > 3:
-            self.labels[2] = -100
-            self.x[2] = torch.nan  # an ignored row touches nothing
-
-    def leaves(self) -> list[Tensor]:
-        found = [self.x, self.w, self.options.get("bias")]
-        return [t.clone().requires_grad_() for t in found if t is not None]
 
 
 def truth(case: Case, data: Data) -> tuple[Tensor, list[Tensor]]:
@@ -183,23 +72,6 @@ def truth(case: Case, data: Data) -> tuple[Tensor, list[Tensor]]:
         label_smoothing=data.options.get("label_smoothing", 0.0),
     )
     return loss.detach(), list(torch.autograd.grad(loss, leaves))
-
-
-def ask(case: Case, data: Data, backend: str, **changes: Any) -> tuple[Any, list[Tensor]]:
-    leaves = data.leaves()
-    options = data.options | ({"bias": leaves[2]} if case.bias else {}) | changes
-    out = fused_losses.margin_softmax(
-        leaves[0],
-        leaves[1],
-        data.labels,
-        margin=LOSSES[case.loss][0](),
-        scale=data.scale,
-        normalize=case.normalize,
-        backend=backend,
-        **options,
-    )
-    loss = out[0] if isinstance(out, tuple) else out
-    return out, list(torch.autograd.grad(loss, leaves))
 
 
 @pytest.mark.float64
@@ -279,9 +151,6 @@ def test_straight_through_leaves_the_bends_alone(backend: str) -> None:
         assert relative_error(a[there].numpy(), b[there].numpy()) <= EXACT
 
 
-# --- the authors' numbers -------------------------------------------------------------------------
-
-
 def golden(name: str) -> dict[str, Tensor]:
     with np.load(GOLDEN / f"{name}.npz") as stored:
         return {key: torch.from_numpy(stored[key]) for key in stored.files}
@@ -323,9 +192,6 @@ def test_golden_insightface_filter(backend: str) -> None:
     assert_golden(data, margin, backend, gradient="straight_through")
 
 
-# --- the margins ----------------------------------------------------------------------------------
-
-
 @pytest.mark.float64
 @pytest.mark.parametrize("loss", LOSSES)
 def test_gradcheck(loss: str, backend: str) -> None:
@@ -364,160 +230,3 @@ def test_a_learned_scale_is_refused_where_its_gradient_would_be_wrong(streamed: 
     with torch.no_grad():
         value = fused_losses.margin_softmax(x, w, labels, scale=scale, **given)
     torch.testing.assert_close(value, fused_losses.margin_softmax(x, w, labels, scale=8.0, **given))
-
-
-@pytest.mark.float64
-def test_curricular_moves_once_a_call_and_before_use(backend: str) -> None:
-    data = Data(Case("ema", "curricular"))
-    valid = data.labels != -100
-    cosine = F.cosine_similarity(data.x[valid], data.w[data.labels[valid]])
-    margin, stored = CurricularFace(momentum=0.25).double(), CurricularFace().double().eval()
-    wanted = 0.0
-    for _ in range(2):
-        wanted = 0.25 * cosine.mean().item() + 0.75 * wanted
-        moving = fused_losses.margin_softmax(
-            data.x, data.w, data.labels, margin=margin, scale=16.0, backend=backend
-        )
-        assert abs(margin.t.item() - wanted) < 1e-12
-        stored.t.fill_(wanted)
-        still = fused_losses.margin_softmax(
-            data.x, data.w, data.labels, margin=stored, scale=16.0, backend=backend
-        )
-        torch.testing.assert_close(moving, still, rtol=1e-12, atol=0)
-        assert stored.t.item() == wanted
-
-
-def test_rows_that_do_not_count_leave_the_average_alone(backend: str) -> None:
-    margin = CurricularFace(momentum=0.5)
-    margin.t.fill_(0.25)
-    x, w = torch.randn(5, 4), torch.randn(9, 4)
-    x[3] = torch.nan
-    labels = torch.tensor([1, -100, 4, 2, -100])
-    cosine = F.cosine_similarity(x, w[labels.clamp_min(0)])
-    fused_losses.margin_softmax(x, w, labels, margin=margin, backend=backend)
-    assert margin.t.item() == pytest.approx(0.125 + 0.25 * (cosine[0] + cosine[2]).item(), abs=1e-6)
-    before = margin.t.clone()
-    nobody = torch.full((5,), -100)
-    fused_losses.margin_softmax(x, w, nobody, margin=margin, backend=backend)
-    fused_losses.margin_softmax(x[:0], w, nobody[:0], margin=margin, backend=backend)
-    assert torch.equal(margin.t, before)
-
-
-def test_curricular_state_is_saved() -> None:
-    margin, other = stored_curricular(0.7), CurricularFace()
-    other.load_state_dict(margin.state_dict())
-    assert other.t.item() == pytest.approx(0.7)
-    assert list(margin.state_dict()) == ["t"]
-
-
-@pytest.mark.float64
-@pytest.mark.parametrize("name", ["curricular", "mv-am-fixed", "filter-arc"])
-def test_stats_tell_the_bent_hardest(name: str, backend: str) -> None:
-    case = Case("stats", name)
-    data = Data(case)
-    (_, stats), _ = ask(case, data, backend, return_stats=True)
-    valid = data.labels != -100
-    cosine = F.normalize(data.x[valid]) @ F.normalize(data.w).T
-    labels = data.labels[valid]
-    is_target = labels[:, None] == torch.arange(case.c)
-    bent = LOSSES[name][1](cosine, is_target).masked_fill(is_target, -torch.inf)
-    target = cosine.gather(1, labels[:, None])[:, 0]
-    best = bent.max(1)
-    torch.testing.assert_close(stats.hardest_cosine[valid], best.values)
-    assert torch.equal(stats.hardest_class[valid], best.indices)
-    torch.testing.assert_close(stats.target_cosine[valid], target)
-    assert torch.equal(stats.hit[valid], target > best.values)
-    logits = 16 * LOSSES[name][1](cosine, is_target)
-    torch.testing.assert_close(stats.logsumexp[valid], logits.logsumexp(1))
-
-
-@pytest.mark.float64
-@pytest.mark.parametrize("margin", [margins.MagFace(l_a=0.5, u_a=9.0), None], ids=["mag", "none"])
-def test_a_filter_that_meets_no_class_is_its_margin(margin: object, backend: str) -> None:
-    data = Data(Case("around", "filter-arc"))
-    values = []
-    for given in (margin, InterclassFilter(margin, 1.5)):
-        x, w = data.leaves()
-        loss = fused_losses.margin_softmax(x, w, data.labels, margin=given, backend=backend)
-        values.append((loss, *torch.autograd.grad(loss, (x, w))))
-    for a, b in zip(*values, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True)
-
-
-def test_a_filter_carries_the_state_of_its_margin() -> None:
-    margin = InterclassFilter(margins.AdaFace())
-    assert set(margin.state_dict()) == {"margin.mean", "margin.std"}
-    assert margin.uses_norm and not hasattr(margin, "penalty")
-    assert not InterclassFilter(CosFace()).uses_norm
-    assert hasattr(InterclassFilter(margins.MagFace()), "penalty")
-
-
-@pytest.mark.float64
-def test_no_hardness_is_the_margin_alone(backend: str) -> None:
-    data = Data(Case("soft", "mv-arc"))
-    x, w = data.leaves()[:2]
-    given = {"scale": 16.0, "backend": backend}
-    for weighting in ("adaptive", "fixed"):
-        soft = MVSoftmax("arc", 0.5, 0.0, weighting)
-        a = fused_losses.margin_softmax(x, w, data.labels, margin=soft, **given)
-        b = fused_losses.margin_softmax(x, w, data.labels, margin=ArcFace(0.5), **given)
-        torch.testing.assert_close(a, b)
-
-
-BAD = {
-    "base": (lambda: MVSoftmax("cos"), "base: expected one of arc, am, got 'cos'"),
-    "weighting": (
-        lambda: MVSoftmax(weighting="hard"),
-        "weighting: expected one of adaptive, fixed",
-    ),
-    "hardness": (
-        lambda: MVSoftmax(hardness=-0.1),
-        "hardness: expected a finite value >= 0, got -0.1",
-    ),
-    "nan": (lambda: MVSoftmax(hardness=math.nan), "hardness: expected a number, got nan"),
-    "beyond": (lambda: MVSoftmax(beyond_pi="far"), "beyond_pi: expected one of"),
-    "momentum": (lambda: CurricularFace(momentum=1.5), r"momentum: expected a value in \[0, 1\]"),
-    "twice": (lambda: InterclassFilter(MVSoftmax()), "margin: expected one that bends no other"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments(name: str) -> None:
-    make, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_a_bend_of_another_shape_names_itself(backend: str) -> None:
-    class Wrong(CurricularFace):
-        def bend(self, cosine: Tensor) -> Tensor:
-            return super().bend(cosine)[:3]
-
-    with pytest.raises(ValueError, match=r"margin.bend: expected it to return shape \(4, 2\)"):
-        fused_losses.margin_softmax(
-            torch.randn(2, 3), torch.randn(5, 3), torch.tensor([1, 4]), margin=Wrong(),
-            backend=backend,
-        )  # fmt: skip
-
-
-def test_compile_without_breaks_for_any_batch_size() -> None:
-    # the ops are traced alike whatever runs them
-    torch.compiler.reset()
-    margin, plain = CurricularFace(momentum=0.3), CurricularFace(momentum=0.3)
-
-    def loss(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
-        return fused_losses.margin_softmax(x, w, labels, margin=margin, backend="bounded")
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
-    w = torch.randn(50, 8, requires_grad=True)
-    for n in (12, 31, 33):
-        x = torch.randn(n, 8, requires_grad=True)
-        labels = torch.randint(0, 50, (n,))
-        labels[3] = -100
-        with torch.compiler.set_stance("fail_on_recompile" if n == 33 else "default"):
-            got = torch.autograd.grad(compiled(x, w, labels), (x, w))
-        eager = fused_losses.margin_softmax(x, w, labels, margin=plain, backend="bounded")
-        for a, b in zip(got, torch.autograd.grad(eager, (x, w)), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(margin.t, plain.t)
-    torch.compiler.reset()
