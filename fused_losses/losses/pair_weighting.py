@@ -78,7 +78,7 @@ def multi_similarity(
     with no_autocast(embeddings.device):
         rows, inputs = labelled_pairs(both, "dot", normalize, precision)
         if mining_margin is not None:
-            inputs = _mined(inputs, mining_margin, duplicate, backend)
+            inputs, unclear = _mined(inputs, mining_margin, duplicate, backend)
         stats, _ = pair_statistics(
             inputs._replace(positive=Rule(-alpha, base), negative=Rule(beta, base)),
             backend=backend,
@@ -86,14 +86,21 @@ def multi_similarity(
         loss = softplus(stats.value[POSITIVE]) / alpha + softplus(stats.value[NEGATIVE]) / beta
         if mining_margin is not None:
             loss = torch.where(has_both(stats), loss, 0)
+            # which pairs count cannot be said, and a NaN in a window leaves out or in
+            loss = torch.where(unclear, torch.nan, loss)
         everything = torch.ones_like(loss, dtype=torch.bool)
         dtype = accumulate_dtype(both.x.dtype)
         return reduced(rows.restored(loss), everything, reduction, dtype)
 
 
 @torch.no_grad()
-def _mined(inputs: PairInputs, margin: float, duplicate: float, backend: str | None) -> PairInputs:
-    """Windows (positive low, high, negative low, high) of the multi-similarity miner."""
+def _mined(
+    inputs: PairInputs, margin: float, duplicate: float, backend: str | None
+) -> tuple[PairInputs, Tensor]:
+    """Windows (positive low, high, negative low, high) of the multi-similarity miner.
+
+    And which rows [N] have a similarity that is NaN, of which there is no least.
+    """
     n, dtype = inputs.x.shape[0], accumulate_dtype(inputs.x.dtype)
     window = torch.full((4, n), torch.inf, dtype=dtype, device=inputs.x.device)
     window[0], window[1], window[2] = -torch.inf, float(duplicate), -torch.inf
@@ -104,7 +111,7 @@ def _mined(inputs: PairInputs, margin: float, duplicate: float, backend: str | N
     window = window.clone()
     window[1] = (seen.best[NEGATIVE] + margin).clamp_max(duplicate)
     window[2] = -seen.best[POSITIVE] - margin
-    return inputs._replace(x_window=window)
+    return inputs._replace(x_window=window), seen.total.isnan().any(dim=0)
 
 
 def circle(
