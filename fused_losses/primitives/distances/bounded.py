@@ -22,7 +22,7 @@ from fused_losses.primitives.distances.kinds import FORMULAS
 
 BLOCK_BYTES = 4 << 20  # of products, or of terms [rows, columns, D], in a block
 BLOCK_ROWS = 512
-# how many such are alive at the peak, mostly of backward (test_distances.py)
+# how many such are alive at the peak, mostly of backward (test_distance_ops.py)
 LIVE_BLOCKS = {
     "dot": 1,
     "sqeuclidean": 4,
