@@ -54,8 +54,9 @@ struct Problem {
   Precision precision;
   void* kept;  // [kept_classes, padded n] products kept for the backward
   int64_t kept_classes;
-  Gemm gemm;  // the host's BLAS, for kernels without wide vectors; may be null
+  Gemm gemm;          // the host's BLAS, for kernels without wide vectors; may be null
   int64_t group = 1;  // so many neighbours stay in one tile
+  int64_t tile = 0;   // classes in a tile; 0: as many as the caches like
 };
 
 // Outputs of the forward, [n] each. What decides 1 - p comes in double: a score near 48 has steps

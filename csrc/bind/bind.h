@@ -32,6 +32,12 @@ Gemm host_products();
 at::Tensor dense_rows(const at::Tensor& t);
 Parallel parallel_for_classes(int64_t k);
 
+// A vector in the type that accumulates, and where each row's target stands among the classes that
+// take part (`classes`, or all c), by position; both checked.
+std::optional<at::Tensor> accumulated(const std::optional<at::Tensor>& t, at::ScalarType type);
+std::vector<Target> find_targets(const at::Tensor& labels, const std::optional<at::Tensor>& classes,
+                                 int64_t c);
+
 // Each file's ops, whose schemas are the Python side's, and the peak of what their calls allocate
 // beyond inputs, outputs and gradients: by the plans that the kernels themselves allocate by, on
 // torch's number of threads. `item`: bytes of an element of the inputs.

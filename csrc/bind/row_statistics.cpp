@@ -36,49 +36,6 @@ void host_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, in
   at::addmm_out(out, out, view(b, n, k, ldb, tb), view(a, k, m, lda, ta), beta, 1);
 }
 
-OptionalTensor accumulated(const OptionalTensor& t, at::ScalarType type) {
-  return t ? OptionalTensor(t->to(type).contiguous()) : std::nullopt;
-}
-
-// Where each row's target stands among the classes that take part, by position.
-std::vector<Target> find_targets(const Tensor& labels, const OptionalTensor& classes, int64_t c) {
-  const int64_t n = labels.numel();
-  const int64_t* y = labels.const_data_ptr<int64_t>();
-  int64_t low = 0, high = 0, wrong = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (y[i] >= -1 && y[i] < c) continue;
-    low = wrong ? std::min(low, y[i]) : y[i];
-    high = wrong ? std::max(high, y[i]) : y[i];
-    ++wrong;
-  }
-  TORCH_CHECK_INDEX(wrong == 0, "labels: expected class ids in [0, ", c, "), got values from ", low,
-                    " to ", high, " in ", wrong, " of ", n, " rows");
-  const int64_t* ids = classes ? classes->const_data_ptr<int64_t>() : nullptr;
-  const int64_t k = classes ? classes->numel() : c;
-  for (int64_t j = 0; ids && j < k; ++j) {
-    TORCH_CHECK_INDEX(ids[j] >= 0 && ids[j] < c, "classes: expected class ids in [0, ", c,
-                      "), got ", ids[j]);
-    TORCH_CHECK_VALUE(j == 0 || ids[j] > ids[j - 1],
-                      "classes: expected distinct class ids in increasing order, got ", ids[j],
-                      " after ", j ? ids[j - 1] : 0);
-  }
-  std::vector<Target> targets;
-  targets.reserve(n);
-  for (int64_t i = 0; i < n; ++i) {
-    if (y[i] < 0) continue;
-    const int64_t at = ids ? std::lower_bound(ids, ids + k, y[i]) - ids : y[i];
-    TORCH_CHECK_VALUE(!ids || (at < k && ids[at] == y[i]),
-                      "classes: expected every label among the classes that take part, but class ",
-                      y[i], " is not");
-    targets.push_back({at, i});
-  }
-  const auto before = [](const Target& a, const Target& b) {
-    return a.position != b.position ? a.position < b.position : a.row < b.row;
-  };
-  std::sort(targets.begin(), targets.end(), before);
-  return targets;
-}
-
 // A Problem and what it points to.
 struct Call {
   Tensor x, weight, labels;
@@ -219,6 +176,48 @@ Parallel parallel_for_classes(int64_t k) {
 
 Tensor dense_rows(const Tensor& t) {
   return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous();
+}
+
+OptionalTensor accumulated(const OptionalTensor& t, at::ScalarType type) {
+  return t ? OptionalTensor(t->to(type).contiguous()) : std::nullopt;
+}
+
+std::vector<Target> find_targets(const Tensor& labels, const OptionalTensor& classes, int64_t c) {
+  const int64_t n = labels.numel();
+  const int64_t* y = labels.const_data_ptr<int64_t>();
+  int64_t low = 0, high = 0, wrong = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (y[i] >= -1 && y[i] < c) continue;
+    low = wrong ? std::min(low, y[i]) : y[i];
+    high = wrong ? std::max(high, y[i]) : y[i];
+    ++wrong;
+  }
+  TORCH_CHECK_INDEX(wrong == 0, "labels: expected class ids in [0, ", c, "), got values from ", low,
+                    " to ", high, " in ", wrong, " of ", n, " rows");
+  const int64_t* ids = classes ? classes->const_data_ptr<int64_t>() : nullptr;
+  const int64_t k = classes ? classes->numel() : c;
+  for (int64_t j = 0; ids && j < k; ++j) {
+    TORCH_CHECK_INDEX(ids[j] >= 0 && ids[j] < c, "classes: expected class ids in [0, ", c,
+                      "), got ", ids[j]);
+    TORCH_CHECK_VALUE(j == 0 || ids[j] > ids[j - 1],
+                      "classes: expected distinct class ids in increasing order, got ", ids[j],
+                      " after ", j ? ids[j - 1] : 0);
+  }
+  std::vector<Target> targets;
+  targets.reserve(n);
+  for (int64_t i = 0; i < n; ++i) {
+    if (y[i] < 0) continue;
+    const int64_t at = ids ? std::lower_bound(ids, ids + k, y[i]) - ids : y[i];
+    TORCH_CHECK_VALUE(!ids || (at < k && ids[at] == y[i]),
+                      "classes: expected every label among the classes that take part, but class ",
+                      y[i], " is not");
+    targets.push_back({at, i});
+  }
+  const auto before = [](const Target& a, const Target& b) {
+    return a.position != b.position ? a.position < b.position : a.row < b.row;
+  };
+  std::sort(targets.begin(), targets.end(), before);
+  return targets;
 }
 
 // With many classes.

@@ -200,39 +200,43 @@ inline bool is_zero(const Problem& p, const TileScratch<PS, T>& s, const Tile<PS
   return p.normalize && s.inverse[c] == 0 && std::all_of(w, w + p.d, [](T v) { return v == 0; });
 }
 
-// fill(th, tile, scores, ld, row0, rows) leaves the tile's G of these rows in the words of both
-// products, and in th.along what its weights' norms take.
-template <class PS, class PG, class T, class Own, class Fill>
-inline void gradient_tile(const Problem& p, const BackwardOut& out,
-                          const GradientPlan<PS, PG, T, Own>& plan,
-                          typename GradientPlan<PS, PG, T, Own>::Thread& th, int64_t index,
-                          Fill&& fill) {
+// The weights of a tile as right operand, and nothing summed yet.
+template <class PS, class PG, class T, class Own>
+inline void open_tile(const Problem& p, const GradientPlan<PS, PG, T, Own>& plan,
+                      typename GradientPlan<PS, PG, T, Own>::Thread& th, const Tile<PS, T>& tile) {
   const TileScratch<PS, T>& s = th.tile;
-  const Tile<PS, T> tile(p, s, index);
   if (plan.dx && !uses_blas(p)) {
     pack_rows<PG, T>([&](int64_t c) { return tile.row(c); }, tile.count, p.d,
                      words<PG>(s.tile) * kPanel<PG>, th.weights);
   }
   std::fill_n(th.along, s.tile, T(0));
   std::fill_n(th.bias, s.tile, T(0));
-  const int64_t block = round_up(kBlockRows, kPanel<PS>);
-  for (int64_t row0 = 0; row0 < plan.padded; row0 += block) {
-    const int64_t rows = std::min(block, plan.padded - row0);
-    const int64_t real_rows = std::min(rows, p.n - row0);
-    const T* kept = kept_scores<T>(p, tile.first, tile.count);
-    const T* scores = kept ? kept + row0 : s.scores;
-    const int64_t ld = kept ? round_up(p.n, kKeptPadding) : s.ld;
-    if (!kept) tile.multiply_rows(plan.columns, plan.dense, row0, rows, s.scores, s.ld);
-    fill(th, tile, scores, ld, row0, rows);
-    if (plan.dx) add_dx(p, plan, th, tile, row0, real_rows);
-    if (row0 + block >= plan.padded) {
-      // <w_hat, dw_hat> w_hat / |w|, as a factor of w
-      for (int64_t c = 0; c < tile.count; ++c) {
-        th.along[c] *= p.normalize ? s.inverse[c] * s.inverse[c] : T(0);
-      }
+}
+
+// Both products of a block whose G stands in the words; blocks come in order.
+template <class PS, class PG, class T, class Own>
+inline void multiply_block(const Problem& p, const BackwardOut& out,
+                           const GradientPlan<PS, PG, T, Own>& plan,
+                           typename GradientPlan<PS, PG, T, Own>::Thread& th,
+                           const Tile<PS, T>& tile, int64_t row0, int64_t rows) {
+  const TileScratch<PS, T>& s = th.tile;
+  const int64_t real_rows = std::min(rows, p.n - row0);
+  if (plan.dx) add_dx(p, plan, th, tile, row0, real_rows);
+  if (row0 + rows >= plan.padded) {
+    // <w_hat, dw_hat> w_hat / |w|, as a factor of w
+    for (int64_t c = 0; c < tile.count; ++c) {
+      th.along[c] *= p.normalize ? s.inverse[c] * s.inverse[c] : T(0);
     }
-    if (plan.dw) add_dw(p, out, plan, th, tile, row0, real_rows);
   }
+  if (plan.dw) add_dw(p, out, plan, th, tile, row0, real_rows);
+}
+
+// What is left to write of a tile once its blocks are done.
+template <class PS, class PG, class T, class Own>
+inline void close_tile(const Problem& p, const BackwardOut& out,
+                       const GradientPlan<PS, PG, T, Own>& plan,
+                       typename GradientPlan<PS, PG, T, Own>::Thread& th, const Tile<PS, T>& tile) {
+  const TileScratch<PS, T>& s = th.tile;
   // 1/|w| is the shift times what stands in G
   for (int64_t c = 0; plan.dw && plan.direct && tile.shifted && c < tile.count; ++c) {
     T* dw = static_cast<T*>(out.dw) + gradient_row(out, tile, c) * p.d;
@@ -254,39 +258,81 @@ inline void gradient_tile(const Problem& p, const BackwardOut& out,
   }
 }
 
-// All tiles on all threads; `fill` as of gradient_tile.
+// fill(th, tile, scores, ld, row0, rows) leaves the tile's G of these rows in the words of both
+// products, and in th.along what its weights' norms take.
 template <class PS, class PG, class T, class Own, class Fill>
-void sweep_gradient(const Problem& p, const BackwardOut& out,
-                    const GradientPlan<PS, PG, T, Own>& plan, const Parallel& parallel,
-                    Fill&& fill) {
+inline void gradient_tile(const Problem& p, const BackwardOut& out,
+                          const GradientPlan<PS, PG, T, Own>& plan,
+                          typename GradientPlan<PS, PG, T, Own>::Thread& th, int64_t index,
+                          Fill&& fill) {
+  const TileScratch<PS, T>& s = th.tile;
+  const Tile<PS, T> tile(p, s, index);
+  open_tile(p, plan, th, tile);
+  const int64_t block = round_up(kBlockRows, kPanel<PS>);
+  for (int64_t row0 = 0; row0 < plan.padded; row0 += block) {
+    const int64_t rows = std::min(block, plan.padded - row0);
+    const T* kept = kept_scores<T>(p, tile.first, tile.count);
+    const T* scores = kept ? kept + row0 : s.scores;
+    const int64_t ld = kept ? round_up(p.n, kKeptPadding) : s.ld;
+    if (!kept) tile.multiply_rows(plan.columns, plan.dense, row0, rows, s.scores, s.ld);
+    fill(th, tile, scores, ld, row0, rows);
+    multiply_block(p, out, plan, th, tile, row0, rows);
+  }
+  close_tile(p, out, plan, th, tile);
+}
+
+// x as the operands of its products.
+template <class PS, class PG, class T, class Own>
+inline void pack_operands(const Problem& p, const GradientPlan<PS, PG, T, Own>& plan) {
   const T* x = dense_rows(p, plan.dense);
   pack_columns<PS>(x, p.n, p.d, p.d, plan.padded, plan.columns);
   if (plan.dw) {
     pack_rows<PG, T>([&](int64_t i) { return x + i * p.d; }, p.n, p.d,
                      words<PG>(plan.padded) * kPanel<PG>, plan.rows);
   }
-  on_threads(parallel, [&](int index) {
-    auto th = plan.thread(p, index).first;
-    // but for the tile's rows, which come first and are written before they are read
-    char* const zeros = reinterpret_cast<char*>(th.tile.narrow);
-    char* const after =
-        static_cast<char*>(plan.buffer) + plan.shared_bytes + (index + 1) * plan.thread_bytes;
-    std::memset(zeros, 0, after - zeros);
-    std::fill_n(th.tile.keep, th.tile.ld, T(1));
-    int64_t begin, end;
-    tiles_of(index, parallel.threads, plan.tiles, &begin, &end);
-    for (int64_t t = begin; t < end; ++t) {
-      gradient_tile(p, out, plan, th, t, fill);
-    }
-  });
+}
+
+// A thread's memory, with all that is summed at zero.
+template <class PS, class PG, class T, class Own>
+inline typename GradientPlan<PS, PG, T, Own>::Thread cleared_thread(
+    const Problem& p, const GradientPlan<PS, PG, T, Own>& plan, int index) {
+  auto th = plan.thread(p, index).first;
+  // but for the tile's rows, which come first and are written before they are read
+  char* const zeros = reinterpret_cast<char*>(th.tile.narrow);
+  char* const after =
+      static_cast<char*>(plan.buffer) + plan.shared_bytes + (index + 1) * plan.thread_bytes;
+  std::memset(zeros, 0, after - zeros);
+  std::fill_n(th.tile.keep, th.tile.ld, T(1));
+  return th;
+}
+
+// dx of all threads, in their order.
+template <class PS, class PG, class T, class Own>
+inline void write_dx(const Problem& p, const BackwardOut& out,
+                     const GradientPlan<PS, PG, T, Own>& plan, int threads) {
   for (int64_t i = 0; plan.dx && i < p.n; ++i) {
     T* first = plan.thread(p, 0).first.dx + i * plan.wide;
-    for (int index = 1; index < parallel.threads; ++index) {
+    for (int index = 1; index < threads; ++index) {
       const T* other = plan.thread(p, index).first.dx + i * plan.wide;
       for (int64_t e = 0; e < p.d; ++e) first[e] += other[e];
     }
     write_row(out.dx, p.x.type, i * p.d, p.d, first);
   }
+}
+
+// All tiles on all threads; `fill` as of gradient_tile.
+template <class PS, class PG, class T, class Own, class Fill>
+void sweep_gradient(const Problem& p, const BackwardOut& out,
+                    const GradientPlan<PS, PG, T, Own>& plan, const Parallel& parallel,
+                    Fill&& fill) {
+  pack_operands(p, plan);
+  on_threads(parallel, [&](int index) {
+    auto th = cleared_thread(p, plan, index);
+    int64_t begin, end;
+    tiles_of(index, parallel.threads, plan.tiles, &begin, &end);
+    for (int64_t t = begin; t < end; ++t) gradient_tile(p, out, plan, th, t, fill);
+  });
+  write_dx(p, out, plan, parallel.threads);
 }
 
 }  // namespace fused_losses::FL_ISA

@@ -13,6 +13,7 @@ constexpr int64_t kTileBytes = 384 << 10;  // of weights in a tile: 192 classes 
 constexpr int64_t kBlockRows = 256;        // rows whose scores a tile holds at once
 
 inline int64_t tile_classes(const Problem& p) {
+  if (p.tile) return p.tile;
   const int64_t fit = kTileBytes / (std::max<int64_t>(p.d, 1) * 4) / 12 * 12;
   const int64_t tile = std::clamp<int64_t>(fit, 24, 384);
   return std::max(p.group, tile / p.group * p.group);
