@@ -3,6 +3,7 @@
 
 #include "class_rules.h"
 #include "distances.h"
+#include "divergence.h"
 #include "maxsim.h"
 #include "pairs.h"
 #include "row_statistics.h"
@@ -23,6 +24,7 @@ struct Kernels {
   DistanceKernels distances;
   TripletKernels triplets;
   RowUpdateKernels row_update;
+  DivergenceKernels divergence;
 };
 
 const Kernels& generic_kernels();

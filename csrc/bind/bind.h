@@ -82,6 +82,11 @@ std::tuple<at::Tensor, at::Tensor> class_rules_backward(
 size_t class_rules_workspace(int64_t n, int64_t d, int64_t classes, int64_t centers, int64_t item,
                              const std::string& rule, int64_t value_rows, bool bf16, bool gradient);
 
+// `teacher_d`: 0 of dense scores.
+void register_divergence(torch::Library& m);
+size_t divergence_workspace(int64_t n, int64_t d, int64_t teacher_d, int64_t item,
+                            const std::string& precision, bool gradient, bool teacher_gradient);
+
 void register_triplets(torch::Library& m);
 void register_row_update(torch::Library& m);
 

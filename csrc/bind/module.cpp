@@ -87,6 +87,7 @@ TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   register_distances(m);
   register_triplets(m);
   register_row_update(m);
+  register_divergence(m);
 }
 
 }  // namespace fused_losses
@@ -112,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("maxsim_workspace", &maxsim_workspace);
   m.def("distance_workspace", &distance_workspace);
   m.def("topk_workspace", &topk_workspace);
+  m.def("divergence_workspace", &divergence_workspace);
   m.def("class_rules_workspace", &class_rules_workspace);
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.def("class_rules_forward", &class_rules_forward, unlocked);

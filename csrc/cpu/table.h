@@ -3,6 +3,7 @@
 
 #include "class_rules/backward.h"
 #include "distances/distances.h"
+#include "divergence/backward.h"
 #include "maxsim.h"
 #include "pairs/attention.h"
 #include "pairs/gradients.h"
@@ -82,6 +83,33 @@ inline ClassKernels class_table() {
                   void* buffer, const Parallel& parallel) {
     with_products(c.rows, [&]<class PS, class PG, class T>() {
       class_backward<PS, PG, T>(c, in, out, buffer, parallel);
+    });
+  };
+  return k;
+}
+
+inline DivergenceKernels divergence_table() {
+  DivergenceKernels k;
+  k.forward_bytes = [](const DivergenceProblem& p, int threads) {
+    return with_products(p.student, [&]<class PS, class, class T>() {
+      return divergence_forward_bytes<PS, T>(p, threads);
+    });
+  };
+  k.forward = [](const DivergenceProblem& p, const DivergenceForwardOut& out, void* buffer,
+                 const Parallel& parallel) {
+    with_products(p.student, [&]<class PS, class, class T>() {
+      divergence_forward<PS, T>(p, out, buffer, parallel);
+    });
+  };
+  k.backward_bytes = [](const DivergenceProblem& p, const DivergenceBackwardOut& out, int threads) {
+    return with_products(p.student, [&]<class PS, class PG, class T>() {
+      return divergence_backward_bytes<PS, PG, T>(p, out, threads);
+    });
+  };
+  k.backward = [](const DivergenceProblem& p, const DivergenceBackwardIn& in,
+                  const DivergenceBackwardOut& out, void* buffer, const Parallel& parallel) {
+    with_products(p.student, [&]<class PS, class PG, class T>() {
+      divergence_backward<PS, PG, T>(p, in, out, buffer, parallel);
     });
   };
   return k;
@@ -209,8 +237,9 @@ inline TripletKernels triplet_table() {
 }
 
 inline Kernels table(const char* capability, bool bf16) {
-  return {capability,     bf16,         row_table(),      class_table(),   pair_table(),
-          maxsim_table(), topk_table(), distance_table(), triplet_table(), row_update_table()};
+  return {capability,        bf16,         row_table(),      class_table(),   pair_table(),
+          maxsim_table(),    topk_table(), distance_table(), triplet_table(), row_update_table(),
+          divergence_table()};
 }
 
 }  // namespace fused_losses::FL_ISA

@@ -85,6 +85,27 @@ inline T bring_near_one(T* row, int64_t d) {
   return factor;
 }
 
+// scores[c][i] (+)= <left(c), x_i> for the rows [row0, row0 + rows) of packed x.
+template <class PS, bool kAdd, class T, class Left>
+inline void multiply_classes(Left&& left, int64_t count, int64_t depth,
+                             const typename PS::Word* columns, int64_t row0, int64_t rows,
+                             T* scores, int64_t ld) {
+  constexpr int64_t kWide = kPanel<PS>;
+  for (int64_t i = 0; i < rows; i += kWide) {
+    const typename PS::Word* panel = columns + (row0 + i) * depth;
+    for (int64_t c = 0; c < count; c += kRows) {
+      const typename PS::Word* a[kRows];
+      for (int r = 0; r < kRows; ++r) a[r] = left(std::min(c + r, count - 1));
+      T* out = scores + c * ld + i;
+      const int64_t last = count - c;
+      multiply<PS, true>(a, 1, panel, depth, [&](int r, int v, Vector<T> sum) {
+        T* at = out + r * ld + v * kLanes<T>;
+        if (r < last) store(at, kAdd ? load(at) + sum : sum);
+      });
+    }
+  }
+}
+
 // The classes [first, first + count) with their weights at hand, and the targets among them. With
 // `shifted` the rows at hand are those of W times s.shift.
 template <class PS, class T>
@@ -135,20 +156,8 @@ class Tile {
                     T(0), scores, ld);
       }
     }
-    const int64_t depth = words<PS>(p_.d);
-    constexpr int64_t kWide = kPanel<PS>;
-    for (int64_t i = 0; i < rows; i += kWide) {
-      const typename PS::Word* panel = columns + (row0 + i) * depth;
-      for (int64_t c = 0; c < count; c += kRows) {
-        const typename PS::Word* a[kRows];
-        for (int r = 0; r < kRows; ++r) a[r] = left(std::min(c + r, count - 1));
-        T* out = scores + c * ld + i;
-        const int64_t last = count - c;
-        multiply<PS, true>(a, 1, panel, depth, [&](int r, int v, Vector<T> sum) {
-          if (r < last) store(out + r * ld + v * kLanes<T>, sum);
-        });
-      }
-    }
+    multiply_classes<PS, false>([&](int64_t c) { return left(c); }, count, words<PS>(p_.d), columns,
+                                row0, rows, scores, ld);
   }
 
   int64_t first, count;

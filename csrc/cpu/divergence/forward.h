@@ -1,0 +1,392 @@
+// Forward of the divergences: one sweep of tile pairs; a second one for what needs both softmaxes.
+#pragma once
+
+#include "runs.h"
+#include "tiles.h"
+
+namespace fused_losses::FL_ISA {
+
+constexpr int64_t kMostRows = kBlockRows + 64;  // of a block
+
+// What stands of a tile, [class, row] at `ld`, to which a class's bias is added.
+template <class T>
+struct Scores {
+  const T *at, *bias;
+  int64_t ld;
+  Vector<T> operator()(int64_t c, int64_t i) const { return load(at + c * ld + i) + bias[c]; }
+};
+
+template <class T>
+inline Vector<T> zero_if_none(Vector<T> top) {
+  const Vector<T> zero = {};
+  return top <= kApart<T> * T(0.1) ? zero : top;
+}
+
+// What a sum of exponentials is shifted by, and the sum, of each side; the mean gap about which
+// `first` and `second` are the sums of w x and of w (exp(-x) - 1 + x).
+template <class T>
+struct TileSums {
+  alignas(64) T top[kMostRows], sum[kMostRows], other_top[kMostRows], other_sum[kMostRows];
+  alignas(64) T center[kMostRows], first[kMostRows], second[kMostRows];
+
+  // scores(c, i, p, x): the leading side's score, and by how much it is above the other's.
+  template <class Score>
+  void fold(const Score& scores, int64_t count, int64_t rows) {
+    using Math = DivergenceMath<T>;
+    const Vector<T> zero = {};
+    for (int64_t i = 0; i < rows; i += kLanes<T>) {
+      Vector<T> most = broadcast(-std::numeric_limits<T>::infinity()), other_most = most;
+      for (int64_t c = 0; c < count; ++c) {
+        Vector<T> p, x;
+        scores(c, i, p, x);
+        const Vector<T> q = p - x;
+        most = p > most ? p : most;
+        other_most = q > other_most ? q : other_most;
+      }
+      most = zero_if_none<T>(most);
+      other_most = zero_if_none<T>(other_most);
+      Vector<T> total = zero, other = zero, moment = zero;
+      for (int64_t c = 0; c < count; ++c) {
+        Vector<T> p, x;
+        scores(c, i, p, x);
+        const Vector<T> w = exp(p - most);
+        total += w;
+        moment += w * x;
+        other += exp((p - x) - other_most);
+      }
+      const Vector<T> mean = total == zero ? zero : moment / total;
+      Vector<T> linear = zero, rest = zero;
+      for (int64_t c = 0; c < count; ++c) {
+        Vector<T> p, x;
+        scores(c, i, p, x);
+        x -= mean;
+        const Vector<T> w = exp(p - most);
+        const auto near = divergence_rules::is_near<Math>(x, 0.5);
+        const Vector<T> close = w * divergence_rules::exp_excess<Math>(near ? -x : zero);
+        linear += w * x;
+        rest += near ? close : exp((p - most) - x) - w * (T(1) - x);
+      }
+      store(top + i, most);
+      store(sum + i, total);
+      store(other_top + i, other_most);
+      store(other_sum + i, other);
+      store(center + i, mean);
+      store(first + i, linear);
+      store(second + i, rest);
+    }
+  }
+
+  Run run(int64_t i) const {
+    if (sum[i] == 0) return {};
+    const double total = sum[i], h = first[i] / total, less = exp_excess(h);
+    Run run;
+    run.lead = top[i] + std::log(total);
+    run.other = other_top[i] + std::log(static_cast<double>(other_sum[i]));
+    run.center = center[i] + h;
+    // about the mean itself; a float's exp stops at exp(80)
+    run.excess = std::exp(h) * (second[i] / total) + less - h * (less + h);
+    if (second[i] > T(1e32)) run.excess = std::numeric_limits<double>::infinity();
+    return run;
+  }
+};
+
+template <class T>
+struct RowRuns {
+  Run* runs;         // [padded]
+  PowerRun* powers;  // [padded]
+  double* folds;     // [kMostFolds, padded]
+
+  RowRuns(Arena& arena, int64_t padded) {
+    runs = arena.take<Run>(padded);
+    powers = arena.take<PowerRun>(padded);
+    folds = arena.take<double>(kMostFolds * padded);
+  }
+};
+
+template <class PS, class T>
+struct DivergencePlan {
+  int64_t padded, tiles;
+  typename PS::Word *columns, *teacher_columns;
+  T *dense, *teacher_dense;
+  T* row;  // [the larger d]
+  struct Thread {
+    TileScratch<PS, T> student, teacher;
+    PairScratch<T> pair;
+    RowRuns<T> rows;
+  };
+  struct Shared {
+    DifferenceRows<PS, T> difference;
+    SoftmaxRows<T> softmaxes;
+    Shared(Arena& arena, const DivergenceProblem& p, int64_t padded)
+        : difference(arena, p, padded), softmaxes(arena, padded) {}
+  };
+  size_t shared_bytes, thread_bytes;
+  void* buffer;
+
+  DivergencePlan(const DivergenceProblem& p, void* base) : buffer(base) {
+    padded = padded_rows(p.student.n, kPanel<PS>);
+    tiles = (p.student.k + pair_tile(p) - 1) / pair_tile(p);
+    Arena arena(base);
+    columns = arena.take<typename PS::Word>(padded * words<PS>(p.student.d));
+    teacher_columns = arena.take<typename PS::Word>(padded * words<PS>(p.teacher.d));
+    dense = arena.take<T>(p.student.n * p.student.d);
+    teacher_dense = arena.take<T>(p.teacher.n * p.teacher.d);
+    row = arena.take<T>(std::max(p.student.d, p.teacher.d));
+    shared_at_ = arena.used();
+    Shared(arena, p, padded);
+    shared_bytes = arena.used();
+    thread_bytes = 0;
+    thread_bytes = thread(p, 0).second;
+  }
+
+  Shared shared(const DivergenceProblem& p) const {
+    Arena arena(static_cast<char*>(buffer) + shared_at_);
+    return Shared(arena, p, padded);
+  }
+
+  std::pair<Thread, size_t> thread(const DivergenceProblem& p, int index) const {
+    Arena arena(buffer ? static_cast<char*>(buffer) + shared_bytes + index * thread_bytes
+                       : nullptr);
+    TileScratch<PS, T> student(arena, p.student), teacher(arena, p.teacher);
+    PairScratch<T> pair(arena, p, student.tile, student.ld, may_be_near<PS>(p));
+    RowRuns<T> rows(arena, padded);
+    return {Thread{student, teacher, pair, rows}, arena.used()};
+  }
+
+  // body(thread's scratch, tile pair, first row, rows) of all tiles and blocks of rows.
+  template <class Body>
+  void sweep(const DivergenceProblem& p, const PairRows<PS, T>& x, const Parallel& parallel,
+             Body&& body) const {
+    on_threads(parallel, [&](int index) {
+      auto th = thread(p, index).first;
+      int64_t begin, end;
+      tiles_of(index, parallel.threads, tiles, &begin, &end);
+      const int64_t block = round_up(kBlockRows, kPanel<PS>);
+      for (int64_t t = begin; t < end; ++t) {
+        const TilePair<PS, T> pair(p, x, th.student, th.teacher, th.pair, t);
+        for (int64_t row0 = 0; row0 < padded; row0 += block) {
+          const int64_t rows = std::min(block, padded - row0);
+          pair.score(row0, rows);
+          body(th, pair, row0, rows);
+        }
+      }
+    });
+  }
+
+ private:
+  size_t shared_at_;
+};
+
+// u and apart = u - v of a tile pair, with bias.
+template <class PS, class T>
+struct SidesOf {
+  Scores<T> u, apart;
+  SidesOf(const TilePair<PS, T>& pair, const PairScratch<T>& own)
+      : u{pair.u, own.student_bias, pair.ld}, apart{pair.apart, own.apart_bias, pair.ld} {}
+};
+
+// sum exp(eps v - top), and of u under it, into the rows' runs.
+template <class T>
+inline void fold_power(const Scores<T>& u, const Scores<T>& apart, T eps, int64_t count,
+                       int64_t rows, int64_t real_rows, PowerRun* runs) {
+  const Vector<T> zero = {};
+  for (int64_t i = 0; i < rows; i += kLanes<T>) {
+    Vector<T> most = broadcast(-std::numeric_limits<T>::infinity());
+    for (int64_t c = 0; c < count; ++c) {
+      const Vector<T> p = u(c, i) - apart(c, i);
+      most = p > most ? p : most;
+    }
+    most = zero_if_none<T>(most) * eps;
+    Vector<T> total = zero, moment = zero;
+    for (int64_t c = 0; c < count; ++c) {
+      const Vector<T> score = u(c, i), w = exp((score - apart(c, i)) * eps - most);
+      total += w;
+      moment += w * score;
+    }
+    for (int64_t l = 0; l < kLanes<T> && i + l < real_rows; ++l) {
+      if (total[l] == 0) continue;
+      const double sum = total[l];
+      runs[i + l].add({most[l] + std::log(sum), moment[l] / sum});
+    }
+  }
+}
+
+// Sums over a tile's classes of body(c, i, out) into folds[k * ld + row].
+template <int kFolds, class T, class Body>
+inline void fold_terms(int64_t count, int64_t rows, int64_t real_rows, int64_t ld, double* folds,
+                       Body&& body) {
+  for (int64_t i = 0; i < rows; i += kLanes<T>) {
+    Vector<T> sums[kFolds] = {};
+    for (int64_t c = 0; c < count; ++c) {
+      Vector<T> terms[kFolds];
+      body(c, i, terms);
+      for (int k = 0; k < kFolds; ++k) sums[k] += terms[k];
+    }
+    for (int k = 0; k < kFolds; ++k) {
+      for (int64_t l = 0; l < kLanes<T> && i + l < real_rows; ++l) {
+        folds[k * ld + i + l] += sums[k][l];
+      }
+    }
+  }
+}
+
+// The sums of both softmaxes, and of kinds that need no softmax, of a block of a tile pair.
+template <class PS, class T>
+inline void fold_pair(const DivergenceProblem& p, const TilePair<PS, T>& pair,
+                      const PairScratch<T>& own, const RowRuns<T>& into, int64_t padded,
+                      int64_t row0, int64_t rows) {
+  using K = DivergenceKind;
+  const SidesOf<PS, T> of(pair, own);
+  const int64_t count = pair.student.count, real = std::min(rows, p.student.n - row0);
+  TileSums<T> sums;
+  if (p.kind == K::kReverse) {
+    sums.fold([&](int64_t c, int64_t i, Vector<T>& lead,
+                  Vector<T>& above) { lead = of.u(c, i), above = of.apart(c, i); },
+              count, rows);
+  } else {
+    sums.fold(
+        [&](int64_t c, int64_t i, Vector<T>& lead, Vector<T>& above) {
+          above = -of.apart(c, i);
+          lead = of.u(c, i) + above;
+        },
+        count, rows);
+  }
+  for (int64_t i = 0; i < real; ++i) into.runs[row0 + i].add(sums.run(i));
+  const auto param = static_cast<T>(p.param);
+  if (p.kind == K::kPower) {
+    return fold_power(of.u, of.apart, param, count, rows, real, into.powers + row0);
+  }
+  const auto sum_terms = [&](auto kind) {
+    fold_terms<1, T>(count, rows, real, padded, into.folds + row0,
+                     [&](int64_t c, int64_t i, Vector<T>* out) {
+                       out[0] = divergence_rules::class_term<DivergenceMath<T>>(
+                           kind(), of.u(c, i), of.apart(c, i), param);
+                     });
+  };
+  if (p.kind == K::kSquared) sum_terms([] { return K::kSquared; });
+  if (p.kind == K::kBernoulli) sum_terms([] { return K::kBernoulli; });
+  if (p.kind == K::kBernoulliNorm) sum_terms([] { return K::kBernoulliNorm; });
+}
+
+// The sums of kinds that need both softmaxes, whose lse are known.
+template <class PS, class T>
+inline void fold_softmaxes(const DivergenceProblem& p, const TilePair<PS, T>& pair,
+                           const PairScratch<T>& own, const SoftmaxRows<T>& of_rows,
+                           const RowRuns<T>& into, int64_t padded, int64_t row0, int64_t rows) {
+  using K = DivergenceKind;
+  const SidesOf<PS, T> of(pair, own);
+  const int64_t count = pair.student.count, real = std::min(rows, p.student.n - row0);
+  const auto beta = static_cast<T>(p.param);
+  const auto sum_terms = [&](auto kind) {
+    fold_terms<3, T>(count, rows, real, padded, into.folds + row0,
+                     [&](int64_t c, int64_t i, Vector<T>* out) {
+                       const Vector<T> u = of.u(c, i), apart = of.apart(c, i);
+                       const int64_t row = row0 + i;
+                       const Vector<T> gap =
+                           (apart - load(of_rows.gap_high + row)) - load(of_rows.gap_low + row);
+                       divergence_rules::softmax_terms<DivergenceMath<T>>(
+                           kind(), exp(u - load(of_rows.lse + row)),
+                           exp((u - apart) - load(of_rows.teacher_lse + row)), gap, beta, out);
+                     });
+  };
+  if (p.kind == K::kJensenShannon) sum_terms([] { return K::kJensenShannon; });
+  if (p.kind == K::kTotalVariation) sum_terms([] { return K::kTotalVariation; });
+}
+
+// The targets' scores, with bias and scale, in double.
+template <class T>
+inline void write_both_targets(const DivergenceProblem& p, const T* x, const T* teacher, T* row,
+                               const DivergenceForwardOut& out) {
+  write_targets(p.student, x, row, out.target);
+  if (p.dense.data) {
+    std::fill_n(out.teacher_target, p.student.n, 0.0);
+  } else {
+    write_targets(p.teacher, teacher, row, out.teacher_target);
+  }
+  for (int64_t t = 0; t < p.student.target_count; ++t) {
+    const Target& at = p.student.targets[t];
+    const int64_t id = p.student.ids ? p.student.ids[at.position] : at.position;
+    if (p.dense.data) {
+      with_dense(p.dense, [&](const auto* data) {
+        const auto score = data[at.row * p.dense.row_stride + id * p.dense.column_stride];
+        out.teacher_target[at.row] =
+            static_cast<double>(widened<T>(score)) * scale_of<T>(p.dense, at.row);
+      });
+    }
+    out.target[at.row] += bias_of<T>(p.student, id);
+    out.teacher_target[at.row] += bias_of<T>(p.teacher, id);
+  }
+}
+
+template <class PS, class T>
+size_t divergence_forward_bytes(const DivergenceProblem& given, int threads) {
+  const DivergenceProblem p = in_step(given);
+  const DivergencePlan<PS, T> plan(p, nullptr);
+  return plan.shared_bytes + threads * plan.thread_bytes;
+}
+
+template <class PS, class T>
+void divergence_forward(const DivergenceProblem& given, const DivergenceForwardOut& out,
+                        void* buffer, const Parallel& parallel) {
+  using K = DivergenceKind;
+  const DivergenceProblem p = in_step(given);
+  const int64_t n = p.student.n;
+  const DivergencePlan<PS, T> plan(p, buffer);
+  const int64_t padded = plan.padded;
+  const auto pack = [&](const Problem& side, T* dense, typename PS::Word* columns) {
+    pack_columns<PS>(dense_rows(side, dense), side.n, side.d, side.d, padded, columns);
+  };
+  pack(p.student, plan.dense, plan.columns);
+  if (!p.dense.data) pack(p.teacher, plan.teacher_dense, plan.teacher_columns);
+  const auto shared = plan.shared(p);
+  PairRows<PS, T> x = {plan.columns, plan.dense, plan.teacher_columns, plan.teacher_dense};
+  shared.difference.add_to(x, p, padded);
+  write_both_targets(p, plan.dense, plan.teacher_dense, plan.row, out);
+  for (int index = 0; index < parallel.threads; ++index) {
+    const auto rows = plan.thread(p, index).first.rows;
+    std::fill_n(rows.runs, padded, Run{});
+    std::fill_n(rows.powers, padded, PowerRun{});
+    std::fill_n(rows.folds, kMostFolds * padded, 0.0);
+  }
+  plan.sweep(p, x, parallel, [&](const auto& th, const auto& pair, int64_t row0, int64_t rows) {
+    fold_pair<PS, T>(p, pair, th.pair, th.rows, padded, row0, rows);
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    Run run;
+    PowerRun power;
+    for (int index = 0; index < parallel.threads; ++index) {
+      const auto rows = plan.thread(p, index).first.rows;
+      run.add(rows.runs[i]);
+      power.add(rows.powers[i]);
+    }
+    const double divergence = run.divergence();
+    const bool turned = p.kind == K::kReverse;
+    // the other side's lse by its distance from this one, which has more digits than the two
+    const double other = run.lead == kNoClass ? kNoClass : run.lead + (divergence - run.center);
+    out.lse[i] = turned ? run.lead : other;
+    out.teacher_lse[i] = turned ? other : run.lead;
+    out.folds[i] = p.kind == K::kPower ? power.lse : divergence;
+    if (p.kind == K::kPower) out.folds[n + i] = power.mean;
+  }
+  const bool of_softmaxes = p.kind == K::kJensenShannon || p.kind == K::kTotalVariation;
+  if (of_softmaxes) {
+    const SoftmaxRows<T>& softmaxes = shared.softmaxes;
+    softmaxes.set(n, padded, out.lse, out.teacher_lse, out.teacher_lse);
+    plan.sweep(p, x, parallel, [&](const auto& th, const auto& pair, int64_t row0, int64_t rows) {
+      fold_softmaxes<PS, T>(p, pair, th.pair, softmaxes, th.rows, padded, row0, rows);
+    });
+  }
+  if (of_softmaxes || p.kind >= K::kBernoulli) {
+    for (int k = 0; k < folds_of(p.kind); ++k) {
+      for (int64_t i = 0; i < n; ++i) {
+        double total = 0;
+        for (int index = 0; index < parallel.threads; ++index) {
+          total += plan.thread(p, index).first.rows.folds[k * padded + i];
+        }
+        out.folds[k * n + i] = total;
+      }
+    }
+  }
+}
+
+}  // namespace fused_losses::FL_ISA

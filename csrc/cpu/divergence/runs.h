@@ -1,0 +1,94 @@
+// Runs of classes as one row has them, in double: log sums, the mean gap, and what the Kullback-
+// Leibler divergence has beyond it; two runs into one without a cancellation.
+//
+// With weights w = exp(a) of the leading side, d = a - b beside the other side and c the mean of d
+// under w:   KL = log(1 + r),   r = sum w (exp(c - d) - 1 - (c - d)) / sum w >= 0.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "../../rules/divergence.h"
+
+namespace fused_losses::FL_ISA {
+
+struct NumberMath {
+  using Scalar = double;
+  using Value = double;
+};
+
+inline double exp_excess(double h) {
+  if (h > -0.5 && h < 0.5) return divergence_rules::exp_excess<NumberMath>(h);
+  return std::expm1(h) - h;
+}
+
+// log(exp(a) + exp(b)) and the two shares of it.
+struct LogSum {
+  double sum, a, b;
+
+  LogSum(double first, double second) {
+    const bool turned = second > first;
+    const double e = std::exp(turned ? first - second : second - first);
+    sum = (turned ? second : first) + std::log1p(e);
+    const double major = 1 / (1 + e), minor = e * major;
+    a = turned ? minor : major;
+    b = turned ? major : minor;
+  }
+};
+
+constexpr double kNoClass = -std::numeric_limits<double>::infinity();
+constexpr double kFarExcess = 1e30;  // beyond it, and at inf, r is not looked at
+
+struct Run {
+  double lead = kNoClass, other = kNoClass;  // log sum exp a, log sum exp b
+  double center = 0, excess = 0;             // c, r
+
+  // log(1 + r) where r is out of range is not small: the difference serves.
+  double divergence() const {
+    if (lead == kNoClass) return 0;
+    if (excess < kFarExcess) return std::log1p(excess < 0 ? 0 : excess);
+    return other - lead + center;
+  }
+
+  // (1 + r) exp(h) - 1 - h, times a share whose logarithm is given.
+  double moved(double share, double log_share, double h) const {
+    if (excess < kFarExcess && h > -30 && h < 30) {
+      return share * (excess * std::exp(h) + exp_excess(h));
+    }
+    const double more = excess < kFarExcess ? std::log1p(excess) : other - lead + center;
+    return std::exp(log_share + h + more) - share * (1 + h);
+  }
+
+  void add(const Run& run) {
+    if (run.lead == kNoClass) return;
+    if (lead == kNoClass) {
+      *this = run;
+      return;
+    }
+    const LogSum leads(lead, run.lead), others(other, run.other);
+    const double step = run.center - center, here = leads.b * step, there = -leads.a * step;
+    excess =
+        moved(leads.a, lead - leads.sum, here) + run.moved(leads.b, run.lead - leads.sum, there);
+    center += here;
+    lead = leads.sum;
+    other = others.sum;
+  }
+};
+
+// log sum exp(eps v) and the mean of u under its softmax.
+struct PowerRun {
+  double lse = kNoClass, mean = 0;
+
+  void add(const PowerRun& run) {
+    if (run.lse == kNoClass) return;
+    if (lse == kNoClass) {
+      *this = run;
+      return;
+    }
+    const LogSum sums(lse, run.lse);
+    mean += sums.b * (run.mean - mean);
+    lse = sums.sum;
+  }
+};
+
+}  // namespace fused_losses::FL_ISA
