@@ -43,7 +43,7 @@ from fused_losses.primitives.divergence.inputs import (
 )
 from fused_losses.primitives.divergence.reference import reference
 from fused_losses.primitives.divergence.rules import DIVERGENCES
-from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
+from fused_losses.primitives.op import StreamedOp
 
 
 class DivergenceStatistics(NamedTuple):
@@ -140,8 +140,6 @@ class DivergenceOp(StreamedOp):
 
     name = primitive = "divergence"
     schema, backward_schema = FORWARD, BACKWARD
-    # the tiles are PyTorch on the CPU too, their products are the compiled op's
-    python_backends = (*PYTHON_BACKENDS, "cpu")
 
     def setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
         lse, teacher_lse, _, _, folds = output
@@ -198,6 +196,6 @@ class DivergenceOp(StreamedOp):
 
 
 # backends without kernels of their own: tiles in PyTorch, products on the backend
-ON_TILES = ("bounded", "cpu", "cuda")
+ON_TILES = ("bounded", "cuda")
 DIVERGENCE = DivergenceOp()
 DIVERGENCE.define()
