@@ -23,7 +23,7 @@ from torch import Tensor
 from fused_losses.backends.cpu.capability import extension
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import CLASS_RULES, class_gradients, class_statistics
-from fused_losses.primitives.class_rules.rules import CLASS_FOLDS
+from fused_losses.primitives.class_rules.rules import CLASS_FOLDS, KERNEL_RULES
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,10 @@ def cosines(dtype: torch.dtype) -> Tensor:
     edges = [0.0, -0.0, 1.0, -1.0, 1 + eps, -1 - eps, 1 - eps, 0.5, -0.5, eps, 1.5, -1.5]
     inner = torch.linspace(-1, 1, 501, dtype=torch.float64)
     return torch.cat([inner, torch.tensor(edges, dtype=torch.float64)]).to(dtype)
+
+
+def test_every_rule_in_kernels_is_held_to_python() -> None:
+    assert {ruled.rule for ruled in RULES.values()} == KERNEL_RULES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
