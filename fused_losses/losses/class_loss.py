@@ -22,8 +22,10 @@ from fused_losses.losses.class_values import (
     SphereFace2,
     count_negatives,
 )
+from fused_losses.losses.difference_values import WestonWatkins
+from fused_losses.losses.normalized_values import ActivePassive
 from fused_losses.losses.positions import over_positions
-from fused_losses.losses.probability_values import GCE
+from fused_losses.losses.probability_values import GCE, MAE
 from fused_losses.primitives.class_rules.bounded import targets
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import class_statistics, class_targets, is_reference
@@ -102,10 +104,12 @@ def class_loss(
         plain = centers == 1 and labels.shape[1] == 1 and loss.softness == 0
         if loss.asks_hardest:
             merged = _hardest(inputs, present, backend)
-        elif plain and loss.rule == "softmax" and not loss.counts:
+        elif plain and loss.rule == "softmax":
             options = ClassOptions(normalize, ignore_index, classes, precision, reduction, backend)
             seen = ClassRows(x, weight.flatten(0, -2), labels[:, 0], valid, norms, options)
             merged = _compiled(seen, loss, present)
+            if loss.counts:
+                merged = merged._replace(negatives=count_negatives(labels, inputs.taking_part))
         else:
             merged = _by_rule(inputs, loss, present, backend)
         rows = loss.row_loss(merged._replace(norms=norms))
@@ -175,9 +179,12 @@ def _check(embeddings: Tensor, weight: Tensor, reduction: str) -> None:
 
 _LOSSES = {
     "GCE": GCE(scale=16.0),
+    "ActivePassive": ActivePassive(MAE(), scale=16.0),
     "SFace": SFace(),
     "SphereFace2": SphereFace2(0.3),
+    "WestonWatkins": WestonWatkins(scale=16.0),
     "class_loss": Softmax(),
+    "capped": Softmax(None, 16.0, z_loss=0.01, softcap=8.0),
 }
 for _name, _loss in _LOSSES.items():
     examples(class_loss, lambda f, t: f(t.x, t.w, t.targets), {"": {"loss": _loss}}, name=_name)
