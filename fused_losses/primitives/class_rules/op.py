@@ -204,8 +204,8 @@ class ClassRulesOp(StreamedOp):
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         p, needs = ClassInputs(*arguments[3:-NEEDS]), ClassNeeds(*arguments[-NEEDS:])
-        of_statistics, _, statistics = arguments[:3]
-        given = *arguments[:3], p, needs.compact, needs.x, needs.weight
+        of_statistics, of_targets, statistics = arguments[:3]
+        given = of_statistics, of_targets, statistics, p, needs.compact, needs.x, needs.weight
         if _in_kernels(backend, p):
             found = self.form(backend).backward(*given)
         else:
