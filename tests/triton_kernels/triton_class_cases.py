@@ -263,7 +263,7 @@ def test_op_is_registered() -> None:
     torch.library.opcheck(CLASS_RULES.op("triton"), tuple(p))
     found = CLASS_RULES.op("triton")(*p)
     up = made.of_statistics, made.of_targets, found[0]
-    torch.library.opcheck(CLASS_RULES.op("triton", "_backward"), (*up, *p, True, True, True))
+    torch.library.opcheck(CLASS_RULES.op("triton", "_backward"), (*up, *p, True, True, True, False))
 
 
 LOSSES = {
@@ -296,7 +296,7 @@ def test_plan_is_that_of_the_form() -> None:
     plan = explain(class_loss, x, w, labels, Softmax(), backend="triton")
     assert plan.backend == "triton"
     p = ClassInputs(x, w.flatten(0, 1), labels[:, None], params=[64.0], centers=3)
-    for needs in (None, ClassNeeds(False, True, True)):
+    for needs in (None, ClassNeeds(False, True, True, False)):
         told = CLASS_RULES.workspace(
             "triton", "" if needs is None else "_backward",
             tuple(p) if needs is None else (x, x, x, *p, *needs),

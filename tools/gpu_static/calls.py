@@ -114,7 +114,7 @@ CALLS: dict[str, HostCall] = {
     "class_rules best sface": _call(class_rules, d=512, **HALF, rule="sface", **CENTERS),
     "class_rules soft": _call(class_rules, *ALSO, "sm_120", d=512, **HALF, **SOFT),
     "class_rules soft sphereface2": _call(class_rules, d=512, **HALF, rule="sphereface2", **SOFT),
-    "class_rules D500 fp16": _call(class_rules, "sm_90", d=500, dtype=FP16, **SOFT),
+    "class_rules D500": _call(class_rules, "sm_90", d=500, **HALF, **SOFT),
     "class_rules fp32": _call(class_rules, *ALSO, d=512, **WIDE, rule="sphereface2", **LABELS),
     "class_rules fp32 sface": _call(class_rules, "sm_90", d=512, **WIDE, rule="sface"),
     "class_rules fp32 best": _call(class_rules, "sm_89", d=512, **WIDE, **CENTERS),
