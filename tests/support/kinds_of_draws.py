@@ -105,7 +105,8 @@ def _digits(name: str, draw: Draw, choice: random.Random) -> Found:
     of, _, opposite = name.partition(", ")
     near = choice.choice(list(digit_draws.NEAR))
     torch.manual_seed(draw.seed)
-    shape = choice.randint(1, 4), choice.randint(2, 6)
+    # a mean over pairs of one row is over nothing
+    shape = choice.randint(2, 4), choice.randint(2, 6)
     for who, errors, bounds in digit_draws.judge(of, bool(opposite), near, shape):
         within = all(e <= b for e, b in zip(errors, bounds, strict=True))
         yield who, within, (near, shape, errors, bounds)
