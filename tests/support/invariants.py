@@ -157,6 +157,8 @@ def _scalar(case: Case) -> bool:
     return case.formula(in_dtype(case, case.make(5, 5, 3), torch.float64)).dim() == 0
 
 
+# what a row has
+OF_ROWS = ("x", "labels", "targets", "drawn", "teacher", "counts")
 BY_PLACE = ("nt_xent_views", "supervised_contrastive_anchors", "n_pairs")
 MADE = {name: set(vars(case.make(5, 5, 3))) for name, case in CASES.items()}
 # one labelled batch, or rows and classes
@@ -174,7 +176,11 @@ COLUMNS = [
     if fields == {"x", "y", "labels", "y_labels"}
     or (fields == {"x", "y", "v", "scale", "labels", "y_labels"} and "attention" in name)
 ]
-CLASSES = [name for name, fields in MADE.items() if {"targets", "w"} <= fields]
+# which ask for class 0 by its place
+PLACED = ("softmax_outputs", "softmax_outputs_capped")
+CLASSES = [
+    name for name, fields in MADE.items() if {"targets", "w"} <= fields and name not in PLACED
+]
 SYMMETRIC = [f"pairwise_{m}" for m in "euclidean sqeuclidean cityblock chebyshev cosine".split()]
 SYMMETRIC += [f"pairwise_{m}" for m in "canberra hellinger jensenshannon correlation".split()]
 SHIFTED = [
@@ -197,7 +203,7 @@ INVARIANTS: dict[tuple[str, str], Invariant] = {
         (
             "order of rows",
             BATCH,
-            lambda n: _reordered(n, "x", "labels", "targets", "drawn", "teacher"),
+            lambda n: _reordered(n, *OF_ROWS),
         ),
         ("order of columns", COLUMNS, lambda n: _reordered(n, "y", "y_labels", "v")),
         ("order of classes", CLASSES, _reordered_classes),
