@@ -117,7 +117,8 @@ def sizes(t: Inputs) -> Inputs:
 
 
 def powers(x: Tensor) -> Tensor:
-    return torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)
+    dead = x <= 0  # a NaN is not
+    return torch.where(dead, 0, torch.where(dead, 1, x).sqrt())
 
 
 def hellinger(t: Inputs) -> Tensor:

@@ -23,8 +23,9 @@ from fused_losses.base.numerics import ROUNDOFF, accumulate_dtype
 
 # views made of the rows as they are; squares of these; what a rounding of 16 bits chooses
 NOT_OF_DIRECTIONS = ("nt_xent_views", "n_pairs", "harmonic_triplet")
-# of denormals: a product with a weight has their grain; the kernels' logarithm is that of 1e-38
-NO_DENORMALS = ("pairwise_weighted", "pairwise_kl")
+# of denormals: a product with a weight has their grain; the kernels' logarithm is that of 1e-38;
+# on a GPU backend such classes count as zero
+NO_DENORMALS = ("pairwise_weighted", "pairwise_kl", "softmax_outputs")
 LENGTHS = {"1e-40": 1e-40, "1e-30": 1e-30, "1e30": 1e30, "from 1e-30 to 1e30": None}
 # of these tests/losses/test_class_lengths.py: on a GPU backend denormal classes count as zero
 OVER_CLASSES = (
