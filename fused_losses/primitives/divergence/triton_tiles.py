@@ -40,8 +40,11 @@ TILES: dict[str, Tiles] = {
     "sm_100": _tiles(
         wide(Tile(128, 64, 64), Tile(128, 64, 32), Tile(128, 32, 32)),
         wide(Tile(128, 32, 64), Tile(128, 32, 32), Tile(128, 32, 32)),
-        same(Tile(64, 16, 32), *ALL),
-    ),
+        # half with slices of 32 spills 22 bytes
+        wide(Tile(64, 16, 16), Tile(64, 16, 32), Tile(64, 16, 32)),
+    )
+    # 128 x 64 with biases of both sides spills 144 bytes
+    | by_kernel(gradient=wide(Tile(128, 32, 64), Tile(128, 32, 32), Tile(128, 32, 32))),
     "gfx942": _tiles(
         same(Tile(128, 64, 32, 8, 2), *ALL),
         same(Tile(64, 32, 32, 8, 2), *ALL),
