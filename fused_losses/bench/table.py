@@ -10,7 +10,13 @@ import torch
 
 from fused_losses.bench.heads import cases as head_cases
 from fused_losses.bench.heads import class_rules
-from fused_losses.bench.micro import batch_cases, cases, distance_cases, pair_cases
+from fused_losses.bench.micro import (
+    batch_cases,
+    cases,
+    distance_cases,
+    distillation_cases,
+    pair_cases,
+)
 from fused_losses.bench.micro.cases import Case
 
 Shape = tuple[int, ...]
@@ -107,6 +113,7 @@ CASES = {
         lambda rounds, shape: (every if shape[0] * shape[1] <= 3e7 else half)(rounds, shape),
         in_16_bits=True,
     ),
+    "distillation": Entry(distillation_cases.distillation, "shape", in_16_bits=True),
     "class_centers": Entry(head_cases.class_centers, "head"),
     "spherical_head": Entry(head_cases.spherical_head, "head"),
     **{

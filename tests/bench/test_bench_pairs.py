@@ -14,12 +14,15 @@ from fused_losses.bench.micro.cases import Case
 from fused_losses.bench.table import CASES
 
 SIZES = {"n": 48, "d": 32}
-TOKENS = {"q": 5, "lq": 4, "b": 7, "ld": 9, "d": 32}
-MAKERS = {name: e.make for name, e in CASES.items() if e.sizes in ("pairs", "tokens")}
+OTHERS = {
+    "maxsim": {"q": 5, "lq": 4, "b": 7, "ld": 9, "d": 32},
+    "distillation": {"n": 16, "c": 300, "d": 32},
+}
+MAKERS = {name: e.make for name, e in CASES.items() if e.sizes == "pairs" or name in OTHERS}
 
 
 def made(name: str, rivals: str) -> Case:
-    return MAKERS[name](**(TOKENS if name == "maxsim" else SIZES), rivals=rivals)
+    return MAKERS[name](**OTHERS.get(name, SIZES), rivals=rivals)
 
 
 @pytest.mark.parametrize("name", MAKERS)

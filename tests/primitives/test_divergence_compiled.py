@@ -39,7 +39,10 @@ def inputs(
     call: Call, kind: str, params: list[float] | None = None, precision: str = "fp32"
 ) -> DivergenceInputs:
     return DivergenceInputs(
-        *vars(call).values(), kind, PARAMS[kind] if params is None else params, precision
+        *vars(call).values(),
+        kind=kind,
+        params=PARAMS[kind] if params is None else params,
+        precision=precision,
     )
 
 

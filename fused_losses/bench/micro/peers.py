@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,32 @@ def cross_entropy(x: Tensor, w: Tensor, y: Tensor, scale: float) -> dict[str, Pr
             fused = liger.LigerFusedLinearCrossEntropyLoss()
             losses["Liger"] = lambda x, w, y: fused(F.normalize(w), F.normalize(x) * scale, y)
     return _steps(losses, x, w, y)
+
+
+def distillation(of_scores: Loss) -> dict[str, Loss]:
+    """Liger's fused distillation, which walks by chunks of 1,024 rows, of a loss of two scores."""
+    found = peer("liger_kernel.chunked_loss.fused_linear_distillation")
+    if found is None:
+        return {}
+    base = found.LigerFusedLinearDistillationBase
+
+    class Fused(base):
+        @staticmethod
+        def distillation_loss_fn(u: Tensor, v: Tensor, **_: object) -> Tensor:
+            return of_scores(u, v) * len(u)
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+            return base.forward(Fused, ctx, *inputs, weight_hard_loss=0.0, weight_soft_loss=1.0)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple:
+            return base.backward(ctx, grad)[:5]
+
+    def loss(x: Tensor, w: Tensor, t: Tensor, wt: Tensor) -> Tensor:
+        return Fused.apply(x, w, t, wt, torch.zeros(len(x), dtype=torch.int64, device=x.device))
+
+    return {"Liger": loss}
 
 
 def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> dict[str, Provider]:
