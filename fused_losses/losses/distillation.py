@@ -151,9 +151,11 @@ def distillation(
                 teacher, teacher_weight, dull, unit_teacher, valid, accumulate
             )
             bias = _biased(teacher_bias, number, accumulate)
-            sides = (rows, teacher_weight, bias, scales)
             if not teacher_grad:
-                rows, teacher_weight, bias, scales = (v if v is None else v.detach() for v in sides)
+                rows = rows.detach()
+                teacher_weight, bias, scales = (
+                    v if v is None else v.detach() for v in (teacher_weight, bias, scales)
+                )
             inputs = DivergenceInputs(
                 x, student_weight, rows, teacher_weight, labels, classes, of_student[2], bias,
                 scales, unit_student, unit_teacher and teacher_weight is not None, of.divergence,

@@ -34,7 +34,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inputs(call: Call, kind: str, params: list[float]) -> DivergenceInputs:
-    return DivergenceInputs(*vars(call).values(), kind, params)
+    return DivergenceInputs(**vars(call), kind=kind, params=params)
 
 
 def found(call: Call, kind: str, params: list[float], backend: str) -> DivergenceStatistics:
@@ -44,7 +44,8 @@ def found(call: Call, kind: str, params: list[float], backend: str) -> Divergenc
 def pulled(out: tuple[Tensor, ...], call: Call) -> list[Tensor]:
     """Gradients of all leaves, of one fixed random sum of the outputs."""
     drawn = torch.Generator().manual_seed(3)
-    total = sum((o * torch.randn(o.shape, generator=drawn, dtype=o.dtype)).sum() for o in out)
+    weights = [torch.randn(o.shape, generator=drawn, dtype=o.dtype) for o in out]
+    total = torch.stack([(o * w).sum() for o, w in zip(out, weights, strict=True)]).sum()
     given = torch.autograd.grad(total, call.leaves, allow_unused=True, materialize_grads=True)
     return list(given)
 

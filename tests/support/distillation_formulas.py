@@ -57,5 +57,6 @@ def of_scores(
     if cut:
         p, q = (torch.sigmoid(z).clamp(cut, 1 - cut) for z in (v, u))
         return t**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1)
-    parts = (v.sigmoid() * (F.logsigmoid(v) - F.logsigmoid(u)) for v, u in ((v, u), (-v, -u)))
-    return t**2 * sum(parts).sum(1)
+    yes = v.sigmoid() * (F.logsigmoid(v) - F.logsigmoid(u))
+    no = (-v).sigmoid() * (F.logsigmoid(-v) - F.logsigmoid(-u))
+    return t**2 * (yes + no).sum(1)

@@ -143,7 +143,7 @@ def _tiles(p: DivergenceInputs, backend: str) -> Iterator[_Tile]:
         u = u if p.bias is None else u + p.bias[ids].to(wide)
         v = v if p.teacher_bias is None else v + p.teacher_bias[ids].to(wide)
         numbers = torch.arange(part.start, part.stop, device=u.device)
-        others = p.labels[:, None] != (numbers if p.classes is None else ids)
+        others = torch.ne(p.labels[:, None], numbers if p.classes is None else p.classes[part])
         yield _Tile(ids, part, student, teacher, dense, u, v, others)
 
 

@@ -69,7 +69,8 @@ def divergence(inputs: DivergenceInputs, *, backend: str | None = None) -> Diver
     name = choose(inputs, backend)
     with no_autocast(inputs.x.device):
         found = reference(inputs) if name == "reference" else DIVERGENCE(name, *inputs)
-    *vectors, folds = found
+    lse, teacher_lse, target, teacher_target, folds = found
+    vectors = lse, teacher_lse, target, teacher_target
     return DivergenceStatistics(*vectors, folds[: DIVERGENCES[inputs.kind].differentiable])
 
 

@@ -81,9 +81,10 @@ def reference(p: DivergenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     targets = [torch.where(here, z.gather(1, picked)[:, 0], 0) for z in (u, v)]
     ids = torch.arange(u.shape[1], device=u.device) if p.classes is None else p.classes
     u, v, others = u[:, ids], v[:, ids], p.labels[:, None] != ids
-    both = [over_last(z, others) for z in (u, v)]
-    folds = torch.stack(_folds(p, u, v, *both, others))
+    lse, teacher_lse = over_last(u, others), over_last(v, others)
+    folds = torch.stack(_folds(p, u, v, lse, teacher_lse, others))
     # an infinite score is a fault that must show
-    both = [torch.where(lse == torch.inf, torch.nan, lse) for lse in both]
-    lse, teacher_lse, target, teacher_target, folds = (t.to(wide) for t in (*both, *targets, folds))
+    lse, teacher_lse = (torch.where(t == torch.inf, torch.nan, t) for t in (lse, teacher_lse))
+    found = (lse, teacher_lse, *targets, folds)
+    lse, teacher_lse, target, teacher_target, folds = (t.to(wide) for t in found)
     return lse, teacher_lse, target, teacher_target, folds
