@@ -15,7 +15,7 @@ from fused_losses.base.numerics import (
     unit_rows,
 )
 from fused_losses.base.validation import NO_TARGET, describe
-from fused_losses.losses.distillation_kinds import KINDS, Kind, checked_options
+from fused_losses.losses.distillation_kinds import KINDS, DistillationKind, checked_options
 from fused_losses.losses.top_teacher import TopTeacher, check_top, top_distillation
 from fused_losses.primitives.divergence.inputs import DivergenceInputs
 from fused_losses.primitives.divergence.op import divergence
@@ -205,7 +205,12 @@ def _teacher_rows(
 
 
 def _checked_labels(
-    kind: str, of: Kind, labels: Tensor | None, student: Tensor, c: int, ignore_index: int
+    kind: str,
+    of: DistillationKind,
+    labels: Tensor | None,
+    student: Tensor,
+    c: int,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """Which rows take part [N] bool, and the labels that stand apart, -1: none [N]."""
     n = student.shape[0]

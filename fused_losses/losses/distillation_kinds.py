@@ -19,7 +19,7 @@ from fused_losses.primitives.divergence.rules import bernoulli_kl
 Option = float | None
 
 
-class Options(NamedTuple):
+class DistillationOptions(NamedTuple):
     """What a kind is told, each None where it takes none."""
 
     alpha: Option = None
@@ -28,20 +28,20 @@ class Options(NamedTuple):
     removed: Option = None
 
 
-class Kind(NamedTuple):
+class DistillationKind(NamedTuple):
     """One way to distil: a divergence and the loss of a row by its statistics."""
 
     divergence: str
-    loss: Callable[[DivergenceStatistics, Options], Tensor]  # [N]
-    params: Callable[[Options], list[float]] = lambda o: []
-    defaults: Options = Options()
+    loss: Callable[[DivergenceStatistics, DistillationOptions], Tensor]  # [N]
+    params: Callable[[DistillationOptions], list[float]] = lambda o: []
+    defaults: DistillationOptions = DistillationOptions()
     temperature: float = 1.0
     squared: bool = False  # times T^2
     labelled: bool = False  # the label's class stands apart
     mean: bool = False  # over the classes
 
 
-def _fold(s: DivergenceStatistics, o: Options) -> Tensor:  # noqa: ARG001 (one signature)
+def _fold(s: DivergenceStatistics, o: DistillationOptions) -> Tensor:  # noqa: ARG001 (one signature)
     return s.folds[0]
 
 
@@ -72,13 +72,13 @@ def _soft(s: DivergenceStatistics) -> _Soft:
     )
 
 
-def _self_distillation(s: DivergenceStatistics, o: Options) -> Tensor:
+def _self_distillation(s: DivergenceStatistics, o: DistillationOptions) -> Tensor:
     assert o.alpha is not None
     t = _soft(s)
     return (1 - o.alpha) * t.hard + o.alpha * (t.own * t.hard + t.others * t.further)
 
 
-def _one_for_all(s: DivergenceStatistics, o: Options) -> Tensor:
+def _one_for_all(s: DivergenceStatistics, o: DistillationOptions) -> Tensor:
     assert o.eps is not None
     t = _soft(s)
     _, teacher_lse, alone = _finite(s)
@@ -89,7 +89,7 @@ def _one_for_all(s: DivergenceStatistics, o: Options) -> Tensor:
     return torch.expm1(o.eps * torch.log1p(t.own)) * t.hard + mass * t.further
 
 
-def _decoupled(s: DivergenceStatistics, o: Options) -> Tensor:
+def _decoupled(s: DivergenceStatistics, o: DistillationOptions) -> Tensor:
     lse, teacher_lse, alone = _finite(s)
     assert o.alpha is not None and o.beta is not None
     z_s, z_t = (
@@ -103,42 +103,63 @@ def _decoupled(s: DivergenceStatistics, o: Options) -> Tensor:
     return o.alpha * torch.where(alone, 0, bernoulli_kl(z_s, z_t)) + o.beta * others
 
 
-def _limit(o: Options) -> list[float]:
+def _limit(o: DistillationOptions) -> list[float]:
     """The score at which a sigmoid is cut to [eps, 1 - eps]."""
     return [math.log1p(-o.eps) - math.log(o.eps) if o.eps else math.inf]
 
 
-KINDS: Mapping[str, Kind] = MappingProxyType(
+KINDS: Mapping[str, DistillationKind] = MappingProxyType(
     {
-        "kl": Kind("forward", _fold, squared=True),
-        "reverse_kl": Kind("reverse", _fold, squared=True),
-        "jsd": Kind(
-            "jensen_shannon", _fold, lambda o: [o.beta or 0.0], Options(beta=0.5), squared=True
+        "kl": DistillationKind("forward", _fold, squared=True),
+        "reverse_kl": DistillationKind("reverse", _fold, squared=True),
+        "jsd": DistillationKind(
+            "jensen_shannon",
+            _fold,
+            lambda o: [o.beta or 0.0],
+            DistillationOptions(beta=0.5),
+            squared=True,
         ),
-        "tv": Kind("total_variation", _fold),
-        "soft_ce": Kind("power", lambda s, o: s.lse - s.folds[1], lambda o: [1.0]),
-        "pskd": Kind(
-            "power", _self_distillation, lambda o: [1.0], Options(alpha=0.8), labelled=True
+        "tv": DistillationKind("total_variation", _fold),
+        "soft_ce": DistillationKind("power", lambda s, o: s.lse - s.folds[1], lambda o: [1.0]),
+        "pskd": DistillationKind(
+            "power",
+            _self_distillation,
+            lambda o: [1.0],
+            DistillationOptions(alpha=0.8),
+            labelled=True,
         ),
-        "dkd": Kind(
-            "forward", _decoupled, defaults=Options(alpha=1.0, beta=8.0), temperature=4.0,
-            squared=True, labelled=True,
+        "dkd": DistillationKind(
+            "forward",
+            _decoupled,
+            defaults=DistillationOptions(alpha=1.0, beta=8.0),
+            temperature=4.0,
+            squared=True,
+            labelled=True,
         ),
-        "ofa": Kind(
-            "power", _one_for_all, lambda o: [o.eps or 0.0], Options(eps=1.0), labelled=True
+        "ofa": DistillationKind(
+            "power",
+            _one_for_all,
+            lambda o: [o.eps or 0.0],
+            DistillationOptions(eps=1.0),
+            labelled=True,
         ),
-        "bernoulli": Kind(
-            "bernoulli", _fold, _limit, Options(eps=0.0), temperature=2.0, squared=True
+        "bernoulli": DistillationKind(
+            "bernoulli", _fold, _limit, DistillationOptions(eps=0.0), temperature=2.0, squared=True
         ),
-        "bernoulli_norm": Kind(
-            "bernoulli_norm", _fold, _limit, Options(eps=0.0), temperature=2.0, squared=True
+        "bernoulli_norm": DistillationKind(
+            "bernoulli_norm",
+            _fold,
+            _limit,
+            DistillationOptions(eps=0.0),
+            temperature=2.0,
+            squared=True,
         ),
-        "mse": Kind("squared", _fold, mean=True),
+        "mse": DistillationKind("squared", _fold, mean=True),
     }
-)  # fmt: skip
+)
 
 
-def checked_options(kind: str, of: Kind, **given: Option) -> Options:
+def checked_options(kind: str, of: DistillationKind, **given: Option) -> DistillationOptions:
     """The kind's own options; those that it does not take are refused."""
     check_plain(**given)
     for name, value in given.items():

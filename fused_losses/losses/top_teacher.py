@@ -12,7 +12,7 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import merged, softplus
 from fused_losses.base.validation import NO_TARGET, describe
-from fused_losses.losses.distillation_kinds import Options
+from fused_losses.losses.distillation_kinds import DistillationOptions
 from fused_losses.primitives.row_statistics import reference
 from fused_losses.primitives.row_statistics.op import row_statistics
 from fused_losses.primitives.topk.listed import listed
@@ -78,7 +78,7 @@ def top_distillation(
     teacher: TopTeacher,
     temperature: Tensor,
     labels: Tensor,  # [N], -1: none
-    options: Options,
+    options: DistillationOptions,
     normalize: bool,
     precision: str,
     backend: str | None,

@@ -7,6 +7,7 @@ import pytest
 from fused_losses.primitives.class_rules.inputs import ClassInputs, ClassNeeds
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.divergence.inputs import DivergenceInputs, DivergenceNeeds
+from fused_losses.primitives.divergence.op import DIVERGENCE
 from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
 from fused_losses.primitives.op import OPS
 from fused_losses.primitives.pairs.inputs import BEFORE, PairInputs, PairNeeds
@@ -27,7 +28,7 @@ TUPLES = {
     "distance_matrix": (DistanceInputs, DistanceNeeds, 0, 2),
     "row_losses": (RowInputs, RowNeeds, 0, 1),
     "class_rules": (ClassInputs, ClassNeeds, 0, 3),
-    "divergence": (DivergenceInputs, DivergenceNeeds, 0, 5),
+    DIVERGENCE.name: (DivergenceInputs, DivergenceNeeds, 0, 5),
     "pair_topk": (TopkInputs, None, 0, None),
     "shared_negatives": (SharedInputs, None, 0, 1),
 }

@@ -79,7 +79,7 @@ def _product_bytes(
     return form.workspace(inputs, None if needs is None else DistanceNeeds(True, True, False))
 
 
-class _Side(NamedTuple):
+class _ScoredSide(NamedTuple):
     """Rows, a tile of their weight and their products."""
 
     rows: Tensor  # [N, D]
@@ -88,13 +88,13 @@ class _Side(NamedTuple):
     product: Tensor  # [N, T]
 
 
-class _Tile(NamedTuple):
+class _PairedTile(NamedTuple):
     """A run of T classes against every row, on both sides."""
 
     ids: slice | Tensor  # of the classes
     part: slice  # of those that take part
-    student: _Side
-    teacher: _Side | None
+    student: _ScoredSide
+    teacher: _ScoredSide | None
     dense: Tensor | None  # [N, T] scores of a teacher without a weight, as given
     u: Tensor  # [N, T] in row_dtype
     v: Tensor  # [N, T]
@@ -108,13 +108,13 @@ def _side(
     ids: slice | Tensor,
     normalize: bool,
     precision: str,
-) -> _Side:
+) -> _ScoredSide:
     part = weight[ids].to(rows.dtype)
     unit = unit_parts(part) if normalize else None
     part = part if unit is None else unit.rows
     if backend == "bounded":
-        return _Side(rows, part, unit, rows @ part.T)
-    return _Side(rows, part, unit, DISTANCE_MATRIX(backend, rows, part, *_dot(precision)))
+        return _ScoredSide(rows, part, unit, rows @ part.T)
+    return _ScoredSide(rows, part, unit, DISTANCE_MATRIX(backend, rows, part, *_dot(precision)))
 
 
 def _dot(precision: str) -> tuple[None, str, float, str]:
@@ -122,7 +122,7 @@ def _dot(precision: str) -> tuple[None, str, float, str]:
     return None, "dot", 2.0, precision
 
 
-def _tiles(p: DivergenceInputs, backend: str) -> Iterator[_Tile]:
+def _tiles(p: DivergenceInputs, backend: str) -> Iterator[_PairedTile]:
     wide, n = row_dtype(p.x.device), p.x.shape[0]
     x = p.x.to(p.dtype)
     t = p.teacher if p.teacher_weight is None else p.teacher.to(p.dtype)
@@ -144,7 +144,7 @@ def _tiles(p: DivergenceInputs, backend: str) -> Iterator[_Tile]:
         v = v if p.teacher_bias is None else v + p.teacher_bias[ids].to(wide)
         numbers = torch.arange(part.start, part.stop, device=u.device)
         others = torch.ne(p.labels[:, None], numbers if p.classes is None else p.classes[part])
-        yield _Tile(ids, part, student, teacher, dense, u, v, others)
+        yield _PairedTile(ids, part, student, teacher, dense, u, v, others)
 
 
 # ---- targets ------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def _target(
 # ---- sums over the classes ----------------------------------------------------------------------
 
 
-class _Gap(NamedTuple):
+class _GapSums(NamedTuple):
     """Of the leading softmax q and gaps d = leading score - other score, [N] each."""
 
     lse: Tensor  # of the leading scores
@@ -182,7 +182,7 @@ class _Gap(NamedTuple):
     far: Tensor  # bool: some |r| > FAR, the excess tells nothing
 
 
-def _gap_of(lead: Tensor, other: Tensor, others: Tensor) -> _Gap:
+def _gap_of(lead: Tensor, other: Tensor, others: Tensor) -> _GapSums:
     """Of a tile."""
     lse = over_last(lead, others)
     share = torch.where(others, (lead - _finite(lse)).exp(), 0)
@@ -190,10 +190,10 @@ def _gap_of(lead: Tensor, other: Tensor, others: Tensor) -> _Gap:
     mean = (share * gap).sum(dim=1)
     r = torch.where(others, mean[:, None] - gap, 0)
     far = (r.abs() > FAR).any(dim=1)
-    return _Gap(lse, mean, (share * exp_excess(r.clamp(-FAR, FAR))).sum(dim=1), far)
+    return _GapSums(lse, mean, (share * exp_excess(r.clamp(-FAR, FAR))).sum(dim=1), far)
 
 
-def _joined(a: _Gap, b: _Gap) -> _Gap:
+def _joined(a: _GapSums, b: _GapSums) -> _GapSums:
     """Of two disjoint sets of classes, as variances are: each about the mean of both."""
     lse = merged(a.lse, b.lse)
     mass = [(part.lse - torch.where(lse == -torch.inf, 0, lse)).exp() for part in (a, b)]
@@ -205,7 +205,7 @@ def _joined(a: _Gap, b: _Gap) -> _Gap:
         far = far | ((step.abs() > FAR) & ~empty)
         step = torch.where(empty, 0, step).clamp(-FAR, FAR)
         excess = excess + weight * (step.exp() * part.excess + exp_excess(step))
-    return _Gap(lse, mean, excess, far)
+    return _GapSums(lse, mean, excess, far)
 
 
 def _finite(lse: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def _finite(lse: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, 0, lse)[:, None]
 
 
-def _leibler(gap: _Gap, lse: Tensor) -> Tensor:
+def _leibler(gap: _GapSums, lse: Tensor) -> Tensor:
     """KL of the leading softmax from the other, whose lse is given.
 
     KL = log(1 + excess), exact down to 0; where exponents would be too large it is what lse tells,
@@ -223,7 +223,7 @@ def _leibler(gap: _Gap, lse: Tensor) -> Tensor:
     return torch.where(gap.far, plain, torch.log1p(gap.excess))
 
 
-def _scores_of(p: DivergenceInputs, tile: _Tile, saved: DivergenceSaved) -> ClassScores:
+def _scores_of(p: DivergenceInputs, tile: _PairedTile, saved: DivergenceSaved) -> ClassScores:
     """Of a tile, once both lse are known; the target's are as an equal class of no weight."""
     u = torch.where(tile.others, tile.u, 0)
     v = torch.where(tile.others, tile.v, 0)
@@ -244,7 +244,7 @@ def forward(
     nothing = p.x.new_zeros(n, dtype=wide)
     none = torch.full_like(nothing, -torch.inf)
     lse, teacher_lse, total = none, none, nothing
-    gap = _Gap(none, nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool))
+    gap = _GapSums(none, nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool))
     for tile in _tiles(p, backend):
         lse = merged(lse, over_last(tile.u, tile.others))
         teacher_lse = merged(teacher_lse, over_last(tile.v, tile.others))
@@ -277,12 +277,12 @@ def forward(
     return lse, teacher_lse, of_target, of_teacher, torch.stack(folds)
 
 
-def _mean_of(lead: Tensor, values: Tensor, others: Tensor) -> _Gap:
+def _mean_of(lead: Tensor, values: Tensor, others: Tensor) -> _GapSums:
     """The mean of values alone, for `_joined`."""
     lse = over_last(lead, others)
     share = torch.where(others, (lead - _finite(lse)).exp(), 0)
     mean = (share * values).sum(dim=1)
-    return _Gap(lse, mean, torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.bool))
+    return _GapSums(lse, mean, torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.bool))
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def _accumulate(
     backend: str,
     precision: str,
     of_scores: Tensor,
-    side: _Side,
+    side: _ScoredSide,
     of_rows: Tensor | None,
     of_weight: Tensor | None,
     ids: slice | Tensor,

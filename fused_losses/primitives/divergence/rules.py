@@ -58,8 +58,10 @@ class ClassScores(NamedTuple):
         return torch.where(self.gap > 0, -self.q_s, self.q_t) * shrink
 
 
-Params = list[float]
-Slopes = Callable[[ClassScores, tuple[Tensor, ...], Params], tuple[Tensor, Tensor]]
+DivergenceParams = list[float]
+DivergenceSlopes = Callable[
+    [ClassScores, tuple[Tensor, ...], DivergenceParams], tuple[Tensor, Tensor]
+]
 
 
 class Divergence(NamedTuple):
@@ -72,24 +74,28 @@ class Divergence(NamedTuple):
     params: tuple[str, ...]
     folds: int
     differentiable: int  # the first folds; the others are kept for the backward
-    slopes: Slopes
+    slopes: DivergenceSlopes
     lead: str = ""  # "teacher": KL(q_t || q_s), "student": KL(q_s || q_t)
     power: bool = False  # log sum exp(eps v), and the mean of u under that softmax
     # summed: one term a class
-    term: Callable[[Tensor, Tensor, Params], Tensor] | None = None
+    term: Callable[[Tensor, Tensor, DivergenceParams], Tensor] | None = None
     # summed once both lse are known: value, slope in log q_s, slope in log q_t
-    shares: Callable[[ClassScores, Params], tuple[Tensor, Tensor, Tensor]] | None = None
+    shares: Callable[[ClassScores, DivergenceParams], tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 # ---- Kullback-Leibler ---------------------------------------------------------------------------
 
 
-def _forward_slopes(s: ClassScores, grads: tuple, params: Params) -> tuple[Tensor, Tensor]:
+def _forward_slopes(
+    s: ClassScores, grads: tuple, params: DivergenceParams
+) -> tuple[Tensor, Tensor]:
     (g,), (value,) = grads, s.folds
     return g * s.difference, -g * s.q_t * (s.gap + value)
 
 
-def _reverse_slopes(s: ClassScores, grads: tuple, params: Params) -> tuple[Tensor, Tensor]:
+def _reverse_slopes(
+    s: ClassScores, grads: tuple, params: DivergenceParams
+) -> tuple[Tensor, Tensor]:
     (g,), (value,) = grads, s.folds
     return g * s.q_s * (s.gap - value), -g * s.difference
 
@@ -97,7 +103,7 @@ def _reverse_slopes(s: ClassScores, grads: tuple, params: Params) -> tuple[Tenso
 # ---- a power of the teacher's softmax -----------------------------------------------------------
 
 
-def _power_slopes(s: ClassScores, grads: tuple, params: Params) -> tuple[Tensor, Tensor]:
+def _power_slopes(s: ClassScores, grads: tuple, params: DivergenceParams) -> tuple[Tensor, Tensor]:
     (to_lse, to_mean), (lse, mean), (eps,) = grads, s.folds, params
     # a row without other classes has lse = -inf, and nothing to share out
     share = (eps * s.v - torch.where(lse == -torch.inf, 0, lse)).exp()
@@ -108,11 +114,11 @@ def _power_slopes(s: ClassScores, grads: tuple, params: Params) -> tuple[Tensor,
 
 
 def _shared_slopes(
-    shares: Callable[[ClassScores, Params], tuple[Tensor, Tensor]],
-) -> Slopes:
-    """Slopes in log q_s and log q_t -> in the scores, by what the softmaxes share out."""
+    shares: Callable[[ClassScores, DivergenceParams], tuple[Tensor, Tensor]],
+) -> DivergenceSlopes:
+    """DivergenceSlopes in log q_s and log q_t -> in the scores, by what the softmaxes share out."""
 
-    def slopes(s: ClassScores, grads: tuple, params: Params) -> tuple[Tensor, Tensor]:
+    def slopes(s: ClassScores, grads: tuple, params: DivergenceParams) -> tuple[Tensor, Tensor]:
         _, sum_s, sum_t = s.folds
         of_s, of_t = shares(s, params)
         return grads[0] * (of_s - s.q_s * sum_s), grads[0] * (of_t - s.q_t * sum_t)
@@ -132,7 +138,7 @@ def _above(t: Tensor, share: float) -> Tensor:
     )
 
 
-def _jensen_slopes(s: ClassScores, params: Params) -> tuple[Tensor, Tensor]:
+def _jensen_slopes(s: ClassScores, params: DivergenceParams) -> tuple[Tensor, Tensor]:
     (beta,) = params
     of_s = -(1 - beta) * s.q_s * _above(-s.gap, beta)
     return of_s, -beta * s.q_t * _above(s.gap, 1 - beta)
@@ -145,19 +151,19 @@ def _from_mixture(q: Tensor, t: Tensor, share: float, further: Tensor) -> Tensor
     return torch.where(near, close, further - q * _above(t, share))
 
 
-def _jensen_shares(s: ClassScores, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+def _jensen_shares(s: ClassScores, params: DivergenceParams) -> tuple[Tensor, Tensor, Tensor]:
     (beta,) = params
     of_s = (1 - beta) * _from_mixture(s.q_s, -s.gap, beta, -beta * s.difference)
     of_t = beta * _from_mixture(s.q_t, s.gap, 1 - beta, (1 - beta) * s.difference)
     return of_s + of_t, of_s, of_t
 
 
-def _variation_slopes(s: ClassScores, params: Params) -> tuple[Tensor, Tensor]:
+def _variation_slopes(s: ClassScores, params: DivergenceParams) -> tuple[Tensor, Tensor]:
     sign = s.gap.sign() / 2
     return sign * s.q_s, -sign * s.q_t
 
 
-def _variation_shares(s: ClassScores, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+def _variation_shares(s: ClassScores, params: DivergenceParams) -> tuple[Tensor, Tensor, Tensor]:
     return s.difference.abs() / 2, *_variation_slopes(s, params)
 
 
@@ -182,12 +188,14 @@ def sigmoid_difference(u: Tensor, v: Tensor) -> Tensor:
     return torch.where(u > v, -1, 1) * torch.sigmoid(high) * torch.sigmoid(-low) * shrink
 
 
-def _bernoulli_term(u: Tensor, v: Tensor, params: Params) -> Tensor:
+def _bernoulli_term(u: Tensor, v: Tensor, params: DivergenceParams) -> Tensor:
     (limit,) = params
     return bernoulli_kl(u.clamp(-limit, limit), v.clamp(-limit, limit))
 
 
-def _bernoulli_slopes(s: ClassScores, grads: tuple, params: Params) -> tuple[Tensor, Tensor]:
+def _bernoulli_slopes(
+    s: ClassScores, grads: tuple, params: DivergenceParams
+) -> tuple[Tensor, Tensor]:
     (g,), (limit,) = grads, params
     u, v = s.u.clamp(-limit, limit), s.v.clamp(-limit, limit)
     of_u = torch.where(s.u.abs() > limit, 0, g * sigmoid_difference(u, v))
@@ -195,18 +203,20 @@ def _bernoulli_slopes(s: ClassScores, grads: tuple, params: Params) -> tuple[Ten
     return of_u, torch.where(s.v.abs() > limit, 0, of_v)
 
 
-def _norm_term(u: Tensor, v: Tensor, params: Params) -> Tensor:
+def _norm_term(u: Tensor, v: Tensor, params: DivergenceParams) -> Tensor:
     return _bernoulli_term(u - v, torch.zeros_like(u), params)
 
 
-def _norm_slopes(s: ClassScores, grads: tuple, params: Params) -> tuple[Tensor, Tensor]:
+def _norm_slopes(s: ClassScores, grads: tuple, params: DivergenceParams) -> tuple[Tensor, Tensor]:
     (g,), (limit,) = grads, params
     h = s.u - s.v
     slope = torch.where(h.abs() > limit, 0, g / 2 * torch.tanh(h / 2))
     return slope, -slope
 
 
-def _squared_slopes(s: ClassScores, grads: tuple, params: Params) -> tuple[Tensor, Tensor]:
+def _squared_slopes(
+    s: ClassScores, grads: tuple, params: DivergenceParams
+) -> tuple[Tensor, Tensor]:
     slope = 2 * grads[0] * (s.u - s.v)
     return slope, -slope
 
