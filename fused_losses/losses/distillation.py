@@ -18,7 +18,7 @@ from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.losses.distillation_kinds import KINDS, DistillationKind, checked_options
 from fused_losses.losses.top_teacher import TopTeacher, check_top, top_distillation
 from fused_losses.primitives.divergence.inputs import DivergenceInputs
-from fused_losses.primitives.divergence.op import divergence
+from fused_losses.primitives.divergence.op import DivergenceStatistics, divergence
 
 SIDES = ("student", "teacher")
 
@@ -115,6 +115,7 @@ def distillation(
     student = validation.meet(student, student_weight, "student", "student_weight")
     t = of.temperature if temperature is None else temperature
     number = validation.number("temperature", t, student)
+    some_ignored = labels is not None
     valid, labels = _checked_labels(kind, of, labels, student, c, ignore_index)
     classes = validation.increasing_classes(classes, student)
     for name, vector in (("student_bias", student_bias), ("teacher_bias", teacher_bias)):
@@ -148,7 +149,7 @@ def distillation(
         else:
             dull = factor("teacher_scale", teacher_scale)
             rows, scales = _teacher_rows(
-                teacher, teacher_weight, dull, unit_teacher, valid, accumulate
+                teacher, teacher_weight, dull, unit_teacher, valid, some_ignored, accumulate
             )
             bias = _biased(teacher_bias, number, accumulate)
             if not teacher_grad:
@@ -161,7 +162,10 @@ def distillation(
                 scales, unit_student, unit_teacher and teacher_weight is not None, of.divergence,
                 of.params(options), precision,
             )  # fmt: skip
-            loss = of.loss(divergence(inputs, backend=backend), options)
+            found = divergence(inputs, backend=backend)
+            # a row that takes no part asks for nothing, not even with NaN
+            found = DivergenceStatistics(*(torch.where(valid, part, 0) for part in found))
+            loss = of.loss(found, options)
             loss = loss / inputs.taking_part if of.mean else loss
         loss = loss * number.to(loss) ** 2 if of.squared else loss
         return reduced(loss, valid, reduction, accumulate)
@@ -183,6 +187,7 @@ def _teacher_rows(
     factor: float | Tensor,
     unit: bool,
     valid: Tensor,
+    some_ignored: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """The teacher's rows with their factor in them, or its scores and the factors beside, [N]."""
@@ -190,7 +195,8 @@ def _teacher_rows(
         rows = torch.where(valid[:, None], teacher.to(dtype), 0)
         return _times(unit_rows(rows) if unit else rows, factor), None
     # scores are copied for rows that take no part alone, or their NaN would reach the gradients
-    if torch.compiler.is_compiling() or teacher.is_cuda or not bool(valid.all()):
+    unread = torch.compiler.is_compiling() or teacher.is_cuda
+    if some_ignored and (unread or not bool(valid.all())):
         teacher = torch.where(valid[:, None], teacher, 0)
     if not isinstance(factor, Tensor):
         if factor == 1:

@@ -185,7 +185,7 @@ class _GapSums(NamedTuple):
 def _gap_of(lead: Tensor, other: Tensor, others: Tensor) -> _GapSums:
     """Of a tile."""
     lse = over_last(lead, others)
-    share = torch.where(others, (lead - _finite(lse)).exp(), 0)
+    share = _shares(lead, lse, others)
     gap = torch.where(others, lead - other, 0)
     mean = (share * gap).sum(dim=1)
     r = torch.where(others, mean[:, None] - gap, 0)
@@ -206,6 +206,12 @@ def _joined(a: _GapSums, b: _GapSums) -> _GapSums:
         step = torch.where(empty, 0, step).clamp(-FAR, FAR)
         excess = excess + weight * (step.exp() * part.excess + exp_excess(step))
     return _GapSums(lse, mean, excess, far)
+
+
+def _shares(scores: Tensor, lse: Tensor, others: Tensor) -> Tensor:
+    """The softmax over a tile, [N, T]: of large scores lse is rounded, the shares' sum is not 1."""
+    share = torch.where(others, (scores - _finite(lse)).exp(), 0)
+    return share / torch.where(lse == -torch.inf, 1, share.sum(dim=1))[:, None]
 
 
 def _finite(lse: Tensor) -> Tensor:
@@ -280,7 +286,7 @@ def forward(
 def _mean_of(lead: Tensor, values: Tensor, others: Tensor) -> _GapSums:
     """The mean of values alone, for `_joined`."""
     lse = over_last(lead, others)
-    share = torch.where(others, (lead - _finite(lse)).exp(), 0)
+    share = _shares(lead, lse, others)
     mean = (share * values).sum(dim=1)
     return _GapSums(lse, mean, torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.bool))
 
@@ -306,10 +312,14 @@ def backward(
     scale_sum = p.x.new_zeros(p.x.shape[0], dtype=wide)
     of_folds = tuple(grads.folds[: rule.differentiable, :, None])
     compact = needs.compact and p.classes is not None
+    # a row that nothing is asked of gives nothing, whatever its scores are
+    asked = [grads.folds[: rule.differentiable].any(dim=0), *(g != 0 for g in grads[:4])]
+    asked = torch.stack(asked).any(dim=0)[:, None]
     for tile in _tiles(p, backend):
         s = _scores_of(p, tile, saved)
         of_u, of_v = rule.slopes(s, of_folds, params)
         of_u = torch.where(tile.others, of_u + grads.lse[:, None] * s.q_s, grads.target[:, None])
+        of_u = torch.where(asked, of_u, 0)
         rows = tile.part if compact else tile.ids
         _accumulate(
             backend, p.precision, of_u, tile.student, dx, dweight if needs.weight else None, rows
@@ -320,6 +330,7 @@ def backward(
             continue
         of_v = of_v + grads.teacher_lse[:, None] * s.q_t
         of_v = torch.where(tile.others, of_v, grads.teacher_target[:, None])
+        of_v = torch.where(asked, of_v, 0)
         if needs.teacher_bias:
             dteacher_bias[tile.ids] = of_v.sum(dim=0).to(dteacher_bias.dtype)
         if tile.teacher is not None:
@@ -328,7 +339,7 @@ def backward(
             continue
         assert tile.dense is not None
         if needs.teacher_scale:
-            scale_sum += (of_v * tile.dense.to(wide)).sum(dim=1)
+            scale_sum += torch.where(asked, of_v * tile.dense.to(wide), 0).sum(dim=1)
         if needs.teacher:
             scale = 1 if p.teacher_scale is None else p.teacher_scale.to(wide)[:, None]
             dteacher[:, tile.ids] = (of_v * scale).to(dteacher.dtype)
