@@ -224,7 +224,8 @@ def test_peaked_teachers_are_finite(kind: str, temperature: float) -> None:
     mine, theirs = (torch.autograd.grad(o, [x, w]) for o in (loss, again))
     for a, e in zip(mine, theirs, strict=True):
         assert a.isfinite().all()
-        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-8 * max(1e-6, e.abs().max().item()))
+        # shares of at most 1, times rows over T of some thousands: 1e-16 of these
+        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-8 * max(1e-3, e.abs().max().item()))
 
 
 # ---- dtypes, programs, derivatives --------------------------------------------------------------
