@@ -98,7 +98,8 @@ def distillation(
     rows' losses alone; infinite scores give NaN, or inf where the formula does. Returns float32
     (float64 for float64 inputs).
     Raises ValueError, TypeError, IndexError for bad arguments; RuntimeError when the backend cannot
-    run the call. Time O(N K (Ds + Dt)); memory beyond inputs and gradients O(N D) plus a tile.
+    run the call. Time O(N K (Ds + Dt)); memory beyond inputs and gradients O(N D) plus a tile,
+    and a copy of dense scores where a row is ignored (on a GPU and compiled, wherever labels are).
     """
     validation.check_choice("kind", kind, tuple(KINDS))
     of = KINDS[kind]
