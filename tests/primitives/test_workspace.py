@@ -270,7 +270,7 @@ def of_backward(case: Case, given: tuple, output: Any) -> tuple | None:
         choice = given[7] in ("chosen", "nearest")
         return None if choice else (*ones, *given, True, True, given[6] is not None)
     if case.op == "class_rules":
-        return (*ones[:2], outputs[0], *given, False, True, True)
+        return (*ones[:2], outputs[0], *given, False, True, True, given[4] is not None)
     if case.op == "divergence":
         factored = given[3] is not None
         needs = (False, True, True, True, factored, False, False, False)
