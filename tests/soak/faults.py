@@ -148,6 +148,6 @@ class Attempt:
         return not late
 
     def errors(self) -> str:
-        """The ends of what the ranks wrote to stderr."""
-        ends = (path.with_suffix(".err").read_text()[-1500:] for path in self.told)
-        return "\n".join(ends)
+        """The ends of what the ranks wrote to stderr, where they came so far."""
+        paths = (path.with_suffix(".err") for path in self.told)
+        return "\n".join(path.read_text()[-1500:] for path in paths if path.exists())

@@ -31,6 +31,7 @@ from places import ROOT
 LOST = -int(signal.SIGKILL)
 STOPPED = 128 + int(signal.SIGTERM)
 LIMIT = max(TIMEOUT, HANG) + 4 * INTERVAL  # after which the watch has ended whom another has left
+JOINED = 5.0  # seconds after which all ranks of a launch have met
 # how each fault may end a rank; anything else is odd
 ENDS: dict[str, set[int]] = {
     "none": {0},
@@ -154,6 +155,9 @@ class Soak:
         ]
 
     def _strike(self, fault: str, attempt: Attempt, disk: Disk, episode: Episode) -> None:
+        # who waits for a rank that never joined is ended by a launcher, of which there is none here
+        if fault in ("kill one", "terminate", "freeze") and not attempt.pause(JOINED):
+            return
         kill, one = signal.SIGKILL, [self.chance.choice(attempt.alive or [0])]
         if one == [0]:
             return
