@@ -55,7 +55,7 @@ class TableModule(nn.Module):
         self._steps: Tensor | None = None
         self._begun: Tensor | None = None
         if isinstance(updates, RowUpdates):
-            self.__dict__["_parameters"] = TablelessParameters()
+            self.__dict__["_parameters"] = TablelessParameters(self._parameters)
             self.register_parameter(SWITCH, nn.Parameter(table.new_empty(0)))
         else:
             self._parameters[WEIGHT] = nn.Parameter(table)  # beside the property of that name
