@@ -57,7 +57,7 @@ def workspace(p: ClassInputs, needs: ClassNeeds | None) -> int:
     return triton_chunks.chunk_bytes(n, d, p.centers * MOST_COLUMNS) + 3 * n * d * 4 + around
 
 
-class _Call:
+class RuleCall:
     """One call as the kernels read it: the problem over centres, and what classes are of them."""
 
     def __init__(self, p: ClassInputs, gradient: bool) -> None:
@@ -117,7 +117,7 @@ class _Call:
 def forward(p: ClassInputs) -> ClassStatistics:
     """The rule's statistics, the labels' cosines, and the hardest negative class of each row."""
     check_ids(p)
-    call = _Call(p, gradient=False)
+    call = RuleCall(p, gradient=False)
     n, wide = p.x.shape[0], row_dtype(p.x.device)
     found = _partials(call, (n,), wide)
     for values, start in zip(found, (-torch.inf, NO_TARGET, 0, -torch.inf, 0), strict=True):
@@ -134,7 +134,7 @@ def forward(p: ClassInputs) -> ClassStatistics:
     return ClassStatistics(statistics, of_labels, hardest, found.high)
 
 
-def _partials(call: _Call, shape: tuple[int, ...], sums: torch.dtype) -> RulePartials:
+def _partials(call: RuleCall, shape: tuple[int, ...], sums: torch.dtype) -> RulePartials:
     def make(dtype: torch.dtype, wanted: bool = True) -> Tensor:
         return torch.empty(shape if wanted else 0, dtype=dtype, device=call.inputs.x.device)
 
@@ -147,7 +147,7 @@ def _partials(call: _Call, shape: tuple[int, ...], sums: torch.dtype) -> RulePar
     )
 
 
-def _sweep(call: _Call, found: RulePartials) -> None:
+def _sweep(call: RuleCall, found: RulePartials) -> None:
     """Every class tile against every row, merged a segment at a time."""
     p, tile, n = call.problem, call.tile("forward"), call.problem.n
     row_tiles, tiles = ceil_div(n, tile.rows), ceil_div(call.classes, tile.columns)
@@ -198,7 +198,7 @@ def backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """dx and dweight, each empty where it is not needed."""
-    call = _Call(p, gradient=True)
+    call = RuleCall(p, gradient=True)
     problem, compact = call.problem, compact and p.classes is not None
     dx = torch.zeros_like(p.x) if need_x else p.x.new_empty(0)
     dweight = weight_gradient(problem, compact) if need_weight else None
@@ -213,7 +213,7 @@ def backward(
 
 
 def _gradients(
-    call: _Call,
+    call: RuleCall,
     grad_statistics: Tensor,
     grad_targets: Tensor,
     statistics: Tensor,

@@ -54,7 +54,7 @@ def workspace(p: DivergenceInputs, needs: DivergenceNeeds | None) -> int:
 
 
 @dataclass(frozen=True)
-class Call:
+class DivergenceCall:
     """One call as the kernels read it: both problems, or the student's and dense scores."""
 
     student: Problem
@@ -67,7 +67,7 @@ class Call:
     lead: str
 
     @classmethod
-    def of(cls, p: DivergenceInputs, gradient: bool) -> Call:
+    def of(cls, p: DivergenceInputs, gradient: bool) -> DivergenceCall:
         row = DIVERGENCES[p.kind]
         before = p.labels, p.classes
         after = None, p.normalize, False, p.precision
@@ -141,7 +141,7 @@ def _inverse(p: Problem) -> Tensor | None:
 def forward(p: DivergenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, teacher_lse, target, teacher_target [N] and folds [F, N], all in float64."""
     check_ids(p)
-    call = Call.of(p, gradient=False)
+    call = DivergenceCall.of(p, gradient=False)
     n, count, device = call.student.n, call.student.count, p.x.device
     folds = DIVERGENCES[p.kind].folds
     if n == 0 or count == 0:
@@ -178,7 +178,7 @@ def backward(
     needs: DivergenceNeeds,
 ) -> tuple[Tensor | None, ...]:
     """The gradients in the order of `DivergenceNeeds`, each None where it is not needed."""
-    call = Call.of(p, gradient=True)
+    call = DivergenceCall.of(p, gradient=True)
     of_row = _backward_rows(call, saved, grads)
     dx = dweight = dbias = dteacher = dteacher_weight = dteacher_bias = dteacher_scale = None
     with library_tf32(p.precision == "tf32" and p.x.is_cuda):
@@ -200,7 +200,7 @@ def backward(
 
 
 def _backward_rows(
-    call: Call, saved: DivergenceSaved, grads: DivergenceGradients
+    call: DivergenceCall, saved: DivergenceSaved, grads: DivergenceGradients
 ) -> DivergenceRows:
     """What both sides' gradients read of the rows."""
     power = call.kind == "power"
@@ -213,7 +213,7 @@ def _backward_rows(
 
 
 def _product_gradients(
-    call: Call,
+    call: DivergenceCall,
     p: Problem,  # of the two, the one whose gradients are written
     of_row: DivergenceRows,
     need_rows: bool,
@@ -260,7 +260,7 @@ def _scaled(of_row: DivergenceRows, low: torch.dtype) -> tuple[DivergenceRows, T
 
 
 def _fill(
-    call: Call,
+    call: DivergenceCall,
     teacher: bool,
     inverses: tuple[Tensor | None, Tensor | None],  # of the written side, and of the other
     rest: Tensor | None,
@@ -290,7 +290,7 @@ def _fill(
 
 
 def _dense_gradients(
-    call: Call, p: DivergenceInputs, of_row: DivergenceRows, needs: DivergenceNeeds
+    call: DivergenceCall, p: DivergenceInputs, of_row: DivergenceRows, needs: DivergenceNeeds
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of dense scores, of their bias and of their scale, a chunk of classes at a time."""
     student, z = call.student, p.teacher
@@ -335,7 +335,7 @@ def _dense_gradients(
 
 
 def _runs(
-    call: Call,
+    call: DivergenceCall,
     name: str,
     of_row: DivergenceRows,
     inverses: tuple[Tensor | None, Tensor | None],
@@ -376,7 +376,7 @@ def _target(p: Problem) -> Tensor:
     return torch.where(labelled, found, 0.0)
 
 
-def _dense_target(call: Call, p: DivergenceInputs) -> Tensor:
+def _dense_target(call: DivergenceCall, p: DivergenceInputs) -> Tensor:
     """teacher_scale_i teacher_iy + b_y, 0 without a label."""
     known, ids = call.student.positions >= 0, p.labels.clamp_min(0)
     found = p.teacher.gather(1, ids[:, None])[:, 0].double()

@@ -60,10 +60,10 @@ class ZHead(SphericalHead):
         """Nothing waits."""
 
 
-Head = ClassCenters | ReferenceHead | ZHead
+GlyphHead = ClassCenters | ReferenceHead | ZHead
 
 
-def imprint(head: Head, rows: Tensor) -> None:
+def imprint(head: GlyphHead, rows: Tensor) -> None:
     """The table's first rows. [C, D]"""
     if isinstance(head, ZHead):
         head.fill_(rows)
@@ -71,7 +71,7 @@ def imprint(head: Head, rows: Tensor) -> None:
         head.weight.copy_(rows)
 
 
-def make_head(config: GlyphConfig, classes: int) -> Head:
+def make_head(config: GlyphConfig, classes: int) -> GlyphHead:
     """The configured head, whose first rows the training sets."""
     if config.head == "spherical":
         return ZHead(
@@ -90,7 +90,7 @@ def make_head(config: GlyphConfig, classes: int) -> Head:
         "momentum": config.head_momentum,
         "weight_decay": config.head_weight_decay,
     }
-    head: Head
+    head: GlyphHead
     if config.head == "reference":
         head = ReferenceHead(classes, config.embedding, margin, config.scale, **options)
     else:
