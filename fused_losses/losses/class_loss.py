@@ -146,6 +146,8 @@ def _hardest(inputs: ClassInputs, present: Tensor, backend: str | None) -> Merge
     both = torch.cat([inputs.labels, found.hardest[:, None]], dim=1)
     scores = _targets(inputs, both)
     hardest = torch.where(found.hardest < 0, -torch.inf, scores[:, -1])
+    # a score that is NaN is no best one, but shows in the sum of all
+    hardest = torch.where(found.statistics[0].isnan(), torch.nan, hardest)
     return MergedRows(found.statistics, scores[:, :-1], present, hardest=hardest)
 
 

@@ -155,7 +155,7 @@ def targets(
         return out.view_as(labels)
     weight = weight.unflatten(0, (-1, centers))
     step = max(1, tile_bytes(x.device) // (32 * max(x.shape[1] * centers, 1)))
-    for start in range(0, flat.shape[0], step):
+    for start in range(0, max(flat.shape[0], 1), step):  # once at least, that autograd follows
         of = torch.arange(start, min(start + step, flat.shape[0]), device=x.device)
         w = weight[flat[of].clamp_min(0)].to(wide)
         w = unit_rows(w) if normalize else w
