@@ -21,7 +21,11 @@ from fused_losses import margins
 # of two, so that a row times its length is exact; down to where G / |w| is still a float
 POWERS = (0, -100, 90, -60, 60, -116, 110, -21, 21)
 OF_NORMS = ("margin_AdaFace", "margin_MagFace")  # the length of an embedding says something there
-CASES = {case.name: case for case in margin_draws.DRAWN if "w" in case.leaves}
+CASES = {
+    case.name: case
+    for case in margin_draws.DRAWN
+    if "w" in case.leaves and case.function is not fl.distillation  # of lengths, unless it is told
+}
 
 
 def lengths(count: int, of: Tensor) -> Tensor:
