@@ -155,21 +155,22 @@ SevenTensors backward(const Tensor& grad_lse, const Tensor& grad_teacher_lse,
   const Call call(x, weight, teacher, teacher_weight, labels, classes, bias, teacher_bias,
                   teacher_scale, normalize, teacher_normalize, kind, params, precision);
   const auto wide = weight.options().dtype(call.accumulate);
-  const Tensor nothing = at::empty({0}, weight.options());
+  // one for each: an op's results share no memory
+  const auto nothing = [&] { return at::empty({0}, weight.options()); };
   const bool part = compact && call.classes;
   const bool whole = (!classes || part) && x.size(0) > 0;
   const auto of_rows = [&](bool need, const Tensor& rows) {
-    return need ? at::empty(rows.sizes(), rows.options()) : nothing;
+    return need ? at::empty(rows.sizes(), rows.options()) : nothing();
   };
   const auto of_weight = [&](bool need, const OptionalTensor& w) {
-    if (!need || !w) return nothing;
+    if (!need || !w) return nothing();
     const std::vector<int64_t> shape = {part ? call.problem.student.k : w->size(0), w->size(1)};
     const Tensor dw = whole ? at::empty(shape, w->options()) : at::zeros(shape, w->options());
     advise_huge(dw);
     return dw;
   };
   const auto of_vector = [&](bool need, const OptionalTensor& v) {
-    return need && v ? at::zeros(v->sizes(), wide) : nothing;
+    return need && v ? at::zeros(v->sizes(), wide) : nothing();
   };
   const bool dense = !teacher_weight;
   const Tensor dx = of_rows(need_x, x), dw = of_weight(need_weight, weight);

@@ -18,7 +18,7 @@ from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.losses.distillation_kinds import KINDS, DistillationKind, checked_options
 from fused_losses.losses.top_teacher import TopTeacher, check_top, top_distillation
 from fused_losses.primitives.divergence.inputs import DivergenceInputs
-from fused_losses.primitives.divergence.op import DivergenceStatistics, divergence
+from fused_losses.primitives.divergence.op import DivergenceStatistics, choose, divergence
 
 SIDES = ("student", "teacher")
 
@@ -98,8 +98,7 @@ def distillation(
     rows' losses alone; infinite scores give NaN, or inf where the formula does. Returns float32
     (float64 for float64 inputs).
     Raises ValueError, TypeError, IndexError for bad arguments; RuntimeError when the backend cannot
-    run the call. Time O(N K (Ds + Dt)); memory beyond inputs and gradients O(N D) plus a tile,
-    and a copy of dense scores where a row is ignored (on a GPU and compiled, wherever labels are).
+    run the call. Time O(N K (Ds + Dt)); memory beyond inputs and gradients O(N D) plus a tile.
     """
     validation.check_choice("kind", kind, tuple(KINDS))
     of = KINDS[kind]
@@ -150,7 +149,7 @@ def distillation(
         else:
             dull = factor("teacher_scale", teacher_scale)
             rows, scales = _teacher_rows(
-                teacher, teacher_weight, dull, unit_teacher, valid, some_ignored, accumulate
+                teacher, teacher_weight, dull, unit_teacher, valid, accumulate
             )
             bias = _biased(teacher_bias, number, accumulate)
             if not teacher_grad:
@@ -163,6 +162,9 @@ def distillation(
                 scales, unit_student, unit_teacher and teacher_weight is not None, of.divergence,
                 of.params(options), precision,
             )  # fmt: skip
+            if some_ignored and choose(inputs, backend) == "reference":
+                # the streamed forms leave out rows that nothing is asked of
+                inputs = inputs._replace(teacher=torch.where(valid[:, None], inputs.teacher, 0))
             found = divergence(inputs, backend=backend)
             # a row that takes no part asks for nothing, not even with NaN
             found = DivergenceStatistics(*(torch.where(valid, part, 0) for part in found))
@@ -188,17 +190,12 @@ def _teacher_rows(
     factor: float | Tensor,
     unit: bool,
     valid: Tensor,
-    some_ignored: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """The teacher's rows with their factor in them, or its scores and the factors beside, [N]."""
     if weight is not None:
         rows = torch.where(valid[:, None], teacher.to(dtype), 0)
         return _times(unit_rows(rows) if unit else rows, factor), None
-    # scores are copied for rows that take no part alone, or their NaN would reach the gradients
-    unread = torch.compiler.is_compiling() or teacher.is_cuda
-    if some_ignored and (unread or not bool(valid.all())):
-        teacher = torch.where(valid[:, None], teacher, 0)
     if not isinstance(factor, Tensor):
         if factor == 1:
             return teacher, None

@@ -12,6 +12,8 @@ import torch
 from distillation_formulas import TEMPERATURE, of_scores
 from places import GOLDEN
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fused_losses
 from fused_losses import TopTeacher, backends, distillation
@@ -97,6 +99,54 @@ def test_classes_that_take_part(kind: str, form: str) -> None:
     mine, theirs = (torch.autograd.grad(o, [x, w]) for o in (got, expected))
     for a, e in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_an_ignored_row_are_not_read(kind: str, form: str) -> None:
+    n, c = 5, 40
+    x, w, y, b, scale = rows(n, 4), rows(c, 4), rows(n, c), rows(c), rows(n)
+    scale = (1 + scale.detach().abs()).requires_grad_()
+    labels = torch.randint(0, c, (n,))
+    labels[1] = labels[3] = -100
+    given: dict[str, Any] = dict(kind=kind, labels=labels, teacher_grad=True, backend=form)
+
+    def gradients(spoilt: Tensor) -> tuple[Tensor, ...]:
+        loss = distillation(x, w, spoilt, teacher_bias=b, teacher_scale=scale, **given)
+        return loss, *torch.autograd.grad(loss, [x, w, spoilt, b, scale])
+
+    spoilt = y.detach().clone()
+    spoilt[1, 7], spoilt[3] = torch.nan, torch.inf
+    for a, e in zip(gradients(spoilt.requires_grad_()), gradients(y), strict=True):
+        assert torch.equal(a, e)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements that any op gave, but for views of what is known."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.elements, self.known = 0, [t.untyped_storage().data_ptr() for t in known]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in self.known:
+                self.elements = max(self.elements, made.numel())
+        return out
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "reference"])
+def test_dense_scores_are_not_copied(form: str) -> None:
+    n, c = 96, 40_000
+    x, w, y = (torch.randn(*shape) for shape in ((n, 4), (c, 4), (n, c)))
+    labels = torch.arange(n)
+    labels[1] = -100
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    with _Largest(y) as largest:
+        distillation(x, w, y, labels=labels, temperature=2.0, backend=form).backward()
+    assert leaves[1].grad is not None and leaves[1].grad.isfinite().all()
+    assert largest.elements < n * c / 4
 
 
 # ---- the authors' numbers -----------------------------------------------------------------------

@@ -9,10 +9,12 @@ namespace fused_losses::FL_ISA {
 template <class T>
 struct SlopeRows {
   SoftmaxRows<T> softmaxes;
+  T* asked;  // 0 where all that comes in is 0: such a row has no gradient, whatever its scores are
   T *g_lse, *g_teacher_lse;
   T *g[2], *f[kMostFolds];
 
   SlopeRows(Arena& arena, int64_t padded) : softmaxes(arena, padded) {
+    asked = arena.take<T>(padded);
     g_lse = arena.take<T>(padded);
     g_teacher_lse = arena.take<T>(padded);
     for (T*& rows : g) rows = arena.take<T>(padded);
@@ -35,6 +37,8 @@ struct SlopeRows {
       for (int k = 0; k < 2; ++k) {
         g[k][i] = k < differentiable ? gradient(in.grad_folds, k * n + i) : T(0);
       }
+      const bool some = g_lse[i] != 0 || g_teacher_lse[i] != 0 || g[0][i] != 0 || g[1][i] != 0;
+      asked[i] = some ? T(1) : T(0);
       for (int k = 0; k < kMostFolds; ++k) {
         f[k][i] = live && k < folds ? static_cast<T>(in.folds[k * n + i]) : T(0);
       }
@@ -64,12 +68,14 @@ template <class T, DivergenceKind kind, bool both>
 void slopes_of_class(const SlopeRows<T>& of_rows, int64_t row0, int64_t rows, const T* u,
                      T student_bias, const T* apart, T apart_bias, T param, T* g_u, T* g_v) {
   for (int64_t i = 0; i < rows; i += kLanes<T>) {
+    const Vector<T> zero = {};
+    const auto asked = load(of_rows.asked + row0 + i) > zero;
     Vector<T> of_u, of_v;
     divergence_rules::slopes<DivergenceMath<T>, kind>(
         of_rows.at(row0 + i), load(u + i) + student_bias, load(apart + i) + apart_bias, param,
         &of_u, &of_v);
-    store(g_u + i, of_u);
-    if constexpr (both) store(g_v + i, of_v);
+    store(g_u + i, asked ? of_u : zero);
+    if constexpr (both) store(g_v + i, asked ? of_v : zero);
   }
 }
 
@@ -193,7 +199,8 @@ inline void take_dense(const DivergenceProblem& p, const DivergenceBackwardOut& 
       for (int64_t c = 0; c < pair.student.count; ++c) {
         const int64_t id = pair.student.id(c);
         const T g = pair.apart[c * pair.ld + i];
-        total += g * widened<T>(data[row * p.dense.row_stride + id * p.dense.column_stride]);
+        if (g != 0)
+          total += g * widened<T>(data[row * p.dense.row_stride + id * p.dense.column_stride]);
         if (out.ddense) static_cast<T*>(out.ddense)[row * out.dense_columns + id] = g * factor;
       }
     });

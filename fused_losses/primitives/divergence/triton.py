@@ -324,7 +324,8 @@ def _dense_gradients(
                     used = sums[: ceil_div(part.stop - top, tile.rows), : end - first]
                     dbias[ids] += used.sum(0).to(dbias.dtype)
                 if of_scale is not None:
-                    of_scale[part] += (g * z[part][:, ids]).sum(1, dtype=torch.float64)
+                    moved = torch.where(g == 0, 0, g * z[part][:, ids])
+                    of_scale[part] += moved.sum(1, dtype=torch.float64)
                 if dteacher is not None:
                     g = g if call.scale is None else g * call.scale[part, None]
                     dteacher[part, ids] = g.to(z.dtype)

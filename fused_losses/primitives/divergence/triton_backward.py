@@ -67,7 +67,10 @@ def side_gradient(
     g = slope(
         u, v, q_s, q_t, gap, fold, of_s, of_t, to_fold, to_mean, param, KIND, TEACHER
     )  # fmt: skip
-    g += given(of_row.grad_lse, rows, n) * (q_t if TEACHER else q_s)
+    to_lse = given(of_row.grad_lse, rows, n)
+    # a row of which nothing is asked has no gradient, whatever its scores are
+    asked = (to_lse != 0) | (to_fold != 0) | (to_mean != 0)
+    g = tl.where(asked, g + to_lse * (q_t if TEACHER else q_s), 0.0)
     position = tl.load(of_row.positions + rows, mask=rows < n, other=-1)
     is_target = columns[None, :] == position[:, None]
     real = columns < count
