@@ -40,7 +40,7 @@ def _signature(name: str) -> dict[str, float]:
     for p in inspect.signature(MAKERS[name]).parameters.values():
         if "float" in str(p.annotation):
             given = GIVEN.get(name, {}).get(p.name, p.default)
-            found[p.name] = float(given)
+            found[p.name] = 2.0 if given is None else float(given)
     return found
 
 

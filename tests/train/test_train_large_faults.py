@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -256,7 +257,17 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_its_state(
     words = [f"--{f.name.replace('_', '-')}={getattr(SMALL, f.name)}" for f in changed(SMALL)]
     words += ["--runs", str(tmp_path), "--name", "run"]
     with monkeypatch.context() as patch, contextlib.ExitStack() as full:
-        at_step(patch, 4, lambda: full.enter_context(full_disk(1024)))
+
+        def fill() -> None:
+            # a checkpoint is written beside the steps
+            deadline, saved = time.monotonic() + 60, tmp_path / "run" / "checkpoints"
+            while (
+                os.listdir(saved) != ["step-00000003"] and time.monotonic() < deadline
+            ):  # fmt: skip
+                time.sleep(0.01)
+            full.enter_context(full_disk(1024))
+
+        at_step(patch, 4, fill)
         assert main(words) == 2
     told = capsys.readouterr().err
     assert "File too large" in told and "the run goes on from its newest checkpoint" in told

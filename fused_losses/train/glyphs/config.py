@@ -46,7 +46,7 @@ class GlyphConfig(Config):
         HEADS,
     )
     z_a: float = option(0.1, "a of the Z-loss", above=0)
-    z_b: float = option(10.0, "b of the Z-loss")
+    z_b: float = option(10.0, "b of the Z-loss", least=0)
     sample_rate: float = option(
         1.0, "chance of another class to take part in a step", least=LEAST_RATE, most=1
     )
