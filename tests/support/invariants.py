@@ -159,7 +159,11 @@ def _scalar(case: Case) -> bool:
 
 # what a row has
 OF_ROWS = ("x", "labels", "targets", "drawn", "teacher", "counts")
-BY_PLACE = ("nt_xent_views", "supervised_contrastive_anchors", "n_pairs")
+BY_PLACE = (
+    *("nt_xent_views", "supervised_contrastive_anchors", "n_pairs"),
+    # the rounds are of each class's first rows, second rows, ...
+    *("centroid_triplet", "centroid_triplet_of_queries"),
+)
 MADE = {name: set(vars(case.make(5, 5, 3))) for name, case in CASES.items()}
 # one labelled batch, or rows and classes
 BATCH = [
