@@ -47,8 +47,8 @@ TILES: dict[str, Tiles] = {
     | by_kernel(gradient=wide(Tile(128, 32, 64), Tile(128, 32, 32), Tile(128, 32, 32))),
     "gfx942": _tiles(
         same(Tile(128, 64, 32, 8, 2), *ALL),
-        same(Tile(64, 32, 32, 8, 2), *ALL),
-        same(Tile(64, 32, 32, 8, 2), *ALL),
+        same(Tile(64, 16, 32, 8, 2), *ALL),
+        same(Tile(64, 16, 32, 8, 2), *ALL),
     ),
     # small and unequal, so that a few dozen rows and classes make several ragged tiles of each
     "interpret": by_kernel(
