@@ -250,6 +250,15 @@ def full_disk(most: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
+def status_of(patch: pytest.MonkeyPatch, words: list[str]) -> object:
+    """Of the command, which may end its process without further ado."""
+    patch.setattr(os, "_exit", sys.exit)
+    try:
+        return main(words)
+    except SystemExit as ended:
+        return ended.code
+
+
 def test_a_full_disk_ends_the_run_with_a_sentence_and_its_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,7 +277,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_its_state(
             full.enter_context(full_disk(1024))
 
         at_step(patch, 4, fill)
-        assert main(words) == 2
+        assert status_of(patch, words) == 2
     told = capsys.readouterr().err
     assert "File too large" in told and "the run goes on from its newest checkpoint" in told
     assert told.count("\n") == 1 and "Traceback" not in told
@@ -276,7 +285,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_its_state(
     # of the log alone, at the step after the one that it has no room for
     with monkeypatch.context() as patch, contextlib.ExitStack() as full:
         at_step(patch, 3, lambda: full.enter_context(full_disk(100)))
-        assert main(words) == 2
+        assert status_of(patch, words) == 2
     told = capsys.readouterr().err
     assert "log.jsonl" in told and told.count("\n") == 1 and "Traceback" not in told
     assert steps_of(tmp_path / "run") == [3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ class StepLog:
         self.path, self.board = path, board
         self._which: dict[str, Any] = {}
         self._file: TextIO | None = None
+        self._refused = False  # the last line
         self._writer: Any = None
 
     def begin(self, start: int, **which: Any) -> None:
@@ -56,8 +58,10 @@ class StepLog:
         if self._file is not None:
             told = loss if math.isfinite(loss) else None  # JSON has no NaN
             record = {"step": step, "loss": told, "lr": lr, "seconds": round(seconds, 6)}
+            self._refused = True
             self._file.write(json.dumps({**self._which, **record}) + "\n")
             self._file.flush()
+            self._refused = False
         if self._writer is not None:
             for name, value in (("loss", loss), ("lr", lr), ("seconds", seconds)):
                 self._writer.add_scalar(name, value, step)
@@ -69,7 +73,9 @@ class StepLog:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            # a line that the disk refused is tried again here, and was told of then
+            with contextlib.suppress(*([OSError] if self._refused else [])):
+                self._file.close()
         if self._writer is not None:
             self._writer.close()
         self._file = self._writer = None

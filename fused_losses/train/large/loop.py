@@ -203,6 +203,7 @@ class LargeTraining:
                 try:
                     log.write(number, losses[-1], factor * config.lr, time.monotonic() - began)
                 except OSError as error:  # of this rank; the next step tells all
+                    error.filename = error.filename or str(log.path)
                     self.unlogged = error
 
             def due(done: int) -> bool:
