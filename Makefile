@@ -12,7 +12,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 # tests start processes by the dozen, and each would compile the package's modules again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv train check one-row test soak ctest cuda-host cuda-sanitize cuda-mutants \
+.PHONY: venv train check one-row test fuzz soak ctest cuda-host cuda-sanitize cuda-mutants \
   kernel-tests gpu-gate gpu-ptx gpu-static bench lint types clean
 
 venv: $(VENV)/.built
