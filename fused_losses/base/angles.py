@@ -14,7 +14,9 @@ def angle(cosine: Tensor) -> Tensor:
     """acos with gradient 0 at |t| >= 1: there d cos / d x vanishes too, so the product is exact."""
     inside = cosine.abs() < 1
     safe = torch.where(inside, cosine, torch.zeros_like(cosine))
-    return torch.where(inside, torch.acos(safe), (cosine < 0).to(cosine.dtype) * math.pi)
+    # a NaN stays one: it is no cosine of 1
+    end = torch.where(cosine.isnan(), cosine, (cosine < 0).to(cosine.dtype) * math.pi)
+    return torch.where(inside, torch.acos(safe), end)
 
 
 def combined_margin(

@@ -26,3 +26,10 @@ def test_tangents(name: str) -> None:
             assert error <= bound, (draw, call, error, bound)
 
     check()
+
+
+def test_found() -> None:
+    """One row has no pair: the logarithm of no shared negatives had a NaN tangent."""
+    draw = Draw((1, 33, 2), "tiny", "one class", torch.float32, 909804101)
+    for call, error, bound in judge(CASES["unpg_margin_softmax"], draw):
+        assert error <= bound, (call, error, bound)

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype, unit_rows
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    merged,
+    no_autocast,
+    row_dtype,
+    unit_rows,
+)
 from fused_losses.base.parameters import check_parameter
 from fused_losses.base.validation import check_integers, check_plain, check_rows, number
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp
@@ -67,18 +73,19 @@ def shared_negatives(
         x = torch.where(valid[:, None], x, 0)
         pairs = SharedInputs(unit_rows(x) if normalize else x, labels, valid)
         if name == "reference":
-            return reference(pairs, scale, whisker)
-        return SHARED_NEGATIVES(name, *pairs, scale, float(whisker))[0]
+            found = reference(pairs, scale, whisker)
+        else:
+            found = SHARED_NEGATIVES(name, *pairs, scale, float(whisker))[0]
+        # the logarithm of nothing has a NaN tangent
+        return torch.where(found == -torch.inf, -torch.inf, found)
 
 
 def add_shared(lse: Tensor, shared: Tensor) -> Tensor:
     """log(exp lse_i + exp lambda): the shared negatives among each row's. [N], [] -> [N]
 
-    Differentiable, also where neither has a term (-inf).
+    Differentiable, also where one or neither has a term (-inf).
     """
-    none = (lse == -torch.inf) & (shared == -torch.inf)
-    some = torch.logaddexp(torch.where(none, 0, lse), shared)
-    return torch.where(none, -torch.inf, some)
+    return merged(lse, shared)
 
 
 # ---- the op: autograd and registration ----------------------------------------------------------
