@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import class_batch_draws
 import class_loss_draws
+import class_option_draws
 import hypothesis.strategies as st
 import margin_draws
+import margin_option_draws
 import metric_draws
 import option_draws
 import pair_cases
@@ -39,9 +42,12 @@ TABLES = (
     *row_loss_cases.ROWS,
     *MORE,
     *margin_draws.DRAWN,
+    *class_batch_draws.DRAWN,
     *class_loss_draws.DRAWN,
     *metric_draws.DRAWN,
     *option_draws.DRAWN,
+    *class_option_draws.DRAWN,
+    *margin_option_draws.DRAWN,
 )
 CASES = {case.name: case for case in TABLES}
 

