@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import no_autocast
+from fused_losses.base.numerics import no_autocast, over_last
 from fused_losses.base.parameters import check_parameter
 from fused_losses.losses.class_rows import ClassOptions, class_rows
 from fused_losses.losses.positions import over_positions
@@ -98,7 +98,7 @@ class AdaptiveScale:
         here = torch.ones_like(lse, dtype=torch.bool) if valid is None else valid
         if self.background == "mean":
             count = here.sum().to(lse.dtype)
-            return torch.logsumexp(torch.where(here, lse, -torch.inf), 0) - count.log()
+            return over_last(lse, here) - count.log()
         at = ((target_cosine == median) & here).to(torch.uint8).argmax()
         return lse.index_select(0, at[None])[0]
 

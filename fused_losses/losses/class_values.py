@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import joined, over_last, softplus
+from fused_losses.base.numerics import joined, log1p_exp, over_last, softplus
 from fused_losses.base.parameters import check_above, check_margin, check_parameter
 from fused_losses.base.validation import GRADIENTS, describe
 from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
 from fused_losses.margins import ArcFace, Margin
-from fused_losses.primitives.class_rules.rules import log1p_exp, raised
+from fused_losses.primitives.class_rules.rules import raised
 
 
 class MergedRows(NamedTuple):

@@ -11,7 +11,14 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, against, followed, no_autocast, unit_rows
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    against,
+    followed,
+    joined,
+    no_autocast,
+    unit_rows,
+)
 from fused_losses.base.parameters import check_margin, check_parameter, check_row_weight
 from fused_losses.base.validation import GRADIENTS, check_plain, checked_smoothing, meet, no_target
 from fused_losses.losses import reference as losses_reference
@@ -274,7 +281,7 @@ def _streamed(
     loss = against(target, stats.lse)
     # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
     loss = loss * torch.where(target == torch.inf, torch.nan, 1)
-    logsumexp = torch.logaddexp(target, stats.lse)
+    logsumexp = joined(target, stats.lse)
     row_weight = 1.0 if class_weight is None else class_weight.to(accumulate)[picked]
     if label_smoothing > 0:
         loss = smoothed(

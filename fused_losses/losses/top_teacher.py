@@ -105,7 +105,7 @@ def top_distillation(
     if kind == "jsd":
         beta = options.beta
         assert beta is not None
-        log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+        log_m = merged(log_t + math.log(beta), log_s + math.log1p(-beta))
         inside = beta * p_t * (log_t - log_m) + (1 - beta) * p_s * (log_s - log_m)
         return inside.sum(dim=1) - (1 - beta) * math.log1p(-beta) * outside
     soft = -(p_t * log_s).sum(dim=1)

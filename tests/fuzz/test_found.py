@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from conftest import require
 from draws import CASES, Call, Draw, judge
+from kinds_of_draws import KINDS
 
 FOUND = {
     # a class without pairs, in whose sum the loss has slope 1e6, set the scale of float16's G
@@ -122,3 +125,56 @@ def test_found(find: str) -> None:
     require(call.backend)
     for verdict in judge(CASES[name], draw, [call]):
         assert verdict.share <= 1, verdict
+
+
+# found by another kind of draw, and which
+OF_OTHER_KINDS = {
+    # in forward mode torch's logsumexp of nothing but -inf has NaN for a slope
+    "no other class": (
+        "tangents",
+        "class_loss_MLCD",
+        Draw((15, 1, 16), "far", "one class", torch.float32, 1339153277),
+    ),
+    "no other class, N 1": (
+        "tangents",
+        "adaptive_margin_softmax",
+        Draw((1, 1, 5), "plain", "one class", torch.float32, 1),
+    ),
+    # and logaddexp of two numbers that are 88 apart has no curve
+    "two far numbers": (
+        "second derivatives",
+        "distillation_jsd",
+        Draw((33, 29, 15), "large", "skewed", torch.float32, 192754040),
+    ),
+    "a far number and 0": (
+        "second derivatives",
+        "class_loss_SphereFace2",
+        Draw((3, 31, 5), "large", "one class", torch.float32, 1),
+    ),
+    "a number and nothing": (
+        "second derivatives",
+        "unpg_margin_softmax",
+        Draw((1, 31, 65), "large", "all distinct", torch.float32, 956498904),
+    ),
+    # the mean of scores was rounded in their length, where the loss sees what is between them
+    "a mean of long scores": (
+        "second derivatives",
+        "distillation_soft_ce",
+        Draw((33, 1, 15), "anti-aligned", "skewed", torch.float32, 1777638218),
+    ),
+    # s (1 - s) of a small s was rounded as 1 is, and divided by s
+    "a curve of a small sigmoid": (
+        "second derivatives",
+        "one_label_MappedLDR_softplus",
+        Draw((7, 31, 7), "constant", "skewed", torch.float32, 398880821),
+    ),
+}
+
+
+@pytest.mark.parametrize("find", list(OF_OTHER_KINDS))
+def test_found_by_another_kind(find: str) -> None:
+    kind, name, draw = OF_OTHER_KINDS[find]
+    found = list(KINDS[kind].judge(name, draw, random.Random(find)))
+    assert found
+    for call, within, parts in found:
+        assert within, (call, parts)

@@ -198,9 +198,21 @@ def test_add_shared_is_logaddexp_and_keeps_gradients_finite() -> None:
         lse = torch.tensor([a, 800.0], requires_grad=True)
         shared = torch.tensor(b, requires_grad=True)
         out = add_shared(lse, shared)
-        assert torch.equal(out[0], torch.logaddexp(torch.tensor(a), torch.tensor(b)))
+        torch.testing.assert_close(out[0], torch.logaddexp(torch.tensor(a), torch.tensor(b)))
         for grad in torch.autograd.grad(out.sum(), (lse, shared)):
             assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_curve_beside_an_ignored_row_of_nan(classes: int) -> None:
+    x, w = torch.randn(3, 4), torch.randn(classes, 4, requires_grad=True)
+    x[2] = torch.nan
+    x.requires_grad_()
+    labels = torch.tensor([0, 0, -100])
+    loss = unpg_margin_softmax(x, w, labels, backend="reference")
+    slopes = torch.autograd.grad(loss, [x, w], create_graph=True)
+    curves = torch.autograd.grad(sum(g.sum() for g in slopes), [x, w])
+    assert all(g.isfinite().all() for g in (*slopes, *curves))
 
 
 def test_half_precision_and_compile(streamed: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fused_losses.base.numerics import row_dtype, unit_rows
+from fused_losses.base.numerics import over_last, row_dtype, unit_rows
 from fused_losses.base.products import product
 from fused_losses.primitives.class_rules.inputs import (
     ClassInputs,
@@ -32,7 +32,7 @@ def reference(p: ClassInputs) -> ClassStatistics:
     statistics = []
     for kind, term in zip(rule.kinds, terms, strict=True):
         term = term.to(wide).masked_fill(positive, -torch.inf if kind == "lse" else 0)
-        statistics.append(torch.logsumexp(term, dim=1) if kind == "lse" else term.sum(dim=1))
+        statistics.append(over_last(term) if kind == "lse" else term.sum(dim=1))
     found = cosine.gather(1, place.clamp_min(0)) if p.taking_part else torch.zeros_like(place)
     with torch.no_grad():
         others = torch.cat([torch.full_like(cosine[:, :1], -torch.inf), cosine], dim=1)

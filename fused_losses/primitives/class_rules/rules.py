@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import row_dtype
+from fused_losses.base.numerics import log1p_exp, row_dtype
 from fused_losses.primitives.class_rules import mapped
 from fused_losses.primitives.row_statistics.bend import bent, bent_slope, steepest_bend
 
@@ -135,11 +135,6 @@ def raised(c: Tensor, t: float, straight_through: bool) -> Tensor:
     """2 ((c + 1) / 2)^t - 1, SphereFace2's map of a cosine; straight_through: with slope 1."""
     value = 2 * ((c + 1) / 2).clamp_min(0) ** t - 1
     return c + (value - c).detach() if straight_through else value
-
-
-def log1p_exp(z: Tensor) -> Tensor:
-    """As `numerics.softplus`, in whose curve s (1 - s) torch rounds 1 - s as it does 1."""
-    return torch.logaddexp(z, z.new_zeros(()))
 
 
 def _sphereface2_score(c: Tensor, values: Tensor | None, params: list[float]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.base.numerics import over_last, row_dtype, unit_rows
+from fused_losses.base.numerics import merged, over_last, row_dtype, unit_rows
 from fused_losses.base.products import product
 from fused_losses.primitives.divergence.inputs import DivergenceInputs, check_ids
 
@@ -37,8 +37,11 @@ def _folds(
     if p.kind == "power":
         (eps,) = p.params
         powered = over_last(eps * v, others)
-        share = (eps * v - _finite(powered)).exp()
-        return [powered, total(share * u)]
+        some = others.any(dim=1, keepdim=True)
+        share = torch.where(some, (eps * v).masked_fill(~others & some, -torch.inf), 0).softmax(1)
+        # about what the loss is less: of long rows' scores the mean would round as they do
+        about = _finite(lse).detach()
+        return [powered, total(share * (u - about)) + about[:, 0]]
     if p.kind == "squared":
         return [total((u - v) ** 2)]
     if p.kind in ("bernoulli", "bernoulli_norm"):
@@ -57,7 +60,7 @@ def _folds(
         return [total(q_s * (log_s - log_t))]
     if p.kind == "jensen_shannon":
         (beta,) = p.params
-        log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+        log_m = merged(log_t + math.log(beta), log_s + math.log1p(-beta))
         of_s = total((1 - beta) * q_s * (log_s - log_m))
         of_t = total(beta * q_t * (log_t - log_m))
         return [of_s + of_t, of_s, of_t]

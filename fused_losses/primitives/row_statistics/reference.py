@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import unit_rows
+from fused_losses.base.numerics import over_last, unit_rows
 from fused_losses.base.products import product
 
 
@@ -45,7 +45,7 @@ def row_statistics(
     v = torch.ones_like(scores[:1]) if column_weight is None else column_weight[ids].to(scores)
     best = others.max(dim=1)
     return {
-        "lse": torch.logsumexp(others, dim=1),
+        "lse": over_last(others),
         "target": torch.where(has_target, target, 0),
         "weighted_sum": (v * scores).masked_fill(is_target, 0).sum(dim=1),
         "hardest": torch.where(best.values > -torch.inf, ids[best.indices], -1),
