@@ -10,6 +10,7 @@ from fused_losses.base.examples import examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
     followed,
+    nan_where_infinite,
     no_autocast,
     reduced,
     unit_rows,
@@ -17,6 +18,7 @@ from fused_losses.base.numerics import (
 from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.losses.distillation_kinds import KINDS, DistillationKind, checked_options
 from fused_losses.losses.top_teacher import TopTeacher, check_top, top_distillation
+from fused_losses.primitives.divergence.faults import spoilt_by
 from fused_losses.primitives.divergence.inputs import DivergenceInputs
 from fused_losses.primitives.divergence.op import DivergenceStatistics, choose, divergence
 
@@ -94,9 +96,9 @@ def distillation(
         reduction: "mean" over the rows that take part (0 over none), "sum" or "none" [N].
 
     Near agreement the loss and the gradients keep their digits: nothing subtracts two
-    logsumexp's; teacher = student gives exactly 0 (but on "reference"). Rows with NaN leave other
-    rows' losses alone; infinite scores give NaN, or inf where the formula does. Returns float32
-    (float64 for float64 inputs).
+    logsumexp's; teacher = student gives exactly 0 (but on "reference"). A row with NaN or inf, of
+    either side, is NaN and leaves others alone; a class with one makes every row NaN. Returns
+    float32 (float64 for float64 inputs).
     Raises ValueError, TypeError, IndexError for bad arguments; RuntimeError when the backend cannot
     run the call. Time O(N K (Ds + Dt)); memory beyond inputs and gradients O(N D) plus a tile.
     """
@@ -146,6 +148,8 @@ def distillation(
                 kind, *of_student, teacher, number, labels, options, unit_student, precision,
                 backend,
             )  # fmt: skip
+            spoilt = spoilt_by(student_weight) + nan_where_infinite(x)
+            loss = loss + (spoilt if student_bias is None else spoilt + spoilt_by(student_bias))
         else:
             dull = factor("teacher_scale", teacher_scale)
             rows, scales = _teacher_rows(

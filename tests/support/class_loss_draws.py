@@ -150,7 +150,7 @@ def mean(ends: Ends, plain: bool = False, counts: bool = False) -> Callable[[Inp
             return each.mean()
         w = t.counts.to(each)
         total = w.sum()
-        return (each * w).sum() / (total if total > 0 else 1)
+        return torch.where(w > 0, each * w, 0).sum() / (total if total > 0 else 1)
 
     return formula
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pair_cases
@@ -15,18 +16,22 @@ import torch
 from draws import CASES, ROWS, Draw, chooses, inputs, unjudged
 from pair_cases import BACKENDS, Case, Inputs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_losses.base.disturbance import Movement, distance, rounded_once
 
+aten = torch.ops.aten
 VALUES = (float("nan"), float("inf"), -float("inf"))
 # what gives a number a pair keeps an infinite one, as float64 has it
 PAIRED = ("pairwise", "similarity_")
 # a direction or a variance of a row with inf is none
 DIRECTED = ("cosine", "correlation", "angular", "snr")
+# what counts is the score: +inf is a fault, -inf adds nothing (docs/row_statistics.md)
+SCORED = ("linear_cross_entropy",)
 # only NaN: sums and medians of scores keep an infinite number; `kl` is open (docs/reliability.md)
 ONLY_NAN = (
-    *("linear_cross_entropy", "triplet_margin", "pairwise_kl"),
-    *("distillation", "adaptive_margin_softmax_eval", "unpg_margin_softmax_parted"),
+    *("triplet_margin", "pairwise_kl"),
+    *("adaptive_margin_softmax_eval", "unpg_margin_softmax_parted"),
 )
 # weights multiply them, those of pairs that are left out, too
 WEIGHTED = {
@@ -36,6 +41,16 @@ WEIGHTED = {
 # what is told of a row's classes, of whose cosines one is NaN
 OPEN = ("margin_softmax_told",)
 TRIES = 16
+
+
+class FaultyScores(TorchDispatchMode):
+    """Makes NaN of a product that is +inf."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return torch.where(out == torch.inf, torch.nan, out) if func is aten.mm.default else out
 
 
 class Place(NamedTuple):
@@ -99,7 +114,7 @@ def judge(case: Case, draw: Draw) -> Iterator[tuple[str, list[str]]]:
     where = places(case, exact, draw)
     bad = planted(exact, where)
     directed = case.name.endswith(DIRECTED) and "topk" not in case.name
-    pairs = case.name.startswith(PAIRED)
+    pairs = case.name.startswith((*PAIRED, *SCORED))
     must = None if pairs else reached(case, exact, where, draw)
     first: Tensor | None = None
     for backend in BACKENDS:
@@ -124,10 +139,13 @@ def _values(
     case: Case, draw: Draw, t: Inputs, got: Tensor, where: list[Place], kept: Tensor
 ) -> Iterator[str]:
     """The formula's: of pairs all, else where nothing was reached."""
-    everything = case.name.startswith(PAIRED)
+    everything = case.name.startswith((*PAIRED, *SCORED))
+    # a soft cap makes a finite score of it
+    faulty = case.name.startswith(SCORED) and not case.name.endswith("capped")
 
     def outcome() -> list[Tensor]:
-        value = case.formula(t).detach()
+        with FaultyScores() if faulty else nullcontext():
+            value = case.formula(t).detach()
         return [value if everything else value[kept]]
 
     truth = outcome()

@@ -33,6 +33,7 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.validation import describe
 from fused_losses.primitives.divergence import bounded
+from fused_losses.primitives.divergence.faults import FAULTS
 from fused_losses.primitives.divergence.inputs import (
     BACKWARD,
     FORWARD,
@@ -61,14 +62,18 @@ def divergence(inputs: DivergenceInputs, *, backend: str | None = None) -> Diver
 
     Raises ValueError, TypeError or IndexError for inputs that do not fit each other;
     NotImplementedError for a second derivative, but on "reference". Labels must be among `classes`.
-    A score that is infinite makes its row NaN. Time O(N K (Ds + Dt)), memory O(N D) and a few
-    tiles; a dense teacher's gradient is [N, C].
+    A number that is NaN or infinite makes its row NaN, one of a class every row. Time
+    O(N K (Ds + Dt)), memory O(N D) and a few tiles; a dense teacher's gradient is [N, C].
     """
     _check(inputs)
     inputs = inputs._replace(params=[float(p) for p in inputs.params])
     name = choose(inputs, backend)
     with no_autocast(inputs.x.device):
-        found = reference(inputs) if name == "reference" else DIVERGENCE(name, *inputs)
+        if name == "reference":
+            found = reference(inputs)
+        else:
+            spoilt = FAULTS(*(v.detach() if isinstance(v, Tensor) else v for v in inputs))
+            found = (part + spoilt for part in DIVERGENCE(name, *inputs))
     lse, teacher_lse, target, teacher_target, folds = found
     vectors = lse, teacher_lse, target, teacher_target
     return DivergenceStatistics(*vectors, folds[: DIVERGENCES[inputs.kind].differentiable])

@@ -87,7 +87,9 @@ def reference(p: DivergenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     lse, teacher_lse = over_last(u, others), over_last(v, others)
     folds = torch.stack(_folds(p, u, v, lse, teacher_lse, others))
     # an infinite score is a fault that must show
-    lse, teacher_lse = (torch.where(t == torch.inf, torch.nan, t) for t in (lse, teacher_lse))
+    sound = (u.isfinite() & v.isfinite()).all(dim=1)
     found = (lse, teacher_lse, *targets, folds)
-    lse, teacher_lse, target, teacher_target, folds = (t.to(wide) for t in found)
+    lse, teacher_lse, target, teacher_target, folds = (
+        torch.where(sound, t, torch.nan).to(wide) for t in found
+    )
     return lse, teacher_lse, target, teacher_target, folds
