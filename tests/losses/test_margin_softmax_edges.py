@@ -92,6 +92,14 @@ def test_nan_row_stays_in_its_own_loss(backend: str) -> None:
     assert torch.isnan(call(backend, **inputs))
 
 
+def test_a_zero_class_beside_a_nan_row_has_gradient_zero(backend: str) -> None:
+    inputs = good()
+    inputs["embeddings"][2] = float("nan")
+    inputs["weight"][4] = 0
+    _, _, dw = gradients(backend, inputs)
+    assert (dw[4] == 0).all() and dw[5].isnan().all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_row_that_is_ignored_reaches_nothing(value: float, backend: str) -> None:
     inputs = good()

@@ -220,6 +220,8 @@ finish_weight(WeightArguments a) {
       inverse = ld(static_cast<const float*>(a.inverse) + j);
       along = warp_sum(along) * inverse;
     }
+    // a class of zeros has no direction: NaN of a row over its length is none either
+    const bool dead = a.inverse != nullptr && inverse == 0;
     FL_ROLLED
     for (int64_t k = lane * kStep; k < packed; k += kWarp * kStep) {
       const Pack<float, kStep> u = ld_many<kStep>(g + k);
@@ -227,7 +229,8 @@ finish_weight(WeightArguments a) {
       if (a.inverse != nullptr) {
         const Pack<T, kStep> v = ld_pack(w + k);
         for (int i = 0; i < kStep; ++i) {
-          to[i] = from_float<T>((u[i] - along * (to_float(v[i]) * inverse)) * factor);
+          const float left = dead ? 0 : u[i] - along * (to_float(v[i]) * inverse);
+          to[i] = from_float<T>(left * factor);
         }
       } else {
         for (int i = 0; i < kStep; ++i) to[i] = from_float<T>(u[i] * factor);
@@ -237,7 +240,7 @@ finish_weight(WeightArguments a) {
     FL_ROLLED
     for (int64_t k = packed + lane; k < a.d; k += kWarp) {
       const float v = a.inverse != nullptr ? along * (to_float(ld(w + k)) * inverse) : 0;
-      st(out + k, from_float<T>((ld(g + k) - v) * factor));
+      st(out + k, from_float<T>(dead ? 0 : (ld(g + k) - v) * factor));
     }
   }
 }
