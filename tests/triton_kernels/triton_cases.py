@@ -190,6 +190,14 @@ def test_nan_in_a_row_stays_in_that_row(bend: str) -> None:
             assert got[bad].isnan().all()
 
 
+def test_a_zero_class_beside_a_nan_row_has_gradient_zero() -> None:
+    data = call(Case(edit="nan row"))
+    args = data["args"]
+    args["weight"][4] = 0
+    _, dweight, _ = backward(args, data["grads"], triton.forward(Inputs(**args))[0])
+    assert (dweight[4] == 0).all() and dweight[5].isnan().all()
+
+
 def test_only_what_is_needed_is_computed() -> None:
     data = call(Case(bias=True))
     args, grads = data["args"], data["grads"]

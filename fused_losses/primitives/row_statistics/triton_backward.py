@@ -180,6 +180,8 @@ def finish_weight(
             if inverse is not None:
                 row = load(w_row + start, depth[None, :], left, EVEN).to(tl.float32)
                 value -= row * scale[:, None] * along[:, None]
+                # a class of zeros has no direction: NaN of a row over its length is none either
+                value = tl.where(scale[:, None] == 0, 0.0, value)
             inside = real[:, None] & (depth < left)[None, :]
             tl.store(to_row + start, value * factor, mask=inside)
 
