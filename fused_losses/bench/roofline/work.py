@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_losses.backends.gpu.device import ceil_div
+
 
 def count(t: Tensor) -> int:
     """Distinct elements of a tensor, expanded dimensions once."""
@@ -122,3 +124,21 @@ def work_of(kernel: Hashable, name: str, programs: int, values: dict[str, Any]) 
     launch = Launch(name, programs, values)
     FORMS[kernel](launch)
     return launch.work
+
+
+def tile_products(
+    s: Launch,
+    x: str,
+    y: str,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    d: int,
+    programs: int,
+) -> None:
+    """Tiles of BM x BN whose operands are read whole, rows (first, count) past the end as well."""
+    stride_x, stride_y = s.values[x].stride(0), s.values[y].stride(0)
+    # a row operand beyond half of L2 is gone through again for every wave of tiles
+    sweeps = ceil_div(programs, 256)
+    s.read(x, programs * s.BM * d, rows[0] * stride_x, rows[1] * stride_x, sweeps)
+    s.read(y, programs * s.BN * d, columns[0] * stride_y, columns[1] * stride_y)
+    s.multiply(programs * s.BM * s.BN, ceil_div(d, s.BK) * s.BK, s.values[x])
