@@ -12,7 +12,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 # tests start processes by the dozen, and each would compile the package's modules again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv train check one-row test fuzz soak ctest cuda-host cuda-sanitize cuda-mutants \
+.PHONY: venv train check one-row test best fuzz soak ctest cuda-host cuda-sanitize cuda-mutants \
   kernel-tests gpu-gate gpu-ptx gpu-static bench lint types clean
 
 venv: $(VENV)/.built
@@ -46,14 +46,20 @@ ON_HOST = FUSED_LOSSES_REQUIRE_CPU=1 FUSED_LOSSES_CUDA_ON_HOST=1 OMP_WAIT_POLICY
 PROVE = $(BIN)/python -m tools.proofs run $(if $(FULL),--full)
 BEST = $(shell $(BIN)/python -c "from fused_losses import _C; print(_C.capability())")
 
-test: venv lint cuda-host kernel-tests
-	$(CTEST) --no-tests=error --tests-regex '_$(BEST)$$'
+test: venv
+	$(MAKE) --jobs 2 --output-sync lint best
 	$(ON_HOST) $(PYTEST) --durations 40 -m "not (mutants or gate or ptx)"
 	$(PROVE) ctest:$(BEST) $(CTEST) --exclude-regex '_$(BEST)$$'
 	$(PROVE) sanitizers make cuda-sanitize
 	$(PROVE) mutants make cuda-mutants
 	$(PROVE) gate make gpu-gate
 	$(PROVE) ptx make gpu-ptx
+
+# the builds share a folder, and are made one after the other
+best:
+	$(MAKE) cuda-host
+	$(MAKE) kernel-tests
+	$(CTEST) --no-tests=error --tests-regex '_$(BEST)$$'
 
 # a portion of the recorded run, in runs/fuzz; the same seed goes on where it stopped
 SEED = 1
