@@ -65,7 +65,7 @@ best:
 SEED = 1
 DRAWS = 20
 fuzz: venv cuda-host
-	PYTHONPATH=tests:tests/support $(ON_HOST) $(BIN)/python tests/fuzz/record.py run --seed $(SEED) --draws $(DRAWS)
+	PYTHONPATH=tests:tests/support $(ON_HOST) TRITON_INTERPRET=1 $(BIN)/python tests/fuzz/record.py run --seed $(SEED) --draws $(DRAWS)
 	PYTHONPATH=tests:tests/support $(BIN)/python tests/fuzz/record.py table
 
 # hours of trainings on two ranks that are killed, starved of disk and damaged: runs/soak/summary.json

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,10 +77,7 @@ def ldr(threshold: float, lam: float) -> Ends:
 
 def mapped(kind: str, threshold: float, lam: float) -> Ends:
     def loss(z: Tensor, hot: Tensor) -> Tensor:
-        u = softplus(z) if kind == "softplus" else z
-        whole = u.abs().mean(1, keepdim=True)
-        u = torch.where(whole == 0, 0, u / torch.where(whole == 0, 1, whole))
-        return ldr(threshold, lam)(u, hot)
+        return ldr(threshold, lam)(mean_of_one(softplus(z) if kind == "softplus" else z), hot)
 
     return loss
 
@@ -106,11 +104,15 @@ def capped_gce(z: Tensor, hot: Tensor) -> Tensor:
     return -torch.expm1(-0.5 * cross_entropy(z, hot)) / 0.5
 
 
-def aldr(z: Tensor, hot: Tensor) -> Tensor:
+def mean_of_one(u: Tensor) -> Tensor:
+    whole = u.abs().mean(1, keepdim=True)
+    return torch.where(whole == 0, 0, u / torch.where(whole == 0, 1, whole))
+
+
+def aldr(z: Tensor, hot: Tensor, kind: str = "l1") -> Tensor:
     """From lambda 0.8, one step."""
     count = z.shape[1]
-    whole = z.abs().mean(1, keepdim=True)
-    u = torch.where(whole == 0, 0, z / torch.where(whole == 0, 1, whole))
+    u = mean_of_one(softplus(z) if kind == "softplus" else z)
     q = (u.detach() / 0.8).softmax(1) + 1e-5
     q = q / q.sum(1, keepdim=True)
     divergence = (q * (count * q).log()).sum(1)
@@ -163,8 +165,8 @@ def _of(function: str, **options: Any) -> Callable[..., Tensor]:
     return call
 
 
-def _aldr(t: Inputs, **more: Any) -> Tensor:
-    table = cl.ALDR(len(t.x), threshold=0.5, lam=0.8, alpha=3.0, scale=16.0)
+def _aldr(t: Inputs, map: str = "l1", **more: Any) -> Tensor:
+    table = cl.ALDR(len(t.x), threshold=0.5, lam=0.8, alpha=3.0, map=map, scale=16.0)
     return table(t.x, t.w, t.targets, torch.arange(len(t.x)), **more)
 
 
@@ -209,7 +211,17 @@ DRAWN = [
         )
         for name, (loss, ends) in LOSSES.items()
     ),
-    Case("one_label_ALDR", proxies, _aldr, mean(aldr), ROWS, function=fl.class_loss),
+    *(
+        Case(
+            f"one_label_ALDR{name}",
+            proxies,
+            partial(_aldr, map=map),
+            mean(partial(aldr, kind=map)),
+            ROWS,
+            function=fl.class_loss,
+        )
+        for name, map in (("", "l1"), ("_softplus", "softplus"))
+    ),
     Case(
         "class_loss_weighted",
         weighted,

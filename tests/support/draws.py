@@ -23,7 +23,9 @@ import margin_option_draws
 import metric_draws
 import option_draws
 import pair_cases
+import pair_option_draws
 import row_loss_cases
+import row_option_draws
 import torch
 from class_pair_draws import MORE
 from conftest import BACKENDS
@@ -32,7 +34,7 @@ from layouts import LAYOUTS, relaid
 from pair_cases import Case, Inputs, outcome
 from torch import Tensor
 
-from fused_losses import backends
+from fused_losses.backends import reasons_against
 from fused_losses.base.disturbance import LOWERED, Movement, distance, rounded_once
 from fused_losses.base.numerics import ROUNDOFF, accumulate_dtype
 
@@ -48,6 +50,8 @@ TABLES = (
     *option_draws.DRAWN,
     *class_option_draws.DRAWN,
     *margin_option_draws.DRAWN,
+    *row_option_draws.DRAWN,
+    *pair_option_draws.DRAWN,
 )
 CASES = {case.name: case for case in TABLES}
 
@@ -94,7 +98,7 @@ LIMITS: dict[str, tuple[str, ...]] = {
     # the hats of a histogram have no slope of their own where a value stands on a node
     "histogram": ("integers", "duplicates", "constant", "sparse"),
     # which of a document's equal tokens gets the gradient is open
-    "maxsim_padded": ("integers", "sparse"),
+    **dict.fromkeys(("maxsim_padded", "maxsim_masked", "maxsim_ragged"), ("integers", "sparse")),
     # equal values of rows that are not: which is rounded to the larger, or a formula's first
     **dict.fromkeys(
         (name for name in CASES if name.startswith("pairwise_topk_")),
@@ -197,17 +201,17 @@ def takes_precision(case: Case) -> bool:
     return case.function is not None and "precision" in inspect.signature(case.function).parameters
 
 
-def calls(case: Case, draw: Draw) -> list[Call]:
+def calls(case: Case, draw: Draw, backends: tuple[str, ...] = BACKENDS) -> list[Call]:
     """On each backend the plain call, and one in another layout; in a narrower precision one."""
     choice = random.Random(draw.seed)
     found = []
-    for backend in BACKENDS:
+    for backend in backends:
         found += [Call(backend), Call(backend, choice.choice(LAYOUTS))]
         # in one dimension a direction is 1 or -1, without a slope: what is left is rounding alone
         narrow = takes_precision(case) and not case.name.startswith((*CHOSEN, *ALONE))
         narrow = narrow and not ("attention" in case.name and draw.shape[1] == 1)
         narrow = narrow and draw.kind not in VAST and case.name not in CANCEL
-        if narrow and backend in ("cpu", "cuda") and draw.shape[2] > 1:
+        if narrow and backend in ("cpu", "cuda", "triton") and draw.shape[2] > 1:
             found.append(Call(backend, precision=choice.choice(["tf32", "mixed", "bf16"])))
     return [call for call in found if not _refused(call, draw)]
 
@@ -217,12 +221,12 @@ def _refused(call: Call, draw: Draw) -> bool:
         # materialised in the dtype of its rows
         return draw.dtype in (torch.bfloat16, torch.float16)
     device = torch.device("cpu")
-    return bool(backends.reasons_against(call.backend, device, draw.dtype, call.precision))
+    return bool(reasons_against(call.backend, device, draw.dtype, call.precision))
 
 
 def chooses(backend: str, draw: Draw) -> bool:
     """Whether a backend takes rows of this dtype."""
-    return not backends.reasons_against(backend, torch.device("cpu"), draw.dtype, "fp32")
+    return not reasons_against(backend, torch.device("cpu"), draw.dtype, "fp32")
 
 
 def judge(case: Case, draw: Draw, which: list[Call] | None = None) -> Iterator[Verdict]:

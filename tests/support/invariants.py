@@ -163,7 +163,7 @@ OF_ROWS = ("x", "labels", "targets", "drawn", "teacher", "counts")
 BY_PLACE = (
     *("nt_xent_views", "supervised_contrastive_anchors", "n_pairs"),
     # the rounds are of each class's first rows, second rows, ...
-    *("centroid_triplet", "centroid_triplet_of_queries"),
+    *("centroid_triplet", "centroid_triplet_of_queries", "centroid_triplet_sum"),
 )
 MADE = {name: set(vars(case.make(5, 5, 3))) for name, case in CASES.items()}
 # one labelled batch, or rows and classes
@@ -181,8 +181,8 @@ COLUMNS = [
     if fields == {"x", "y", "labels", "y_labels"}
     or (fields == {"x", "y", "v", "scale", "labels", "y_labels"} and "attention" in name)
 ]
-# which ask for class 0 by its place
-PLACED = ("softmax_outputs", "softmax_outputs_capped")
+# which ask for class 0 by its place, or tell of each class
+PLACED = ("softmax_outputs", "softmax_outputs_capped", "proxy_anchor_none")
 CLASSES = [
     name for name, fields in MADE.items() if {"targets", "w"} <= fields and name not in PLACED
 ]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import digit_draws
+import interpreted_draws
 import option_draws
 import planted
 import second_draws
@@ -70,6 +71,15 @@ def _planted(name: str, draw: Draw, _: random.Random) -> Found:
         yield Call(backend), not faults, faults
 
 
+def _triton(name: str, draw: Draw, _: random.Random) -> Found:
+    yield from ((v.call, v.share <= 1, v.found) for v in interpreted_draws.judged(name, draw))
+
+
+def _triton_planted(name: str, draw: Draw, _: random.Random) -> Found:
+    for call, faults in interpreted_draws.of_planted(name, draw):
+        yield call, not faults, faults
+
+
 def _lengths(name: str, draw: Draw, choice: random.Random) -> Found:
     length = choice.choice(wild_norms.lengths(name))
     if draw.dtype == torch.float16:
@@ -113,6 +123,7 @@ def _digits(name: str, draw: Draw, choice: random.Random) -> Found:
 
 
 OPTIONS = [case.name for case in option_draws.DRAWN]
+TRITON = interpreted_draws.NAMES if interpreted_draws.HERE else []
 KINDS: dict[str, Kind] = {
     "hard data": Kind([name for name in CASES if name not in OPTIONS], _hard),
     "options": Kind(OPTIONS, _hard),
@@ -123,4 +134,6 @@ KINDS: dict[str, Kind] = {
     "tangents": Kind(list(CASES), _tangents),
     "second derivatives": Kind(list(CASES), _seconds),
     "invariants": Kind([f"{what}: {name}" for what, name in INVARIANTS], _invariants),
+    "interpreted Triton": Kind(TRITON, _triton),
+    "NaN and inf in interpreted Triton": Kind(TRITON, _triton_planted),
 }

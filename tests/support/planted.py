@@ -106,7 +106,9 @@ def reached(case: Case, exact: Inputs, where: list[Place], draw: Draw) -> Tensor
     return seen
 
 
-def judge(case: Case, draw: Draw) -> Iterator[tuple[str, list[str]]]:
+def judge(
+    case: Case, draw: Draw, backends: tuple[str, ...] = BACKENDS
+) -> Iterator[tuple[str, list[str]]]:
     """What each backend has wrong; the first of them also says which NaN all have."""
     if case.name in OPEN:
         return
@@ -117,7 +119,7 @@ def judge(case: Case, draw: Draw) -> Iterator[tuple[str, list[str]]]:
     pairs = case.name.startswith((*PAIRED, *SCORED))
     must = None if pairs else reached(case, exact, where, draw)
     first: Tensor | None = None
-    for backend in BACKENDS:
+    for backend in backends:
         if not chooses(backend, draw) or (backend == "reference" and draw.dtype.itemsize == 2):
             continue
         t = pair_cases.in_dtype(case, bad, draw.dtype)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 import row_loss_formulas as f
 import torch
+from centroid_formulas import centroids
 from pair_cases import Case, case, require_pairs
 from pair_formulas import batch
 
@@ -95,8 +96,8 @@ ROWS = [
         positive="hardest",
         negative="easiest",
     ),
-    case("centroid_triplet", batch, f.centroids),
-    case("centroid_triplet, of queries", batch, lambda t: f.centroids(t, False)),
+    case("centroid_triplet", batch, centroids),
+    case("centroid_triplet, of queries", batch, lambda t: centroids(t, False)),
     case("prototype_triplet", f.prototypes, f.prototype_triplets, ("x", "w")),
     case("contrastive", batch, f.contrastive),
     case("contrastive, none", batch, lambda t: f.contrastive(t, reduction="none")),

@@ -154,6 +154,10 @@ def harmonic(t: Inputs) -> Tensor:
     return over_nonzero(torch.cat(losses), zero(t)) + zero(t)
 
 
+def hinged(gap: Tensor, margin: float | None) -> Tensor:
+    return F.softplus(gap, threshold=80) if margin is None else F.relu(gap + margin)
+
+
 def chosen_triplets(
     t: Inputs,
     margin: float | None,
@@ -188,40 +192,11 @@ def chosen_triplets(
             losses.append(zero(t))
         else:
             gap = row[p] - row[n]
-            losses.append(F.softplus(gap, threshold=80) if margin is None else F.relu(gap + margin))
+            losses.append(hinged(gap, margin))
     losses = torch.stack(losses) + zero(t)
     if reduction == "none":
         return losses
     return losses.sum() / (max(sum(counted), 1) if reduction == "mean" else 1)
-
-
-def centroids(t: Inputs, centroid_anchors: bool = True) -> Tensor:
-    """The rounds one after another."""
-    labels = t.labels.tolist()
-    rows = {c: [i for i, own in enumerate(labels) if own == c] for c in labels}
-    losses, x = [], single(t.x)
-    for r in range(max(len(v) for v in rows.values())):
-        taking = [c for c, v in rows.items() if len(v) > max(r, 1)]
-        if not taking:
-            continue
-        queries = torch.stack([x[rows[c][r]] for c in taking])
-        means = torch.stack(
-            [x[[i for k, i in enumerate(rows[c]) if k != r]].mean(0) for c in taking]
-        )
-        if centroid_anchors:
-            anchors = others = torch.cat([queries, means])
-            own = torch.tensor(taking * 2)
-            near, far = members(own)
-        else:
-            anchors, others = queries, means
-            own = torch.tensor(taking)
-            near, far = members(own, own)
-        squared = (anchors[:, None] - others).square().sum(-1)
-        d = squared.clamp_min(1e-12).sqrt()
-        for i, row in enumerate(d):
-            if far[i]:
-                losses.append(F.relu(row[near[i]].max() - row[far[i]].min() + 0.5))
-    return (torch.stack(losses).mean() if losses else zero(t)) + zero(t)
 
 
 def prototype_triplets(t: Inputs) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from fused_losses.base.disturbance import Movement, distance, rounded_once
 from fused_losses.base.numerics import ROUNDOFF, accumulate_dtype
 
-# a second derivative is refused on every backend
+# a second derivative is refused on every backend (of the k best by a product)
 NONE = {name for name in CASES if name.startswith(("pairwise_topk", "trilinear_attention"))}
+NONE -= {"pairwise_topk_minkowski"}
 # rows of 100 and more whose weighted sum is near 0: positives and softmax are summed apart
 SUMS_THAT_CANCEL = {("supervised_contrastive_out", kind) for kind in ("clusters", "far")}
 

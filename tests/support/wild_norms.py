@@ -20,8 +20,12 @@ from torch import Tensor
 from fused_losses.base.disturbance import Movement, distance
 from fused_losses.base.numerics import ROUNDOFF, accumulate_dtype
 
-# views made of the rows as they are; squares of these; what a rounding of 16 bits chooses
-NOT_OF_DIRECTIONS = ("nt_xent_views", "n_pairs", "harmonic_triplet")
+# views made of the rows as they are; squares of these; what a rounding of 16 bits chooses;
+# negatives that are not divided
+NOT_OF_DIRECTIONS = (
+    *("nt_xent_views", "n_pairs", "n_pairs_none", "harmonic_triplet", "harmonic_triplet_none"),
+    "angular_plain_negatives",
+)
 # of denormals: a product with a weight has their grain; the kernels' logarithm is that of 1e-38
 NO_DENORMALS = ("pairwise_weighted", "pairwise_kl")
 LENGTHS = {"1e-40": 1e-40, "1e-30": 1e-30, "1e30": 1e30, "from 1e-30 to 1e30": None}
