@@ -251,7 +251,7 @@ class ClassCenters(SteppedTable):
                 told = dict(negatives=saved.negatives, values=saved.values)
                 each = loss.row_loss(merged._replace(**told))
             total = batch.mean(each).to(saved.x.dtype)
-            if saved.trains and self.optimizer is not None:
+            if saved.trains and isinstance(self._updates, RowUpdates):
                 total.register_hook(saved.incoming.append)
         if not return_stats:
             return total

@@ -60,11 +60,14 @@ class HeadOptimizer(torch.optim.Optimizer):
 
     With update="backward" a step has been taken when backward returns, with the hyper-parameters
     that stood then, and `step` takes none; with update="step" it is taken here. Its one group
-    has the table and a number whose gradient is the factor of the gradient that waits: GradScaler
-    unscales it, or finds that it is not finite (update="backward": that the step was left out).
+    has the table, a number whose gradient is the factor of the gradient that waits: GradScaler
+    unscales it, or finds that it is not finite (update="backward": that the step was left out);
+    and the parameter whose flag freezes the head.
     `state` and `state_dict` read the rows' own states, which catch up for it; `load_state_dict`
     copies into them, all or none.
     """
+
+    switch: Tensor | None = None  # the head's parameter without elements
 
     def __init__(self, updates: Updates) -> None:
         self._updates = updates
@@ -74,7 +77,8 @@ class HeadOptimizer(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         if self._groups:  # the table may be another by now
-            self._groups[0]["params"] = [self._updates.rows.weight, self._updates.probe]
+            switch = [] if self.switch is None else [self.switch]
+            self._groups[0]["params"] = [self._updates.rows.weight, self._updates.probe, *switch]
         return self._groups
 
     @param_groups.setter

@@ -262,6 +262,7 @@ class SphericalHead(nn.Module):
     @property
     def optimizer(self) -> HeadOptimizer:
         """SGD over all classes."""
+        self._updates.optimizer.switch = self.trains
         return self._updates.optimizer
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_losses.base.validation import describe
 from fused_losses.centers.collectives import Ranks
 
 BEGUN = "momentum_begun"  # whether a step with momentum has been, of the whole table
@@ -61,3 +62,47 @@ class TableState(dict[str, Tensor]):
             self.make(name.removeprefix("optimizer."))
         if more:
             self.update(self.named())
+
+
+def read(
+    extra: Tensor | dict[str, Any] | None, named: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], int, bool | None]:
+    """The optimiser's states, the steps and whether momentum has begun; older ones do not say."""
+    if isinstance(extra, dict):
+        return extra["optimizer"], int(extra["steps"]), None
+    if extra is None:
+        return named, 0, None
+    steps, *begun = extra.flatten().tolist()
+    return named, steps, bool(begun[0]) if begun else None
+
+
+def anothers(
+    extra: Tensor | dict[str, Any] | None, ranks: Ranks, first: int, count: int
+) -> str | None:
+    """What a shard of so many classes says of another rank's, which may have this one's shape."""
+    if not isinstance(extra, Tensor) or extra.numel() < 3:  # of earlier versions
+        return None
+    begins = int(extra.flatten()[2])
+    if begins == first or count == 0:
+        return None
+    return (
+        f"expected the shard of rank {ranks.rank} of {ranks.world}, classes {first} to "
+        f"{first + count - 1}, got one that begins at class {begins}: a state dict that one rank "
+        "writes has that rank's rows alone; Checkpoints saves head.state() of all"
+    )
+
+
+def misshapen(given: Tensor, table: Tensor, ranks: Ranks, num_classes: int) -> str:
+    """What a table of another shape is told; one of other classes, how it goes over."""
+    expected = tuple(table.shape)
+    if given.shape[1:] != expected[1:] or given.dim() < 2:
+        return f"expected shape {expected}, got {describe(given)}"
+    classes, found = f"{expected[0]} classes", f"{given.shape[0]}"
+    if ranks.world > 1:
+        classes += f" (of {num_classes}, the shard of rank {ranks.rank})"
+    return (
+        f"expected shape {expected}, that is {classes}, got {describe(given)}, that is "
+        f"{found}; rows go over to another number of classes by a head of that number, old, "
+        "which loads them: ClassCenters(..., grow_from=old) or centers.carry_over(old, new); "
+        "from files by Checkpoints.load(..., resize=True)"
+    )

@@ -67,8 +67,12 @@ class SavedForward(NamedTuple):
 
 
 def accumulates(leaf: Node | None) -> bool:
-    """Whether the backward that runs is to change a leaf: torch.autograd.grad changes none."""
-    if leaf is None:
+    """Whether the backward that runs is to change a leaf: torch.autograd.grad changes none.
+
+    Nor does any change one that was frozen since its forward, as torch has it.
+    """
+    variable = getattr(leaf, "variable", None)
+    if leaf is None or (variable is not None and not variable.requires_grad):
         return False
     try:
         return torch._C._will_engine_execute_node(leaf)

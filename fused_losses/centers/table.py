@@ -16,16 +16,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_losses.base.numerics import unit_rows
-from fused_losses.base.validation import describe
 from fused_losses.centers import arguments, class_margins
 from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.held import Held, held_by
 from fused_losses.centers.objective import loss_of
-from fused_losses.centers.state import BEGUN, TableState, named_tensors
-from fused_losses.centers.tableless import PARAMETRIZED, WEIGHT, TablelessParameters
+from fused_losses.centers.state import BEGUN, TableState, anothers, misshapen, named_tensors, read
+from fused_losses.centers.tableless import (
+    PARAMETRIZED,
+    SWITCH,
+    WEIGHT,
+    SwitchedTable,
+    TablelessParameters,
+)
 from fused_losses.centers.update import AutogradUpdates, RowUpdates
 
-SWITCH = "trains"  # the parameter without elements that `requires_grad_` freezes the table by
 FIXED = ("num_classes", "embedding_dim", "sub_centers", "class_start", "num_local", "ranks")
 SMOOTHED = ("label_smoothing", "batch_negatives")
 EXTRA, STATES = "_extra_state", "optimizer."
@@ -63,6 +67,8 @@ class TableModule(nn.Module):
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The rows' own optimiser; None: `weight` is a parameter for another one."""
+        if isinstance(self._updates, RowUpdates):
+            self._updates.optimizer.switch = self._leaf  # FSDP may have put another in its place
         return self._updates.optimizer
 
     @property
@@ -70,10 +76,13 @@ class TableModule(nn.Module):
         """This shard's rows [c, D] or [c, K, D], with a bias [c, D + 1], which all catch up for it.
 
         Another table of this shape may be assigned, of any dtype and device. With an optimizer it
-        is no leaf of autograd: the head's `requires_grad_(False)` freezes it, not the tensor's own.
+        is no leaf of autograd, and its `requires_grad` is the head's own: either freezes both.
         """
         self._updates.settle()
-        return self._table
+        parameter = not isinstance(self._updates, RowUpdates)
+        if parameter or torch.compiler.is_compiling():  # whose graphs take plain tensors alone
+            return self._table
+        return SwitchedTable.of(self._table, self)
 
     @weight.setter
     def weight(self, weight: Tensor) -> None:
@@ -84,7 +93,7 @@ class TableModule(nn.Module):
             return
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
-        if weight.requires_grad and not isinstance(weight, nn.Parameter):
+        if weight.requires_grad and not isinstance(weight, nn.Parameter | SwitchedTable):
             raise RuntimeError(
                 "weight: expected a tensor without gradient, which none would reach: the head's "
                 "own optimizer steps the table; torch.func.functional_call differentiates a head "
@@ -255,8 +264,8 @@ class TableModule(nn.Module):
 
     def set_extra_state(self, state: Tensor | dict[str, Any]) -> None:
         """The same; of older checkpoints the steps alone, or a dict of them and the states."""
-        states, steps, begun = _read(state, {})
-        trouble = self._anothers(state)
+        states, steps, begun = read(state, {})
+        trouble = anothers(state, self.ranks, self.class_start, self.num_local)
         if trouble is None and isinstance(state, dict):
             trouble = self._unfit(states)
         if trouble is not None:
@@ -314,7 +323,7 @@ class TableModule(nn.Module):
 
         extra = own.get(prefix + EXTRA)
         named = {k.removeprefix(prefix + STATES): v for k, v in own.items() if STATES in k}
-        states, steps, begun = _read(extra, named)
+        states, steps, begun = read(extra, named)
         lost = bool(self._updates.states) or self.sample_rate < 1
         trouble = self._unfit(states) if states or extra is not None else None
         missing = [prefix + WEIGHT] if prefix + WEIGHT not in own else []
@@ -322,10 +331,11 @@ class TableModule(nn.Module):
             missing.append(prefix + EXTRA)
             missing += [prefix + STATES + name for name in self._updates.states if not states]
         given = own.get(prefix + WEIGHT, self._table)
-        anothers = self._anothers(extra)
-        if given.shape != self._table.shape or anothers is not None:
+        of_another = anothers(extra, self.ranks, self.class_start, self.num_local)
+        if given.shape != self._table.shape or of_another is not None:
             missing_keys += missing
-            error_msgs.append(f"{prefix}weight: {anothers or self._misshapen(given)}")
+            told = of_another or misshapen(given, self._table, self.ranks, self.num_classes)
+            error_msgs.append(f"{prefix}weight: {told}")
             return
         if trouble is not None:
             rows = self._updates.states
@@ -344,34 +354,6 @@ class TableModule(nn.Module):
         elif extra is not None:
             self._updates.fill(states, steps, begun)
 
-    def _anothers(self, extra: Tensor | dict[str, Any] | None) -> str | None:
-        """What is told of another rank's shard, which may have this one's shape."""
-        if not isinstance(extra, Tensor) or extra.numel() < 3:  # of earlier versions
-            return None
-        first, stop = int(extra.flatten()[2]), self.class_start + self.num_local
-        if first == self.class_start or self.num_local == 0:
-            return None
-        return (
-            f"expected the shard of rank {self.ranks.rank} of {self.ranks.world}, classes "
-            f"{self.class_start} to {stop - 1}, got one that begins at class {first}: a state dict "
-            "that one rank writes has that rank's rows alone; Checkpoints saves head.state() of all"
-        )
-
-    def _misshapen(self, given: Tensor) -> str:
-        """What a table of another shape is told; one of other classes, how it goes over."""
-        expected = tuple(self._table.shape)
-        if given.shape[1:] != expected[1:] or given.dim() < 2:
-            return f"expected shape {expected}, got {describe(given)}"
-        classes, found = f"{expected[0]} classes", f"{given.shape[0]}"
-        if self.ranks.world > 1:
-            classes += f" (of {self.num_classes}, the shard of rank {self.ranks.rank})"
-        return (
-            f"expected shape {expected}, that is {classes}, got {describe(given)}, that is "
-            f"{found}; rows go over to another number of classes by a head of that number, old, "
-            "which loads them: ClassCenters(..., grow_from=old) or centers.carry_over(old, new); "
-            "from files by Checkpoints.load(..., resize=True)"
-        )
-
     @torch.no_grad()
     def _write(self, given: Tensor, *, assign: bool) -> None:
         if not assign:
@@ -384,15 +366,3 @@ class TableModule(nn.Module):
 
 def _is_own(name: str) -> bool:
     return name in (WEIGHT, EXTRA, SWITCH) or name.startswith(STATES)
-
-
-def _read(
-    extra: Tensor | dict[str, Any] | None, named: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], int, bool | None]:
-    """The optimiser's states, the steps and whether momentum has begun; older ones do not say."""
-    if isinstance(extra, dict):
-        return extra["optimizer"], int(extra["steps"]), None
-    if extra is None:
-        return named, 0, None
-    steps, *begun = extra.flatten().tolist()
-    return named, steps, bool(begun[0]) if begun else None

@@ -1,10 +1,16 @@
-"""The parameters of a module whose table is none of them."""
+"""A module whose table is none of its parameters: what its names and its flag mean to others."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 WEIGHT = "weight"
+SWITCH = "trains"  # the parameter without elements that `requires_grad_` freezes the table by
 PARAMETRIZED = (
     "weight: expected the table to stay the head's own; its rows are read in parts, which a "
     "parametrization (weight_norm, spectral_norm) does not know: margin_softmax takes such a weight"
@@ -21,3 +27,52 @@ class TablelessParameters(dict):
         if name == WEIGHT:
             raise RuntimeError(PARAMETRIZED)
         super().__delitem__(name)
+
+
+class SwitchedTable(Tensor):
+    """A module's table in other hands: the same memory, and one `requires_grad` with its switch.
+
+    To autograd it is a plain tensor, and so is all that is made of it, copies and pickles too.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    _module: weakref.ref[nn.Module]  # a cycle would keep the table's memory
+
+    @staticmethod
+    def of(table: Tensor, module: nn.Module) -> SwitchedTable:
+        shown = torch.Tensor._make_subclass(SwitchedTable, table)
+        shown._module = weakref.ref(module)
+        return shown
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the module trains it."""
+        module = self._module()
+        return module is not None and getattr(module, SWITCH).requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, trains: bool) -> None:
+        if (module := self._module()) is not None:
+            getattr(module, SWITCH).requires_grad = trains
+
+    def requires_grad_(self, requires_grad: bool = True) -> SwitchedTable:
+        self.requires_grad = requires_grad
+        return self
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, data: Tensor) -> None:
+        module = self._module()
+        if module is not None and module._table.data_ptr() == self.data_ptr():
+            module._table.data = data
+        Tensor.data.__set__(self, data)  # pyright: ignore[reportAttributeAccessIssue] of C
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        memo[id(self)] = made = copy.deepcopy(self.detach(), memo)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)

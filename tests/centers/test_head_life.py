@@ -1,4 +1,4 @@
-"""What becomes of a head between steps: cast, assigned, copied, pickled, saved, loaded, frozen.
+"""What becomes of a head between steps: cast, assigned, copied, pickled, saved, loaded.
 
 After each the head goes on as torch.optim does with the whole table.
 """
@@ -331,49 +331,3 @@ def test_a_table_of_other_classes_is_told_how_to_go_over(
                 found.load_state_dict({"weight": given}, strict=False, assign=assign)
             assert given.dim() == 2 or "carry_over" not in str(told.value)
             assert torch.equal(found.weight, before)
-
-
-# ---- what must not train ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rate", [1.0, 0.5])
-@pytest.mark.parametrize("update", ["backward", "step"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adagrad"])
-def test_what_must_not_train_does_not(optimizer: str, update: str, rate: float) -> None:
-    found = head(optimizer=optimizer, update=update, sample_rate=rate)
-    model = Wrapped(found)
-    x, y = batch(0)
-    found.eval()
-    expected = torch.autograd.grad(found(x, y), x)[0] if rate == 1 else None
-    before = found.weight.clone()
-
-    def nothing_moved() -> None:
-        found.optimizer.step()
-        assert torch.equal(found.weight, before) and found.step_count == 0
-
-    found(x, y).backward()
-    nothing_moved()
-    found.train()
-    for inputs in ([x], [x, *(p for p in found.parameters())]):
-        dx = torch.autograd.grad(found(x, y), inputs, allow_unused=True)[0]
-        assert expected is None or torch.equal(dx, expected)
-        nothing_moved()
-    found(x, y).backward(inputs=[x])
-    nothing_moved()
-    for frozen in (found, model):
-        frozen.requires_grad_(False)
-        found(x, y).backward()
-        nothing_moved()
-        with pytest.raises(RuntimeError, match="does not require grad"):
-            found(x.detach(), y).backward()
-        frozen.requires_grad_(True)
-    found(x, y).backward()
-    found.optimizer.step()
-    assert found.step_count == 1 and not torch.equal(found.weight, before)
-
-
-def test_a_frozen_parameter_gets_no_gradient() -> None:
-    found = head().requires_grad_(False)
-    x, y = batch(0)
-    found(x, y).backward()
-    assert found.weight.grad is None and x.grad is not None

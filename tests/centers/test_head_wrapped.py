@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import operator
 from typing import Any
 
 import processes
@@ -85,17 +86,17 @@ def wrapped(rank: int) -> dict[str, Any]:
         assert other.head.step_count == STEPS
         for key, state in model.head.row_states().items():
             assert torch.equal(state, other.head.row_states()[key])
-    found["frozen"] = frozen()
+    found["frozen"] = all(frozen(by) for by in ("head", "head.weight"))
     found["refused"] = refused()
     found["nonfinite"] = [nonfinite(update) for update in ("backward", "step")]
     found["copies"] = copies()
     return found
 
 
-def frozen() -> bool:
+def frozen(by: str) -> bool:
     """Frozen before it is wrapped; the backbone trains on."""
     model = Model(**OPTIONS["backward"])
-    model.head.requires_grad_(False)
+    operator.attrgetter(by)(model).requires_grad_(False)
     before = model.head.weight.clone()
     train(DistributedDataParallel(model), model.head)
     return torch.equal(before, model.head.weight) and model.head.step_count == 0
