@@ -1,5 +1,6 @@
 """The large-class head: class centres of any number, over any number of ranks."""
 
+from fused_losses.centers.clipping import clip_grad_norm_
 from fused_losses.centers.collectives import Traffic, step_traffic
 from fused_losses.centers.head import ClassCenters
 from fused_losses.centers.head_optimizer import HeadOptimizer
@@ -23,6 +24,7 @@ __all__ = [
     "Traffic",
     "carry_over",
     "class_scores",
+    "clip_grad_norm_",
     "make_row_optimizer",
     "set_rows",
     "step_traffic",

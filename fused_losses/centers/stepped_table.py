@@ -84,5 +84,9 @@ class SteppedTable(TableModule):
 
     def _waiting(self) -> RowUpdates:
         if not isinstance(self._updates, RowUpdates) or self.update_at != "step":
-            raise RuntimeError("update: expected 'step' for a gradient that waits, got 'backward'")
+            raise RuntimeError(
+                "update: expected an optimizer with update='step', whose gradient waits, so that "
+                "it can be clipped with the backbone's, got 'backward': inside backward "
+                "max_grad_norm clips the table's alone"
+            )
         return self._updates

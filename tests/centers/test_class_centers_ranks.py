@@ -10,7 +10,7 @@ from rank_heads import COUNTS, HEADS, SGD, D, batch, make, own, train
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from fused_losses.centers import ClassCenters
+from fused_losses.centers import clip_grad_norm_
 from fused_losses.losses.margin_softmax import margin_softmax
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -87,17 +87,6 @@ def pictures(step: int) -> Tensor:
 CLIP = 0.05  # of a joint norm of about 1
 
 
-def clip_together(net: nn.Module, head: ClassCenters) -> None:
-    """As docs/class_centers.md has it."""
-    gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):  # of FSDP's shards
-        norm = norm.full_tensor()
-    norm = torch.hypot(norm, norm.new_tensor(head.grad_norm()))
-    nn.utils.clip_grads_with_norm_(net.parameters(), CLIP, norm)
-    head.scale_grad(min(1.0, CLIP / (float(norm) + 1e-6)))
-
-
 def with_backbone(rank: int, wrapped: str, steps: int = 4) -> list[list[Tensor]]:
     """Steps inside backward; and apart, clipped together."""
     return [backbone_steps(rank, wrapped, steps, name) for name in ("full", "apart")]
@@ -111,17 +100,18 @@ def backbone_steps(rank: int, wrapped: str, steps: int, name: str) -> list[Tenso
     elif wrapped == "fsdp":
         fully_shard(net, mesh=dist.init_device_mesh("cpu", (world,)))
     head = make("arcface", **UPDATES[name])
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer, norms = torch.optim.SGD(net.parameters(), lr=0.1), []
     for step in range(steps):
         x, y = own(rank, world, pictures(step), batch("arcface", step)[1])
         optimizer.zero_grad()
         head(net(x), y).backward()
         if name == "apart":
-            clip_together(net, head)
+            norms.append(clip_grad_norm_(net.parameters(), CLIP, head))
         optimizer.step()
         head.optimizer.step()
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in net.parameters()]
-    return [p.detach().clone() for p in whole] + [head.weight.clone()]
+    told = [torch.stack(norms)] if norms else []
+    return [p.detach().clone() for p in whole] + told + [head.weight.clone()]
 
 
 @pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
@@ -139,8 +129,8 @@ def test_a_backbone_trains_as_in_one_process(wrapped: str) -> None:
 
 def test_a_clipping_with_the_backbone_is_torchs() -> None:
     """Over all parameters of one process, in every step."""
-    *expected, table = processes.run(1, with_backbone, "")[0][1]
-    net = backbone()
+    *expected, told, table = processes.run(1, with_backbone, "")[0][1]
+    net, norms = backbone(), []
     weight = nn.Parameter(make("arcface").weight.detach().clone())
     optimizers = [
         torch.optim.SGD(net.parameters(), lr=0.1),
@@ -151,9 +141,11 @@ def test_a_clipping_with_the_backbone_is_torchs() -> None:
         labels = batch("arcface", step)[1]
         loss = margin_softmax(net(pictures(step)), weight, labels, scale=16.0, backend="reference")
         loss.backward()
-        assert nn.utils.clip_grad_norm_([*net.parameters(), weight], CLIP) > 2 * CLIP
+        norms.append(nn.utils.clip_grad_norm_([*net.parameters(), weight], CLIP))
+        assert norms[-1] > 2 * CLIP
         for optimizer in optimizers:
             optimizer.step()
     found = [p.detach() for p in net.parameters()]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.stack(norms), told, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(weight.detach(), table, rtol=1e-10, atol=1e-10)
