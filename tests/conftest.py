@@ -22,6 +22,9 @@ MEASURED = ("bounded", "cpu")  # whose memory is measured at sizes that take no 
 
 LONG = ("slow", "processes", "mutants", "ptx")  # what --one-row leaves out
 
+# Inductor's own pool of processes would import torch once more beside each of pytest's
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # the same examples in every run: a failure here is a failure everywhere
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
 hypothesis.settings.load_profile("fixed")
