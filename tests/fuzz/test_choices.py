@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from choice_draws import BY_NAME, answer, batch
+from choice_draws import answer, batch
+from choice_option_draws import BY_NAME
 from conftest import BACKENDS, require
 from draws import DRAWS, Draw, chooses
 from fuzz_settings import drawn

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from choice_draws import CHOICES, batch
+from choice_draws import batch
+from choice_option_draws import EVERY
 from draws import CASES, Draw, inputs
 from pair_cases import in_dtype
 from seen_options import NOT_DRAWN, options_of, watched
@@ -43,7 +44,7 @@ def test_options_that_no_draw_gives() -> None:
     with watched(public) as given:
         for case in (*CASES.values(), *UNIT.values()):
             case.call(in_dtype(case, inputs(case, draw), torch.float32))
-        for choice in CHOICES:
+        for choice in EVERY:
             for both in (False, True):
                 choice.call(batch(draw, both), {})
     rest = {f.__name__: set(options_of(f)) - given[f] - EVERYWHERE for f in public}

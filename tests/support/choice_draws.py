@@ -116,7 +116,7 @@ def answer(choice: Choice, draw: Draw, given: Batch) -> tuple[bool, Any]:
     return True, right
 
 
-def _pairs(found: Pairs) -> tuple:
+def pair_indices(found: Pairs) -> tuple:
     a, p, b, n = (t.tolist() for t in found[:4])
     return list(zip(a, p, strict=True)), list(zip(b, n, strict=True))
 
@@ -186,7 +186,9 @@ def pairs(strategy: str) -> Choice:
     metric, options, choose = PAIRS[strategy]
 
     def call(given: Batch, more: dict[str, Any]) -> tuple:
-        return _pairs(mine_pairs(*given.given, strategy=strategy, metric=metric, **options, **more))
+        return pair_indices(
+            mine_pairs(*given.given, strategy=strategy, metric=metric, **options, **more)
+        )
 
     name = f"mine_pairs_{strategy}"
     return Choice(name, functional.mine_pairs, metric, call, chosen_pairs(metric, choose))
@@ -251,25 +253,25 @@ def remembered(given: Batch, more: dict[str, Any]) -> list:
 
 MINERS = [
     mined(miners.BatchHardMiner, "euclidean", by_rule("hard"), lines),
-    mined(miners.BatchEasyHardMiner, "euclidean", easy_semihard, lambda f: _pairs((*f,))),
+    mined(miners.BatchEasyHardMiner, "euclidean", easy_semihard, lambda f: pair_indices((*f,))),
     mined(miners.TripletMarginMiner, "euclidean", by_rule("violating"), lines, margin=0.25),
     mined(
         miners.MultiSimilarityMiner,
         "cosine",
         chosen_pairs("cosine", multi_similarity),
-        lambda f: _pairs((*f,)),
+        lambda f: pair_indices((*f,)),
     ),
     mined(
         miners.PairMarginMiner,
         "euclidean",
         chosen_pairs("euclidean", pair_margin),
-        lambda f: _pairs((*f,)),
+        lambda f: pair_indices((*f,)),
     ),
     mined(
         miners.HardNegativeMiner,
         "euclidean",
         chosen_pairs("euclidean", two_hardest),
-        lambda f: _pairs((*f,)),
+        lambda f: pair_indices((*f,)),
         k=2,
     ),
     Choice(
@@ -366,4 +368,3 @@ CHOICES = [
     ),
     Choice("knn_classify", metrics.knn_classify, "euclidean", classify, classified),
 ]
-BY_NAME = {choice.name: choice for choice in CHOICES}

@@ -15,7 +15,8 @@ import second_draws
 import tangent_draws
 import torch
 import wild_norms
-from choice_draws import BY_NAME, answer, batch
+from choice_draws import answer, batch
+from choice_option_draws import BY_NAME
 from conftest import BACKENDS
 from draws import (
     CASES,
