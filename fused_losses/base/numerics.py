@@ -140,8 +140,20 @@ def nan_where_infinite(x: Tensor) -> Tensor:
 
 
 def softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z), without F.softplus's cut at 20, which costs float64 its digits."""
-    return -F.logsigmoid(-z)
+    """log(1 + e^z), whose value, slope and curve keep their digits on both sides of 0.
+
+    F.softplus is cut at 20, which costs float64 its digits; the curve of F.logsigmoid(-z) is a
+    difference from 1 where z < 0, and that of F.softplus where z > 0.
+    """
+    return torch.where(z < 0, F.softplus(z), -F.logsigmoid(-z))
+
+
+def log_ratio(v: Tensor, w: Tensor) -> Tensor:
+    """log(v / w) for v, w > 0 of any size, accurate where they are near."""
+    apart = v - w
+    near = apart.abs() < 0.5 * w
+    share = torch.where(near, apart, 0) / torch.where(near, w, 1)
+    return torch.where(near, share.log1p(), v.log() - w.log())
 
 
 def log1p_exp(z: Tensor) -> Tensor:
@@ -153,7 +165,7 @@ def log1p_exp(z: Tensor) -> Tensor:
 def against(target: Tensor, lse: Tensor) -> Tensor:
     """softplus(lse - target), exact at both ends; against nothing (-inf) 0, and no NaN slope."""
     some = lse != -torch.inf
-    loss = -F.logsigmoid(target - torch.where(some, lse, 0))
+    loss = softplus(torch.where(some, lse, 0) - target)
     return torch.where(some, loss, 0 * target.detach())
 
 

@@ -168,6 +168,12 @@ def cuts(p: PairInputs) -> Iterator[tuple[slice, slice]]:
                 yield rows, cols
 
 
+def weights_of(z: Tensor, lse: Tensor) -> Tensor:
+    """exp(z - lse), at most 1 even where another form's products made the lse; its slope itself."""
+    above = z - lse
+    return above.sub_(above.detach().clamp_min(0)).exp()
+
+
 def run(keep: bool, f: Any, *arguments: Any) -> Any:
     """f(*arguments); under autograd nothing of it is kept but its arguments."""
     return checkpoint(f, *arguments, use_reentrant=False) if keep else f(*arguments)

@@ -23,6 +23,7 @@ from fused_losses.primitives.pairs.blocks import (
     cuts,
     run,
     through_differences,
+    weights_of,
 )
 from fused_losses.primitives.pairs.inputs import (
     BEST,
@@ -124,8 +125,8 @@ def _to_score(
         return spread(g_value.to(narrow)) * slope + spread(g_total.to(narrow))
     lse, count = stats[VALUE], stats[COUNT].detach()
     lse = torch.where(lse == -torch.inf, 0, lse)
-    # masked before the exponential: off the mask it may overflow, and inf * 0 be the derivative
-    q = (z - spread(lse.to(narrow))).masked_fill(~mask, -torch.inf).exp()
+    # a NaN off the mask would be one in the derivative
+    q = weights_of(z.masked_fill(~mask, -torch.inf), spread(lse.to(narrow)))
     # g q + t, in a form whose large parts cancel in float64: near zero loss g -> -t count
     share = (-g_total * count).to(narrow)
     rest = (g_value + g_total * count).to(narrow)
@@ -255,7 +256,7 @@ def _block_attention(
     z, slope = block.term(kind)
     v = values[cols].to(z.dtype)
     z = z.masked_fill(~block.members(kind, window), -torch.inf)
-    weights = (z - lse[rows, None].to(z.dtype)).exp()
+    weights = weights_of(z, lse[rows, None].to(z.dtype))
     g = weights * (grad_out[rows] @ v.T - shift[rows, None]) * slope
     return weights.T @ grad_out[rows], *_products(block, g)
 

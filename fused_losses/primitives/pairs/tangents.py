@@ -6,7 +6,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from fused_losses.primitives.pairs.blocks import ScoreBlock, both_sides, cuts
+from fused_losses.primitives.pairs.blocks import ScoreBlock, both_sides, cuts, weights_of
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, VALUE, PairInputs
 
 
@@ -38,7 +38,7 @@ def _slope(z: Tensor, value: Tensor, dim: int, reduction: str) -> Tensor:
     if reduction != "lse":
         return torch.sigmoid(z) if reduction == "softplus" else (z > 0).to(z.dtype)
     lse = torch.where(value == -torch.inf, 0, value).to(z.dtype)
-    return (z - lse.unsqueeze(dim)).exp()
+    return weights_of(z, lse.unsqueeze(dim))
 
 
 def _dual(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def attention(
         _, _, window = next(block.sides(False))
         z, moved = _dual(block.term(kind)[0])
         members = block.members(kind, window)
-        weights = torch.where(members, (z - safe[i, None]).exp(), 0)
+        weights = torch.where(members, weights_of(z, safe[i, None]), 0)
         moved = torch.where(members, weights * moved, 0)
         to_out[i] += moved @ values[j] + weights @ of_values[j]
         to_lse[i] += moved.sum(1).to(lse)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses.base.numerics import softplus
 from fused_losses.primitives.row_rules.inputs import PICKS, RowBlock, RowRule
 from fused_losses.primitives.row_rules.triplets import (
     row_sum,
@@ -200,7 +201,7 @@ def _tuplet_formula(b: RowBlock) -> Tensor:
     safe = b._replace(negative=b.negative | ~some)
     u, _ = _tuplet_terms(b, _tuplet_lse(safe))
     taken = b.positive & some
-    loss = torch.where(taken, -F.logsigmoid(-torch.where(taken, u, 0)), 0)
+    loss = torch.where(taken, softplus(torch.where(taken, u, 0)), 0)
     return torch.stack([row_sum(loss, b.wide), taken.sum(dim=1).to(b.wide)], dim=1)
 
 

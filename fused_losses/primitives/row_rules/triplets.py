@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses.base.numerics import softplus
 from fused_losses.primitives.row_rules.inputs import TRIPLETS, Compiled, RowBlock
 
 FEW = 32  # positives a row up to which each is compared with every column; beyond, by sorting
@@ -33,7 +34,7 @@ def triplets_formula(b: RowBlock) -> Tensor:
         "easy": ~(gap >= -margin),
     }[kind]
     chosen = chosen & b.positive[:, :, None] & b.negative[:, None, :]
-    loss = -F.logsigmoid(-gap - margin) if smooth else F.relu(gap + margin)
+    loss = softplus(gap + margin) if smooth else F.relu(gap + margin)
     loss = torch.where(chosen, loss, 0).to(b.wide)
     # a softplus is above 0, also where float32 has none so small
     counted = chosen if smooth else loss > 0
