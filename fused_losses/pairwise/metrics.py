@@ -184,11 +184,15 @@ def _correlation(call: MetricCall) -> Tensor:
 
 
 def _angular(call: MetricCall) -> Tensor:
-    chord = call.matrix("euclidean", *call.both(lambda r: _direction(r) / 2))
-    # arcsin has no derivative at 1, where rows are opposite
-    inside = ~(chord >= 1)
-    angle = torch.where(inside, torch.where(inside, chord, 0).asin(), math.pi / 2)
-    return 2 / math.pi * angle
+    """By the half chord, the half angle's sine, or beyond a right angle by its cosine."""
+    u, v = call.both(lambda r: _direction(r) / 2)
+    sine = call.matrix("euclidean", u, v)
+    # |u + v|, of rows that are nearly opposite from their sum
+    one = u.new_ones(u.shape[-1])
+    cosine = from_differences(root(1 - sine.square()), u, -v, one, "euclidean")
+    near = sine < cosine
+    small, large = torch.where(near, sine, 0).asin(), torch.where(near, 0, cosine).asin()
+    return 2 / math.pi * torch.where(near, small, math.pi / 2 - large)
 
 
 def _canberra(call: MetricCall) -> Tensor:

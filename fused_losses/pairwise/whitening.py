@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import plans, validation
-from fused_losses.base.numerics import accumulate_dtype, exactly_centered, row_dtype
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    exactly_centered,
+    nan_where_infinite,
+    row_dtype,
+)
 from fused_losses.base.products import product
 from fused_losses.base.validation import describe
 
@@ -64,8 +69,13 @@ def whitened(
         one = torch.eye(x.shape[-1], dtype=wide, device=x.device)
         factor = torch.linalg.solve_triangular(root, one, upper=False).mT
     x, y = exactly_about(x, y)
-    moved = product(x, factor.mT).to(dtype)
-    return moved, moved if same else product(y, factor.mT).to(dtype), factor
+
+    def times(rows: Tensor) -> Tensor:
+        # what a sum makes of inf is its order's own
+        return (product(rows, factor.mT) + nan_where_infinite(rows).unsqueeze(-1)).to(dtype)
+
+    moved = times(x)
+    return moved, moved if same else times(y), factor
 
 
 def _covariance(x: Tensor, y: Tensor) -> Tensor:

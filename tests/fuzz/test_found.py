@@ -122,6 +122,12 @@ FOUND = {
         Draw((2, 13, 7), "clusters", "one class", torch.float64, 762884743),
         Call("cpu"),
     ),
+    # the bound's: of rows of one coordinate 1 - cos is 2 within roundings of 1, and has no slope
+    "a weighted cosine of -1": (
+        "pairwise_weighted_cosine",
+        Draw((13, 16, 1), "sparse", "skewed", torch.float32, 400258765),
+        Call("reference"),
+    ),
 }
 
 
@@ -173,6 +179,48 @@ OF_OTHER_KINDS = {
         "second derivatives",
         "one_label_MappedLDR_softplus",
         Draw((7, 31, 7), "constant", "skewed", torch.float32, 398880821),
+    ),
+    # the formula's: a NaN over a zero was 0
+    "a NaN beside a zero": (
+        "NaN and inf",
+        "pairwise_kl",
+        Draw((32, 15, 1), "sparse", "skewed", torch.float16, 975139976),
+    ),
+    # a row with inf was NaN or inf by the order of a sum
+    "inf in a whitened row": (
+        "NaN and inf",
+        "pairwise_mahalanobis",
+        Draw((16, 31, 2), "near duplicates", "skewed", torch.float32, 1093301502),
+    ),
+    # another form's products made the logsumexp: weights above 1 overflowed
+    "a weight above 1": (
+        "second derivatives",
+        "info_nce_banks_and_negatives",
+        Draw((15, 13, 65), "far", "all distinct", torch.float32, 1934394304),
+    ),
+    # the bound's: what is stored in 16 bits has their grain
+    "attention to denormals": (
+        "lengths",
+        "attention_cosine_same",
+        Draw((31, 17, 3), "duplicates", "skewed", torch.bfloat16, 1763288451),
+    ),
+    # x log(x/m) and y log(y/m) cancel to the square of their difference
+    "nearly equal shares": (
+        "many digits",
+        "pairwise_jensenshannon",
+        Draw((2, 2, 2), "plain", "as they are", torch.float64, 0),
+    ),
+    # the half angle's sine holds no angle near pi
+    "an opposite angle": (
+        "many digits",
+        "pairwise_angular, opposite",
+        Draw((2, 2, 2), "plain", "as they are", torch.float64, 1),
+    ),
+    # the curve of log(sigmoid(-z)) is s (1 - s), where 1 - s was rounded as 1 is
+    "a curve beside one": (
+        "second derivatives",
+        "tuplet_margin_ref",
+        Draw((5, 2, 17), "large", "all distinct", torch.float32, 1809830070),
     ),
 }
 

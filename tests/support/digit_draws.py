@@ -19,12 +19,9 @@ OPPOSITE = ("pairwise_cosine", "pairwise_angular", "pairwise_correlation", "marg
 ROWS = [*((name, False) for name in FORMULAS), *((name, True) for name in OPPOSITE)]
 # a cosine holds no angle so near to 0 or pi: its slope is not judged (docs/reliability.md)
 NO_SLOPE = {
-    *(("pairwise_angular", near, True) for near in ("1e-8", "1e-12")),
-    *(
-        ("margin_ArcFace_none", near, opposite)
-        for near in ("1e-8", "1e-12")
-        for opposite in (False, True)
-    ),
+    ("margin_ArcFace_none", near, opposite)
+    for near in ("1e-8", "1e-12")
+    for opposite in (False, True)
 }
 
 

@@ -155,6 +155,7 @@ VAST = ("clusters", "far", "outlier", "large")
 # 1 - cos, and sums of means near 1 that cancel: the error is of absolute size, in roundings of 1
 CANCEL = {
     "pairwise_cosine": 64.0,
+    "pairwise_weighted_cosine": 64.0,
     "pairwise_topk_cosine": 64.0,
     "sinkhorn_cosine": 64.0,
     "hsic": 64.0,

@@ -72,10 +72,13 @@ def correlation(t: Inputs) -> Tensor:
 
 
 def angular(t: Inputs) -> Tensor:
-    """By the half angle, whose sine is half the chord; a row of zeros is orthogonal to all."""
-    chord = root(2 * cosine(t)) / 2
-    inside = ~(chord >= 1)  # a NaN stays one
-    return 2 / math.pi * torch.where(inside, torch.where(inside, chord, 0).asin(), math.pi / 2)
+    """The angle between both diagonals; a row of zeros is orthogonal to all but its like."""
+    u, v = unit(t.x), unit(t.y)
+    half = torch.atan2(distance(u, v), distance(u, -v))
+    none = [(r == 0).all(1) for r in (t.x, t.y)]
+    alone = torch.where(none[0][:, None] == none[1], 0.0, 0.5)
+    dead = none[0][:, None] | none[1]
+    return torch.where(dead & ~half.isnan(), alone, 2 / math.pi * torch.where(dead, 1, half))
 
 
 def weighted_correlation(t: Inputs) -> Tensor:
@@ -153,7 +156,8 @@ def kl(t: Inputs) -> Tensor:
     """A term at y = 0 < x is infinite and flat; the others keep their slopes."""
     t = sizes(t)
     x, y = t.x[:, None].expand(len(t.x), *t.y.shape), t.y.expand(len(t.x), *t.y.shape)
-    return torch.where((x > 0) & (y == 0), torch.inf, plogp(x, y)).sum(2)
+    terms = torch.where((x > 0) & (y == 0), torch.inf, plogp(x, y))
+    return torch.where(x.isnan() | y.isnan(), torch.nan, terms).sum(2)
 
 
 def snr(t: Inputs) -> Tensor:

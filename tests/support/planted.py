@@ -24,8 +24,8 @@ aten = torch.ops.aten
 VALUES = (float("nan"), float("inf"), -float("inf"))
 # what gives a number a pair keeps an infinite one, as float64 has it
 PAIRED = ("pairwise", "similarity_")
-# a direction or a variance of a row with inf is none
-DIRECTED = ("cosine", "correlation", "angular", "snr")
+# a direction, a variance or a whitening of a row with inf is none
+DIRECTED = ("cosine", "correlation", "angular", "snr", "mahalanobis")
 # what counts is the score: +inf is a fault, -inf adds nothing (docs/row_statistics.md)
 SCORED = ("linear_cross_entropy",)
 # only NaN: sums and medians of scores keep an infinite number; `kl` is open (docs/reliability.md)

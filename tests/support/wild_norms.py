@@ -104,6 +104,11 @@ def _of_longer(name: str, factor: float | None) -> Tensor:
     return case.formula(scaled(t, longer(case, t, factor, 0)))
 
 
+def _grain(dtype: torch.dtype) -> float:
+    """The smallest number above 0."""
+    return torch.finfo(dtype).tiny * 2 * ROUNDOFF[dtype]
+
+
 def judge(case: Case, draw: Draw, length: str) -> Iterator[tuple[Call, list[float], list[float]]]:
     """Errors and bounds of value and gradients, freed of the rows' lengths.
 
@@ -118,7 +123,7 @@ def judge(case: Case, draw: Draw, length: str) -> Iterator[tuple[Call, list[floa
     )
     freed = 1.0 if k == 0 or factor is None else 1 / next(iter(by.values())).flatten()[0].item()
     dtype = accumulate_dtype(draw.dtype)
-    top, grain = torch.finfo(draw.dtype).max, torch.finfo(dtype).tiny * 2 * ROUNDOFF[dtype]
+    top, grain = torch.finfo(draw.dtype).max, _grain(dtype)
 
     def free(found: list[Tensor], like: list[Tensor] | None = None) -> list[Tensor]:
         """What no number of the dtype can be is left out."""
@@ -150,8 +155,9 @@ def judge(case: Case, draw: Draw, length: str) -> Iterator[tuple[Call, list[floa
         # in one dimension a direction has no slope: what is left is roundings
         no_slope = length == "1e-40" or (k == 0 and draw.shape[2] == 1)
         errors = errors[:1] if no_slope else errors
-        # the grain of what is stored, and of each of a row's terms
-        lost = [(draw.shape[2] + 16) * grain * freed * truth[0].numel() ** 0.5]
+        # the grain of each of a row's terms, and of what is stored, which may be rows
+        each = (draw.shape[2] + 16) * grain + _grain(draw.dtype if truth[0].dim() > 1 else dtype)
+        lost = [each * freed * truth[0].numel() ** 0.5]
         for name, g in zip(case.leaves, truth[1:], strict=True):
             size = by[name].norm().item() if k == 0 and name in by else 1.0
             lost.append(4 * grain * size * g.numel() ** 0.5)

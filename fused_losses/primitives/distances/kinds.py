@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.numerics import accumulate_dtype, log_ratio
 
 PairSlopes = tuple[Tensor, Tensor, Tensor | None]
 
@@ -116,22 +116,18 @@ def _jensenshannon(x: Tensor, y: Tensor, w: None, p: float) -> Tensor:
 
 
 def _jensenshannon_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> PairSlopes:
-    t = _over(x - y, x + y)
-    to_x = torch.where(x == 0, 0, t.log1p())
-    to_y = torch.where(y == 0, 0, (-t).log1p())
+    sums = x + y
+    t = _over(x - y, sums)
+    # 1 - t and 1 + t have no digits of a share that is small beside the other
+    small, middle = t.abs() < 0.5, (sums / 2).log()
+    to_x = torch.where(small, t.log1p(), x.log() - middle).masked_fill_(x == 0, 0)
+    to_y = torch.where(small, (-t).log1p(), y.log() - middle).masked_fill_(y == 0, 0)
     return _over(to_x, 4 * out), _over(to_y, 4 * out), None
-
-
-def _log_ratio(x: Tensor, y: Tensor) -> Tensor:
-    """log(x / y) for x, y > 0, accurate where they are near."""
-    apart = x - y
-    near = apart.abs() < 0.5 * y
-    return torch.where(near, (torch.where(near, apart, 0) / y).log1p(), x.log() - y.log())
 
 
 def _kl(x: Tensor, y: Tensor, w: None, p: float) -> Tensor:
     negative = (x < 0) | (y < 0)
-    terms = torch.where(x == 0, 0, x * _log_ratio(x, y))
+    terms = torch.where(x == 0, 0, x * log_ratio(x, y))
     terms = torch.where((y == 0) & (x > 0), torch.inf, terms)
     # a NaN of y counts where x = 0 too
     return torch.where(negative | y.isnan(), torch.nan, terms).sum(dim=2)
@@ -139,7 +135,7 @@ def _kl(x: Tensor, y: Tensor, w: None, p: float) -> Tensor:
 
 def _kl_slopes(x: Tensor, y: Tensor, w: None, p: float, out: Tensor) -> PairSlopes:
     constant = (x == 0) | (y == 0)
-    to_x = torch.where(constant, 0, _log_ratio(x, y) + 1)
+    to_x = torch.where(constant, 0, log_ratio(x, y) + 1)
     to_y = torch.where(constant, 0, -x / y)
     return to_x, to_y, None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.base.numerics import accumulate_dtype, log_ratio
 from fused_losses.base.products import product
 
 
@@ -91,22 +91,30 @@ def _braycurtis(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _jensenshannon(x: Tensor, y: Tensor) -> Tensor:
-    """x log(x/m) = x log(1 + t), y log(y/m) = y log(1 - t) with t = (x - y)/(x + y)."""
+    """x log(x/m) + y log(y/m); near entries: m [2t atanh t + log(1 - t^2)], t = (x - y)/(x + y)."""
     # an entry that is 0 is a constant
-    x, y = torch.where(x == 0, 0, x), torch.where(y == 0, 0, y)
-    t = _ratio(x - y, torch.where((x < 0) | (y < 0), torch.nan, x + y))
-    terms = x * torch.where(x == 0, 0, t).log1p() + y * torch.where(y == 0, 0, -t).log1p()
-    total = terms.sum(dim=-1) / 2
+    no_x, no_y = x == 0, y == 0
+    x, y = torch.where(no_x, 0, x), torch.where(no_y, 0, y)
+    sums = torch.where((x < 0) | (y < 0), torch.nan, x + y)
+    t = _ratio(x - y, sums)
+    # written so that a NaN is near
+    near = ~(t.abs() >= 0.5)
+    inner, middle = torch.where(near, t, 0), torch.where(near, 1, sums / 2)
+    inner = 2 * inner * inner.atanh() + (-inner.square()).log1p()
+    outer = [
+        r * torch.where(none | near, 1, r / middle).log() for r, none in ((x, no_x), (y, no_y))
+    ]
+    total = torch.where(near, sums / 2 * inner, sum(outer)).sum(dim=-1) / 2
     # rounding can leave a sum of 0 below it
     return _root(torch.where(total < 0, 0, total))
 
 
 def _kl(x: Tensor, y: Tensor) -> Tensor:
     zero, unmatched = x == 0, (y == 0) & (x > 0)
-    ratio = torch.where(zero, 1, x) / torch.where(zero | unmatched, 1, y)
-    ratio = torch.where((x < 0) | (y < 0), torch.nan, ratio)
-    terms = torch.where(zero & ~ratio.isnan(), 0, x * ratio.log())
-    return torch.where(unmatched, torch.inf, terms).sum(dim=-1)
+    log = log_ratio(torch.where(zero, 1, x), torch.where(zero | unmatched, 1, y))
+    terms = torch.where(unmatched, torch.inf, torch.where(zero, 0, x * log))
+    bad = (x < 0) | (y < 0) | x.isnan() | y.isnan()
+    return torch.where(bad, torch.nan, terms).sum(dim=-1)
 
 
 def _unequal(kind: str, x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
