@@ -14,7 +14,13 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, softplus
+from fused_losses.base.numerics import (
+    accumulate_dtype,
+    nan_where_infinite,
+    no_autocast,
+    reduced,
+    softplus,
+)
 from fused_losses.base.sides import batch_sides, sides
 from fused_losses.base.validation import (
     check_at_least,
@@ -197,7 +203,8 @@ def triplet_margin(
         d_near, d_far = (F.pairwise_distance(a, rows, p, eps) for rows in (near, far))
         if swap:
             d_far = torch.minimum(d_far, F.pairwise_distance(near, far, p, eps))
-        violation = d_near - d_far + margin
+        bad = nan_where_infinite(a) + nan_where_infinite(near) + nan_where_infinite(far)
+        violation = d_near - d_far + margin + bad
         loss = softplus(violation) if smooth else F.relu(violation)
         return reduced(loss, torch.ones_like(loss, dtype=torch.bool), reduction, dtype)
 

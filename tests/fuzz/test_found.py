@@ -192,6 +192,12 @@ OF_OTHER_KINDS = {
         "pairwise_mahalanobis",
         Draw((16, 31, 2), "near duplicates", "skewed", torch.float32, 1093301502),
     ),
+    # inf - inf and max(., 0) are each order's own: a row with inf is one with NaN
+    "inf in a triplet": (
+        "NaN and inf",
+        "triplet_margin_00",
+        Draw((33, 16, 3), "sparse", "as they are", torch.bfloat16, 541505201),
+    ),
     # another form's products made the logsumexp: weights above 1 overflowed
     "a weight above 1": (
         "second derivatives",

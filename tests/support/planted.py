@@ -30,7 +30,7 @@ DIRECTED = ("cosine", "correlation", "angular", "snr", "mahalanobis")
 SCORED = ("linear_cross_entropy",)
 # only NaN: sums and medians of scores keep an infinite number; `kl` is open (docs/reliability.md)
 ONLY_NAN = (
-    *("triplet_margin", "pairwise_kl"),
+    "pairwise_kl",
     *("adaptive_margin_softmax_eval", "unpg_margin_softmax_parted"),
 )
 # weights multiply them, those of pairs that are left out, too
