@@ -19,8 +19,8 @@ from pair_formulas import (
     distance,
     equal,
     eye,
+    lifted,
     lse,
-    mean_over,
     nce_rows,
     others,
     proxies,
@@ -68,15 +68,6 @@ def generalized_lifted(t: Inputs) -> Tensor:
     both = positive.any(1) & negative.any(1)
     inside = torch.where(both, lse(d - 0.1, positive) + lse(0.7 - d, negative), 0)
     return inside.clamp_min(0)
-
-
-def lifted(t: Inputs) -> Tensor:
-    d = distance(t.x, t.x)
-    positive, negative = others(t.labels)
-    repel = torch.where(negative, (0.7 - d).exp(), 0).sum(1)
-    both = repel[:, None] + repel
-    inside = torch.where(both > 0, torch.where(both > 0, both, 1).log() + d, 0)
-    return mean_over(inside.clamp_min(0).square() / 2, positive)
 
 
 def proxy_anchor(t: Inputs) -> Tensor:
@@ -205,7 +196,7 @@ PLAIN: list[tuple[str, tuple[str, ...], dict[str, Any], Any, tuple[str, ...], Fo
         ("x",),
         generalized_lifted,
     ),
-    ("lifted_structure", OWN, dict(margin=0.7), batch, ("x",), lifted),
+    ("lifted_structure", OWN, dict(margin=0.7), batch, ("x",), lambda t: lifted(t, 0.7)),
     (
         "proxy_anchor",
         ("x", "w", "targets"),

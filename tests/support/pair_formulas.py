@@ -361,12 +361,13 @@ def circle(t: Inputs) -> Tensor:
     return mean_over(torch.logaddexp(inside, torch.zeros_like(inside)), both)
 
 
-def lifted(t: Inputs) -> Tensor:
+def lifted(t: Inputs, margin: float = 1.0) -> Tensor:
     d = distance(t.x, t.x)
     positive, negative = others(t.labels)
-    repel = torch.where(negative, (1 - d).exp(), 0).sum(1)
-    both = repel[:, None] + repel
-    inside = torch.where(both > 0, torch.where(both > 0, both, 1).log() + d, 0)
+    repel = lse(margin - d, negative)
+    both = torch.stack([repel[:, None].expand_as(d), repel.expand_as(d)], dim=2)
+    some = both > -torch.inf
+    inside = torch.where(some.any(2), lse(both, some) + d, 0)
     return mean_over(F.relu(inside).square() / 2, positive)
 
 
