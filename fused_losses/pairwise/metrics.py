@@ -17,6 +17,7 @@ from fused_losses.base.numerics import (
     accumulate_dtype,
     common_factor,
     multiplied,
+    nan_where_infinite,
     power_of_two,
     root,
     row_dtype,
@@ -239,7 +240,11 @@ def jensenshannon(call: MetricCall, base: float | None) -> Tensor:
 
 
 def _kl(call: MetricCall) -> Tensor:
-    return call.matrix("kl", call.x, call.y)
+    # terms of inf may be of either sign: such a row has none
+    x, y = call.both(lambda r: wide(r) + nan_where_infinite(r).unsqueeze(-1))
+    # times the number that all rows are: a kernel's logarithm is that of 1e-38 at least
+    factor = common_factor(x, y)
+    return call.matrix("kl", *multiplied(factor, x, y)) / factor
 
 
 def _snr(call: MetricCall) -> Tensor:

@@ -186,6 +186,12 @@ OF_OTHER_KINDS = {
         "pairwise_kl",
         Draw((32, 15, 1), "sparse", "skewed", torch.float16, 975139976),
     ),
+    # the logarithm of an infinite ratio was finite on some
+    "inf in a divergence": (
+        "NaN and inf",
+        "pairwise_kl",
+        Draw((15, 15, 7), "large", "one class", torch.float32, 1797796990),
+    ),
     # a row with inf was NaN or inf by the order of a sum
     "inf in a whitened row": (
         "NaN and inf",

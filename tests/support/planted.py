@@ -24,14 +24,14 @@ aten = torch.ops.aten
 VALUES = (float("nan"), float("inf"), -float("inf"))
 # what gives a number a pair keeps an infinite one, as float64 has it
 PAIRED = ("pairwise", "similarity_")
-# a direction, a variance or a whitening of a row with inf is none
-DIRECTED = ("cosine", "correlation", "angular", "snr", "mahalanobis")
+# a direction, a variance or a whitening of a row with inf is none, and terms of either sign no sum
+DIRECTED = ("cosine", "correlation", "angular", "snr", "mahalanobis", "kl")
 # what counts is the score: +inf is a fault, -inf adds nothing (docs/row_statistics.md)
 SCORED = ("linear_cross_entropy",)
-# only NaN: sums and medians of scores keep an infinite number; `kl` is open (docs/reliability.md)
+# only NaN: sums and medians of scores keep an infinite number
 ONLY_NAN = (
-    "pairwise_kl",
-    *("adaptive_margin_softmax_eval", "unpg_margin_softmax_parted"),
+    "adaptive_margin_softmax_eval",
+    "unpg_margin_softmax_parted",
 )
 # weights multiply them, those of pairs that are left out, too
 WEIGHTED = {
