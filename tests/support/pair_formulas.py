@@ -361,14 +361,19 @@ def circle(t: Inputs) -> Tensor:
     return mean_over(torch.logaddexp(inside, torch.zeros_like(inside)), both)
 
 
-def lifted(t: Inputs, margin: float = 1.0) -> Tensor:
+def lifted_pairs(t: Inputs, margin: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What each pair costs, and which pairs count. [N, N] each"""
     d = distance(t.x, t.x)
     positive, negative = others(t.labels)
     repel = lse(margin - d, negative)
     both = torch.stack([repel[:, None].expand_as(d), repel.expand_as(d)], dim=2)
     some = both > -torch.inf
     inside = torch.where(some.any(2), lse(both, some) + d, 0)
-    return mean_over(F.relu(inside).square() / 2, positive)
+    return F.relu(inside).square() / 2, positive
+
+
+def lifted(t: Inputs, margin: float = 1.0) -> Tensor:
+    return mean_over(*lifted_pairs(t, margin))
 
 
 def generalized_lifted(t: Inputs) -> Tensor:

@@ -18,9 +18,9 @@ from pair_cases import TOWERS, Case
 from pair_formulas import (
     Inputs,
     batch,
-    distance,
     equal,
     eye,
+    lifted_pairs,
     lse,
     others,
     proxies,
@@ -59,12 +59,8 @@ def circle(t: Inputs) -> Tensor:
 
 def lifted(t: Inputs) -> Tensor:
     """Half of each pair's loss at each of its ends."""
-    d = distance(t.x, t.x)
-    positive, negative = others(t.labels)
-    repel = torch.where(negative, (1 - d).exp(), 0).sum(1)
-    both = repel[:, None] + repel
-    inside = torch.where(both > 0, torch.where(both > 0, both, 1).log() + d, 0)
-    return torch.where(positive, F.relu(inside).square() / 2, 0).sum(1) / 2
+    each, positive = lifted_pairs(t)
+    return torch.where(positive, each, 0).sum(1) / 2
 
 
 def n_pairs(t: Inputs) -> Tensor:
