@@ -155,13 +155,17 @@ def shared(n: int, d: int) -> Callable:
 
 
 def two_sided(
-    n: int, c: int, d: int, kind: str, *params: float, dense: bool = False, unit: bool = False
-) -> Callable:
+    n: int, c: int, d: int, kind: str, *params: float, dense: bool = False, unit: bool = False,
+    near: bool = False,
+) -> Callable:  # fmt: skip
     def make(dtype: torch.dtype) -> tuple:
         teacher = rows(dtype, n, c if dense else d), None if dense else rows(dtype, c, d)
+        student = rows(dtype, n, d), rows(dtype, c, d)
+        if near:
+            teacher = tuple(t * (1 + 1e-3 * torch.rand_like(t)) for t in student)
         ids = torch.arange(n) % c
         rest = (unit, unit and not dense, kind, list(params), "fp32")
-        return (rows(dtype, n, d), rows(dtype, c, d), *teacher, ids, None, None, None, None, *rest)
+        return (*student, *teacher, ids, None, None, None, None, *rest)
 
     return make
 
@@ -233,6 +237,12 @@ CASES = {
     "divergence-dense": Case(DIVERGENCE.name, two_sided(256, 9_000, 64, "reverse", dense=True)),
     "divergence-twice": Case(DIVERGENCE.name, two_sided(256, 9_000, 64, "jensen_shannon", 0.5)),
     "divergence-many-rows": Case(DIVERGENCE.name, two_sided(4_000, 1_000, 32, "power", 2.0)),
+    "divergence-near": Case(
+        DIVERGENCE.name, two_sided(256, 9_000, 64, "forward", unit=True, near=True)
+    ),
+    "divergence-near-few": Case(
+        DIVERGENCE.name, two_sided(8, 9_000, 256, "forward", unit=True, near=True)
+    ),
     "divergence-half": Case(
         DIVERGENCE.name, two_sided(64, 9_000, 256, "forward", unit=True), "bfloat16"
     ),

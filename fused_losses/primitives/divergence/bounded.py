@@ -8,6 +8,7 @@ Extra memory O(N D + tile), whatever the number of classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,11 +26,13 @@ from fused_losses.primitives.divergence.inputs import (
     check_ids,
     gradient_shapes,
 )
+from fused_losses.primitives.divergence.near import NearSides, may_be_near
 from fused_losses.primitives.divergence.rules import DIVERGENCES, ClassScores, exp_excess
 
 TILE_BYTES = 1 << 20  # of a tile's scores in row_dtype and of its rows of both weights
 # how many tiles of scores, and of weights, are alive at the peak (test_workspace.py)
 LIVE_SCORES, LIVE_SHARES, LIVE_WEIGHTS = 17.5, 22.0, 2.5
+NEAR_WEIGHTS = 2  # more where both sides may be near each other
 ROW_BYTES = 400  # of vectors
 
 # beyond this distance from their mean exp(scores' difference) is not summed: lse tells it
@@ -61,6 +64,9 @@ def workspace(p: DivergenceInputs, needs: DivergenceNeeds | None, backend: str =
     gathered = 3 * min(TILE_BYTES, 32 * n * depth)  # of targets
     rows = (1 if needs is None else 2) * n * depth * p.dtype.itemsize
     further = _product_bytes(backend, p, classes, needs)
+    if may_be_near(p):
+        rows += n * p.x.shape[1] * p.dtype.itemsize
+        further += NEAR_WEIGHTS * weights
     return max(tile + further, gathered) + rows + n * ROW_BYTES
 
 
@@ -112,9 +118,14 @@ def _side(
     part = weight[ids].to(rows.dtype)
     unit = unit_parts(part) if normalize else None
     part = part if unit is None else unit.rows
+    return _ScoredSide(rows, part, unit, _product(backend, precision, rows, part))
+
+
+def _product(backend: str, precision: str, rows: Tensor, weight: Tensor) -> Tensor:
+    """<x_i, w_j> [N, T]."""
     if backend == "bounded":
-        return _ScoredSide(rows, part, unit, rows @ part.T)
-    return _ScoredSide(rows, part, unit, DISTANCE_MATRIX(backend, rows, part, *_dot(precision)))
+        return rows @ weight.T
+    return DISTANCE_MATRIX(backend, rows, weight, *_dot(precision))
 
 
 def _dot(precision: str) -> tuple[None, str, float, str]:
@@ -126,6 +137,7 @@ def _tiles(p: DivergenceInputs, backend: str) -> Iterator[_PairedTile]:
     wide, n = row_dtype(p.x.device), p.x.shape[0]
     x = p.x.to(p.dtype)
     t = p.teacher if p.teacher_weight is None else p.teacher.to(p.dtype)
+    near = NearSides(x, t, p.normalize) if may_be_near(p) else None
     step, total = _tile_classes(p), p.taking_part
     for start in range(0, total if n else 0, step):
         part = slice(start, min(start + step, total))
@@ -140,6 +152,9 @@ def _tiles(p: DivergenceInputs, backend: str) -> Iterator[_PairedTile]:
         else:
             teacher = _side(backend, t, p.teacher_weight, ids, p.teacher_normalize, p.precision)
             v = teacher.product.to(wide)
+            if near is not None and p.teacher_weight is not None:
+                multiply = partial(_product, backend, p.precision)
+                v = near.adjusted(u, v, p.weight[ids], p.teacher_weight[ids], multiply)
         u = u if p.bias is None else u + p.bias[ids].to(wide)
         v = v if p.teacher_bias is None else v + p.teacher_bias[ids].to(wide)
         numbers = torch.arange(part.start, part.stop, device=u.device)
