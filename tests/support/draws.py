@@ -88,7 +88,9 @@ class Verdict(NamedTuple):
 
 
 # what is made hard: all rows, and none of the numbers that must be above 0
-ROWS = frozenset("x y z w v other few few_values first_bank second_bank negatives".split())
+ROWS = frozenset(
+    "x y z w v other few few_values first_bank second_bank negatives teacher teacher_w".split()
+)
 # where a promise ends, and why: these draws are not judged
 LIMITS: dict[str, tuple[str, ...]] = {
     # which of equal neighbours are nearest is open

@@ -25,7 +25,7 @@ VALUES = (float("nan"), float("inf"), -float("inf"))
 # what gives a number a pair keeps an infinite one, as float64 has it
 PAIRED = ("pairwise", "similarity_")
 # a direction, a variance or a whitening of a row with inf is none, and terms of either sign no sum
-DIRECTED = ("cosine", "correlation", "angular", "snr", "mahalanobis", "kl")
+DIRECTED = ("cosine", "correlation", "angular", "snr", "mahalanobis", "covariance", "kl")
 # what counts is the score: +inf is a fault, -inf adds nothing (docs/row_statistics.md)
 SCORED = ("linear_cross_entropy",)
 # only NaN: sums and medians of scores keep an infinite number
