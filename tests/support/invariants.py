@@ -150,6 +150,33 @@ def _halves(t: Inputs, backend: str) -> Tensor:
     return torch.logaddexp(*parts) if middle else parts[1]
 
 
+def _attended_halves(t: Inputs, backend: str) -> Tensor:
+    """Attention over either half of the columns, weighted by what its sums have of the whole's."""
+    given = dict(similarity="euclidean", scale=t.scale, return_lse=True, backend=backend)
+    middle = len(t.y) // 2
+    sides = (slice(None, middle), slice(middle, None)) if middle else (slice(None),)
+    parts = [fl.similarity_attention(t.x, t.y[s], t.v[s], **given) for s in sides]
+    sums = torch.stack([lse for _, lse in parts])
+    shares = (sums - sums.logsumexp(0)).exp()
+    return sum(share[:, None] * out for share, (out, _) in zip(shares, parts, strict=True))
+
+
+def _nearest_halves(t: Inputs, backend: str) -> Tensor:
+    """The k best of the k best of two banks."""
+    k, middle = min(5, len(t.y)), len(t.y) // 2
+    banks = [bank for bank in (t.y[:middle], t.y[middle:]) if len(bank)]
+    found = [fl.pairwise_topk(t.x, b, min(k, len(b)), backend=backend)[0] for b in banks]
+    return torch.cat(found, 1).sort(dim=1, stable=True).values[:, :k]
+
+
+def _mean_halves(t: Inputs, backend: str) -> Tensor:
+    given = dict(bandwidth=t.width, reduction="none", backend=backend)
+    middle = len(t.other) // 2
+    halves = [half for half in (t.other[:middle], t.other[middle:]) if len(half)]
+    means = [fl.kernel_mean(t.x, half, **given) * len(half) for half in halves]
+    return sum(means) / len(t.other)
+
+
 def _parted(call: Callable[..., Tensor]) -> Callable[[str], Invariant]:
     return lambda _: Invariant(lambda t, _: (t, lambda found: found), call)
 
@@ -188,6 +215,8 @@ CLASSES = [
 ]
 SYMMETRIC = [f"pairwise_{m}" for m in "euclidean sqeuclidean cityblock chebyshev cosine".split()]
 SYMMETRIC += [f"pairwise_{m}" for m in "canberra hellinger jensenshannon correlation".split()]
+SYMMETRIC += [f"pairwise_{m}" for m in "angular braycurtis minkowski hamming".split()]
+SYMMETRIC += [f"similarity_{s}" for s in "dot cosine rbf laplacian polynomial sigmoid".split()]
 SHIFTED = [
     *(name for name in BATCH if name.startswith(("contrastive", "margin_loss", "all_triplets_s"))),
     "kernel_mean",
@@ -217,6 +246,9 @@ INVARIANTS: dict[tuple[str, str], Invariant] = {
         ("power of two", SCALED, _longer),
         ("columns in banks", ["info_nce"], _parted(_banked)),
         ("columns in halves", ["logsumexp_rbf"], _parted(_halves)),
+        ("columns in halves", ["attention_euclidean"], _parted(_attended_halves)),
+        ("columns in halves", ["pairwise_topk_euclidean"], _parted(_nearest_halves)),
+        ("columns in halves", ["kernel_mean"], _parted(_mean_halves)),
     )
     for name in names
 }
