@@ -80,7 +80,7 @@ def run(kinds: list[str], seed: int, draws: int, minutes: float) -> None:
             if time.monotonic() > end:
                 return
             calls, outside, start = 0, [], time.process_time()
-            for number in range(draws):
+            for number in range(0, draws, KINDS[kind].one_in):
                 more, found = judged(kind, name, seed, number)
                 calls, outside = calls + more, outside + found
             seconds = round(time.process_time() - start, 2)

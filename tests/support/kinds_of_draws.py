@@ -41,6 +41,7 @@ Found = Iterator[tuple[Any, bool, Any]]
 class Kind(NamedTuple):
     names: list[str]
     judge: Callable[[str, Draw, random.Random], Found]
+    one_in: int = 1  # of how many draws one is judged: what is slow
 
 
 def drawn(choice: random.Random) -> Draw:
@@ -135,6 +136,6 @@ KINDS: dict[str, Kind] = {
     "tangents": Kind(list(CASES), _tangents),
     "second derivatives": Kind(list(CASES), _seconds),
     "invariants": Kind([f"{what}: {name}" for what, name in INVARIANTS], _invariants),
-    "interpreted Triton": Kind(TRITON, _triton),
-    "NaN and inf in interpreted Triton": Kind(TRITON, _triton_planted),
+    "interpreted Triton": Kind(TRITON, _triton, 5),
+    "NaN and inf in interpreted Triton": Kind(TRITON, _triton_planted, 5),
 }
