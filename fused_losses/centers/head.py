@@ -54,7 +54,8 @@ class ClassCenters(SteppedTable):
         num_classes, embedding_dim: C, D.
         margin: None, an object of `fused_losses.margins`, a callable on the target cosine, a
             `ClassLoss` (SFace, SphereFace2, MLCD, SoftTriple, ...) or `AdaptiveScale`. A tensor [C]
-            among its numbers is one value a class (LDAM: CosFace(delta)), which may learn.
+            among its numbers is one value a class (LDAM: CosFace(delta)), of which each rank
+            keeps its classes'; one that learns stays whole.
         scale: > 0 (a ClassLoss and AdaptiveScale have their own); a parameter of one value learns
             with whoever steps it, but beside none that bends other classes, nor batch_negatives.
         normalize: rows of both sides by their norm.
@@ -166,6 +167,9 @@ class ClassCenters(SteppedTable):
                 "update, max_grad_norm, optimizer_options: expected an optimizer beside them, "
                 "got optimizer=None"
             )
+        self.ranks = Ranks(process_group, device_mesh, mesh_dim)
+        self.class_start, stop = self.ranks.shard(num_classes)
+        self.num_local = stop - self.class_start
         self.num_classes, self.embedding_dim = num_classes, embedding_dim
         self.batch_negatives, self.sub_centers = batch_negatives, sub_centers
         self.scale, self.margin, self.normalize = scale, margin, normalize
@@ -175,9 +179,6 @@ class ClassCenters(SteppedTable):
         self.precision, self.backend = precision, backend
         loss_of(margin, scale, gradient)  # its own checks
 
-        self.ranks = Ranks(process_group, device_mesh, mesh_dim)
-        self.class_start, stop = self.ranks.shard(num_classes)
-        self.num_local = stop - self.class_start
         device = torch.device(device or "cpu")
         place = Storage(storage, device, rank=self.ranks.rank, world=self.ranks.world)
         middle = () if sub_centers == 1 else (sub_centers,)

@@ -177,6 +177,9 @@ class TableModule(nn.Module):
             margin, self.scale, "exact", smoothing=self.label_smoothing
         )  # its own checks, before anything changes
         class_margins.check_numbers(margin, self.num_classes)
+        margin = class_margins.of_shard(
+            margin, self.num_classes, self.class_start, self.num_local, self.ranks
+        )
         fixed = loss.rule == "softmax" and not isinstance(self.scale, Tensor)
         if self.batch_negatives is not None and not fixed:
             raise ValueError("batch_negatives: expected a softmax loss of a fixed scale beside it")
