@@ -1,94 +1,9 @@
 // Forward of the divergences: one sweep of tile pairs; a second one for what needs both softmaxes.
 #pragma once
 
-#include "runs.h"
-#include "tiles.h"
+#include "sums.h"
 
 namespace fused_losses::FL_ISA {
-
-constexpr int64_t kMostRows = kBlockRows + 64;  // of a block
-
-// What stands of a tile, [class, row] at `ld`, to which a class's bias is added.
-template <class T>
-struct Scores {
-  const T *at, *bias;
-  int64_t ld;
-  Vector<T> operator()(int64_t c, int64_t i) const { return load(at + c * ld + i) + bias[c]; }
-};
-
-template <class T>
-inline Vector<T> zero_if_none(Vector<T> top) {
-  const Vector<T> zero = {};
-  return top <= kApart<T> * T(0.1) ? zero : top;
-}
-
-// What a sum of exponentials is shifted by, and the sum, of each side; the mean gap about which
-// `first` and `second` are the sums of w x and of w (exp(-x) - 1 + x).
-template <class T>
-struct TileSums {
-  alignas(64) T top[kMostRows], sum[kMostRows], other_top[kMostRows], other_sum[kMostRows];
-  alignas(64) T center[kMostRows], first[kMostRows], second[kMostRows];
-
-  // scores(c, i, p, x): the leading side's score, and by how much it is above the other's.
-  template <class Score>
-  void fold(const Score& scores, int64_t count, int64_t rows) {
-    using Math = DivergenceMath<T>;
-    const Vector<T> zero = {};
-    for (int64_t i = 0; i < rows; i += kLanes<T>) {
-      Vector<T> most = broadcast(-std::numeric_limits<T>::infinity()), other_most = most;
-      for (int64_t c = 0; c < count; ++c) {
-        Vector<T> p, x;
-        scores(c, i, p, x);
-        const Vector<T> q = p - x;
-        most = p > most ? p : most;
-        other_most = q > other_most ? q : other_most;
-      }
-      most = zero_if_none<T>(most);
-      other_most = zero_if_none<T>(other_most);
-      Vector<T> total = zero, other = zero, moment = zero;
-      for (int64_t c = 0; c < count; ++c) {
-        Vector<T> p, x;
-        scores(c, i, p, x);
-        const Vector<T> w = exp(p - most);
-        total += w;
-        moment += w * x;
-        other += exp((p - x) - other_most);
-      }
-      const Vector<T> mean = total == zero ? zero : moment / total;
-      Vector<T> linear = zero, rest = zero;
-      for (int64_t c = 0; c < count; ++c) {
-        Vector<T> p, x;
-        scores(c, i, p, x);
-        x -= mean;
-        const Vector<T> w = exp(p - most);
-        const auto near = divergence_rules::is_near<Math>(x, 0.5);
-        const Vector<T> close = w * divergence_rules::exp_excess<Math>(near ? -x : zero);
-        linear += w * x;
-        rest += near ? close : exp((p - most) - x) - w * (T(1) - x);
-      }
-      store(top + i, most);
-      store(sum + i, total);
-      store(other_top + i, other_most);
-      store(other_sum + i, other);
-      store(center + i, mean);
-      store(first + i, linear);
-      store(second + i, rest);
-    }
-  }
-
-  Run run(int64_t i) const {
-    if (sum[i] == 0) return {};
-    const double total = sum[i], h = first[i] / total, less = exp_excess(h);
-    Run run;
-    run.lead = top[i] + std::log(total);
-    run.other = other_top[i] + std::log(static_cast<double>(other_sum[i]));
-    run.center = center[i] + h;
-    // about the mean itself; a float's exp stops at exp(80)
-    run.excess = std::exp(h) * (second[i] / total) + less - h * (less + h);
-    if (second[i] > T(1e32)) run.excess = std::numeric_limits<double>::infinity();
-    return run;
-  }
-};
 
 template <class T>
 struct RowRuns {

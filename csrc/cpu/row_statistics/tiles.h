@@ -10,12 +10,13 @@
 namespace fused_losses::FL_ISA {
 
 constexpr int64_t kTileBytes = 384 << 10;  // of weights in a tile: 192 classes at d = 512
+constexpr int64_t kMostClasses = 384;      // of a tile
 constexpr int64_t kBlockRows = 256;        // rows whose scores a tile holds at once
 
 inline int64_t tile_classes(const Problem& p) {
   if (p.tile) return p.tile;
   const int64_t fit = kTileBytes / (std::max<int64_t>(p.d, 1) * 4) / 12 * 12;
-  const int64_t tile = std::clamp<int64_t>(fit, 24, 384);
+  const int64_t tile = std::clamp<int64_t>(fit, 24, kMostClasses);
   return std::max(p.group, tile / p.group * p.group);
 }
 

@@ -1,0 +1,121 @@
+// The sums of a block of a tile pair over its classes, as runs of classes.
+#pragma once
+
+#include "runs.h"
+#include "tiles.h"
+
+namespace fused_losses::FL_ISA {
+
+constexpr int64_t kMostRows = kBlockRows + 64;  // of a block
+
+// What stands of a tile, [class, row] at `ld`, to which a class's bias is added.
+template <class T>
+struct Scores {
+  const T *at, *bias;
+  int64_t ld;
+  Vector<T> operator()(int64_t c, int64_t i) const { return load(at + c * ld + i) + bias[c]; }
+};
+
+template <class T>
+inline Vector<T> zero_if_none(Vector<T> top) {
+  const Vector<T> zero = {};
+  return top <= kApart<T> * T(0.1) ? zero : top;
+}
+
+// What a sum of exponentials is shifted by, and the sum, of each side; the mean gap about which
+// `first` and `second` are the sums of w x and of w (exp(-x) - 1 + x), w = exp(leading score -
+// top).
+template <class T>
+struct TileSums {
+  alignas(64) T top[kMostRows], sum[kMostRows], other_top[kMostRows], other_sum[kMostRows];
+  alignas(64) T center[kMostRows], first[kMostRows], second[kMostRows];
+  alignas(64) T weights[kMostClasses * kLanes<T>];
+
+  // scores(c, i, p, x): the leading side's score, and by how much it is above the other's.
+  template <class Score>
+  void fold(const Score& scores, int64_t count, int64_t rows) {
+    using Math = DivergenceMath<T>;
+    const Vector<T> zero = {};
+    for (int64_t i = 0; i < rows; i += kLanes<T>) {
+      const Vector<T> most = highest(count, [&](int64_t c) {
+        Vector<T> p, x;
+        scores(c, i, p, x);
+        return p;
+      });
+      Vector<T> total = zero, moment = zero;
+      for (int64_t c = 0; c < count; ++c) {
+        Vector<T> p, x;
+        scores(c, i, p, x);
+        const Vector<T> w = exp(p - most);
+        store(weights + c * kLanes<T>, w);
+        total += w;
+        moment += w * x;
+      }
+      const Vector<T> mean = total == zero ? zero : moment / total;
+      Vector<T> linear = zero, rest = zero;
+      for (int64_t c = 0; c < count; ++c) {
+        Vector<T> p, x;
+        scores(c, i, p, x);
+        x -= mean;
+        const Vector<T> w = load(weights + c * kLanes<T>);
+        const auto near = divergence_rules::is_near<Math>(x, 0.5);
+        const Vector<T> close = w * divergence_rules::exp_excess<Math>(near ? -x : zero);
+        linear += w * x;
+        rest += near ? close : exp((p - most) - x) - w * (T(1) - x);
+      }
+      // sum w exp(-x), in which nothing cancels: it is total or more, and exp(t) > t
+      Vector<T> other_most = most - mean, other = total - linear + rest;
+      if (!all_below(rest, T(kMostSecond))) {
+        const auto of_other = [&](int64_t c) {
+          Vector<T> p, x;
+          scores(c, i, p, x);
+          return p - x;
+        };
+        other_most = highest(count, of_other);
+        other = zero;
+        for (int64_t c = 0; c < count; ++c) other += exp(of_other(c) - other_most);
+      }
+      store(top + i, most);
+      store(sum + i, total);
+      store(other_top + i, other_most);
+      store(other_sum + i, other);
+      store(center + i, mean);
+      store(first + i, linear);
+      store(second + i, rest);
+    }
+  }
+
+  Run run(int64_t i) const {
+    if (sum[i] == 0) return {};
+    const double total = sum[i], h = first[i] / total, less = exp_excess(h);
+    Run run;
+    run.lead = top[i] + std::log(total);
+    run.other = other_top[i] + std::log(static_cast<double>(other_sum[i]));
+    run.center = center[i] + h;
+    // about the mean itself; a float's exp stops at exp(80)
+    run.excess = std::exp(h) * (second[i] / total) + less - h * (less + h);
+    if (second[i] > T(kMostSecond)) run.excess = std::numeric_limits<double>::infinity();
+    return run;
+  }
+
+ private:
+  static constexpr double kMostSecond = 1e32;
+
+  template <class Score>
+  static Vector<T> highest(int64_t count, const Score& score) {
+    Vector<T> most = broadcast(-std::numeric_limits<T>::infinity());
+    for (int64_t c = 0; c < count; ++c) {
+      const Vector<T> v = score(c);
+      most = v > most ? v : most;
+    }
+    return zero_if_none<T>(most);
+  }
+
+  static bool all_below(Vector<T> v, T most) {
+    bool all = true;
+    for (int l = 0; l < kLanes<T>; ++l) all &= v[l] <= most;
+    return all;
+  }
+};
+
+}  // namespace fused_losses::FL_ISA
