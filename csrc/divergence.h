@@ -47,7 +47,9 @@ struct DenseScores {
   const void* scale;  // [n] in the accumulation type, or null for 1
 };
 
-// Both sides have the same n, k, ids and targets; of a dense teacher x, w and d are empty.
+// Both sides have the same n, k, ids and targets; of a dense teacher x, w and d are empty. What the
+// forward keeps for the backward: u without bias in student.kept, u - v in teacher.kept, where v is
+// not dense.
 struct DivergenceProblem {
   Problem student, teacher;
   DenseScores dense;

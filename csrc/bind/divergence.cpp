@@ -37,6 +37,9 @@ at::ScalarType accumulated_type(at::ScalarType weight) {
   return weight == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Matrices of scores that are kept: u and u - v, or beside a dense teacher u alone.
+int64_t planes(bool dense) { return dense ? 1 : 2; }
+
 // A DivergenceProblem and what it points to.
 struct Call {
   Tensor x, weight, teacher, labels;
@@ -50,7 +53,7 @@ struct Call {
        const OptionalTensor& classes_in, const OptionalTensor& bias_in,
        const OptionalTensor& teacher_bias_in, const OptionalTensor& teacher_scale_in,
        bool normalize, bool teacher_normalize, c10::string_view kind, at::ArrayRef<double> params,
-       c10::string_view precision)
+       c10::string_view precision, const Tensor& kept)
       : x(dense_rows(x_in)),
         weight(dense_rows(weight_in)),
         teacher(teacher_weight_in ? dense_rows(teacher_in) : teacher_in),
@@ -85,6 +88,15 @@ struct Call {
     side.precision = precision_of(precision);
     side.gemm = host_products();
     problem = {side, side, {}, kind_of(kind), params.empty() ? 0 : params[0]};
+    TORCH_CHECK_VALUE(kept.dim() == 3 && kept.size(0) == planes(!teacher_weight) &&
+                          kept.size(2) == round_up(n, kKeptPadding) &&
+                          kept.scalar_type() == accumulate && kept.is_contiguous(),
+                      "kept: expected what the forward gave, got ", kept.sizes());
+    for (int64_t at = 0; kept.numel() && at < kept.size(0); ++at) {
+      Problem& of = at ? problem.teacher : problem.student;
+      of.kept = static_cast<char*>(kept.data_ptr()) + at * kept.stride(0) * kept.element_size();
+      of.kept_classes = kept.size(1);
+    }
     set_side(problem.student, x, weight, bias, normalize);
     if (teacher_weight) {
       set_side(problem.teacher, teacher, *teacher_weight, teacher_bias, teacher_normalize);
@@ -113,15 +125,19 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const Tensor& teacher,
     const OptionalTensor& teacher_weight, const Tensor& labels, const OptionalTensor& classes,
     const OptionalTensor& bias, const OptionalTensor& teacher_bias,
     const OptionalTensor& teacher_scale, bool normalize, bool teacher_normalize,
-    c10::string_view kind, at::ArrayRef<double> params, c10::string_view precision) {
-  const Call call(x, weight, teacher, teacher_weight, labels, classes, bias, teacher_bias,
-                  teacher_scale, normalize, teacher_normalize, kind, params, precision);
+    c10::string_view kind, at::ArrayRef<double> params, c10::string_view precision,
+    int64_t kept_classes) {
   const int64_t n = x.size(0);
+  const Tensor kept = at::empty({planes(!teacher_weight), kept_classes, round_up(n, kKeptPadding)},
+                                weight.options().dtype(accumulated_type(weight.scalar_type())));
+  advise_huge(kept);
+  const Call call(x, weight, teacher, teacher_weight, labels, classes, bias, teacher_bias,
+                  teacher_scale, normalize, teacher_normalize, kind, params, precision, kept);
   const auto doubles = x.options().dtype(at::kDouble);
   const Tensor lse = at::empty({n}, doubles), teacher_lse = at::empty({n}, doubles);
   const Tensor target = at::empty({n}, doubles), teacher_target = at::empty({n}, doubles);
@@ -135,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
                                       folds.data_ptr<double>()};
     kernels.forward(call.problem, out, aligned(buffer), parallel);
   }
-  return {lse, teacher_lse, target, teacher_target, folds};
+  return {lse, teacher_lse, target, teacher_target, folds, kept};
 }
 
 using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -149,11 +165,11 @@ SevenTensors backward(const Tensor& grad_lse, const Tensor& grad_teacher_lse,
                       const OptionalTensor& teacher_scale, bool normalize, bool teacher_normalize,
                       c10::string_view kind, at::ArrayRef<double> params,
                       c10::string_view precision, const Tensor& lse, const Tensor& teacher_lse,
-                      const Tensor& folds, bool compact, bool need_x, bool need_weight,
-                      bool need_teacher, bool need_teacher_weight, bool need_bias,
+                      const Tensor& folds, const Tensor& kept, bool compact, bool need_x,
+                      bool need_weight, bool need_teacher, bool need_teacher_weight, bool need_bias,
                       bool need_teacher_bias, bool need_teacher_scale) {
   const Call call(x, weight, teacher, teacher_weight, labels, classes, bias, teacher_bias,
-                  teacher_scale, normalize, teacher_normalize, kind, params, precision);
+                  teacher_scale, normalize, teacher_normalize, kind, params, precision, kept);
   const auto wide = weight.options().dtype(call.accumulate);
   // one for each: an op's results share no memory
   const auto nothing = [&] { return at::empty({0}, weight.options()); };
@@ -201,15 +217,15 @@ SevenTensors backward(const Tensor& grad_lse, const Tensor& grad_teacher_lse,
     const Tensor g_target = narrow(grad_target), g_teacher_target = narrow(grad_teacher_target);
     const Tensor g_folds = narrow(grad_folds);
     const auto saved = [](const Tensor& t) { return t.to(at::kDouble).contiguous(); };
-    const Tensor kept = saved(lse), kept_teacher = saved(teacher_lse), kept_folds = saved(folds);
+    const Tensor of_lse = saved(lse), of_teacher = saved(teacher_lse), of_folds = saved(folds);
     const DivergenceBackwardIn in = {g_lse.const_data_ptr(),
                                      g_teacher_lse.const_data_ptr(),
                                      g_target.const_data_ptr(),
                                      g_teacher_target.const_data_ptr(),
                                      g_folds.const_data_ptr(),
-                                     kept.const_data_ptr<double>(),
-                                     kept_teacher.const_data_ptr<double>(),
-                                     kept_folds.const_data_ptr<double>()};
+                                     of_lse.const_data_ptr<double>(),
+                                     of_teacher.const_data_ptr<double>(),
+                                     of_folds.const_data_ptr<double>()};
     kernels.backward(call.problem, in, out, aligned(buffer), parallel);
   }
   const auto as = [](const Tensor& t, bool need, const OptionalTensor& like) {

@@ -158,6 +158,14 @@ void check(const Kernels& kernels, K kind, double param, const Shape& s) {
   p.teacher.bias = s.bias ? bt.data() : nullptr;
   p.teacher.normalize = s.normalize && !dense;
   if (dense) p.dense = {t.data(), Type::kFloat32, c, 1, scale.data()};
+  const int64_t kept_scores = s.labels ? k * round_up(n, kKeptPadding) : 0;
+  std::vector<float> kept(2 * kept_scores, NAN);
+  if (s.labels) {
+    p.student.kept = kept.data();
+    p.student.kept_classes = k;
+    if (!dense) p.teacher.kept = kept.data() + kept_scores;
+    if (!dense) p.teacher.kept_classes = k;
+  }
 
   const int count = folds_of(kind), differentiable = kind == K::kPower ? 2 : 1;
   const Parallel parallel = {3, on_threads};

@@ -14,7 +14,7 @@ from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import class_gradients, class_statistics
 from fused_losses.primitives.class_rules.rules import CLASS_FOLDS
 from fused_losses.primitives.row_statistics.bend import steepest_bend
-from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING, Inputs
+from fused_losses.primitives.row_statistics.inputs import Inputs, kept_row
 from fused_losses.primitives.row_statistics.op import ROW_STATISTICS
 
 Rows = Tensor | slice
@@ -154,8 +154,7 @@ class SoftmaxEngine:
     ) -> tuple[Tensor | None, Tensor | None]:
         name, p = self._inputs(x, chunk, values)
         lse = statistics[0]
-        padded = -(-x.shape[0] // KEPT_PADDING) * KEPT_PADDING
-        kept = x.new_empty((0, padded), dtype=accumulate_dtype(p.weight.dtype))
+        kept = x.new_empty((0, kept_row(x.shape[0])), dtype=accumulate_dtype(p.weight.dtype))
         dx, dweight, _ = ROW_STATISTICS.op(name, "_backward")(
             grad.statistics[0].contiguous(),
             (grad.targets[:, 0] / self.scale).contiguous(),

@@ -17,6 +17,7 @@ from fused_losses.base.numerics import (
 )
 from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.losses.distillation_kinds import KINDS, DistillationKind, checked_options
+from fused_losses.losses.margin_softmax import kept_classes
 from fused_losses.losses.top_teacher import TopTeacher, check_top, top_distillation
 from fused_losses.primitives.divergence.faults import spoilt_by
 from fused_losses.primitives.divergence.inputs import DivergenceInputs
@@ -91,8 +92,8 @@ def distillation(
             "teacher".
         classes: [K] distinct ids of the classes that take part.
         precision, backend: as in `margin_softmax`.
-        memory_budget: bytes >= 0, as its siblings take it; no backend keeps scores yet, backward
-            computes them again.
+        memory_budget: bytes of scores that the forward may keep to spare the backward their
+            products, two of six (cpu only; a TopTeacher's, one of four).
         reduction: "mean" over the rows that take part (0 over none), "sum" or "none" [N].
 
     Near agreement the loss and the gradients keep their digits: nothing subtracts two
@@ -100,7 +101,8 @@ def distillation(
     either side, is NaN and leaves others alone; a class with one makes every row NaN. Returns
     float32 (float64 for float64 inputs).
     Raises ValueError, TypeError, IndexError for bad arguments; RuntimeError when the backend cannot
-    run the call. Time O(N K (Ds + Dt)); memory beyond inputs and gradients O(N D) plus a tile.
+    run the call. Time O(N K (Ds + Dt)); memory beyond inputs and gradients O(N D) plus a tile,
+    plus memory_budget.
     """
     validation.check_choice("kind", kind, tuple(KINDS))
     of = KINDS[kind]
@@ -146,7 +148,7 @@ def distillation(
             teacher = teacher if teacher_grad else TopTeacher(*(v.detach() for v in teacher))
             loss = top_distillation(
                 kind, *of_student, teacher, number, labels, options, unit_student, precision,
-                backend,
+                memory_budget, backend,
             )  # fmt: skip
             spoilt = spoilt_by(student_weight) + nan_where_infinite(x)
             loss = loss + (spoilt if student_bias is None else spoilt + spoilt_by(student_bias))
@@ -169,7 +171,8 @@ def distillation(
             if some_ignored and choose(inputs, backend) == "reference":
                 # the streamed forms leave out rows that nothing is asked of
                 inputs = inputs._replace(teacher=torch.where(valid[:, None], inputs.teacher, 0))
-            found = divergence(inputs, backend=backend)
+            given = memory_budget, x, student_weight, inputs.taking_part, inputs.kept_scores
+            found = divergence(inputs, kept_classes=kept_classes(*given), backend=backend)
             # a row that takes no part asks for nothing, not even with NaN
             found = DivergenceStatistics(*(torch.where(valid, part, 0) for part in found))
             loss = of.loss(found, options)

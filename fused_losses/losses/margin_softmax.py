@@ -31,7 +31,7 @@ from fused_losses.losses.margin_softmax_stats import MarginSoftmaxStats, blanked
 from fused_losses.losses.positions import over_positions
 from fused_losses.margins import ArcFace, CosFace, Margin, MVSoftmax
 from fused_losses.primitives.row_statistics import bounded
-from fused_losses.primitives.row_statistics.inputs import KEPT_PADDING
+from fused_losses.primitives.row_statistics.inputs import kept_row
 from fused_losses.primitives.row_statistics.op import row_statistics
 
 
@@ -331,13 +331,14 @@ def _bend(
     return torch.stack((t * scale, p * scale, q, r / scale)).to(x.dtype)
 
 
-def kept_classes(memory_budget: int, x: Tensor, weight: Tensor, taking_part: int) -> int:
-    """How many classes' scores fit in the budget, whole vectors a class."""
+def kept_classes(
+    memory_budget: int, x: Tensor, weight: Tensor, taking_part: int, scores: int = 1
+) -> int:
+    """How many classes' scores fit in the budget, whole vectors a class; scores: of each row."""
     needs = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if memory_budget == 0 or not needs:
         return 0
-    padded = (x.shape[0] + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
-    fits = memory_budget // (max(padded, 1) * x.element_size())
+    fits = memory_budget // (max(scores * kept_row(x.shape[0]), 1) * x.element_size())
     kept: Any = torch.sym_min(fits, taking_part)  # an int, or a symbol of one
     return kept
 

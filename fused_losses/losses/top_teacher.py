@@ -13,6 +13,7 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import merged, softplus
 from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.losses.distillation_kinds import DistillationOptions
+from fused_losses.losses.margin_softmax import kept_classes
 from fused_losses.primitives.row_statistics import reference
 from fused_losses.primitives.row_statistics.op import row_statistics
 from fused_losses.primitives.topk.listed import listed
@@ -81,6 +82,7 @@ def top_distillation(
     options: DistillationOptions,
     normalize: bool,
     precision: str,
+    memory_budget: int,
     backend: str | None,
 ) -> Tensor:
     """The loss of each row, without T^2. [N]
@@ -88,7 +90,7 @@ def top_distillation(
     What the list leaves out has p_t = 0: of it m = (1 - beta) p_s, and |p_t - p_s| = p_s.
     """
     ids = teacher.ids.long()
-    lse, target = _swept(x, weight, bias, labels, normalize, precision, backend)
+    lse, target = _swept(x, weight, bias, labels, normalize, precision, memory_budget, backend)
     here = labels != NO_TARGET
     whole = torch.where(here, merged(lse, torch.where(here, target, -torch.inf)), lse)
     u = _listed(x, weight, bias, ids, normalize)
@@ -117,7 +119,7 @@ def top_distillation(
 
 def _swept(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, normalize: bool,
-    precision: str, backend: str | None,
+    precision: str, memory_budget: int, backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """lse of the classes that are no label, and the label's score, 0 without one. [N] each"""
     name, _ = backends.choose(
@@ -129,8 +131,9 @@ def _swept(
         lse, target = found["lse"].double(), found["target"].double()
     else:
         stats = row_statistics(
-            x, weight, labels, bias=bias, normalize=normalize, precision=precision, backend=name
-        )
+            x, weight, labels, bias=bias, normalize=normalize, precision=precision,
+            kept_classes=kept_classes(memory_budget, x, weight, len(weight)), backend=name,
+        )  # fmt: skip
         lse, target = stats.lse, stats.target
     if bias is not None:
         target = target + torch.where(labels < 0, 0, bias[labels.clamp_min(0)]).to(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import divergence_formulas as formulas
 import pytest
@@ -104,7 +105,7 @@ def test_every_kind_of_python_is_compiled() -> None:
     call = formulas.drawn(3, 4)
     with pytest.raises(ValueError, match="kind: expected a kind of divergence, got unheard"):
         p = inputs(call, "forward")._replace(kind="unheard")
-        DIVERGENCE.op("cpu")(*(a.detach() if isinstance(a, Tensor) else a for a in p))
+        DIVERGENCE.op("cpu")(*(a.detach() if isinstance(a, Tensor) else a for a in p), 0)
 
 
 # ---- whole calls --------------------------------------------------------------------------------
@@ -224,6 +225,79 @@ def test_a_nan_is_its_rows_alone() -> None:
         assert bad.nonzero().flatten().tolist() == [4, 6], kind
         (dx,) = torch.autograd.grad(found.folds.sum(), call.x)
         assert dx.isnan().any(dim=1).nonzero().flatten().tolist() == [4, 6], kind
+
+
+# ---- kept scores --------------------------------------------------------------------------------
+
+
+def kept_calls() -> Iterator[tuple[str, Call]]:
+    shared = dict(n=70, c=500, rounded=torch.float32)
+    yield "two weights", formulas.drawn(**shared, d=(33, 16)).to(torch.float32)
+    yield "some classes", formulas.drawn(**shared, sampled=True, d=(9, 16)).to(torch.float64)
+    yield "dense", formulas.drawn(**shared, dense=True, d=(33, 1)).to(torch.float32)
+    near = formulas.drawn(**shared, d=(24, 24))
+    with torch.no_grad():
+        near.teacher.copy_(near.x * (1 + 1e-3 * torch.randn_like(near.x)))
+        near.teacher_weight.copy_(near.weight * (1 + 1e-3 * torch.randn_like(near.weight)))
+    yield "near", near.to(torch.float32)
+    near.normalize = near.teacher_normalize = False
+    yield "near, as they are", near.to(torch.float32)
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_kept_scores_change_nothing(kind: str, instructions: str) -> None:
+    """Any number of classes, none twice: bits of results and of gradients, of two backwards."""
+    for name, call in kept_calls():
+        p = inputs(call, kind)
+        wanted = divergence(p)
+        slopes = pulled(wanted, call)
+        for classes in (1, 250, 384, p.taking_part):
+            got = divergence(p, kept_classes=classes)
+            for o, w in zip(got, wanted, strict=True):
+                assert torch.equal(o, w), (name, classes)
+            total = torch.stack([o.sum() for o in got]).sum()
+            torch.autograd.grad(total, call.leaves, retain_graph=True, allow_unused=True)
+            for g, w in zip(pulled(got, call), slopes, strict=True):
+                assert torch.equal(g, w), (name, classes)
+
+
+@pytest.mark.parametrize("precision", ["mixed", "bf16"])
+def test_kept_scores_of_rounded_products_change_nothing(precision: str) -> None:
+    if not extension().has_bf16():
+        pytest.skip("this CPU has no AVX512_BF16 products")
+    for _, call in kept_calls():
+        if call.x.dtype == torch.float64:
+            continue
+        p = inputs(call, "forward", precision=precision)
+        found = [divergence(p, kept_classes=classes) for classes in (0, p.taking_part)]
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(*(pulled(f, call) for f in found), strict=True):
+            assert torch.equal(a, b)
+
+
+def slope_of_weight(bare: list[Any], found: tuple[Tensor, ...], moved: float) -> Tensor:
+    """Of the sum of folds, once what was kept has been moved."""
+    lse, teacher_lse, target, _, folds, kept = found
+    grads = (*[torch.zeros_like(target)] * 4, torch.ones_like(folds))
+    given = (*grads, *bare, lse, teacher_lse, folds, kept + moved)
+    needs = (False, False, True, False, False, False, False, False)
+    return DIVERGENCE.op("cpu", "_backward")(*given, *needs)[1]
+
+
+def test_the_backward_reads_what_was_kept() -> None:
+    """Scores that are moved by one, of the kept tiles, move their classes' gradients alone."""
+    for _, call in kept_calls():
+        p = inputs(call, "squared")._replace(labels=torch.full_like(call.labels, -1))
+        bare = [a.detach() if isinstance(a, Tensor) else a for a in p]
+        classes = min(400, p.taking_part)
+        found = DIVERGENCE.op("cpu")(*bare, classes)
+        assert found[-1].shape == (p.kept_scores, classes, 128) and found[-1].dtype == p.dtype
+        apart = slope_of_weight(bare, found, 1.0) - slope_of_weight(bare, found, 0.0)
+        moved = apart.abs().amax(dim=1).nonzero().flatten()
+        moved = moved if p.classes is None else torch.searchsorted(p.classes, moved)
+        # a tile of rows as short as these has 384 classes, or all
+        assert moved.tolist() == list(range(min(384, p.taking_part)))
 
 
 # ---- threads, memory ----------------------------------------------------------------------------

@@ -44,6 +44,8 @@ CASES = [
     Case("sampled-without-a-copy", d=128, c=60_000, sampled=40_000, smoothing=0.1),
     Case("linear-cross-entropy", what="linear_cross_entropy"),
     Case("budget", budget=8 * MIB),
+    Case("distillation", what="distillation"),
+    Case("distillation-budget", budget=8 * MIB, what="distillation"),
 ]
 
 # the CUDA kernels on the host, whose tiles are as much smaller
@@ -66,11 +68,15 @@ def run(case, backend, asked=True):
     ids = torch.randperm(case["c"])[: case["sampled"]].sort().values if case["sampled"] else None
     y = torch.randint(0, case["c"], (case["n"],))
     y = ids[y % len(ids)] if ids is not None else y
+    t, wt = (2 * part.detach() for part in (x, w)) if case["what"] == "distillation" else (y, None)
     def step():
         if case["what"] == "margin_softmax":
             loss = fused_losses.margin_softmax(
                 x, w, y, classes=ids, label_smoothing=case["smoothing"],
                 memory_budget=case["budget"], backend=backend)
+        elif case["what"] == "distillation":
+            loss = fused_losses.distillation(
+                x, w, t, wt, memory_budget=case["budget"], backend=backend)
         else:
             loss = fused_losses.linear_cross_entropy(x, w, y, backend=backend)
         loss.backward()
@@ -79,7 +85,8 @@ def run(case, backend, asked=True):
     options = {"memory_budget": case["budget"]} | ({} if ids is None else {"classes": ids})
     if not asked:
         return peak, 0
-    plan = fused_losses.explain(function, x, w, y, backend=backend, **options)
+    given = (x, w, y) if wt is None else (x, w, t, wt)
+    plan = fused_losses.explain(function, *given, backend=backend, **options)
     return peak, plan.peak_extra_bytes
 
 backend, cases = json.loads(sys.argv[1])
@@ -140,9 +147,12 @@ def test_peak_is_bounded_without_wide_vectors(capability: str) -> None:
     assert measured("cpu", capability)[CASES[0].id][0] <= BOUND
 
 
-def test_a_budget_is_used() -> None:
+@pytest.mark.parametrize(
+    "plain, kept", [("many-classes", "budget"), ("distillation", "distillation-budget")]
+)
+def test_a_budget_is_used(plain: str, kept: str) -> None:
     require("cpu")
-    spent = measured("cpu")["budget"][0] - measured("cpu")["many-classes"][0]
+    spent = measured("cpu")[kept][0] - measured("cpu")[plain][0]
     assert 4 * MIB < spent <= 8 * MIB + MIB
 
 

@@ -164,7 +164,7 @@ def two_sided(
         if near:
             teacher = tuple(t * (1 + 1e-3 * torch.rand_like(t)) for t in student)
         ids = torch.arange(n) % c
-        rest = (unit, unit and not dense, kind, list(params), "fp32")
+        rest = (unit, unit and not dense, kind, list(params), "fp32", 0)
         return (*student, *teacher, ids, None, None, None, None, *rest)
 
     return make
@@ -284,7 +284,8 @@ def of_backward(case: Case, given: tuple, output: Any) -> tuple | None:
     if case.op == "divergence":
         factored = given[3] is not None
         needs = (False, True, True, True, factored, False, False, False)
-        return (*ones, *given, outputs[0], outputs[1], outputs[4], *needs)
+        saved = outputs[0], outputs[1], outputs[4], outputs[5]
+        return (*ones[:5], *given[:-1], *saved, *needs)
     if case.op == "shared_negatives":
         return (ones[0], *given[:4], *outputs, True, True)
     return None

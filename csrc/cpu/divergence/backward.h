@@ -242,7 +242,7 @@ void divergence_backward(const DivergenceProblem& given, const DivergenceBackwar
     tiles_of(index, parallel.threads, plan.student.tiles, &begin, &end);
     const int64_t block = round_up(kBlockRows, kPanel<PS>);
     for (int64_t t = begin; t < end; ++t) {
-      const TilePair<PS, T> pair(p, x, student.tile, teacher.tile, own.pair, t);
+      const TilePair<PS, T> pair(p, x, student.tile, teacher.tile, own.pair, t, Kept::kRead);
       const int64_t count = pair.student.count;
       open_tile(p.student, plan.student, student, pair.student);
       open_tile(p.teacher, plan.teacher, teacher, pair.teacher);

@@ -71,14 +71,14 @@ struct DivergencePlan {
   // body(thread's scratch, tile pair, first row, rows) of all tiles and blocks of rows.
   template <class Body>
   void sweep(const DivergenceProblem& p, const PairRows<PS, T>& x, const Parallel& parallel,
-             Body&& body) const {
+             Kept kept, Body&& body) const {
     on_threads(parallel, [&](int index) {
       auto th = thread(p, index).first;
       int64_t begin, end;
       tiles_of(index, parallel.threads, tiles, &begin, &end);
       const int64_t block = round_up(kBlockRows, kPanel<PS>);
       for (int64_t t = begin; t < end; ++t) {
-        const TilePair<PS, T> pair(p, x, th.student, th.teacher, th.pair, t);
+        const TilePair<PS, T> pair(p, x, th.student, th.teacher, th.pair, t, kept);
         for (int64_t row0 = 0; row0 < padded; row0 += block) {
           const int64_t rows = std::min(block, padded - row0);
           pair.score(row0, rows);
@@ -263,9 +263,10 @@ void divergence_forward(const DivergenceProblem& given, const DivergenceForwardO
     std::fill_n(rows.powers, padded, PowerRun{});
     std::fill_n(rows.folds, kMostFolds * padded, 0.0);
   }
-  plan.sweep(p, x, parallel, [&](const auto& th, const auto& pair, int64_t row0, int64_t rows) {
-    fold_pair<PS, T>(p, pair, th.pair, th.rows, padded, row0, rows);
-  });
+  plan.sweep(p, x, parallel, Kept::kWritten,
+             [&](const auto& th, const auto& pair, int64_t row0, int64_t rows) {
+               fold_pair<PS, T>(p, pair, th.pair, th.rows, padded, row0, rows);
+             });
   for (int64_t i = 0; i < n; ++i) {
     Run run;
     PowerRun power;
@@ -287,9 +288,10 @@ void divergence_forward(const DivergenceProblem& given, const DivergenceForwardO
   if (of_softmaxes) {
     const SoftmaxRows<T>& softmaxes = shared.softmaxes;
     softmaxes.set(n, padded, out.lse, out.teacher_lse, out.teacher_lse);
-    plan.sweep(p, x, parallel, [&](const auto& th, const auto& pair, int64_t row0, int64_t rows) {
-      fold_softmaxes<PS, T>(p, pair, th.pair, softmaxes, th.rows, padded, row0, rows);
-    });
+    plan.sweep(p, x, parallel, Kept::kRead,
+               [&](const auto& th, const auto& pair, int64_t row0, int64_t rows) {
+                 fold_softmaxes<PS, T>(p, pair, th.pair, softmaxes, th.rows, padded, row0, rows);
+               });
   }
   if (of_softmaxes || p.kind >= K::kBernoulli) {
     for (int k = 0; k < folds_of(p.kind); ++k) {

@@ -126,12 +126,15 @@ struct DifferenceRows {
   }
 };
 
+// What `score` does with the scores that the problem keeps.
+enum class Kept { kWritten, kRead };
+
 // The same classes on both sides, with the scores of a block of rows.
 template <class PS, class T>
 class TilePair {
  public:
   TilePair(const DivergenceProblem& p, const PairRows<PS, T>& x, const TileScratch<PS, T>& s,
-           const TileScratch<PS, T>& t, const PairScratch<T>& own, int64_t index)
+           const TileScratch<PS, T>& t, const PairScratch<T>& own, int64_t index, Kept kept)
       : student(p.student, s, index),
         teacher(p.teacher, t, index),
         u(s.scores),
@@ -141,20 +144,30 @@ class TilePair {
         x_(x),
         s_(s),
         t_(t),
-        own_(own) {
+        own_(own),
+        kept_u_(kept_scores<T>(p.student, student.first, student.count)),
+        kept_apart_(kept_scores<T>(p.teacher, student.first, student.count)),
+        read_(kept == Kept::kRead && kept_u_) {
     for (int64_t c = 0; c < student.count; ++c) {
       const T bias = bias_of<T>(p.student, student.id(c));
       own.student_bias[c] = bias;
       own.apart_bias[c] = bias - bias_of<T>(p.teacher, student.id(c));
     }
-    if (x.apart_columns && !student.shifted && !teacher.shifted) compare_weights();
+    if (x.apart_columns && !student.shifted && !teacher.shifted && !read_) compare_weights();
   }
 
   // u and u - v without bias of the rows [row0, row0 + rows), targets apart. The same steps on both
   // sides: equal inputs are 0 apart.
   void score(int64_t row0, int64_t rows) const {
-    student.multiply_rows(x_.columns, x_.dense, row0, rows, u, ld);
-    if (near_) {
+    const int64_t kept_ld = round_up(p_.student.n, kKeptPadding);
+    if (read_) {
+      copy(kept_u_ + row0, kept_ld, u, ld, rows);
+    } else {
+      student.multiply_rows(x_.columns, x_.dense, row0, rows, u, ld);
+    }
+    if (read_ && kept_apart_) {
+      copy(kept_apart_ + row0, kept_ld, apart, ld, rows);
+    } else if (near_) {
       subtract_products(row0, rows);
     } else {
       if (p_.dense.data) {
@@ -162,12 +175,14 @@ class TilePair {
       } else {
         teacher.multiply_rows(x_.teacher_columns, x_.teacher_dense, row0, rows, apart, ld);
       }
-      if (p_.student.normalize) scale(s_.inverse, u, rows);
+      if (p_.student.normalize && !read_) scale(s_.inverse, u, rows);
       if (p_.teacher.normalize) scale(t_.inverse, apart, rows);
       // of what memory holds: in one expression with a factor only one of both would be rounded
       each_vector(rows,
                   [&](int64_t, int64_t at) { store(apart + at, load(u + at) - load(apart + at)); });
     }
+    if (kept_u_ && !read_) copy(u, ld, kept_u_ + row0, kept_ld, rows);
+    if (kept_apart_ && !read_) copy(apart, ld, kept_apart_ + row0, kept_ld, rows);
     each_target(row0, rows, [&](int64_t c, int64_t i) {
       own_.student_target[i] = u[c * ld + i];
       own_.teacher_target[i] = u[c * ld + i] - apart[c * ld + i];
@@ -194,6 +209,12 @@ class TilePair {
   void each_vector(int64_t rows, Body&& body) const {
     for (int64_t c = 0; c < student.count; ++c) {
       for (int64_t i = 0; i < rows; i += kLanes<T>) body(c, c * ld + i);
+    }
+  }
+
+  void copy(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t rows) const {
+    for (int64_t c = 0; c < student.count; ++c) {
+      std::copy_n(from + c * ld_from, rows, to + c * ld_to);
     }
   }
 
@@ -301,6 +322,9 @@ class TilePair {
   const PairRows<PS, T>& x_;
   const TileScratch<PS, T>&s_, &t_;
   const PairScratch<T>& own_;
+  // [classes of the tile, padded n] without bias, targets in place; null: not kept
+  T *kept_u_, *kept_apart_;
+  bool read_;
   bool near_ = false, same_weights_ = false;
 };
 

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.bench.measure import Provider
 from fused_losses.bench.micro import peers
 from fused_losses.bench.micro.cases import Case, against_eager, backward
 from fused_losses.losses.distillation import distillation as fused_distillation
+from fused_losses.primitives.row_statistics.inputs import kept_row
 
 
 def kl_of_scores(u: Tensor, v: Tensor) -> Tensor:
@@ -49,10 +51,22 @@ def distillation(
     case = against_eager(
         title, fused_distillation, eager_kl, (x, w, t, wt), 6 * 2.0 * n * c * d, rivals
     )
+    if device == "cpu":
+        everything = memory_of_scores(n, c, dtype)
+        for name in tuple(case.ours):
+            kept, precision = f"{name}, scores kept", name.removeprefix("fused ")
+            options = dict(precision=precision, memory_budget=everything)
+            case.providers[kept] = _step(partial(fused_distillation, x, w, t, wt, **options))
+            case.ours.append(kept)
     if rivals == "all":
         for name, loss in peers.distillation(kl_of_scores).items():
             case.providers[name] = _step(partial(loss, x, w, t, wt))
     return case
+
+
+def memory_of_scores(n: int, c: int, dtype: torch.dtype) -> int:
+    """The budget that both sides' scores of all classes fit in."""
+    return 2 * kept_row(n) * c * accumulate_dtype(dtype).itemsize
 
 
 def _step(loss: partial[Tensor]) -> Provider:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.primitives.row_statistics.inputs import kept_row
 
 INPUTS = (
     "Tensor x, Tensor weight, Tensor teacher, Tensor? teacher_weight, Tensor labels, "
@@ -17,16 +18,16 @@ INPUTS = (
 )
 
 FORWARD = (
-    f"({INPUTS}) -> (Tensor lse, Tensor teacher_lse, Tensor target, Tensor teacher_target, "
-    "Tensor folds)"
+    f"({INPUTS}, SymInt kept_classes) -> (Tensor lse, Tensor teacher_lse, Tensor target, "
+    "Tensor teacher_target, Tensor folds, Tensor kept)"
 )
 
 BACKWARD = (
     "(Tensor grad_lse, Tensor grad_teacher_lse, Tensor grad_target, Tensor grad_teacher_target, "
-    f"Tensor grad_folds, {INPUTS}, Tensor lse, Tensor teacher_lse, Tensor folds, bool compact, "
-    "bool need_x, bool need_weight, bool need_teacher, bool need_teacher_weight, bool need_bias, "
-    "bool need_teacher_bias, bool need_teacher_scale) -> (Tensor dx, Tensor dweight, "
-    "Tensor dteacher, Tensor dteacher_weight, Tensor dbias, Tensor dteacher_bias, "
+    f"Tensor grad_folds, {INPUTS}, Tensor lse, Tensor teacher_lse, Tensor folds, Tensor kept, "
+    "bool compact, bool need_x, bool need_weight, bool need_teacher, bool need_teacher_weight, "
+    "bool need_bias, bool need_teacher_bias, bool need_teacher_scale) -> (Tensor dx, "
+    "Tensor dweight, Tensor dteacher, Tensor dteacher_weight, Tensor dbias, Tensor dteacher_bias, "
     "Tensor dteacher_scale)"
 )
 
@@ -57,6 +58,16 @@ class DivergenceInputs(NamedTuple):
     def dtype(self) -> torch.dtype:
         """Of products."""
         return accumulate_dtype(self.weight.dtype)
+
+    @property
+    def kept_scores(self) -> int:
+        """Of a row and a class: u and u - v, or beside dense scores u alone."""
+        return 1 if self.teacher_weight is None else 2
+
+    def kept(self, classes: int) -> Tensor:
+        """Room for what the forward keeps of so many classes, in the dtype of products."""
+        shape = (self.kept_scores, classes, kept_row(self.x.shape[0]))
+        return self.x.new_empty(shape, dtype=self.dtype)
 
 
 class DivergenceGradients(NamedTuple):
@@ -92,6 +103,7 @@ class DivergenceSaved(NamedTuple):
     lse: Tensor  # [N]
     teacher_lse: Tensor  # [N]
     folds: Tensor  # [F, N]
+    kept: Tensor | None = None  # [1 or 2, kept classes, `kept_row`]: what the op's own forward kept
 
 
 GRADIENTS, FIELDS = len(DivergenceGradients._fields), len(DivergenceInputs._fields)

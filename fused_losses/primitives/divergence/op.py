@@ -57,13 +57,18 @@ class DivergenceStatistics(NamedTuple):
     folds: Tensor  # [F, N] of the kind; over no classes 0 (a log of a sum: -inf)
 
 
-def divergence(inputs: DivergenceInputs, *, backend: str | None = None) -> DivergenceStatistics:
+def divergence(
+    inputs: DivergenceInputs, *, kept_classes: int = 0, backend: str | None = None
+) -> DivergenceStatistics:
     """Statistics of both scores over the classes, differentiable in all that floats.
+
+    `kept_classes`: how many classes' scores the forward may keep for the backward (cpu only).
 
     Raises ValueError, TypeError or IndexError for inputs that do not fit each other;
     NotImplementedError for a second derivative, but on "reference". Labels must be among `classes`.
     A number that is NaN or infinite makes its row NaN, one of a class every row. Time
-    O(N K (Ds + Dt)), memory O(N D) and a few tiles; a dense teacher's gradient is [N, C].
+    O(N K (Ds + Dt)), memory O(N D), a few tiles and N for each class's score that is kept; a dense
+    teacher's gradient is [N, C].
     """
     _check(inputs)
     inputs = inputs._replace(params=[float(p) for p in inputs.params])
@@ -73,7 +78,8 @@ def divergence(inputs: DivergenceInputs, *, backend: str | None = None) -> Diver
             found = reference(inputs)
         else:
             spoilt = FAULTS(*(v.detach() if isinstance(v, Tensor) else v for v in inputs))
-            found = (part + spoilt for part in DIVERGENCE(name, *inputs))
+            kept = kept_classes if name == "cpu" else 0
+            found = (part + spoilt for part in DIVERGENCE(name, *inputs, kept)[:-1])
     lse, teacher_lse, target, teacher_target, folds = found
     vectors = lse, teacher_lse, target, teacher_target
     return DivergenceStatistics(*vectors, folds[: DIVERGENCES[inputs.kind].differentiable])
@@ -148,41 +154,46 @@ class DivergenceOp(StreamedOp):
     schema, backward_schema = FORWARD, BACKWARD
 
     def setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
-        lse, teacher_lse, _, _, folds = output
-        ctx.save_for_backward(*inputs[:TENSORS], lse, teacher_lse, folds)
-        ctx.rest = inputs[TENSORS:]
+        lse, teacher_lse, _, _, folds, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(*inputs[:TENSORS], lse, teacher_lse, folds, kept)
+        ctx.rest = inputs[TENSORS:-1]
         ctx.set_materialize_grads(False)
 
     def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-        *tensors, lse, teacher_lse, folds = ctx.saved_tensors
+        *tensors, lse, teacher_lse, folds, kept = ctx.saved_tensors
         like = (lse, lse, lse, lse, folds)
         given = (
             torch.zeros_like(of) if g is None else g.contiguous()
-            for g, of in zip(grads, like, strict=True)
+            for g, of in zip(grads[:-1], like, strict=True)
         )
         x, weight, teacher, teacher_weight, _, _, bias, teacher_bias, teacher_scale = needed[
             :TENSORS
         ]
         needs = (x, weight, teacher, teacher_weight, bias, teacher_bias, teacher_scale)
-        found = backward_op(*given, *tensors, *ctx.rest, lse, teacher_lse, folds, False, *needs)
+        saved = lse, teacher_lse, folds, kept
+        found = backward_op(*given, *tensors, *ctx.rest, *saved, False, *needs)
         some = [g if need else None for g, need in zip(found, needs, strict=True)]
-        return (*some[:4], None, None, *some[4:], *(None,) * len(ctx.rest))
+        return (*some[:4], None, None, *some[4:], *(None,) * (len(ctx.rest) + 1))
 
     def fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        p = DivergenceInputs(*arguments)
+        p, kept_classes = DivergenceInputs(*arguments[:-1]), arguments[-1]
         n, wide = p.x.shape[0], row_dtype(p.x.device)
         vectors = [p.x.new_empty(n, dtype=wide) for _ in range(4)]
-        return (*vectors, p.x.new_empty((DIVERGENCES[p.kind].folds, n), dtype=wide))
+        folds = p.x.new_empty((DIVERGENCES[p.kind].folds, n), dtype=wide)
+        return (*vectors, folds, p.kept(kept_classes))
 
     def fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         _, p, _, needs = backward_arguments(arguments)
         return tuple(like.new_empty(shape) for like, shape in gradient_shapes(p, needs))
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        p = DivergenceInputs(*arguments)
+        p = DivergenceInputs(*arguments[:-1])
         if backend in ON_TILES:
-            return bounded.forward(p, backend)
-        return self.form(backend).forward(p)
+            found = bounded.forward(p, backend)
+        else:
+            found = self.form(backend).forward(p)
+        return (*found, p.kept(0))
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         grads, p, saved, needs = backward_arguments(arguments)
@@ -195,7 +206,7 @@ class DivergenceOp(StreamedOp):
         if direction:
             _, p, _, needs = backward_arguments(arguments)
         else:
-            p, needs = DivergenceInputs(*arguments), None
+            p, needs = DivergenceInputs(*arguments[:-1]), None
         if backend in ON_TILES:
             return bounded.workspace(p, needs, backend)
         return self.form(backend).workspace(p, needs)

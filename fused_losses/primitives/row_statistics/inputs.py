@@ -59,6 +59,11 @@ BACKWARD = (
 KEPT_PADDING = 64  # scores are kept in rows of whole vectors
 
 
+def kept_row(n: int) -> int:
+    """Elements that a class's scores of n rows take where they are kept."""
+    return (n + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
+
+
 def backward_arguments(
     arguments: tuple,
 ) -> tuple[Inputs, Tensor, Tensor, RowGradients, Needs]:

@@ -26,10 +26,10 @@ from fused_losses.primitives.row_statistics import tangents
 from fused_losses.primitives.row_statistics.inputs import (
     BACKWARD,
     FORWARD,
-    KEPT_PADDING,
     Inputs,
     backward_arguments,
     gradient_shape,
+    kept_row,
 )
 
 
@@ -97,10 +97,6 @@ class RowStatisticsFunction:
         return StreamedFunction.apply(ROW_STATISTICS, backend, *inputs)
 
 
-def _padded(n: int) -> int:
-    return (n + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
-
-
 class RowStatisticsOp(StreamedOp):
     """Statistics of rows over classes, with their gradient."""
 
@@ -159,7 +155,7 @@ class RowStatisticsOp(StreamedOp):
             x.new_empty(n if p.weighted else 0, dtype=dtype),
             torch.empty_like(p.labels, dtype=torch.int64),
             x.new_empty(n, dtype=dtype),
-            x.new_empty((kept_classes, _padded(n)), dtype=dtype),
+            x.new_empty((kept_classes, kept_row(n)), dtype=dtype),
         )
 
     def fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
@@ -176,7 +172,7 @@ class RowStatisticsOp(StreamedOp):
         p = Inputs(*arguments[:-1])
         lse, target, *rest = self.form(backend).forward(p)
         wide = row_dtype(p.weight.device)
-        kept = rest[-1].new_empty((0, _padded(p.x.shape[0])))
+        kept = rest[-1].new_empty((0, kept_row(p.x.shape[0])))
         return (lse.to(wide), target.to(wide), *rest, kept)
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
