@@ -1,4 +1,4 @@
-"""The front of labels over classes: rows of any shape, several labels a row, and none."""
+"""The front of labels over classes: rows of any shape, one label a row, several, and none."""
 
 from __future__ import annotations
 
@@ -40,16 +40,25 @@ def _fit(labels: Tensor, rows: Tensor) -> bool:
     return isinstance(labels, Tensor) and labels.shape[: rows.dim() - 1] == rows.shape[:-1]
 
 
+def one_label(labels: Tensor, rows: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Labels [N] of rows [N, D] as [N] int64, NO_TARGET where there is none; raises as below."""
+    check_index_vector("labels", labels, len(rows), rows)
+    labels = labels.long()
+    if not torch.compiler.is_compiling():
+        check_labels(labels, num_classes, ignore_index=ignore_index)
+    return no_target(labels, ignore_index)
+
+
 def class_labels(labels: Tensor, rows: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Labels [N] or [N, L] of rows [N, D] as [N, L] int64, NO_TARGET where there is none.
 
     Raises TypeError, ValueError, or IndexError for what is neither in [0, num_classes) nor
     `ignore_index`; on a GPU as `check_labels`.
     """
-    several = isinstance(labels, Tensor) and labels.dim() == 2 and len(labels) == len(rows)
-    flat = labels.flatten() if several else labels
-    check_index_vector("labels", flat, None if several else len(rows), rows)
-    labels = (labels if several else labels[:, None]).long()
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) != len(rows):
+        return one_label(labels, rows, num_classes, ignore_index)[:, None]
+    check_index_vector("labels", labels.flatten(), None, rows)
+    labels = labels.long()
     if not torch.compiler.is_compiling():
         _check_ids(labels, num_classes)
         check_labels(labels, num_classes, ignore_index=ignore_index)

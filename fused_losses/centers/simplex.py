@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fused_losses.base import validation
+from fused_losses.base.class_labels import one_label
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, unit_rows
 from fused_losses.base.parameters import check_above, check_margin
-from fused_losses.base.validation import NO_TARGET, no_target
+from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers import arguments
 from fused_losses.losses.margin_calls import apply_margin, penalty_of
 from fused_losses.margins import Margin
@@ -203,10 +204,7 @@ class DSimplexHead(nn.Module):
         Raises ValueError, TypeError, IndexError. A NaN row has a NaN loss.
         """
         self._check(embeddings)
-        validation.check_index_vector("labels", labels, len(embeddings), embeddings)
-        if not torch.compiler.is_compiling():
-            validation.check_labels(labels, self.num_classes, ignore_index=self.ignore_index)
-        labels = no_target(labels.long(), self.ignore_index)
+        labels = one_label(labels, embeddings, self.num_classes, self.ignore_index)
         valid = labels != NO_TARGET
         with no_autocast(embeddings.device):
             # an ignored row must not reach the gradients, not even with NaN

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.class_labels import one_label
 from fused_losses.base.numerics import accumulate_dtype, against, followed, reduced, unit_rows
 from fused_losses.base.parameters import check_row_weight
 from fused_losses.base.validation import meet
@@ -117,17 +118,15 @@ def class_rows(
     normalize, ignore_index, classes, precision, reduction, backend, row_weight = options
     validation.check_pair("embeddings", embeddings, "weight", weight)
     n, c = embeddings.shape[0], weight.shape[0]
-    validation.check_index_vector("labels", labels, n, embeddings)
+    labels = one_label(labels, embeddings, c, ignore_index)
     validation.check_choice("precision", precision, validation.PRECISIONS)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    embeddings, labels = meet(embeddings, weight), labels.long()
-    if not torch.compiler.is_compiling():
-        validation.check_labels(labels, c, ignore_index=ignore_index)
+    embeddings = meet(embeddings, weight)
     check_row_weight(row_weight, n, embeddings)
-    valid = labels != ignore_index
+    valid = labels != validation.NO_TARGET
     if row_weight is not None:
         valid = valid & (row_weight > 0)
-    labels = torch.where(valid, labels, validation.NO_TARGET)
+        labels = torch.where(valid, labels, validation.NO_TARGET)
     classes = validation.increasing_classes(classes, embeddings)
     if classes is not None and not torch.compiler.is_compiling() and not classes.is_cuda:
         validation.check_classes(classes, c)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.class_labels import one_label
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
@@ -230,11 +231,7 @@ def _checked_labels(
         if of.labelled:
             raise ValueError(f"labels: expected class ids ({n},) with kind={kind!r}, got None")
         return torch.ones_like(nobody, dtype=torch.bool), nobody
-    validation.check_index_vector("labels", labels, n, student)
-    labels = labels.long()
-    if not torch.compiler.is_compiling():
-        validation.check_labels(labels, c, ignore_index=ignore_index)
-    marked = validation.no_target(labels, ignore_index)
+    marked = one_label(labels, student, c, ignore_index)
     return marked != NO_TARGET, marked if of.labelled else nobody
 
 

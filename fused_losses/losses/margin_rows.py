@@ -48,7 +48,6 @@ def row_weights(
 def mean_of(
     loss: Tensor,
     labels: Tensor,
-    ignore_index: int,
     class_weight: Tensor | None,
     reduction: str,
     row_weight: Tensor | None = None,
@@ -60,7 +59,7 @@ def mean_of(
         return loss
     if reduction == "sum":
         return loss.sum()
-    total = row_weights(labels, ignore_index, class_weight, loss, row_weight).sum()
+    total = row_weights(labels, validation.NO_TARGET, class_weight, loss, row_weight).sum()
     # where nothing counts: 0, but for what is no number; smoothing alone may have a loss there
     return loss.sum() * (total != 0) / torch.where(total == 0, 1, total)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.class_labels import one_label
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
@@ -20,7 +21,13 @@ from fused_losses.base.numerics import (
     unit_rows,
 )
 from fused_losses.base.parameters import check_margin, check_parameter, check_row_weight
-from fused_losses.base.validation import GRADIENTS, check_plain, checked_smoothing, meet, no_target
+from fused_losses.base.validation import (
+    GRADIENTS,
+    NO_TARGET,
+    check_plain,
+    checked_smoothing,
+    meet,
+)
 from fused_losses.losses import reference as losses_reference
 from fused_losses.losses.adaptive_scale import adaptive_margin_softmax
 from fused_losses.losses.class_loss import class_loss
@@ -144,7 +151,7 @@ def margin_softmax(
         return class_loss(embeddings, weight, labels, margin, **shared)
     validation.check_pair("embeddings", embeddings, "weight", weight)
     n, c = embeddings.shape[0], weight.shape[0]
-    validation.check_index_vector("labels", labels, n, embeddings)
+    labels = one_label(labels, embeddings, c, ignore_index)
     validation.check_choice("precision", precision, validation.PRECISIONS)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     validation.check_choice("gradient", gradient, GRADIENTS)
@@ -157,12 +164,9 @@ def margin_softmax(
             validation.check_vector(name, vector, c, "one value a class [C]", weight)
     check_row_weight(row_weight, n, embeddings)
     embeddings = meet(embeddings, weight)
-    labels = labels.long()
     classes = validation.increasing_classes(classes, embeddings)
-    if not torch.compiler.is_compiling():
-        validation.check_labels(labels, c, ignore_index=ignore_index)
     if row_weight is not None:
-        labels = torch.where(row_weight > 0, labels, ignore_index)
+        labels = torch.where(row_weight > 0, labels, NO_TARGET)
     name, _ = backends.choose(
         backend, embeddings.device, weight.dtype, precision, "row_statistics", embeddings.shape[-1]
     )
@@ -171,8 +175,7 @@ def margin_softmax(
         if name == "reference":
             if classes is not None:
                 validation.check_classes(classes, c)
-                marked = torch.where(labels == ignore_index, validation.NO_TARGET, labels)
-                validation.check_labels_in_classes(marked, classes)
+                validation.check_labels_in_classes(labels, classes)
             row_loss, cosine, logits = losses_reference.margin_softmax(
                 embeddings,
                 weight,
@@ -182,14 +185,13 @@ def margin_softmax(
                 normalize=normalize,
                 bias=bias,
                 label_smoothing=label_smoothing,
-                ignore_index=ignore_index,
                 class_weight=class_weight,
                 classes=classes,
                 gradient=gradient,
                 z_loss=z_loss,
             )
             stats = (
-                reference_stats(cosine, logits, labels, classes, scale, bias, ignore_index)
+                reference_stats(cosine, logits, labels, classes, scale, bias)
                 if return_stats
                 else None
             )
@@ -197,7 +199,7 @@ def margin_softmax(
             row_loss, stats = _streamed(
                 embeddings,
                 weight,
-                no_target(labels, ignore_index),
+                labels,
                 margin=margin,
                 scale=scale,
                 normalize=normalize,
@@ -211,7 +213,7 @@ def margin_softmax(
                 z_loss=z_loss,
                 backend=name,
             )
-        loss = mean_of(row_loss, labels, ignore_index, class_weight, reduction, row_weight)
+        loss = mean_of(row_loss, labels, class_weight, reduction, row_weight)
     return (loss, stats) if return_stats and stats is not None else loss
 
 
@@ -245,7 +247,7 @@ def _streamed(
     """Per-row losses from one sweep over the classes; the margin is autograd on [N] vectors."""
     taking_part = weight.shape[0] if classes is None else classes.shape[0]
     accumulate = accumulate_dtype(weight.dtype)
-    valid = labels != validation.NO_TARGET
+    valid = labels != NO_TARGET
     # an ignored row must not reach the gradients, not even with NaN
     x = torch.where(valid[:, None], embeddings.to(accumulate), 0)
     norm = torch.linalg.vector_norm(x, dim=1)

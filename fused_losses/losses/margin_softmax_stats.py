@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_losses.base.validation import NO_TARGET
+
 
 class MarginSoftmaxStats(NamedTuple):
     """What a margin softmax knows of each row, detached; [N] each; ignored rows 0, -1, False."""
@@ -34,11 +36,10 @@ def reference_stats(
     classes: Tensor | None,
     scale: float | Tensor,
     bias: Tensor | None,
-    ignore_index: int,
 ) -> MarginSoftmaxStats:
     with torch.no_grad():
         ids = torch.arange(cosine.shape[1], device=cosine.device) if classes is None else classes
-        valid = labels != ignore_index
+        valid = labels != NO_TARGET
         is_target = (labels[:, None] == ids) & valid[:, None]
         factor = scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale
         plain = cosine * factor + (0 if bias is None else bias[ids])

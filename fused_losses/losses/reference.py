@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fused_losses.base.numerics import unit_rows
 from fused_losses.base.products import product
+from fused_losses.base.validation import NO_TARGET
 from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
 from fused_losses.margins import Margin
 from fused_losses.primitives.row_statistics.reference import bent
@@ -16,14 +17,13 @@ from fused_losses.primitives.row_statistics.reference import bent
 def margin_softmax(
     embeddings: Tensor,  # [N, D]
     weight: Tensor,  # [C, D]
-    labels: Tensor,  # [N]
+    labels: Tensor,  # [N], NO_TARGET: ignored
     *,
     margin: Margin | None,
     scale: float | Tensor,  # scalar or [N]
     normalize: bool,
     bias: Tensor | None,  # [C]
     label_smoothing: float,
-    ignore_index: int,
     class_weight: Tensor | None,  # [C]
     classes: Tensor | None,  # [K], sorted
     gradient: str,
@@ -34,10 +34,10 @@ def margin_softmax(
     The cosines are those before the margin, other classes' bent where the margin bends.
     """
     if classes is not None:
-        weight, labels = weight[classes], positions(labels, classes, ignore_index)
+        weight, labels = weight[classes], positions(labels, classes)
         bias = None if bias is None else bias[classes]
         class_weight = None if class_weight is None else class_weight[classes]
-    valid = labels != ignore_index
+    valid = labels != NO_TARGET
     # an ignored row must not reach the gradients, not even with NaN
     embeddings = torch.where(valid[:, None], embeddings, 0)
     norm = embeddings.norm(dim=1)
@@ -58,7 +58,7 @@ def margin_softmax(
         logits,
         labels,
         weight=class_weight,
-        ignore_index=ignore_index,
+        ignore_index=NO_TARGET,
         label_smoothing=label_smoothing,
         reduction="none",
     )
@@ -69,7 +69,7 @@ def margin_softmax(
     return loss, cosine, logits
 
 
-def positions(labels: Tensor, classes: Tensor, ignore_index: int) -> Tensor:
-    """Where each label stands in `classes`; ignore_index stays."""
+def positions(labels: Tensor, classes: Tensor) -> Tensor:
+    """Where each label stands in `classes`; NO_TARGET stays."""
     found = torch.searchsorted(classes, labels).clamp_max(classes.numel() - 1)
-    return torch.where(labels == ignore_index, ignore_index, found)
+    return torch.where(labels == NO_TARGET, NO_TARGET, found)
