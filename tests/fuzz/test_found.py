@@ -128,6 +128,18 @@ FOUND = {
         Draw((13, 16, 1), "sparse", "skewed", torch.float32, 400258765),
         Call("reference"),
     ),
+    # the formula's: a variance far from 0 was off by its mean's rounding
+    "a variance far from 0": (
+        "snr_contrastive_ref",
+        Draw((5, 8, 3), "far", "skewed", torch.float64, 808575502),
+        Call("reference"),
+    ),
+    # the formula's: a mixture's logarithm of a class that both sides find impossible
+    "impossible to both": (
+        "distillation_jsd_options",
+        Draw((16, 15, 7), "clusters", "as they are", torch.bfloat16, 1492271130),
+        Call("bounded"),
+    ),
 }
 
 

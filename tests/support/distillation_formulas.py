@@ -5,6 +5,8 @@ Nothing of the package is imported.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,8 @@ def of_scores(
         return t**2 * _kl(q, p)
     if kind == "jsd":
         b = o.get("beta", 0.5)
-        m = (b * p.exp() + (1 - b) * q.exp()).log()
+        # of logarithms: of a class that both find as good as impossible there is none
+        m = torch.stack([p + math.log(b), q + math.log(1 - b)]).logsumexp(0)
         return t**2 * (b * _kl(p, m) + (1 - b) * _kl(q, m))
     if kind == "tv":
         return (p.exp() - q.exp()).abs().sum(1) / 2

@@ -252,7 +252,8 @@ def snr(t: Inputs, ref: bool = False) -> Tensor:
     """var(y - x) / var(x), a biased variance in both."""
     y = t.y if ref else t.x
     noise = (y - t.x[:, None]).var(dim=2, unbiased=False)
-    power = t.x.var(dim=1, unbiased=False)[:, None]
+    # about a coordinate, which takes rows far from 0 away without a rounding
+    power = (t.x - t.x[:, :1]).var(dim=1, unbiased=False)[:, None]
     alive = power > 1e-20
     d = torch.where(alive, noise / torch.where(alive, power, 1), 0)
     near, far = pair_lists(t, d, ref)

@@ -94,7 +94,7 @@ def ranked_list(t: Inputs) -> Tensor:
 
 def snr(t: Inputs) -> Tensor:
     noise = (t.x - t.x[:, None]).var(dim=2, unbiased=False)
-    power = t.x.var(dim=1, unbiased=False)[:, None]
+    power = (t.x - t.x[:, :1]).var(dim=1, unbiased=False)[:, None]
     alive = power > 1e-20
     d = torch.where(alive, noise / torch.where(alive, power, 1), 0)
     near, far = f.pair_lists(t, d, False)
