@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_losses.base.validation import describe
 from fused_losses.centers.state import BEGUN
+from fused_losses.centers.tableless import SWITCH, SwitchedTable
 
 
 class Table(Protocol):
@@ -67,7 +69,7 @@ class HeadOptimizer(torch.optim.Optimizer):
     copies into them, all or none.
     """
 
-    switch: Tensor | None = None  # the head's parameter without elements
+    _module: weakref.ref[nn.Module] | None = None  # the head
 
     def __init__(self, updates: Updates) -> None:
         self._updates = updates
@@ -77,13 +79,28 @@ class HeadOptimizer(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         if self._groups:  # the table may be another by now
-            switch = [] if self.switch is None else [self.switch]
-            self._groups[0]["params"] = [self._updates.rows.weight, self._updates.probe, *switch]
+            head = None if self._module is None else self._module()
+            table, probe = self._updates.rows.weight, self._updates.probe
+            if head is None:
+                self._groups[0]["params"] = [table, probe]
+            else:  # FSDP may have put another switch in its place
+                shown = self._shown(table, head)
+                self._groups[0]["params"] = [shown, probe, getattr(head, SWITCH)]
         return self._groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self._groups = groups
+
+    def belongs_to(self, head: nn.Module) -> None:
+        """The table's flag is this head's from now on."""
+        self._module = weakref.ref(head)
+
+    def _shown(self, table: Tensor, head: nn.Module) -> Tensor:
+        """The table in others' hands, one object as long as it is that table."""
+        former = next(iter(self._groups[0]["params"]), None)
+        same = isinstance(former, SwitchedTable) and former.shows(table, head)
+        return former if same else SwitchedTable.of(table, head)
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
@@ -91,7 +108,7 @@ class HeadOptimizer(torch.optim.Optimizer):
             return {}
         counts = {"step": self._updates.steps, BEGUN: self._updates.begun}
         told = {k: torch.tensor(int(v), device="cpu") for k, v in counts.items() if v is not None}
-        return {self._updates.rows.weight: {**told, **self._updates.states}}
+        return {self.param_groups[0]["params"][0]: {**told, **self._updates.states}}
 
     @state.setter
     def state(self, state: dict[Tensor, Any]) -> None:
@@ -106,9 +123,8 @@ class HeadOptimizer(torch.optim.Optimizer):
         return updates.states[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "_updates": self._updates, "_groups": self._groups, "defaults": self.defaults,
-        }  # fmt: skip
+        groups = [{**group, "params": []} for group in self._groups]  # the rows have the table
+        return {"_updates": self._updates, "_groups": groups, "defaults": self.defaults}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -262,7 +262,7 @@ class SphericalHead(nn.Module):
     @property
     def optimizer(self) -> HeadOptimizer:
         """SGD over all classes."""
-        self._updates.optimizer.switch = self.trains
+        self._updates.optimizer.belongs_to(self)
         return self._updates.optimizer
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:

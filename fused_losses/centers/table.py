@@ -68,7 +68,7 @@ class TableModule(nn.Module):
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The rows' own optimiser; None: `weight` is a parameter for another one."""
         if isinstance(self._updates, RowUpdates):
-            self._updates.optimizer.switch = self._leaf  # FSDP may have put another in its place
+            self._updates.optimizer.belongs_to(self)
         return self._updates.optimizer
 
     @property

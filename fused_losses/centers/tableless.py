@@ -35,14 +35,21 @@ class SwitchedTable(Tensor):
     To autograd it is a plain tensor, and so is all that is made of it, copies and pickles too.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # as nn.Parameter has it
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     _module: weakref.ref[nn.Module]  # a cycle would keep the table's memory
+    _table: weakref.ref[Tensor]
 
     @staticmethod
     def of(table: Tensor, module: nn.Module) -> SwitchedTable:
         shown = torch.Tensor._make_subclass(SwitchedTable, table)
-        shown._module = weakref.ref(module)
+        shown._module, shown._table = weakref.ref(module), weakref.ref(table)
         return shown
+
+    def shows(self, table: Tensor, module: nn.Module) -> bool:
+        """Whether it is this table, with the memory that it has now."""
+        same = self._table() is table and self._module() is module
+        return same and self.data_ptr() == table.data_ptr() and self.dtype == table.dtype
 
     @property
     def requires_grad(self) -> bool:
@@ -65,10 +72,9 @@ class SwitchedTable(Tensor):
 
     @data.setter
     def data(self, data: Tensor) -> None:
-        module = self._module()
-        if module is not None and module._table.data_ptr() == self.data_ptr():
-            module._table.data = data
-        Tensor.data.__set__(self, data)  # pyright: ignore[reportAttributeAccessIssue] of C
+        if (table := self._table()) is not None:
+            table.data = data
+        vars(torch._C.TensorBase)["data"].__set__(self, data)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         memo[id(self)] = made = copy.deepcopy(self.detach(), memo)

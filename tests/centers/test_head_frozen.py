@@ -140,6 +140,9 @@ def test_every_way_to_freeze_freezes(name: str, optimizer: str | None, update: s
         assert not found.weight.requires_grad and not step()
         thaw(found, True)
         assert found.weight.requires_grad and step()
+    copy.deepcopy(found.float().double())  # which a flag of the tensor itself would forbid
+    group = found.optimizer.param_groups[0] if optimizer else own.param_groups[0]
+    assert own.state.keys() <= set(group["params"]) and not own.state.keys() - {group["params"][0]}
 
 
 @pytest.mark.parametrize("later", LATER)
