@@ -136,6 +136,19 @@ FOUND: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]] = {
             ("accumulate", dict(seed=10, **BATCH)),
         ],
     ),
+    "thawed by the optimizer's parameters, cast and copied": (
+        dict(MOMENTUM, rate=0.4),
+        [
+            ("freeze", dict(frozen=False, way="optimizer")),
+            ("train_step", dict(seed=1, **BATCH)),
+            ("cast", {}),
+            ("copy", dict(way="deepcopy", seed=2)),
+            ("freeze", dict(frozen=True, way="table")),
+            ("train_step", dict(seed=3, **BATCH)),
+            ("freeze", dict(frozen=False, way="head")),
+            ("train_step", dict(seed=4, **BATCH)),
+        ],
+    ),
     "momentum that begins while rows take no part": (
         dict(MOMENTUM, kind="scheduled", rate=0.4),
         [

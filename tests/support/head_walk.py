@@ -282,8 +282,16 @@ class HeadWalk:
         self.head = made
         self.model.forget()
 
-    def freeze(self, frozen: bool) -> None:
-        self.head.requires_grad_(not frozen)
+    def freeze(self, frozen: bool, way: str) -> None:
+        """By whichever tensor; all of them have one flag."""
+        ways = {
+            "head": [self.head],
+            "table": [self.head.weight],
+            "parameters": [*self.head.parameters()],
+            "optimizer": self.head.optimizer.param_groups[0]["params"],
+        }
+        for each in ways[way]:
+            each.requires_grad_(not frozen)
 
     def only_dx(self, seed: int) -> None:
         """What asks for the gradient of the embeddings alone trains nothing."""

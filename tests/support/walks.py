@@ -39,7 +39,7 @@ STEPS: dict[str, dict[str, Sequence[Any]]] = {
     "optimizer_state": {},
     "others_state": {"strict": (False, True)},
     "copy": {"way": ("deepcopy", "pickle"), "seed": SEEDS},
-    "freeze": {"frozen": (False, True)},
+    "freeze": {"frozen": (False, True), "way": ("head", "table", "parameters", "optimizer")},
     "only_dx": {"seed": SEEDS},
     "cast": {},
     "move": {},
