@@ -200,6 +200,7 @@ class ClassCenters(SteppedTable):
 
     # ---- forward --------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # steps of rows and talk of ranks are no graph; what is around is one
     def forward(
         self,
         embeddings: Tensor,
