@@ -52,7 +52,9 @@ def _folds(
             u, v = u.clamp(-limit, limit), v.clamp(-limit, limit)
         yes, no = F.logsigmoid(v), F.logsigmoid(-v)
         return [total(yes.exp() * (yes - F.logsigmoid(u)) + no.exp() * (no - F.logsigmoid(-u)))]
-    log_s, log_t = u - _finite(lse), v - _finite(teacher_lse)
+    # a label's score may be far above the others' sum, and its exponential no number
+    log_s = torch.where(others, u - _finite(lse), 0)
+    log_t = torch.where(others, v - _finite(teacher_lse), 0)
     q_s, q_t = log_s.exp(), log_t.exp()
     if p.kind == "forward":
         return [total(q_t * (log_t - log_s))]
