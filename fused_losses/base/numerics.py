@@ -156,12 +156,6 @@ def log_ratio(v: Tensor, w: Tensor) -> Tensor:
     return torch.where(near, share.log1p(), v.log() - w.log())
 
 
-def log1p_exp(z: Tensor) -> Tensor:
-    """As `softplus`, in whose curve s (1 - s) torch rounds 1 - s as it does 1."""
-    high = z > 0
-    return torch.where(high, z, 0) + torch.where(high, -z, z).exp().log1p()
-
-
 def against(target: Tensor, lse: Tensor) -> Tensor:
     """softplus(lse - target), exact at both ends; against nothing (-inf) 0, and no NaN slope."""
     some = lse != -torch.inf

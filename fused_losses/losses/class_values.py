@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.numerics import joined, log1p_exp, over_last, softplus
+from fused_losses.base.numerics import joined, over_last, softplus
 from fused_losses.base.parameters import check_above, check_margin, check_parameter
 from fused_losses.base.validation import GRADIENTS, describe
 from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
@@ -357,7 +357,7 @@ class SphereFace2(ClassLoss):
         bias = self._bias(rows.targets)
         g = raised(rows.targets, self.t, self.gradient == "straight_through")
         z = self.scale * (g - self.margin) + bias
-        of_labels = _present_sum(log1p_exp(-z), rows.present)
+        of_labels = _present_sum(softplus(-z), rows.present)
         # worth 0: the gradient of the negatives' sum in the bias is their second statistic
         of_negatives = rows.statistics[0]
         if not rows.of_values:

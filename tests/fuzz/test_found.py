@@ -192,6 +192,18 @@ OF_OTHER_KINDS = {
         "one_label_MappedLDR_softplus",
         Draw((7, 31, 7), "constant", "skewed", torch.float32, 398880821),
     ),
+    # and 1 - s of a large one
+    "a curve of a large sigmoid": (
+        "second derivatives",
+        "one_label_LDR",
+        Draw((15, 2, 17), "plain", "skewed", torch.float32, 1276579279),
+    ),
+    # e^(v_y - lse) of the label's score, which no sum takes, was no number and had a slope
+    "a label far above the others": (
+        "second derivatives",
+        "distillation_dkd",
+        Draw((17, 5, 17), "far", "one class", torch.float32, 256308538),
+    ),
     # the formula's: a NaN over a zero was 0
     "a NaN beside a zero": (
         "NaN and inf",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import log1p_exp
+from fused_losses.base.numerics import softplus
 
 TINY = 1e-30  # stands for what is not positive, below a logarithm
 
@@ -17,7 +17,7 @@ TINY = 1e-30  # stands for what is not positive, below a logarithm
 def log_softplus(z: Tensor) -> Tensor:
     """log log(1 + e^z), also where e^z is no number: there z."""
     far = z < -15
-    near = log1p_exp(torch.where(far, 0, z)).log()
+    near = softplus(torch.where(far, 0, z)).log()
     return torch.where(far, z - torch.where(far, z, 0).exp() / 2, near)
 
 
@@ -25,7 +25,7 @@ def log_softplus_slope(z: Tensor) -> Tensor:
     """sigmoid(z) / softplus(z)"""
     far = z < -15
     near = torch.where(far, 0, z)
-    return torch.where(far, 1 - torch.where(far, z, 0).exp() / 2, near.sigmoid() / log1p_exp(near))
+    return torch.where(far, 1 - torch.where(far, z, 0).exp() / 2, near.sigmoid() / softplus(near))
 
 
 def mapped(z: Tensor, lift: Tensor, soft: bool) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import log1p_exp, row_dtype
+from fused_losses.base.numerics import row_dtype, softplus
 from fused_losses.primitives.class_rules import mapped
 from fused_losses.primitives.row_statistics.bend import bent, bent_slope, steepest_bend
 
@@ -148,7 +148,7 @@ def _sphereface2_terms(
 ) -> tuple[Tensor, Tensor]:
     """softplus(z), and its slope in the bias."""
     z = _sphereface2_score(c, values, params)
-    return log1p_exp(z), torch.sigmoid(z)
+    return softplus(z), torch.sigmoid(z)
 
 
 def _sphereface2_slopes(
