@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import class_option_draws
 import digit_draws
 import interpreted_draws
+import margin_option_draws
 import option_draws
+import pair_option_draws
 import planted
+import row_option_draws
 import second_draws
 import tangent_draws
 import torch
@@ -124,7 +128,14 @@ def _digits(name: str, draw: Draw, choice: random.Random) -> Found:
         yield who, within, (near, shape, errors, bounds)
 
 
-OPTIONS = [case.name for case in option_draws.DRAWN]
+OF_OPTIONS = (
+    option_draws,
+    class_option_draws,
+    margin_option_draws,
+    row_option_draws,
+    pair_option_draws,
+)
+OPTIONS = [case.name for table in OF_OPTIONS for case in table.DRAWN]
 TRITON = interpreted_draws.NAMES if interpreted_draws.HERE else []
 KINDS: dict[str, Kind] = {
     "hard data": Kind([name for name in CASES if name not in OPTIONS], _hard),
