@@ -28,6 +28,7 @@ REFUSED = [
     in "canberra kl cityblock braycurtis chebyshev hamming jaccard jensenshannon scaled".split()
 ]
 REFUSED += ["pairwise_minkowski", "pairwise_minkowski_below_1", "similarity_laplacian"]
+REFUSED += ["pairwise_topk_minkowski", "pairwise_distance_base"]
 NAMES = [name for name in CASES if name not in REFUSED]
 # of each function one
 ONE_EACH = list({CASES[name].function: name for name in reversed(NAMES)}.values())
