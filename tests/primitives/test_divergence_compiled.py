@@ -231,11 +231,12 @@ def test_a_nan_is_its_rows_alone() -> None:
 
 
 def kept_calls() -> Iterator[tuple[str, Call]]:
-    shared = dict(n=70, c=500, rounded=torch.float32)
+    shared: dict[str, Any] = dict(n=70, c=500, rounded=torch.float32)
     yield "two weights", formulas.drawn(**shared, d=(33, 16)).to(torch.float32)
     yield "some classes", formulas.drawn(**shared, sampled=True, d=(9, 16)).to(torch.float64)
     yield "dense", formulas.drawn(**shared, dense=True, d=(33, 1)).to(torch.float32)
     near = formulas.drawn(**shared, d=(24, 24))
+    assert near.teacher_weight is not None
     with torch.no_grad():
         near.teacher.copy_(near.x * (1 + 1e-3 * torch.randn_like(near.x)))
         near.teacher_weight.copy_(near.weight * (1 + 1e-3 * torch.randn_like(near.weight)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def distillation(
         everything = memory_of_scores(n, c, dtype)
         for name in tuple(case.ours):
             kept, precision = f"{name}, scores kept", name.removeprefix("fused ")
-            options = dict(precision=precision, memory_budget=everything)
+            options: dict[str, Any] = dict(precision=precision, memory_budget=everything)
             case.providers[kept] = _step(partial(fused_distillation, x, w, t, wt, **options))
             case.ours.append(kept)
     if rivals == "all":
