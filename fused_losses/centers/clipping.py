@@ -43,8 +43,7 @@ def clip_grad_norm_(
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     tables = [head.grad_norm() for head in heads]
     norm = nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
-    if hasattr(norm, "full_tensor"):  # of FSDP's shards
-        norm = norm.full_tensor()
+    norm = getattr(norm, "full_tensor", lambda: norm)()  # of FSDP's shards
     wide = norm.double()
     whole = torch.linalg.vector_norm(torch.stack([wide, *(wide.new_tensor(t) for t in tables)]))
     if error_if_nonfinite and not bool(whole.isfinite()):

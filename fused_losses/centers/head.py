@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -200,7 +201,7 @@ class ClassCenters(SteppedTable):
 
     # ---- forward --------------------------------------------------------------------------------
 
-    @torch._disable_dynamo  # steps of rows and talk of ranks are no graph; what is around is one
+    @_disable_dynamo  # steps of rows and talk of ranks are no graph; what is around is one
     def forward(
         self,
         embeddings: Tensor,

@@ -99,8 +99,9 @@ class HeadOptimizer(torch.optim.Optimizer):
     def _shown(self, table: Tensor, head: nn.Module) -> Tensor:
         """The table in others' hands, one object as long as it is that table."""
         former = next(iter(self._groups[0]["params"]), None)
-        same = isinstance(former, SwitchedTable) and former.shows(table, head)
-        return former if same else SwitchedTable.of(table, head)
+        if isinstance(former, SwitchedTable) and former.shows(table, head):
+            return former
+        return SwitchedTable.of(table, head)
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
