@@ -303,28 +303,28 @@ CHILD = (
 from test_workspace import CASES, OPS, backend_of, of_backward
 
 def measured(op, backend, direction, arguments):
+    # threads, lazy imports and the buffers that MKL keeps are the process's, not the op's
+    given = op.op(backend, direction)(*arguments)
     held = []
     def step():
         out = op.op(backend, direction)(*arguments)
         held.extend(out if isinstance(out, (tuple, list)) else (out,))
     peak = extra(step) - sum(t.nbytes for t in held)
-    return peak, op.workspace(backend, direction, arguments)
+    return given, (peak, op.workspace(backend, direction, arguments))
 
 def run(name, backend):
     torch.manual_seed(0)
     case = CASES[name]
     op, backend = OPS[case.op], backend_of(case, backend)
     given = case.make(getattr(torch, case.dtype))
-    told = {name: measured(op, backend, "", given)}
-    further = of_backward(case, given, op.op(backend)(*given))
+    output, said = measured(op, backend, "", given)
+    told = {name: said}
+    further = of_backward(case, given, output)
     if further is not None:
-        told[f"{name} backward"] = measured(op, backend, "_backward", further)
+        told[f"{name} backward"] = measured(op, backend, "_backward", further)[1]
     return told
 
 backend, names = json.loads(sys.argv[1])
-# threads, lazy imports and the buffers that MKL keeps are the process's, not the op's
-for name in names:
-    run(name, backend)
 print(json.dumps({k: v for name in names for k, v in run(name, backend).items()}))
 """
 )
