@@ -92,6 +92,17 @@ def test_nan_row_stays_in_its_own_loss(backend: str) -> None:
     assert torch.isnan(call(backend, **inputs))
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_an_infinite_score_shows_in_what_is_made_of_scores(value: float, backend: str) -> None:
+    inputs = good()
+    inputs["embeddings"][2, 0] = value
+    given = [inputs[name] for name in ("embeddings", "weight", "labels")]
+    loss = fused_losses.functional.unpg_margin_softmax(*given, normalize=False, backend=backend)
+    assert loss.isnan()
+    loss = fused_losses.functional.softmax_outputs(*given, backend=backend).logsumexp
+    assert loss.isnan().tolist() == [i == 2 for i in range(N)]
+
+
 def test_a_zero_class_beside_a_nan_row_has_gradient_zero(backend: str) -> None:
     inputs = good()
     inputs["embeddings"][2] = float("nan")

@@ -43,9 +43,10 @@ def row_statistics(
     has_target = labels >= 0
     target = raw.gather(1, labels.clamp_min(0)[:, None])[:, 0]
     v = torch.ones_like(scores[:1]) if column_weight is None else column_weight[ids].to(scores)
-    best = others.max(dim=1)
+    best, lse = others.max(dim=1), over_last(others)
     return {
-        "lse": over_last(others),
+        # an infinite score is a fault that must show
+        "lse": torch.where(lse == torch.inf, torch.nan, lse),
         "target": torch.where(has_target, target, 0),
         "weighted_sum": (v * scores).masked_fill(is_target, 0).sum(dim=1),
         "hardest": torch.where(best.values > -torch.inf, ids[best.indices], -1),
