@@ -87,7 +87,7 @@ def narrow_tiles(backend: ModuleType) -> Iterator[None]:
 
 def pairs(case: object) -> Callable[[], None]:
     def check() -> None:
-        import triton_pair_cases as cases
+        import triton_pair_checks as cases
 
         backend, truth = backends.module("pairs", "cuda"), cases.truth
         with narrow_tiles(backend):
@@ -133,7 +133,7 @@ CIRCLE = dict(positive=Rule(-1.0, 0.5, 9.0), negative=Rule(1.0, -0.2, 3.0))
 
 
 def pair_cases() -> list[CudaCase]:
-    from triton_pair_cases import Case
+    from triton_pair_checks import Case
 
     found = [
         Case(n=70, m=90, d=24, **MANY, name="everything"),

@@ -25,7 +25,7 @@ from apart_cases import Apart
 
 # both skip, saying why, where ptxsim is absent
 from simulated import _on_the_path, simulate  # noqa: F401
-from triton_pair_cases import Case, close, gradients, inputs, leaves_of
+from triton_pair_checks import Case, close, gradients, inputs, leaves_of
 
 pytestmark = pytest.mark.ptx
 
