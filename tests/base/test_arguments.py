@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pair_formulas import eye, nce_rows
+from pair_rows import eye, nce_rows
 from torch import Tensor
 
 import fused_losses.functional as fl

@@ -14,7 +14,8 @@ from class_loss_draws import LOSSES
 from draws import CASES, DRAWS, Draw, judge, unjudged
 from fuzz_settings import drawn
 from hypothesis import given
-from margin_draws import CLASS_LOSSES, MARGINS
+from margin_calls import MARGINS
+from margin_draws import CLASS_LOSSES
 from metric_draws import SIMILARITIES
 from pair_cases import Case
 

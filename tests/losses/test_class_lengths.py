@@ -12,7 +12,7 @@ import torch
 from conftest import require
 from draws import Call, Draw, judge
 from pair_cases import Case
-from pair_formulas import Inputs
+from pair_rows import Inputs
 from torch import Tensor
 
 import fused_losses.functional as fl

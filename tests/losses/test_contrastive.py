@@ -23,7 +23,8 @@ from pair_cases import (
     require_pairs,
     small_blocks,
 )
-from pair_formulas import eye, others, supcon_rows
+from pair_formulas import supcon_rows
+from pair_rows import eye, others
 from places import GOLDEN
 from row_loss_goldens import GOLDENS as ROW_GOLDENS
 from torch import Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pair_formulas import Inputs
+from pair_rows import Inputs
 from row_loss_formulas import hinged, members, single, zero
 from torch import Tensor
 

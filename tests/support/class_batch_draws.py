@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from distillation_formulas import TEMPERATURE, of_scores
-from margin_draws import SCALE
+from margin_calls import SCALE
 from pair_cases import Case
-from pair_formulas import Inputs, equal, eye, lse, proxies, unit, zero_rows
+from pair_formulas import zero_rows
+from pair_rows import Inputs, equal, eye, lse, proxies, unit
 from torch import Tensor
 
 import fused_losses.functional as fl

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from margin_draws import softplus
 from pair_cases import Case
-from pair_formulas import Inputs, proxies, unit
+from pair_rows import Inputs, proxies, unit
 from torch import Tensor
 
 import fused_losses.functional as fl

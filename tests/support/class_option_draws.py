@@ -11,12 +11,14 @@ from functools import partial
 from typing import Any
 
 import class_loss_draws as one
+import margin_calls as calls
 import margin_draws as m
 import torch
 from class_batch_draws import mada_rows, shared, unpg_rows
 from distillation_formulas import TEMPERATURE, of_scores
 from pair_cases import Case
-from pair_formulas import Inputs, lse, proxies, unit, zero_rows
+from pair_formulas import zero_rows
+from pair_rows import Inputs, lse, proxies, unit
 from torch import Tensor
 
 import fused_losses.functional as fl
@@ -99,7 +101,7 @@ def hot_of(t: Inputs) -> Tensor:
 def moved(c: Tensor, hot: Tensor) -> Tensor:
     """The label's cosine through an easy margin of 0.3, whose slope is taken for 1."""
     own = torch.where(hot, c, 0).sum(1)
-    into = own + (m.easy(own, 0.3) - own).detach()
+    into = own + (calls.easy(own, 0.3) - own).detach()
     return torch.where(hot, into[:, None], c)
 
 

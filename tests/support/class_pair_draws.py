@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from pair_cases import TOWERS, Case
-from pair_formulas import Inputs, attention, distance, proxies, square_distance, unit
+from pair_rows import Inputs, attention, distance, proxies, square_distance, unit
 from torch import Tensor
 
 import fused_losses.functional as fl

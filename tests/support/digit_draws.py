@@ -9,7 +9,7 @@ import torch
 from draws import CANCEL, CASES
 from many_digits import FORMULAS, exact
 from pair_cases import EXACT, in_dtype, outcome
-from pair_formulas import Inputs
+from pair_rows import Inputs
 
 from fused_losses.base.disturbance import Movement, distance, rounded_once
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from class_pair_draws import cosine, matrices
 from pair_cases import TOWERS, Case
-from pair_formulas import Inputs, distance, proxies, square_distance, unit
+from pair_rows import Inputs, distance, proxies, square_distance, unit
 from torch import Tensor
 
 import fused_losses.functional as fl

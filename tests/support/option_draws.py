@@ -7,26 +7,25 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import margin_calls as calls
 import margin_draws as m
 import torch
 from class_pair_draws import best, matrices
 from pair_cases import TOWERS, Case
-from pair_formulas import (
+from pair_formulas import diagonal_nce, lifted, supcon_rows
+from pair_rows import (
     Inputs,
     attention,
     batch,
-    diagonal_nce,
     distance,
     equal,
     eye,
-    lifted,
     lse,
     nce_rows,
     others,
     proxies,
     samples,
     square_distance,
-    supcon_rows,
     towers,
     trilinear,
     unit,
@@ -148,19 +147,19 @@ def sphereface2(t: Inputs) -> Tensor:
 
 def magface(t: Inputs) -> Tensor:
     def moved(c: Tensor, t: Inputs) -> Tensor:
-        return m.easy(c, 0.3 / 1.5 * (m.norm_of(t).clamp(0.5, 2.0) - 0.5) + 0.3)
+        return calls.easy(c, 0.3 / 1.5 * (calls.norm_of(t).clamp(0.5, 2.0) - 0.5) + 0.3)
 
-    a = m.norm_of(t).clamp(0.5, 2.0)
-    return m.head(moved)(t) + (20.0 * (a / 4 + 1 / a)).mean()
+    a = calls.norm_of(t).clamp(0.5, 2.0)
+    return calls.head(moved)(t) + (20.0 * (a / 4 + 1 / a)).mean()
 
 
 def curricular(c: Tensor, own: Tensor) -> Tensor:
     mean = 0.05 * own.detach().mean()
-    return m.bent(c, m.added(own, 0.4)[1], c * (mean + c))
+    return calls.bent(c, calls.added(own, 0.4)[1], c * (mean + c))
 
 
 def mv(c: Tensor, own: Tensor) -> Tensor:
-    return m.bent(c, own - 0.3, 1.4 * c + 0.4)
+    return calls.bent(c, own - 0.3, 1.4 * c + 0.4)
 
 
 def run(function: str, *names: str, **options: Any) -> Callable[..., Tensor]:
@@ -278,11 +277,11 @@ def prototype_triplets(t: Inputs) -> Tensor:
 MARGINS: dict[str, tuple[Callable[[], Any], Formula]] = {
     "SphereFace_3": (
         partial(margins.SphereFace, 3.0),
-        m.head(lambda c, t: m.monotone(c, 0.0, 3.0)),
+        calls.head(lambda c, t: calls.monotone(c, 0.0, 3.0)),
     ),
     "CombinedMargin_others": (
         partial(margins.CombinedMargin, 1.4, 0.4, 0.1),
-        m.head(lambda c, t: m.monotone(c, 0.4, 1.4) - 0.1),
+        calls.head(lambda c, t: calls.monotone(c, 0.4, 1.4) - 0.1),
     ),
     "MagFace_others": (
         partial(margins.MagFace, 0.5, 2.0, l_margin=0.3, u_margin=0.6, penalty_weight=20.0),
@@ -290,15 +289,15 @@ MARGINS: dict[str, tuple[Callable[[], Any], Formula]] = {
     ),
     "CurricularFace_others": (
         partial(margins.CurricularFace, 0.4, momentum=0.05),
-        m.head(lambda c, t: m.linear(c, 0.4), curricular),
+        calls.head(lambda c, t: calls.linear(c, 0.4), curricular),
     ),
     "MVSoftmax_hardness": (
         partial(margins.MVSoftmax, "am", 0.3, 0.4, "adaptive"),
-        m.head(lambda c, t: c - 0.3, mv),
+        calls.head(lambda c, t: c - 0.3, mv),
     ),
     "InterclassFilter_threshold": (
         partial(margins.InterclassFilter, margins.ArcFace(0.3), 0.2),
-        m.head(lambda c, t: m.linear(c, 0.3), lambda c, y: torch.where(c > 0.2, 0.0, c)),
+        calls.head(lambda c, t: calls.linear(c, 0.3), lambda c, y: torch.where(c > 0.2, 0.0, c)),
     ),
 }
 LOSSES: dict[str, tuple[Callable[[Inputs], Any], Formula]] = {
@@ -325,7 +324,7 @@ def averaging(make: Callable[[], Any], t: Inputs) -> Any:
 
 def margin_softmax(make: Callable[[], Any], t: Inputs, **more: Any) -> Any:
     margin = averaging(make, t)
-    return fl.margin_softmax(t.x, t.w, t.targets, margin=margin, scale=m.SCALE, **more)
+    return fl.margin_softmax(t.x, t.w, t.targets, margin=margin, scale=calls.SCALE, **more)
 
 
 DRAWN = [
@@ -367,7 +366,7 @@ DRAWN = [
     *(
         Case(
             f"margin_{name}",
-            m.classes,
+            calls.classes,
             partial(margin_softmax, make),
             formula,
             ("x", "w"),

@@ -9,7 +9,7 @@ import metric_draws
 import torch
 from class_pair_draws import best, matrices
 from pair_cases import TOWERS
-from pair_formulas import Inputs, distance, equal, square_distance, towers
+from pair_rows import Inputs, distance, equal, square_distance, towers
 from row_option_draws import row
 from torch import Tensor
 

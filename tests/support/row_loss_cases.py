@@ -14,7 +14,7 @@ import row_loss_formulas as f
 import torch
 from centroid_formulas import centroids
 from pair_cases import Case, case, require_pairs
-from pair_formulas import batch
+from pair_rows import batch
 
 from fused_losses.primitives.pairs import blocks as pair_blocks
 from fused_losses.primitives.row_rules import bounded as row_rules_bounded

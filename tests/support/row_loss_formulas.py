@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from pair_formulas import Inputs, batch, unit
+from pair_rows import Inputs, batch, unit
 from torch import Tensor
 
 # ---- inputs -------------------------------------------------------------------------------------

@@ -15,21 +15,19 @@ import torch
 import torch.nn.functional as F
 from centroid_formulas import centroids
 from pair_cases import TOWERS, Case
-from pair_formulas import (
+from pair_formulas import lifted_pairs, supcon_rows, zero_rows
+from pair_rows import (
     Inputs,
     batch,
     equal,
     eye,
-    lifted_pairs,
     lse,
     others,
     proxies,
     siglip,
     square_distance,
-    supcon_rows,
     towers,
     unit,
-    zero_rows,
 )
 from torch import Tensor
 

@@ -14,7 +14,7 @@ import pair_cases
 import torch
 from draws import CANCEL, CASES, ROWS, Call, Draw, calls, inputs
 from pair_cases import Case, Inputs
-from pair_formulas import unit
+from pair_rows import unit
 from torch import Tensor
 
 from fused_losses.base.disturbance import Movement, distance
