@@ -19,7 +19,8 @@ from fused_losses.base.numerics import (
 from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.losses.distillation_kinds import KINDS, DistillationKind, checked_options
 from fused_losses.losses.margin_softmax import kept_classes
-from fused_losses.losses.top_teacher import TopTeacher, check_top, top_distillation
+from fused_losses.losses.positions import over_two_positions
+from fused_losses.losses.top_teacher import TopTeacher, check_known, check_top, top_distillation
 from fused_losses.primitives.divergence.faults import spoilt_by
 from fused_losses.primitives.divergence.inputs import DivergenceInputs
 from fused_losses.primitives.divergence.op import DivergenceStatistics, choose, divergence
@@ -27,15 +28,16 @@ from fused_losses.primitives.divergence.op import DivergenceStatistics, choose, 
 SIDES = ("student", "teacher")
 
 
+@over_two_positions
 def distillation(
-    student: Tensor,  # [N, Ds]
+    student: Tensor,  # [N, Ds] or [..., Ds]
     student_weight: Tensor,  # [C, Ds]
     teacher: Tensor | TopTeacher,  # [N, Dt], or scores [N, C], or their top K
     teacher_weight: Tensor | None = None,  # [C, Dt]
     *,
     kind: str = "kl",
     temperature: float | Tensor | None = None,
-    labels: Tensor | None = None,  # [N]
+    labels: Tensor | None = None,  # [N] or [...]
     alpha: float | None = None,
     beta: float | None = None,
     eps: float | None = None,
@@ -76,13 +78,14 @@ def distillation(
     - "mse": (u - v)^2, its mean over the classes.
 
     Args:
-        student: [N, Ds] float32, bfloat16, float16 or float64, of student_weight's dtype.
+        student: [N, Ds] float32, bfloat16, float16 or float64, of student_weight's dtype; or
+            [..., Ds] beside a teacher, labels and scales of a row in the same shape [...].
         student_weight: [C, Ds]: a classifier, a queue or prototypes.
         teacher: [N, Dt] beside teacher_weight [C, Dt], of the student's dtype; or without it scores
             [N, C] of any float dtype, read by tiles; or `TopTeacher(ids, values)`, the K best
-            scores: every other class has p_t = 0 (kl, soft_ce, pskd, jsd and tv; others are
-            refused). No gradient goes there, and a teacher that asks for one is refused, unless
-            teacher_grad=True.
+            scores: every other class has p_t = 0 (kl, soft_ce, pskd, jsd, tv, ofa and dkd, which
+            needs a listed class beside the label; others are refused). No gradient goes there, and
+            a teacher that asks for one is refused, unless teacher_grad=True.
         temperature: T > 0, a number or a tensor of one value, which may need a gradient; by default
             the kind's, else 1.
         labels: [N] int64; pskd, dkd and ofa need them. For all kinds rows labelled ignore_index
@@ -91,11 +94,12 @@ def distillation(
         student_scale, teacher_scale: > 0; a number, a tensor of one value or of one a row [N].
         normalize: divide rows and weights by their norms: True (both sides), "student" or
             "teacher".
-        classes: [K] distinct ids of the classes that take part.
+        classes: [K] distinct ids of the classes that take part; of a TopTeacher's list those that
+            are among them, at least one a row.
         precision, backend: as in `margin_softmax`.
         memory_budget: bytes of scores that the forward may keep to spare the backward their
             products, two of six (cpu only; a TopTeacher's, one of four).
-        reduction: "mean" over the rows that take part (0 over none), "sum" or "none" [N].
+        reduction: "mean" over the rows that take part (0 over none), "sum" or "none" [N], [...].
 
     Near agreement the loss and the gradients keep their digits: nothing subtracts two
     logsumexp's; teacher = student gives exactly 0 (but on "reference"). A row with NaN or inf, of
@@ -129,7 +133,8 @@ def distillation(
     given = (teacher_weight, teacher_bias, teacher_scale)
     _check_frozen(teacher_grad, teacher, *given)
     if isinstance(teacher, TopTeacher):
-        check_top(teacher, kind, student, c, *given, unit_teacher, classes)
+        check_top(teacher, kind, student, c, *given, unit_teacher)
+        check_known(teacher, kind, labels, valid, classes, c, options)
     else:
         teacher = _checked_teacher(teacher, teacher_weight, student, c)
     accumulate = accumulate_dtype(student_weight.dtype)
@@ -146,13 +151,16 @@ def distillation(
         x = _times(unit_rows(x) if unit_student else x, sharp)
         of_student = x, student_weight, _biased(student_bias, number, accumulate)
         if isinstance(teacher, TopTeacher):
-            teacher = teacher if teacher_grad else TopTeacher(*(v.detach() for v in teacher))
+            # an ignored row's scores must not reach the gradients, not even with NaN
+            values = torch.where(valid[:, None], teacher.values, 0)
+            teacher = TopTeacher(teacher.ids, values if teacher_grad else values.detach())
             loss = top_distillation(
-                kind, *of_student, teacher, number, labels, options, unit_student, precision,
-                memory_budget, backend,
+                kind, *of_student, teacher, number, labels, classes, options, unit_student,
+                precision, memory_budget, backend,
             )  # fmt: skip
-            spoilt = spoilt_by(student_weight) + nan_where_infinite(x)
-            loss = loss + (spoilt if student_bias is None else spoilt + spoilt_by(student_bias))
+            loss = loss + spoilt_by(student_weight, classes) + nan_where_infinite(x)
+            if student_bias is not None:
+                loss = loss + spoilt_by(student_bias, classes)
         else:
             dull = factor("teacher_scale", teacher_scale)
             rows, scales = _teacher_rows(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from fused_losses.base.class_labels import check_positions, flattened
+from fused_losses.base.validation import describe
 
 LossFunction = TypeVar("LossFunction", bound=Callable[..., Any])
 
@@ -41,6 +42,52 @@ def over_positions(loss: LossFunction) -> LossFunction:
         return _unflattened(loss(**options), shape)
 
     return call  # pyright: ignore[reportReturnType]
+
+
+def over_two_positions(loss: LossFunction) -> LossFunction:
+    """A loss of a student's and a teacher's rows [N, ...] that takes both [..., D] alike.
+
+    The teacher may be a tuple of such; labels and scales for each row come [...], and so do losses.
+    """
+    names = list(inspect.signature(loss).parameters)
+
+    @functools.wraps(loss)
+    def call(*args: Any, **options: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | options
+        student = given.get("student")
+        if not isinstance(student, Tensor) or student.dim() <= 2:
+            return loss(*args, **options)
+        shape = student.shape[:-1]
+        given["student"] = student.flatten(0, -2)
+        teacher = given.get("teacher")
+        fields = getattr(teacher, "_fields", None)
+        if teacher is not None and fields is not None:
+            parts = zip(fields, teacher, strict=True)
+            flat = (_flat_rows(f"teacher.{name}", part, shape) for name, part in parts)
+            given["teacher"] = type(teacher)(*flat)
+        else:
+            given["teacher"] = _flat_rows("teacher", teacher, shape)
+        for name in ("labels", "student_scale", "teacher_scale"):
+            value = given.get(name)
+            if not isinstance(value, Tensor) or (value.numel() == 1 and name != "labels"):
+                continue
+            if value.shape != shape:
+                raise ValueError(
+                    f"{name}: expected shape {tuple(shape)}, as student has "
+                    f"{tuple(student.shape)}, got {describe(value)}"
+                )
+            given[name] = value.flatten()
+        return _unflattened(loss(**given), shape)
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+def _flat_rows(name: str, rows: Any, shape: tuple[int, ...]) -> Any:
+    if not isinstance(rows, Tensor) or rows.shape[:-1] != shape:
+        got = describe(rows) if isinstance(rows, Tensor) else type(rows).__name__
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: expected [{wanted}, ...] beside such a student, got {got}")
+    return rows.flatten(0, -2)
 
 
 def _unflattened(found: Any, shape: tuple[int, ...]) -> Any:

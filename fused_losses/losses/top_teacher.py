@@ -10,15 +10,16 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import merged, softplus
+from fused_losses.base.numerics import against, merged, softplus
 from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.losses.distillation_kinds import DistillationOptions
 from fused_losses.losses.margin_softmax import kept_classes
+from fused_losses.primitives.divergence.rules import bernoulli_kl
 from fused_losses.primitives.row_statistics import reference
 from fused_losses.primitives.row_statistics.op import row_statistics
 from fused_losses.primitives.topk.listed import listed
 
-TOP_KINDS = ("kl", "jsd", "tv", "soft_ce", "pskd")
+TOP_KINDS = ("kl", "jsd", "tv", "soft_ce", "pskd", "dkd", "ofa")
 
 
 class TopTeacher(NamedTuple):
@@ -30,7 +31,7 @@ class TopTeacher(NamedTuple):
 
 def check_top(
     teacher: TopTeacher, kind: str, student: Tensor, c: int, weight: Any, bias: Any, scale: Any,
-    unit: bool, classes: Any,
+    unit: bool,
 ) -> None:  # fmt: skip
     """Raises TypeError, ValueError or IndexError that names the argument."""
     if kind not in TOP_KINDS:
@@ -38,8 +39,7 @@ def check_top(
             f"kind: expected one of {', '.join(TOP_KINDS)} with a TopTeacher, got {kind!r}: it "
             "needs the scores of all classes"
         )
-    others = dict(teacher_weight=weight, teacher_bias=bias, classes=classes)
-    for name, value in others.items():
+    for name, value in (("teacher_weight", weight), ("teacher_bias", bias)):
         if value is not None:
             raise ValueError(f"{name}: expected None with a TopTeacher")
     if isinstance(scale, Tensor) or scale != 1 or unit:
@@ -71,6 +71,45 @@ def check_top(
         raise ValueError("teacher.ids: expected distinct class ids in each row, got duplicates")
 
 
+def check_known(
+    teacher: TopTeacher,
+    kind: str,
+    labels: Tensor,  # [N], -1: none
+    valid: Tensor,  # [N] bool
+    classes: Tensor | None,
+    c: int,
+    options: DistillationOptions,
+) -> None:
+    """ValueError where a row's list has no class that the kind's shares of the teacher are of."""
+    if classes is not None and not (torch.compiler.is_compiling() or classes.is_cuda):
+        validation.check_classes(classes, c)
+        validation.check_labels_in_classes(labels, classes)
+    part = _taking_part(teacher.ids.long(), classes)
+    wanted = "a listed class of every row among `classes`"
+    taking_part = c if classes is None else classes.shape[0]
+    if kind == "dkd" and options.removed is None and taking_part > 1:
+        # its second term is of the other classes, and the list must know one
+        part = part & (teacher.ids != labels[:, None])
+        wanted = "with kind='dkd' a listed class of every row beside its label"
+        wanted = wanted if classes is None else f"{wanted} and among `classes`"
+    known = part.any(dim=1) | ~valid
+    if torch.compiler.is_compiling() or known.is_meta:
+        return
+    if known.is_cuda:
+        validation.assert_async(known.all(), f"teacher.ids: expected {wanted}")
+    elif not bool(known.all()):
+        row = int(known.int().argmin())
+        raise ValueError(f"teacher.ids: expected {wanted}, got none in row {row}")
+
+
+def _taking_part(ids: Tensor, classes: Tensor | None) -> Tensor:
+    """Which listed classes are among `classes` (increasing; None: all). [N, K] bool"""
+    if classes is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    place = torch.searchsorted(classes, ids).clamp_max(classes.shape[0] - 1)
+    return classes[place] == ids
+
+
 def top_distillation(
     kind: str,
     x: Tensor,  # [N, D] with scale and temperature in it
@@ -79,6 +118,7 @@ def top_distillation(
     teacher: TopTeacher,
     temperature: Tensor,
     labels: Tensor,  # [N], -1: none
+    classes: Tensor | None,  # [M] increasing
     options: DistillationOptions,
     normalize: bool,
     precision: str,
@@ -87,16 +127,22 @@ def top_distillation(
 ) -> Tensor:
     """The loss of each row, without T^2. [N]
 
-    What the list leaves out has p_t = 0: of it m = (1 - beta) p_s, and |p_t - p_s| = p_s.
+    What the list leaves out has p_t = 0: of it m = (1 - beta) p_s, and |p_t - p_s| = p_s. What it
+    has beyond `classes` takes no part.
     """
     ids = teacher.ids.long()
-    lse, target = _swept(x, weight, bias, labels, normalize, precision, memory_budget, backend)
+    given = x, weight, bias, labels, classes
+    lse, target = _swept(*given, normalize, precision, memory_budget, backend)
+    part, own = _taking_part(ids, classes), ids == labels[:, None]
+    u = _listed(x, weight, bias, ids, normalize)
+    v = teacher.values.to(u.dtype) / temperature.to(u)
+    if kind == "dkd":
+        return _decoupled(u, v, part, own, lse, target, options)
     here = labels != NO_TARGET
     whole = torch.where(here, merged(lse, torch.where(here, target, -torch.inf)), lse)
-    u = _listed(x, weight, bias, ids, normalize)
-    log_s = u - whole[:, None]
-    log_t = torch.log_softmax(teacher.values.to(u.dtype) / temperature.to(u), dim=1)
-    p_t, p_s = log_t.exp(), log_s.exp()
+    log_s = torch.where(part, u - whole[:, None], 0)
+    log_t = torch.where(part, v - _lse(v, part)[:, None], 0)
+    p_t, p_s = (torch.where(part, log.exp(), 0) for log in (log_t, log_s))
     # a row of NaN stays one
     outside = 1 - p_s.sum(dim=1)
     outside = torch.where(outside < 0, 0, outside)
@@ -110,16 +156,67 @@ def top_distillation(
         log_m = merged(log_t + math.log(beta), log_s + math.log1p(-beta))
         inside = beta * p_t * (log_t - log_m) + (1 - beta) * p_s * (log_s - log_m)
         return inside.sum(dim=1) - (1 - beta) * math.log1p(-beta) * outside
-    soft = -(p_t * log_s).sum(dim=1)
+    if kind == "ofa":
+        assert options.eps is not None
+        # ((p + 1)^eps - 1) of the label, 0 where the list leaves it out; p^eps of others
+        power = torch.where(part, (options.eps * log_t).exp(), 0)
+        power = torch.where(own, torch.expm1(options.eps * torch.log1p(p_t)), power)
+        return (power * _away(log_s, own, lse, target)).sum(dim=1)
+    soft = (p_t * _away(log_s, own, lse, target)).sum(dim=1)
     if kind == "soft_ce":
         return soft
     assert options.alpha is not None
-    return (1 - options.alpha) * softplus(lse - target) + options.alpha * soft
+    return (1 - options.alpha) * against(target, lse) + options.alpha * soft
+
+
+def _lse(v: Tensor, part: Tensor) -> Tensor:
+    """log sum exp v of those that take part, -inf over none, with slopes of 0 there. [N]"""
+    some = part.any(dim=1)
+    hidden = torch.where(part, v, -torch.inf)
+    found = torch.logsumexp(torch.where(some[:, None], hidden, 0), dim=1)
+    return torch.where(some, found, -torch.inf)
+
+
+def _away(log_s: Tensor, own: Tensor, lse: Tensor, target: Tensor) -> Tensor:
+    """-log p_s of the list, the label's exact near p_s = 1. [N, K]"""
+    return torch.where(own, against(target, lse)[:, None], -log_s)
+
+
+def _decoupled(
+    u: Tensor, v: Tensor, part: Tensor, own: Tensor, lse: Tensor, target: Tensor,
+    options: DistillationOptions,
+) -> Tensor:  # fmt: skip
+    """DKD, from lists [N, K] and the student's lse and target [N]. [N]"""
+    assert options.alpha is not None and options.beta is not None
+    alone = lse == -torch.inf
+    others = part & ~own
+    log_s = torch.where(others, u - torch.where(alone, 0, lse)[:, None], 0)
+    teacher_lse = _lse(v, others)
+    some, listed_own = others.any(dim=1), (part & own).any(dim=1)
+    log_t = torch.where(others, v - torch.where(some, teacher_lse, 0)[:, None], 0)
+    apart = torch.where(others, log_t.exp() * (log_t - log_s), 0).sum(dim=1)
+    z_s = torch.where(alone, 0, target - lse)
+    z_t = torch.where(own, v, 0).sum(dim=1) - torch.where(some, teacher_lse, 0)
+
+    def of_label(shift: float) -> Tensor:
+        """KL of [p_y, 1 - p_y], of which the teacher's may be 0 or 1."""
+        certain = softplus(torch.where(listed_own, -1, 1) * (z_s + shift))
+        certain = certain + 0 * z_t.detach()  # a NaN of the teacher's shows
+        both = listed_own & some
+        return torch.where(
+            both, bernoulli_kl(z_s + shift, torch.where(both, z_t, 0) + shift), certain
+        )
+
+    if options.removed is not None:
+        rest = torch.where(listed_own, torch.sigmoid(-z_t - options.removed), 1)
+        apart = of_label(options.removed) + torch.where(some, rest * apart, 0)
+    loss = options.alpha * of_label(0.0) + options.beta * apart
+    return torch.where(alone, 0, loss)
 
 
 def _swept(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, normalize: bool,
-    precision: str, memory_budget: int, backend: str | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, classes: Tensor | None,
+    normalize: bool, precision: str, memory_budget: int, backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """lse of the classes that are no label, and the label's score, 0 without one. [N] each"""
     name, _ = backends.choose(
@@ -127,12 +224,13 @@ def _swept(
     )
     if name == "reference":
         w = weight.to(x.dtype)
-        found = reference.row_statistics(x, w, labels, None, bias, None, normalize)
+        found = reference.row_statistics(x, w, labels, classes, bias, None, normalize)
         lse, target = found["lse"].double(), found["target"].double()
     else:
+        taking_part = len(weight if classes is None else classes)
         stats = row_statistics(
-            x, weight, labels, bias=bias, normalize=normalize, precision=precision,
-            kept_classes=kept_classes(memory_budget, x, weight, len(weight)), backend=name,
+            x, weight, labels, classes=classes, bias=bias, normalize=normalize, precision=precision,
+            kept_classes=kept_classes(memory_budget, x, weight, taking_part), backend=name,
         )  # fmt: skip
         lse, target = stats.lse, stats.target
     if bias is not None:

@@ -167,6 +167,19 @@ def test_scores_far_from_one_another(kind: str, scale: float) -> None:
             assert (g - w).abs().max() <= STEPS * step * largest * 8, name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_that_knows_nothing(kind: str) -> None:
+    """All its scores are equal."""
+    p = call(Case(kind=kind, dense=True))
+    p = p._replace(teacher=torch.full_like(p.teacher, 3.0))
+    want, grads, of_inputs = truth(p)
+    out, got = forward_and_gradients(p, grads)
+    for index, (g, w) in enumerate(zip((*out[:4], *out[4]), want, strict=False)):
+        close(g, w, 2**-24, f"statistic {index}")
+    for name, g in got.items():
+        close(g, of_inputs[name], 2**-24, f"gradient of {name}")
+
+
 # ---- edges ---------------------------------------------------------------------------------------
 
 
