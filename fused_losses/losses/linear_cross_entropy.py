@@ -49,8 +49,7 @@ def linear_cross_entropy(
     [N, C] x [C, D], no logits. A K-dimensional loss (linear_weight with more than two dimensions)
     is refused: call once for each position. Beyond torch's: row_weight [N] >= 0 of rows, in the
     mean's divisor, too; z_loss and softcap as in `margin_softmax`, softcap beside no linear_bias,
-    weight, label_smoothing, memory_budget or probabilities. Memory, precision, budget and errors as
-    in `margin_softmax`.
+    weight or probabilities. Memory, precision, budget and errors as in `margin_softmax`.
     """
     check_plain(label_smoothing=label_smoothing)
     single = input.dim() == 1
@@ -73,8 +72,6 @@ def linear_cross_entropy(
         _refuse_beside_softcap(
             linear_bias=linear_bias is not None,
             weight=weight is not None,
-            label_smoothing=label_smoothing != 0,
-            memory_budget=memory_budget != 0,
             target=target.is_floating_point(),
         )
     check_floats(check_parameter, z_loss=z_loss)

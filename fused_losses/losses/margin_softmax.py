@@ -34,8 +34,14 @@ from fused_losses.losses.class_loss import class_loss
 from fused_losses.losses.class_values import Softmax, check_floats
 from fused_losses.losses.margin_calls import apply_margin, bend_of, penalty_of
 from fused_losses.losses.margin_rows import checked_scale, mean_of, smoothed
-from fused_losses.losses.margin_softmax_stats import MarginSoftmaxStats, blanked, reference_stats
+from fused_losses.losses.margin_softmax_stats import (
+    MarginSoftmaxStats,
+    blanked,
+    check_return_stats,
+    reference_stats,
+)
 from fused_losses.losses.positions import over_positions
+from fused_losses.losses.smoothed_softmax import SmoothedSoftmax
 from fused_losses.margins import ArcFace, CosFace, Margin, MVSoftmax
 from fused_losses.primitives.row_statistics import bounded
 from fused_losses.primitives.row_statistics.inputs import kept_row
@@ -63,7 +69,7 @@ def margin_softmax(
     memory_budget: int = 0,
     gradient: str = "exact",
     reduction: str = "mean",
-    return_stats: bool = False,
+    return_stats: bool | str = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
     """Cross entropy over C classes with a margin on the target, without the N x C logits.
@@ -76,7 +82,8 @@ def margin_softmax(
     Sub-centres (weight [C, K, D]: a class has its best centre's cosine), several labels a row
     (labels [N, L] padded with ignore_index) and the losses of `fused_losses.class_losses` as margin
     are `class_loss`; with `AdaptiveScale` it is `adaptive_margin_softmax`. Both, and `softcap`,
-    take neither bias, label_smoothing, class_weight, memory_budget nor return_stats.
+    take neither bias, class_weight nor return_stats, whose sweep is another; label_smoothing goes
+    with a softcap or sub-centres and one label a row.
 
     Args:
         embeddings: [N, D] float32, bfloat16, float16 or float64; [..., D] beside labels [...]: a
@@ -109,7 +116,8 @@ def margin_softmax(
             1 (insightface); bends of other classes keep theirs.
         reduction: "mean" over the rows that are not ignored (weighted by class_weight; 0 if there
             are none, or none of a weight above 0), "sum", "none" [N].
-        return_stats: also return `MarginSoftmaxStats`.
+        return_stats: also return `MarginSoftmaxStats`; "grad": its logsumexp and target_cosine with
+            gradients. `softmax_outputs` has those of entropy and of chosen log-probabilities.
 
     Returns the loss in float32 (float64 for float64 inputs).
     Raises ValueError, TypeError, IndexError for bad arguments; RuntimeError when the backend
@@ -127,14 +135,16 @@ def margin_softmax(
     several = several or (isinstance(labels, Tensor) and labels.dim() == 2)
     check_floats(check_parameter, z_loss=z_loss)
     check_parameter("z_loss", z_loss, 0)
+    if memory_budget < 0:
+        raise ValueError(f"memory_budget: expected bytes >= 0, got {memory_budget}")
+    check_return_stats(return_stats)
     if of_class or several or adaptive or softcap is not None:
         _refuse_others(
             bias=bias is not None,
-            label_smoothing=label_smoothing != 0,
+            label_smoothing=label_smoothing != 0 and (of_class or adaptive),
             class_weight=class_weight is not None,
-            memory_budget=memory_budget != 0,
             gradient=gradient != "exact" and (of_class or adaptive),
-            return_stats=return_stats,
+            return_stats=return_stats is not False,
             scale=isinstance(scale, Tensor) and not (of_class or adaptive),
             z_loss=z_loss != 0 and (of_class or adaptive),
             softcap=softcap is not None and (of_class or adaptive),
@@ -147,7 +157,12 @@ def margin_softmax(
             return adaptive_margin_softmax(embeddings, weight, labels, margin=margin, **shared)
         if not of_class:
             assert not isinstance(scale, Tensor)  # refused above
-            margin = Softmax(margin, scale, gradient, z_loss=z_loss, softcap=softcap)
+            capped: dict[str, Any] = dict(z_loss=z_loss, softcap=softcap)
+            smoothing = checked_smoothing(label_smoothing)
+            if smoothing:
+                margin = SmoothedSoftmax(margin, scale, gradient, smoothing=smoothing, **capped)
+            else:
+                margin = Softmax(margin, scale, gradient, **capped)
         return class_loss(embeddings, weight, labels, margin, **shared)
     validation.check_pair("embeddings", embeddings, "weight", weight)
     n, c = embeddings.shape[0], weight.shape[0]
@@ -157,8 +172,6 @@ def margin_softmax(
     validation.check_choice("gradient", gradient, GRADIENTS)
     scale = checked_scale(scale, embeddings)
     label_smoothing = checked_smoothing(label_smoothing)
-    if memory_budget < 0:
-        raise ValueError(f"memory_budget: expected bytes >= 0, got {memory_budget}")
     for name, vector in (("bias", bias), ("class_weight", class_weight)):
         if vector is not None:
             validation.check_vector(name, vector, c, "one value a class [C]", weight)
@@ -190,11 +203,10 @@ def margin_softmax(
                 gradient=gradient,
                 z_loss=z_loss,
             )
-            stats = (
-                reference_stats(cosine, logits, labels, classes, scale, bias)
-                if return_stats
-                else None
-            )
+            stats = None
+            if return_stats:
+                attached = return_stats == "grad"
+                stats = reference_stats(cosine, logits, labels, classes, scale, bias, attached)
         else:
             row_loss, stats = _streamed(
                 embeddings,
@@ -211,6 +223,7 @@ def margin_softmax(
                 memory_budget=memory_budget,
                 gradient=gradient,
                 z_loss=z_loss,
+                attached=return_stats == "grad",
                 backend=name,
             )
         loss = mean_of(row_loss, labels, class_weight, reduction, row_weight)
@@ -242,6 +255,7 @@ def _streamed(
     memory_budget: int,
     gradient: str,
     z_loss: float,
+    attached: bool,
     backend: str,
 ) -> tuple[Tensor, MarginSoftmaxStats]:
     """Per-row losses from one sweep over the classes; the margin is autograd on [N] vectors."""
@@ -295,10 +309,11 @@ def _streamed(
     loss = loss + row_weight * penalty_of(margin, norm)
     if z_loss:
         loss = loss + row_weight * z_loss * logsumexp**2
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and attached):
         hardest_bias = 0.0 if bias is None else bias.to(accumulate)[stats.hardest.clamp_min(0)]
         told = blanked(
             valid,
+            attached,
             logsumexp,
             target_cosine,
             stats.hardest,

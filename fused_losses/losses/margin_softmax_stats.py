@@ -11,7 +11,10 @@ from fused_losses.base.validation import NO_TARGET
 
 
 class MarginSoftmaxStats(NamedTuple):
-    """What a margin softmax knows of each row, detached; [N] each; ignored rows 0, -1, False."""
+    """What a margin softmax knows of each row, [N] each; ignored rows 0, -1, False.
+
+    Detached, but with return_stats="grad" logsumexp and target_cosine have gradients.
+    """
 
     logsumexp: Tensor  # log of the softmax denominator, margin included
     target_cosine: Tensor  # before the margin
@@ -21,11 +24,23 @@ class MarginSoftmaxStats(NamedTuple):
     hit: Tensor  # bool: the target scores above every other class, margin left out
 
 
-def blanked(valid: Tensor, *columns: Tensor) -> MarginSoftmaxStats:
-    """The stats, detached, with ignored rows blank: 0, no class, no hit."""
+def check_return_stats(return_stats: object) -> None:
+    if not isinstance(return_stats, bool) and return_stats != "grad":
+        raise ValueError(f'return_stats: expected True, False or "grad", got {return_stats!r}')
+
+
+DIFFERENTIABLE = ("logsumexp", "target_cosine")
+
+
+def blanked(valid: Tensor, attached: bool, *columns: Tensor) -> MarginSoftmaxStats:
+    """The stats with ignored rows blank: 0, no class, no hit; those of DIFFERENTIABLE attached."""
     blank = (0.0, 0.0, -1, 0.0, False)
+    kept = (attached and name in DIFFERENTIABLE for name in MarginSoftmaxStats._fields)
     return MarginSoftmaxStats(
-        *(torch.where(valid, c.detach(), b) for c, b in zip(columns, blank, strict=True))
+        *(
+            torch.where(valid, c if keep else c.detach(), b)
+            for c, b, keep in zip(columns, blank, kept, strict=True)
+        )
     )
 
 
@@ -36,8 +51,9 @@ def reference_stats(
     classes: Tensor | None,
     scale: float | Tensor,
     bias: Tensor | None,
+    attached: bool,
 ) -> MarginSoftmaxStats:
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and attached):
         ids = torch.arange(cosine.shape[1], device=cosine.device) if classes is None else classes
         valid = labels != NO_TARGET
         is_target = (labels[:, None] == ids) & valid[:, None]
@@ -49,6 +65,7 @@ def reference_stats(
         hardest = cosine.gather(1, best.indices[:, None])[:, 0]
         return blanked(
             valid,
+            attached,
             torch.logsumexp(logits, dim=1),
             target,
             torch.where(alone, -1, ids[best.indices]),

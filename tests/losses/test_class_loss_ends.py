@@ -276,7 +276,14 @@ def test_a_head_refuses_what_goes_to_one_class() -> None:
         (lambda: ActivePassive(MAE(scale=4.0), scale=3.0), ValueError, "passive: expected a scale"),
         (lambda: ActivePassive(AGCE(), alpha=-1.0), ValueError, "alpha: expected"),
         (lambda: _capped(bias=torch.zeros(5)), ValueError, "bias: expected its default"),
-        (lambda: _capped(label_smoothing=0.1), ValueError, "label_smoothing: expected its default"),
+        (lambda: _capped(label_smoothing=1.5), ValueError, "label_smoothing: expected a value in"),
+        (
+            lambda: margin_softmax(
+                torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2, 2).long(), label_smoothing=0.1
+            ),
+            ValueError,
+            "labels: expected one a row with SmoothedSoftmax",
+        ),
         (lambda: _capped(return_stats=True), ValueError, "return_stats: expected its default"),
         (lambda: _capped(margin=GCE()), ValueError, "softcap: expected its default"),
         (

@@ -74,6 +74,16 @@ def _capped_slopes(c: Tensor, values: Tensor | None, params: list[float]) -> tup
     return (scale / torch.cosh(scale / cap * c) ** 2,)
 
 
+def _twice_capped(
+    of: Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor]],
+) -> Callable[[Tensor, Tensor | None, list[float]], tuple[Tensor, Tensor]]:
+    def both(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor, Tensor]:
+        (each,) = of(c, values, params)
+        return each, each
+
+    return both
+
+
 def _entropy_terms(c: Tensor, values: Tensor | None, params: list[float]) -> tuple[Tensor]:
     """e^{z - L} (L - z), z capped if a cap is given: a class's part of the entropy."""
     assert values is not None
@@ -195,6 +205,15 @@ CLASS_FOLDS: Mapping[str, ClassRule] = MappingProxyType(
         # params: scale, cap
         "capped_softmax": ClassRule(
             ("lse",), _capped_terms, _capped_slopes, lambda p: p[0], 2, (0,)
+        ),
+        # and their sum
+        "summed_capped": ClassRule(
+            ("lse", "sum"),
+            _twice_capped(_capped_terms),
+            _twice_capped(_capped_slopes),
+            lambda p: p[0],
+            2,
+            (0,),
         ),
         # params: scale, cap or 0; values: the logsumexp over all classes
         "entropy": ClassRule(("sum",), _entropy_terms, _entropy_slopes, lambda p: p[0], 2, (1,)),
