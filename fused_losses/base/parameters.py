@@ -86,6 +86,12 @@ def check_margin(margin: object) -> None:
     """None or a callable that is no class; else a TypeError that says what to write."""
     if margin is None or (callable(margin) and not isinstance(margin, type)):
         check_called("margin", margin)
+        asks_for = getattr(margin, "asks_for", None)
+        if isinstance(asks_for, str):
+            raise TypeError(
+                f"margin: expected a margin or a loss of cosines, got {type(margin).__name__}, "
+                f"which {asks_for}"
+            )
         return
     if isinstance(margin, type):
         got, write = f"the class {margin.__name__}", f"{margin.__name__}()"

@@ -167,10 +167,15 @@ class ALDR(nn.Module):
     The table is state: it is saved, loaded, copied and moved with the module. A training forward
     with gradients changes the lambdas of its rows, before it uses them; in eval mode and without
     gradients nothing changes. A sample that is in a batch twice gets the mean. Not in
-    `ClassCenters`.
+    `ClassCenters`, which takes `MappedLDR`: over ranks, have the whole weight on each, as
+    DistributedDataParallel keeps it, and save each rank's table beside its sampler's state.
     """
 
     lams: Tensor
+    asks_for = (
+        "is called with samples' ids, loss(embeddings, weight, labels, samples): on each rank with "
+        "the whole weight and a table of the rank's own samples"
+    )
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from head_goldens import INDEX, exactness, golden
 
+from fused_losses import ClassCenters, margin_softmax
 from fused_losses.class_losses import (
     ALDR,
 )
@@ -68,6 +69,17 @@ def test_the_table_goes_where_the_module_goes(way: Callable[[ALDR], ALDR]) -> No
     assert some_steps(again, range(3, 6)) == whole[3:]
     assert torch.equal(again.lams, table.lams) and again.lams.dtype == torch.float64
     assert "lam=0.7" in repr(again)
+
+
+def test_it_is_no_margin() -> None:
+    """Refused before a step is made, with what to write."""
+    x, w, y = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])
+    for call in (
+        lambda: ClassCenters(4, 3, margin=ALDR(8)),
+        lambda: margin_softmax(x, w, y, margin=ALDR(8)),
+    ):
+        with pytest.raises(TypeError, match=r"got ALDR, which is called with samples' ids, loss\("):
+            call()
 
 
 def test_what_changes_the_table() -> None:
