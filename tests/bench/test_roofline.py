@@ -22,7 +22,8 @@ from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.bench.roofline import cuda_forms, page
 from fused_losses.bench.roofline.cache import L2
 from fused_losses.bench.roofline.cost import cost, traced
-from fused_losses.bench.roofline.ops import PLAIN, ops
+from fused_losses.bench.roofline.operation import PLAIN
+from fused_losses.bench.roofline.ops import ops
 from fused_losses.bench.roofline.peaks import PEAKS, PEERS
 from fused_losses.bench.roofline.trace import Trace, holders
 from fused_losses.bench.roofline.work import Work, access, work_of

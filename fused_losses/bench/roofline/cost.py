@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fused_losses.bench.roofline.cache import L2, L2_SHARE
-from fused_losses.bench.roofline.ops import PLAIN, Operation
+from fused_losses.bench.roofline.operation import PLAIN, Operation
 from fused_losses.bench.roofline.peaks import Peak
 from fused_losses.bench.roofline.trace import Trace
 from fused_losses.bench.roofline.work import Work

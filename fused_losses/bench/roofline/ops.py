@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -11,6 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_losses.bench.roofline.class_ops import class_rule_op, divergence_op
+from fused_losses.bench.roofline.operation import (
+    BF16,
+    FP32,
+    HostCode,
+    Operation,
+    bytes_of,
+    empty,
+    plain_backward,
+    short,
+)
 from fused_losses.primitives.distances import cuda as cuda_distances
 from fused_losses.primitives.distances import triton as triton_distances
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
@@ -27,37 +37,6 @@ from fused_losses.primitives.row_update.inputs import Sgd
 from fused_losses.primitives.topk import cuda as cuda_topk
 from fused_losses.primitives.topk import triton as triton_topk
 from fused_losses.primitives.topk.inputs import TopkInputs
-
-BF16, FP32 = torch.bfloat16, torch.float32
-PLAIN = ("eager", "compiled")
-HostCode = Callable[[], Any]  # of host code, on tensors without data
-
-
-def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One direction of one operation at one shape, and the ways to compute it."""
-
-    name: str
-    direction: str  # forward or backward
-    shape: str
-    floor: int  # bytes: each input once, each output once
-    flops: int  # of products, at least
-    backends: dict[str, HostCode]  # ours, by name
-    # in PyTorch: the forward, or the loss of which the backward is taken
-    plain: HostCode | None = None
-
-    @property
-    def ways(self) -> list[str]:
-        """Our backends, and PyTorch eager and compiled."""
-        return [*self.backends, *(PLAIN if self.plain else ())]
-
-
-def bytes_of(*items: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in items)
 
 
 def rows_op(
@@ -101,20 +80,6 @@ def rows_op(
         {k: backward(m) for k, m in modules.items()},
         plain_backward(plain, x, w),
     )
-
-
-def plain_backward(loss: Callable[..., Tensor], *leaves: Tensor) -> HostCode:
-    def run() -> HostCode:
-        """The forward; what it returns is the backward."""
-        ours = [leaf.detach().requires_grad_() for leaf in leaves]
-        value = loss(*ours)
-        return lambda: torch.autograd.grad(value, ours)
-
-    return run
-
-
-def short(dtype: torch.dtype) -> str:
-    return {BF16: "bf16", FP32: "fp32"}[dtype]
 
 
 def pairs_op(name: str, n: int, d: int, reduction: str, cols: bool) -> Iterator[Operation]:
@@ -320,6 +285,8 @@ def ops() -> tuple[Operation, ...]:
     return (
         *rows_op("margin_softmax", 1024, 1_000_000, 512, True, True),
         *rows_op("linear_cross_entropy", 8192, 131_072, 1024, False, False),
+        *divergence_op(1024, 131_072, 512),
+        *class_rule_op(1024, 1_000_000, 512),
         *pairs_op("info_nce", 32_768, 512, "lse", True),
         *pairs_op("sigmoid", 32_768, 512, "softplus", False),
         *attention_op(16_384, 512, 512),

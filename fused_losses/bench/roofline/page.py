@@ -14,7 +14,8 @@ from typing import Any
 
 from fused_losses.bench.plots import plotted
 from fused_losses.bench.roofline.cost import Cost, cost, traced
-from fused_losses.bench.roofline.ops import PLAIN, Operation, ops
+from fused_losses.bench.roofline.operation import PLAIN, Operation
+from fused_losses.bench.roofline.ops import ops
 from fused_losses.bench.roofline.peaks import PEAKS, PEERS, Peak
 from fused_losses.bench.roofline.work import Work
 
