@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from class_loss_draws import LOSSES
-from head_goldens import INDEX, exactness, golden
+from head_goldens import FOLDER, INDEX, exactness, golden
 from torch import Tensor
 
 from fused_losses import ClassCenters, linear_cross_entropy, margin_softmax, margins
@@ -62,6 +62,14 @@ def test_the_authors_numbers(name: str, backend: str) -> None:
 def test_the_authors_mean_absolute_error_is_always_zero() -> None:
     """They sum y - p without absolute values; `MAE` is the paper's."""
     assert abs(INDEX["ldr_MAE"]["loss"]) < 1e-15
+
+
+def test_every_golden_of_heads_is_asked_for() -> None:
+    robust = {f"ldr_{name}" for name in ("AGCE", "RCE", "SCE", "TruncGCE")}  # probability losses
+    elsewhere = robust | {"ldr_ALDR", "biasloss_global", "biasloss_local"}
+    elsewhere |= {"dsimplex_5", "spherical_z_loss"}
+    stored = {path.stem for path in FOLDER.glob("*.npz")}
+    assert set(AUTHORS) | {"ldr_MAE"} | elsewhere == stored == set(INDEX)
 
 
 # ---- rules, derivatives, edges -------------------------------------------------------------------
