@@ -99,6 +99,8 @@ LIMITS: dict[str, tuple[str, ...]] = {
     ),
     # the hats of a histogram have no slope of their own where a value stands on a node
     "histogram": ("integers", "duplicates", "constant", "sparse"),
+    # costs of 1e5 and more over eps: their float32 roundings, alike within a cluster, make the plan
+    "sinkhorn_dot": ("clusters", "far"),
     # which of a document's equal tokens gets the gradient is open
     **dict.fromkeys(("maxsim_padded", "maxsim_masked", "maxsim_ragged"), ("integers", "sparse")),
     # equal values of rows that are not: which is rounded to the larger, or a formula's first
