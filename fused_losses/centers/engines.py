@@ -51,8 +51,8 @@ class Chunk(NamedTuple):
     chance: float
 
 
-class Engine(Protocol):
-    """The kernels under a chunk; x [B, D] unit rows."""
+class SlopesEngine(Protocol):
+    """The kernels under a chunk, backward; x [B, D] unit rows."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -68,8 +68,6 @@ class Engine(Protocol):
         """A bound on the slope of each statistic's terms in a class's cosine, [B] or of all."""
         ...
 
-    def forward(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> Sums: ...
-
     def backward(
         self,
         grad: Gradients,
@@ -82,6 +80,12 @@ class Engine(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]:
         """dx [B, D] and dweight [rows of weight or K, D]."""
         ...
+
+
+class Engine(SlopesEngine, Protocol):
+    """And forward."""
+
+    def forward(self, x: Tensor, chunk: Chunk, values: Tensor | None) -> Sums: ...
 
 
 @dataclass(frozen=True)

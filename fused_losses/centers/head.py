@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 
 from fused_losses.base import validation
@@ -20,18 +19,17 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast
 from fused_losses.base.rounding import rounding_key
 from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers import arguments, class_margins
-from fused_losses.centers.batch import GlobalBatch, device_of, gather_batch
+from fused_losses.centers.batch import GlobalBatch, device_of
 from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.engines import RuleEngine, Sums
 from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
 from fused_losses.centers.optimizers import make_row_optimizer
 from fused_losses.centers.resize import carry_over
-from fused_losses.centers.sampling import groups
 from fused_losses.centers.shard import CHUNK_BYTES, ClassGroup, Shard, ShardSweep
 from fused_losses.centers.statistics import HeadStats, over_shards
-from fused_losses.centers.step import SavedForward, Sharded
-from fused_losses.centers.stepped_table import SteppedTable
+from fused_losses.centers.step import SavedForward
 from fused_losses.centers.storage import Storage, initialise_
+from fused_losses.centers.swept_table import SweptTable
 from fused_losses.centers.update import NONFINITE, AutogradUpdates, RowUpdates
 from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.class_values import ClassLoss, MergedRows, Sweep, count_negatives
@@ -42,7 +40,7 @@ from fused_losses.primitives.shared_negatives.op import add_shared
 UPDATES = ("backward", "step")
 
 
-class ClassCenters(SteppedTable):
+class ClassCenters(SweptTable):
     """A margin-softmax head over any number of classes, sharded over the ranks.
 
         loss = mean over all ranks' rows of  loss_i(cosines of x_i with every class)
@@ -223,39 +221,20 @@ class ClassCenters(SteppedTable):
         given = embeddings
         embeddings, labels, row_weight = flattened(embeddings, labels, row_weight)
         with no_autocast(device_of(embeddings, self._table)):
-            batch, arriving = gather_batch(
-                self.ranks,
-                embeddings,
-                labels,
-                self._table,
-                class_start=self.class_start,
-                num_classes=self.num_classes,
-                embedding_dim=self.embedding_dim,
-                ignore_index=self.ignore_index,
-                row_weight=row_weight,
-            )
-            learned = self.scale if isinstance(self.scale, Tensor) else None
-            if learned is not None and learned.requires_grad and torch.is_grad_enabled():
-                batch = batch._replace(need_x=True)  # its gradient is made of theirs
+            batch, arriving = self._met(embeddings, labels, row_weight)
             # while the embeddings are on their way
             taking_part = self._groups(batch.local)
             self._updates.catch_up(taking_part, self._table.device)
             # an ignored row must not reach the gradients, not even with NaN
             rows = torch.where(batch.valid[:, None], arriving.wait(), 0)
             saved, loss, found = self._swept(batch, rows, taking_part, return_stats)
-            if batch.need_x and not embeddings.requires_grad:
-                embeddings = embeddings.detach().requires_grad_()  # every rank has a backward
-            statistics, targets, norms, rows = Sharded.apply(
-                embeddings, self._leaf, self._updates.backward, saved, found.targets, rows, learned
-            )
+            statistics, targets, norms, rows = self._apart(embeddings, saved, found.targets, rows)
             statistics = self._with_pairs(statistics, rows, batch, loss)
             with self._alike(embeddings.device):
                 merged = MergedRows(statistics, targets, batch.present, norms)
                 told = dict(negatives=saved.negatives, values=saved.values)
                 each = loss.row_loss(merged._replace(**told))
-            total = batch.mean(each).to(saved.x.dtype)
-            if saved.trains and isinstance(self._updates, RowUpdates):
-                total.register_hook(saved.incoming.append)
+            total = self._mean(each, saved)
         if not return_stats:
             return total
         own, lead = slice(batch.first, batch.first + len(embeddings)), given.shape[:-1]
@@ -267,10 +246,13 @@ class ClassCenters(SteppedTable):
         self, batch: GlobalBatch, rows: Tensor, taking_part: list[ClassGroup], with_best: bool
     ) -> tuple[SavedForward, ClassLoss, Sums]:
         """The sweep over this shard, its statistics merged with those of the others."""
-        leaf, table = self._leaf, self._table.detach()
+        table = self._table.detach()
         x = self.multiplied(rows.to(accumulate_dtype(table.dtype))).contiguous()
         shard = Shard(table, batch.local, rows.device, self.chunk_bytes)
-        classes = self._counted(taking_part)
+        counts = isinstance(self.margin, ClassLoss) and self.margin.counts
+        classes = self.num_classes
+        if self.label_smoothing or counts:
+            classes = self._counted(taking_part)
         kernels: dict[str, Any] = dict(
             normalize=self.normalize, precision=self.precision, backend=self.backend
         )
@@ -285,21 +267,7 @@ class ClassCenters(SteppedTable):
         sweep = ShardSweep(shard, taking_part, engine)
         with torch.no_grad():
             found = over_shards(self.ranks, sweep.forward(x, values), engine.kinds, with_best)
-        saved = SavedForward(
-            self._updates.generation,
-            batch,
-            x,
-            found.statistics,
-            values,
-            negatives,
-            sweep,
-            need_weight=leaf.requires_grad,
-            normalize=self.normalize,
-            dx_scale=self.ranks.world if self.gradient_scale == "ddp_mean" else 1,
-            trains=self.training and torch.is_grad_enabled() and leaf.requires_grad,
-            leaf=get_gradient_edge(leaf).node if leaf.requires_grad else None,
-            incoming=[],
-        )
+        saved = self._saved(batch, x, found.statistics, values, negatives, sweep)
         return saved, loss, found
 
     def _with_pairs(
@@ -317,30 +285,6 @@ class ClassCenters(SteppedTable):
             backend=self.backend,
         )
         return add_shared(statistics[0], shared.to(statistics.dtype))[None]
-
-    def _groups(self, local: Tensor) -> list[ClassGroup]:
-        """The rows of this shard that take part."""
-        if not self.training or self.sample_rate == 1:
-            return [ClassGroup(None)]
-        return groups(
-            local,
-            self.class_start,
-            self.num_local,
-            self.sample_rate,
-            log_q=self.log_q,
-            seed=self.seed,
-            step=self.step_count,
-        )
-
-    def _counted(self, taking_part: list[ClassGroup]) -> int:
-        """Classes that a loss is a mean over: all, or without log_q those of the sample."""
-        drawn = [len(ids) for ids, _ in taking_part if ids is not None]
-        counts = isinstance(self.margin, ClassLoss) and self.margin.counts
-        if not (self.label_smoothing or counts) or not drawn or self.log_q:
-            return self.num_classes
-        count = torch.tensor(sum(drawn), device=self._table.device)
-        self.ranks.sum_(count)
-        return int(count)
 
     def _loss_of(
         self, margin: HeadMargin, scale: float | Tensor, valid: Tensor, classes: int

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_losses.base.validation import NO_TARGET
-from fused_losses.centers.engines import Chunk, Engine, Gradients, Rows, Sums
+from fused_losses.centers.engines import Chunk, Engine, Gradients, Rows, SlopesEngine, Sums
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.op import class_targets
 from fused_losses.primitives.class_rules.rules import merge_statistics, no_classes
@@ -81,10 +81,13 @@ class Shard:
         return class_targets(inputs).to(torch.float64)
 
 
-class ShardSweep:
+SlopesT = TypeVar("SlopesT", bound=SlopesEngine)
+
+
+class ShardChunks(Generic[SlopesT]):
     """The chunks of a shard that lie with some groups of its rows."""
 
-    def __init__(self, shard: Shard, groups: list[ClassGroup], engine: Engine) -> None:
+    def __init__(self, shard: Shard, groups: list[ClassGroup], engine: SlopesT) -> None:
         self.shard, self.groups, self.engine = shard, groups, engine
 
     def chunks(self, first: int = 0, last: int | None = None) -> Iterator[Chunk]:
@@ -116,22 +119,6 @@ class ShardSweep:
             return Chunk(rows, shard.taken(rows), within, None, chance)
         return Chunk(rows, shard.weight, torch.where(mine, labels, NO_TARGET), rows, chance)
 
-    def forward(self, x: Tensor, values: Tensor | None) -> Sums:
-        kinds, b = self.engine.kinds, x.shape[0]
-        wide: dict[str, Any] = dict(dtype=torch.float64, device=x.device)
-        statistics = no_classes(kinds, b, x.device)
-        targets = torch.zeros(self.shard.labels.shape, **wide)
-        best = torch.full((b,), -torch.inf, **wide)
-        for chunk in self.chunks():
-            found = self.engine.forward(x, chunk, values)
-            part = found.statistics
-            if chunk.chance != 1:
-                part = _standing_for(part, kinds, 1 / chunk.chance)
-            statistics = merge_statistics(kinds, statistics, part)
-            targets += found.targets
-            best = torch.maximum(best, found.best)
-        return Sums(statistics, targets, best)
-
     def gradients(
         self,
         grad: Gradients,
@@ -150,15 +137,35 @@ class ShardSweep:
             lse, of, chance = statistics, grad, chunk.chance
             if chance != 1:
                 # exp(z + log(1 / chance) - lse), and a sum's terms 1 / chance times
-                lse = _standing_for(statistics, kinds, chance, kind="lse")
+                lse = standing_for(statistics, kinds, chance, kind="lse")
                 of = grad._replace(
-                    statistics=_standing_for(grad.statistics, kinds, 1 / chance, kind="sum")
+                    statistics=standing_for(grad.statistics, kinds, 1 / chance, kind="sum")
                 )
             part, dweight = self.engine.backward(of, lse, x, chunk, values, need_x, need_weight)
             yield chunk.rows, part, dweight
 
 
-def _standing_for(
+class ShardSweep(ShardChunks[Engine]):
+    """The chunks, and the statistics of a rule's scores with them."""
+
+    def forward(self, x: Tensor, values: Tensor | None) -> Sums:
+        kinds, b = self.engine.kinds, x.shape[0]
+        wide: dict[str, Any] = dict(dtype=torch.float64, device=x.device)
+        statistics = no_classes(kinds, b, x.device)
+        targets = torch.zeros(self.shard.labels.shape, **wide)
+        best = torch.full((b,), -torch.inf, **wide)
+        for chunk in self.chunks():
+            found = self.engine.forward(x, chunk, values)
+            part = found.statistics
+            if chunk.chance != 1:
+                part = standing_for(part, kinds, 1 / chunk.chance)
+            statistics = merge_statistics(kinds, statistics, part)
+            targets += found.targets
+            best = torch.maximum(best, found.best)
+        return Sums(statistics, targets, best)
+
+
+def standing_for(
     statistics: Tensor, kinds: tuple[str, ...], times: float, kind: str | None = None
 ) -> Tensor:
     """Statistics of classes that each stand for `times` of them; of one kind only, if told."""
@@ -167,6 +174,6 @@ def _standing_for(
         if kind in (None, of):
             if of == "lse":
                 row += math.log(times)
-            else:
+            elif of == "sum":
                 row *= times
     return out

@@ -14,7 +14,7 @@ from fused_losses.base.numerics import no_autocast, unit_rows
 from fused_losses.centers.batch import GlobalBatch
 from fused_losses.centers.collectives import Scattered
 from fused_losses.centers.engines import Gradients, Rows
-from fused_losses.centers.shard import ShardSweep
+from fused_losses.centers.shard import ShardChunks
 
 
 class SavedForward(NamedTuple):
@@ -26,7 +26,7 @@ class SavedForward(NamedTuple):
     statistics: Tensor  # [S, B] of all shards
     values: Tensor | None
     negatives: Tensor | None  # [B] how many, where the loss counts
-    sweep: ShardSweep
+    sweep: ShardChunks[Any]
     need_weight: bool  # autograd wants the table's gradient
     normalize: bool
     dx_scale: int  # of what the embeddings get

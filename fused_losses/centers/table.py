@@ -121,6 +121,11 @@ class TableModule(nn.Module):
         """Whether the table has a column more than the embeddings."""
         return self._table.shape[-1] > self.embedding_dim
 
+    @property
+    def plain_scale(self) -> float:
+        """The scale as a number, whether it learns or not."""
+        return float(self.scale.detach() if isinstance(self.scale, Tensor) else self.scale)
+
     def multiplied(self, rows: Tensor) -> Tensor:
         """Embeddings [B, D] as the table's rows meet them: units, or with a bias' own unit."""
         if self.normalize:
@@ -128,7 +133,7 @@ class TableModule(nn.Module):
         if not self.has_bias:
             return rows
         # logits are scale times the product, and a bias comes after that
-        return torch.cat([rows, rows.new_full((len(rows), 1), 1 / float(self.scale))], dim=1)
+        return torch.cat([rows, rows.new_full((len(rows), 1), 1 / self.plain_scale)], dim=1)
 
     @property
     def _leaf(self) -> Tensor:
