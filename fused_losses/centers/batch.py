@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -56,23 +57,27 @@ def gather_batch(
     embedding_dim: int,
     ignore_index: int,
     row_weight: Tensor | None = None,  # [n]
+    further: Callable[[], int] | None = None,
 ) -> tuple[GlobalBatch, Gathered]:
     """The ranks meet; the labels of all, and their embeddings on the way.
 
+    further: checks more of this rank's arguments, and gives a number of what must be alike on all.
     Raises this rank's ValueError, TypeError or IndexError, on the others a RuntimeError.
     """
     refusal: Exception | None = None
+    asked = 0
     said: tuple[int, int, int, int] = (0, 0, 0, 0)
     try:
         own = _checked_labels(embeddings, labels, table, num_classes, embedding_dim, ignore_index)
         n, d = embeddings.shape
         said = (n, d, own.shape[1], DTYPES.index(embeddings.dtype))
         check_row_weight(row_weight, n, embeddings)
+        asked = 0 if further is None else further()
     except (ValueError, TypeError, IndexError) as error:
         refusal = error
     needs = refusal is None and torch.is_grad_enabled() and embeddings.requires_grad
     weighted, device = row_weight is not None, device_of(embeddings, table)
-    shapes = exchange_shapes(ranks, refusal is not None, *said, needs, weighted, device)
+    shapes = exchange_shapes(ranks, refusal is not None, *said, needs, weighted, device, asked)
     if refusal is not None:
         raise refusal
     counts = shapes.rows

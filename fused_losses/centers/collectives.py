@@ -9,6 +9,8 @@ Per step and rank, W ranks, at most b rows a rank, P = W b rows in all (short ba
     statistics  all-reduce    2 (W - 1) / W x 8 P n     of n numbers a row, float64
     gradients   reduce-scatter  g D b (W - 1)           g bytes an element of the accumulation
 
+and in a distillation the teacher's rows, e Dt b (W - 1), with n of 7 to 10.
+
 None of it grows with the number of classes.
 """
 
@@ -266,24 +268,33 @@ def exchange_shapes(
     needs_gradient: bool,
     weighted: bool,
     device: torch.device,
+    asked: int = 0,
 ) -> BatchShapes:
     """All ranks say what they bring: rows, D, labels a row, dtype (in DTYPES), weights or none.
+
+    asked: a number below 2^32 of what else has to be alike; 0: the head's own loss.
 
     A rank whose own checks failed says so here, or the others would wait for it for ever.
     Raises RuntimeError on the other ranks, ValueError where batches do not fit each other.
     """
     if ranks.world == 1:
         return BatchShapes([rows], needs_gradient)
-    flags = needs_gradient + 2 * weighted
+    flags = needs_gradient + 2 * weighted + 4 * asked
     told = [-1 if refused else rows, columns, labels, code + len(DTYPES) * flags]
     table = ranks.all_gather(torch.tensor(told, device=device)).tolist()
     kinds = [
-        (d, each, str(DTYPES[code % len(DTYPES)]), "weighted" * (code // len(DTYPES) >> 1))
+        (d, each, str(DTYPES[code % len(DTYPES)]), "weighted" * (code // len(DTYPES) >> 1 & 1))
         for _, d, each, code in table
     ]
     for rank, (n, *_) in enumerate(table):
         if n < 0 and rank != ranks.rank:
             raise RuntimeError(f"rank {rank} refused its batch; its own error says why")
+        if n >= 0 and not refused and table[rank][3] // len(DTYPES) >> 2 != asked:
+            raise ValueError(
+                "distillation: expected the same call on all ranks, with one kind, one set of "
+                "options, labels or none, and teachers of one width and dtype; ranks "
+                f"{ranks.rank} and {rank} differ"
+            )
         if n >= 0 and not refused and kinds[rank] != kinds[ranks.rank]:
             raise ValueError(
                 "embeddings, labels, row_weight: expected the same width, labels a row, dtype and "

@@ -21,6 +21,7 @@ from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers import arguments, class_margins
 from fused_losses.centers.batch import GlobalBatch, device_of
 from fused_losses.centers.collectives import Ranks
+from fused_losses.centers.distillation import distillation
 from fused_losses.centers.engines import RuleEngine, Sums
 from fused_losses.centers.objective import HeadMargin, engine_of, loss_of
 from fused_losses.centers.optimizers import make_row_optimizer
@@ -196,6 +197,8 @@ class ClassCenters(SweptTable):
         self.every = every
         if grow_from is not None:
             carry_over(grow_from, self)
+
+    distillation = distillation
 
     # ---- forward --------------------------------------------------------------------------------
 

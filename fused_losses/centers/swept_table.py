@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ class SweptTable(SteppedTable):
     ignore_index: int
     log_q: bool
     gradient_scale: str
+    chunk_bytes: int
+    precision: str
+    backend: str | None
 
     def _groups(self, local: Tensor) -> list[ClassGroup]:
         """The rows of this shard that take part."""
@@ -53,12 +57,13 @@ class SweptTable(SteppedTable):
         embeddings: Tensor,
         labels: Tensor,
         row_weight: Tensor | None,
+        further: Callable[[], int] | None = None,
     ) -> tuple[GlobalBatch, Gathered]:
         """`gather_batch` for this table."""
         batch, arriving = gather_batch(
             self.ranks, embeddings, labels, self._table, class_start=self.class_start,
             num_classes=self.num_classes, embedding_dim=self.embedding_dim,
-            ignore_index=self.ignore_index, row_weight=row_weight,
+            ignore_index=self.ignore_index, row_weight=row_weight, further=further,
         )  # fmt: skip
         learns = isinstance(self.scale, Tensor) and self.scale.requires_grad
         if learns and torch.is_grad_enabled():

@@ -131,7 +131,14 @@ def distillation(
         if vector is not None:
             validation.check_vector(name, vector, c, "one value a class [C]", student)
     given = (teacher_weight, teacher_bias, teacher_scale)
-    _check_frozen(teacher_grad, teacher, *given)
+    if not teacher_grad:
+        check_frozen(
+            ", or give teacher_grad=True",
+            teacher=teacher.values if isinstance(teacher, TopTeacher) else teacher,
+            teacher_weight=teacher_weight,
+            teacher_bias=teacher_bias,
+            teacher_scale=teacher_scale,
+        )
     if isinstance(teacher, TopTeacher):
         check_top(teacher, kind, student, c, *given, unit_teacher)
         check_known(teacher, kind, labels, valid, classes, c, options)
@@ -252,17 +259,13 @@ def _checked_scale(name: str, scale: float | Tensor, like: Tensor) -> Tensor:
     return validation.number(name, scale, like)
 
 
-def _check_frozen(teacher_grad: bool, teacher: object, *more: object) -> None:
-    """A teacher that asks for a gradient must say so twice."""
-    if teacher_grad:
-        return
-    values = teacher.values if isinstance(teacher, TopTeacher) else teacher
-    names = ("teacher", "teacher_weight", "teacher_bias", "teacher_scale")
-    for name, value in zip(names, (values, *more), strict=True):
+def check_frozen(instead: str = "", **teachers: object) -> None:
+    """Refuses what asks for a gradient of a teacher, which gets none."""
+    for name, value in teachers.items():
         if isinstance(value, Tensor) and followed(value):
             raise ValueError(
                 f"{name}: expected a teacher without gradient, got one that asks for it; detach "
-                "it, or give teacher_grad=True"
+                f"it{instead}"
             )
 
 

@@ -286,16 +286,24 @@ def forward(
     elif rule.power:
         folds = (gap.lse, gap.mean)
     elif rule.shares is not None:
-        folds = (nothing,) * rule.folds
-        saved = DivergenceSaved(lse, teacher_lse, p.x.new_zeros((0, n), dtype=wide))
-        for tile in _tiles(p, backend):
-            parts = rule.shares(_scores_of(p, tile, saved), params)
-            folds = tuple(f + part.sum(dim=1) for f, part in zip(folds, parts, strict=True))
+        folds = tuple(shares(p, lse, teacher_lse, backend))
     else:
         folds = (total,)
     of_target = _target(p.x, p.weight, p.bias, p.normalize, p)
     of_teacher = _target(p.teacher, p.teacher_weight, p.teacher_bias, p.teacher_normalize, p)
     return lse, teacher_lse, of_target, of_teacher, torch.stack(folds)
+
+
+def shares(p: DivergenceInputs, lse: Tensor, teacher_lse: Tensor, backend: str) -> Tensor:
+    """Folds of a kind of probabilities, whose lse [N] may be of more classes than these. [F, N]"""
+    rule, params, n = DIVERGENCES[p.kind], list(p.params), p.x.shape[0]
+    assert rule.shares is not None
+    folds = p.x.new_zeros((rule.folds, n), dtype=row_dtype(p.x.device))
+    saved = DivergenceSaved(lse, teacher_lse, folds[:0])
+    for tile in _tiles(p, backend):
+        parts = rule.shares(_scores_of(p, tile, saved), params)
+        folds = folds + torch.stack([part.sum(dim=1) for part in parts])
+    return folds
 
 
 def _mean_of(lead: Tensor, values: Tensor, others: Tensor) -> _GapSums:
