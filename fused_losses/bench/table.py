@@ -115,6 +115,7 @@ CASES = {
     ),
     "distillation": Entry(distillation_cases.distillation, "shape", in_16_bits=True),
     "class_centers": Entry(head_cases.class_centers, "head"),
+    "head_distillation": Entry(head_cases.head_distillation, "head"),
     "spherical_head": Entry(head_cases.spherical_head, "head"),
     **{
         name: Entry(make, "head", own=(256, 100_000, 512))

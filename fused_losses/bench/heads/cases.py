@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_losses.bench.measure import Provider
 from fused_losses.bench.micro.cases import MARGIN, SCALE, Case, backward, eager_arcface
+from fused_losses.bench.micro.distillation_cases import eager_kl
 from fused_losses.centers import ClassCenters, SphericalHead
 from fused_losses.margins import ArcFace
 
@@ -107,6 +108,41 @@ def class_centers(n: int, c: int, d: int, device: str = "cpu", rivals: str = "al
         bytes=6 * 4 * c * d,
         unlike=tuple(name for name in steps if f"r={RATE}" in name),
         flops_of="four products",
+    )
+
+
+def head_distillation(n: int, c: int, d: int, device: str = "cpu", rivals: str = "all") -> Case:
+    """n rows against c classes of a student and of a frozen teacher of the same width, by KL."""
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(n, d, device=device)).requires_grad_()
+    t = F.normalize(torch.randn(n, d, device=device))
+    options: dict[str, Any] = dict(scale=SCALE, device=device)
+    teacher = ClassCenters(c, d, seed=1, **options).requires_grad_(False)
+    options |= dict(optimizer="sgd", optimizer_options=SGD)
+    heads = {name: ClassCenters(c, d, **options, precision=name) for name in ("fp32", "bf16")}
+
+    def of(head: ClassCenters) -> Provider:
+        return lambda: backward(head.distillation(x, t, teacher))
+
+    def eager(x: Tensor, w: Tensor, _: Tensor) -> Tensor:
+        return eager_kl(
+            SCALE * F.normalize(x), F.normalize(w), SCALE * t, F.normalize(teacher.weight)
+        )
+
+    steps = {f"fused {name}": of(head) for name, head in heads.items()}
+    if rivals != "none":
+        table = heads["fp32"].weight
+        steps["eager, dense SGD"] = _plain(x, t, table, False, eager)
+        if rivals == "all":
+            steps["torch.compile, dense SGD"] = _plain(x, t, table, True, eager)
+    return Case(
+        title=f"ClassCenters.distillation (KL), a step with SGD, B={n}, C={c:,}, D={d}",
+        providers=steps,
+        ours=[f"fused {name}" for name in heads],
+        leaves=[x],
+        flops=6 * 2 * n * c * d,
+        bytes=8 * 4 * c * d,
+        flops_of="six products",
     )
 
 
