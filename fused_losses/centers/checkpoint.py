@@ -97,6 +97,8 @@ class Checkpoints:
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")
         self.wait()
+        if self.rank == 0:
+            self._sweep(f".{self._token}*")  # what a disk that was read-only did not let go
         exists, gone = self._from_first((self._path(step).exists(), not self.folder.is_dir()))
         if exists:
             raise ValueError(f"step: {self._path(step)} exists; a checkpoint is never rewritten")
@@ -274,11 +276,14 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f"step-*{PART}"):
-            shutil.rmtree(left, ignore_errors=True)
+        self._sweep()
         for path in self.folder.iterdir():
             if COMPLETE.fullmatch(path.name) and not path.is_dir():
                 raise FileExistsError(f"{path}: expected a checkpoint's folder, found a file")
+
+    def _sweep(self, whose: str = "") -> None:
+        for left in self.folder.glob(f"step-*{whose}{PART}"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _first_does(self, work: Any) -> None:
         failure: BaseException | None = None

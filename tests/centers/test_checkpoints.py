@@ -98,6 +98,23 @@ def test_failed_save_raises_at_the_next(tmp_path: Path, monkeypatch: pytest.Monk
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
+def test_what_a_read_only_disk_kept_goes_with_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("read-only file system")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(dcp.FileSystemWriter, "finish", refused)
+            patch.setattr("shutil.rmtree", lambda *_, **__: None)
+            with pytest.raises(CheckpointError, match="read-only"):
+                checkpoints.save({"x": torch.ones(3)}, 1, asynchronous=False)
+        assert list(tmp_path.glob("*.part"))
+        checkpoints.save({"x": torch.ones(3)}, 2, asynchronous=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save({"net": {"w": torch.ones(3, 2)}}, 4, asynchronous=False)
