@@ -88,7 +88,7 @@ def distillation(
         device = device_of(embeddings, self._table)
         placed = torch.full(lead, self.ignore_index, dtype=torch.int64, device=device)
     embeddings, placed, row_weight = flattened(embeddings, placed, row_weight)
-    calls: list[_Call] = []
+    calls: list[_Asked] = []
 
     def checked() -> int:
         told = None if labels is None else placed
@@ -136,7 +136,7 @@ def distillation(
 # ---- checks -------------------------------------------------------------------------------------
 
 
-class _Side(NamedTuple):
+class _Taught(NamedTuple):
     """A teacher's classes of this shard, and how its rows meet them."""
 
     weight: Tensor  # [c, Dt]
@@ -160,14 +160,14 @@ class _Side(NamedTuple):
         return TeacherShard(sharp, weight, bias, self.normalize, written)
 
 
-class _Call(NamedTuple):
+class _Asked(NamedTuple):
     """The arguments of one rank, checked."""
 
     of: DistillationKind
     options: DistillationOptions
     temperature: float
     rows: Tensor  # [n, Dt]
-    side: _Side
+    side: _Taught
     number: int  # alike on all ranks
 
 
@@ -182,7 +182,7 @@ def _checked(
     labels: Tensor | None,  # [n]
     lead: tuple[int, ...],  # shape of the rows, as given
     given: dict[str, float | None],
-) -> _Call:
+) -> _Asked:
     validation.check_choice("kind", kind, tuple(KINDS))
     of = KINDS[kind]
     options = checked_options(kind, of, **given)
@@ -202,7 +202,7 @@ def _checked(
         kind, tuple(options), t, labels is None, side.scale, side.normalize,
         side.bias is None, tuple(side.weight.shape[1:]), rows.shape[1], str(rows.dtype),
     )  # fmt: skip
-    return _Call(of, options, t, rows, side, zlib.crc32(repr(call).encode()) or 1)
+    return _Asked(of, options, t, rows, side, zlib.crc32(repr(call).encode()) or 1)
 
 
 def _checked_rows(
@@ -228,7 +228,7 @@ def _checked_rows(
 
 def _checked_side(
     head: SweptTable, rows: Tensor, weight: Tensor | SweptTable, own: dict[str, Any]
-) -> _Side:
+) -> _Taught:
     if isinstance(weight, SweptTable):
         return _checked_head(head, rows, weight, own)
     validation.check_matrix("teacher_weight", weight, "[c, Dt], this shard's rows of the teacher")
@@ -249,12 +249,12 @@ def _checked_side(
     if bias is not None:
         validation.check_vector("teacher_bias", bias, count, "one value a class [c]", weight)
     scale = float(validation.number("teacher_scale", 1.0 if scale is None else scale, rows))
-    return _Side(weight.detach(), bias, scale, bool(own["teacher_normalize"]), None)
+    return _Taught(weight.detach(), bias, scale, bool(own["teacher_normalize"]), None)
 
 
 def _checked_head(
     head: SweptTable, rows: Tensor, teacher: SweptTable, own: dict[str, Any]
-) -> _Side:
+) -> _Taught:
     """A teacher that is a head of its own."""
     for name, value in own.items():
         if value is not None:
@@ -272,4 +272,4 @@ def _checked_head(
         raise ValueError(f"teacher: expected [n, {teacher.embedding_dim}], got {describe(rows)}")
     validation.check_same_dtype("the head's table", head._table, "teacher_weight", teacher._table)
     validation.check_device("the head's table", head._table, "teacher_weight", teacher._table)
-    return _Side(teacher.weight.detach(), None, teacher.plain_scale, teacher.normalize, teacher)
+    return _Taught(teacher.weight.detach(), None, teacher.plain_scale, teacher.normalize, teacher)

@@ -140,6 +140,12 @@ FOUND = {
         Draw((16, 15, 7), "clusters", "as they are", torch.bfloat16, 1492271130),
         Call("bounded"),
     ),
+    # slopes of equal classes sum to 0 as well as a backend's shares sum to 1
+    "slopes that sum to nothing": (
+        "distillation_jsd",
+        Draw((17, 16, 16), "constant", "one class", torch.float64, 1350944510),
+        Call("bounded"),
+    ),
 }
 
 

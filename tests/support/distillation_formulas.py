@@ -33,8 +33,10 @@ def of_scores(
         return t**2 * _kl(q, p)
     if kind == "jsd":
         b = o.get("beta", 0.5)
-        # of logarithms: of a class that both find as good as impossible there is none
-        m = torch.stack([p + math.log(b), q + math.log(1 - b)]).logsumexp(0)
+        # of logarithms: of a class that both find as good as impossible there is none; its shares
+        # are rounded apart from the others: a slope that sums to 0 over the classes does so to u
+        p_m, q_m = torch.log_softmax(v, 1), torch.log_softmax(u, 1)
+        m = torch.stack([p_m + math.log(b), q_m + math.log(1 - b)]).logsumexp(0)
         return t**2 * (b * _kl(p, m) + (1 - b) * _kl(q, m))
     if kind == "tv":
         return (p.exp() - q.exp()).abs().sum(1) / 2
