@@ -187,10 +187,10 @@ def orthogonal_projection(t: Inputs, gamma: float = 0.5, absolute: bool = False)
     )
 
 
-def multi_similarity_mined(t: Inputs) -> Tensor:
+def multi_similarity_mined(t: Inputs, below: float = 1 - 1e-5) -> Tensor:
     s = unit(t.x) @ unit(t.x).T
     positive, negative = others(t.labels)
-    positive = positive & (s < 1 - 1e-5)
+    positive = positive & (s < below)
     least = torch.where(positive, s, torch.inf).amin(1, keepdim=True)
     most = torch.where(negative, s, -torch.inf).amax(1, keepdim=True)
     positive, negative = positive & (s - 0.1 < most), negative & (s + 0.1 > least)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from centroid_formulas import centroids
 from pair_cases import TOWERS, Case
-from pair_formulas import lifted_pairs, supcon_rows, zero_rows
+from pair_formulas import lifted_pairs, multi_similarity_mined, supcon_rows, zero_rows
 from pair_rows import (
     Inputs,
     batch,
@@ -130,19 +130,6 @@ def orthogonal(t: Inputs) -> Tensor:
     return 1 - near + 0.5 * far
 
 
-def mined(t: Inputs) -> Tensor:
-    s = unit(t.x) @ unit(t.x).T
-    positive, negative = others(t.labels)
-    positive = positive & (s < 0.9)
-    least = torch.where(positive, s, torch.inf).amin(1, keepdim=True)
-    most = torch.where(negative, s, -torch.inf).amax(1, keepdim=True)
-    positive, negative = positive & (s - 0.1 < most), negative & (s + 0.1 > least)
-    attract = torch.where(positive, torch.exp(-2 * (s - 0.5)), 0).sum(1)
-    repel = torch.where(negative, torch.exp(20 * (s - 0.5)), 0).sum(1)
-    both = positive.any(1) & negative.any(1)
-    return torch.where(both, (1 + attract).log() / 2 + (1 + repel).log() / 20, 0).mean()
-
-
 # ---- a second set -------------------------------------------------------------------------------
 
 
@@ -255,7 +242,7 @@ DRAWN = [
     row(
         fl.multi_similarity,
         "duplicates",
-        mined,
+        lambda t: multi_similarity_mined(t, 0.9),
         beta=20.0,
         mining_margin=0.1,
         duplicate=0.9,
