@@ -48,8 +48,8 @@ struct DenseScores {
 };
 
 // Both sides have the same n, k, ids and targets; of a dense teacher x, w and d are empty. What the
-// forward keeps for the backward: u without bias in student.kept, u - v in teacher.kept, where v is
-// not dense.
+// forward keeps for the backward, without bias: u in student.kept; in teacher.kept, where v is not
+// dense, u - v of tiles whose sides are near each other and v of the others.
 struct DivergenceProblem {
   Problem student, teacher;
   DenseScores dense;

@@ -138,23 +138,23 @@ template <class Math>
 struct CutScores {
   Value<Math> u, v, gap;
 
-  FL_RULE CutScores(Value<Math> u_in, Value<Math> gap_in, Scalar<Math> limit)
-      : u(clamped<Math>(u_in, limit)), v(clamped<Math>(u_in - gap_in, limit)) {
-    const auto whole = is_near<Math>(u_in, limit) & is_near<Math>(u_in - gap_in, limit);
+  FL_RULE CutScores(Value<Math> u_in, Value<Math> v_in, Value<Math> gap_in, Scalar<Math> limit)
+      : u(clamped<Math>(u_in, limit)), v(clamped<Math>(v_in, limit)) {
+    const auto whole = is_near<Math>(u_in, limit) & is_near<Math>(v_in, limit);
     gap = whole ? gap_in : u - v;
   }
 };
 
 // Terms of the kinds that are sums over classes, each from its own scores: KL of coins, squares.
 template <class Math>
-FL_RULE Value<Math> class_term(DivergenceKind kind, Value<Math> u, Value<Math> gap,
+FL_RULE Value<Math> class_term(DivergenceKind kind, Value<Math> u, Value<Math> v, Value<Math> gap,
                                Scalar<Math> limit) {
   const Value<Math> zero = {};
   if (kind == DivergenceKind::kSquared) return gap * gap;
   if (kind == DivergenceKind::kBernoulliNorm) {
     return bernoulli_kl<Math>(zero, clamped<Math>(gap, limit));
   }
-  const CutScores<Math> cut(u, gap, limit);
+  const CutScores<Math> cut(u, v, gap, limit);
   return bernoulli_kl<Math>(cut.v, cut.gap);
 }
 
@@ -192,13 +192,13 @@ struct DivergenceRow {
   V f[kMostFolds];
 };
 
-// d loss / du and d loss / dv of one class, from u and apart = u - v.
+// d loss / du and d loss / dv of one class, from u, v and apart = u - v to its own digits.
 template <class Math, DivergenceKind kind>
-FL_RULE void slopes(const DivergenceRow<Value<Math>>& r, Value<Math> u, Value<Math> apart,
-                    Scalar<Math> param, Value<Math>* of_u, Value<Math>* of_v) {
+FL_RULE void slopes(const DivergenceRow<Value<Math>>& r, Value<Math> u, Value<Math> v,
+                    Value<Math> apart, Scalar<Math> param, Value<Math>* of_u, Value<Math>* of_v) {
   using T = Scalar<Math>;
   using K = DivergenceKind;
-  const Value<Math> zero = {}, v = u - apart;
+  const Value<Math> zero = {};
   const Value<Math> q_s = Math::exp(u - r.lse), q_t = Math::exp(v - r.teacher_lse);
   Value<Math> a = zero, b = zero;
   if constexpr (kind == K::kPower) {
@@ -226,7 +226,7 @@ FL_RULE void slopes(const DivergenceRow<Value<Math>>& r, Value<Math> u, Value<Ma
     a = q_s * (sign - r.f[1]);
     b = -q_t * (sign + r.f[2]);
   } else if constexpr (kind == K::kBernoulli) {
-    const CutScores<Math> cut(u, apart, param);
+    const CutScores<Math> cut(u, v, apart, param);
     const Value<Math> spread = sigmoid<Math>(cut.v) * sigmoid<Math>(-cut.v);
     a = is_near<Math>(u, param) ? sigmoid_difference<Math>(cut.u, cut.v, cut.gap) : zero;
     b = is_near<Math>(v, param) ? -spread * cut.gap : zero;

@@ -116,7 +116,7 @@ FOUND = {
         Draw((5, 17, 65), "constant", "as they are", torch.float16, 1189372397),
         Call("cpu", precision="bf16"),
     ),
-    # the bound's: a teacher's score is kept as its distance from the student's, of 7e4
+    # a teacher's score was kept as its distance from the student's, of 7e4
     "a teacher beside a long student": (
         "distillation_pskd",
         Draw((2, 13, 7), "clusters", "one class", torch.float64, 762884743),

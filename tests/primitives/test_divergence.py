@@ -180,6 +180,63 @@ def test_peaked_scores(kind: str, temperature: float, form: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9 * theirs.abs().max().item())
 
 
+SIDES = {"unlike widths": {}, "one width": {"d": (6, 6)}, "dense": {"dense": True}}
+
+
+def _beside_longer(longer: str, sides: str) -> Call:
+    """Float32 numbers, one side 2^13 times the other, or its equal but for a bias of 2^13."""
+    call = formulas.drawn(6, 40, plain=True, rounded=torch.float32, **SIDES[sides])
+    with torch.no_grad():
+        if longer == "student":
+            call.x *= 2.0**13
+        if longer == "teacher":
+            call.teacher *= 2.0**13
+    if longer == "student's bias":
+        call.bias = torch.full((40,), 2.0**13, dtype=torch.float64).requires_grad_()
+        if sides == "one width":
+            call.teacher, call.teacher_weight = call.x, call.weight
+    return call
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("longer", ["student", "teacher", "student's bias"])
+@pytest.mark.parametrize("kind", PARAMS)
+def test_scores_beside_much_longer_ones(kind: str, longer: str, sides: str, form: str) -> None:
+    """What is of one side alone has that side's roundings, whatever the other is like."""
+    call = _beside_longer(longer, sides)
+    single = call.to(torch.float32)
+    got = found(single, kind, PARAMS[kind], form)
+    of_teacher = longer != "teacher"
+    z = formulas.scores(call)[of_teacher]
+    rows, weight = (call.teacher, call.teacher_weight) if of_teacher else (call.x, call.weight)
+    mine = single.teacher if of_teacher else single.x
+    lse = got.teacher_lse if of_teacher else got.lse
+    # a product of D terms is off by D 2^-24 of their magnitudes; of dense scores there is none
+    step = 2.0**-24
+    off = step * z.abs()
+    if weight is not None:
+        off = off + rows.shape[1] * step * (rows.abs() @ weight.abs().T)
+    other = torch.arange(40) != call.labels[:, None]
+    masked = torch.where(other, z, -torch.inf)
+    wanted, q = torch.logsumexp(masked, 1), torch.softmax(masked, 1)
+    # an exponential's argument is off by its own length and that of the sum, as is the sum of all
+    length = step * (z - wanted[:, None]).abs() + step * wanted.abs()[:, None]
+    moved = (q * (off + length)).sum(1) + 50 * step
+    assert ((lse - wanted).abs() <= moved).all()
+    if kind == "power" and of_teacher:
+        (power,) = PARAMS[kind]
+        scaled = torch.logsumexp(power * masked, 1)
+        assert ((got.folds[0] - scaled).abs() <= off.amax(1) + length.amax(1) + 50 * step).all()
+    (slope,) = torch.autograd.grad(lse.sum(), mine)
+    of_q = q * (off + length + moved[:, None] + 8 * step)
+    if weight is None:
+        assert ((slope - q).abs() <= of_q).all()
+        return
+    of_rows = (of_q + 40 * step * q) @ weight.abs()
+    assert ((slope - q @ weight).abs() <= of_rows).all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", PARAMS)
 def test_rows_without_other_classes(kind: str, form: str) -> None:

@@ -160,6 +160,26 @@ def test_near_agreement_in_float32(
         assert apart(g, w) < 1e-5
 
 
+@pytest.mark.parametrize("longer", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_a_score_beside_a_much_longer_one(kind: str, longer: str, instructions: str) -> None:
+    """What is of one side alone has that side's roundings."""
+    call = formulas.drawn(20, 500, plain=True, rounded=torch.float32, d=(9, 13))
+    with torch.no_grad():
+        (call.x if longer == "student" else call.teacher).mul_(2.0**13)
+    mine, short = call.to(torch.float32), longer == "student"  # the teacher, or the student
+    other = torch.arange(500) != call.labels[:, None]
+    wanted = torch.where(other, formulas.scores(call)[short], -torch.inf).logsumexp(1)
+    got = run(inputs(mine, kind))[short]
+    assert apart(got, wanted) < 64 * torch.finfo(torch.float32).eps
+    found, slopes = (
+        torch.autograd.grad(lse.sum(), [c.teacher, c.teacher_weight] if short else [c.x, c.weight])
+        for lse, c in ((got, mine), (wanted, call))
+    )
+    for g, w in zip(found, slopes, strict=True):
+        assert apart(g, w) < 256 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("kind", PARAMS)
 def test_bf16_products_round_their_rows_and_nothing_else(kind: str) -> None:
     if not extension().has_bf16():
@@ -281,7 +301,10 @@ def slope_of_weight(bare: list[Any], found: tuple[Tensor, ...], moved: float) ->
     """Of the sum of folds, once what was kept has been moved."""
     lse, teacher_lse, target, _, folds, kept = found
     grads = (*[torch.zeros_like(target)] * 4, torch.ones_like(folds))
-    given = (*grads, *bare, lse, teacher_lse, folds, kept + moved)
+    # of two planes one: where u and v are kept, both moved are as far apart as before
+    plane = torch.zeros_like(kept[:, :1, :1])
+    plane[-1] = moved
+    given = (*grads, *bare, lse, teacher_lse, folds, kept + plane)
     needs = (False, False, True, False, False, False, False, False)
     return DIVERGENCE.op("cpu", "_backward")(*given, *needs)[1]
 

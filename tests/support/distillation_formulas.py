@@ -23,8 +23,6 @@ def of_scores(
     kind: str, u: Tensor, v: Tensor, labels: Tensor, t: Tensor | float, **o: float
 ) -> Tensor:
     """A loss a row of scores over T, [N, C] -> [N]."""
-    # worth 0, of scores: a kernel keeps v as its distance from u, rounded as long as both
-    v = v + (u.flatten() - u.flatten()).view_as(v)
     p, q = torch.log_softmax(v, 1), torch.log_softmax(u, 1)
     hot = F.one_hot(labels, u.shape[1]).to(u)
     if kind == "kl":

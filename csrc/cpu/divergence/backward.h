@@ -61,19 +61,20 @@ struct SlopeRows {
 // One class's slopes over the rows [0, rows) from row0 on; both sides' with g_v.
 template <class T>
 using SlopesOfClass = void (*)(const SlopeRows<T>&, int64_t row0, int64_t rows, const T* u,
-                               T student_bias, const T* apart, T apart_bias, T param, T* g_u,
-                               T* g_v);
+                               T student_bias, const T* v, T teacher_bias, const T* apart,
+                               T apart_bias, T param, T* g_u, T* g_v);
 
 template <class T, DivergenceKind kind, bool both>
 void slopes_of_class(const SlopeRows<T>& of_rows, int64_t row0, int64_t rows, const T* u,
-                     T student_bias, const T* apart, T apart_bias, T param, T* g_u, T* g_v) {
+                     T student_bias, const T* v, T teacher_bias, const T* apart, T apart_bias,
+                     T param, T* g_u, T* g_v) {
   for (int64_t i = 0; i < rows; i += kLanes<T>) {
     const Vector<T> zero = {};
     const auto asked = load(of_rows.asked + row0 + i) > zero;
     Vector<T> of_u, of_v;
     divergence_rules::slopes<DivergenceMath<T>, kind>(
-        of_rows.at(row0 + i), load(u + i) + student_bias, load(apart + i) + apart_bias, param,
-        &of_u, &of_v);
+        of_rows.at(row0 + i), load(u + i) + student_bias, load(v + i) + teacher_bias,
+        load(apart + i) + apart_bias, param, &of_u, &of_v);
     store(g_u + i, asked ? of_u : zero);
     if constexpr (both) store(g_v + i, asked ? of_v : zero);
   }
@@ -256,9 +257,10 @@ void divergence_backward(const DivergenceProblem& given, const DivergenceBackwar
           while (next != pair.student.targets_end && next->position == pair.student.first + c) {
             ++next;
           }
-          T *u = pair.u + c * pair.ld, *apart = pair.apart + c * pair.ld;
-          slopes(of_rows, row0, rows, u, own.pair.student_bias[c], apart, own.pair.apart_bias[c],
-                 static_cast<T>(p.param), words.row(c), both ? teacher_words.row(c) : nullptr);
+          T *u = pair.u + c * pair.ld, *v = pair.v + c * pair.ld, *apart = pair.apart + c * pair.ld;
+          slopes(of_rows, row0, rows, u, own.pair.student_bias[c], v, own.pair.teacher_bias[c],
+                 apart, own.pair.apart_bias[c], static_cast<T>(p.param), words.row(c),
+                 both ? teacher_words.row(c) : nullptr);
           take_gradient(
               first, next, own.pair.student_target, g_target,
               [&](int64_t i) { return load(u + i); }, row0, rows, c, count, words, student);
@@ -266,8 +268,7 @@ void divergence_backward(const DivergenceProblem& given, const DivergenceBackwar
           if (dense) std::copy_n(teacher_words.row(c), rows, own.g_teacher);
           take_gradient(
               first, next, own.pair.teacher_target, g_teacher_target,
-              [&](int64_t i) { return load(u + i) - load(apart + i); }, row0, rows, c, count,
-              teacher_words, teacher);
+              [&](int64_t i) { return load(v + i); }, row0, rows, c, count, teacher_words, teacher);
           if (!dense) continue;
           std::copy_n(own.g_teacher, rows, apart);
           for (const Target* at = first; at != next; ++at) {

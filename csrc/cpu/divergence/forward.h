@@ -92,31 +92,33 @@ struct DivergencePlan {
   size_t shared_at_;
 };
 
-// u and apart = u - v of a tile pair, with bias.
+// u, v and apart = u - v of a tile pair, with bias.
 template <class PS, class T>
 struct SidesOf {
-  Scores<T> u, apart;
+  Scores<T> u, v, apart;
   SidesOf(const TilePair<PS, T>& pair, const PairScratch<T>& own)
-      : u{pair.u, own.student_bias, pair.ld}, apart{pair.apart, own.apart_bias, pair.ld} {}
+      : u{pair.u, own.student_bias, pair.ld},
+        v{pair.v, own.teacher_bias, pair.ld},
+        apart{pair.apart, own.apart_bias, pair.ld} {}
 };
 
 // sum exp(eps v - top), and of u under it, into the rows' runs.
 template <class T>
-inline void fold_power(const Scores<T>& u, const Scores<T>& apart, T eps, int64_t count,
-                       int64_t rows, int64_t real_rows, PowerRun* runs) {
+inline void fold_power(const Scores<T>& u, const Scores<T>& v, T eps, int64_t count, int64_t rows,
+                       int64_t real_rows, PowerRun* runs) {
   const Vector<T> zero = {};
   for (int64_t i = 0; i < rows; i += kLanes<T>) {
     Vector<T> most = broadcast(-std::numeric_limits<T>::infinity());
     for (int64_t c = 0; c < count; ++c) {
-      const Vector<T> p = u(c, i) - apart(c, i);
+      const Vector<T> p = v(c, i);
       most = p > most ? p : most;
     }
     most = zero_if_none<T>(most) * eps;
     Vector<T> total = zero, moment = zero;
     for (int64_t c = 0; c < count; ++c) {
-      const Vector<T> score = u(c, i), w = exp((score - apart(c, i)) * eps - most);
+      const Vector<T> w = exp(v(c, i) * eps - most);
       total += w;
-      moment += w * score;
+      moment += w * u(c, i);
     }
     for (int64_t l = 0; l < kLanes<T> && i + l < real_rows; ++l) {
       if (total[l] == 0) continue;
@@ -154,28 +156,27 @@ inline void fold_pair(const DivergenceProblem& p, const TilePair<PS, T>& pair,
   const SidesOf<PS, T> of(pair, own);
   const int64_t count = pair.student.count, real = std::min(rows, p.student.n - row0);
   TileSums<T> sums;
+  const auto student_leads = [&](int64_t c, int64_t i) {
+    return Compared<T>{of.u(c, i), of.v(c, i), of.apart(c, i)};
+  };
+  const auto teacher_leads = [&](int64_t c, int64_t i) {
+    return Compared<T>{of.v(c, i), of.u(c, i), -of.apart(c, i)};
+  };
   if (p.kind == K::kReverse) {
-    sums.fold([&](int64_t c, int64_t i, Vector<T>& lead,
-                  Vector<T>& above) { lead = of.u(c, i), above = of.apart(c, i); },
-              count, rows);
+    sums.fold(student_leads, count, rows);
   } else {
-    sums.fold(
-        [&](int64_t c, int64_t i, Vector<T>& lead, Vector<T>& above) {
-          above = -of.apart(c, i);
-          lead = of.u(c, i) + above;
-        },
-        count, rows);
+    sums.fold(teacher_leads, count, rows);
   }
   for (int64_t i = 0; i < real; ++i) into.runs[row0 + i].add(sums.run(i));
   const auto param = static_cast<T>(p.param);
   if (p.kind == K::kPower) {
-    return fold_power(of.u, of.apart, param, count, rows, real, into.powers + row0);
+    return fold_power(of.u, of.v, param, count, rows, real, into.powers + row0);
   }
   const auto sum_terms = [&](auto kind) {
     fold_terms<1, T>(count, rows, real, padded, into.folds + row0,
                      [&](int64_t c, int64_t i, Vector<T>* out) {
                        out[0] = divergence_rules::class_term<DivergenceMath<T>>(
-                           kind(), of.u(c, i), of.apart(c, i), param);
+                           kind(), of.u(c, i), of.v(c, i), of.apart(c, i), param);
                      });
   };
   if (p.kind == K::kSquared) sum_terms([] { return K::kSquared; });
@@ -193,16 +194,15 @@ inline void fold_softmaxes(const DivergenceProblem& p, const TilePair<PS, T>& pa
   const int64_t count = pair.student.count, real = std::min(rows, p.student.n - row0);
   const auto beta = static_cast<T>(p.param);
   const auto sum_terms = [&](auto kind) {
-    fold_terms<3, T>(count, rows, real, padded, into.folds + row0,
-                     [&](int64_t c, int64_t i, Vector<T>* out) {
-                       const Vector<T> u = of.u(c, i), apart = of.apart(c, i);
-                       const int64_t row = row0 + i;
-                       const Vector<T> gap =
-                           (apart - load(of_rows.gap_high + row)) - load(of_rows.gap_low + row);
-                       divergence_rules::softmax_terms<DivergenceMath<T>>(
-                           kind(), exp(u - load(of_rows.lse + row)),
-                           exp((u - apart) - load(of_rows.teacher_lse + row)), gap, beta, out);
-                     });
+    fold_terms<3, T>(
+        count, rows, real, padded, into.folds + row0, [&](int64_t c, int64_t i, Vector<T>* out) {
+          const int64_t row = row0 + i;
+          const Vector<T> gap =
+              (of.apart(c, i) - load(of_rows.gap_high + row)) - load(of_rows.gap_low + row);
+          divergence_rules::softmax_terms<DivergenceMath<T>>(
+              kind(), exp(of.u(c, i) - load(of_rows.lse + row)),
+              exp(of.v(c, i) - load(of_rows.teacher_lse + row)), gap, beta, out);
+        });
   };
   if (p.kind == K::kJensenShannon) sum_terms([] { return K::kJensenShannon; });
   if (p.kind == K::kTotalVariation) sum_terms([] { return K::kTotalVariation; });
@@ -275,13 +275,11 @@ void divergence_forward(const DivergenceProblem& given, const DivergenceForwardO
       run.add(rows.runs[i]);
       power.add(rows.powers[i]);
     }
-    const double divergence = run.divergence();
+    const double other = run.other_lse();
     const bool turned = p.kind == K::kReverse;
-    // the other side's lse by its distance from this one, which has more digits than the two
-    const double other = run.lead == kNoClass ? kNoClass : run.lead + (divergence - run.center);
     out.lse[i] = turned ? run.lead : other;
     out.teacher_lse[i] = turned ? other : run.lead;
-    out.folds[i] = p.kind == K::kPower ? power.lse : divergence;
+    out.folds[i] = p.kind == K::kPower ? power.lse : run.divergence();
     if (p.kind == K::kPower) out.folds[n + i] = power.mean;
   }
   const bool of_softmaxes = p.kind == K::kJensenShannon || p.kind == K::kTotalVariation;

@@ -38,10 +38,18 @@ struct LogSum {
 
 constexpr double kNoClass = -std::numeric_limits<double>::infinity();
 constexpr double kFarExcess = 1e30;  // beyond it, and at inf, r is not looked at
+constexpr double kFarApart = 64;     // scores so far apart have their sums each of its own
 
 struct Run {
   double lead = kNoClass, other = kNoClass;  // log sum exp a, log sum exp b
   double center = 0, excess = 0;             // c, r
+
+  // The other side's log sum: by its distance from the leading one, which has more digits than the
+  // two, unless the distance is longer than it is itself.
+  double other_lse() const {
+    const bool longer = std::abs(center) > 4 * std::abs(other) + kFarApart;
+    return lead == kNoClass || longer ? other : lead + (divergence() - center);
+  }
 
   // log(1 + r) where r is out of range is not small: the difference serves.
   double divergence() const {

@@ -16,6 +16,12 @@ struct Scores {
   Vector<T> operator()(int64_t c, int64_t i) const { return load(at + c * ld + i) + bias[c]; }
 };
 
+// A class's scores on the side that leads and on the other, and what is between them.
+template <class T>
+struct Compared {
+  Vector<T> lead, other, above;
+};
+
 template <class T>
 inline Vector<T> zero_if_none(Vector<T> top) {
   const Vector<T> zero = {};
@@ -31,46 +37,37 @@ struct TileSums {
   alignas(64) T center[kMostRows], first[kMostRows], second[kMostRows];
   alignas(64) T weights[kMostClasses * kLanes<T>];
 
-  // scores(c, i, p, x): the leading side's score, and by how much it is above the other's.
+  // scores(c, i) -> Compared<T>.
   template <class Score>
   void fold(const Score& scores, int64_t count, int64_t rows) {
     using Math = DivergenceMath<T>;
     const Vector<T> zero = {};
     for (int64_t i = 0; i < rows; i += kLanes<T>) {
-      const Vector<T> most = highest(count, [&](int64_t c) {
-        Vector<T> p, x;
-        scores(c, i, p, x);
-        return p;
-      });
-      Vector<T> total = zero, moment = zero;
+      const Vector<T> most = highest(count, [&](int64_t c) { return scores(c, i).lead; });
+      Vector<T> total = zero, moment = zero, widest = zero;
       for (int64_t c = 0; c < count; ++c) {
-        Vector<T> p, x;
-        scores(c, i, p, x);
-        const Vector<T> w = exp(p - most);
+        const Compared<T> of = scores(c, i);
+        const Vector<T> w = exp(of.lead - most), gap = Math::magnitude(of.above);
         store(weights + c * kLanes<T>, w);
         total += w;
-        moment += w * x;
+        moment += w * of.above;
+        widest = gap > widest ? gap : widest;
       }
       const Vector<T> mean = total == zero ? zero : moment / total;
-      Vector<T> linear = zero, rest = zero;
+      Vector<T> linear = zero, rest = zero, other_most = most - mean;
       for (int64_t c = 0; c < count; ++c) {
-        Vector<T> p, x;
-        scores(c, i, p, x);
-        x -= mean;
-        const Vector<T> w = load(weights + c * kLanes<T>);
+        const Compared<T> of = scores(c, i);
+        const Vector<T> x = of.above - mean, w = load(weights + c * kLanes<T>);
         const auto near = divergence_rules::is_near<Math>(x, 0.5);
         const Vector<T> close = w * divergence_rules::exp_excess<Math>(near ? -x : zero);
         linear += w * x;
-        rest += near ? close : exp((p - most) - x) - w * (T(1) - x);
+        rest += near ? close : exp(of.other - other_most) - w * (T(1) - x);
       }
       // sum w exp(-x), in which nothing cancels: it is total or more, and exp(t) > t
-      Vector<T> other_most = most - mean, other = total - linear + rest;
-      if (!all_below(rest, T(kMostSecond))) {
-        const auto of_other = [&](int64_t c) {
-          Vector<T> p, x;
-          scores(c, i, p, x);
-          return p - x;
-        };
+      Vector<T> other = total - linear + rest;
+      // beside much longer scores it would have their digits
+      if (!all_below(rest, T(kMostSecond)) || !all_below(widest, T(kFarApart))) {
+        const auto of_other = [&](int64_t c) { return scores(c, i).other; };
         other_most = highest(count, of_other);
         other = zero;
         for (int64_t c = 0; c < count; ++c) other += exp(of_other(c) - other_most);

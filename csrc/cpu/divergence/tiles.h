@@ -37,17 +37,20 @@ inline bool is_small(T difference, T whole) {
 // What a thread has beside the two tiles.
 template <class T>
 struct PairScratch {
-  T *student_bias, *apart_bias;  // [tile] the student's, and by how much it is above the teacher's
-  T *student_target, *teacher_target;  // [ld] the targets' scores without bias
-  T* staging;                          // [kStaged, tile] of dense scores
-  T* differences;                      // [tile, d] w - wt
-  T* inverse_gap;                      // [tile] 1/|w| - 1/|wt|
+  T *student_bias, *teacher_bias, *apart_bias;  // [tile] of each side, and what is between them
+  T *student_target, *teacher_target;           // [ld] the targets' scores without bias
+  T* apart;                                     // [tile, ld] u - v
+  T* staging;                                   // [kStaged, tile] of dense scores
+  T* differences;                               // [tile, d] w - wt
+  T* inverse_gap;                               // [tile] 1/|w| - 1/|wt|
 
   PairScratch(Arena& arena, const DivergenceProblem& p, int64_t tile, int64_t ld, bool near) {
     student_bias = arena.take<T>(tile);
+    teacher_bias = arena.take<T>(tile);
     apart_bias = arena.take<T>(tile);
     student_target = arena.take<T>(ld);
     teacher_target = arena.take<T>(ld);
+    apart = arena.take<T>(tile * ld);
     staging = arena.take<T>(p.dense.data ? kStaged * round_up(tile, 16) : 0);
     differences = arena.take<T>(near ? tile * p.student.d : 0);
     inverse_gap = arena.take<T>(near ? tile : 0);
@@ -138,7 +141,8 @@ class TilePair {
       : student(p.student, s, index),
         teacher(p.teacher, t, index),
         u(s.scores),
-        apart(t.scores),
+        v(t.scores),
+        apart(own.apart),
         ld(s.ld),
         p_(p),
         x_(x),
@@ -146,18 +150,19 @@ class TilePair {
         t_(t),
         own_(own),
         kept_u_(kept_scores<T>(p.student, student.first, student.count)),
-        kept_apart_(kept_scores<T>(p.teacher, student.first, student.count)),
+        kept_teacher_(kept_scores<T>(p.teacher, student.first, student.count)),
         read_(kept == Kept::kRead && kept_u_) {
     for (int64_t c = 0; c < student.count; ++c) {
       const T bias = bias_of<T>(p.student, student.id(c));
       own.student_bias[c] = bias;
-      own.apart_bias[c] = bias - bias_of<T>(p.teacher, student.id(c));
+      own.teacher_bias[c] = bias_of<T>(p.teacher, student.id(c));
+      own.apart_bias[c] = bias - own.teacher_bias[c];
     }
-    if (x.apart_columns && !student.shifted && !teacher.shifted && !read_) compare_weights();
+    if (x.apart_columns && !student.shifted && !teacher.shifted) compare_weights();
   }
 
-  // u and u - v without bias of the rows [row0, row0 + rows), targets apart. The same steps on both
-  // sides: equal inputs are 0 apart.
+  // u, v and u - v without bias of the rows [row0, row0 + rows), targets apart. The same steps on
+  // both sides: equal inputs are 0 apart. No score is made of another that may be longer.
   void score(int64_t row0, int64_t rows) const {
     const int64_t kept_ld = round_up(p_.student.n, kKeptPadding);
     if (read_) {
@@ -165,28 +170,31 @@ class TilePair {
     } else {
       student.multiply_rows(x_.columns, x_.dense, row0, rows, u, ld);
     }
-    if (read_ && kept_apart_) {
-      copy(kept_apart_ + row0, kept_ld, apart, ld, rows);
+    T* product = near_ ? apart : v;
+    if (read_ && kept_teacher_) {
+      copy(kept_teacher_ + row0, kept_ld, product, ld, rows);
     } else if (near_) {
       subtract_products(row0, rows);
     } else {
       if (p_.dense.data) {
         turn_dense(row0, rows);
       } else {
-        teacher.multiply_rows(x_.teacher_columns, x_.teacher_dense, row0, rows, apart, ld);
+        teacher.multiply_rows(x_.teacher_columns, x_.teacher_dense, row0, rows, v, ld);
       }
       if (p_.student.normalize && !read_) scale(s_.inverse, u, rows);
-      if (p_.teacher.normalize) scale(t_.inverse, apart, rows);
-      // of what memory holds: in one expression with a factor only one of both would be rounded
-      each_vector(rows,
-                  [&](int64_t, int64_t at) { store(apart + at, load(u + at) - load(apart + at)); });
+      if (p_.teacher.normalize) scale(t_.inverse, v, rows);
     }
+    // of what memory holds: in one expression with a factor only one of both would be rounded
+    T* difference = near_ ? v : apart;
+    each_vector(rows, [&](int64_t, int64_t at) {
+      store(difference + at, load(u + at) - load(product + at));
+    });
     if (kept_u_ && !read_) copy(u, ld, kept_u_ + row0, kept_ld, rows);
-    if (kept_apart_ && !read_) copy(apart, ld, kept_apart_ + row0, kept_ld, rows);
+    if (kept_teacher_ && !read_) copy(product, ld, kept_teacher_ + row0, kept_ld, rows);
     each_target(row0, rows, [&](int64_t c, int64_t i) {
       own_.student_target[i] = u[c * ld + i];
-      own_.teacher_target[i] = u[c * ld + i] - apart[c * ld + i];
-      u[c * ld + i] = kApart<T>;
+      own_.teacher_target[i] = v[c * ld + i];
+      u[c * ld + i] = v[c * ld + i] = kApart<T>;
       apart[c * ld + i] = -own_.apart_bias[c];
     });
   }
@@ -201,7 +209,7 @@ class TilePair {
   }
 
   Tile<PS, T> student, teacher;
-  T *u, *apart;
+  T *u, *v, *apart;
   int64_t ld;
 
  private:
@@ -307,12 +315,11 @@ class TilePair {
       }
       for (int64_t c = 0; c < count; c += 16) {
         if (c + 16 <= count) {
-          transpose16(own_.staging + c, wide, apart + c * ld + i, ld);
+          transpose16(own_.staging + c, wide, v + c * ld + i, ld);
           continue;
         }
         for (int64_t at = c; at < count; ++at) {
-          for (int64_t r = 0; r < kStaged; ++r)
-            apart[at * ld + i + r] = own_.staging[r * wide + at];
+          for (int64_t r = 0; r < kStaged; ++r) v[at * ld + i + r] = own_.staging[r * wide + at];
         }
       }
     }
@@ -323,7 +330,7 @@ class TilePair {
   const TileScratch<PS, T>&s_, &t_;
   const PairScratch<T>& own_;
   // [classes of the tile, padded n] without bias, targets in place; null: not kept
-  T *kept_u_, *kept_apart_;
+  T *kept_u_, *kept_teacher_;
   bool read_;
   bool near_ = false, same_weights_ = false;
 };
