@@ -26,8 +26,8 @@ NOT_OF_DIRECTIONS = (
     *("nt_xent_views", "n_pairs", "n_pairs_none", "harmonic_triplet", "harmonic_triplet_none"),
     "angular_plain_negatives",
 )
-# of denormals: a product with a weight has their grain
-NO_DENORMALS = ("pairwise_weighted",)
+# of denormals: a product with a weight has their grain, and rows of few digits are equally near
+NO_DENORMALS = ("pairwise_weighted", "icnn")
 LENGTHS = {"1e-40": 1e-40, "1e-30": 1e-30, "1e30": 1e30, "from 1e-30 to 1e30": None}
 # classes: of those shorter than 2^-120 GPU backends make zeros (docs/row_statistics.md)
 CLASSES = {"weight", "student_weight"}

@@ -55,11 +55,18 @@ class NearSides:
         small = self.small & _is_small(moved, w)
         if not (small.is_cuda or bool(small)):
             return v
+        if not self.normalize:
+            between = multiply(self.apart, w) + multiply(self.teacher, moved)
+            return torch.where(small, u - between.to(u.dtype), v)
+        a, b = (1 / torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in (w, wt))
+        # of length near 1, as far as the dtype goes: products of short rows lose their digits
+        near_one = a.clamp(max=2.0**126).to(w.dtype)
+        whole, moved = (w + wt).mul_(near_one[:, None]), moved.mul_(near_one[:, None])
+        w = w * near_one[:, None]
+        rest = a / near_one
         between = (multiply(self.apart, w) + multiply(self.teacher, moved)).to(u.dtype)
-        if self.normalize:
-            a, b = (1 / torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in (w, wt))
-            shorter = -(moved * (w + wt)).sum(dim=1, dtype=torch.float64) * (a * b) ** 2 / (a + b)
-            # a row of zeros, or one whose length is out of range, is multiplied as it comes
-            small = small & shorter.isfinite()
-            between = between * a + (u / a - between) * shorter
+        shorter = -whole.mul_(moved).sum(dim=1, dtype=torch.float64) * (b * rest) ** 2 / (a + b)
+        # a row of zeros, or one whose length is out of range, is multiplied as it comes
+        small = small & shorter.isfinite()
+        between = between * rest + (u / a - between / near_one) * shorter
         return torch.where(small, u - between.to(u.dtype), v)
