@@ -314,8 +314,8 @@ def test_maxsim(d: int, counted: Any) -> None:
     same(counted(call), {"token_maxima", "token_sums", "query_gradients", "document_gradients"})
 
 
-def divergence(kind: str, **more: Any) -> Callable[[], None]:
-    given = divergence_formulas.drawn(37, 53, d=(24, 32), **more).to(torch.float32)
+def divergence(kind: str, d: tuple[int, int] = (24, 32), **more: Any) -> Callable[[], None]:
+    given = divergence_formulas.drawn(37, 53, d=d, **more).to(torch.float32)
     values = (v.detach() if isinstance(v, torch.Tensor) else v for v in vars(given).values())
     p = DivergenceInputs(*values, kind, divergence_formulas.PARAMS[kind])
 
@@ -336,6 +336,7 @@ BOTH = {"divergence_runs", "side_gradient"}
 DIVERGENCES = {
     "plain": (divergence("forward", plain=True), BOTH),
     "sampled": (divergence("jensen_shannon", sampled=True), BOTH | {"share_runs", "inverse_norms"}),
+    "one width": (divergence("reverse", (24, 24), sampled=True), BOTH | {"class_shrink"}),
     "dense": (divergence("power", dense=True), BOTH),
     "dense sampled": (divergence("squared", dense=True, sampled=True), BOTH),
 }

@@ -64,6 +64,7 @@ SHAPES = [
     Case(name="plain"),
     Case(name="dense", dense=True),
     Case(name="everything", normalize=True, extra=True, classes=41, teacher_d=24),
+    Case(name="one width", normalize=True, extra=True, classes=41, teacher_d=24),
     Case(name="dense everything", dense=True, normalize=True, extra=True, classes=41, d=32),
 ]
 
@@ -135,6 +136,70 @@ def test_near_agreement_keeps_its_digits(kind: str) -> None:
         assert error < 1e-5, (name, float(error))
 
 
+def near_call(case: Case, moved: str) -> DivergenceInputs:
+    """A teacher and a little of noise, in `moved`: gaps of 2e-3, whose KL is 2e-6."""
+    p = call(replace(case, teacher_d=case.d, scale=1.0))
+    g = torch.Generator().manual_seed(4)
+
+    def near(t: Tensor, name: str) -> Tensor:
+        noise = torch.randn(t.shape, generator=g) * t.square().mean().sqrt()
+        return t + 1.4e-3 * noise * (name in moved)
+
+    given = dict(teacher=near(p.x, "rows"), teacher_weight=near(p.weight, "weights"))
+    bias = None if p.bias is None else near(p.bias, "weights")
+    return p._replace(**given, teacher_bias=bias)
+
+
+def check_near(p: DivergenceInputs) -> None:
+    """The value within 1e-3 and its gradients within 1e-5 of float64."""
+    given = leaves(p)
+    value = statistics(p, given)[4]
+    assert p.kind not in ("forward", "reverse") or 2e-7 < value.mean() < 8e-6
+    found = torch.autograd.grad(value.sum(), list(given.values()))
+    zero = [torch.zeros_like(value)] * 4
+    out, got = forward_and_gradients(p, [*zero, torch.ones_like(value)])
+    torch.testing.assert_close(out[4][0], value.detach(), rtol=1e-3, atol=0)
+    for name, w in zip(given, found, strict=True):
+        error = (got[name].double() - w).norm() / w.norm()
+        assert error < 1e-5, (name, float(error))
+
+
+NEAR = {
+    "rows": Case(n=8, c=75, d=32),
+    "weights": Case(n=8, c=75, d=27, normalize=True),
+    "rows and weights": Case(n=20, c=90, d=32, normalize=True, extra=True, classes=75),
+}
+
+
+@pytest.mark.parametrize("moved", NEAR)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "power"])
+def test_products_that_are_rounded_leave_near_agreement_its_digits(kind: str, moved: str) -> None:
+    check_near(near_call(replace(NEAR[moved], kind=kind), moved))
+
+
+@pytest.mark.parametrize("normalize", (False, True))
+def test_a_class_that_is_not_near_takes_no_digits_of_the_others(normalize: bool) -> None:
+    p = near_call(Case(n=8, c=75, d=32, normalize=normalize, extra=True), "rows and weights")
+    assert p.teacher_weight is not None and p.bias is not None and p.teacher_bias is not None
+    far = [5, 40]  # whose probability is nothing on both sides
+    p.teacher_weight[far] *= -1
+    p.bias[far] = p.teacher_bias[far] = -100.0
+    p.labels[p.labels == 5] = 6
+    check_near(p)
+
+
+def test_a_row_that_is_not_near_changes_no_other() -> None:
+    for kind in ("forward", "jensen_shannon", "bernoulli"):
+        p = near_call(Case(kind=kind, n=20), "rows and weights")
+        x, teacher = p.x.clone(), p.teacher.clone()
+        x[3, 5], teacher[7, 2], x[11, 0], x[15] = torch.nan, torch.inf, torch.inf, -3 * x[15]
+        others = torch.ones(20, dtype=torch.bool)
+        others[[3, 7, 11, 15]] = False
+        clean = triton.forward(p)
+        for got, want in zip(triton.forward(p._replace(x=x, teacher=teacher)), clean, strict=True):
+            assert torch.equal(got[..., others], want[..., others]), kind
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_scores_differ_by_nothing(kind: str) -> None:
     p = call(Case(kind=kind, teacher_d=24))
@@ -149,9 +214,10 @@ def test_the_same_scores_differ_by_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", (60.0, 3000.0))
-def test_scores_far_from_one_another(kind: str, scale: float) -> None:
+@pytest.mark.parametrize("teacher_d", (16, 24))
+def test_scores_far_from_one_another(kind: str, scale: float, teacher_d: int) -> None:
     """Peaked teachers and students, scores to 1e4: as the rounding of a score has it."""
-    p = call(Case(kind=kind, n=16, c=101))
+    p = call(Case(kind=kind, n=16, c=101, teacher_d=teacher_d))
     for more in (dict(teacher=p.teacher * scale), dict(x=p.x * scale)):
         q = p._replace(**more)
         want, grads, of_inputs = truth(q)

@@ -201,6 +201,8 @@ CALLS: dict[str, HostCall] = {
     "divergence fp32 everything": _call(divergence, d=512, **WIDE, **FULL, kind=BERNOULLI),
     "divergence fp32 probabilities": _call(divergence, "sm_80", d=512, **WIDE, **FULL, kind=JENSEN),
     "divergence fp32 D500": _call(divergence, "sm_90", d=500, **WIDE, **FULL, kind=JENSEN),
+    "divergence fp32 widths": _call(divergence, d=512, **WIDE, **FULL, kind=JENSEN, teacher_d=256),
+    "divergence fp32 D500 widths": _call(divergence, d=500, **WIDE, kind=JENSEN, teacher_d=300),
     "divergence tf32": _call(divergence, "sm_90", d=512, **TF32, kind=VARIATION),
     "divergence tf32 D500": _call(divergence, d=500, **TF32, **FULL, kind=VARIATION),
     "divergence mixed": _call(divergence, "sm_100", d=512, **MIXED, kind="power"),

@@ -225,17 +225,19 @@ def divergence(
     extra: bool = False,  # biases of both sides, and of dense scores a scale
     classes: int = 0,
     dense: bool = False,  # the teacher's scores are given
+    teacher_d: int = 0,  # 0: d, and both sides may be near each other
     n: int = 1024,
     c: int = 1_000_000,
 ) -> None:
     """The gradients of both sides."""
+    teacher_d = teacher_d or d
     rule, wide = DIVERGENCES[kind], dict(dtype=torch.float64)
     bias = empty(c, dtype=dtype) if extra else None
     p = DivergenceInputs(
         empty(n, d),  # rows in float32, as the losses have them
         empty(c, d, dtype=dtype),
-        empty(n, c, dtype=dtype) if dense else empty(n, d),
-        None if dense else empty(c, d, dtype=dtype),
+        empty(n, c, dtype=dtype) if dense else empty(n, teacher_d),
+        None if dense else empty(c, teacher_d, dtype=dtype),
         empty(n, dtype=torch.int64),
         empty(classes, dtype=torch.int64) if classes else None,
         bias,

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.bench.roofline.work import Launch, form
-from fused_losses.primitives.divergence import triton_backward, triton_forward
+from fused_losses.primitives.divergence import triton_backward, triton_forward, triton_near
 
 
 def _scores(s: Launch, tiles: int, first: int, columns: int) -> None:
-    """`scores` of both sides in so many tiles, over `columns` classes that are there."""
+    """`scores` of both sides in so many tiles, over `columns` classes that are there.
+
+    Where all are near each other there is one product more, and none where they are not.
+    """
     real = columns * s.row_tiles
+    s.read("near.rows", tiles * s.BM)
+    s.read("near.shrink", tiles * s.BN)
     for side in ("student", "teacher"):
         stride, width = s.values[f"{side}.stride"], s.values[f"{side}.width"]
-        s.read("ids", real)
-        s.read(f"{side}.bias", real)
+        if s.values[f"{side}.bias"] is not None:
+            s.read("ids", real)
+            s.read(f"{side}.bias", real)
         if s.values[f"{side}.weight"] is None:
+            s.read("ids", real)
             s.read(f"{side}.rows", s.BM * real, first, (s.n - 1) * stride + columns)
             s.read(f"{side}.scale", s.n * tiles // s.row_tiles)
             continue
@@ -30,6 +37,16 @@ def _scores(s: Launch, tiles: int, first: int, columns: int) -> None:
 def _vectors(s: Launch, names: tuple[str, ...], times: int) -> None:
     for name in names:
         s.read(f"of_row.{name}", s.n * times)
+
+
+@form(triton_near.class_shrink)
+def class_shrink(s: Launch) -> None:
+    rows = s.programs * s.BN
+    s.read("ids", 2 * rows)
+    s.read("w", rows * s.d, 0, s.count * s.stride)
+    s.read("wt", rows * s.d, 0, s.count * s.teacher_stride)
+    s.write("shrink", s.count)
+    s.work.scalar = 10 * rows * s.d
 
 
 LSE = ("lse", "teacher_lse", "between")

@@ -25,6 +25,12 @@ def may_be_near(p: DivergenceInputs) -> bool:
     return alike and p.normalize == p.teacher_normalize and p.precision in ("fp32", "mixed")
 
 
+def rows_near(apart: Tensor, x: Tensor) -> Tensor:
+    """Whether each row of x is near the teacher's, bool [N]; a row out of range is not."""
+    between, whole = (torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in (apart, x))
+    return (between <= SMALL * whole) & between.isfinite()
+
+
 def _is_small(difference: Tensor, whole: Tensor) -> Tensor:
     """A bool [] where it stands: a GPU is not waited for."""
     lengths = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (difference, whole))

@@ -1,7 +1,8 @@
 """`divergence` on Triton: NVIDIA from sm_80, AMD gfx942, and CPU tensors in its interpreter.
 
-Memory beyond the outputs: 1/|w| of classes that are normalised, statistics of runs of classes (at
-most PARTIAL_BYTES), N x D rows in float32, and in the backward one chunk of G and of dW.
+Memory beyond the outputs: 1/|w| of classes that are normalised and how near both sides' are,
+statistics of runs of classes (at most PARTIAL_BYTES), N x D rows in float32, and in the backward
+one chunk of G and of dW.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div, from_column
 from fused_losses.backends.gpu.products import float16_scale, library_tf32
-from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.gpu.tiles import Tile, Tiles
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.divergence.inputs import (
@@ -25,8 +26,14 @@ from fused_losses.primitives.divergence.inputs import (
     DivergenceSaved,
     check_ids,
 )
+from fused_losses.primitives.divergence.near import may_be_near
 from fused_losses.primitives.divergence.rules import DIVERGENCES
-from fused_losses.primitives.divergence.triton_arguments import DivergenceRows, ScoreSide
+from fused_losses.primitives.divergence.triton_arguments import (
+    DivergenceRows,
+    NearRows,
+    ScoreSide,
+    near_rows,
+)
 from fused_losses.primitives.divergence.triton_merge import merged, summed
 from fused_losses.primitives.divergence.triton_tiles import DS_BYTES, TILES
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
@@ -46,6 +53,9 @@ def workspace(p: DivergenceInputs, needs: DivergenceNeeds | None) -> int:
     widths = [d] if p.teacher_weight is None else [d, p.teacher.shape[1]]
     inverse = 4 * p.taking_part * (p.normalize + p.teacher_normalize)
     rows = 4 * n * max(widths) * 4 + 128 * n
+    if may_be_near(p):
+        rows += 4 * n * d
+        inverse += 4 * p.taking_part
     if needs is None:
         return inverse + rows + MERGE * max(PARTIAL_BYTES, 4 * STATISTICS * n)
     # of dense scores: G, and their own part that it is multiplied with
@@ -62,6 +72,7 @@ class DivergenceCall:
     scores: Tensor | None  # [N, C]
     bias: Tensor | None  # the teacher's [C]
     scale: Tensor | None  # [N] float32
+    near: NearRows | None  # where both sides are float32 of one width
     kind: str
     param: float
     lead: str
@@ -88,6 +99,7 @@ class DivergenceCall:
             p.teacher if teacher is None else None,
             None if p.teacher_bias is None else p.teacher_bias.contiguous(),
             scale,
+            near_rows(p, student, teacher),
             p.kind,
             float(p.params[0]) if p.params else 0.0,
             # kinds of probabilities need a difference of both lse that has its digits
@@ -97,18 +109,22 @@ class DivergenceCall:
     def tile(self, kernel: str) -> Tile:
         """The narrower of two where rows of either side are not whole vectors and slices."""
         tiles = TILES[gpu_device.architecture(self.student.x.device)]
-        tile = tiles[kernel, self.student.products]
+        tile = self._near_or_not(tiles, kernel)
         both = (self.student,) if self.teacher is None else (self.student, self.teacher)
         plain = all(p.even(tile.depth) and p.aligned() for p in both)
         if self.scores is not None:
             whole = self.scores.stride(1) == 1 and self.scores.stride(0) % 16 == 0
             plain = plain and whole and self.student.classes is None
-        return tile if plain else tiles[f"{kernel}_uneven", self.student.products]
+        return tile if plain else self._near_or_not(tiles, f"{kernel}_uneven")
+
+    def _near_or_not(self, tiles: Tiles, kernel: str) -> Tile:
+        near = f"{kernel}_near", self.student.products
+        return tiles[near if self.near is not None and near in tiles else (kernel, near[1])]
 
     def sides(self, inverses: tuple[Tensor | None, Tensor | None]) -> tuple[ScoreSide, ScoreSide]:
-        student = _side(self.student, inverses[0])
+        student = ScoreSide.of(self.student, inverses[0])
         if self.teacher is not None:
-            return student, _side(self.teacher, inverses[1])
+            return student, ScoreSide.of(self.teacher, inverses[1])
         assert self.scores is not None
         z = self.scores
         return student, ScoreSide(
@@ -124,10 +140,6 @@ class DivergenceCall:
     def inverses(self) -> tuple[Tensor | None, Tensor | None]:
         """1/|w| of all classes of both sides, where they are normalised."""
         return _inverse(self.student), None if self.teacher is None else _inverse(self.teacher)
-
-
-def _side(p: Problem, inverse: Tensor | None) -> ScoreSide:
-    return ScoreSide(p.x, p.weight, inverse, p.bias, None, p.x.stride(0), p.weight.stride(0), p.d)
 
 
 def _inverse(p: Problem) -> Tensor | None:
@@ -275,6 +287,7 @@ def _fill(
     """G of one side, of some rows against classes [first, end)."""
     height = part.stop - part.start
     row_tiles = ceil_div(height, tile.rows)
+    near = None if call.near is None else call.near.cut(part)
     sides = (
         side._replace(rows=side.rows[part], scale=None if side.scale is None else side.scale[part])
         for side in call.sides((inverses[1], inverses[0]) if teacher else inverses)
@@ -282,7 +295,7 @@ def _fill(
     triton_launch.launch(
         kernel("divergence.triton_backward.side_gradient"),
         row_tiles * ceil_div(end - first, tile.columns),
-        (*sides, call.student.classes, of_row, rest, ds, sums, call.param)
+        (*sides, near, call.student.classes, of_row, rest, ds, sums, call.param)
         + (ds.stride(0), height, first // tile.columns, end, row_tiles),
         dict(KIND=call.kind, TEACHER=teacher) | call.constants(tile),
         tile,
@@ -355,7 +368,7 @@ def _runs(
     triton_launch.launch(
         kernel(f"divergence.triton_forward.{name}"),
         row_tiles * runs,
-        (*call.sides(inverses), p.classes, of_row, part, call.param)
+        (*call.sides(inverses), call.near, p.classes, of_row, part, call.param)
         + (p.n, p.count, row_tiles, steps, runs * p.n),
         kinds | call.constants(tile),
         tile,

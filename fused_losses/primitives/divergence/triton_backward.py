@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fused_losses.backends.triton.tile_math import narrow
-from fused_losses.primitives.divergence.triton_forward import row_values, scores
+from fused_losses.primitives.divergence.triton_forward import both_scores, row_values
 from fused_losses.primitives.divergence.triton_rules import slope
 
 
@@ -27,6 +27,7 @@ def given(values, rows, n):
 def side_gradient(
     student,  # `ScoreSide`; 1/|w_j| from `first_tile`
     teacher,
+    near,  # `NearRows` or None
     ids,  # [K] int64 or None
     of_row,  # `DivergenceRows`
     rest,  # [chunk] of the side that is written: what of 1/|w_j| G is stored times, or None
@@ -55,17 +56,19 @@ def side_gradient(
     local = tile * BN + tl.arange(0, BN)
     # of tiles, that the compiler sees whole vectors of dense scores
     columns = (first_tile + tile) * BN + tl.arange(0, BN)
-    u = scores(student, ids, rows, local, columns, n, count, BK, EVEN, BF16, DOT)
-    v = scores(teacher, ids, rows, local, columns, n, count, BK, TEACHER_EVEN, BF16, DOT)
+    u, v, d = both_scores(
+        student, teacher, near, ids, rows, local, columns, n, count,
+        BK, EVEN, TEACHER_EVEN, BF16, DOT,
+    )  # fmt: skip
     lse, teacher_lse, between = row_values(of_row, rows, n)
-    gap = u - v - between[:, None]
+    gap = d - between[:, None]
     q_s = tl.exp(u - lse[:, None])
     q_t = tl.exp(v - teacher_lse[:, None])
     fold = given(of_row.fold, rows, n)
     of_s, of_t = given(of_row.fold_s, rows, n), given(of_row.fold_t, rows, n)
     to_fold, to_mean = given(of_row.grad_fold, rows, n), given(of_row.grad_mean, rows, n)
     g = slope(
-        u, v, q_s, q_t, gap, fold, of_s, of_t, to_fold, to_mean, param, KIND, TEACHER
+        u, v, d, q_s, q_t, gap, fold, of_s, of_t, to_fold, to_mean, param, KIND, TEACHER
     )  # fmt: skip
     to_lse = given(of_row.grad_lse, rows, n)
     # a row of which nothing is asked has no gradient, whatever its scores are

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from fused_losses.backends.triton.tile_math import products, row_offsets
+from fused_losses.primitives.divergence.triton_near import near_difference, near_flags
 from fused_losses.primitives.divergence.triton_rules import exp_excess, shares, term
 
 
@@ -33,13 +34,13 @@ def scores(
     BF16: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """The scores of one side. [BM, BN]"""
+    """The scores of one side, without biases. [BM, BN]"""
     real = columns < count
-    at = columns
-    if ids is not None:
-        at = tl.load(ids + columns, mask=real, other=0)
     x_rows = row_offsets(rows, n, None, side.stride)
     if side.weight is None:
+        at = columns
+        if ids is not None:
+            at = tl.load(ids + columns, mask=real, other=0)
         # the width, not the count: whether it is a number of whole vectors decides the loads
         inside = real if ids is not None else columns < side.width
         where = at.to(tl.int64) * side.stride_class
@@ -53,9 +54,83 @@ def scores(
         z = products(side.rows, side.weight, x_rows, w_rows, side.width, BK, EVEN, BF16, DOT)
         if side.inverse is not None:
             z *= tl.load(side.inverse + local, mask=real, other=0.0)[None, :]
-    if side.bias is not None:
-        z += tl.load(side.bias + at, mask=real, other=0.0).to(tl.float32)[None, :]
     return z
+
+
+@triton.jit
+def bias_of(side, ids, columns, count):
+    """The classes' biases [BN], 0 where there are none."""
+    out = tl.zeros(columns.shape, tl.float32)
+    if side.bias is not None:
+        real = columns < count
+        at = columns
+        if ids is not None:
+            at = tl.load(ids + columns, mask=real, other=0)
+        out = tl.load(side.bias + at, mask=real, other=0.0).to(tl.float32)
+    return out
+
+
+@triton.jit
+def both_scores(
+    student,  # `ScoreSide`
+    teacher,
+    near,  # `NearRows` or None
+    ids,
+    rows,
+    local,
+    columns,
+    n,
+    count,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    TEACHER_EVEN: tl.constexpr,
+    BF16: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """u, v and u - v, which near agreement has more digits than both. [BM, BN] each"""
+    u = scores(student, ids, rows, local, columns, n, count, BK, EVEN, BF16, DOT)
+    if near is None:
+        v = scores(teacher, ids, rows, local, columns, n, count, BK, TEACHER_EVEN, BF16, DOT)
+        if student.bias is not None:
+            u += bias_of(student, ids, columns, count)[None, :]
+        if teacher.bias is not None:
+            v += bias_of(teacher, ids, columns, count)[None, :]
+        d = u - v
+    else:
+        row_near, shrink = near_flags(near, rows, columns, n, count)
+        class_near = shrink == shrink
+        v = u
+        if (tl.min(row_near.to(tl.int32), 0) & tl.min(class_near.to(tl.int32), 0)) == 0:
+            v = scores(teacher, ids, rows, local, columns, n, count, BK, EVEN, BF16, DOT)
+        if (tl.max(row_near.to(tl.int32), 0) & tl.max(class_near.to(tl.int32), 0)) != 0:
+            between = near_difference(
+                student,
+                teacher,
+                near,
+                u,
+                shrink,
+                ids,
+                rows,
+                local,
+                columns,
+                n,
+                count,
+                BK,
+                EVEN,
+                DOT,
+            )
+            close = row_near[:, None] & class_near[None, :]
+            d = tl.where(close, between, u - v)
+            v = tl.where(close, u - between, v)
+        else:
+            d = u - v
+        if student.bias is not None or teacher.bias is not None:
+            of_student = bias_of(student, ids, columns, count)
+            of_teacher = bias_of(teacher, ids, columns, count)
+            u += of_student[None, :]
+            v += of_teacher[None, :]
+            d += (of_student - of_teacher)[None, :]
+    return u, v, d
 
 
 @triton.jit
@@ -85,9 +160,8 @@ def lifted(kept, reach, mass, top, t, new_reach):
 
 
 @triton.jit
-def tile_excess(z_p, e_p, top_p, mass_p, z_q, e_q, top_q, other):
+def tile_excess(d, e_p, top_p, mass_p, e_q, top_q):
     """The mean c of d = z_p - z_q under p, the sum of `lifted` about it, and its exponent."""
-    d = tl.where(other, z_p - z_q, 0.0)
     mean = tl.sum(e_p * d, 1) / tl.where(mass_p == 0.0, 1.0, mass_p)
     reach = tl.maximum(top_p, top_q + mean)
     base = finite(reach)
@@ -103,6 +177,7 @@ def tile_excess(z_p, e_p, top_p, mass_p, z_q, e_q, top_q, other):
 def divergence_runs(
     student,  # `ScoreSide`
     teacher,
+    near,  # `NearRows` or None
     ids,  # [K] int64 or None
     of_row,  # `DivergenceRows`
     part,  # [P, runs, N] float32
@@ -142,8 +217,10 @@ def divergence_runs(
     for step in range(0, steps):
         # past the last class tile everything is masked
         columns = (run * steps + step) * BN + tl.arange(0, BN)
-        u = scores(student, ids, rows, columns, columns, n, count, BK, EVEN, BF16, DOT)
-        v = scores(teacher, ids, rows, columns, columns, n, count, BK, TEACHER_EVEN, BF16, DOT)
+        u, v, d = both_scores(
+            student, teacher, near, ids, rows, columns, columns, n, count,
+            BK, EVEN, TEACHER_EVEN, BF16, DOT,
+        )  # fmt: skip
         other = (columns < count)[None, :] & (columns[None, :] != position[:, None])
         p = tl.where(other, u if LEAD == "student" else v, float("-inf"))
         q = tl.where(other, v if LEAD == "student" else u, float("-inf"))
@@ -156,7 +233,8 @@ def divergence_runs(
         p_new, p_all, p_share = joined(p_top, p_mass, p_high, p_sum)
         q_new, q_all, _ = joined(q_top, q_mass, q_high, q_sum)
         if LEAD != "":
-            tile_mean, kept, tile_reach = tile_excess(p, e_p, p_high, p_sum, q, e_q, q_high, other)
+            d = tl.where(other, d if LEAD == "student" else -d, 0.0)
+            tile_mean, kept, tile_reach = tile_excess(d, e_p, p_high, p_sum, e_q, q_high)
             middle = mean + p_share * (tile_mean - mean)
             reach = finite(tl.maximum(p_new, q_new + middle))
             old_reach = tl.maximum(p_top, q_top + mean)
@@ -172,7 +250,7 @@ def divergence_runs(
             e_top, e_mass, share = joined(e_top, e_mass, high, mass)
             mean += share * (tile_mean - mean)
         elif KIND != "":
-            total += tl.sum(tl.where(other, term(u, v, param, KIND), 0.0), 1)
+            total += tl.sum(tl.where(other, term(u, v, d, param, KIND), 0.0), 1)
         p_top, p_mass, q_top, q_mass = p_new, p_all, q_new, q_all
     real = rows < n
     out = part + run.to(tl.int64) * n + rows
@@ -206,6 +284,7 @@ def row_values(of_row, rows, n):
 def share_runs(
     student,
     teacher,
+    near,
     ids,
     of_row,  # with both lse
     part,  # [3, runs, N] float32
@@ -235,12 +314,14 @@ def share_runs(
     sum_t = value
     for step in range(0, steps):
         columns = (run * steps + step) * BN + tl.arange(0, BN)
-        u = scores(student, ids, rows, columns, columns, n, count, BK, EVEN, BF16, DOT)
-        v = scores(teacher, ids, rows, columns, columns, n, count, BK, TEACHER_EVEN, BF16, DOT)
+        u, v, d = both_scores(
+            student, teacher, near, ids, rows, columns, columns, n, count,
+            BK, EVEN, TEACHER_EVEN, BF16, DOT,
+        )  # fmt: skip
         other = (columns < count)[None, :] & (columns[None, :] != position[:, None])
         q_s = tl.where(other, tl.exp(u - lse[:, None]), 0.0)
         q_t = tl.where(other, tl.exp(v - teacher_lse[:, None]), 0.0)
-        gap = tl.where(other, u - v - between[:, None], 0.0)
+        gap = tl.where(other, d - between[:, None], 0.0)
         found, of_s, of_t = shares(q_s, q_t, gap, param, KIND)
         value += tl.sum(found, 1)
         sum_s += tl.sum(of_s, 1)

@@ -100,9 +100,16 @@ def within(z, limit):
 
 
 @triton.jit
-def bernoulli_kl(u, v):
-    """KL(Bern(sigmoid(v)) || Bern(sigmoid(u)))."""
-    h = tl.where(v > 0.0, v - u, u - v)
+def between_within(u, v, d, limit):
+    """The difference of both within the limit, of d = u - v."""
+    plain = (tl.abs(u) <= limit) & (tl.abs(v) <= limit)
+    return tl.where(plain, d, within(u, limit) - within(v, limit))
+
+
+@triton.jit
+def bernoulli_kl(v, d):
+    """KL(Bern(sigmoid(v)) || Bern(sigmoid(u))), d = u - v."""
+    h = tl.where(v > 0.0, -d, d)
     odds = tl.exp(-tl.abs(v))  # of the rarer outcome
     rare = odds / (1.0 + odds)
     near = tl.abs(h) < 0.5
@@ -116,31 +123,31 @@ def bernoulli_kl(u, v):
 
 
 @triton.jit
-def sigmoid_difference(u, v):
-    """sigmoid(u) - sigmoid(v)."""
-    high, low = tl.where(u > v, u, v), tl.where(u > v, v, u)
-    size = -tl.sigmoid(high) * tl.sigmoid(-low) * expm1(-tl.abs(u - v))
-    return tl.where(u > v, size, -size)
+def sigmoid_difference(u, v, d):
+    """sigmoid(u) - sigmoid(v), d = u - v."""
+    more = d > 0.0
+    high, low = tl.where(more, u, v), tl.where(more, v, u)
+    size = -tl.sigmoid(high) * tl.sigmoid(-low) * expm1(-tl.abs(d))
+    return tl.where(more, size, -size)
 
 
 @triton.jit
-def term(u, v, param, KIND: tl.constexpr):
+def term(u, v, d, param, KIND: tl.constexpr):
     if KIND == "squared":
-        value = (u - v) * (u - v)
+        value = d * d
+    elif KIND == "bernoulli_norm":
+        value = bernoulli_kl(tl.zeros_like(d), within(d, param))
     else:
-        if KIND == "bernoulli_norm":
-            u = u - v
-            v = tl.zeros_like(u)
-        value = bernoulli_kl(within(u, param), within(v, param))
+        value = bernoulli_kl(within(v, param), between_within(u, v, d, param))
     return value
 
 
 @triton.jit
-def slope(u, v, q_s, q_t, gap, fold, sum_s, sum_t, g, g_more, param, KIND, TEACHER):
+def slope(u, v, d, q_s, q_t, gap, fold, sum_s, sum_t, g, g_more, param, KIND, TEACHER):
     """What the folds' part of the loss moves by in u, or with TEACHER in v.
 
-    fold: the row's first fold; sum_s, sum_t: the second (of power: the mean) and the third;
-    g, g_more: the gradients of the first two.
+    d: u - v, which near agreement has more digits than both; fold: the row's first fold; sum_s,
+    sum_t: the second (of power: the mean) and the third; g, g_more: the first two's gradients.
     """
     if KIND == "forward":
         out = -g * q_t * (gap + fold) if TEACHER else g * difference(q_s, q_t, gap)
@@ -161,16 +168,16 @@ def slope(u, v, q_s, q_t, gap, fold, sum_s, sum_t, g, g_more, param, KIND, TEACH
         out = -g * q_t * (sign + sum_t) if TEACHER else g * q_s * (sign - sum_s)
     elif KIND == "bernoulli":
         a, b = within(u, param), within(v, param)
+        h = between_within(u, v, d, param)
         if TEACHER:
             rare = tl.sigmoid(b) * tl.sigmoid(-b)
-            out = tl.where(tl.abs(v) > param, 0.0, g * rare * (b - a))
+            out = tl.where(tl.abs(v) > param, 0.0, g * rare * -h)
         else:
-            out = tl.where(tl.abs(u) > param, 0.0, g * sigmoid_difference(a, b))
+            out = tl.where(tl.abs(u) > param, 0.0, g * sigmoid_difference(a, b, h))
     elif KIND == "bernoulli_norm":
-        h = u - v
-        out = tl.where(tl.abs(h) > param, 0.0, g * sigmoid_difference(h, tl.zeros_like(h)))
+        out = tl.where(tl.abs(d) > param, 0.0, g * sigmoid_difference(d, tl.zeros_like(d), d))
         out = -out if TEACHER else out
     else:
         tl.static_assert(KIND == "squared")
-        out = 2.0 * g * (v - u) if TEACHER else 2.0 * g * (u - v)
+        out = -2.0 * g * d if TEACHER else 2.0 * g * d
     return out
