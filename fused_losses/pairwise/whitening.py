@@ -93,8 +93,8 @@ def _covariance(x: Tensor, y: Tensor) -> Tensor:
 def _cholesky(name: str, matrix: Tensor) -> Tensor:
     # a quadratic form sees the symmetric part only
     factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
-    known = not torch.compiler.is_compiling() and not plans.explaining()
-    if known and int(info) != 0:
+    unread = torch.compiler.is_compiling() or plans.explaining() or matrix.is_meta
+    if not unread and int(info) != 0:
         raise ValueError(
             f"{name}: expected a symmetric positive definite matrix, but its leading minor of "
             f"order {int(info)} is not; a small multiple of the identity may be added to it"

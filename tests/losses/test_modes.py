@@ -112,6 +112,15 @@ def test_tensors_without_values_have_an_answer_of_the_right_shape(backend: str, 
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "minkowski", "mahalanobis"])
+def test_weighted_distances_of_tensors_without_values(metric: str) -> None:
+    x, y = (torch.randn(n, 4, device="meta", requires_grad=True) for n in (5, 6))
+    given = dict(VI=torch.eye(4, device="meta")) if metric == "mahalanobis" else dict(w=x[0] ** 2)
+    found = fused_losses.pairwise_distance(x, y, metric=metric, **given)
+    assert found.shape == (5, 6)
+    assert torch.autograd.grad(found.sum(), y)[0].shape == y.shape
+
+
 PRECISE = [n for n in DIFFERENTIABLE if TABLE[n].takes("precision")]
 
 
