@@ -264,6 +264,12 @@ OF_OTHER_KINDS = {
         "tuplet_margin_ref",
         Draw((5, 2, 17), "large", "all distinct", torch.float32, 1809830070),
     ),
+    # the bound's: a direction's tangent is rounded as 1 over the row's length is
+    "directions of one coordinate": (
+        "tangents",
+        "pairwise_cosine",
+        Draw((31, 33, 1), "sparse", "one class", torch.float16, 1200694466),
+    ),
     # squares of rows of 1e-30 are 0 in float32, and with them what two lengths differ by
     "near sides that are short": (
         "lengths",

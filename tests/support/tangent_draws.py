@@ -58,7 +58,11 @@ def judge(case: Case, draw: Draw) -> Iterator[tuple[Call, float, float]]:
         return
     movement = Movement(right, truth, draw.dtype, draw.shape[2])
     unit = ROUNDOFF[accumulate_dtype(draw.dtype)]
-    long = max(1.0, *(float(getattr(exact, name).abs().max()) for name in case.leaves))
+    # the length that a rounding of 1 is of, and of a direction's tangent that which divides it
+    rows = [torch.atleast_2d(getattr(exact, name)) for name in case.leaves]
+    lengths = torch.cat([torch.linalg.vector_norm(r, dim=-1).flatten() for r in rows])
+    lengths = lengths[lengths > 0]
+    long = max([1.0, *(float(f) for r in lengths for f in (r, 1 / r))])
     spare = (4 * float(truth[0].abs()) + CANCEL.get(case.name, 0) * long) * unit
     spare += 1024 * torch.finfo(draw.dtype).tiny
     for call in calls(case, draw):
