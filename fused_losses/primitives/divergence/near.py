@@ -67,11 +67,11 @@ class NearSides:
         a, b = (1 / torch.linalg.vector_norm(t, dim=1, dtype=torch.float64) for t in (w, wt))
         # of length near 1, as far as the dtype goes: products of short rows lose their digits
         near_one = a.clamp(max=2.0**126).to(w.dtype)
-        whole, moved = (w + wt).mul_(near_one[:, None]), moved.mul_(near_one[:, None])
-        w = w * near_one[:, None]
-        rest = a / near_one
-        between = (multiply(self.apart, w) + multiply(self.teacher, moved)).to(u.dtype)
-        shorter = -whole.mul_(moved).sum(dim=1, dtype=torch.float64) * (b * rest) ** 2 / (a + b)
+        moved.mul_(near_one[:, None])
+        between = multiply(self.apart, w * near_one[:, None]) + multiply(self.teacher, moved)
+        between, rest = between.to(u.dtype), a / near_one
+        whole = (w + wt).mul_(near_one[:, None]).mul_(moved)
+        shorter = -whole.sum(dim=1, dtype=torch.float64) * (b * rest) ** 2 / (a + b)
         # a row of zeros, or one whose length is out of range, is multiplied as it comes
         small = small & shorter.isfinite()
         between = between * rest + (u / a - between / near_one) * shorter
