@@ -18,7 +18,7 @@ CASES = [
     Case("forward", n=140, c=90, d=64, teacher_d=64, dtype=BF16, name="plain"),
     Case("jensen_shannon", n=40, c=90, d=40, dtype=FP16, **EVERYTHING, name="everything"),
     Case("reverse", n=20, c=70, d=27, teacher_d=13, dtype=FP16, name="unaligned"),
-    Case("bernoulli", n=70, c=48, d=32, teacher_d=32, name="float32"),
+    Case("bernoulli", n=70, c=48, d=32, teacher_d=32, near=20, name="float32"),
     Case("power", n=33, c=70, d=32, dtype=BF16, dense=True, extra=True, name="dense"),
 ]
 

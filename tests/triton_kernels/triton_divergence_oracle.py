@@ -53,6 +53,7 @@ class Case:
     no_target: float = 0.2  # share of the labels that are -1
     scale: float = 3.0
     strided: bool = False
+    near: int = 0  # of how many rows and classes both sides are near each other
     name: str = field(default="", compare=False)
 
 
@@ -66,6 +67,8 @@ def call(case: Case, seed: int = 0) -> DivergenceInputs:
 
     x, weight = side(case.d)
     teacher, teacher_weight = side(case.teacher_d)
+    for own, others in ((x, teacher), (weight, teacher_weight)) if case.near else ():
+        others[: case.near] = own[: case.near] * (1 + 2**-8 * torch.rand(case.near, 1, generator=g))
     ids = torch.randperm(c, generator=g)[: case.classes].sort().values if case.classes else None
     pool = torch.arange(c) if ids is None else ids
     labels = pool[torch.randint(len(pool), (n,), generator=g)]
