@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.numerics import against, merged, softplus
+from fused_losses.base.numerics import against, merged, over_last, softplus
 from fused_losses.base.validation import NO_TARGET, describe
 from fused_losses.losses.distillation_kinds import DistillationOptions
 from fused_losses.losses.margin_softmax import kept_classes
@@ -141,7 +141,7 @@ def top_distillation(
     here = labels != NO_TARGET
     whole = torch.where(here, merged(lse, torch.where(here, target, -torch.inf)), lse)
     log_s = torch.where(part, u - whole[:, None], 0)
-    log_t = torch.where(part, v - _lse(v, part)[:, None], 0)
+    log_t = torch.where(part, v - over_last(v, part)[:, None], 0)
     p_t, p_s = (torch.where(part, log.exp(), 0) for log in (log_t, log_s))
     # a row of NaN stays one
     outside = 1 - p_s.sum(dim=1)
@@ -169,14 +169,6 @@ def top_distillation(
     return (1 - options.alpha) * against(target, lse) + options.alpha * soft
 
 
-def _lse(v: Tensor, part: Tensor) -> Tensor:
-    """log sum exp v of those that take part, -inf over none, with slopes of 0 there. [N]"""
-    some = part.any(dim=1)
-    hidden = torch.where(part, v, -torch.inf)
-    found = torch.logsumexp(torch.where(some[:, None], hidden, 0), dim=1)
-    return torch.where(some, found, -torch.inf)
-
-
 def _away(log_s: Tensor, own: Tensor, lse: Tensor, target: Tensor) -> Tensor:
     """-log p_s of the list, the label's exact near p_s = 1. [N, K]"""
     return torch.where(own, against(target, lse)[:, None], -log_s)
@@ -191,7 +183,7 @@ def _decoupled(
     alone = lse == -torch.inf
     others = part & ~own
     log_s = torch.where(others, u - torch.where(alone, 0, lse)[:, None], 0)
-    teacher_lse = _lse(v, others)
+    teacher_lse = over_last(v, others)
     some, listed_own = others.any(dim=1), (part & own).any(dim=1)
     log_t = torch.where(others, v - torch.where(some, teacher_lse, 0)[:, None], 0)
     apart = torch.where(others, log_t.exp() * (log_t - log_s), 0).sum(dim=1)
