@@ -200,7 +200,8 @@ def multi_similarity_mined(t: Inputs, below: float = 1 - 1e-5) -> Tensor:
     return torch.where(both, (1 + attract).log() / 2 + (1 + repel).log() / 20, 0).mean()
 
 
-def circle(t: Inputs) -> Tensor:
+def circle_rows(t: Inputs) -> tuple[Tensor, Tensor]:
+    """The losses, and which rows have pairs of both kinds. [N] each"""
     s = unit(t.x) @ unit(t.x).T
     positive, negative = others(t.labels)
     attract = -40 * F.relu(1.25 - s.detach()) * (s - 0.75)
@@ -208,7 +209,11 @@ def circle(t: Inputs) -> Tensor:
     both = positive.any(1) & negative.any(1)
     inside = torch.where(both, lse(attract, positive) + lse(repel, negative), 0)
     # F.softplus is linear past 20, wrong by 2e-9
-    return mean_over(torch.logaddexp(inside, torch.zeros_like(inside)), both)
+    return torch.logaddexp(inside, torch.zeros_like(inside)), both
+
+
+def circle(t: Inputs) -> Tensor:
+    return mean_over(*circle_rows(t))
 
 
 def lifted_pairs(t: Inputs, margin: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from centroid_formulas import centroids
 from pair_cases import TOWERS, Case
-from pair_formulas import lifted_pairs, multi_similarity_mined, supcon_rows, zero_rows
+from pair_formulas import circle_rows, lifted_pairs, multi_similarity_mined, supcon_rows, zero_rows
 from pair_rows import (
     Inputs,
     batch,
@@ -46,13 +46,8 @@ def softplus(z: Tensor) -> Tensor:
 
 
 def circle(t: Inputs) -> Tensor:
-    s = unit(t.x) @ unit(t.x).T
-    positive, negative = others(t.labels)
-    attract = -40 * F.relu(1.25 - s.detach()) * (s - 0.75)
-    repel = 40 * F.relu(s.detach() + 0.25) * (s - 0.25)
-    both = positive.any(1) & negative.any(1)
-    inside = torch.where(both, lse(attract, positive) + lse(repel, negative), 0)
-    return torch.where(both, softplus(inside), 0)
+    each, both = circle_rows(t)
+    return torch.where(both, each, 0)
 
 
 def lifted(t: Inputs) -> Tensor:
