@@ -37,7 +37,7 @@ at::ScalarType accumulated_type(at::ScalarType weight) {
   return weight == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Matrices of scores that are kept: u and u - v, or beside a dense teacher u alone.
+// Matrices of scores that are kept: u and v (near, u - v), or beside a dense teacher u alone.
 int64_t planes(bool dense) { return dense ? 1 : 2; }
 
 // A DivergenceProblem and what it points to.

@@ -61,7 +61,7 @@ class DivergenceInputs(NamedTuple):
 
     @property
     def kept_scores(self) -> int:
-        """Of a row and a class: u and u - v, or beside dense scores u alone."""
+        """Of a row and a class: u and v (near, u - v), or beside dense scores u alone."""
         return 1 if self.teacher_weight is None else 2
 
     def kept(self, classes: int) -> Tensor:
