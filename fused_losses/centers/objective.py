@@ -13,6 +13,7 @@ from fused_losses.centers.engines import Engine, RuleEngine, SoftmaxEngine
 from fused_losses.losses.adaptive_scale import AdaptiveScale
 from fused_losses.losses.class_values import ClassLoss, MergedRows, Softmax
 from fused_losses.losses.margin_calls import penalty_of
+from fused_losses.losses.smoothed_softmax import toward_uniform
 from fused_losses.margins import Margin
 
 HeadMargin = Margin | ClassLoss | AdaptiveScale | None
@@ -63,9 +64,8 @@ class HeadSoftmax(Softmax):
         lse, others = rows.statistics
         z = self._scaled(self._moved(rows.targets, rows.norms, rows.present))[:, 0]
         loss = torch.where(z == torch.inf, torch.nan, -F.logsigmoid(z - lse))
-        uniform = loss + z - (others + z) / self.classes
-        smoothed = (1 - self.smoothing) * loss + self.smoothing * uniform
-        return smoothed + penalty_of(self.margin, rows.norms)
+        loss = toward_uniform(loss, z, others, self.classes, self.smoothing)
+        return loss + penalty_of(self.margin, rows.norms)
 
 
 def loss_of(

@@ -9,6 +9,16 @@ from torch import Tensor
 from fused_losses.losses.class_values import MergedRows, Softmax, one_label
 
 
+def toward_uniform(
+    loss: Tensor, z: Tensor, others: Tensor, classes: Tensor | int, smoothing: float
+) -> Tensor:
+    """(1 - smoothing) loss + smoothing (lse - mean z_j): loss = lse - z of the label's score z.
+
+    others: the sum of the other scores of so many classes.
+    """
+    return loss + smoothing * (z - (others + z) / classes)
+
+
 @dataclass(frozen=True)
 class SmoothedSoftmax(Softmax):
     """(1 - smoothing) loss + smoothing / C sum_j (lse - z_j) over the C classes that take part."""
@@ -24,5 +34,5 @@ class SmoothedSoftmax(Softmax):
     def of_labels(self, z: Tensor, rows: MergedRows) -> Tensor:
         one_label(self, rows.targets)
         assert rows.negatives is not None  # counted
-        mean = (rows.statistics[1][:, None] + z) / (rows.negatives[:, None] + 1)
-        return super().of_labels(z, rows) + self.smoothing * (z - mean)
+        loss, others = super().of_labels(z, rows), rows.statistics[1][:, None]
+        return toward_uniform(loss, z, others, rows.negatives[:, None] + 1, self.smoothing)
