@@ -12,8 +12,8 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 # tests start processes by the dozen, and each would compile the package's modules again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv train check one-row test best fuzz soak ctest cuda-host cuda-sanitize cuda-mutants \
-  kernel-tests gpu-gate gpu-ptx gpu-static bench lint types clean
+.PHONY: venv train check one-row test best fuzz soak hostile ctest cuda-host cuda-sanitize cuda-mutants \
+  kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery lint types clean
 
 venv: $(VENV)/.built
 
@@ -74,6 +74,11 @@ soak: venv
 	PYTHONPATH=.:tests:tests/support OMP_NUM_THREADS=1 nice unshare --mount --map-root-user \
 	  $(BIN)/python tests/soak/run.py --hours $(HOURS) --seed $(SEED)
 
+# mutated files for every reader
+TRIES = 1000
+hostile: venv
+	PYTHONPATH=.:tests:tests/support OMP_NUM_THREADS=1 nice $(BIN)/python -m hostile_files $(TRIES) $(SEED)
+
 # the kernels without Python: their own tests under ctest, on every instruction set
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 ctest: kernel-tests
@@ -121,10 +126,19 @@ else
 	$(BIN)/python -m tools.gpu_static
 endif
 
+# the Triton kernels under every Triton that a supported PyTorch pins: tools/tritons.csv
+tritons: venv
+	$(BIN)/python -m tools.tritons
+
 bench: venv
 	@mkdir -p runs/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-json=runs/bench/pytest.json
 	$(BIN)/fused-losses bench
+
+# every loss in a picture, and the pages of the catalogue: docs/generated/gallery.md, catalogue.md
+gallery: venv
+	$(BIN)/python -m tools.gallery
+	$(BIN)/python -m tools.catalogue
 
 lint: types
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 HERE = Path(__file__).parent.resolve()
 BUILD = HERE / "build" / "compiled"  # kept: what has not changed is not compiled again
 CUDA_LIBRARY = "libfused_losses_cuda.so"
+WITHOUT = "no_cuda_library.txt"  # beside the package: why there is none, which `info` tells
 COMPILER = os.environ.get("CXX", "c++")
 
 
@@ -28,32 +29,26 @@ def wanted() -> bool:
     return True
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler, or None: then the package has no CUDA kernels."""
-    if os.environ.get("FUSED_LOSSES_NO_CUDA") == "1":
-        return None
-    found = shutil.which("nvcc")
-    if found is None:
-        print("fused_losses: no nvcc: building without the CUDA C++ kernels", file=sys.stderr)
-    return found
+def targets(editable: bool) -> tuple[str | None, str]:
+    """What the CUDA kernels are built for, "": all of ours, or None, and why.
 
-
-def architectures(editable: bool) -> str | None:
-    """Those that are asked for; else of a checkout those of its GPUs, of a wheel "": all of ours.
-
-    None: a checkout without a GPU, where minutes of compiling would serve nobody.
+    Of a checkout, the GPUs that are here: minutes of compiling would serve nobody without one.
     """
+    if os.environ.get("FUSED_LOSSES_NO_CUDA") == "1":
+        return None, "FUSED_LOSSES_NO_CUDA was 1 when this was installed"
+    if shutil.which("nvcc") is None:
+        return None, "nvcc was not found when this was installed"
     asked = os.environ.get("FUSED_LOSSES_CUDA_ARCHITECTURES", "")
     if asked or not editable:
-        return asked
+        return asked, ""
     gpus = range(torch.cuda.device_count())
     found = sorted(
         {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, gpus)}
     )
     if not found:
         hint = "FUSED_LOSSES_CUDA_ARCHITECTURES=80 builds them"
-        print(f"fused_losses: no GPU: a checkout without CUDA C++ kernels; {hint}", file=sys.stderr)
-    return ";".join(map(str, found)) or None
+        return None, f"this is a checkout on a machine where PyTorch found no GPU; {hint}"
+    return ";".join(map(str, found)), ""
 
 
 def program(name: str) -> str:
@@ -76,8 +71,7 @@ class Build(build_ext):
     def build_extension(self, extension: Extension) -> None:
         out = Path(self.get_ext_fullpath(extension.name))
         out.parent.mkdir(parents=True, exist_ok=True)
-        compiler = nvcc()
-        targets = architectures(self.editable_mode) if compiler else None
+        architectures, why_none = targets(self.editable_mode)
         settings = {
             "CMAKE_MAKE_PROGRAM": program("ninja"),
             "CMAKE_CXX_COMPILER": shutil.which(COMPILER),
@@ -85,14 +79,19 @@ class Build(build_ext):
             "FUSED_LOSSES_TORCH": ";".join([*include_paths(), sysconfig.get_path("include")]),
             "FUSED_LOSSES_TORCH_LIBRARIES": ";".join(library_paths()),
             "FUSED_LOSSES_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
-            "FUSED_LOSSES_CUDA": "OFF" if targets is None else "ON",
-            "FUSED_LOSSES_CUDA_ARCHITECTURES": targets or "",
+            "FUSED_LOSSES_CUDA": "OFF" if architectures is None else "ON",
+            "FUSED_LOSSES_CUDA_ARCHITECTURES": architectures or "",
         }
         given = [f"-D{name}={value}" for name, value in settings.items()]
         configure = [program("cmake"), "-S", str(HERE), "-B", str(BUILD), "-G", "Ninja", *given]
         subprocess.run(configure, check=True)
         shutil.copy2(compiled("fused_losses_extension") / out.name, out)
-        if targets is None:
+        # a library or note of an earlier build is not this build's
+        for left in (CUDA_LIBRARY, WITHOUT):
+            (out.parent / left).unlink(missing_ok=True)
+        if architectures is None:
+            print(f"fused_losses: no CUDA C++ kernels: {why_none}", file=sys.stderr)
+            (out.parent / WITHOUT).write_text(f"{why_none}\n")
             return
         try:
             shutil.copy2(compiled("fused_losses_cuda") / CUDA_LIBRARY, out.parent)
@@ -101,10 +100,12 @@ class Build(build_ext):
             raise RuntimeError(f"nvcc failed: C++20 needs CUDA 12 or later; {hint}") from error
 
     def copy_extensions_to_source(self) -> None:
-        """Of a checkout, which then has the CUDA library too."""
+        """Of a checkout, which then has the CUDA library too, or the note of why not."""
         super().copy_extensions_to_source()
-        for library in Path(self.build_lib).rglob(CUDA_LIBRARY):
-            shutil.copy2(library, HERE / "fused_losses")
+        for name in (CUDA_LIBRARY, WITHOUT):
+            (HERE / "fused_losses" / name).unlink(missing_ok=True)
+            for made in Path(self.build_lib).rglob(name):
+                shutil.copy2(made, HERE / "fused_losses")
 
 
 extension = Extension(

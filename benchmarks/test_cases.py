@@ -13,7 +13,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fused_losses.bench import measure
+from fused_losses.bench import measure, small
 from fused_losses.bench.table import CASES, SIZES, title
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,6 +22,12 @@ MADE = {
     title(name, shape): entry.case(shape, DEVICE)
     for name, entry in CASES.items()
     for shape in SIZES[entry.sizes].small
+}
+# the suite of small batches, at two of its sizes
+MADE |= {
+    title(name, shape): small.chosen(CASES[name].case(shape, DEVICE))
+    for name, shape in small.SHAPES
+    if shape[0] in (64, 256)
 }
 NOW = [0.0]
 

@@ -15,6 +15,9 @@ namespace fused_losses {
 
 enum class Precision { kFull, kMixed, kBFloat16 };
 
+// How rows lie that are read a block at a time: in the type that sums are held in, or in 16 bits.
+enum class Stored { kWide, kBFloat16, kHalf };
+
 // Runs body(i) for i in [0, count), on threads or not.
 struct Parallel {
   int threads;

@@ -31,12 +31,14 @@ struct DistanceProblem {
   bool is_double;
   bool is_bool;  // kHamming and kJaccard without weights; distances in float
   Precision precision;
+  int64_t out_stride;  // elements between rows of distances, 0: m
+  int64_t between() const { return out_stride ? out_stride : m; }
 };
 
 struct DistanceBackwardIn {
   const void* grad;  // [n, m] in the type of x; elements `row_stride` and `column_stride` apart
   int64_t row_stride, column_stride;
-  const void* out;  // [n, m] dense, what the forward returned
+  const void* out;  // [n, m] as the forward returned it
 };
 
 // In the type of x, dense, each may be null; they are written whole.

@@ -39,6 +39,24 @@ constexpr int folds_of(DivergenceKind kind) {
   }
 }
 
+// What the forward keeps of a row beside its folds, as pairs (a number, what is beyond it): lse -
+// teacher_lse (of kPower lse - P), then means: of u - v under the leading softmax (kForward,
+// kReverse), of u (kPower), of the slopes in log q_s and in log q_t under either softmax. Where one
+// class has nearly all of a softmax the number is that class's own and the rest a sum over others.
+constexpr int kept_of(DivergenceKind kind) {
+  switch (kind) {
+    case DivergenceKind::kForward:
+    case DivergenceKind::kReverse:
+    case DivergenceKind::kPower:
+      return 4;
+    case DivergenceKind::kJensenShannon:
+    case DivergenceKind::kTotalVariation:
+      return 6;
+    default:
+      return 0;
+  }
+}
+
 // Scores [n, *] of any strides, in elements.
 struct DenseScores {
   const void* data;  // null: the teacher has rows and weights
@@ -59,7 +77,7 @@ struct DivergenceProblem {
 
 struct DivergenceForwardOut {
   double *lse, *teacher_lse, *target, *teacher_target;  // [n]; targets with bias and scale
-  double* folds;                                        // [folds, n]
+  double* folds;                                        // [folds + kept, n]
 };
 
 // Gradients in the accumulation type, [n] each; folds: of the differentiable ones.
@@ -67,6 +85,7 @@ struct DivergenceBackwardIn {
   const void *grad_lse, *grad_teacher_lse, *grad_target, *grad_teacher_target;
   const void* grad_folds;  // [folds, n]
   const double *lse, *teacher_lse, *folds;
+  const double* kept;  // [kept, n] or null: of the folds
 };
 
 // What is asked for of each side; of a dense teacher ddense [n, columns] and dscale [n], both in

@@ -7,11 +7,12 @@
 namespace fused_losses {
 
 struct MaxSimProblem {
-  const void *queries, *documents;                  // [tokens, d] dense, float or double
+  const void *queries, *documents;                  // [tokens, d] dense, queries float or double
   const int64_t *query_offsets, *document_offsets;  // [query_count + 1], [document_count + 1]
   int64_t query_count, document_count, d;
   bool is_double;
   Precision precision;
+  Stored stored;  // how documents lie, and their gradients
   int64_t query_tokens() const { return query_offsets[query_count]; }
   int64_t document_tokens() const { return document_offsets[document_count]; }
 };

@@ -54,6 +54,9 @@ struct PairProblem {
   bool both;       // statistics of the columns too (always with triangle)
   bool is_double;  // x and y are double, else float
   Precision precision;
+  Stored stored;       // how the columns' rows and values lie, and their gradients; triangle: kWide
+  void* kept;          // products that the forward keeps and the backward reads, or null
+  int64_t kept_count;  // room for so many, in the type of x
 };
 
 // [kStatistics, kClasses, count]; columns null unless `both`, and with triangle.
@@ -68,14 +71,14 @@ struct PairBackwardIn {
   const double *rows, *columns;
 };
 
-// Each may be null. dx and dy in the type of x; they are written whole.
+// Each may be null. dx in the type of x, dy as y is stored; they are written whole.
 struct PairBackwardOut {
   void *dx, *dy;
   double* dscale;
   void *dx_bias, *dy_bias;
 };
 
-// Attention over one class of pairs: values [columns, width] in the type of x.
+// Attention over one class of pairs: values [columns, width], stored as y is.
 struct AttentionIn {
   const void* values;
   int64_t width;
@@ -94,6 +97,8 @@ struct AttentionBackwardIn {
 };
 
 struct PairKernels {
+  // how many products would be kept of a room for `most`: whole strips of rows
+  int64_t (*kept)(const PairProblem&, int64_t most);
   size_t (*forward_bytes)(const PairProblem&, int threads);
   void (*forward)(const PairProblem&, const PairForwardOut&, void* buffer, const Parallel&);
   size_t (*backward_bytes)(const PairProblem&, const PairBackwardOut&, int threads);

@@ -35,10 +35,13 @@ struct ScreenBound {
 enum class Affinity { kDot, kCosine, kSquaredDistance };
 enum class Match { kAny, kSame, kDifferent };
 
-// Rows of a narrow copy of y that screen in its place: y_j is within error[j] of scale[j] codes_j.
+// Rows of a narrow copy of y that screen in its place: y_j, rotated, is within error[j] of
+// scale[j] codes_j.
 struct Codes {
   Matrix rows;  // int8; data null: none
   const float *scale, *error;
+  const int8_t* signs;  // [rounds, d] of the rotation; null: there is none
+  int64_t rounds;
 };
 
 struct TopkProblem {

@@ -1,12 +1,12 @@
 """Fused losses for representation learning: any class count, never the N x M matrix."""
 
-from fused_losses import backends, class_losses, functional, margins, metrics, miners
+from fused_losses import backends, class_losses, functional, losses, margins, metrics, miners
 from fused_losses.backends import use_backend
 from fused_losses.centers import ClassCenters, DSimplexHead, SphericalHead
 from fused_losses.explain import Plan, explain
 from fused_losses.functional import *  # noqa: F403 (the names are in its __all__)
-from fused_losses.losses.adaptive_scale import AdaptiveScale
-from fused_losses.losses.unpg import UNPG
+from fused_losses.functions.adaptive_scale import AdaptiveScale
+from fused_losses.functions.unpg import UNPG
 from fused_losses.primitives.row_statistics.op import (
     RowStatistics,
     RowStatisticsFunction,
@@ -31,6 +31,7 @@ __all__ = [
     "class_losses",
     "explain",
     "functional",
+    "losses",
     "margins",
     "metrics",
     "miners",
@@ -40,7 +41,9 @@ __all__ = [
 ]
 __all__ += functional.__all__
 # the types of some results are named in `functional` alone
+__all__.remove("Clusters")
 __all__.remove("MarginSoftmaxStats")
+__all__.remove("RadiusNeighbors")
 __all__.remove("SoftmaxOutputs")
 __all__.remove("Transport")
-del MarginSoftmaxStats, SoftmaxOutputs, Transport  # noqa: F821
+del Clusters, MarginSoftmaxStats, RadiusNeighbors, SoftmaxOutputs, Transport  # noqa: F821

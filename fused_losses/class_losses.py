@@ -3,8 +3,8 @@
 The losses as values (`losses.class_values`), and the function that runs one (`losses.class_loss`).
 """
 
-from fused_losses.losses.class_loss import class_loss
-from fused_losses.losses.class_values import (
+from fused_losses.functions.class_loss import class_loss
+from fused_losses.functions.class_values import (
     MLCD,
     ClassLoss,
     MergedRows,
@@ -13,10 +13,11 @@ from fused_losses.losses.class_values import (
     SoftTriple,
     SphereFace2,
 )
-from fused_losses.losses.difference_values import LDR, CrammerSinger, WestonWatkins
-from fused_losses.losses.mapped_ldr import ALDR, MappedLDR
-from fused_losses.losses.normalized_values import MSE, NCE, ActivePassive
-from fused_losses.losses.probability_values import (
+from fused_losses.functions.difference_values import LDR, CrammerSinger, WestonWatkins
+from fused_losses.functions.labels_together import LabelsTogether
+from fused_losses.functions.mapped_ldr import ALDR, MappedLDR
+from fused_losses.functions.normalized_values import MSE, NCE, ActivePassive
+from fused_losses.functions.probability_values import (
     AGCE,
     AUL,
     GCE,
@@ -27,7 +28,7 @@ from fused_losses.losses.probability_values import (
     OfProbability,
     Poly1,
 )
-from fused_losses.losses.row_weights import BiasWeights, equity_weights
+from fused_losses.functions.row_weights import BiasWeights, equity_weights
 
 __all__ = [
     "AGCE",
@@ -46,6 +47,7 @@ __all__ = [
     "CompSum",
     "CrammerSinger",
     "Focal",
+    "LabelsTogether",
     "MappedLDR",
     "MergedRows",
     "OfProbability",

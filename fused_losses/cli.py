@@ -1,4 +1,4 @@
-"""The command `fused-losses`: train, bench, roofline, verify, info."""
+"""The command `fused-losses`: train, bench, roofline, verify, losses, info."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fused_losses import info
 from fused_losses import verify as checks
 from fused_losses.bench import report
 from fused_losses.bench.roofline import page
+from fused_losses.losses import registry
 from fused_losses.train import cli as train_cli
 from fused_losses.version import __version__
 
@@ -28,6 +29,10 @@ def parser(recipe: ModuleType) -> argparse.ArgumentParser:
     )
     report.add_arguments(
         commands.add_parser("bench", help="measure against eager, torch.compile and peers")
+    )
+    losses = commands.add_parser("losses", help="list or search the catalogue of losses")
+    losses.add_argument(
+        "word", nargs="?", default="", help="part of a name, paper, year or block (default: all)"
     )
     page.add_arguments(
         commands.add_parser("roofline", help="bytes, FLOPs and bounds of every op on GPUs")
@@ -59,6 +64,9 @@ def _run(args: argparse.Namespace, recipe: ModuleType) -> int:
         return page.run(args)
     if args.command == "verify":
         return checks.run(device=args.device, shapes=args.shape, out=args.out)
+    if args.command == "losses":
+        print("\n".join(registry.table(args.word)))
+        return 0
     print("\n".join(info.lines()))
     return 0
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dtypes
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -44,28 +44,36 @@ class Plan:
     # beyond inputs and gradients, forward and backward. Of a matrix of distances, neighbours and
     # mined lists the result and its gradient are not counted either, nor the parts of a list
     peak_extra_bytes: int
+    # of these, scores that forwards keep: at most `memory_budget`, and 0 where a form keeps none
+    kept_bytes: int = 0
 
     def __str__(self) -> str:
         passed = "".join(f"\n  not {who}: {', '.join(w)}" for who, w in self.reasons.items())
-        return f"{self.backend}, at most {self.peak_extra_bytes / 2**20:.1f} MiB extra{passed}"
+        extra, kept = (size / 2**20 for size in (self.peak_extra_bytes, self.kept_bytes))
+        of_kept = f", {kept:.1f} of them kept scores" if kept else ""
+        return f"{self.backend}, at most {extra:.1f} MiB extra{of_kept}{passed}"
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     """The plan of `fn(*args, **kwargs)` and of its backward, neither of which is run.
 
     fn: a function of `fused_losses.functional`, a primitive, or a loss of your own made of these
-    and of PyTorch's operators. It is called on tensors that have a shape and no values: what
-    PyTorch allocates is added up, and each op of ours tells its own workspace. Gradients are those
-    that the arguments ask for. Time of the call's operators without their work; the first call in a
-    process also sets up PyTorch's fake tensors.
+    and of PyTorch's operators; a module's parameters and buffers are inputs, too. It is called on
+    tensors that have a shape and no values: what PyTorch allocates is added up, and each op of ours
+    tells its own workspace. Gradients are those that the arguments ask for. Time of the call's
+    operators without their work; the first call in a process also sets up PyTorch's fake tensors.
     Raises what the call itself would raise for shapes, types and backends, and ValueError where
     what it does depends on the values of a tensor.
     """
     trace = _Storages()
     args, kwargs = tree_map_only(Tensor, trace.input, (args, kwargs))
+    called = fn
+    if isinstance(fn, nn.Module):
+        own = {k: trace.input(t) for k, t in (*fn.named_parameters(), *fn.named_buffers())}
+        called = lambda *a, **k: torch.func.functional_call(fn, own, a, k)
     with backends.watched() as chosen, trace.fake, trace, plans.heard_by(trace.add):
         try:
-            trace.run(fn, args, kwargs)
+            trace.run(called, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
                 f"fn: expected work that depends on shapes alone, but {_name(fn)} reads the "
@@ -73,7 +81,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
             ) from error
     name, refused = chosen[0] if chosen else ("bounded", {})
     peak = trace.peak(counted=not plans.is_handed_out(fn))
-    return Plan(name, refused, SLACK + peak)
+    return Plan(name, refused, SLACK + peak, trace.kept_bytes)
 
 
 def _name(fn: Callable[..., Any]) -> str:
@@ -94,6 +102,7 @@ class _Storages(TorchDispatchMode):
         self.not_ours: set[int] = set()  # inputs and their gradients
         self.results: set[int] = set()  # and theirs
         self.count = 0
+        self.kept_bytes = 0  # of scores
 
     # ---- the run ---------------------------------------------------------------------------------
 
@@ -169,6 +178,8 @@ class _Storages(TorchDispatchMode):
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for t in made:
             self._number(t)
+        if func.namespace == "fused_losses" and func._schema.returns[-1].name == "kept":
+            self.kept_bytes += made[-1].nbytes
         self.add(_within(func, args, made))
         self._carry(func, args, kwargs, made)
         return out

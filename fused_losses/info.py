@@ -27,6 +27,7 @@ def lines() -> list[str]:
         f"cpu capability {built.capability() if built else 'extension not built'}",
         f"cuda kernels   {cuda_launch.built()}",
         f"gpus           {_gpus()}",
+        f"library's tf32 {_tf32()}",
         "backends:",
     ]
     out += [f"  {name:10s} {state}" for name, state in backends.available().items()]
@@ -46,6 +47,12 @@ def _triton_version() -> str:
 
 def _built(built: Any) -> str:
     return "not built" if built is None else ", ".join(f"{k} {v}" for k, v in built.build())
+
+
+def _tf32() -> str:
+    """Whether precision="tf32" finds its products in the library, too."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "allowed by this process" if allowed else "not allowed by this process"
 
 
 def _gpus() -> str:

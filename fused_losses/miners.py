@@ -7,18 +7,19 @@ anchor, negative). Rows are normalised first (`normalize`), as there. `mining` h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_losses.base import validation
+from fused_losses.base.indices import Indices
 from fused_losses.mining.lists import Pairs, Triplets
 from fused_losses.mining.pairs import mine_pairs
 from fused_losses.mining.triplets import mine_triplets
 
 STRATEGIES = {"hard": "hardest", "easy": "easiest", "semihard": "semihard", "all": "all"}
-Indices = tuple[Tensor, ...]
 
 
 class Miner(nn.Module):
@@ -113,6 +114,8 @@ class BatchEasyHardMiner(Miner):
                 "neg_strategy: expected 'hard' or 'easy' where a side is 'semihard', got "
                 f"pos_strategy={pos_strategy!r}, neg_strategy={neg_strategy!r}"
             )
+        validation.check_range("allowed_pos_range", allowed_pos_range)
+        validation.check_range("allowed_neg_range", allowed_neg_range)
         self.pos_strategy, self.neg_strategy = pos_strategy, neg_strategy
         self.allowed_pos_range, self.allowed_neg_range = allowed_pos_range, allowed_neg_range
 
@@ -264,7 +267,8 @@ class CrossBatchMemory(nn.Module):
     next number as its id. `memory.mine(miner, embeddings, labels, ids)` mines with anchors from the
     batch, positives and negatives from the memory; pairs with equal ids, a row and its own copy,
     are left out. The indices of positives and negatives are rows of `memory.embeddings`, and
-    `memory.ids[index]` are their ids. Everything is a buffer: state_dict keeps the memory and goes
+    `memory.ids[index]` are their ids; `memory.loss(loss, embeddings, labels, ids, miner)` is a loss
+    over them. Everything is a buffer: state_dict keeps the memory and goes
     on where it stopped. No gradient flows into the memory.
     Memory O(size D). Paper: Wang et al., Cross-Batch Memory, 2020.
     """
@@ -356,6 +360,26 @@ class CrossBatchMemory(nn.Module):
         rows = embeddings.detach().to(self.embedding_memory.dtype)
         both = {} if ids is None else dict(ids=ids, ref_ids=self.ids)
         return miner(rows, labels, self.embeddings, self.labels, **both, **options)
+
+    def loss(
+        self,
+        loss: Callable[..., Tensor],
+        embeddings: Tensor,
+        labels: Tensor,
+        ids: Tensor | None = None,
+        miner: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """A module of `losses` with anchors from the batch, positives and negatives from here.
+
+        ids: what `enqueue` gave for this batch, whose rows then do not meet their own copies; None:
+        it is not in the memory. miner: as in `mine`; None: every pair takes part. With ids and
+        without a miner every pair is listed: O(N len) integers.
+        """
+        if miner is None and ids is not None:
+            miner = partial(mine_pairs, strategy="all")
+        indices = None if miner is None else self.mine(miner, embeddings, labels, ids)
+        rows = self.embeddings.to(embeddings.dtype)
+        return loss(embeddings, labels, indices, rows, self.labels)
 
     def reset(self) -> None:
         """Forgets everything; ids begin at 0 again."""

@@ -14,6 +14,11 @@ namespace fused_losses {
 
 Precision precision_of(c10::string_view name);
 Type type_of(const at::Tensor& t);
+
+// Rows of any dtype as a kernel reads them a block at a time: 16 bits where they lie, others in the
+// type that sums are held in.
+Stored stored_as(const at::Tensor& t);
+at::Tensor dense_as_stored(const at::Tensor& t);
 Parallel torch_threads();
 
 // Large pages for large outputs: a fresh gradient is gigabytes of page faults otherwise.
@@ -48,10 +53,12 @@ size_t row_workspace(int64_t n, int64_t d, int64_t itemsize, bool bf16);
 void register_pairs(torch::Library& m);
 size_t pair_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& precision,
                       int64_t width, bool apart);
+int64_t pair_kept(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& precision,
+                  bool triangle, int64_t most);
 
 void register_maxsim(torch::Library& m);
 size_t maxsim_workspace(int64_t query_tokens, int64_t document_tokens, int64_t d, int64_t item,
-                        const std::string& precision);
+                        const std::string& precision, bool document_gradient);
 
 void register_distances(torch::Library& m);
 size_t distance_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& kind,
@@ -63,7 +70,8 @@ void register_topk(torch::Library& m);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_scores(
     const at::Tensor& x, const at::Tensor& y, const std::string& kind, bool largest,
     const std::string& screen, const std::optional<at::Tensor>& codes,
-    const std::optional<at::Tensor>& codes_scale, const std::optional<at::Tensor>& codes_error);
+    const std::optional<at::Tensor>& codes_scale, const std::optional<at::Tensor>& codes_error,
+    const std::optional<at::Tensor>& codes_signs);
 size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes);
 
 // Of the form in Python (primitives/class_rules/cpu.py), which has checked: `place` [n, slots] of
@@ -72,13 +80,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> class_rules_forward(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& place,
     const std::optional<at::Tensor>& classes, const std::optional<at::Tensor>& values,
     const std::string& rule, const std::vector<double>& params, int64_t centers, double softness,
-    bool normalize, const std::string& precision);
+    bool normalize, const std::string& precision, const at::Tensor& kept);
 std::tuple<at::Tensor, at::Tensor> class_rules_backward(
     const at::Tensor& grad_statistics, const at::Tensor& grad_targets, const at::Tensor& statistics,
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& place,
     const std::optional<at::Tensor>& classes, const std::optional<at::Tensor>& values,
     const std::string& rule, const std::vector<double>& params, int64_t centers, double softness,
-    bool normalize, const std::string& precision, bool compact, bool need_x, bool need_weight);
+    bool normalize, const std::string& precision, const at::Tensor& kept, bool compact, bool need_x,
+    bool need_weight);
 size_t class_rules_workspace(int64_t n, int64_t d, int64_t classes, int64_t centers, int64_t item,
                              const std::string& rule, int64_t value_rows, bool bf16, bool gradient);
 
@@ -86,6 +95,19 @@ size_t class_rules_workspace(int64_t n, int64_t d, int64_t classes, int64_t cent
 void register_divergence(torch::Library& m);
 size_t divergence_workspace(int64_t n, int64_t d, int64_t teacher_d, int64_t item,
                             const std::string& precision, bool gradient, bool teacher_gradient);
+
+// Of plain eager mode (base/compiled.py): x [N, D] whose rows are dense, `order` a permutation.
+at::Tensor unit_rows(const at::Tensor& x, const std::optional<at::Tensor>& order);
+// 0 a row, NaN where an entry is not finite. [N]
+at::Tensor row_marks(const at::Tensor& x);
+at::Tensor exact_center(const std::vector<at::Tensor>& sides);
+// int32 numbers in the labels' order, equal where these are.
+at::Tensor dense_numbers(const at::Tensor& labels);
+// log(1 + e^z); `numerics.share_loss`; a sum or mean over what is counted. All with gradients of
+// any order.
+at::Tensor softplus_of(const at::Tensor& z);
+std::tuple<at::Tensor, at::Tensor> share_loss(const at::Tensor& value, const at::Tensor& others);
+at::Tensor reduced_loss(const at::Tensor& loss, const at::Tensor& counted, bool mean, bool wide);
 
 void register_triplets(torch::Library& m);
 void register_row_update(torch::Library& m);

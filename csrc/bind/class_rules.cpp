@@ -73,7 +73,7 @@ struct Call {
   Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& place,
        const OptionalTensor& classes, const OptionalTensor& values_in, const std::string& rule_name,
        const std::vector<double>& params, int64_t centers, double softness, bool normalize,
-       const std::string& precision)
+       const std::string& precision, const Tensor& kept)
       : rule(rule_of(rule_name)),
         accumulate(weight_in.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
         x(dense_rows(x_in)),
@@ -106,6 +106,15 @@ struct Call {
     p.ids = classes ? rows.data() : nullptr;
     p.normalize = normalize;
     p.precision = precision_of(precision);
+    if (kept.numel()) {
+      const bool fits = kept.dim() == 2 && kept.size(1) == round_up(p.n, kKeptPadding) &&
+                        kept.scalar_type() == accumulate && kept.is_contiguous();
+      TORCH_CHECK_VALUE(fits, "kept: expected rows of ", round_up(p.n, kKeptPadding), ", got ",
+                        kept.sizes());
+      advise_huge(kept);
+      p.kept = kept.data_ptr();
+      p.kept_classes = kept.size(0);
+    }
     p.gemm = host_products();
     p.group = centers;
     problem.rows = p;
@@ -125,9 +134,10 @@ struct Call {
 std::tuple<Tensor, Tensor, Tensor> class_rules_forward(
     const Tensor& x, const Tensor& weight, const Tensor& place, const OptionalTensor& classes,
     const OptionalTensor& values, const std::string& rule, const std::vector<double>& params,
-    int64_t centers, double softness, bool normalize, const std::string& precision) {
+    int64_t centers, double softness, bool normalize, const std::string& precision,
+    const Tensor& kept) {
   const Call call(x, weight, place, classes, values, rule, params, centers, softness, normalize,
-                  precision);
+                  precision, kept);
   const int64_t n = x.size(0);
   const Tensor statistics = at::empty({call.rule.statistics, n}, x.options().dtype(at::kDouble));
   const Tensor hardest = at::empty({n}, place.options());
@@ -147,10 +157,10 @@ std::tuple<Tensor, Tensor> class_rules_backward(
     const Tensor& grad_statistics, const Tensor& grad_targets, const Tensor& statistics,
     const Tensor& x, const Tensor& weight, const Tensor& place, const OptionalTensor& classes,
     const OptionalTensor& values, const std::string& rule, const std::vector<double>& params,
-    int64_t centers, double softness, bool normalize, const std::string& precision, bool compact,
-    bool need_x, bool need_weight) {
+    int64_t centers, double softness, bool normalize, const std::string& precision,
+    const Tensor& kept, bool compact, bool need_x, bool need_weight) {
   const Call call(x, weight, place, classes, values, rule, params, centers, softness, normalize,
-                  precision);
+                  precision, kept);
   const Problem& p = call.problem.rows;
   expect_shape("grad_statistics", grad_statistics, {call.rule.statistics, p.n});
   expect_shape("statistics", statistics, {call.rule.statistics, p.n});

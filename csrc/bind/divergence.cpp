@@ -141,7 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const auto doubles = x.options().dtype(at::kDouble);
   const Tensor lse = at::empty({n}, doubles), teacher_lse = at::empty({n}, doubles);
   const Tensor target = at::empty({n}, doubles), teacher_target = at::empty({n}, doubles);
-  const Tensor folds = at::empty({folds_of(call.problem.kind), n}, doubles);
+  const int rows = folds_of(call.problem.kind) + kept_of(call.problem.kind);
+  const Tensor folds = at::empty({rows, n}, doubles);
   if (n > 0) {
     const DivergenceKernels& kernels = best_kernels().divergence;
     const Parallel parallel = parallel_for_classes(call.problem.student.k);
@@ -218,6 +219,11 @@ SevenTensors backward(const Tensor& grad_lse, const Tensor& grad_teacher_lse,
     const Tensor g_folds = narrow(grad_folds);
     const auto saved = [](const Tensor& t) { return t.to(at::kDouble).contiguous(); };
     const Tensor of_lse = saved(lse), of_teacher = saved(teacher_lse), of_folds = saved(folds);
+    // folds that others joined stand alone
+    const int rows = folds_of(call.problem.kind);
+    const bool whole_folds = of_folds.size(0) == rows + kept_of(call.problem.kind);
+    const double* of_kept =
+        whole_folds ? of_folds.const_data_ptr<double>() + rows * x.size(0) : nullptr;
     const DivergenceBackwardIn in = {g_lse.const_data_ptr(),
                                      g_teacher_lse.const_data_ptr(),
                                      g_target.const_data_ptr(),
@@ -225,7 +231,8 @@ SevenTensors backward(const Tensor& grad_lse, const Tensor& grad_teacher_lse,
                                      g_folds.const_data_ptr(),
                                      of_lse.const_data_ptr<double>(),
                                      of_teacher.const_data_ptr<double>(),
-                                     of_folds.const_data_ptr<double>()};
+                                     of_folds.const_data_ptr<double>(),
+                                     of_kept};
     kernels.backward(call.problem, in, out, aligned(buffer), parallel);
   }
   const auto as = [](const Tensor& t, bool need, const OptionalTensor& like) {

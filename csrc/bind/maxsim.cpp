@@ -40,7 +40,8 @@ MaxSimProblem maxsim_problem(const Tensor& queries, const Tensor& documents,
           document_offsets.numel() - 1,
           queries.size(1),
           queries.scalar_type() == at::kDouble,
-          precision_of(precision)};
+          precision_of(precision),
+          stored_as(documents)};
 }
 
 // float or double, as kernels read tokens.
@@ -51,7 +52,7 @@ Tensor as_read(const Tensor& t) {
 std::tuple<Tensor, Tensor> maxsim(const Tensor& queries_in, const Tensor& documents_in,
                                   const Tensor& query_offsets, const Tensor& document_offsets,
                                   c10::string_view precision) {
-  const Tensor queries = as_read(queries_in), documents = as_read(documents_in);
+  const Tensor queries = as_read(queries_in), documents = dense_as_stored(documents_in);
   const MaxSimProblem p =
       maxsim_problem(queries, documents, query_offsets, document_offsets, precision);
   const Tensor scores = at::empty({p.query_count, p.document_count}, queries.options());
@@ -70,12 +71,13 @@ std::tuple<Tensor, Tensor> maxsim_backward(const Tensor& grad_in, const Tensor& 
                                            const Tensor& query_offsets,
                                            const Tensor& document_offsets, bool need_queries,
                                            bool need_documents) {
-  const Tensor queries = as_read(queries_in), documents = as_read(documents_in);
+  const Tensor queries = as_read(queries_in), documents = dense_as_stored(documents_in);
   const MaxSimProblem p =
       maxsim_problem(queries, documents, query_offsets, document_offsets, "fp32");
   const Tensor grad = grad_in.to(queries.scalar_type()).contiguous();
-  const auto like = [](const Tensor& t, bool need) {
-    const Tensor out = need ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options());
+  const auto like = [&](const Tensor& t, bool need) {
+    const auto options = queries.options();
+    const Tensor out = need ? at::empty(t.sizes(), options) : at::empty({0}, options);
     advise_huge(out);
     return out;
   };
@@ -94,7 +96,7 @@ void register_maxsim(torch::Library& m) {
 }
 
 size_t maxsim_workspace(int64_t query_tokens, int64_t document_tokens, int64_t d, int64_t item,
-                        const std::string& precision) {
+                        const std::string& precision, bool document_gradient) {
   const std::array<int64_t, 2> queries = {0, query_tokens}, documents = {0, document_tokens};
   MaxSimProblem p = {};
   p.query_offsets = queries.data();
@@ -103,7 +105,10 @@ size_t maxsim_workspace(int64_t query_tokens, int64_t document_tokens, int64_t d
   p.d = d;
   p.is_double = item == sizeof(double);
   p.precision = precision_of(precision);
-  const size_t widened = item == 2 ? 2 * kWidened * (query_tokens + document_tokens) * d : 0;
+  p.stored = item == 2 ? Stored::kBFloat16 : Stored::kWide;
+  // queries and both gradients; documents are read where they lie
+  const int64_t rows = 2 * query_tokens + (document_gradient ? document_tokens : 0);
+  const size_t widened = item == 2 ? kWidened * rows * d : 0;
   return scratch_bytes(best_kernels().maxsim.forward_bytes(p, torch_threads().threads)) + widened;
 }
 

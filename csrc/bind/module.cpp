@@ -1,4 +1,5 @@
 // The ops of the cpu backend, the module's build information, and what all ops share.
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -10,6 +11,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <utility>
@@ -22,11 +24,42 @@ namespace {
 
 using at::Tensor;
 
+// Whether OpenMP has threads by a kernel's doing: a forked child has none of them, and waits for
+// them.
+std::atomic<bool> has_threads{false};
+
 void run_on_threads(int count, void (*body)(void*, int), void* context) {
+  if (count > 1) has_threads.store(true, std::memory_order_relaxed);
   at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
   });
 }
+
+// A block of Python in which this thread's float32 products on a GPU are no tf32 products, whatever
+// the process allows, or are again what it allows. By torch's own guard: all its other switches are
+// the whole process's.
+class Tf32Block {
+ public:
+  explicit Tf32Block(bool allowed) : allowed_(allowed) {}
+  void enter() {
+    before_ = guard.has_value();
+    set(!allowed_);
+  }
+  void exit() { set(before_); }
+
+ private:
+  static void set(bool guarded) {
+    if (!guarded) {
+      guard.reset();
+    } else if (!guard) {
+      guard.emplace();
+    }
+  }
+  static thread_local std::optional<at::NoTF32Guard> guard;
+  bool allowed_, before_ = false;
+};
+
+thread_local std::optional<at::NoTF32Guard> Tf32Block::guard;
 
 }  // namespace
 
@@ -43,6 +76,16 @@ Type type_of(const Tensor& t) {
     default:
       TORCH_CHECK_TYPE(false, "expected a floating point tensor, got ", t.scalar_type());
   }
+}
+
+Stored stored_as(const Tensor& t) {
+  if (t.scalar_type() == at::kBFloat16) return Stored::kBFloat16;
+  return t.scalar_type() == at::kHalf ? Stored::kHalf : Stored::kWide;
+}
+
+Tensor dense_as_stored(const Tensor& t) {
+  const bool wide = stored_as(t) == Stored::kWide && t.scalar_type() != at::kDouble;
+  return (wide ? t.to(at::kFloat) : t).contiguous();
 }
 
 Precision precision_of(c10::string_view name) {
@@ -106,10 +149,15 @@ PYBIND11_MODULE(_C, m) {
                           *name, " on this CPU");
       },
       "Run another instruction set of this CPU (for tests); None: the best again.");
+  m.def(
+      "has_threads", [] { return has_threads.load(std::memory_order_relaxed); },
+      "Whether a kernel of this process, or of the one it is a fork of, ran on several threads.");
   // What a call allocates beyond inputs, outputs and gradients, on torch's number of threads: of
   // forward or backward, whichever is more. `item`: bytes of an element of the inputs.
   m.def("row_workspace", &row_workspace);
   m.def("pair_workspace", &pair_workspace);
+  // how many products over pairs are kept of a room for `most`: whole strips of rows
+  m.def("pair_kept", &pair_kept);
   m.def("maxsim_workspace", &maxsim_workspace);
   m.def("distance_workspace", &distance_workspace);
   m.def("topk_workspace", &topk_workspace);
@@ -118,6 +166,18 @@ PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.def("class_rules_forward", &class_rules_forward, unlocked);
   m.def("class_rules_backward", &class_rules_backward, unlocked);
+  m.def("unit_rows", &unit_rows, unlocked);
+  m.def("row_marks", &row_marks, unlocked);
+  m.def("exact_center", &exact_center, unlocked);
+  m.def("dense_numbers", &dense_numbers, unlocked);
+  m.def("softplus", &softplus_of, unlocked);
+  m.def("share_loss", &share_loss, unlocked);
+  m.def("reduced_loss", &reduced_loss, unlocked);
+  py::class_<Tf32Block>(m, "tf32_products")
+      .def(py::init<bool>())
+      .def("__enter__", &Tf32Block::enter)
+      .def("__exit__", [](Tf32Block& block, const py::args&) { block.exit(); });
+  m.def("tf32_is_off", &at::NoTF32Guard::should_disable_tf32, "In this thread.");
   // For tests: what the screen of the top-k makes of every pair, and how far it may be wrong.
   m.def("topk_scores", &topk_scores);
   m.def("build", [] {

@@ -28,25 +28,32 @@ Rule rule_of(c10::ArrayRef<double> r, const char* name) {
   return {r[0], r[1], r[2]};
 }
 
-template <class T>
-void half_norms(const T* x, int64_t first, int64_t end, int64_t d, T* out) {
+template <class From, class T>
+void half_norms(const From* x, int64_t first, int64_t end, int64_t d, T* out) {
   for (int64_t i = first; i < end; ++i) {
     double sums[8] = {};
-    for (int64_t e = 0; e < d; ++e) sums[e % 8] += double(x[i * d + e]) * x[i * d + e];
+    for (int64_t e = 0; e < d; ++e) sums[e % 8] += double(x[i * d + e]) * double(x[i * d + e]);
     out[i] = static_cast<T>(std::accumulate(sums, sums + 8, 0.0) / -2);
   }
 }
 
-// -|x|^2 / 2 a row.
-Tensor half_norms(const Tensor& x) {
-  const Tensor out = at::empty({x.size(0)}, x.options());
-  at::parallel_for(0, x.size(0), 256, [&](int64_t first, int64_t end) {
-    if (x.scalar_type() == at::kDouble) {
-      half_norms(x.const_data_ptr<double>(), first, end, x.size(1), out.data_ptr<double>());
-    } else {
-      half_norms(x.const_data_ptr<float>(), first, end, x.size(1), out.data_ptr<float>());
-    }
-  });
+// -|x|^2 / 2 a row, in the type that sums are held in.
+Tensor half_norms(const Tensor& x, at::ScalarType accumulate) {
+  const Tensor out = at::empty({x.size(0)}, x.options().dtype(accumulate));
+  const auto of = [&](const auto* rows, auto* to) {
+    at::parallel_for(0, x.size(0), 256, [&](int64_t first, int64_t end) {
+      half_norms(rows, first, end, x.size(1), to);
+    });
+  };
+  if (x.scalar_type() == at::kDouble) {
+    of(x.const_data_ptr<double>(), out.data_ptr<double>());
+  } else if (x.scalar_type() == at::kBFloat16) {
+    of(x.const_data_ptr<at::BFloat16>(), out.data_ptr<float>());
+  } else if (x.scalar_type() == at::kHalf) {
+    of(x.const_data_ptr<at::Half>(), out.data_ptr<float>());
+  } else {
+    of(x.const_data_ptr<float>(), out.data_ptr<float>());
+  }
   return out;
 }
 
@@ -78,7 +85,7 @@ struct PairCall {
            const OptionalTensor& x_window, const OptionalTensor& y_window, c10::string_view score,
            c10::ArrayRef<double> positive, c10::ArrayRef<double> negative, bool skip_self,
            bool triangle, bool apart, c10::string_view precision,
-           c10::string_view reduction = "lse", bool cols = false) {
+           c10::string_view reduction = "lse", bool cols = false, const Tensor* values = nullptr) {
     TORCH_CHECK_VALUE(x_in.dim() == 2 && y_in.dim() == 2 && x_in.size(1) == y_in.size(1),
                       "pairs: expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ",
                       y_in.sizes());
@@ -87,7 +94,10 @@ struct PairCall {
                      y_in.scalar_type());
     accumulate = x_in.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     x = x_in.to(accumulate).contiguous();
-    y = triangle ? x : y_in.to(accumulate).contiguous();
+    // 16-bit columns are read where they lie
+    const bool alike = !values || values->scalar_type() == y_in.scalar_type();
+    const Stored stored = triangle || !alike ? Stored::kWide : stored_as(y_in);
+    y = triangle ? x : alike ? dense_as_stored(y_in) : y_in.to(accumulate).contiguous();
     const int64_t n = x.size(0), m = y.size(0);
     const auto paired = [&](const OptionalTensor& a, const OptionalTensor& b, const char* name) {
       TORCH_CHECK_VALUE(triangle || a.has_value() == b.has_value(), name,
@@ -136,6 +146,7 @@ struct PairCall {
     problem.both = cols || triangle;
     problem.is_double = accumulate == at::kDouble;
     problem.precision = precision_of(precision);
+    problem.stored = stored;
     TORCH_CHECK(n < std::numeric_limits<int32_t>::max() && m < std::numeric_limits<int32_t>::max(),
                 "pairs: expected fewer than 2^31 rows");
   }
@@ -144,11 +155,24 @@ struct PairCall {
   void lower() {
     const bool one = y.const_data_ptr() == x.const_data_ptr() && y.size(0) == x.size(0);
     problem.apart = true;
-    held.push_back(half_norms(x));
+    held.push_back(half_norms(x, accumulate));
     problem.rows.half_norms = held.back().const_data_ptr();
-    if (!one) held.push_back(half_norms(y));
+    if (!one) held.push_back(half_norms(y, accumulate));
     problem.columns.half_norms = held.back().const_data_ptr();
     problem.scale *= 2;
+  }
+
+  // As the columns are stored, or of the sums' type.
+  Tensor of_columns(at::IntArrayRef shape) const {
+    const Tensor t = at::empty(shape, y.options());
+    advise_huge(t);
+    return t;
+  }
+
+  // Room for the products of the first strips of rows.
+  void keep(const Tensor& kept) {
+    problem.kept = kept.numel() ? kept.data_ptr() : nullptr;
+    problem.kept_count = kept.numel();
   }
 
   Tensor empty(at::IntArrayRef shape) const {
@@ -164,17 +188,19 @@ Tensor doubles(at::IntArrayRef shape) {
 
 Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
 
-std::tuple<Tensor, Tensor> statistics(
+std::tuple<Tensor, Tensor, Tensor> statistics(
     const Tensor& x, const Tensor& y, const Tensor& scale, const OptionalTensor& x_bias,
     const OptionalTensor& y_bias, const OptionalTensor& x_labels, const OptionalTensor& y_labels,
     const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& x_groups,
     const OptionalTensor& y_groups, const OptionalTensor& exclude, const OptionalTensor& x_window,
     const OptionalTensor& y_window, c10::string_view score, c10::ArrayRef<double> positive,
     c10::ArrayRef<double> negative, bool skip_self, bool triangle, bool apart,
-    c10::string_view precision, c10::string_view reduction, bool cols) {
-  const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
-                      y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
-                      triangle, apart, precision, reduction, cols);
+    c10::string_view precision, c10::string_view reduction, bool cols, int64_t kept_scores) {
+  PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups, y_groups,
+                exclude, x_window, y_window, score, positive, negative, skip_self, triangle, apart,
+                precision, reduction, cols);
+  const Tensor kept = call.empty({kept_scores});
+  call.keep(kept);
   const PairProblem& p = call.problem;
   const Tensor rows = doubles({kStatistics, kClasses, p.rows.count});
   const Tensor columns = doubles({kStatistics, kClasses, cols && !triangle ? p.columns.count : 0});
@@ -183,7 +209,7 @@ std::tuple<Tensor, Tensor> statistics(
   const Tensor buffer = scratch(kernels.forward_bytes(p, parallel.threads));
   kernels.forward(p, {rows.data_ptr<double>(), columns.data_ptr<double>()}, aligned(buffer),
                   parallel);
-  return {rows, columns};
+  return {rows, columns, kept};
 }
 
 // The gradients' tensors, and the pointers that a kernel writes through.
@@ -207,7 +233,7 @@ struct Gradients {
       out.dx = dx.data_ptr();
     }
     if (need_y) {
-      dy = call.empty(call.y.sizes());
+      dy = call.of_columns(call.y.sizes());
       out.dy = dy.data_ptr();
     }
     if (need_scale) {
@@ -233,17 +259,20 @@ struct Gradients {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics_backward(
     const Tensor& grad_rows, const Tensor& grad_columns, const Tensor& rows, const Tensor& columns,
-    const Tensor& x, const Tensor& y, const Tensor& scale, const OptionalTensor& x_bias,
-    const OptionalTensor& y_bias, const OptionalTensor& x_labels, const OptionalTensor& y_labels,
-    const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& x_groups,
-    const OptionalTensor& y_groups, const OptionalTensor& exclude, const OptionalTensor& x_window,
-    const OptionalTensor& y_window, c10::string_view score, c10::ArrayRef<double> positive,
-    c10::ArrayRef<double> negative, bool skip_self, bool triangle, bool apart,
-    c10::string_view precision, c10::string_view reduction, bool cols, bool need_x, bool need_y,
-    bool need_scale, bool need_x_bias, bool need_y_bias) {
-  const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
-                      y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
-                      triangle, apart, precision, reduction, cols);
+    const Tensor& kept, const Tensor& x, const Tensor& y, const Tensor& scale,
+    const OptionalTensor& x_bias, const OptionalTensor& y_bias, const OptionalTensor& x_labels,
+    const OptionalTensor& y_labels, const OptionalTensor& x_ids, const OptionalTensor& y_ids,
+    const OptionalTensor& x_groups, const OptionalTensor& y_groups, const OptionalTensor& exclude,
+    const OptionalTensor& x_window, const OptionalTensor& y_window, c10::string_view score,
+    c10::ArrayRef<double> positive, c10::ArrayRef<double> negative, bool skip_self, bool triangle,
+    bool apart, c10::string_view precision, c10::string_view reduction, bool cols, bool need_x,
+    bool need_y, bool need_scale, bool need_x_bias, bool need_y_bias) {
+  PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups, y_groups,
+                exclude, x_window, y_window, score, positive, negative, skip_self, triangle, apart,
+                precision, reduction, cols);
+  TORCH_CHECK_VALUE(kept.scalar_type() == call.accumulate && kept.is_contiguous(),
+                    "kept: expected what the forward gave, got ", kept.sizes());
+  call.keep(kept);
   const PairProblem& p = call.problem;
   const Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias,
                     need_y_bias);
@@ -281,9 +310,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& values_in, const Tensor& x, c
   TORCH_CHECK_VALUE(!triangle, "pair_attention: not with triangle");
   const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
                       y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
-                      triangle, apart, precision);
+                      triangle, apart, precision, "lse", false, &values_in);
   const PairProblem& p = call.problem;
-  const Tensor values = values_in.to(call.accumulate).contiguous();
+  const Tensor values = values_in.to(call.y.scalar_type()).contiguous();
   const AttentionIn in = attention_in(values, call, positives);
   const Tensor out = call.empty({p.rows.count, in.width}), lse = doubles({p.rows.count});
   const PairKernels& kernels = best_kernels().pairs;
@@ -305,13 +334,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     bool need_y, bool need_scale, bool need_x_bias, bool need_y_bias) {
   const PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups,
                       y_groups, exclude, x_window, y_window, score, positive, negative, skip_self,
-                      triangle, apart, precision);
+                      triangle, apart, precision, "lse", false, &values_in);
   const PairProblem& p = call.problem;
-  const Tensor values = values_in.to(call.accumulate).contiguous();
+  const Tensor values = values_in.to(call.y.scalar_type()).contiguous();
   const AttentionIn in = attention_in(values, call, positives);
   const Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias,
                     need_y_bias);
-  const Tensor dvalues = need_values ? call.empty(values.sizes()) : nothing(values);
+  const Tensor dvalues = need_values ? call.of_columns(values.sizes()) : nothing(values);
   const Tensor grad = grad_out.to(call.accumulate).contiguous();
   const Tensor shift =
       at::sub(at::linalg_vecdot(grad, out, 1).to(at::kDouble), grad_lse).contiguous();
@@ -336,42 +365,6 @@ void register_pairs(torch::Library& m) {
   m.impl("pair_statistics_cpu_backward", &statistics_backward);
   m.impl("pair_attention_cpu", &attention);
   m.impl("pair_attention_cpu_backward", &attention_backward);
-}
-
-size_t pair_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& precision,
-                      int64_t width, bool apart) {
-  PairProblem p = {};
-  p.apart = apart;
-  p.rows.count = n;
-  p.columns.count = m;
-  p.d = d;
-  p.both = true;
-  p.is_double = item == sizeof(double);
-  p.precision = precision_of(precision);
-  const PairKernels& kernels = best_kernels().pairs;
-  const int threads = torch_threads().threads;
-  double wanted;
-  const PairBackwardOut everything = {&wanted, &wanted, &wanted, &wanted, &wanted};
-  PairBackwardOut without_rows = everything;
-  without_rows.dx = nullptr;
-  size_t most = 0, shift = 0;
-  for (const PairBackwardOut& out : {everything, without_rows}) {
-    if (width > 0) {
-      const AttentionIn in = {nullptr, width, false};
-      most = std::max({most, kernels.attention_bytes(p, in, threads),
-                       kernels.attention_backward_bytes(p, in, out, true, threads)});
-      shift = 3 * sizeof(double) * n;  // products of a row, and what is taken from them
-    }
-    for (const bool triangle : {false, n == m}) {
-      p.triangle = triangle;
-      most = std::max(
-          {most, kernels.forward_bytes(p, threads), kernels.backward_bytes(p, out, threads)});
-    }
-    p.triangle = false;
-  }
-  const size_t norms = apart ? std::max<size_t>(item, sizeof(float)) * (n + m) : 0;
-  const size_t widened = item == 2 ? 2 * kWidened * (n + m) * (d + width) : 0;
-  return scratch_bytes(most) + shift + norms + widened;
 }
 
 }  // namespace fused_losses

@@ -62,8 +62,8 @@ size_t candidate_bytes(int64_t n, int64_t d) {
 // The rows of a problem and how they are compared.
 TopkProblem rows_of(Held& held, const Tensor& x, const Tensor& y, const OptionalTensor& y_scale,
                     const OptionalTensor& codes, const OptionalTensor& codes_scale,
-                    const OptionalTensor& codes_error, c10::string_view kind, bool largest,
-                    bool symmetric, c10::string_view screen) {
+                    const OptionalTensor& codes_error, const OptionalTensor& codes_signs,
+                    c10::string_view kind, bool largest, bool symmetric, c10::string_view screen) {
   const int64_t n = x.size(0), m = y.size(0);
   TopkProblem p = {};
   p.x = held.matrix(x);
@@ -77,6 +77,11 @@ TopkProblem rows_of(Held& held, const Tensor& x, const Tensor& y, const Optional
                       y.sizes(), " with scale and error, got ", codes->sizes());
     p.codes = {held.matrix(*codes), held.vector<float>(codes_scale, at::kFloat, {m}, "codes_scale"),
                held.vector<float>(codes_error, at::kFloat, {m}, "codes_error")};
+    if (codes_signs && x.size(1) > 0) {
+      p.codes.rounds = codes_signs->dim() == 2 ? codes_signs->size(0) : 0;
+      p.codes.signs =
+          held.vector<int8_t>(codes_signs, at::kChar, {p.codes.rounds, x.size(1)}, "codes_signs");
+    }
   }
   p.n = n, p.m = m, p.d = x.size(1);
   p.affinity = affinity_of(kind);
@@ -95,7 +100,8 @@ Tensor queries(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const OptionalTensor& y_scale,
                                 const OptionalTensor& codes, const OptionalTensor& codes_scale,
-                                const OptionalTensor& codes_error, const OptionalTensor& x_labels,
+                                const OptionalTensor& codes_error,
+                                const OptionalTensor& codes_signs, const OptionalTensor& x_labels,
                                 const OptionalTensor& y_labels, const OptionalTensor& x_ids,
                                 const OptionalTensor& y_ids, const OptionalTensor& exclude,
                                 c10::string_view kind, int64_t k, bool largest,
@@ -110,8 +116,8 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const Optio
   const Tensor x = queries(x_in);
   const int64_t n = x.size(0), m = y.size(0);
   Held held;
-  TopkProblem p = rows_of(held, x, y, y_scale, codes, codes_scale, codes_error, kind, largest,
-                          symmetric, screen);
+  TopkProblem p = rows_of(held, x, y, y_scale, codes, codes_scale, codes_error, codes_signs, kind,
+                          largest, symmetric, screen);
   p.k = k;
   p.x_labels = held.vector<int32_t>(x_labels, at::kInt, {n}, "x_labels");
   p.y_labels = held.vector<int32_t>(y_labels, at::kInt, {m}, "y_labels");
@@ -141,16 +147,14 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const Optio
 
 void register_topk(torch::Library& m) { m.impl("pair_topk_cpu", &topk); }
 
-std::tuple<Tensor, Tensor, Tensor> topk_scores(const Tensor& x_in, const Tensor& y,
-                                               const std::string& kind, bool largest,
-                                               const std::string& screen,
-                                               const OptionalTensor& codes,
-                                               const OptionalTensor& codes_scale,
-                                               const OptionalTensor& codes_error) {
+std::tuple<Tensor, Tensor, Tensor> topk_scores(
+    const Tensor& x_in, const Tensor& y, const std::string& kind, bool largest,
+    const std::string& screen, const OptionalTensor& codes, const OptionalTensor& codes_scale,
+    const OptionalTensor& codes_error, const OptionalTensor& codes_signs) {
   const Tensor x = queries(x_in);
   Held held;
-  TopkProblem p =
-      rows_of(held, x, y, {}, codes, codes_scale, codes_error, kind, largest, false, screen);
+  TopkProblem p = rows_of(held, x, y, {}, codes, codes_scale, codes_error, codes_signs, kind,
+                          largest, false, screen);
   p.k = 1;
   const auto floats = x.options().dtype(at::kFloat);
   const Tensor scores = at::empty({p.n, p.m}, floats), bounds = at::empty({p.n, p.m}, floats);

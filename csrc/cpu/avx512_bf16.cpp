@@ -7,7 +7,7 @@ namespace fused_losses {
 
 const Kernels* avx512_bf16_kernels() {
 #if defined(__AVX512BF16__)
-  static const Kernels kernels = avx512_bf16::table("avx512_bf16", true);
+  static constinit const Kernels kernels = avx512_bf16::table("avx512_bf16", true);
   return &kernels;
 #else
   return nullptr;

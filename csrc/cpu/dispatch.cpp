@@ -1,7 +1,6 @@
 // Chooses the kernels at run time: the CPU's abilities, capped by ATEN_CPU_CAPABILITY.
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 
 #include "../kernels.h"
 
@@ -27,15 +26,27 @@ bool runs_here([[maybe_unused]] const char* capability) {
   return std::strcmp(capability, "default") == 0;
 }
 
+struct Rung {
+  const char* capability;
+  const Kernels* (*kernels)();
+};
+
+constexpr Rung kLadder[] = {
+    {"avx512_bf16", avx512_bf16_kernels}, {"avx512", avx512_kernels}, {"avx2", avx2_kernels}};
+
+// what is compiled for an instruction set is called only where that runs
+const Kernels* kernels_of(const Rung& rung) {
+  return runs_here(rung.capability) ? rung.kernels() : nullptr;
+}
+
 const Kernels& choose() {
   const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
   const bool none = cap && std::strcmp(cap, "default") == 0;
   const bool avx2_at_most = none || (cap && std::strcmp(cap, "avx2") == 0);
-  const Kernels* ladder[] = {avx2_at_most ? nullptr : avx512_bf16_kernels(),
-                             avx2_at_most ? nullptr : avx512_kernels(),
-                             none ? nullptr : avx2_kernels()};
-  for (const Kernels* k : ladder) {
-    if (k && runs_here(k->capability)) return *k;
+  for (const Rung& rung : kLadder) {
+    const bool wide = std::strncmp(rung.capability, "avx512", 6) == 0;
+    if (none || (avx2_at_most && wide)) continue;
+    if (const Kernels* k = kernels_of(rung)) return *k;
   }
   return generic_kernels();
 }
@@ -51,9 +62,9 @@ const Kernels& best_kernels() {
 bool force_kernels(const char* capability) {
   forced = nullptr;
   if (!capability) return true;
-  for (const Kernels* k :
-       {&generic_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels()}) {
-    if (k && std::strcmp(k->capability, capability) == 0 && runs_here(capability)) forced = k;
+  if (std::strcmp(capability, "default") == 0) forced = &generic_kernels();
+  for (const Rung& rung : kLadder) {
+    if (std::strcmp(rung.capability, capability) == 0) forced = kernels_of(rung);
   }
   return forced != nullptr;
 }

@@ -216,7 +216,7 @@ inline void by_type(const RowUpdate& p, Step step, const Parallel& parallel) {
   (p.weight.type == Type::kFloat64 ? kDouble : kFloat)(p, step, parallel);
 }
 
-inline RowUpdateKernels row_update_table() {
+constexpr RowUpdateKernels row_update_table() {
   return {by_type<const SgdStep&, sgd_rows<float>, sgd_rows<double>>,
           by_type<const AdamwStep&, adamw_rows<float>, adamw_rows<double>>,
           by_type<const AdagradStep&, adagrad_rows<float>, adagrad_rows<double>>,

@@ -66,6 +66,28 @@ inline void write_row(void* data, Type type, int64_t at, int64_t d, const T* fro
   }
 }
 
+// Rows [first, first + count) of d dense elements in T.
+template <class T>
+inline void read_rows(Stored stored, const void* data, int64_t first, int64_t count, int64_t d,
+                      T* out) {
+  if (stored == Stored::kWide) {
+    std::copy_n(static_cast<const T*>(data) + first * d, count * d, out);
+  } else {
+    const Type type = stored == Stored::kHalf ? Type::kFloat16 : Type::kBFloat16;
+    read_row({data, type, d}, first, count * d, out);
+  }
+}
+
+// Elements [at, at + count) of rows that are stored so.
+template <class T>
+inline void write_part(Stored stored, void* data, int64_t at, int64_t count, const T* from) {
+  if (stored == Stored::kWide) {
+    std::copy_n(from, count, static_cast<T*>(data) + at);
+  } else {
+    write_row(data, stored == Stored::kHalf ? Type::kFloat16 : Type::kBFloat16, at, count, from);
+  }
+}
+
 template <class T>
 constexpr Type kNative = sizeof(T) == 8 ? Type::kFloat64 : Type::kFloat32;
 

@@ -1,4 +1,5 @@
-// Fills the table of one instruction set from the templates.
+// Fills the table of one instruction set from the templates. It is a constant: code that filled it
+// at run time would be of that instruction set, on a CPU that may not have it.
 #pragma once
 
 #include "class_rules/backward.h"
@@ -39,7 +40,7 @@ inline auto with_products(const PairProblem& p, F&& f) {
 }
 
 // of a forward no product is a gradient's: mixed rounds none
-inline RowKernels row_table() {
+constexpr RowKernels row_table() {
   RowKernels k;
   k.forward_bytes = [](const Problem& p, int threads) {
     return with_products(
@@ -62,7 +63,7 @@ inline RowKernels row_table() {
   return k;
 }
 
-inline ClassKernels class_table() {
+constexpr ClassKernels class_table() {
   ClassKernels k;
   k.forward_bytes = [](const ClassProblem& c, int threads) {
     return with_products(
@@ -88,7 +89,7 @@ inline ClassKernels class_table() {
   return k;
 }
 
-inline DivergenceKernels divergence_table() {
+constexpr DivergenceKernels divergence_table() {
   DivergenceKernels k;
   k.forward_bytes = [](const DivergenceProblem& p, int threads) {
     return with_products(p.student, [&]<class PS, class, class T>() {
@@ -115,8 +116,11 @@ inline DivergenceKernels divergence_table() {
   return k;
 }
 
-inline PairKernels pair_table() {
+constexpr PairKernels pair_table() {
   PairKernels k;
+  k.kept = [](const PairProblem& p, int64_t most) {
+    return with_products(p, [&]<class PS, class, class T>() { return pair_kept<PS, T>(p, most); });
+  };
   k.forward_bytes = [](const PairProblem& p, int threads) {
     return with_products(
         p, [&]<class PS, class, class T>() { return pair_forward_bytes<PS, T>(p, threads); });
@@ -173,7 +177,7 @@ inline auto with_tokens(const MaxSimProblem& p, F&& f) {
   return f.template operator()<F32, float>();
 }
 
-inline MaxSimKernels maxsim_table() {
+constexpr MaxSimKernels maxsim_table() {
   MaxSimKernels k;
   k.forward_bytes = [](const MaxSimProblem& p, int threads) {
     return with_tokens(p, [&]<class P, class T>() { return maxsim_bytes<P, T>(p, threads); });
@@ -203,7 +207,7 @@ inline auto with_screen([[maybe_unused]] const TopkProblem& p, F&& f) {
   return f.template operator()<F32>();
 }
 
-inline TopkKernels topk_table() {
+constexpr TopkKernels topk_table() {
   TopkKernels k;
   k.bytes = [](const TopkProblem& p, int threads) {
     return with_screen(p, [&]<class P>() { return topk_bytes<P>(p, threads); });
@@ -218,7 +222,7 @@ inline TopkKernels topk_table() {
   return k;
 }
 
-inline TripletKernels triplet_table() {
+constexpr TripletKernels triplet_table() {
   TripletKernels k;
   k.bytes = [](const TripletProblem& p, int threads) {
     return p.is_double ? triplet_bytes<double>(p, threads) : triplet_bytes<float>(p, threads);
@@ -236,7 +240,7 @@ inline TripletKernels triplet_table() {
   return k;
 }
 
-inline Kernels table(const char* capability, bool bf16) {
+constexpr Kernels table(const char* capability, bool bf16) {
   return {capability,        bf16,         row_table(),      class_table(),   pair_table(),
           maxsim_table(),    topk_table(), distance_table(), triplet_table(), row_update_table(),
           divergence_table()};

@@ -73,4 +73,19 @@ int run_gather(const GatherArguments& a, Stream stream) {
 
 FL_EXPORT(gather, GatherArguments, GATHER_FIELDS, run_gather)
 
+#if defined(__CUDACC__)
+// Why a device has no code of these kernels, 0: it has, or its driver makes it from their PTX. All
+// files are compiled for the same devices, so that one kernel stands for every one.
+FL_PUBLIC int fused_losses_kernels_on(int device) {
+  int before = 0;
+  cudaFuncAttributes found;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&found, gather_rows<float, float>);
+  cudaSetDevice(before);
+  cudaGetLastError();  // so that the next launch does not report this
+  return error;
+}
+#endif
+
 }  // namespace fused_losses::cuda::gather

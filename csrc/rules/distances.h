@@ -140,8 +140,7 @@ struct KullbackLeibler : Metric<Math> {
   FL_RULE static void add(V* s, T x, V y, V, T) {
     const V zero = {};
     const T at_zero = x > 0 ? kInfinity<T> : T(0);
-    const V inverse = Math::reciprocal(Math::not_zero(y));
-    const V term = x * log_of_ratio<Math>((x - y) * inverse, x * inverse);
+    const V term = x * log_of_quotient<Math>(zero + x, y, x - y);
     s[0] += y == zero ? zero + at_zero : term;
   }
 };
@@ -302,8 +301,8 @@ struct JensenShannonTerm : Term<Math> {
   using typename Term<Math>::T, typename Term<Math>::V;
   FL_RULE static V factor(V g, V out, V&) { return over_distance<Math>(g, out, T(4)); }
   FL_RULE static void add(V& sum, V own, V other, V, T f, T) {
-    const V zero = {}, r = Math::reciprocal(Math::not_zero(own + other));
-    const V slope = log_of_ratio<Math>((own - other) * r, own * r * T(2));
+    const V zero = {};
+    const V slope = log_of_quotient<Math>(own + own, own + other, own - other);
     sum = own != zero ? sum + slope * f : sum;
   }
 };
@@ -314,7 +313,7 @@ struct KlOfX : Term<Math> {
   using typename Term<Math>::T, typename Term<Math>::V;
   FL_RULE static void add(V& sum, V own, V other, V, T f, T) {
     const V zero = {};
-    const V slope = log_positive<Math>(own * Math::reciprocal(Math::not_zero(other))) + T(1);
+    const V slope = log_of_quotient<Math>(own, other, own - other) + T(1);
     sum = (own != zero) & (other != zero) ? sum + slope * f : sum;
   }
 };

@@ -187,10 +187,41 @@ template <class V>
 struct DivergenceRow {
   V lse, teacher_lse;      // 0 where there is no class
   V gap_high, gap_low;     // lse - teacher_lse (of kPower: lse - P) to more digits than one number
+  V s_high, s_low;         // the mean that slopes of the student are less, alike
+  V t_high, t_low;         // and of the teacher
   V g_lse, g_teacher_lse;  // 0 where there is no class
   V g[2];                  // of the differentiable folds
-  V f[kMostFolds];
+  V power_lse;             // P
 };
+
+// The two slopes of log probabilities of which a softmax shares out the mean.
+template <class Math>
+FL_RULE void shared_slopes(DivergenceKind kind, Value<Math> gap, Scalar<Math> beta,
+                           Value<Math>* of_s, Value<Math>* of_t) {
+  using T = Scalar<Math>;
+  const Value<Math> zero = {};
+  if (kind == DivergenceKind::kTotalVariation) {
+    const Value<Math> half = zero + T(0.5);
+    *of_s = gap > zero ? half : (gap < zero ? -half : zero);
+    *of_t = -*of_s;
+    return;
+  }
+  // the mixture over the larger share: over the smaller its logarithm is longer by the gap
+  const Value<Math> share = gap > zero ? zero + beta : zero + (T(1) - beta);
+  const Value<Math> larger = log_of_more<Math>(share * shrink<Math>(gap));
+  *of_s = ((gap < zero ? gap : zero) - larger) * (T(1) - beta);
+  *of_t = ((gap > zero ? -gap : zero) - larger) * beta;
+}
+
+// x less a mean; one that another compilation of the same formula rounds apart from it is it.
+template <class Math>
+FL_RULE Value<Math> less_mean(Value<Math> x, Value<Math> high, Value<Math> low) {
+  using T = Scalar<Math>;
+  const Value<Math> zero = {}, apart = x - high;
+  const auto same =
+      Math::magnitude(apart) <= Math::magnitude(high) * (T(8) * std::numeric_limits<T>::epsilon());
+  return (same ? zero : apart) - low;
+}
 
 // d loss / du and d loss / dv of one class, from u, v and apart = u - v to its own digits.
 template <class Math, DivergenceKind kind>
@@ -202,29 +233,24 @@ FL_RULE void slopes(const DivergenceRow<Value<Math>>& r, Value<Math> u, Value<Ma
   const Value<Math> q_s = Math::exp(u - r.lse), q_t = Math::exp(v - r.teacher_lse);
   Value<Math> a = zero, b = zero;
   if constexpr (kind == K::kPower) {
-    const Value<Math> share = Math::exp(param * v - r.f[0]);
+    const Value<Math> share = Math::exp(param * v - r.power_lse);
     const Value<Math> gap =
         ((apart + (T(1) - param) * v) - r.gap_high) - r.gap_low;  // log q_s - log share
     *of_u = (r.g_lse + r.g[1]) * q_s - r.g[1] * difference<Math>(q_s, share, gap);
-    *of_v = param * share * (r.g[0] + r.g[1] * (u - r.f[1])) + r.g_teacher_lse * q_t;
+    *of_v = param * share * (r.g[0] + r.g[1] * ((u - r.t_high) - r.t_low)) + r.g_teacher_lse * q_t;
     return;
   }
   const Value<Math> gap = (apart - r.gap_high) - r.gap_low;  // log q_s - log q_t
   if constexpr (kind == K::kForward) {
     a = difference<Math>(q_s, q_t, gap);
-    b = -q_t * (gap + r.f[0]);
+    b = -q_t * ((apart - r.t_high) - r.t_low);
   } else if constexpr (kind == K::kReverse) {
-    a = q_s * (gap - r.f[0]);
+    a = q_s * ((apart - r.s_high) - r.s_low);
     b = -difference<Math>(q_s, q_t, gap);
-  } else if constexpr (kind == K::kJensenShannon) {
-    const Value<Math> y = beside_mean<Math>(gap, param);
-    a = (T(1) - param) * q_s * log_of_more<Math>(-param * y) - q_s * r.f[1];
-    b = param * q_t * log_of_more<Math>((T(1) - param) * y) - q_t * r.f[2];
-  } else if constexpr (kind == K::kTotalVariation) {
-    const Value<Math> half = zero + T(0.5);
-    const Value<Math> sign = gap > zero ? half : (gap < zero ? -half : zero);
-    a = q_s * (sign - r.f[1]);
-    b = -q_t * (sign + r.f[2]);
+  } else if constexpr (kind == K::kJensenShannon || kind == K::kTotalVariation) {
+    shared_slopes<Math>(kind, gap, param, &a, &b);
+    a = q_s * less_mean<Math>(a, r.s_high, r.s_low);
+    b = q_t * less_mean<Math>(b, r.t_high, r.t_low);
   } else if constexpr (kind == K::kBernoulli) {
     const CutScores<Math> cut(u, v, apart, param);
     const Value<Math> spread = sigmoid<Math>(cut.v) * sigmoid<Math>(-cut.v);

@@ -86,6 +86,34 @@ FL_RULE Value<Math> log_of_ratio(Value<Math> t, Value<Math> whole) {
   return (near ? zero : power * kLog2<T>)+Math::log_near_one(near ? t : rest);
 }
 
+// What numbers far below 1 are multiplied by, so that none of them is subnormal.
+template <class T>
+constexpr T kLow = sizeof(T) == 4 ? T(0x1p-60) : T(0x1p-900);
+template <class T>
+constexpr int kLift = sizeof(T) == 4 ? 64 : 960;
+template <class T>
+constexpr T kLifted = sizeof(T) == 4 ? T(0x1p64) : T(0x1p960);
+
+// log(a / b) for a, b > 0 of any size, apart = a - b: near each other by it, else by exponents,
+// since a / b itself may be out of range. Finite at 0: the caller sees to it.
+template <class Math>
+FL_RULE Value<Math> log_of_quotient(Value<Math> a, Value<Math> b, Value<Math> apart) {
+  using T = Scalar<Math>;
+  const Value<Math> zero = {}, one = zero + T(1), up = zero + kLifted<T>;
+  const auto low_a = a < kLow<T>, low_b = b < kLow<T>;
+  const Value<Math> lift = low_b ? up : one, whole = b * lift;
+  const Value<Math> t = (apart * lift) * Math::reciprocal(Math::not_zero(whole));
+  const auto near = (t > T(-0.25)) & (t < T(0.25));
+  Value<Math> power_a, power_b, rest_a, rest_b;
+  split<Math>(low_a ? a * up : a, &power_a, &rest_a);
+  split<Math>(whole, &power_b, &rest_b);
+  const Value<Math> shift = zero + T(kLift<T>);
+  const Value<Math> power =
+      (low_a ? power_a - shift : power_a) - (low_b ? power_b - shift : power_b);
+  const Value<Math> first = Math::log_near_one(near ? t : rest_a);
+  return near ? first : power * kLog2<T> + (first - Math::log_near_one(rest_b));
+}
+
 // (1 + t) log(1 + t) + (1 - t) log(1 - t) for t in [0, 1], where rest = 1 - t without its rounding;
 // of floats.
 template <class Math>

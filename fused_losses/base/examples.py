@@ -185,6 +185,12 @@ class ExampleInputs:
         return self._held(1 + drawn / 3)
 
 
+def few(integers: Tensor, like: Tensor) -> Tensor:
+    """Small whole numbers as rows of four, whose products nothing rounds."""
+    at = integers[:, None] % 4 == torch.arange(4, device=integers.device)
+    return at.to(like.dtype) * (1 + integers % 3)[:, None].to(like.dtype)
+
+
 ROUNDED, EXACT, UNJUDGED = "rounded", "exact", "unjudged"
 PRECISIONS = ("fp32", "tf32", "mixed", "bf16")
 Call = Callable[[Callable[..., Any], Any], Any]  # (function, inputs)

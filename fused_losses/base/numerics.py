@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fused_losses.base.compiled import dense_rows, helpers
+
+WIDE = (torch.float32, torch.float64)  # what the extension's helpers take
+# numbers of a vector, entries of a matrix, up to which one pass takes less than PyTorch's own
+SHORT, SMALL = 1 << 14, 1 << 16
+RUN = 1 << 13  # rows that are widened at once
 ZERO_NORM = 1e-12
+# below it exp(r) - 1 - r and y - log(1 + y) are series, which are exact to 4e-17 of their value
+NEAR_ZERO = 0.1
 # unit roundoffs: half a unit in the last place of 1
 ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -101,10 +109,13 @@ def exact_center(*sides: Tensor) -> Tensor | None:
     sides = tuple(t.detach() for t in sides if t.shape[0])
     if not sides or not sides[0].shape[1]:
         return None
+    compiled = helpers(*sides)
+    if compiled is not None and dense_rows(*sides) and sum(t.numel() for t in sides) <= SMALL:
+        return compiled.exact_center(list(sides))
     dtype, wide = sides[0].dtype, accumulate_dtype(sides[0].dtype)
     low = torch.stack([t.amin(dim=0) for t in sides]).amin(dim=0).to(wide)
     high = torch.stack([t.amax(dim=0) for t in sides]).amax(dim=0).to(wide)
-    mean = sides[-1].mean(dim=0, dtype=wide).abs()
+    mean = _mean_row(sides[-1], wide).abs()
     least, most = torch.minimum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())
     # 2^e <= most < 2^(e + 1): the exponent's bits alone
     bits, exponent = (
@@ -118,6 +129,16 @@ def exact_center(*sides: Tensor) -> Tensor | None:
     return torch.where(movable, center.copysign(low), 0).to(dtype)
 
 
+def _mean_row(x: Tensor, wide: torch.dtype) -> Tensor:
+    """The mean of the rows; of 16-bit ones a run at a time, which PyTorch widens before it sums."""
+    if x.dtype == wide or torch.compiler.is_compiling():
+        return x.mean(dim=0, dtype=wide)
+    total = x[:RUN].sum(dim=0, dtype=wide)
+    for start in range(RUN, x.shape[0], RUN):
+        total = total + x[start : start + RUN].sum(dim=0, dtype=wide)
+    return total / x.shape[0]
+
+
 @overload
 def exactly_centered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -127,16 +148,42 @@ def exactly_centered(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None
     # strides would choose the order of sums
     x, y = x.contiguous(), None if y is None else y.contiguous()
     center = exact_center(x) if y is None else exact_center(x, y)
-    if center is None:
+    if center is None or (helpers(center) is not None and not center.any()):
+        # moved by nothing: no copy
         return x, y
     return x - center, None if y is None else y - center
 
 
 def nan_where_infinite(x: Tensor) -> Tensor:
     """0 a row, NaN where one of its entries is infinite or NaN; no copy of x. [..., D] -> [...]"""
+    compiled = helpers(x)
+    if compiled is not None and (dense_rows(x) or (x.dim() and x.is_contiguous())):
+        return compiled.row_marks(x)
     if x.shape[-1] == 0:
         return x.new_zeros(x.shape[:-1])
     return 0 * torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1)
+
+
+def exp_excess(r: Tensor) -> Tensor:
+    """exp(r) - 1 - r >= 0, exact near 0 too."""
+    small = r.abs() < NEAR_ZERO
+    s = torch.where(small, r, 0)
+    series = torch.ones_like(s)
+    for n in range(11, 2, -1):  # r^2 / 2 (1 + r / 3 (1 + r / 4 (...)))
+        series = 1 + s / n * series
+    return torch.where(small, s * s / 2 * series, torch.expm1(r) - r)
+
+
+def log_excess(y: Tensor) -> Tensor:
+    """y - log(1 + y) >= 0 for y > -1, exact near 0 too."""
+    small = y.abs() < NEAR_ZERO
+    s = torch.where(small, y, 0)
+    half = s / (2 + s)  # log(1 + y) = 2 atanh(y / (2 + y))
+    square = half * half
+    series = torch.full_like(s, 1 / 13)
+    for n in range(11, 2, -2):
+        series = 1 / n + square * series
+    return torch.where(small, s * half - 2 * half * square * series, y - torch.log1p(y))
 
 
 def softplus(z: Tensor) -> Tensor:
@@ -145,7 +192,39 @@ def softplus(z: Tensor) -> Tensor:
     F.softplus is cut at 20, which costs float64 its digits; the curve of F.logsigmoid(-z) is a
     difference from 1 where z < 0, and that of F.softplus where z > 0.
     """
+    compiled = helpers(z)
+    if compiled is not None and z.dtype in WIDE and z.numel() <= SHORT:
+        return compiled.softplus(z)
     return torch.where(z < 0, F.softplus(z), -F.logsigmoid(-z))
+
+
+def logistic(z: Tensor) -> Tensor:
+    """1 / (1 + e^-z), whose slope s (1 - s) keeps its digits on both sides of 0.
+
+    That of torch.sigmoid is of 1 - s, and s is rounded to 1.
+    """
+    if not z.requires_grad:
+        return torch.sigmoid(z)
+    below = z < 0
+    e = torch.where(below, z, -z).exp()
+    return torch.where(below, e, 1) / (1 + e)
+
+
+def share_loss(value: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """-log of the positives' share, softplus(negative - positive), and which rows have a positive.
+
+    value: [2, ...] logsumexp of the positives and of the negatives; others [...]: how many
+    negatives. A row without either has loss 0, whatever stands there.
+    """
+    compiled = helpers(value, others)
+    wide = value.dtype == others.dtype and value.dtype in WIDE
+    if compiled is not None and wide and value.numel() <= SHORT:
+        return compiled.share_loss(value, others)
+    positive, negative = value
+    # `!=` and not `>`: a NaN must show
+    counted = positive.detach() != -torch.inf
+    both = counted & ((others > 0) | positive.isnan())
+    return torch.where(both, softplus(torch.where(both, negative - positive, 0)), 0), counted
 
 
 def log_ratio(v: Tensor, w: Tensor) -> Tensor:
@@ -200,6 +279,12 @@ def reduced(
 
     weight: what a row counts for; one of weight 0 counts for nothing and may be NaN.
     """
+    if weight is None and reduction != "none" and loss.dtype in WIDE and dtype in WIDE:
+        compiled = helpers(loss, counted)
+        alike = counted.dtype == torch.bool and loss.shape == counted.shape
+        if compiled is not None and alike and loss.numel() <= SHORT:
+            wide = dtype == torch.float64
+            return compiled.reduced_loss(loss, counted, reduction == "mean", wide)
     if weight is None:
         loss = torch.where(counted, loss, 0)
         count = counted.sum().clamp_min(1)
@@ -252,6 +337,6 @@ def autocasts(device: torch.device) -> bool:
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Our own casts decide; autocast must not lower the [N, D] work around the kernels."""
-    if device.type == "meta":
-        return contextlib.nullcontext()  # it has no autocast
+    if not autocasts(device):
+        return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

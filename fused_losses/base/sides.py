@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_losses.base.indices import ListedPairs, miner_pairs
 from fused_losses.base.integers import count_up, dense_together
+from fused_losses.base.memory_budget import MemoryBudget, Room, budget_of, room_of
 from fused_losses.base.validation import (
     REDUCTIONS,
     check_both,
@@ -106,6 +108,8 @@ class Sides(NamedTuple):
     alone: bool  # the batch meets itself (`same_rows`): pairs i == j are left out
     numbers: Integers
     banks: Sequence[Bank] = ()
+    listed: ListedPairs | None = None  # a miner's pairs: no others take part
+    room: Room | None = None  # for scores that sweeps keep
 
     @property
     def labels(self) -> tuple[Tensor, Tensor]:
@@ -136,6 +140,7 @@ def sides(
     offset: int | None = None,
     banks: Sequence[Bank] = (),
     labels: Both = NEITHER,
+    memory_budget: MemoryBudget = 0,
     **known: Any,
 ) -> Sides:
     """Raises ValueError, TypeError that name the argument; known: as in `integers`.
@@ -165,16 +170,17 @@ def sides(
         numbers = numbers._replace(x_labels=of_x, y_labels=of_y)
         banks = [(bank, of_bank) for (bank, _), of_bank in zip(banks, told, strict=True)]
     banks = [(in_one_dtype(x, bank)[0], told) for bank, told in banks]
-    return Sides(x, columns, alone, numbers, banks)
+    return Sides(x, columns, alone, numbers, banks, room=room_of(memory_budget, x))
 
 
 def ref_sides(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     ref_embeddings: Tensor | None,
     ref_labels: Tensor | None,
     precision: str,
     ids: Both = NEITHER,
+    memory_budget: MemoryBudget = 0,
 ) -> Sides:
     """A batch [N, D] with labels [N] against a second, whose labels and ids may be the batch's own.
 
@@ -193,6 +199,7 @@ def ref_sides(
         labels=(labels, ref_labels),
         ids=ids,
         labelled=True,
+        memory_budget=memory_budget,
     )
 
 
@@ -202,22 +209,64 @@ def _alone(missing: str, given: str) -> ValueError:
 
 def batch_sides(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     reduction: str,
     precision: str,
     ref_embeddings: Tensor | None = None,
     ref_labels: Tensor | None = None,
+    indices: Any = None,
+    *,
+    weighted: bool = False,
+    memory_budget: MemoryBudget = 0,
 ) -> Sides:
-    """A batch [N, D] with labels [N], alone or against a second; the same rows are no second."""
-    if ref_embeddings is not None and ref_labels is None:
-        raise _alone("ref_labels", "ref_embeddings")
-    both = ref_sides(embeddings, labels, ref_embeddings, ref_labels, precision)
+    """A batch [N, D] with labels [N], alone or against a second; the same rows are no second.
+
+    indices: of a miner (`base.indices`); no label is then asked for. weighted: of a loss that
+    weighs pairs.
+    """
+    if indices is not None:
+        others = ref_embeddings, ref_labels
+        both = _listed_sides(embeddings, labels, precision, *others, indices, weighted)
+        budget_of(memory_budget, embeddings)  # the sum over a list keeps nothing
+    else:
+        if ref_embeddings is not None and ref_labels is None:
+            raise _alone("ref_labels", "ref_embeddings")
+        refs = ref_embeddings, ref_labels, precision
+        both = ref_sides(embeddings, labels, *refs, memory_budget=memory_budget)
     check_choice("reduction", reduction, REDUCTIONS)
     return both
 
 
+def _listed_sides(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    precision: str,
+    ref_embeddings: Tensor | None,
+    ref_labels: Tensor | None,
+    indices: Any,
+    weighted: bool,
+) -> Sides:
+    """The rows of listed pairs; labels that are given fit, and are not read."""
+    if ref_embeddings is None and ref_labels is not None:
+        raise _alone("ref_embeddings", "ref_labels")
+    alone = same_rows(embeddings, ref_embeddings)
+    both = sides(embeddings, ref_embeddings, precision, alone=alone)
+    for name, told, rows in (("labels", labels, both.x), ("ref_labels", ref_labels, both.y)):
+        if told is not None:
+            check_integers(name, told, (rows.shape[0],), embeddings)
+    sizes = both.x.shape[0], both.y.shape[0]
+    listed = miner_pairs(indices, *sizes, both.x, weighted=weighted)
+    return both._replace(listed=listed)
+
+
 def class_sides(
-    embeddings: Tensor, name: str, weight: Tensor, labels: Tensor, reduction: str, precision: str
+    embeddings: Tensor,
+    name: str,
+    weight: Tensor,
+    labels: Tensor,
+    reduction: str,
+    precision: str,
+    memory_budget: MemoryBudget = 0,
 ) -> Sides:
     """A batch [N, D] with labels [N] in [0, C) against a row a class [C, D]."""
     embeddings = check_both("embeddings", embeddings, name, weight, precision, rows="C")
@@ -225,4 +274,6 @@ def class_sides(
     check_choice("reduction", reduction, REDUCTIONS)
     check_class_ids("labels", labels, weight.shape[0])
     classes = count_up(weight.shape[0], embeddings)
-    return Sides(embeddings, weight, False, Integers(labels.int(), classes))
+    numbers = Integers(labels.int(), classes)
+    room = room_of(memory_budget, embeddings)
+    return Sides(embeddings, weight, False, numbers, room=room)

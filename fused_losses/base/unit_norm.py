@@ -14,7 +14,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from fused_losses.base.numerics import accumulate_dtype, power_of_two
+from fused_losses.base.compiled import dense_rows, helpers
+from fused_losses.base.numerics import accumulate_dtype, power_of_two, row_dtype
 
 ROWS = 1024  # that are widened to the accumulation dtype at a time
 
@@ -24,6 +25,9 @@ def unit(x: Tensor, order: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling():
         # the compiler decides itself what to keep
         return _forward(x if order is None else x.index_select(0, order))
+    compiled = helpers(x)
+    if compiled is not None and dense_rows(x):
+        return compiled.unit_rows(x, order)
     return _Unit.apply(x, order)
 
 
@@ -36,7 +40,7 @@ class UnitRows(NamedTuple):
     factor: Tensor  # [..., 1] a power of two: their product may overflow
 
     def backward(self, grad: Tensor) -> Tensor:
-        """dL/dx of dL/du."""
+        """dL/dx of dL/du, and a tangent of u of one of x: the Jacobian is symmetric."""
         u = self.rows
         found = torch.addcmul(grad, u, (u * grad).sum(dim=-1, keepdim=True), value=-1)
         found = self.inverse * found  # by one name: what it held before is free
@@ -46,7 +50,14 @@ class UnitRows(NamedTuple):
 
 def unit_parts(x: Tensor) -> UnitRows:
     """x, widened, as unit rows. [..., D]; time and memory O(N D)"""
-    x = x.to(accumulate_dtype(x.dtype))
+    x, tangent = forward_ad.unpack_dual(x.to(accumulate_dtype(x.dtype)))
+    found = _parts(x)
+    if tangent is None:
+        return found
+    return found._replace(rows=forward_ad.make_dual(found.rows, _moved(x, tangent)))
+
+
+def _parts(x: Tensor) -> UnitRows:
     factor = power_of_two(x)
     x = x * factor
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -56,8 +67,14 @@ def unit_parts(x: Tensor) -> UnitRows:
     return UnitRows(x * torch.where(alive, inverse, 0), alive, inverse, factor)
 
 
+def _moved(x: Tensor, tangent: Tensor) -> Tensor:
+    """The tangent of x / |x|, rounded once: what cancels in it others may compute again."""
+    wide = row_dtype(x.device)
+    return _parts(x.to(wide)).backward(tangent.to(wide)).to(x.dtype)
+
+
 def _forward(x: Tensor) -> Tensor:
-    return unit_parts(x).rows.to(x.dtype)
+    return _parts(x.to(accumulate_dtype(x.dtype))).rows.to(x.dtype)
 
 
 def _backward(x: Tensor, grad: Tensor) -> Tensor:
@@ -104,5 +121,4 @@ class _Unit(torch.autograd.Function):
         x = forward_ad.unpack_dual(x).primal
         if order is not None:
             x, tangent = x.index_select(0, order), tangent.index_select(0, order)
-        # the Jacobian is symmetric
-        return _backward(x, tangent)
+        return _moved(x, tangent)

@@ -114,7 +114,7 @@ def check_labels(
         return
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     extra = "" if ignore_index == NO_TARGET else f" or ignore_index={ignore_index}"
-    if labels.is_cuda and os.environ.get("FUSED_LOSSES_VALIDATE") != "1":
+    if asserted(labels):
         assert_async(~bad.any(), f"{name}: expected class ids in [0, {num_classes}){extra}")
     elif bool(bad.any()):
         wrong = labels[bad]
@@ -122,6 +122,11 @@ def check_labels(
             label_error(name, num_classes, int(wrong.min()), int(wrong.max()), extra)
             + f" in {wrong.numel()} of {labels.numel()} rows"
         )
+
+
+def asserted(values: Tensor) -> bool:
+    """Whether values are judged on their device, by `assert_async`: who reads them waits for it."""
+    return values.is_cuda and os.environ.get("FUSED_LOSSES_VALIDATE") != "1"
 
 
 def increasing_classes(classes: Tensor | None, like: Tensor) -> Tensor | None:
@@ -135,10 +140,17 @@ def increasing_classes(classes: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def check_classes(classes: Tensor, num_classes: int) -> None:
-    """Strictly increasing ids in [0, num_classes): what the primitives take for `classes`."""
+    """Strictly increasing ids in [0, num_classes): what the primitives take for `classes`.
+
+    Asserted as `check_labels` does.
+    """
     if classes.numel() == 0:
         raise ValueError("classes: expected at least one class id, got an empty tensor")
     if classes.is_meta:
+        return
+    if asserted(classes):
+        sound = (classes[0] >= 0) & (classes[-1] < num_classes) & (classes.diff() > 0).all()
+        assert_async(sound, f"classes: expected distinct class ids in [0, {num_classes})")
         return
     if int(classes[0]) < 0 or int(classes[-1]) >= num_classes:
         raise IndexError(
@@ -149,13 +161,18 @@ def check_classes(classes: Tensor, num_classes: int) -> None:
 
 
 def check_labels_in_classes(labels: Tensor, classes: Tensor) -> None:
-    """Each label (or NO_TARGET) is one of `classes`: a sampled softmax needs its positives."""
+    """Each label (or NO_TARGET) is one of `classes`: a sampled softmax needs its positives.
+
+    Asserted as `check_labels` does.
+    """
     found = classes[torch.searchsorted(classes, labels).clamp_max(classes.numel() - 1)] == labels
     missing = ~found & (labels != NO_TARGET)
-    if bool(missing.any()):
+    told = "classes: expected every label among the classes that take part"
+    if asserted(labels):
+        assert_async(~missing.any(), told)
+    elif bool(missing.any()):
         raise ValueError(
-            f"classes: expected every label among the classes that take part, but "
-            f"{int(missing.sum())} labels are not, for example class "
+            f"{told}, but {int(missing.sum())} labels are not, for example class "
             f"{int(labels[missing][0])}"
         )
 
@@ -244,7 +261,7 @@ def check_class_ids(name: str, labels: Tensor, classes: int) -> None:
     if torch.compiler.is_compiling() or labels.numel() == 0 or labels.is_meta:
         return
     bad = (labels < 0) | (labels >= classes)
-    if labels.is_cuda and os.environ.get("FUSED_LOSSES_VALIDATE") != "1":
+    if asserted(labels):
         assert_async(~bad.any(), f"{name}: expected class ids in [0, {classes})")
     elif bool(bad.any()):
         wrong = labels[bad]
@@ -292,6 +309,7 @@ def check_range(name: str, bounds: tuple[float, float] | None) -> None:
     """None, or (low, high) in this order."""
     if bounds is None:
         return
+    check_plain(**{name: bounds})
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise TypeError(f"{name}: expected (low, high), got {bounds!r}")
     for bound in bounds:
@@ -310,7 +328,7 @@ def number(name: str, value: float | Tensor, like: Tensor, *, positive: bool = T
         readable = value.device.type == "cpu" and not torch.compiler.is_compiling()
         if positive and readable and float(value.detach()) <= 0:
             raise ValueError(f"{name}: expected a value > 0, got {float(value.detach())}")
-        return value.reshape(()).double()
+        return (value.reshape(()) if value.dim() else value).double()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number or a scalar tensor, got {type(value).__name__}")
     if positive and not 0 < value < float("inf"):
@@ -319,9 +337,10 @@ def number(name: str, value: float | Tensor, like: Tensor, *, positive: bool = T
 
 
 def check_plain(**values: object) -> None:
-    """Numbers through which no gradient goes: a tensor that asks for one is refused."""
+    """Numbers, or several, without a gradient: a tensor that asks for one is refused."""
     for name, value in values.items():
-        if isinstance(value, Tensor) and followed(value):
+        each = value if isinstance(value, tuple | list) else (value,)
+        if any(isinstance(one, Tensor) and followed(one) for one in each):
             raise TypeError(
                 f"{name}: expected a number, got a tensor that asks for a gradient, which this "
                 "argument has none of; detach it"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fused_losses.base.files import write_text
-from fused_losses.bench import measure
+from fused_losses.bench import measure, small
 from fused_losses.bench.measure import Result
 from fused_losses.bench.micro import cases
 from fused_losses.bench.micro.cases import Case
@@ -24,6 +24,7 @@ from fused_losses.bench.plots import plotted
 from fused_losses.bench.table import CASES, SIZES, Shape, title
 from fused_losses.version import __version__
 
+SUITES = {"small": small.SHAPES}
 GROWTH = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
@@ -55,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=sizes.letters,
             help=f"{sizes.what}; may be repeated (default {'; '.join(usual)})",
         )
+    parser.add_argument(
+        "--suite",
+        choices=SUITES,
+        help="small: N = 32 to 1,024, and no growth (default: every case at its own shape)",
+    )
     parser.add_argument("--no-growth", action="store_true", help="skip the cost against C")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda (default: cuda where there is a GPU)")  # fmt: skip
@@ -76,6 +82,12 @@ def _say(text: str) -> None:
 
 def _planned(args: argparse.Namespace) -> Iterator[tuple[str, Shape, int, Case]]:
     """A file name, sizes, rounds and the case, made when its turn comes."""
+    if args.suite:
+        for name, shape in SUITES[args.suite]:
+            if not args.case or name in args.case:
+                case = small.chosen(CASES[name].case(shape, args.device))
+                yield title(name, shape), shape, args.rounds, case
+        return
     for name, entry in CASES.items():
         if args.case and name not in args.case:
             continue
@@ -110,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, text: list[str], record: dict[str, Any]) -> bool:
     """Every case, written as soon as it is done; whether a provider failed."""
     failed = False
+    against_n: list[tuple[str, int, list[Result]]] = []
     for name, shape, rounds, case in _planned(args):
         results = measure.paired(case, rounds, _say)
         failed = failed or any(r.error for r in results)
@@ -121,11 +134,16 @@ def _measure(args: argparse.Namespace, text: list[str], record: dict[str, Any]) 
             {"title": case.title, "shape": list(shape), "flops_floor": case.flops,
              "bytes_floor": case.bytes, "results": [asdict(r) for r in results]}
         )  # fmt: skip
+        against_n.append((case.title.split(",")[0], shape[0], results))
         _plot_bars(args.out / f"{name}.png", case, results)
         _write(args.out, text, record)
         del case
         measure.give_back_memory()
-    if not args.no_growth:
+    if args.suite:
+        lines = small.crossings(against_n)
+        print("\n".join(lines))
+        text += lines
+    elif not args.no_growth:
         lines, points = growth(args.device)
         print("\n".join(lines))
         text += lines
@@ -169,12 +187,16 @@ def table(case: Case, results: list[Result]) -> list[str]:
         off = "" if r.difference is None else f"{r.difference:.0e}"
         if r.errors is not None:
             off += " (" + ", ".join(f"{error:.0e}" for error in r.errors) + ")"
-        row = f"| {r.name} | {r.median_ms:,.0f} | {r.extra_mib:,.1f} | {off} |"
+        row = f"| {r.name} | {_digits(r.median_ms)} | {r.extra_mib:,.1f} | {off} |"
         for rival in rivals:
             ratio = measure.paired_ratio(r, rival) if r.name in case.ours else float("nan")
             row += " |" if ratio != ratio else f" {ratio:.2f}x |"
         lines.append(row)
     return lines
+
+
+def _digits(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def _off(case: Case) -> str:

@@ -127,6 +127,7 @@ CASES = {
     "nt_xent": Entry(pair_cases.nt_xent, "pairs"),
     "uniformity": Entry(pair_cases.uniformity, "pairs"),
     "multi_similarity": Entry(pair_cases.multi_similarity, "pairs"),
+    "circle": Entry(pair_cases.circle, "pairs"),
     "attention": Entry(pair_cases.attention, "pairs", in_16_bits=True),
     # an eager step takes 20 s on two cores
     "maxsim": Entry(pair_cases.maxsim, "tokens", lambda rounds, shape: max(1, rounds // 4)),

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fused_losses.base.parameters import check_above, check_called, check_parameter
 from fused_losses.base.validation import FLOATS, check_choice, checked_smoothing, describe
-from fused_losses.losses.unpg import UNPG
+from fused_losses.functions.unpg import UNPG
 
 HEADS_OWN = ("name", "weight", "seed", "allocate")  # that the head gives its optimiser
 LEAST_RATE = 2.0**-60  # of sample_rate

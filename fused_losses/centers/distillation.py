@@ -18,8 +18,8 @@ from fused_losses.centers.collectives import Gathered
 from fused_losses.centers.divergence_engine import DivergenceEngine, DivergenceSweep, TeacherShard
 from fused_losses.centers.shard import Shard
 from fused_losses.centers.swept_table import SweptTable
-from fused_losses.losses.distillation import check_frozen
-from fused_losses.losses.distillation_kinds import (
+from fused_losses.functions.distillation import check_frozen
+from fused_losses.functions.distillation_kinds import (
     KINDS,
     DistillationKind,
     DistillationOptions,

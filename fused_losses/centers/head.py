@@ -32,9 +32,9 @@ from fused_losses.centers.step import SavedForward
 from fused_losses.centers.storage import Storage, initialise_
 from fused_losses.centers.swept_table import SweptTable
 from fused_losses.centers.update import NONFINITE, AutogradUpdates, RowUpdates
-from fused_losses.losses.adaptive_scale import AdaptiveScale
-from fused_losses.losses.class_values import ClassLoss, MergedRows, Sweep, count_negatives
-from fused_losses.losses.unpg import UNPG
+from fused_losses.functions.adaptive_scale import AdaptiveScale
+from fused_losses.functions.class_values import ClassLoss, MergedRows, Sweep, count_negatives
+from fused_losses.functions.unpg import UNPG
 from fused_losses.margins import ArcFace
 from fused_losses.primitives.shared_negatives.op import add_shared
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.files import DataError
+from fused_losses.base.saved import check_owned, check_saved
 from fused_losses.base.validation import describe
 
 PARTIAL_FC_2 = re.compile(r"checkpoint_gpu_(\d+)\.pt")
 PARTIAL_FC_1 = re.compile(r"rank_(\d+)_softmax_weight\.pt")
 TABLE, WEIGHT, OPTIMIZER, STEP = "state_dict_softmax_fc", "weight", "state_optimizer", "global_step"
-MAX_PICKLE = 1 << 26  # bytes of the part of a file that says where its tensors are
 
 
 class Part(NamedTuple):
@@ -131,6 +130,7 @@ def _matrix(path: Path, key: str, value: Any) -> Tensor:
         raise DataError(f"{path}: {key}: expected a tensor [C, D], got {type(value).__name__}")
     if not _is_matrix(value) or value.shape[1] == 0:
         raise DataError(f"{path}: {key}: expected floats [C, D], got {describe(value)}")
+    check_owned(value, f"{path}: {key}")
     return value.detach()
 
 
@@ -154,9 +154,12 @@ class _NumpyValue:
         pass
 
 
+INTEGERS = [f"{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)]
+
+
 def _numpy_scalar(kind: Any, data: Any) -> int | _NumpyValue:
     """An integer's value: of the step, perhaps."""
-    if not isinstance(kind, _NumpyKind) or kind.name[:1] not in ("i", "u"):
+    if not isinstance(kind, _NumpyKind) or kind.name not in INTEGERS or len(data) > 8:
         return _NumpyValue()
     return int.from_bytes(data, "big" if kind.big else "little", signed=kind.name[0] == "i")
 
@@ -178,9 +181,7 @@ NUMPY = [
 
 def _load(path: Path) -> Any:
     try:
-        zipped = zipfile.is_zipfile(path)
-        if zipped:
-            _check_archive(path)
+        zipped = check_saved(path)
         with torch.serialization.safe_globals(NUMPY):
             return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except DataError:
@@ -190,21 +191,6 @@ def _load(path: Path) -> Any:
         raise DataError(
             f"{path}: not a file of tensors that can be read ({_reason(error)})"
         ) from None
-
-
-def _check_archive(path: Path) -> None:
-    """torch stores its parts as they are: a packed one may be of any size when it is read."""
-    with zipfile.ZipFile(path) as archive:
-        for part in archive.infolist():
-            if part.compress_type != zipfile.ZIP_STORED:
-                raise DataError(
-                    f"{path}: {part.filename}: expected a stored part, not a packed one"
-                )
-            if part.filename.endswith("data.pkl") and part.file_size > MAX_PICKLE:
-                raise DataError(
-                    f"{path}: {part.filename}: expected at most {MAX_PICKLE} bytes, got "
-                    f"{part.file_size}"
-                )
 
 
 def _reason(error: Exception) -> str:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fused_losses.base.parameters import check_called
 from fused_losses.centers.engines import Engine, RuleEngine, SoftmaxEngine
-from fused_losses.losses.adaptive_scale import AdaptiveScale
-from fused_losses.losses.class_values import ClassLoss, MergedRows, Softmax
-from fused_losses.losses.margin_calls import penalty_of
-from fused_losses.losses.smoothed_softmax import toward_uniform
+from fused_losses.functions.adaptive_scale import AdaptiveScale
+from fused_losses.functions.class_values import ClassLoss, MergedRows, Softmax
+from fused_losses.functions.margin_calls import penalty_of
+from fused_losses.functions.smoothed_softmax import toward_uniform
 from fused_losses.margins import Margin
 
 HeadMargin = Margin | ClassLoss | AdaptiveScale | None

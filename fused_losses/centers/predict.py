@@ -12,7 +12,7 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast, unit_rows
 from fused_losses.base.validation import check_class_ids, check_index_vector
 from fused_losses.centers.batch import GlobalBatch, device_of, gather_batch
 from fused_losses.centers.shard import Shard
-from fused_losses.losses.class_values import ClassLoss
+from fused_losses.functions.class_values import ClassLoss
 from fused_losses.primitives.class_rules.rules import pool
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, u
 from fused_losses.base.parameters import check_above, check_margin
 from fused_losses.base.validation import NO_TARGET
 from fused_losses.centers import arguments
-from fused_losses.losses.margin_calls import apply_margin, penalty_of
+from fused_losses.functions.margin_calls import apply_margin, penalty_of
 from fused_losses.margins import Margin
 
 WIDE = torch.float64

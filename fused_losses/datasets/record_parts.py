@@ -106,17 +106,18 @@ def read_record(file: StoredFile, offset: int, what: str) -> Record:
     return _parse(file, _read_parts(file, offset, what)[0], offset, what)
 
 
-def peek(file: StoredFile, offset: int, what: str) -> tuple[float, bool]:
-    """(first label, whether a picture follows): what the index needs, without the picture."""
+def peek(file: StoredFile, offset: int, what: str) -> tuple[float, bool, int]:
+    """(first label, whether a picture follows, bytes of the record), without the picture."""
     cflag, length = read_part(file, offset, what, first=True)
     if cflag == WHOLE and length >= HEADER.size + 4:
         head = file.read(offset + PART.size, HEADER.size + 4, what)
         flag, label = HEADER.unpack_from(head)[:2]
         if HEADER.size + 4 * flag <= length:
             first = struct.unpack_from("<f", head, HEADER.size)[0] if flag else label
-            return first, length > HEADER.size + 4 * flag
-    record = read_record(file, offset, what)
-    return record.labels[0], bool(record.payload)
+            return first, length > HEADER.size + 4 * flag, PART.size + length
+    content, stop = _read_parts(file, offset, what)
+    record = _parse(file, content, offset, what)
+    return record.labels[0], bool(record.payload), stop - offset
 
 
 def frame(content: bytes) -> bytes:

@@ -167,13 +167,24 @@ def _first_identity(rec: StoredFile, offsets: Tensor, rounded: int) -> int:
     return len(offsets) if abs(len(offsets) - rounded) <= spread else rounded
 
 
+def _apart(rec: StoredFile, key: int, total: int) -> int:
+    """The bytes of the records up to a key: at most the file's, or parts are read many times."""
+    if total > rec.size:
+        raise DataError(
+            f"{rec.path}: key {key}: expected records that do not overlap, those up to it take "
+            f"{total} bytes of {rec.size}"
+        )
+    return total
+
+
 def _build_index(rec: StoredFile, idx: Path, classes: int | None) -> Index:
     keys, offsets = _places(rec, idx)
     images, identities = _kinds(rec, keys, offsets)
-    labels = array("q")
+    labels, total = array("q"), 0
     for row in images:
         key, offset = int(keys[row]), int(offsets[row])
-        label, picture = peek(rec, offset, f"key {key}")
+        label, picture, size = peek(rec, offset, f"key {key}")
+        total = _apart(rec, key, total + size)
         if not picture:
             raise DataError(
                 f"{rec.path}: key {key}: expected a picture in the record at offset {offset}, got "
@@ -182,7 +193,8 @@ def _build_index(rec: StoredFile, idx: Path, classes: int | None) -> Index:
         # a float32 label can't tell classes beyond 2^24 apart
         labels.append(_integer(rec, f"key {key}", label, min(classes or EXACT, EXACT), "a class"))
     for row in identities:
-        peek(rec, int(offsets[row]), f"key {int(keys[row])}")
+        key = int(keys[row])
+        total = _apart(rec, key, total + peek(rec, int(offsets[row]), f"key {key}")[2])
     pictures, people = (slice(rows.start, rows.stop) for rows in (images, identities))
     return {
         "labels": torch.tensor(labels, dtype=torch.int64),

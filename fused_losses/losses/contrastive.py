@@ -1,288 +1,223 @@
-"""Contrastive losses: a few lines of ordinary autograd each, on statistics of one sweep over pairs.
-
-A row's loss is softplus(lse_negative - lse_positive) = -log of the positives' share of the softmax;
-with the positives summed apart its gradient keeps its digits where the loss is near zero.
-"""
+"""Losses of rows against their positives and many negatives."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fused_losses.base import validation
-from fused_losses.base.examples import examples
-from fused_losses.base.integers import count_up
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, softplus
-from fused_losses.base.sides import batch_sides, sides
-from fused_losses.base.validation import check_rows, number
-from fused_losses.losses.scored_pairs import by_label, labelled_pairs, scored, triangle
-from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
-from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
-
-CONTRAST_FORMS = ("out", "in")
-DENOMINATORS = ("simclr", "pairs")
-LONELY = ("zero", "skip")
+from fused_losses.functions.contrastive import nt_xent
+from fused_losses.functions.info_nce import info_nce
+from fused_losses.losses.module import Loss
+from fused_losses.losses.registry import entry
+from fused_losses.similarity.compatibility import higher_order_compatibility
+from fused_losses.similarity.kernel_means import uniformity
 
 
-def supervised_contrastive(
-    embeddings: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    *,
-    temperature: float | Tensor = 0.07,
-    base_temperature: float | None = None,
-    form: str = "out",
-    anchor_count: int | None = None,
-    without_positive: str = "zero",
-    normalize: bool = False,
-    reduction: str = "mean",
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """SupCon over one batch: equal labels attract, against every other row.
+@entry(
+    "Chen et al., A Simple Framework for Contrastive Learning of Visual Representations",
+    2020,
+    block="contrastive",
+    primitive="pairs",
+)
+class SimCLRLoss(Loss):
+    """`nt_xent` of two views, s the cosine; ScatSimCLR's, too.
 
-        out: loss_i = log sum_{k != i} e^z_ik - mean_P z_ip
-        in:  loss_i = log sum_{k != i} e^z_ik - log sum_P e^z_ip   (the paper's less log |P_i|)
+        loss_i = log sum_{k != i} e^(s_ik / temperature) - s_ip / temperature
 
-    Args:
-        embeddings: [N, D]; several views of a picture are rows with one label. labels: integers.
-        temperature: > 0; a float or a scalar tensor, which may need a gradient.
-        base_temperature: multiplies the loss by temperature / base_temperature, as the authors'
-            code does (0.07) and their paper does not (None).
-        anchor_count: only the first so many rows are anchors (the authors' contrast_mode "one",
-            first views first); the others only stand in the sums.
-        without_positive: an anchor without a positive has loss 0, and is "zero": counted in the
-            mean (the authors), or "skip": not counted.
-        normalize, precision: see `info_nce`. reduction: "mean", "sum" or "none" [anchors].
+    over the 2 N rows of both views, p the other view of i.
 
-    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(N^2 D / 2) (the upper triangle; anchor_count A: A N D); memory O(N D).
-    Paper: Khosla et al., 2020.
+    Args: temperature: > 0 (the paper's best for long trainings, 0.5). normalize: divide rows by
+    their norms first (True).
+
+    loss(first [N, D], second [N, D]). Time O(2 N^2 D), memory O(N D).
     """
-    both = batch_sides(embeddings, labels, reduction, precision)
-    validation.check_choice("form", form, CONTRAST_FORMS)
-    validation.check_choice("without_positive", without_positive, LONELY)
-    t = number("temperature", temperature, embeddings)
-    n = embeddings.shape[0]
-    if anchor_count is not None and not 0 <= anchor_count <= n:
+
+    def __init__(self, temperature: float = 0.5, *, normalize: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self.temperature, self.normalize = temperature, normalize
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        _same_shape("second", second, "first", first)
+        return nt_xent(
+            torch.cat([first, second]),
+            temperature=self.temperature,
+            normalize=self.normalize,
+            **self.common(),
+        )
+
+
+@entry(
+    "He et al., Momentum Contrast for Unsupervised Visual Representation Learning",
+    2020,
+    block="contrastive",
+    primitive="pairs",
+)
+class MoCoLoss(Loss):
+    """`info_nce` of queries with their own keys against a queue of older ones, s the cosine.
+
+        loss_i = log(e^(<q_i, k_i> / temperature) + sum_Q e^(<q_i, k> / temperature))
+               - <q_i, k_i> / temperature
+
+    Args: dim: D. size: rows of the queue, random ones at first. temperature: > 0.
+    normalize: divide queries and keys by their norms first (True).
+
+    loss(query [N, D], key [N, D]), then `enqueue(key)`, which replaces the oldest rows: apart, so
+    that a loss may be taken twice. Time O(N Q D), memory O((N + Q) D).
+    """
+
+    queue: Tensor  # [Q, D]
+    place: Tensor  # [] where the next key goes
+
+    def __init__(
+        self,
+        dim: int,
+        size: int = 65536,
+        temperature: float = 0.07,
+        *,
+        normalize: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.temperature, self.normalize = temperature, normalize
+        self.register_buffer("queue", nn.functional.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        return info_nce(
+            query,
+            key,
+            temperature=self.temperature,
+            own_key=True,
+            queue=self.queue.to(query.dtype),
+            normalize=self.normalize,
+            **self.common(),
+        )
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Keys [N, D] take the place of the oldest; of more than the queue has, the last."""
+        _same_width("keys", keys, self.queue)
+        size = self.queue.shape[0]
+        keys = keys[-size:]
+        if self.normalize:
+            keys = nn.functional.normalize(keys, dim=1)
+        at = (self.place + torch.arange(keys.shape[0], device=self.queue.device)) % size
+        self.queue[at] = keys.to(self.queue.dtype)
+        self.place.copy_((self.place + keys.shape[0]) % size)
+
+
+@entry(
+    "Robinson et al., Contrastive Learning with Hard Negative Samples",
+    2021,
+    block="contrastive",
+    primitive="pairs",
+)
+class HardNegativeNCELoss(Loss):
+    """`info_nce` whose negatives weigh e^(beta z): the nearer a negative, the more.
+
+        loss_i = log(e^z_ii + M' sum_N e^((1 + beta) z) / sum_N e^(beta z)) - z_ii
+
+    z the cosine over the temperature, M' how many negatives a row has; the paper's without its
+    correction for positives among them (tau_plus = 0).
+
+    Args: temperature: > 0. beta: >= 0. symmetric: the mean of this and of the columns' loss.
+    normalize: divide rows by their norms first (True).
+
+    loss(query [N, D], key [M, D], **given): given to `info_nce`. Time O(2 N M D), memory
+    O((N + M) D).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        beta: float = 1.0,
+        *,
+        symmetric: bool = True,
+        normalize: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.temperature, self.beta = temperature, beta
+        self.symmetric, self.normalize = symmetric, normalize
+
+    def forward(self, query: Tensor, key: Tensor, **given: Any) -> Tensor:
+        return info_nce(
+            query,
+            key,
+            temperature=self.temperature,
+            hardness=self.beta,
+            symmetric=self.symmetric,
+            normalize=self.normalize,
+            **given,
+            **self.common(),
+        )
+
+
+@entry(
+    "Biondi et al., Stationary Representations: Optimally Approximating Compatibility and "
+    "Implications for Improved Model Replacements",
+    2024,
+    block="contrastive",
+    primitive="pairs",
+    golden=("hoc_loss",),
+)
+class HOCLoss(Loss):
+    """`higher_order_compatibility` of new features with an older model's, s the cosine.
+
+        loss_i = log sum_j e^(mu [y_j != y_i] <old_i, new_j>) - mu <old_i, new_i>
+
+    Args: mu: > 0. The paper adds a tenth of it to nine tenths of the cross entropy over a simplex.
+
+    loss(new [N, D], old [N, D], labels [N]): rows as they are; the authors' are of norm 1.
+    Time O(N^2 D), memory O(N D).
+    """
+
+    def __init__(self, mu: float = 10.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.mu = mu
+
+    def forward(self, new: Tensor, old: Tensor, labels: Tensor) -> Tensor:
+        return higher_order_compatibility(new, old, labels, scale=self.mu, **self.common())
+
+
+@entry(
+    "Wang and Isola, Understanding Contrastive Representation Learning through Alignment and "
+    "Uniformity on the Hypersphere",
+    2020,
+    block="contrastive",
+    primitive="pairs",
+)
+class UniformityLoss(Loss):
+    """`uniformity`: how evenly a batch covers the sphere; a number, whatever the reduction.
+
+        loss = log mean_{i != j} e^(-t |x_i - x_j|^2)
+
+    Args: t: > 0. normalize: divide rows by their norms first (True).
+
+    loss(embeddings [N, D]). Time O(N^2 D / 2), memory O(N D).
+    """
+
+    def __init__(self, t: float = 2.0, *, normalize: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        self.t, self.normalize = t, normalize
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        own: dict[str, Any] = dict(t=self.t, normalize=self.normalize)
+        return uniformity(embeddings, **own, precision=self.precision, backend=self.backend)
+
+
+def _same_shape(name: str, rows: Tensor, of: str, others: Tensor) -> None:
+    if rows.shape != others.shape:
         raise ValueError(
-            f"anchor_count: expected a value in [0, {n}] for embeddings of "
-            f"{validation.describe(embeddings)}, got {anchor_count}"
+            f"{name}: expected shape {tuple(others.shape)} as {of} has, got {tuple(rows.shape)}"
         )
-    with no_autocast(embeddings.device):
-        if anchor_count is None:
-            rows, inputs = labelled_pairs(both, "dot", normalize, precision, 1 / t)
-        else:
-            inputs = scored(embeddings, None, 1 / t, normalize=normalize, precision=precision)
-            inputs = inputs._replace(
-                x=inputs.x[:anchor_count],
-                x_labels=both.labels[0][:anchor_count],
-                y_labels=both.numbers.y_labels,
-                skip_self=True,
-            )
-        stats, _ = pair_statistics(inputs, backend=backend)
-        loss, counted = _share(stats, mean=form == "out")
-        if base_temperature is not None:
-            loss = loss * (t / number("base_temperature", base_temperature, embeddings))
-        if anchor_count is None:
-            loss, counted = rows.restored(loss), rows.restored(counted)
-        loss = torch.where(counted, loss, 0)
-        counted = counted | (without_positive == "zero")
-        return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))
 
 
-def _share(stats: PairStatistics, mean: bool) -> tuple[Tensor, Tensor]:
-    """lse over all - lse over the positives, or - their mean; and which rows have a positive."""
-    positive, negative = stats.value
-    counted = stats.count[POSITIVE] > 0
-    both = counted & ((stats.count[NEGATIVE] > 0) | positive.isnan())
-    loss = torch.where(both, softplus(torch.where(both, negative - positive, 0)), 0)
-    if mean:
-        spread = positive - stats.total[POSITIVE] / stats.count[POSITIVE].clamp_min(1)
-        loss = loss + torch.where(counted, spread, 0)
-    return loss, counted
-
-
-def nt_xent(
-    embeddings: Tensor,  # [N, D]
-    labels: Tensor | None = None,  # [N]
-    *,
-    temperature: float | Tensor = 0.5,
-    form: str = "simclr",
-    normalize: bool = False,
-    reduction: str = "mean",
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """NT-Xent, the mean over the positive pairs (i, p), in both meanings in use.
-
-        simclr: log sum_{k != i} e^z_ik - z_ip
-        pairs:  log(e^z_ip + sum_N e^z_in) - z_ip    (pytorch-metric-learning: no other positives)
-
-    Args:
-        embeddings: [N, D]; labels: integers, or None: rows i and i + N/2 are two views of one
-            picture (the forms are then the same).
-        temperature: > 0; a float or a scalar tensor, which may need a gradient.
-        normalize, precision: see `info_nce`. reduction: "mean" over the positive pairs, "sum" over
-            them, "none" [N]: each row's mean over its positives, 0 where it has none.
-
-    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(N^2 D / 2), "pairs" with labels O(3 N^2 D / 2); memory O(N D).
-    Papers: Sohn, 2016; Chen et al., 2020.
-    """
-    views = labels is None
-    n = embeddings.shape[0]
-    if views:
-        check_rows("embeddings", embeddings, precision)
-        if n % 2:
-            raise ValueError(
-                "embeddings: expected an even number of rows without labels (row i + N/2 is the "
-                f"other view of row i), got {validation.describe(embeddings)}"
-            )
-        labels = count_up(n // 2, embeddings).repeat(2)
-    both = batch_sides(embeddings, labels, reduction, precision)
-    validation.check_choice("form", form, DENOMINATORS)
-    scale = 1 / number("temperature", temperature, embeddings)
-    with no_autocast(embeddings.device):
-        rows = by_label(both, normalize)
-        inputs = scored(rows.x, None, scale, precision=precision)
-        inputs = inputs._replace(x_labels=rows.labels, y_labels=rows.labels)
-        stats, _ = pair_statistics(triangle(inputs), backend=backend)
-        count = stats.count[POSITIVE]
-        if form == "simclr" or views:
-            loss = _share(stats, mean=True)[0]
-        else:
-            # softplus(ln_i - z_ip), summed: -ln_i as the rows' bias, and the sign by the rule;
-            # a row without negatives has loss 0, as softplus(-large) is
-            alone = stats.count[NEGATIVE] == 0
-            shift = torch.where(alone, torch.finfo(torch.float32).max / 4, -stats.value[NEGATIVE])
-            against = inputs._replace(
-                x_bias=shift.to(accumulate_dtype(both.x.dtype)),
-                positive=Rule(-1.0),
-                negative=Rule(0.0),
-                skip_self=True,
-            )
-            pairs, _ = pair_statistics(against, reduction="softplus", backend=backend)
-            loss = pairs.value[POSITIVE] / count.clamp_min(1)
-        loss, count = rows.restored(loss), rows.restored(count)
-        dtype = accumulate_dtype(both.x.dtype)
-        if reduction == "none":
-            return loss.to(dtype)
-        total = (loss * count).sum()
-        return (total if reduction == "sum" else total / count.sum().clamp_min(1)).to(dtype)
-
-
-def sigmoid_contrastive(
-    x: Tensor,  # [N, D]
-    y: Tensor,  # [M, D]
-    *,
-    scale: float | Tensor = 10.0,
-    bias: float | Tensor = -10.0,
-    labels: Tensor | None = None,  # [N]
-    y_labels: Tensor | None = None,  # [M]
-    offset: int = 0,
-    normalize: bool = False,
-    reduction: str = "mean",
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """SigLIP: each pair a two-class problem of its own.
-
-        loss_i = sum_j softplus(-l_ij (scale <x_i, y_j> + bias)),   l = 1 on positives, else -1
-
-    Args:
-        x, y: [N, D] and [M, D].
-        scale, bias: numbers or scalar tensors, which may need gradients.
-        labels, y_labels: integers; equal labels are positives, any number of them. Without
-            y_labels y has the labels of x. None: y_(offset + i) is the positive of x_i.
-        offset: where this rank's rows stand among gathered ones (no labels).
-        normalize, precision: see `info_nce`. reduction: "mean" over the rows, "sum", "none" [N].
-
-    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(N M D); memory O((N + M) D). Paper: Zhai et al., 2023.
-    """
-    both = sides(
-        x,
-        y,
-        precision,
-        names=("x", "y"),
-        prefixes=("", "y_"),
-        labels=(labels, labels if y_labels is None else y_labels),
-        offset=offset,
-    )
-    validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    factor = number("scale", scale, both.x, positive=False)
-    shift = number("bias", bias, both.x, positive=False)
-    with no_autocast(x.device):
-        dtype = accumulate_dtype(both.x.dtype)
-        inputs = scored(both.x, both.y, factor, normalize=normalize, precision=precision)._replace(
-            x_bias=shift.to(dtype).expand(x.shape[0]).contiguous(),
-            positive=Rule(-1.0),
-            **both.numbers._asdict(),
+def _same_width(name: str, rows: Tensor, queue: Tensor) -> None:
+    if rows.dim() != 2 or rows.shape[1] != queue.shape[1]:
+        raise ValueError(
+            f"{name}: expected shape [N, {queue.shape[1]}] as the queue has, "
+            f"got {tuple(rows.shape)}"
         )
-        stats, _ = pair_statistics(inputs, reduction="softplus", backend=backend)
-        loss = stats.value.sum(dim=0)
-        return reduced(loss, torch.ones_like(loss, dtype=torch.bool), reduction, dtype)
-
-
-def soft_nearest_neighbor(
-    embeddings: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    *,
-    temperature: float | Tensor = 1.0,
-    normalize: bool = False,
-    reduction: str = "mean",
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """Soft nearest neighbour loss; NCA where temperature is 1 (a scale s: temperature 1/s).
-
-        loss_i = log sum_{k != i} e^(-|x_i - x_k|^2 / T) - log sum_P e^(-|x_i - x_p|^2 / T)
-
-    embeddings [N, D], labels [N] integers, temperature > 0 (a float or a scalar tensor, which may
-    need a gradient). reduction: "mean" over the rows with a positive, "sum", "none" [N].
-
-    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(N^2 D / 2); memory O(N D). Papers: Goldberger et al., 2004; Frosst et al., 2019.
-    """
-    both = batch_sides(embeddings, labels, reduction, precision)
-    scale = 1 / number("temperature", temperature, embeddings)
-    with no_autocast(embeddings.device):
-        rows, inputs = labelled_pairs(both, "rbf", normalize, precision, scale)
-        stats, _ = pair_statistics(inputs, backend=backend)
-        loss, counted = _share(stats, mean=False)
-        loss, counted = rows.restored(loss), rows.restored(counted)
-        return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))
-
-
-examples(
-    supervised_contrastive,
-    lambda f, t: f(t.x, t.labels),
-    {
-        "": {},
-        "out": lambda t: dict(temperature=t.temperature, base_temperature=0.07, normalize=True),
-        "in": dict(temperature=0.3, form="in", without_positive="skip"),
-        "anchors": lambda t: dict(
-            temperature=0.3, anchor_count=(len(t.x) + 1) // 2, without_positive="skip"
-        ),
-    },
-)
-examples(
-    nt_xent,
-    lambda f, t: f(t.x, t.labels),
-    {
-        "simclr": lambda t: dict(temperature=t.temperature),
-        "pairs": lambda t: dict(temperature=t.temperature, form="pairs"),
-    },
-)
-examples(
-    nt_xent,
-    # exact in 16 bits
-    lambda f, t: f(torch.cat([t.x, t.x.flip(1) / 2])),
-    {"views": dict(temperature=0.3, form="pairs")},
-)
-examples(
-    sigmoid_contrastive,
-    lambda f, t: f(t.x, t.y, scale=t.scale, bias=t.bias),
-    {"": {}, "labels": lambda t: dict(labels=t.labels, y_labels=t.y_labels)},
-)
-examples(soft_nearest_neighbor, lambda f, t: f(t.x, t.labels, temperature=t.temperature))

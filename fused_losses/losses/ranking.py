@@ -1,314 +1,255 @@
-"""Losses on the order of a row's distances: histograms, lists, tuplets, neighbours.
-
-Equal labels make a positive; where a batch meets itself a row is not its own positive.
-"""
+"""Losses over whole rows of distances: histograms, lists, tuplets, neighbours."""
 
 from __future__ import annotations
 
-import math
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from fused_losses import backends
-from fused_losses.base.examples import examples
-from fused_losses.base.numerics import (
-    accumulate_dtype,
-    no_autocast,
-    recomputed,
-    reduced,
-    row_dtype,
-    softplus,
+from fused_losses.functions.angular import angular
+from fused_losses.functions.neighbours import icnn
+from fused_losses.functions.ranking import fast_ap, histogram, ranked_list, tuplet_margin
+from fused_losses.functions.smooth_ranks import pnp, smooth_ap
+from fused_losses.losses.module import BatchLoss, MetricLoss
+from fused_losses.losses.registry import entry
+
+
+@entry(
+    "Wang et al., Deep Metric Learning with Angular Loss",
+    2017,
+    block="ranking",
+    primitive="pairs",
+    golden=("pml_AngularLoss",),
 )
-from fused_losses.base.sides import batch_sides
-from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_at_least, check_count, check_plain, number
-from fused_losses.losses.scored_pairs import by_label
-from fused_losses.losses.scored_rows import class_sizes, over_terms, scored_rows
-from fused_losses.primitives.opaque import OpaqueOp
-from fused_losses.primitives.pairs.inputs import NEGATIVE, PairInputs
-from fused_losses.primitives.pairs.op import pair_statistics
-from fused_losses.primitives.row_rules.op import row_losses
-
-
-def tuplet_margin(
-    embeddings: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    ref_embeddings: Tensor | None = None,  # [M, D]
-    ref_labels: Tensor | None = None,  # [M]
-    *,
-    margin: float = 5.73,
-    scale: float = 64.0,
-    normalize: bool = False,
-    reduction: str = "mean",
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """Tuplet margin loss: each positive pair against all negatives of its anchor.
-
-        loss_ip = log(1 + sum_N e^(scale (s_in - cos(angle_ip - margin))))
-
-    s = <x_i, y_j> is a cosine (normalize=True for rows of another norm); a positive's is kept 1e-6
-    from -1 and 1, beyond which its gradient is 0. embeddings [N, D], labels [N] integers, and
-    ref_embeddings [M, D], ref_labels [M] for positives and negatives outside the batch. margin: in
-    degrees. scale: > 0. reduction: "mean" over the positive pairs whose anchor has a negative,
-    "sum" over them, "none" [N]: the sum of each anchor's, 0 where it has none.
-
-    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(N M D); memory O((N + M) D) and a few blocks. Paper: Yu and Tao, Deep Metric Learning
-    with Tuplet Margin Loss, 2019.
-    """
-    check_plain(margin=margin, scale=scale)
-    both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
-    number("scale", scale, embeddings)
-    with no_autocast(embeddings.device):
-        inputs = scored_rows(both, "dot", precision, normalize)._replace(
-            rule="tuplet", params=(math.radians(margin), scale)
-        )
-        total, count = row_losses(inputs, backend=backend).unbind(dim=1)
-        return over_terms(total, count, reduction, accumulate_dtype(both.x.dtype))
-
-
-def angular(
-    embeddings: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    *,
-    alpha: float = 40.0,
-    normalize: bool = False,
-    normalize_negatives: bool | None = None,
-    reduction: str = "mean",
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """Angular loss over the positive pairs (a, p) of one batch, t = tan(alpha)^2.
+class AngularLoss(MetricLoss):
+    """`angular` over the positive pairs (a, p), t = tan(alpha)^2.
 
         loss_ap = log(1 + sum_N e^(4 t <a + p, n> - 2 (1 + t) <a, p>))
 
-    embeddings [N, D] (norm 1 in the paper), labels [N] integers. alpha: in degrees, in (0, 90).
-    normalize_negatives: None: as normalize; pytorch-metric-learning divides a and p by their norms
-    but not n (True, False). reduction: "mean" over the positive pairs (with no negative their loss
-    is 0), "sum" over the ordered ones, "none" [N]: the sum of each anchor's.
-
-    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(P N D) over the P unordered positive pairs, a sweep for each row of the largest class,
-    whose size the host reads; memory O(N D). Paper: Wang et al., Deep Metric Learning with Angular
-    Loss, 2017.
+    Args: alpha: degrees, pytorch-metric-learning's 40 (the paper has 36 to 55).
+    normalize_negatives: False, as there, where a and p are divided by their norms and n is not;
+    None: as `normalize`, the paper. Time O(P N D) over P positive pairs, memory O(N D).
     """
-    check_plain(alpha=alpha)
-    both = batch_sides(embeddings, labels, reduction, precision)
-    if not 0 < alpha < 90:
-        raise ValueError(f"alpha: expected degrees in (0, 90), got {alpha}")
-    t = math.tan(math.radians(alpha)) ** 2
-    with no_autocast(embeddings.device):
-        rows = by_label(both, normalize)
-        x, y = rows.x, rows.x
-        if normalize_negatives is not None and normalize_negatives != normalize:
-            y = embeddings.index_select(0, rows.order)
-            y = unit(y) if normalize_negatives else y
-        loss = _ANGULAR(x, y, rows.labels, t, precision, backends.requested(backend))
-        dtype = accumulate_dtype(both.x.dtype)
-        if reduction == "mean":
-            ends = torch.searchsorted(rows.labels, rows.labels, right=True)
-            ordered = (ends - torch.searchsorted(rows.labels, rows.labels) - 1).sum()
-            return (loss.sum() / ordered.clamp_min(1)).to(dtype)
-        return (loss.sum() if reduction == "sum" else rows.restored(loss)).to(dtype)
+
+    def __init__(
+        self, alpha: float = 40.0, *, normalize_negatives: bool | None = False, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.alpha, self.normalize_negatives = alpha, normalize_negatives
+
+    def loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Tensor:
+        own = dict(alpha=self.alpha, normalize_negatives=self.normalize_negatives)
+        return angular(embeddings, labels, **own, **given)
 
 
-def _angular(
-    x: Tensor, y: Tensor, labels: Tensor, t: float, precision: str, backend: str
-) -> Tensor:
-    """Each anchor's sum over its positive pairs, of sorted rows. [N]"""
-    # a zero that knows x, for a batch without positive pairs
-    loss = (x * 0).sum(dim=1).to(row_dtype(x.device))
-    for offset in range(1, x.shape[0]):
-        first = (labels[:-offset] == labels[offset:]).nonzero()[:, 0]
-        if first.shape[0] == 0:
-            break
-        each = recomputed(_angular_pairs, x, y, labels, first, offset, t, precision, backend)
-        loss = loss.index_add(0, first, each).index_add(0, first + offset, each)
-    return loss
-
-
-_ANGULAR = OpaqueOp(
-    "angular",
-    "(Tensor x, Tensor y, Tensor labels, float t, str precision, str backend)",
-    _angular,
-    lambda x, *_: x.new_empty(x.shape[0], dtype=row_dtype(x.device)),
+@entry(
+    "Yu and Tao, Deep Metric Learning with Tuplet Margin Loss",
+    2019,
+    block="ranking",
+    primitive="row_rules",
 )
+class TupletMarginLoss(MetricLoss):
+    """`tuplet_margin`: each positive pair against all negatives of its anchor, s the cosine.
 
+        loss_ip = log(1 + sum_N e^(scale (s_in - cos(angle_ip - margin))))
 
-def _angular_pairs(
-    x: Tensor,
-    y: Tensor,
-    labels: Tensor,
-    first: Tensor,
-    offset: int,
-    t: float,
-    precision: str,
-    backend: str,
-) -> Tensor:
-    """The losses of the positive pairs (first, first + offset) of sorted rows, [P]."""
-    dtype = accumulate_dtype(x.dtype)
-    a, p = (x.index_select(0, i).to(dtype) for i in (first, first + offset))
-    bias = (-2 * (1 + t)) * (a * p).sum(dim=1)
-    inputs = PairInputs(
-        (a + p).contiguous(),
-        y.to(dtype).contiguous(),
-        number("scale", 4 * t, x),
-        x_bias=bias,
-        x_labels=labels.index_select(0, first),
-        y_labels=labels,
-        precision=precision,
-    )
-    stats, _ = pair_statistics(inputs, backend=backend)
-    return softplus(stats.value[NEGATIVE])
-
-
-def ranked_list(
-    embeddings: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    *,
-    margin: float = 0.4,
-    alpha: float = 1.2,
-    imbalance: float = 0.5,
-    positive_temperature: float = 0.0,
-    negative_temperature: float = 10.0,
-    normalize: bool = False,
-    reduction: str = "mean",
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """Ranked list loss: positives within alpha - margin, negatives beyond alpha, d Euclidean.
-
-        loss_i = (1 - imbalance) mean_P' (d - alpha + margin) + imbalance mean_N' (alpha - d)
-
-    over the positives with d > alpha - margin and the negatives with d < alpha, the means weighted
-    by e^(temperature violation); the weights are differentiated too, as pytorch-metric-learning
-    does, whose 1e-5 a column in each mean's divisor is kept. embeddings [N, D] (norm 1 in the
-    paper), labels [N] integers. imbalance: in [0, 1]. Temperatures: >= 0. reduction: "mean" over
-    all rows (a row without a positive still has its negatives), "sum", "none" [N].
-
-    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(N^2 D); memory O(N D) and a few blocks. Paper: Wang et al., Ranked List Loss for Deep
-    Metric Learning, 2019.
+    Args: margin: degrees, 5.73 = 0.1 radians, scale: 64: pytorch-metric-learning's and the paper's.
+    A positive's cosine is kept 1e-6 from -1 and 1; there it is not, and equal rows give NaN.
+    Time O(N^2 D), memory O(N D).
     """
-    check_plain(
-        margin=margin,
-        alpha=alpha,
-        imbalance=imbalance,
-        positive_temperature=positive_temperature,
-        negative_temperature=negative_temperature,
-    )
-    both = batch_sides(embeddings, labels, reduction, precision)
-    if not 0 <= imbalance <= 1:
-        raise ValueError(f"imbalance: expected a value in [0, 1], got {imbalance}")
-    check_at_least("positive_temperature", positive_temperature, 0)
-    check_at_least("negative_temperature", negative_temperature, 0)
-    with no_autocast(embeddings.device):
-        params = (positive_temperature, negative_temperature, alpha - margin, alpha)
-        inputs = scored_rows(both, "euclidean", precision, normalize)._replace(
-            rule="ranked_list", params=params
-        )
-        stats = row_losses(inputs, backend=backend)
-        guard = 1e-5 * embeddings.shape[0]
-        attract, repel = (stats[:, k + 1] / (stats[:, k] + guard) for k in (0, 2))
-        loss = (1 - imbalance) * attract + imbalance * repel
-        everything = torch.ones_like(loss, dtype=torch.bool)
-        return reduced(loss, everything, reduction, accumulate_dtype(both.x.dtype))
+
+    def __init__(self, margin: float = 5.73, scale: float = 64.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.margin, self.scale = margin, scale
+
+    def loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Tensor:
+        return tuplet_margin(embeddings, labels, margin=self.margin, scale=self.scale, **given)
 
 
-def fast_ap(
-    embeddings: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    ref_embeddings: Tensor | None = None,  # [M, D]
-    ref_labels: Tensor | None = None,  # [M]
-    *,
-    bins: int = 10,
-    normalize: bool = False,
-    reduction: str = "mean",
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """1 - average precision of each row's neighbours, from histograms of its squared distances.
+@entry(
+    "Cakir et al., Deep Metric Learning to Rank",
+    2019,
+    block="ranking",
+    primitive="row_rules",
+)
+class FastAPLoss(MetricLoss):
+    """`fast_ap`: 1 - average precision, from histograms of squared distances of unit rows.
 
         loss_i = 1 - (1 / |P|) sum_r h+_r H+_r / H_r
 
-    h+ the positives' histogram, with triangular bins around bins + 1 nodes in [0, 4] (rows have
-    norm 1: normalize=True for others; beyond 4 counts as 4), H+ its running sum, H that of all.
-    embeddings [N, D], labels [N] integers, and ref_embeddings [M, D], ref_labels [M] for neighbours
-    outside the batch. bins: >= 1. reduction: "mean" over the rows with a positive, "sum", "none"
-    [N], 0 on other rows.
-
-    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(N M D); memory O((N + M) D + N bins) and a few blocks. Paper: Cakir et al., Deep Metric
-    Learning to Rank, 2019.
+    Args: num_bins: pytorch-metric-learning's and the authors' 10. reduction "mean": over the rows
+    with a positive. Time O(N^2 D), memory O(N D + N num_bins).
     """
-    both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)
-    check_count("bins", bins)
-    with no_autocast(embeddings.device):
-        inputs = scored_rows(both, "sqeuclidean", precision, normalize)._replace(
-            rule="histogram", params=(0.0, 4 / bins, bins + 1)
-        )
-        stats = row_losses(inputs, backend=backend)
-        near, far = stats[:, : bins + 1], stats[:, bins + 1 :]
-        positives, _ = class_sizes(both)
-        counted = positives > 0
-        ahead = near.cumsum(dim=1)
-        everything = ahead + far.cumsum(dim=1)
-        some = ~(everything <= 0)
-        precision_ = torch.where(some, near * ahead / torch.where(some, everything, 1), 0)
-        loss = 1 - precision_.sum(dim=1) / positives.clamp_min(1)
-        return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))
+
+    def __init__(self, num_bins: int = 10, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_bins = num_bins
+
+    def loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Tensor:
+        return fast_ap(embeddings, labels, bins=self.num_bins, **given)
 
 
-def histogram(
-    embeddings: Tensor,  # [N, D]
-    labels: Tensor,  # [N]
-    *,
-    bins: int = 100,
-    normalize: bool = False,
-    precision: str = "fp32",
-    backend: str | None = None,
-) -> Tensor:
-    """The chance that a negative pair is more similar than a positive one; one number.
+@entry(
+    "Ustinova and Lempitsky, Learning Deep Embeddings with Histogram Loss",
+    2016,
+    block="ranking",
+    primitive="row_rules",
+    golden=("pml_HistogramLoss",),
+)
+class HistogramLoss(BatchLoss):
+    """`histogram`: the chance that a negative pair is more similar than a positive one.
 
-        sum_r h-_r (h+_0 + ... + h+_r)
+        sum_r h-_r (h+_0 + ... + h+_r), h the normalised histograms of cosines
 
-    h+ and h- are the histograms, each of sum 1, of the cosines of all positive and all negative
-    pairs of the batch, with triangular bins around bins + 1 nodes in [-1, 1] (rows have norm 1:
-    normalize=True for others). embeddings [N, D], labels [N] integers, bins >= 1. A batch without
-    a positive or a negative pair has loss 0.
-
-    Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(N^2 D); memory O(N D + N bins) and a few blocks. Paper: Ustinova and Lempitsky, Learning
-    Deep Embeddings with Histogram Loss, 2016.
+    Args: n_bins: 100, or delta, the width of a bin: 2 / n_bins, as pytorch-metric-learning has
+    them. Every negative pair counts, as in the paper; there those of two rows without any positive
+    do not. Time O(N^2 D), memory O(N D + N n_bins).
     """
-    both = batch_sides(embeddings, labels, "mean", precision)
-    check_count("bins", bins)
-    with no_autocast(embeddings.device):
-        inputs = scored_rows(both, "dot", precision, normalize)._replace(
-            rule="histogram", params=(-1.0, 2 / bins, bins + 1)
-        )
-        sums = row_losses(inputs, backend=backend).sum(dim=0)
-        near, far = sums[: bins + 1], sums[bins + 1 :]
-        positives, negatives = (size.sum().clamp_min(1) for size in class_sizes(both))
-        loss = (far / negatives * (near / positives).cumsum(dim=0)).sum()
-        return loss.to(accumulate_dtype(both.x.dtype))
+
+    def __init__(
+        self, n_bins: int | None = None, delta: float | None = None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        if delta is not None and not (0 < delta <= 2 and abs(2 / delta - round(2 / delta)) < 1e-6):
+            raise ValueError(f"delta: expected 2 / n for a whole n, got {delta}")
+        of_delta = None if delta is None else round(2 / delta)
+        if n_bins is not None and of_delta not in (None, n_bins):
+            raise ValueError(f"delta: expected 2 / n_bins = {2 / n_bins}, got {delta}")
+        self.n_bins = n_bins if n_bins is not None else of_delta if of_delta is not None else 100
+
+    def loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Tensor:
+        return histogram(embeddings, labels, bins=self.n_bins, **given)
 
 
-_alone = lambda f, t: f(t.x, t.labels, normalize=True)
+@entry(
+    "Wang et al., Ranked List Loss for Deep Metric Learning",
+    2019,
+    block="ranking",
+    primitive="row_rules",
+)
+class RankedListLoss(MetricLoss):
+    """`ranked_list`: positives within alpha - margin, negatives beyond alpha, d Euclidean.
+
+        loss_i = (1 - imbalance) mean_P' (d - alpha + margin) + imbalance mean_N' (alpha - d)
+
+    Args: margin, Tn: 0.4 and 10, the paper's (pytorch-metric-learning has no default for them).
+    imbalance: 0.5. alpha: None is 1 + margin / 2, as there (1.2, the paper's). Tp: 0. The weights
+    e^(T violation) are differentiated, as there. Time O(N^2 D), memory O(N D).
+    """
+
+    refuses: ClassVar[dict[str, str]] = {"indices": "which ranks whole rows"}
+
+    def __init__(
+        self,
+        margin: float = 0.4,
+        Tn: float = 10.0,
+        imbalance: float = 0.5,
+        alpha: float | None = None,
+        Tp: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.margin, self.imbalance, self.Tn, self.Tp = margin, imbalance, Tn, Tp
+        self.alpha = 1 + margin / 2 if alpha is None else alpha
+
+    def loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Tensor:
+        own = dict(margin=self.margin, alpha=self.alpha, imbalance=self.imbalance)
+        own |= dict(positive_temperature=self.Tp, negative_temperature=self.Tn)
+        return ranked_list(embeddings, labels, **own, **given)
 
 
-_ref = lambda f, t: f(t.x, t.labels, t.y, t.y_labels, normalize=True)
+@entry(
+    "Garcia Ramirez et al., Improving Few-Shot Learning with an Improved Class Nearest Neighbors "
+    "loss; Mendez-Ruiz et al., SuSana Distancia is all you need",
+    2023,
+    block="ranking",
+    primitive="row_rules",
+    golden=("icnn_full",),
+)
+class ICNNLoss(BatchLoss):
+    """`icnn`: -log of a score of each row's nearest rows, d Euclidean of rows of any length.
+
+        score = ((same + different) / 2 + share of the k nearest that are of the same class) / 2
+
+    Args: neighbors, window: 4 and 6, the authors' k and ipc (shots and queries of an episode).
+    normalize: False, as there. Their variance term, which their code has as a comment, is left
+    out. Time O(N^2 D), memory O(N window D).
+    """
+
+    refuses: ClassVar[dict[str, str]] = {"indices": "which takes each row's nearest rows"}
+
+    def __init__(
+        self, neighbors: int = 4, window: int = 6, *, normalize: bool = False, **options: Any
+    ) -> None:
+        super().__init__(normalize=normalize, **options)
+        self.neighbors, self.window = neighbors, window
+
+    def loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Tensor:
+        own = dict(neighbors=self.neighbors, window=self.window)
+        return icnn(embeddings, labels, **own, **given)
 
 
-_BENT = dict(imbalance=0.3, positive_temperature=1.5, negative_temperature=4.0)
+@entry(
+    "Brown et al., Smooth-AP: Smoothing the Path Towards Large-Scale Image Retrieval",
+    2020,
+    block="ranking",
+    primitive="row_rules",
+)
+class SmoothAPLoss(MetricLoss):
+    """`smooth_ap`: 1 - average precision, ranks counted by a sigmoid of cosines.
+
+        loss_i = 1 - (1 / |P|) sum_P (1 + before_P) / (1 + before_P + before_N)
+
+    Args: temperature: 0.01, the paper's and pytorch-metric-learning's. count_self: True, as both: a
+    row is its own positive. Classes may have any sizes; there they must be of one size, in order.
+    Time O(N^2 D + N^2 P) with P positives a row, memory O(N D).
+    """
+
+    def __init__(
+        self, temperature: float = 0.01, *, count_self: bool = True, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.temperature, self.count_self = temperature, count_self
+
+    def loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Tensor:
+        own: dict[str, Any] = dict(temperature=self.temperature, count_self=self.count_self)
+        return smooth_ap(embeddings, labels, **own, **given)
 
 
-examples(tuplet_margin, _alone, {"": dict(scale=20)})
-examples(tuplet_margin, _ref, {"ref": dict(scale=20, reduction="none")})
-examples(angular, _alone, {"": {}, "none": dict(reduction="none")})
-examples(ranked_list, _alone, {"": _BENT, "wide": dict(alpha=1.5)})
-examples(fast_ap, _alone, {"": dict(bins=8)})
-examples(fast_ap, _ref, {"ref": dict(bins=8)})
-examples(histogram, _alone, {"": dict(bins=12)})
+@entry(
+    "Li et al., Rethinking the Optimization of Average Precision: Only Penalizing Negative "
+    "Instances before Positive Ones is Enough",
+    2022,
+    block="ranking",
+    primitive="row_rules",
+)
+class PNPLoss(MetricLoss):
+    """`pnp`: the negatives that stand before each positive, counted by a sigmoid of cosines.
+
+        loss_i = (1 / |P|) sum_P f(r),  r = sum_N sigmoid((s_n - s_p) / anneal)
+
+    Args: b, alpha, anneal, variant ("O", "Ds", "Dq", "Iu", "Ib"; `pnp` has each f):
+    pytorch-metric-learning's 2, 1, 0.01 and "O". count_self: True, as there. Time
+    O(N^2 D + N^2 P) with P positives a row, memory O(N D).
+    """
+
+    refuses: ClassVar[dict[str, str]] = {"indices": "which ranks whole rows"}
+
+    def __init__(
+        self,
+        b: float = 2.0,
+        alpha: float = 1.0,
+        anneal: float = 0.01,
+        variant: str = "O",
+        *,
+        count_self: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.b, self.alpha, self.anneal = b, alpha, anneal
+        self.variant, self.count_self = variant, count_self
+
+    def loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Tensor:
+        own: dict[str, Any] = dict(b=self.b, alpha=self.alpha, temperature=self.anneal)
+        own |= dict(variant=self.variant, count_self=self.count_self)
+        return pnp(embeddings, labels, **own, **given)

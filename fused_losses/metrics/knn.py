@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
 from fused_losses.base.sides import same_rows
 from fused_losses.base.validation import check_integers
 from fused_losses.metrics.search import LISTED, check_k, checked, neighbours
+from fused_losses.pairwise.radius import radius_search
 
 WEIGHTS = ("uniform", "exp", "softmax")
 
@@ -62,20 +63,7 @@ def knn_classify(
     if isinstance(k, list | tuple):
         raise TypeError(f"k: expected an integer, got {type(k).__name__}")
     check_k("k", k)
-    validation.check_choice("weights", weights, WEIGHTS)
-    if isinstance(temperature, bool) or not isinstance(temperature, Real):
-        raise TypeError(f"temperature: expected a number > 0, got {type(temperature).__name__}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
-    if num_classes is not None:
-        validation.check_count("num_classes", num_classes)
-    validation.check_matrix("embeddings", embeddings, "[N, D]")
-    validation.check_matrix("ref_embeddings", ref_embeddings, "[M, D]")
-    check_integers("ref_labels", ref_labels, (ref_embeddings.shape[0],), ref_embeddings)
-    if len(ref_labels) and int(ref_labels.min()) < 0:
-        raise IndexError(f"ref_labels: expected values >= 0, got {int(ref_labels.min())}")
-    if num_classes is not None:
-        validation.check_labels(ref_labels, num_classes, name="ref_labels")
+    _check(embeddings, ref_embeddings, ref_labels, weights, temperature, num_classes)
     unused = torch.zeros(len(embeddings), dtype=torch.int64, device=embeddings.device)
     if same_rows(embeddings, ref_embeddings):
         unused = ref_labels
@@ -112,6 +100,90 @@ def knn_classify(
                     wide = dense.new_zeros((len(place), num_classes + 1))
                     dense[at] = wide.scatter(1, place, told.to(dtype))[:, :num_classes]
     return KnnClasses(winner, score, dense)
+
+
+def _check(
+    embeddings: Tensor,
+    ref_embeddings: Tensor,
+    ref_labels: Tensor,
+    weights: str,
+    temperature: float,
+    num_classes: int | None,
+) -> None:
+    validation.check_choice("weights", weights, WEIGHTS)
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
+        raise TypeError(f"temperature: expected a number > 0, got {type(temperature).__name__}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    if num_classes is not None:
+        validation.check_count("num_classes", num_classes)
+    validation.check_matrix("embeddings", embeddings, "[N, D]")
+    validation.check_matrix("ref_embeddings", ref_embeddings, "[M, D]")
+    check_integers("ref_labels", ref_labels, (ref_embeddings.shape[0],), ref_embeddings)
+    if len(ref_labels) and int(ref_labels.min()) < 0:
+        raise IndexError(f"ref_labels: expected values >= 0, got {int(ref_labels.min())}")
+    if num_classes is not None:
+        validation.check_labels(ref_labels, num_classes, name="ref_labels")
+
+
+@torch.no_grad()
+def radius_classify(
+    embeddings: Tensor,  # [N, D]
+    ref_embeddings: Tensor,  # [M, D]
+    ref_labels: Tensor,  # [M]
+    radius: float,
+    *,
+    weights: str = "softmax",
+    temperature: float = 0.1,
+    num_classes: int | None = None,
+    metric: str = "cosine",
+    ids: Tensor | None = None,  # [N]
+    ref_ids: Tensor | None = None,  # [M]
+    backend: str | None = None,
+) -> KnnClasses:
+    """The class of the most weight among all rows of a labelled set within a radius.
+
+    radius: as in `radius_search`; AdaNPC's ball of similarities s >= eps is a radius of 1 - eps
+    with "cosine". The others, what is returned and raised as in `knn_classify`; a query without a
+    row within has label -1 and score 0. Time O(N M D + P log P) for P pairs within; memory O(P) and
+    a few blocks, and the scores if wanted. Paper: Zhang et al., AdaNPC, 2023.
+    """
+    _check(embeddings, ref_embeddings, ref_labels, weights, temperature, num_classes)
+    own = same_rows(embeddings, ref_embeddings)
+    given: dict[str, Any] = dict(metric=metric, skip_self=own, backend=backend)
+    if ids is not None or ref_ids is not None:
+        given |= dict(x_ids=ids, y_ids=ids if own and ref_ids is None else ref_ids)
+    found = radius_search(embeddings, ref_embeddings, radius, **given)
+    n, dtype = len(embeddings), accumulate_dtype(embeddings.dtype)
+    rows, label = found.rows(), ref_labels.long()[found.indices]
+    with no_autocast(embeddings.device):
+        z = found.values.to(row_dtype(found.values.device))
+        top = z.new_full((n,), -torch.inf)
+        if weights == "uniform":
+            weight = torch.ones_like(z)
+        else:
+            z = (z if metric == "dot" else 1 - z if metric == "cosine" else -z) / temperature
+            top = top.scatter_reduce(0, rows, z, "amax")
+            weight = (z - top[rows]).exp()
+        # a class of a row a line: in the order of rows and classes
+        most = int(label.max()) + 1 if len(label) else 1
+        key, line = (rows * most + label).unique(return_inverse=True)
+        total = z.new_zeros(len(key)).index_add(0, line, weight)
+        row, kind = key // most, key % most
+        if weights == "softmax":
+            total = total / z.new_zeros(n).index_add(0, row, total)[row]
+        told = (total.log() + top[row]).exp() if weights == "exp" else total
+        best = z.new_full((n,), -torch.inf).scatter_reduce(0, row, total, "amax")
+        first = total == best[row]
+        none = torch.iinfo(torch.int64).max
+        winner = torch.full((n,), none, dtype=torch.int64, device=z.device)
+        winner = winner.scatter_reduce(0, row[first], kind[first], "amin")
+        score = z.new_zeros(n).scatter_reduce(0, row[first], told[first], "amax")
+        dense = None
+        if num_classes is not None:
+            dense = torch.zeros((n, num_classes), dtype=dtype, device=z.device)
+            dense[row, kind] = told.to(dtype)
+    return KnnClasses(torch.where(winner == none, -1, winner), score.to(dtype), dense)
 
 
 def _weights(

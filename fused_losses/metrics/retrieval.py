@@ -1,7 +1,8 @@
 """Retrieval: how good are the nearest rows?
 
 Queries against a gallery, or a set against itself, where a row is not its own neighbour. Relevant
-to a query are the gallery's rows of its label. Nearest first, equal ones by the lowest index.
+to a query are the gallery's rows of its label, or those that share one of its labels. Nearest
+first, equal ones by the lowest index.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.validation import check_integers
+from fused_losses.metrics.lists import QueryLists
 from fused_losses.metrics.search import (
     Search,
     check_k,
@@ -22,6 +24,7 @@ from fused_losses.metrics.search import (
     distances,
     finite,
     neighbours,
+    relevant,
     relevant_rows,
 )
 
@@ -30,42 +33,53 @@ class Retrieval(NamedTuple):
     """A mean over the queries that have a relevant row; NaN when there are none.
 
     value: a number, or {k: number} where several k were asked for. queries: how many count.
-    left_out: how many have no relevant row in the gallery.
+    left_out: how many have no relevant row in the gallery. per_query: where it was asked for, each
+    query's own value [N], or {k: [N]}, NaN for those that are left out.
     """
 
     value: float | dict[int, float]
     queries: int
     left_out: int
+    per_query: Tensor | dict[int, Tensor] | None = None
 
 
-def _hits(search: Search, k: int) -> Iterator[tuple[slice, Tensor]]:
+def hits(search: Search, k: int) -> Iterator[tuple[slice, Tensor]]:
     """Runs of queries, and which of their k nearest rows are relevant. [B, k] bool"""
     for run, _, index in neighbours(search, k):
-        found = search.ref_labels[index.clamp_min(0)] if len(search.y) else index
-        yield run, (index >= 0) & (found == search.labels[run, None])
+        there = index >= 0
+        yield run, there & relevant(search, run, index.clamp_min(0)) if len(search.y) else there
 
 
-def _mean(
-    search: Search, relevant: Tensor, values: dict[int, Tensor], k: int | Sequence[int] | None
+def mean_of(
+    search: Search,
+    count: Tensor,
+    values: dict[int, Tensor],
+    k: int | Sequence[int] | None,
+    per_query: bool,
 ) -> Retrieval:
     """values: of each k a number for each query [N]."""
-    counted = relevant > 0
+    counted = count > 0
     queries = int(counted.sum())
     means = {
         one: float(value[counted].mean()) if queries else float("nan")
         for one, value in values.items()
     }
-    found = means if isinstance(k, list | tuple) else next(iter(means.values()))
-    return Retrieval(found, queries, len(search.labels) - queries)
+    several = isinstance(k, list | tuple)
+    found = means if several else next(iter(means.values()))
+    each = None
+    if per_query:
+        own = {one: torch.where(counted, value, torch.nan) for one, value in values.items()}
+        each = own if several else next(iter(own.values()))
+    return Retrieval(found, queries, len(search.labels) - queries, each)
 
 
 def _averaged(
-    search: Search, longest: int, ks: dict[int, Tensor], precise: bool, relevant: Tensor
+    search: Search, longest: int, ks: dict[int, Tensor], precise: bool, count: Tensor
 ) -> dict[int, Tensor]:
     """For each k, whose ranks [N] end where ks says, the sum of hits, or of precisions at hits."""
     dtype = row_dtype(search.x.device)
-    out = {k: relevant.new_zeros(len(relevant), dtype=dtype) for k in ks}
-    for run, hit in _hits(search, longest):
+    out = {k: count.new_zeros(len(count), dtype=dtype) for k in ks}
+    for run, hit in hits(search, longest):
         ranks = torch.arange(1, hit.shape[1] + 1, device=hit.device)
         gain = hit.to(dtype)
         if precise:
@@ -89,29 +103,38 @@ def recall_at_k(
     metric: str = "cosine",
     ids: Tensor | None = None,  # [N]
     ref_ids: Tensor | None = None,  # [M]
+    galleries: QueryLists | None = None,  # [N, G]
+    per_query: bool = False,
     backend: str | None = None,
 ) -> Retrieval:
     """The share of queries with a relevant row among their k nearest.
 
     Args:
-        embeddings, labels: [N, D], integers [N], the queries. ref_embeddings, ref_labels: [M, D],
-            [M], the gallery; None: the queries themselves, each without itself.
+        embeddings, labels: [N, D], integers [N], the queries; or a set of labels a row, [N, L]
+            padded with -1: then rows match that share one, at O(N M L^2).
+        ref_embeddings, ref_labels: [M, D], [M] (or [M, L]), the gallery; None: the queries
+            themselves, each without itself.
         k: >= 1; several in one search: value is then a dict. It may be larger than the gallery.
         metric: a distance of `pairwise_distance` (without arguments; not mahalanobis), or "dot".
         ids, ref_ids: integers; rows with equal ids are left out of a query's neighbours.
+        galleries: columns of the gallery, integers [N, G] padded with -1 or N lists: then a query
+            meets those alone, and of them are R and the ranks. A search a query.
+        per_query: also return every query's own value.
 
     Returns `Retrieval`: the mean over the queries with a relevant row; the others are counted. A
     query with NaN finds nothing. Raises ValueError, TypeError for arguments that do not fit.
     Time O(N M D); memory O(N + M) and a few blocks.
     """
     several = check_k("k", k)
-    search = checked(embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend)
+    search = checked(
+        embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend, galleries
+    )
     with no_autocast(embeddings.device):
-        relevant = relevant_rows(search)
-        ends = {one: torch.full_like(relevant, one) for one in several}
-        found = _averaged(search, max(several), ends, False, relevant)
+        count = relevant_rows(search)
+        ends = {one: torch.full_like(count, one) for one in several}
+        found = _averaged(search, max(several), ends, False, count)
         hit = {one: (sums > 0).to(sums.dtype) for one, sums in found.items()}
-        return _mean(search, relevant, hit, k)
+        return mean_of(search, count, hit, k, per_query)
 
 
 @torch.no_grad()
@@ -125,6 +148,8 @@ def precision_at_k(
     metric: str = "cosine",
     ids: Tensor | None = None,  # [N]
     ref_ids: Tensor | None = None,  # [M]
+    galleries: QueryLists | None = None,  # [N, G]
+    per_query: bool = False,
     backend: str | None = None,
 ) -> Retrieval:
     """The share of relevant rows among the k nearest; the divisor is k, however few there are.
@@ -132,12 +157,16 @@ def precision_at_k(
     Arguments, result, errors and cost as in `recall_at_k`.
     """
     several = check_k("k", k)
-    search = checked(embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend)
+    search = checked(
+        embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend, galleries
+    )
     with no_autocast(embeddings.device):
-        relevant = relevant_rows(search)
-        ends = {one: torch.full_like(relevant, one) for one in several}
-        found = _averaged(search, max(several), ends, False, relevant)
-        return _mean(search, relevant, {one: sums / one for one, sums in found.items()}, k)
+        count = relevant_rows(search)
+        ends = {one: torch.full_like(count, one) for one in several}
+        found = _averaged(search, max(several), ends, False, count)
+        return mean_of(
+            search, count, {one: sums / one for one, sums in found.items()}, k, per_query
+        )
 
 
 @torch.no_grad()
@@ -151,6 +180,8 @@ def map_at_k(
     metric: str = "cosine",
     ids: Tensor | None = None,  # [N]
     ref_ids: Tensor | None = None,  # [M]
+    galleries: QueryLists | None = None,  # [N, G]
+    per_query: bool = False,
     backend: str | None = None,
 ) -> Retrieval:
     """Mean average precision: (1 / min(R, k)) sum over relevant ranks i <= k of precision at i.
@@ -159,13 +190,15 @@ def map_at_k(
     al., Google Landmarks v2, 2020 (mAP@100).
     """
     several = check_k("k", k)
-    search = checked(embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend)
+    search = checked(
+        embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend, galleries
+    )
     with no_autocast(embeddings.device):
-        relevant = relevant_rows(search)
-        ends = {one: torch.full_like(relevant, one) for one in several}
-        found = _averaged(search, max(several), ends, True, relevant)
-        parts = {one: sums / relevant.clamp(1, one) for one, sums in found.items()}
-        return _mean(search, relevant, parts, k)
+        count = relevant_rows(search)
+        ends = {one: torch.full_like(count, one) for one in several}
+        found = _averaged(search, max(several), ends, True, count)
+        parts = {one: sums / count.clamp(1, one) for one, sums in found.items()}
+        return mean_of(search, count, parts, k, per_query)
 
 
 @torch.no_grad()
@@ -178,6 +211,8 @@ def map_at_r(
     metric: str = "cosine",
     ids: Tensor | None = None,  # [N]
     ref_ids: Tensor | None = None,  # [M]
+    galleries: QueryLists | None = None,  # [N, G]
+    per_query: bool = False,
     backend: str | None = None,
 ) -> Retrieval:
     """MAP@R: (1 / R) sum over relevant ranks i <= R of precision at i, R a query's relevant rows.
@@ -185,8 +220,10 @@ def map_at_r(
     Arguments, result, errors as in `recall_at_k`; memory O(N + M + max R) and a few blocks.
     Musgrave et al., A Metric Learning Reality Check, 2020.
     """
-    search = checked(embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend)
-    return _at_r(search, True)
+    search = checked(
+        embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend, galleries
+    )
+    return _at_r(search, True, per_query)
 
 
 @torch.no_grad()
@@ -199,24 +236,28 @@ def r_precision(
     metric: str = "cosine",
     ids: Tensor | None = None,  # [N]
     ref_ids: Tensor | None = None,  # [M]
+    galleries: QueryLists | None = None,  # [N, G]
+    per_query: bool = False,
     backend: str | None = None,
 ) -> Retrieval:
     """The share of relevant rows among the R nearest, R a query's relevant rows.
 
     Arguments, result, errors and cost as in `map_at_r`.
     """
-    search = checked(embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend)
-    return _at_r(search, False)
+    search = checked(
+        embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend, galleries
+    )
+    return _at_r(search, False, per_query)
 
 
-def _at_r(search: Search, precise: bool) -> Retrieval:
+def _at_r(search: Search, precise: bool, per_query: bool) -> Retrieval:
     with no_autocast(search.x.device):
-        relevant = relevant_rows(search)
-        longest = int(relevant.max()) if len(relevant) else 0
-        found = {0: relevant.new_zeros(len(relevant), dtype=row_dtype(search.x.device))}
+        count = relevant_rows(search)
+        longest = int(count.max()) if len(count) else 0
+        found = {0: count.new_zeros(len(count), dtype=row_dtype(search.x.device))}
         if longest:
-            found = _averaged(search, longest, {0: relevant}, precise, relevant)
-        return _mean(search, relevant, {0: found[0] / relevant.clamp_min(1)}, None)
+            found = _averaged(search, longest, {0: count}, precise, count)
+        return mean_of(search, count, {0: found[0] / count.clamp_min(1)}, None, per_query)
 
 
 @torch.no_grad()
@@ -230,6 +271,8 @@ def mean_reciprocal_rank(
     metric: str = "cosine",
     ids: Tensor | None = None,  # [N]
     ref_ids: Tensor | None = None,  # [M]
+    galleries: QueryLists | None = None,  # [N, G]
+    per_query: bool = False,
     backend: str | None = None,
 ) -> Retrieval:
     """The mean of 1 / rank of the nearest relevant row; with k, 0 where that rank is above k.
@@ -241,24 +284,28 @@ def mean_reciprocal_rank(
         if isinstance(k, list | tuple):
             raise TypeError(f"k: expected an integer or None, got {type(k).__name__}")
         check_k("k", k)
-    search = checked(embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend)
+    search = checked(
+        embeddings, labels, ref_embeddings, ref_labels, metric, ids, ref_ids, backend, galleries
+    )
     with no_autocast(embeddings.device):
-        relevant = relevant_rows(search)
-        out = relevant.new_zeros(len(relevant), dtype=row_dtype(search.x.device))
+        count = relevant_rows(search)
+        out = count.new_zeros(len(count), dtype=row_dtype(search.x.device))
+        if k is None and search.galleries is not None:
+            k = max(1, search.galleries.shape[1])
         if k is not None:
-            for run, hit in _hits(search, k):
+            for run, hit in hits(search, k):
                 rank = hit.int().argmax(dim=1) + 1
                 out[run] = torch.where(hit.any(dim=1), 1 / rank.to(out.dtype), 0)
         elif len(search.y):
             columns = torch.arange(len(search.y), device=search.x.device)
             for run, d in distances(search):
-                hit = (search.labels[run, None] == search.ref_labels) & ~d.isnan()
+                hit = relevant(search, run, columns) & ~d.isnan()
                 key = finite(d)
                 nearest, at = torch.where(hit, key, torch.inf).min(dim=1, keepdim=True)
                 before = (key < nearest) | ((key == nearest) & (columns < at))
                 rank = before.sum(dim=1) + 1
                 out[run] = torch.where(hit.any(dim=1), 1 / rank.to(out.dtype), 0)
-        return _mean(search, relevant, {0: out}, None)
+        return mean_of(search, count, {0: out}, None, per_query)
 
 
 def gap(

@@ -1,7 +1,8 @@
 """The search behind the retrieval metrics: a call's checks, its nearest rows, block by block.
 
 Queries against a gallery, or a set against itself, where a row is not its own neighbour. Relevant
-to a query are the gallery's rows of its label. Nearest first, equal ones by the lowest index.
+to a query are the gallery's rows of its label, or those that share one of its labels. Nearest
+first, equal ones by the lowest index.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.sides import ref_sides
 from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import check_integers
+from fused_losses.metrics.lists import QueryLists, check_lists, check_once
 from fused_losses.pairwise.distance import pairwise_distance, pairwise_similarity
 from fused_losses.pairwise.metrics import METRICS, moved
-from fused_losses.pairwise.topk import MOST, pairwise_topk
+from fused_losses.pairwise.topk import pairwise_topk
+from fused_losses.primitives.topk.inputs import MOST
 
 COSINES = ("cosine", "angular", "correlation")
 LISTED = 1 << 21  # neighbours in a block
@@ -32,12 +36,13 @@ class Search(NamedTuple):
     x: Tensor  # [N, D]
     y: Tensor  # [M, D]
     own: bool
-    labels: Tensor  # [N] int32, numbered
-    ref_labels: Tensor  # [M]
+    labels: Tensor  # [N] int32, numbered; sets of labels: [N, L] int64, < 0: none
+    ref_labels: Tensor  # [M], or [M, L]
     ids: Tensor | None  # [N]
     ref_ids: Tensor | None  # [M]
     metric: str
     backend: str | None
+    galleries: Tensor | None = None  # [N, G] columns in increasing order, then -1
 
 
 def checked(
@@ -49,14 +54,43 @@ def checked(
     ids: Tensor | None,
     ref_ids: Tensor | None,
     backend: str | None,
+    galleries: QueryLists | None = None,
 ) -> Search:
-    _check_metric(metric)
+    check_metric(metric)
+    sets = None
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        sets = _label_sets(embeddings, labels, ref_embeddings, ref_labels)
+        labels = sets[0].new_zeros(len(sets[0]))
+        ref_labels = None if sets[1] is None else sets[1].new_zeros(len(sets[1]))
     both = ref_sides(embeddings, labels, ref_embeddings, ref_labels, "fp32", (ids, ref_ids))
-    known = (*both.labels, both.numbers.x_ids, both.numbers.y_ids)
-    return Search(both.x, both.y, both.alone, *known, metric, backend)
+    of_x, of_y = both.labels
+    if sets is not None:
+        of_x = sets[0].long()
+        of_y = of_x if sets[1] is None else sets[1].long()
+    known = (of_x, of_y, both.numbers.x_ids, both.numbers.y_ids)
+    columns = None
+    if galleries is not None:
+        n, m = len(both.x), len(both.y)
+        columns = check_lists("galleries", galleries, n, m, both.x)
+        check_once("galleries", columns)
+        columns = torch.where(columns < 0, m, columns).sort(dim=1).values
+        columns = torch.where(columns == m, -1, columns)
+    return Search(both.x, both.y, both.alone, *known, metric, backend, columns)
 
 
-def _check_metric(metric: str) -> None:
+def _label_sets(
+    embeddings: Tensor, labels: Tensor, ref_embeddings: Tensor | None, ref_labels: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Labels [N, L] and [M, L], each row a set."""
+    validation.check_matrix("embeddings", embeddings, "[N, D]")
+    check_integers("labels", labels, (embeddings.shape[0], None), embeddings)
+    if ref_labels is not None and ref_embeddings is not None:
+        validation.check_matrix("ref_embeddings", ref_embeddings, "[M, D]")
+        check_integers("ref_labels", ref_labels, (ref_embeddings.shape[0], None), embeddings)
+    return labels, ref_labels
+
+
+def check_metric(metric: str) -> None:
     known = ("dot", *(name for name in METRICS if name != "mahalanobis"))
     validation.check_choice("metric", metric, known)
 
@@ -72,6 +106,8 @@ def check_k(name: str, k: int | Sequence[int]) -> list[int]:
 
 def relevant_rows(search: Search) -> Tensor:
     """How many rows of the gallery are relevant to each query. [N] int64"""
+    if search.labels.dim() == 2 or search.galleries is not None:
+        return _counted(search)
     count = _matches(search.labels, search.ref_labels)
     if search.ids is not None:
         # rows with the query's label and its id
@@ -81,6 +117,47 @@ def relevant_rows(search: Search) -> Tensor:
         if search.ids is not None:
             itself = itself & (search.ids != search.ref_ids)
         count = count - itself.long()
+    return count
+
+
+def relevant(search: Search, run: slice, columns: Tensor) -> Tensor:
+    """Whether columns [B, k] or [k] of the gallery are relevant to a run of queries. [B, k]"""
+    if search.labels.dim() == 1:
+        return search.labels[run, None] == search.ref_labels[columns]
+    labels = search.labels[run]
+    hit = torch.zeros(1, dtype=torch.bool, device=labels.device)
+    hit = hit.expand(len(labels), columns.shape[-1])
+    for theirs in search.ref_labels.unbind(1):
+        told = theirs[columns]
+        for mine in labels.unbind(1):
+            hit = hit | ((mine[:, None] == told) & (told >= 0))
+    return hit
+
+
+def candidates(search: Search, run: slice, columns: Tensor) -> Tensor:
+    """Whether columns [B, k], -1: none, may be found by a run of queries. [B, k]"""
+    able = columns >= 0
+    if not len(search.y):
+        return able
+    if search.ids is not None and search.ref_ids is not None:
+        able = able & (search.ids[run, None] != search.ref_ids[columns])
+    if search.own:
+        able = able & (columns != torch.arange(run.start, run.stop, device=able.device)[:, None])
+    return able
+
+
+def _counted(search: Search) -> Tensor:
+    """`relevant_rows` by looking at each pair, a block at a time."""
+    n, m = len(search.x), len(search.y)
+    count = torch.zeros(n, dtype=torch.int64, device=search.x.device)
+    width = m if search.galleries is None else search.galleries.shape[1]
+    step = max(1, LISTED // max(1, width))
+    every = torch.arange(m, device=search.x.device)
+    for i in range(0, n if m else 0, step):
+        run = slice(i, min(i + step, n))
+        columns = every[None] if search.galleries is None else search.galleries[run]
+        hit = relevant(search, run, columns) & candidates(search, run, columns)
+        count[run] = hit.sum(dim=1)
     return count
 
 
@@ -107,6 +184,9 @@ def neighbours(search: Search, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]
     """
     n, m = search.x.shape[0], search.y.shape[0]
     k = max(1, min(k, m))
+    if search.galleries is not None:
+        yield from _of_galleries(search, search.galleries, k)
+        return
     if k > MOST:
         yield from _long_neighbours(search, k)
         return
@@ -132,6 +212,31 @@ def neighbours(search: Search, k: int) -> Iterator[tuple[slice, Tensor, Tensor]]
                 **given,
             ),
         )
+
+
+def _of_galleries(
+    search: Search, galleries: Tensor, k: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """A search a query, among its own columns."""
+    n, k = len(search.x), max(1, min(k, galleries.shape[1]))
+    given: dict[str, Any] = dict(metric=search.metric, backend=search.backend)
+    worst = -torch.inf if search.metric == "dot" else torch.inf
+    for i in range(0, n, step := max(1, LISTED // k)):
+        run = slice(i, min(i + step, n))
+        columns = galleries[run]
+        able = candidates(search, run, columns)
+        dtype = accumulate_dtype(search.x.dtype)
+        value = torch.full((len(columns), k), worst, dtype=dtype, device=columns.device)
+        index = torch.full_like(value, -1, dtype=torch.int64)
+        for row in range(len(columns)):
+            # increasing, so that the lower of equals stays first
+            own = columns[row][able[row]]
+            if len(own):
+                at = slice(i + row, i + row + 1)
+                best, place = pairwise_topk(search.x[at], search.y[own], min(k, len(own)), **given)
+                value[row, : best.shape[1]] = best[0]
+                index[row, : best.shape[1]] = torch.where(place < 0, -1, own[place])[0]
+        yield run, value, index
 
 
 def distances(search: Search) -> Iterator[tuple[slice, Tensor]]:

@@ -79,7 +79,7 @@ def _check_scores(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     return scores.detach().double() + 0.0, same
 
 
-def _check_far(far: object) -> float:
+def check_far(far: object) -> float:
     if isinstance(far, bool) or not isinstance(far, Real):
         raise TypeError(f"far: expected a rate in [0, 1], got {type(far).__name__}")
 
@@ -128,7 +128,7 @@ def threshold_at_far(scores: Tensor, same: Tensor, far: float) -> float:
     Arguments and errors as in `roc`; far in [0, 1]. -inf where every impostor may pass.
     """
     scores, same = _check_scores(scores, same)
-    far = _check_far(far)
+    far = check_far(far)
     if bool(scores.isnan().any()):
         return float("nan")
     impostors = scores[~same]
@@ -274,7 +274,7 @@ def all_pairs_tar_at_far(
     validation.check_choice("metric", metric, (*LARGEST_IS_NEAREST, *SMALLEST_IS_NEAREST))
     check_exponent(metric, p)
     several = isinstance(far, list | tuple)
-    rates = [_check_far(rate) for rate in (far if several else [far])]
+    rates = [check_far(rate) for rate in (far if several else [far])]
     with torch.no_grad(), no_autocast(embeddings.device):
         x = embeddings.detach()
         if metric == "cosine":

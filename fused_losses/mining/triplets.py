@@ -25,11 +25,22 @@ from fused_losses.mining.batch import (
     ranked,
     within,
 )
-from fused_losses.mining.lists import Keep, Lines, Triplets, every, gathered_triplets, lines, places
+from fused_losses.mining.lists import (
+    Keep,
+    Lines,
+    Triplets,
+    every,
+    gathered_triplets,
+    lines,
+    places,
+    slices,
+)
 from fused_losses.pairwise.topk import best_columns
 from fused_losses.primitives.row_rules.inputs import TRIPLETS
 
 CHOICES = ("hardest", "easiest", "semihard", "all")
+NEGATIVES = (*CHOICES, "random")
+FALLBACKS = ("farthest",)
 RANKS = ("all", "hardest", "easiest")
 
 
@@ -44,6 +55,8 @@ def mine_triplets(
     negative: str = "hardest",
     triplets: str = "all",
     margin: float | None = None,
+    fallback: str | None = None,
+    generator: torch.Generator | None = None,
     positive_range: tuple[float, float] | None = None,
     negative_range: tuple[float, float] | None = None,
     metric: str = "euclidean",
@@ -62,10 +75,16 @@ def mine_triplets(
         positive: which positives of an anchor: "hardest" the farthest, "easiest" the nearest,
             "semihard" for each negative that is taken the farthest one nearer than it, "all".
         negative: "hardest" the nearest, "easiest" the farthest, "semihard" for each positive that
-            is taken the nearest one farther than it, "all". Not both sides can be "semihard".
+            is taken the nearest one farther than it, "all", or "random": for each positive one
+            drawn evenly from those that `triplets` and `margin` keep. Not both sides can be
+            "semihard", nor one be beside "random".
         triplets, margin: which of those are kept, by g = d(a, n) - d(a, p): "all" with g <= margin
             (None: every one), "hard" with g <= 0, "semihard" with g > 0 (both g <= margin, too),
             "easy" with g > margin (None: 0).
+        fallback: with negative="semihard" what stands in where no negative is farther than the
+            positive: "farthest", the farthest negative (TensorFlow Addons, sentence-transformers);
+            None: the positive has no triplet.
+        generator: of the draws (None: torch's own, of the CPU).
         positive_range, negative_range: (low, high): pairs at a distance outside do not take part.
         metric: a distance, euclidean, sqeuclidean, cityblock, chebyshev, minkowski (with p),
             canberra or braycurtis; or a similarity, dot or cosine, where larger is nearer.
@@ -73,9 +92,10 @@ def mine_triplets(
         ids, ref_ids: integers; rows with equal ids are never paired.
 
     positive = negative = "hardest" is batch-hard mining. positive="all" with a margin: with
-    negative="hardest" FaceNet's pairs, "semihard" its semi-hard negatives, "all" every triplet that
-    violates the margin. Of equal distances the lowest index is taken. A pair at a NaN distance is
-    never taken. Nothing is differentiated: the distances need no gradient.
+    negative="hardest" FaceNet's pairs, "semihard" its semi-hard negatives, "random" those of the
+    facenet code after VGG-Face, "all" every triplet that violates the margin. Of equal distances
+    the lowest index is taken. A pair at a NaN distance is never taken. Nothing is differentiated:
+    the distances need no gradient.
 
     Returns `Triplets`. Raises ValueError, TypeError for arguments that do not fit.
     Time O(N M D), and O(N M log M) for "semihard", O(N P M) for all of both sides with P positives
@@ -83,13 +103,24 @@ def mine_triplets(
     Papers: Schroff et al., FaceNet, 2015; Hermans et al., 2017; Xuan et al., 2020 (easy positives).
     """
     validation.check_choice("positive", positive, CHOICES)
-    validation.check_choice("negative", negative, CHOICES)
+    validation.check_choice("negative", negative, NEGATIVES)
     validation.check_choice("triplets", triplets, TRIPLETS)
     if positive == negative == "semihard":
         raise ValueError(
             "negative: expected 'hardest', 'easiest' or 'all' with positive='semihard' (each would "
             "be chosen by the other), got 'semihard'"
         )
+    if positive == "semihard" and negative == "random":
+        raise ValueError(
+            "positive: expected another choice than 'semihard', which needs a negative first, "
+            "beside negative='random'"
+        )
+    if fallback is not None:
+        validation.check_choice("fallback", fallback, FALLBACKS)
+        if negative != "semihard":
+            raise ValueError(
+                f"fallback: expected None without negative='semihard', got {fallback!r}"
+            )
     check_range("positive_range", positive_range)
     check_range("negative_range", negative_range)
     if margin is not None:
@@ -104,7 +135,7 @@ def mine_triplets(
         if positive in ranked and negative in ranked and positive_range is negative_range is None:
             return _one_each(batch, positive, negative, keep)
         ranges = (positive_range, negative_range)
-        sides = (positive, negative, ranges, keep)
+        sides = (positive, negative, ranges, keep, fallback is not None, generator)
         lines = (line for block in blocks(batch) for line in _block_triplets(block, *sides))
         return gathered_triplets(batch, lines)
 
@@ -161,6 +192,8 @@ def _block_triplets(
     negative: str,
     ranges: tuple[tuple[float, float] | None, tuple[float, float] | None],
     keep: Keep | None,
+    fallback: bool,
+    generator: torch.Generator | None,
 ) -> Iterator[Lines]:
     z = block.z
     same = within(block, block.positive, ranges[0])
@@ -169,9 +202,13 @@ def _block_triplets(
         yield from every(block, same, different, keep)
         return
     far, near = positive == "hardest", negative == "easiest"
+    if negative == "random":
+        i, p = ranked(z, same, positive, 1, farthest=far).nonzero(as_tuple=True)
+        yield from _drawn(block, different, i, p, keep, generator)
+        return
     if negative == "semihard":
         i, p = ranked(z, same, positive, 1, farthest=far).nonzero(as_tuple=True)
-        n, found = _next_farther(z, different, i, p)
+        n, found = _next_farther(z, different, i, p, fallback)
     elif positive == "semihard":
         i, n = ranked(z, different, negative, 1, farthest=near).nonzero(as_tuple=True)
         p, found = _next_nearer(z, same, i, n)
@@ -194,12 +231,46 @@ def _block_triplets(
     yield lines(block, i, p, n)
 
 
-def _next_farther(z: Tensor, mask: Tensor, i: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest column of the mask farther than p, of each pair (i, p); whether there is one."""
+def _next_farther(
+    z: Tensor, mask: Tensor, i: Tensor, p: Tensor, fallback: bool
+) -> tuple[Tensor, Tensor]:
+    """The nearest column of the mask farther than p, of each pair (i, p); whether there is one.
+
+    fallback: the farthest one, the first of equals, stands in where there is none.
+    """
     values, order = torch.where(mask, z, torch.inf).sort(dim=1, stable=True)
     place = places(values, i, z[i, p], right=True)
-    found = place < mask.sum(dim=1)[i]
-    return order[i, place.clamp_max(z.shape[1] - 1)], found
+    count = mask.sum(dim=1)[i]
+    found = place < count
+    n = order[i, place.clamp_max(z.shape[1] - 1)]
+    if not fallback:
+        return n, found
+    index, _ = extreme(z, mask, farthest=True)
+    return torch.where(found, n, index[i]), count > 0
+
+
+def _drawn(
+    block: MiningBlock,
+    different: Tensor,
+    i: Tensor,
+    p: Tensor,
+    keep: Keep | None,
+    generator: torch.Generator | None,
+) -> Iterator[Lines]:
+    """For each pair (i, p) one of the negatives that are kept."""
+    on = "cpu" if generator is None else generator.device
+    draws = torch.rand(len(i), dtype=torch.float64, generator=generator, device=on).to(i.device)
+    for run in slices(block, len(i)):
+        rows, near = i[run], block.z[i[run], p[run]]
+        kept = different[rows]
+        if keep is not None:
+            kept = kept & keep(block.z[rows] - near[:, None])
+        ends = kept.cumsum(dim=1)
+        count = ends[:, -1]
+        rank = torch.minimum((draws[run] * count).long(), count - 1) + 1
+        n = torch.searchsorted(ends, rank[:, None])[:, 0]
+        found = count > 0
+        yield lines(block, rows[found], p[run][found], n[found])
 
 
 def _next_nearer(z: Tensor, mask: Tensor, i: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def pairwise_distance(
     p: float = 2.0,
     w: Tensor | None = None,  # [D]
     VI: Tensor | None = None,  # [D, D]
-    covariance: Tensor | None = None,  # [D, D]
+    covariance: Tensor | None = None,  # [D, D] or [M, D, D]
     variance: Tensor | None = None,  # [..., M, D]
     base: float | None = None,
     precision: str = "fp32",
@@ -66,7 +66,8 @@ def pairwise_distance(
         w: weights >= 0 of the coordinates, for the metrics that have them in SciPy.
         VI, covariance, variance: mahalanobis's, one of them: the inverse covariance (SciPy's
             name), the covariance, or variances > 0 of each row of y (a diagonal each). None of
-            them: the covariance of the rows of x and y together, as SciPy.
+            them: the covariance of the rows of x and y together, as SciPy. A covariance [M, D, D]
+            is one for each row of y (x and y of two dimensions): in time O(M D^3 + N M D^2).
         base: of jensenshannon's logarithm; None: e.
         precision: of the products, in the metrics that are made of them.
 

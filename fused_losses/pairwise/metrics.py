@@ -24,6 +24,7 @@ from fused_losses.base.numerics import (
 )
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import assert_async, describe
+from fused_losses.pairwise.class_covariance import class_distances, class_roots, of_classes
 from fused_losses.pairwise.differences import from_differences
 from fused_losses.pairwise.whitening import exactly_about, whitened, wide
 from fused_losses.primitives.distances import reference as reference_distances
@@ -180,7 +181,8 @@ def _cosine(call: MetricCall) -> Tensor:
 
 
 def _correlation(call: MetricCall) -> Tensor:
-    x, y = call.both(lambda r: moved(r, call.w))
+    # of denormals a mean has few digits; what is a power of two longer has the same direction
+    x, y = call.both(lambda r: moved(wide(r) * power_of_two(wide(r)), call.w))
     return _cosine(call._replace(x=x, y=y))
 
 
@@ -256,8 +258,9 @@ def _snr(call: MetricCall) -> Tensor:
     power = x.square().sum(dim=-1, keepdim=True)
     flat = power == 0
     found = apart / torch.where(flat, 1, power)
-    # a constant anchor: inf, but for rows that are constant too
-    return torch.where(flat & (apart > 0), torch.inf, found)
+    # a constant anchor: inf, but 0 for rows that are constant too, without a slope or a curve
+    of_flat = torch.where(apart > 0, torch.inf, apart.detach())
+    return torch.where(flat, of_flat, found)
 
 
 def _poincare(call: MetricCall) -> Tensor:
@@ -288,6 +291,14 @@ def mahalanobis(
 ) -> Tensor:
     if variance is not None:
         return _diagonal(call, variance)
+    if covariance is not None and of_classes(covariance):
+        # differences and their factors are PyTorch's on every backend
+        choose(call.backend, call.x.device, call.x.dtype, call.precision, "euclidean")
+        if call.x.dim() != 2:
+            raise ValueError(
+                f"x: expected [N, D] with a covariance a row of y, got {describe(call.x)}"
+            )
+        return class_distances(call.x, call.y, class_roots(covariance, call.y)[0])
     x, y = exactly_about(*call.both(wide))
     u, v, factor = whitened(x, y, VI, covariance)
     return from_differences(call.matrix("euclidean", u, v), x, y, factor, "euclidean")

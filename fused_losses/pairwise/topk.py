@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from fused_losses.base import plans, validation
+from fused_losses.base import plans
 from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
@@ -23,19 +21,15 @@ from fused_losses.base.numerics import (
 )
 from fused_losses.base.sides import Integers, integers
 from fused_losses.base.validation import check_plain
-from fused_losses.pairwise.distance import check_options, check_weighted, pairwise_distance
+from fused_losses.pairwise.class_covariance import of_classes
 from fused_losses.pairwise.lengths import of_some_length
-from fused_losses.pairwise.metrics import METRICS
+from fused_losses.pairwise.topk_arguments import check_batches, check_named, check_topk
+from fused_losses.pairwise.topk_in_full import finished, in_full
 from fused_losses.pairwise.whitening import whitened
-from fused_losses.primitives.distances.inputs import FLAT
-from fused_losses.primitives.topk.inputs import MATCHES, SCREENS, QuantizedRows, TopkInputs
+from fused_losses.primitives.topk.inputs import SCREENS, QuantizedRows, TopkInputs
 from fused_losses.primitives.topk.listed import listed
 from fused_losses.primitives.topk.op import best_screen, select
-from fused_losses.primitives.topk.reference import allowed, best
-
-BLOCK_BYTES = 8 << 20  # of a block, for the metrics that no product screens
-BYTES_A_PAIR = 48  # a distance and what sorting it takes
-MOST = 2_048  # k
+from fused_losses.primitives.topk.rotation import rotated
 
 
 def _angle(cosine: Tensor) -> Tensor:
@@ -80,8 +74,8 @@ ORDERS = {
 
 @plans.hands_out
 def pairwise_topk(
-    x: Tensor,  # [N, D]
-    y: Tensor | QuantizedRows | None,  # [M, D]; None: x itself
+    x: Tensor,  # [N, D] or [B, N, D]
+    y: Tensor | QuantizedRows | None,  # [M, D] or [B, M, D]; None: x itself
     k: int,
     metric: str = "euclidean",
     *,
@@ -105,7 +99,8 @@ def pairwise_topk(
         y: [M, D] the bank, of any of these types (x's own or not), or `QuantizedRows`, rows in
             int8. It may be memory-mapped and larger than the memory: it is read once a run of
             queries, in place. None: x itself.
-        k: how many, in [1, 2048].
+        k: how many, in [1, max(2048, M)]; beyond 2048 a GPU's kernels have no list, and
+            bounded runs.
         metric: any of `pairwise_distance`, or "dot".
         p, metric_options: as in `pairwise_distance` (w, VI, covariance, variance, base).
         largest: default: the smallest distances, the largest products.
@@ -119,6 +114,10 @@ def pairwise_topk(
             never changes the answer: what a bound on its rounding cannot rule out is scored in
             float64. Metrics that are not made of products are computed in full.
 
+    x [B, N, D] with y [B, M, D] or None: B searches, of item b's rows in item b's alone. Labels,
+    ids and exclusions then are [B, .] too, and so is what is returned; y and screen are no
+    QuantizedRows; options of the metric are those of every item.
+
     Returns (values [N, k] float32, or float64 for float64 x, best first; indices [N, k] int64).
     Equal scores go by the lowest index. A row with fewer than k candidates is padded with index -1
     and +inf (-inf when largest). A pair whose score is NaN is no candidate, and a row of x with NaN
@@ -131,7 +130,12 @@ def pairwise_topk(
     copy of y in float64 for correlation, hellinger and mahalanobis.
     """
     check_plain(p=p)
-    _check(x, y, k, metric, match, screen)
+    if isinstance(x, Tensor) and x.dim() == 3:
+        given = dict(p=p, largest=largest, match=match, skip_self=skip_self, screen=screen)
+        sided = dict(x_labels=x_labels, y_labels=y_labels, x_ids=x_ids, y_ids=y_ids)
+        given |= dict(backend=backend, **metric_options)
+        return _of_batches(x, y, k, metric, dict(**sided, exclude=exclude), given)
+    check_topk(x, y, k, metric, match, screen)
     bank = x if y is None else y
     rows = bank.codes if isinstance(bank, QuantizedRows) else bank
     numbers = integers(
@@ -162,6 +166,32 @@ def pairwise_topk(
     )
 
 
+def _of_batches(
+    x: Tensor,  # [B, N, D]
+    y: Tensor | QuantizedRows | None,
+    k: int,
+    metric: str,
+    sided: dict[str, Tensor | None],  # [B, ...]
+    given: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Item by item."""
+    y = check_batches(x, y, sided, given["screen"])
+    # of one item the slope is not B items long, as that of an index would be
+    banks = None if y is None else y.unbind(0)
+    told = {name: t.unbind(0) for name, t in sided.items() if t is not None}
+    found = []
+    for b, rows in enumerate(x.unbind(0)):
+        options: dict[str, Any] = {name: t[b] for name, t in told.items()}
+        bank = None if banks is None else banks[b]
+        found.append(pairwise_topk(rows, bank, k, metric, **options, **given))
+    if not found:
+        shape = (0, x.shape[1], k)
+        values = x.new_zeros(shape, dtype=accumulate_dtype(x.dtype))
+        return values, torch.zeros(shape, dtype=torch.int64, device=x.device)
+    values, index = zip(*found, strict=True)
+    return torch.stack(values), torch.stack(index)
+
+
 def best_columns(
     x: Tensor,
     bank: Tensor | QuantizedRows,  # x itself where asked["symmetric"]
@@ -174,33 +204,49 @@ def best_columns(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`pairwise_topk` behind its door; asked: fields of `TopkInputs`, checked and numbered."""
-    _check_options(metric, p, options)
-    order = ORDERS.get(metric)
-    if options.get("w") is not None or options.get("variance") is not None:
-        order = None
+    check_named(metric, p, options)
     with no_autocast(x.device):
-        if order is None:
-            return _in_full(x, bank, metric, asked, {"p": p, "backend": backend, **options})
-        return _by_products(x, bank, metric, order, asked, screen, backend, options)
+        if not is_product(metric, options):
+            return in_full(x, bank, metric, asked, {"p": p, "backend": backend, **options})
+        return _by_products(x, bank, metric, asked, screen, backend, options)
 
 
-def _by_products(
+def is_product(metric: str, options: dict[str, Any]) -> bool:
+    """Whether a metric with these options has the order of a kind."""
+    of_rows = options.get("variance") is not None or of_classes(options.get("covariance"))
+    return metric in ORDERS and options.get("w") is None and not of_rows
+
+
+class Compared(NamedTuple):
+    """Rows as a kind compares them."""
+
+    x: Tensor
+    y: Tensor  # x itself where the bank is
+    y_scale: Tensor | None
+    screen: str | QuantizedRows
+
+
+def compared(
     x: Tensor,
     bank: Tensor | QuantizedRows,
     metric: str,
-    order: _Order,
-    asked: dict[str, Any],
     screen: str | QuantizedRows,
-    backend: str | None,
     options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """The metrics whose order is that of a product, a cosine or a squared distance."""
-    y_scale = None
+) -> Compared:
+    """What the rows of a metric of `ORDERS` become."""
+    order, y_scale = ORDERS[metric], None
+    if isinstance(screen, QuantizedRows) and (order.rows is not None or metric == "mahalanobis"):
+        raise ValueError(
+            f"screen: expected one of {', '.join(SCREENS)} with metric={metric!r}, whose rows are "
+            "not those of the codes, got QuantizedRows"
+        )
     if isinstance(bank, QuantizedRows):
-        bank, y_scale = bank.codes, bank.scale
+        bank, y_scale, signs = bank.codes, bank.scale, bank.signs
         if order.rows is not None or metric == "mahalanobis":
             raise ValueError(f"y: expected float rows with metric={metric!r}, got QuantizedRows")
-    dtype, same = accumulate_dtype(x.dtype), bank is x
+        if signs is not None:
+            x = rotated(x.to(row_dtype(x.device)), signs)
+    same = bank is x
     if metric == "mahalanobis" or order.rows is not None:
         # rows that are rounded once more have an order of their own
         x = x.to(row_dtype(x.device))
@@ -211,12 +257,26 @@ def _by_products(
         x, bank = order.rows(x), order.rows(bank)
     elif order.kind == "cosine":
         x, bank, y_scale, screen = of_some_length(x, bank, y_scale, screen)
-    bank = x if same else bank
-    codes = screen if isinstance(screen, QuantizedRows) else (None, None, None)
+    return Compared(x, x if same else bank, y_scale, screen)
+
+
+def _by_products(
+    given: Tensor,
+    bank: Tensor | QuantizedRows,
+    metric: str,
+    asked: dict[str, Any],
+    screen: str | QuantizedRows,
+    backend: str | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The metrics whose order is that of a product, a cosine or a squared distance."""
+    x, y, y_scale, screen = compared(given, bank, metric, screen, options)
+    order = ORDERS[metric]
+    codes = screen if isinstance(screen, QuantizedRows) else (None,) * 4
     name = screen if isinstance(screen, str) else ""
     inputs = TopkInputs(
         x,
-        bank,
+        y,
         y_scale,
         *codes,
         kind=order.kind,
@@ -225,157 +285,15 @@ def _by_products(
         **{**asked, "largest": asked["largest"] != order.similar},
     )
     keys, index = select(inputs, backend)
-    if followed(x) or (y_scale is None and followed(bank)):
-        keys = listed(x, bank, index, order.kind, y_scale)
+    if followed(x) or (y_scale is None and followed(y)):
+        keys = listed(x, y, index, order.kind, y_scale)
     values = keys if order.value is None else order.value(keys)
-    return _finished(x, values.to(dtype), index, asked["largest"]), index
-
-
-def _finished(x: Tensor, values: Tensor, index: Tensor, largest: bool) -> Tensor:
-    # a padded value is a constant
-    nothing = -torch.inf if largest else torch.inf
-    values = torch.where(index < 0, nothing, values)
-    on_host = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    # without a padded value no row has NaN: asking is cheaper than reading x
-    if not x.is_floating_point() or (on_host and not bool((index < 0).any())):
-        return values
-    return torch.where(x.isnan().any(dim=1, keepdim=True), torch.nan, values)
-
-
-def _in_full(
-    x: Tensor,
-    bank: Tensor | QuantizedRows,
-    metric: str,
-    asked: dict[str, Any],
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Metrics without a product: blocks of distances, the best carried from block to block."""
-    if isinstance(bank, QuantizedRows):
-        raise ValueError(f"y: expected float rows with metric={metric!r}, got QuantizedRows")
-    n, m, k = x.shape[0], bank.shape[0], asked["k"]
-    inputs = TopkInputs(x, bank, kind=metric, **asked)
-    dtype = torch.promote_types(x.dtype, bank.dtype)
-    variance = options.pop("variance", None)
-
-    def distances(rows: Tensor, others: Tensor, at: slice | Tensor) -> Tensor:
-        some = {} if variance is None else {"variance": variance[at]}
-        return pairwise_distance(rows.to(dtype), others.to(dtype), metric, **options, **some)
-
-    wide = max(k, 2_048)
-    step = max(1, BLOCK_BYTES // (wide * BYTES_A_PAIR))
-    found = [torch.zeros((0, k), dtype=torch.int64, device=x.device)]
-    with torch.no_grad():
-        for i in range(0, n, step):
-            run = slice(i, min(i + step, n))
-            index = torch.full((run.stop - i, k), -1, device=x.device)
-            keys = torch.full(
-                index.shape, torch.nan, device=x.device, dtype=accumulate_dtype(dtype)
-            )
-            for j in range(0, m, wide):
-                block = slice(j, min(j + wide, m))
-                fresh = distances(x[run], bank[block], block)
-                fresh = torch.where(allowed(inputs, run, block), fresh, torch.nan)
-                at = torch.arange(j, block.stop, device=x.device).expand(fresh.shape)
-                keys, index = best(
-                    torch.cat([keys, fresh], 1), torch.cat([index, at], 1), k, inputs.largest
-                )
-            found.append(index)
-    index = torch.cat(found)
-    values = [torch.zeros((0, k), dtype=accumulate_dtype(dtype), device=x.device)]
-    step = max(1, BLOCK_BYTES // (k * max(x.shape[1], 1) * BYTES_A_PAIR))
-    for i in range(0, n if m else 0, step):
-        at = index[i : i + step].clamp_min(0)
-
-        def of_rows(rows: Tensor, others: Tensor, at: Tensor = at) -> Tensor:
-            return distances(rows[:, None], others[at], at)[:, 0]
-
-        part = x[i : i + step]
-        if followed(x, bank):
-            values.append(checkpoint(of_rows, part, bank, use_reentrant=False))
-        else:
-            values.append(of_rows(part, bank))
-    values = torch.cat(values) if m else values[0].new_zeros((n, k))
-    values = values.to(accumulate_dtype(x.dtype))
-    if followed(x, bank) and not (n and m):  # gradients of nothing
-        values = values + (x[:0].sum() + bank[:0].sum()).to(values.dtype)
-    return _finished(x, values, index, asked["largest"]), index
+    return finished(x, values.to(accumulate_dtype(given.dtype)), index, asked["largest"]), index
 
 
 def mirrored(numbers: Integers) -> bool:
     """Whether i sees j where j sees i, of one set of rows."""
     return numbers.x_labels is numbers.y_labels and numbers.x_ids is numbers.y_ids
-
-
-def _check_options(metric: str, p: float, options: dict[str, Any]) -> None:
-    """The options of `pairwise_distance`, and no others, where the metric has them."""
-    if metric not in METRICS and metric not in ORDERS:
-        known = ", ".join(sorted({*METRICS, "dot"}))
-        raise ValueError(f"metric: expected one of {known}, got {metric!r}")
-    stray = sorted(set(options) - {"w", "VI", "covariance", "variance", "base"})
-    if stray:
-        raise TypeError(
-            f"{stray[0]}: expected one of w, VI, covariance, variance and base, which "
-            f"pairwise_distance takes"
-        )
-    rest = {name: value for name, value in options.items() if name != "w"}
-    check_options(metric, p, **rest)
-    if options.get("w") is not None:
-        check_weighted(metric)
-
-
-def _check_side(name: str, rows: Tensor, shape: str, metric: str) -> None:
-    bits = metric in FLAT and isinstance(rows, Tensor) and rows.dtype == torch.bool
-    validation.check_matrix(name, rows[:0].float() if bits else rows, shape)
-
-
-def _check(
-    x: Tensor,
-    y: Tensor | QuantizedRows | None,
-    k: int,
-    metric: str,
-    match: str,
-    screen: str | QuantizedRows,
-) -> None:
-    _check_side("x", x, "[N, D]", metric)
-    if isinstance(k, bool) or not isinstance(k, Integral):
-        raise TypeError(f"k: expected an integer in [1, {MOST}], got {type(k).__name__}")
-    if not 1 <= k <= MOST:
-        raise ValueError(f"k: expected a value in [1, {MOST}], got {k}")
-    validation.check_choice("match", match, MATCHES)
-    for name, value in (("y", y), ("screen", screen)):
-        if isinstance(value, QuantizedRows):
-            _check_quantized(name, value)
-    if not isinstance(y, QuantizedRows) and y is not None:
-        _check_side("y", y, "[M, D]", metric)
-    rows = x if y is None else y.codes if isinstance(y, QuantizedRows) else y
-    if rows.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"y: expected [M, {x.shape[1]}] to match x [N, {x.shape[1]}], got "
-            f"{validation.describe(rows)}"
-        )
-    validation.check_device("x", x, "y", rows)
-    if not isinstance(screen, QuantizedRows):
-        validation.check_choice("screen", screen, SCREENS)
-    elif tuple(screen.codes.shape) != tuple(rows.shape) or isinstance(y, QuantizedRows):
-        raise ValueError(
-            f"screen: expected the QuantizedRows of float rows y {tuple(rows.shape)}, got codes "
-            f"{validation.describe(screen.codes)}"
-        )
-
-
-def _check_quantized(name: str, rows: QuantizedRows) -> None:
-    m = rows.codes.shape[0]
-    if rows.codes.dtype != torch.int8 or rows.codes.dim() != 2:
-        raise TypeError(
-            f"{name}.codes: expected int8 [M, D], got {validation.describe(rows.codes)}"
-        )
-    for field in ("scale", "error"):
-        vector = getattr(rows, field)
-        if vector.dtype != torch.float32 or tuple(vector.shape) != (m,):
-            raise TypeError(
-                f"{name}.{field}: expected float32 [{m}], got {validation.describe(vector)}"
-            )
-        validation.check_device(f"{name}.codes", rows.codes, f"{name}.{field}", vector)
 
 
 _INDICES: dict[str, Any] = dict(

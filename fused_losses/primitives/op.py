@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fused_losses import backends
+from fused_losses.base.compiled import seen, transformed
 from fused_losses.base.numerics import no_autocast
 
 PYTHON_BACKENDS = ("bounded", "triton", "cuda")
@@ -36,6 +37,31 @@ def refused(name: str, hint: str = "", instead: str = ANY_ORDER) -> Callable[...
         )
 
     return raises
+
+
+def through_backward(
+    ctx: Any, arguments: list[Any], grads: tuple, run: Callable[[list[Any]], tuple]
+) -> tuple:
+    """The backward op's own derivative: run(its arguments) is that backward, differentiable."""
+    wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = {i: arguments[i].view_as(arguments[i]) for i in wanted}
+        outputs = run([leaves.get(i, a) for i, a in enumerate(arguments)])
+        pairs = [
+            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
+        ]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            list(leaves.values()),
+            [g for _, g in pairs],
+            allow_unused=True,
+            create_graph=further,
+        )
+    out: list[Tensor | None] = [None] * len(arguments)
+    for i, g in zip(leaves, found, strict=True):
+        out[i] = g
+    return tuple(out)
 
 
 class StreamedOp:
@@ -100,16 +126,26 @@ class StreamedOp:
     def __call__(self, backend: str, *arguments: Any) -> Any:
         # torch.library.register_autograd makes a Function without setup_context, which torch.func
         # refuses (torch 2.13), and without jvp, so that tangents end in it; ours has both
-        differentiable = self.backward_schema is not None
-        if differentiable and not torch.compiler.is_compiling() and _transformed():
-            return StreamedFunction.apply(self, backend, *arguments)
+        if self.backward_schema is not None and not torch.compiler.is_compiling():
+            if transformed():
+                return StreamedFunction.apply(self, backend, *arguments)
+            if not seen():
+                if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+                    return _PlainFunction.apply(self, backend, *arguments)
+                with torch._C._AutoDispatchBelowAutograd():
+                    return self.op(backend)(*arguments)
         return self.op(backend)(*arguments)
 
     def run_backward(self, backend: str, *arguments: Any) -> Any:
         """The backward op, also within a transform of torch.func or a level of forward mode."""
-        if _transformed():
+        if torch.compiler.is_compiling():
+            return self.op(backend, "_backward")(*arguments)
+        if transformed():
             return _BackwardFunction.apply(self, backend, *arguments)
-        return self.op(backend, "_backward")(*arguments)
+        if torch.is_grad_enabled() or seen():
+            return self.op(backend, "_backward")(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.op(backend, "_backward")(*arguments)
 
     def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
         """What the outputs move by where the arguments do by moves, None: not at all.
@@ -180,11 +216,6 @@ def _python(run: Op, backend: str) -> Op:
     return on_backend
 
 
-def _transformed() -> bool:
-    """Within a transform of torch.func or a level of forward mode."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def duals(arguments: tuple, moves: tuple) -> list[Any]:
     """The arguments as dual numbers, where they have a tangent; a level must be open."""
     return [
@@ -250,6 +281,31 @@ def _each(function: Any, info: Any, in_dims: tuple, arguments: tuple) -> tuple[A
         return torch.stack(calls), 0
     out = tuple(None if o[0] is None else torch.stack(o) for o in zip(*calls, strict=True))
     return out, tuple(None if o is None else 0 for o in out)
+
+
+class _PlainFunction(torch.autograd.Function):
+    """The registered op's gradient in eager code that no transform and no mode looks at.
+
+    What torch.library.register_autograd makes, without the schema that it walks in each call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, streamed: StreamedOp, backend: str, *arguments: Any) -> Any:
+        ctx.streamed, ctx.backend = streamed, backend
+        with torch._C._AutoDispatchBelowAutograd():
+            output = streamed.op(backend)(*arguments)
+        streamed.setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        of = next((g for g in grads if g is not None), None)
+        if of is None:
+            return (None,) * len(ctx.needs_input_grad)
+        run = partial(ctx.streamed.run_backward, ctx.backend)
+        with no_autocast(of.device):
+            found = ctx.streamed.gradients(run, ctx, ctx.needs_input_grad[2:], grads)
+        return (None, None, *found)
 
 
 class StreamedFunction(torch.autograd.Function):

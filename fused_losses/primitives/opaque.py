@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import no_autocast
+from fused_losses.primitives.kept import keep, kept
 from fused_losses.primitives.op import ANY_ORDER, LIBRARY, refused
 
 
@@ -76,12 +77,10 @@ class OpaqueOp:
         return [g.contiguous() for g in found]
 
     def _keep(self, ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG002 (a hook)
-        ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in inputs])
-        ctx.rest = [None if isinstance(a, Tensor) else a for a in inputs]
+        keep(ctx, inputs)
 
     def _gradients(self, ctx: Any, grad: Tensor) -> tuple:
-        pairs = zip(ctx.saved_tensors, ctx.rest, strict=True)
-        arguments = [rest if tensor is None else tensor for tensor, rest in pairs]
+        arguments, _ = kept(ctx)
         found = iter(self._op("_backward")(grad.contiguous(), *arguments))
         return tuple(next(found) if _moves(a) else None for a in arguments)
 

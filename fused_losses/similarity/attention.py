@@ -13,10 +13,11 @@ from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, exact_center, merged, no_autocast
 from fused_losses.base.sides import NEITHER, sides
 from fused_losses.base.validation import check_integers, number
-from fused_losses.losses.scored_pairs import SCORED_BY, scored, triangle
+from fused_losses.functions.scored_pairs import SCORED_BY, scored, triangle
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_attention, pair_statistics
 
+SIMILARITIES = (*SCORED_BY, "power")
 MATCHES = ("any", "same", "different", "both")
 ZEROS = ("same", "different")
 
@@ -47,7 +48,9 @@ def logsumexp_similarity(
     Args:
         x, y: [N, D] and [M, D]; y None: x itself, whose labels, ids and groups then serve both
             sides (with skip_self and without `exclude` at half the work).
-        similarity: "dot" <x, y>, "cosine", "rbf" -|x - y|^2, "euclidean" -|x - y|.
+        similarity: "dot" <x, y>, "cosine", "rbf" -|x - y|^2, "euclidean" -|x - y|, "power"
+            -log |x - y|: sums of 1 / |x - y|^scale, in pure PyTorch on every device. A row that
+            equals a column has +inf, without a gradient.
         scale: > 0; a number or a scalar tensor, which may need a gradient.
         x_labels, y_labels: integers, for `match` and `zero`.
         match: the pairs that take part: "any", "same" label, "different" label, or "both": two
@@ -75,10 +78,12 @@ def logsumexp_similarity(
         exclude=exclude,
     )
     x = both.x
-    validation.check_choice("similarity", similarity, SCORED_BY)
+    validation.check_choice("similarity", similarity, SIMILARITIES)
     validation.check_choice("match", match, MATCHES)
     if zero is not None:
         validation.check_choice("zero", zero, ZEROS)
+        if similarity == "power":
+            raise ValueError("zero: expected None with similarity='power', whose scores may be inf")
     factor = number("scale", scale, x)
     if x_labels is None and (match != "any" or zero is not None):
         raise ValueError(f"x_labels: expected labels for match={match!r}, zero={zero!r}, got None")
@@ -138,7 +143,10 @@ def similarity_attention(
     Args:
         query, key, value: [..., N, D], [..., M, D], [..., M, Dv] of one dtype; leading dimensions
             alike, swept one by one.
-        similarity: "dot", "cosine", "rbf" -|q - k|^2, "euclidean" -|q - k|.
+        similarity: "dot", "cosine", "rbf" -|q - k|^2, "euclidean" -|q - k|, "power" -log |q - k|:
+            weights 1 / |q - k|^scale, the singular kernel of interpolating smoothers, in pure
+            PyTorch on every device. Keys at distance 0 (its square, in float32 at least) take all
+            the weight, shared equally; then the values alone have a gradient, and the lse is +inf.
         scale: > 0; a number or a scalar tensor, which may need a gradient. None: 1 / sqrt(D) for
             "dot", else 1.
         query_labels, key_labels: integers; match: "any", "same", "different".
@@ -150,7 +158,7 @@ def similarity_attention(
     """
     check_leading(("query", query), ("key", key), ("value", value))
     query, value = validation.in_one_dtype(key, query, value)
-    validation.check_choice("similarity", similarity, SCORED_BY)
+    validation.check_choice("similarity", similarity, SIMILARITIES)
     validation.check_choice("match", match, MATCHES[:3])
     lead = query.shape[:-2]
     if match != "any" and query_labels is None:
@@ -176,8 +184,10 @@ def similarity_attention(
         check_values("value", v, "key", k)
         inputs = scored(both.x, k, factor, similarity=similarity, precision=precision)
         inputs = inputs._replace(**both.numbers._asdict())
-        # nearly equal values differ in their last digits: these are what a gradient is made of
-        center = exact_center(v)
+        # nearly equal values differ in their last digits: these are what a gradient is made of.
+        # 16 bits have none that sums of float32 lose, and stay where they lie
+        whole = v.dtype.itemsize == 2 and v.device.type == "cpu" and precision == "fp32"
+        center = None if whole else exact_center(v)
         moved = v if center is None else v - center
         out, lse = pair_attention(
             moved.contiguous(), inputs, positives=match == "same", backend=backend

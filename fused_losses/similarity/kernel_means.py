@@ -19,7 +19,7 @@ from fused_losses.base.numerics import (
 )
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_both, check_rows, number
-from fused_losses.losses.scored_pairs import scored, triangle
+from fused_losses.functions.scored_pairs import scored, triangle
 from fused_losses.primitives.pairs.inputs import NEGATIVE
 from fused_losses.primitives.pairs.op import pair_statistics
 

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.backends import requested
+from fused_losses.backends import choose, requested
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, over_last
-from fused_losses.base.validation import check_both, check_plain, number
-from fused_losses.losses.scored_pairs import scored
+from fused_losses.base.validation import check_both, check_count, check_plain, number
+from fused_losses.functions.scored_pairs import scored
 from fused_losses.primitives.op import TangentFunction, duals, primals, refused, tangents_of
 from fused_losses.primitives.opaque import OpaqueOp
 from fused_losses.primitives.pairs.op import pair_attention
+from fused_losses.similarity import trilinear_windows
 from fused_losses.similarity.attention import check_leading, check_values, one_by_one
+from fused_losses.similarity.trilinear_windows import ALL, CAUSAL
 
+WITHIN = ("bounded", "reference")  # who has windows
 TRILINEAR_ROWS = 4096  # of (query, first key) pairs that one sweep takes
 # what has a second derivative: no backend, reference neither
 SCORES = "scores written out in PyTorch, einsum('nd,jd,ld->njl', q, k1, k2)"
@@ -32,6 +35,9 @@ def trilinear_attention(
     v2: Tensor,  # [..., L, Dv]
     scale: float | None = None,
     *,
+    window: tuple[int | None, int | None] = (None, None),
+    causal: bool = False,
+    groups: int = 1,
     precision: str = "fp32",
     backend: str | None = None,
 ) -> Tensor:
@@ -39,26 +45,88 @@ def trilinear_attention(
 
         out_i = sum_jl softmax_jl(scale sum_d q_id k1_jd k2_ld) (v1_j * v2_l)
 
-    All of one dtype, leading dimensions alike. scale: None for 1 / sqrt(D). Returns [..., N, Dv] in
-    v1's dtype. Differentiable once; a second derivative raises NotImplementedError.
+    Args:
+        q, k1, k2, v1, v2: of one dtype, leading dimensions alike (but for `groups`).
+        scale: None for 1 / sqrt(D).
+        window: (w1, w2), integers >= 1: query i meets the keys j with i - w1 < j <= i and l with
+            i - w2 < l <= i, the convention of the public 2-simplicial kernels; None: no bound on
+            that side. Row i of each tensor stands at place i. A query that meets nothing gets 0.
+        causal: j <= i and l <= i, also on a side without a window.
+        groups: so many neighbouring query heads share a head of keys and values: q is
+            [..., groups * H, N, D] where these are [..., H, ., .].
+
+    Returns [..., N, Dv] in v1's dtype. Differentiable once; a second derivative raises
+    NotImplementedError. Within windows, in pure PyTorch on every device (precision "fp32").
     Raises ValueError, TypeError for bad arguments. Time O(N J L (D + Dv)), put J, the side that is
-    looped over, on the smaller; memory O((N + J + L)(D + Dv)). Paper: Alman and Song, 2023.
+    looped over, on the smaller; within windows O(N w1 w2 (D + Dv)), the rest is not visited.
+    Memory O((N + J + L)(D + Dv)) and a block. Papers: Alman and Song, 2023; Roy et al., Fast and
+    Simplex: 2-Simplicial Attention in Triton, 2025 (windows, groups).
     """
     check_plain(scale=scale)
-    check_leading(("q", q), ("k1", k1), ("k2", k2), ("v1", v1), ("v2", v2))
+    check_count("groups", groups)
+    first, second = _windows(window, causal)
+    tensors = ("q", q), ("k1", k1), ("k2", k2), ("v1", v1), ("v2", v2)
+    if groups > 1:
+        q = _by_key_head(q, groups, k1)
+        tensors = ("q", q), *tensors[1:]
+    check_leading(*tensors)
     q, k2, v1, v2 = validation.in_one_dtype(k1, q, k2, v1, v2)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
     number("scale", scale, q)
     given = (q, k1, k2, v1, v2)
     _check_item([t.new_empty(()).expand(t.shape[-2:]) for t in given], precision)
+    name = requested(backend)
+    if (first, second) != (ALL, ALL):
+        name = _within_windows(name, k1, precision)
+    rest = float(scale), first, second, int(groups), precision, name
 
     def attend(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        out = _TRILINEAR(*tensors, float(scale), precision, requested(backend))
+        out = _TRILINEAR(*tensors, *rest)
         return out, out.new_zeros(0)
 
     with no_autocast(q.device):
-        return one_by_one(attend, q.shape[:-2], given, v1)[0]
+        out = one_by_one(attend, q.shape[:-2], given, v1)[0]
+    if groups > 1:
+        out = out.unflatten(-2, (groups, out.shape[-2] // groups)).flatten(-4, -3)
+    return out
+
+
+def _windows(window: tuple[int | None, int | None], causal: bool) -> tuple[int, int]:
+    """What a query sees of either side, as `trilinear_windows` says it."""
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"window: expected (w1, w2), integers >= 1 or None, got {window!r}")
+    for width in window:
+        if width is not None:
+            check_count("window", width)
+    free = CAUSAL if causal else ALL
+    first, second = (free if width is None else int(width) for width in window)
+    return first, second
+
+
+def _by_key_head(q: Tensor, groups: int, keys: Tensor) -> Tensor:
+    """Query heads that share keys as further rows of one head: [..., H, groups N, D]"""
+    if not isinstance(q, Tensor) or not isinstance(keys, Tensor):
+        return q  # which is told where all tensors are looked at
+    heads = keys.shape[-3] if keys.dim() > 2 else None
+    if heads is None or q.dim() < 3 or q.shape[-3] != groups * heads:
+        raise ValueError(
+            f"q: expected [..., groups * H, N, D] with groups={groups} and k1 [..., H, J, D] "
+            f"{tuple(keys.shape)}, got {validation.describe(q)}"
+        )
+    return q.unflatten(-3, (heads, groups)).flatten(-3, -2)
+
+
+def _within_windows(name: str, keys: Tensor, precision: str) -> str:
+    """Who runs where there are windows."""
+    if name not in ("auto", *WITHIN):
+        raise RuntimeError(
+            f"backend={name!r} cannot run trilinear_attention within windows: its kernels know no "
+            f"order of keys; use backend='auto', which takes 'bounded', or one of "
+            f"{', '.join(WITHIN)}"
+        )
+    name = "bounded" if name == "auto" else name
+    return choose(name, keys.device, keys.dtype, precision, "pairs", keys.shape[-1])[0]
 
 
 def _check_item(item: list[Tensor], precision: str) -> None:
@@ -90,17 +158,8 @@ class _Trilinear(torch.autograd.Function):
     """Blocks of first keys, merged online by their lse; the backward runs each block again."""
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k1: Tensor,
-        k2: Tensor,
-        v1: Tensor,
-        v2: Tensor,
-        scale: float,
-        precision: str,
-        backend: str | None,
-    ) -> Tensor:
-        return _trilinear_forward(q, k1, k2, v1, v2, scale, precision, backend)[0].to(v1.dtype)
+    def forward(q: Tensor, k1: Tensor, k2: Tensor, v1: Tensor, v2: Tensor, *rest: Any) -> Tensor:
+        return _attended((q, k1, k2, v1, v2), *rest).to(v1.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
@@ -110,14 +169,15 @@ class _Trilinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        return *_TrilinearBackward.apply(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
+        nothing = (None,) * len(ctx.rest)
+        return *_TrilinearBackward.apply(grad, *ctx.saved_tensors, *ctx.rest), *nothing
 
     @staticmethod
     def jvp(ctx, *tangents: Tensor | None) -> Tensor:
         rest = ctx.rest
 
         def of(tensors: tuple, tangents: tuple, _: tuple) -> tuple:
-            out = _trilinear_forward(*duals(tensors, tangents), *rest)[0]
+            out = _attended(tuple(duals(tensors, tangents)), *rest)
             return tangents_of(out.to(tensors[3].dtype))
 
         given = *primals(ctx.saved_tensors), *tangents[:5]
@@ -130,7 +190,7 @@ class _TrilinearBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         with no_autocast(grad.device):
-            return _trilinear_backward(grad, arguments[:5], *arguments[5:])
+            return _gradients(grad, arguments[:5], *arguments[5:])
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
@@ -139,6 +199,38 @@ class _TrilinearBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
         return refused("trilinear_attention", instead=SCORES)(ctx, *grads)
+
+
+def _attended(
+    tensors: tuple[Tensor, ...],
+    scale: float,
+    first: int,
+    second: int,
+    groups: int,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    """out [N, Dv] in the accumulation dtype."""
+    if first == second == ALL:
+        q, k1, k2, v1, v2 = tensors
+        return _trilinear_forward(q, k1, k2, v1, v2, scale, precision, backend)[0]
+    return trilinear_windows.forward(tensors, scale, first, second, groups)
+
+
+def _gradients(
+    grad: Tensor,
+    tensors: tuple[Tensor, ...],
+    scale: float,
+    first: int,
+    second: int,
+    groups: int,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k1, k2, v1 and v2."""
+    if first == second == ALL:
+        return _trilinear_backward(grad, tensors, scale, precision, backend)
+    return trilinear_windows.backward(grad, tensors, scale, first, second, groups)
 
 
 def _trilinear_backward(
@@ -207,11 +299,33 @@ def _trilinear_forward(
 
 _TRILINEAR = OpaqueOp(
     "trilinear_attention",
-    "(Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, float scale, str precision, "
-    "str backend)",
+    "(Tensor q, Tensor k1, Tensor k2, Tensor v1, Tensor v2, float scale, int first, int second, "
+    "int groups, str precision, str backend)",
     _Trilinear.apply,
     lambda q, k1, k2, v1, *_: v1.new_empty((q.shape[0], v1.shape[1])),
     SCORES,
 )
 
+_GPU_AND_CPU = ("cpu", "triton", "cuda")
 examples(trilinear_attention, lambda f, t: f(t.x, t.few, t.z, t.few_values, t.w))
+examples(
+    trilinear_attention,
+    lambda f, t: f(t.x, t.few, t.z, t.few_values, t.w),
+    {
+        "windows": dict(window=(5, 3)),
+        "one window": dict(window=(None, 4)),
+        "causal": dict(window=(4, None), causal=True),
+    },
+    precisions=("fp32",),
+    not_on=_GPU_AND_CPU,
+)
+# a head of keys, which two of queries share
+examples(
+    trilinear_attention,
+    lambda f, t: f(
+        torch.stack([t.x, t.x.flip(0)]),
+        *(k[None] for k in (t.few, t.z, t.few_values, t.w)),
+        groups=2,
+    ),
+    {"groups": {}},
+)

@@ -16,7 +16,7 @@ from places import search_path
 import fused_losses
 from fused_losses import backends, functional
 from fused_losses.backends import table
-from fused_losses.losses import reference
+from fused_losses.functions import reference
 
 X, W, LABELS = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3])
 CPU = torch.device("cpu")

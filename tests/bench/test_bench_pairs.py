@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -46,7 +47,11 @@ def test_floors() -> None:
 
 
 @pytest.mark.slow
-def test_bench_runs_a_case_with_its_compiled_rivals(tmp_path, capsys) -> None:
+def test_bench_runs_a_case_with_its_compiled_rivals(
+    tmp_path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # traced and differentiated as any; Inductor's code for a rival is run in test_cli.py
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     options = ["--case", "info_nce", "--pairs", "48,32", "--rounds", "1", "--no-growth"]
     assert cli.main(["bench", *options, "--out", str(tmp_path)]) == 0
     (case,) = json.loads((tmp_path / "result.json").read_text())["cases"]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton_interpreted
 from conftest import CUDA
 from places import ROOT
 
@@ -34,13 +33,6 @@ from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGrad
 from fused_losses.primitives.row_update.op import sgd_rows_
 
 META = dict(device="meta")
-
-
-@pytest.mark.slow
-def test_closed_forms_of_triton_kernels() -> None:
-    """Bytes loaded and stored and FLOPs of products, exactly, in Triton's interpreter."""
-    pytest.importorskip("triton")
-    triton_interpreted.passes(Path(__file__).with_name("roofline_cases.py"))
 
 
 # ---- the CUDA kernels, in the host execution ----------------------------------------------------

@@ -16,10 +16,10 @@ from fused_losses.centers.collectives import Ranks
 from fused_losses.centers.engines import Gradients, SoftmaxEngine
 from fused_losses.centers.sampling import sample
 from fused_losses.centers.shard import ClassGroup, Shard, ShardSweep
-from fused_losses.losses import class_loss
-from fused_losses.losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
-from fused_losses.losses.margin_softmax import margin_softmax
-from fused_losses.losses.unpg import UNPG, unpg_margin_softmax
+from fused_losses.functions import class_loss
+from fused_losses.functions.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
+from fused_losses.functions.margin_softmax import margin_softmax
+from fused_losses.functions.unpg import UNPG, unpg_margin_softmax
 
 MARGINS = {
     "none": lambda: None,
@@ -44,6 +44,11 @@ def test_is_margin_softmax(name: str, gradient: str) -> None:
 
 LOSSES = {
     "softmax of several labels": (lambda: class_losses.Softmax(margins.CosFace(0.2), 16.0), 1, 3),
+    "labels together": (
+        lambda: class_losses.LabelsTogether(margins.CosFace(0.2), 16.0),
+        1,
+        3,
+    ),
     "sub-centres": (lambda: class_losses.Softmax(margins.ArcFace(0.3), 16.0), 3, 1),
     "soft triple": (lambda: class_losses.SoftTriple(), 3, 1),
     "sface": (lambda: class_losses.SFace(), 1, 1),

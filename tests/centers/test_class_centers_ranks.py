@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from fused_losses.centers import clip_grad_norm_
-from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.functions.margin_softmax import margin_softmax
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused_losses.centers import ClassCenters
 from fused_losses.centers.sampling import sample
-from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.functions.margin_softmax import margin_softmax
 
 SGD = dict(lr=0.3, momentum=0.9, weight_decay=0.01)
 OPTIMIZERS = {

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fused_losses import class_losses
 from fused_losses.centers import ClassCenters, carry_over
-from fused_losses.losses.class_loss import class_loss
-from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.functions.class_loss import class_loss
+from fused_losses.functions.margin_softmax import margin_softmax
 from fused_losses.margins import (
     AdaFace,
     ArcFace,

@@ -8,7 +8,7 @@ from class_center_cases import C, D, batch, head
 from torch import Tensor, nn
 
 from fused_losses.centers import SphericalHead, clip_grad_norm_
-from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.functions.margin_softmax import margin_softmax
 
 STEP = dict(optimizer="sgd", optimizer_options=dict(lr=0.1, momentum=0.9), update="step")
 

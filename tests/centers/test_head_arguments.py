@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_losses import class_losses
 from fused_losses.centers import ClassCenters
-from fused_losses.losses.unpg import UNPG
+from fused_losses.functions.unpg import UNPG
 from fused_losses.margins import AdaFace, ArcFace, CosFace, CurricularFace, InterclassFilter
 
 
@@ -397,4 +397,5 @@ def test_a_head_on_the_cpu_beside_another_default_device(
     storage = dict(storage=tmp_path) if "optimizer" in options else {}
     with torch.device("meta"):
         got = train(head(device="cpu", **options, **storage))
-    assert got == want
+    # a default device is a mode, under which PyTorch's formulas stand for the extension's
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)

@@ -13,9 +13,9 @@ from torch import nn
 
 from fused_losses import class_losses
 from fused_losses.centers.sampling import sample
-from fused_losses.losses.adaptive_scale import AdaptiveScale
-from fused_losses.losses.margin_softmax import margin_softmax
-from fused_losses.losses.unpg import UNPG
+from fused_losses.functions.adaptive_scale import AdaptiveScale
+from fused_losses.functions.margin_softmax import margin_softmax
+from fused_losses.functions.unpg import UNPG
 from fused_losses.margins import AdaFace, ArcFace, CosFace, CurricularFace, MagFace
 
 CASES: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from fused_losses.centers.insightface import (
     import_checkpoints,
     shard,
 )
-from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.functions.margin_softmax import margin_softmax
 
 pytestmark = pytest.mark.processes
 

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from dataset_pictures import damaged
+from torch_files import DEEP, LONG, pickle_of, rewritten
 
 from fused_losses.base.files import DataError
 from fused_losses.centers import ClassCenters
@@ -190,6 +191,37 @@ def test_packed_and_huge_archives_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(pickled, bytes((1 << 26) + 1))
     with pytest.raises(DataError, match="data.pkl: expected at most 67108864 bytes, got 67108865"):
+        InsightFaceTable(tmp_path)
+
+
+def test_what_would_take_hours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_losses.base.saved.MAX_STEPS", 2000)
+    for pickled, told in ((DEEP, "tuples of at most"), (LONG, "at most 2000 instructions")):
+        rewritten(file_of(tmp_path, saved()), pickled)
+        with pytest.raises(DataError, match=rf"gpu_0\.pt: .*data\.pkl: expected {told}"):
+            InsightFaceTable(tmp_path)
+        # the format before torch 1.6 begins with pickles, the content is the fourth
+        path = file_of(tmp_path, saved(), _use_new_zipfile_serialization=False)
+        start = path.read_bytes().index(b"}", 200)
+        path.write_bytes(path.read_bytes()[:start] + pickled[2:])
+        with pytest.raises(DataError, match=rf"gpu_0\.pt: pickle at offset \d+: expected {told}"):
+            InsightFaceTable(tmp_path)
+
+
+def test_a_table_of_more_rows_than_are_stored_is_refused(tmp_path: Path) -> None:
+    weight = torch.zeros(1, DIM).expand(1 << 40, DIM)
+    file_of(tmp_path, saved(state_dict_softmax_fc={"weight": weight}))
+    with pytest.raises(DataError, match=r"weight.*: expected a tensor of the bytes that are sto"):
+        InsightFaceTable(tmp_path)
+
+
+def test_a_step_of_thousands_of_digits(tmp_path: Path) -> None:
+    path = file_of(tmp_path, saved(global_step=numpy.int64(2)))
+    pickled = pickle_of(path)
+    bytes_of_2 = b"X\x08\x00\x00\x00" + (2).to_bytes(8, "little")
+    assert bytes_of_2 in pickled
+    rewritten(path, pickled.replace(bytes_of_2, b"X\x88\x13\x00\x00" + b"A" * 5000))
+    with pytest.raises(DataError, match=r"gpu_0\.pt: global_step: expected an integer in"):
         InsightFaceTable(tmp_path)
 
 

@@ -261,4 +261,5 @@ def test_compiled_steps_are_the_same() -> None:
             head.optimizer.zero_grad()
         found.append((head.rows(ALL), h.grad))
     for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        # compiled code has PyTorch's formulas where plain code has the extension's
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from dataclasses import replace
@@ -22,6 +23,7 @@ from fused_losses.datasets.glyphs import (
     load_glyphs,
     look_alikes,
 )
+from fused_losses.datasets.glyphs import cache as cache_file
 from fused_losses.datasets.glyphs import fonts as font_files
 from fused_losses.datasets.glyphs import load as loading
 
@@ -208,6 +210,32 @@ def test_a_damaged_cache_is_named(few_fonts: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fonts", [["f", "f", "f", "x"]]),
+        ("fonts", [["f", "f", "f", 1 << 70]]),
+        ("fonts", [["f", "f", "f", -1]]),
+        ("fonts", [[1, None, [], 0]]),
+        ("fonts", ["abcd"]),
+        ("fonts", [["f"]]),
+        ("skipped", [3]),
+        ("drawings", 1e400),
+        ("size", [4]),
+    ],
+)
+def test_a_cache_that_says_something_else_is_named(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "x.glyphs"
+    whole = {"format": cache_file.FORMAT, "drawings": 1, "size": 4, "fonts": [["f", "f", "f", 0]]}
+    for head in (whole | {"skipped": []}, whole | {"skipped": [], key: value}):
+        path.write_bytes(json.dumps(head).encode() + b"\n" + b"A" + bytes(23) + bytes(16))
+        if head.get(key) != value:
+            assert cache_file.read(path).names == ("A",)
+            continue
+        with pytest.raises(DataError, match=r"x\.glyphs: expected 'fused_losses\.glyphs 1'"):
+            cache_file.read(path)
+
+
 def test_processes_draw_the_same(few_fonts: Path, tmp_path: Path) -> None:
     some = {"characters": range(0x21, 0x100), "size": 16}
     one = load_glyphs([few_fonts], cache=tmp_path / "one", processes=1, **some)

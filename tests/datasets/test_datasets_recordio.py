@@ -370,3 +370,11 @@ def test_truncation_never_changes_data(tmp_path: Path) -> None:
     read = [outcome(lambda i=i: found.encoded(i)) for i in range(6)]
     assert read[0] == pictures[0] and read[5] == "refused"
     assert all(one in (picture, "refused") for one, picture in zip(read, pictures, strict=True))
+
+
+def test_records_that_overlap_are_refused(tmp_path: Path) -> None:
+    """An index of a million keys of one record would read it a million times."""
+    path = lay_out(tmp_path, {key: content(0.0, key, png(key) + MAGIC * 3) for key in (1, 2)})
+    write(tmp_path / "train.idx", b"".join(b"%d\t0\n" % key for key in range(1, 9)))
+    with pytest.raises(DataError, match=r"rec: key [23]: expected records that do not overlap, th"):
+        opened(path)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from draws import Draw
-from kinds_of_draws import KINDS, drawn
+from draws import Draw, any_draw
+from kinds_of_draws import KINDS
 from places import ROOT
 
 RUNS = ROOT / "runs" / "fuzz"
@@ -32,7 +32,7 @@ RUNS = ROOT / "runs" / "fuzz"
 def judged(kind: str, name: str, seed: int, number: int) -> tuple[int, list[dict[str, Any]]]:
     """How many calls were judged, and those outside of their bound."""
     choice = random.Random(f"{kind}/{name}/{seed}/{number}")
-    draw = drawn(choice)
+    draw = any_draw(choice)
     calls, outside = 0, []
     try:
         for call, within, parts in KINDS[kind].judge(name, draw, choice):

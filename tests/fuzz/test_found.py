@@ -10,7 +10,21 @@ from conftest import require
 from draws import CASES, Call, Draw, judge
 from kinds_of_draws import KINDS
 
+from fused_losses import backends
+
 FOUND = {
+    # the bound's: two clusters' masses by logsumexps of 660,000
+    "masses of a far plan": (
+        "sinkhorn_dot",
+        Draw((7, 33, 33), "clusters", "one class", torch.float64, 1937471345),
+        Call("bounded"),
+    ),
+    # the angle to a row of zeros is constant, by two chords' slopes that cancel
+    "an angle to nothing": (
+        "pairwise_angular",
+        Draw((7, 1, 2), "sparse", "all distinct", torch.float64, 281922065),
+        Call("reference"),
+    ),
     # a class without pairs, in whose sum the loss has slope 1e6, set the scale of float16's G
     "steep in nothing": (
         "orthogonal_projection",
@@ -128,6 +142,18 @@ FOUND = {
         Draw((13, 16, 1), "sparse", "skewed", torch.float32, 400258765),
         Call("reference"),
     ),
+    # the bound's: G that is rounded alike for a cluster's pairs, in a temperature's gradient
+    "a temperature of rounded G": (
+        "supervised_contrastive_out",
+        Draw((3, 32, 65), "clusters", "as they are", torch.bfloat16, 1994801799),
+        Call("cuda"),
+    ),
+    # a plan of rows far from 0 was made of their products' roundings, its mass 54 for 1
+    "a plan of roundings": (
+        "sinkhorn_dot",
+        Draw((1, 17, 17), "far", "as they are", torch.float32, 1662827001),
+        Call("cuda"),
+    ),
     # the formula's: a variance far from 0 was off by its mean's rounding
     "a variance far from 0": (
         "snr_contrastive_ref",
@@ -139,6 +165,42 @@ FOUND = {
         "distillation_jsd_options",
         Draw((16, 15, 7), "clusters", "as they are", torch.bfloat16, 1492271130),
         Call("bounded"),
+    ),
+    # where the teacher is nearly one class, its slope was what two numbers of 1e2 left
+    "a teacher of one class": (
+        "distillation_pskd",
+        Draw((2, 13, 7), "large", "one class", torch.float64, 1453344766),
+        Call("cpu"),
+    ),
+    "a teacher of one class, bounded": (
+        "distillation_pskd",
+        Draw((2, 13, 7), "large", "one class", torch.float64, 1453344766),
+        Call("bounded"),
+    ),
+    "a teacher of one class, with options": (
+        "distillation_pskd_options",
+        Draw((2, 13, 7), "large", "one class", torch.float64, 1857577117),
+        Call("cpu"),
+    ),
+    "a teacher of one class, with options, bounded": (
+        "distillation_pskd_options",
+        Draw((2, 13, 7), "large", "one class", torch.float64, 1857577117),
+        Call("bounded"),
+    ),
+    "a power of one class": (
+        "distillation_ofa_options",
+        Draw((2, 13, 7), "large", "one class", torch.float64, 1418615680),
+        Call("cpu"),
+    ),
+    "a power of one class, bounded": (
+        "distillation_ofa_options",
+        Draw((2, 13, 7), "large", "one class", torch.float64, 1418615680),
+        Call("bounded"),
+    ),
+    "a mixture of one class": (
+        "distillation_jsd_options",
+        Draw((2, 13, 7), "large", "one class", torch.float64, 1467179099),
+        Call("cpu"),
     ),
     # slopes of equal classes sum to 0 as well as a backend's shares sum to 1
     "slopes that sum to nothing": (
@@ -153,6 +215,10 @@ FOUND = {
 def test_found(find: str) -> None:
     name, draw, call = FOUND[find]
     require(call.backend)
+    precision = call.precision
+    refused = backends.reasons_against(call.backend, torch.device("cpu"), draw.dtype, precision)
+    if refused and precision != "fp32":
+        pytest.skip(refused[0])
     for verdict in judge(CASES[name], draw, [call]):
         assert verdict.share <= 1, verdict
 
@@ -169,6 +235,12 @@ OF_OTHER_KINDS = {
         "tangents",
         "adaptive_margin_softmax",
         Draw((1, 1, 5), "plain", "one class", torch.float32, 1),
+    ),
+    # torch takes an empty result of a Function for a view of the empty list
+    "a list of no pairs": (
+        "tangents",
+        "supervised_contrastive_mined",
+        Draw((31, 1, 3), "far", "all distinct", torch.float32, 1998792481),
     ),
     # and logaddexp of two numbers that are 88 apart has no curve
     "two far numbers": (
@@ -215,6 +287,12 @@ OF_OTHER_KINDS = {
         "NaN and inf",
         "pairwise_kl",
         Draw((32, 15, 1), "sparse", "skewed", torch.float16, 975139976),
+    ),
+    # the formula's: the angle of a NaN to a zero was a number
+    "the angle of a NaN to a zero": (
+        "NaN and inf",
+        "pairwise_angular",
+        Draw((3, 33, 2), "sparse", "skewed", torch.bfloat16, 42077566),
     ),
     # the logarithm of an infinite ratio was finite on some
     "inf in a divergence": (
@@ -270,11 +348,41 @@ OF_OTHER_KINDS = {
         "pairwise_cosine",
         Draw((31, 33, 1), "sparse", "one class", torch.float16, 1200694466),
     ),
+    # 0 at rows without a variance, and inf around them, had a curve
+    "constant rows beside one another": (
+        "second derivatives",
+        "pairwise_snr",
+        Draw((9, 9, 2), "sparse", "all distinct", torch.float64, 1723032086),
+    ),
+    # a margin saw the direction of a class that the kernels take for zeros
+    "a bend beside zeros": (
+        "lengths",
+        "margin_MVSoftmax_arc_fixed",
+        Draw((9, 9, 9), "clusters", "one class", torch.float32, 579573374),
+    ),
+    # a ratio of variances overflowed; the formula took rows of 1e-30 for constant
+    "a ratio of long squares": (
+        "lengths",
+        "snr_contrastive_mined",
+        Draw((31, 31, 65), "anti-aligned", "all distinct", torch.float16, 1679775806),
+    ),
     # squares of rows of 1e-30 are 0 in float32, and with them what two lengths differ by
     "near sides that are short": (
         "lengths",
         "distillation_mse_unit",
         Draw((3, 31, 8), "far", "as they are", torch.float32, 1374631130),
+    ),
+    # a positive in a bin of its own moved into one that was empty, where no share had a slope
+    "a distance of 0": (
+        "hard data",
+        "fast_ap_mined",
+        Draw((1, 1, 15), "clusters", "all distinct", torch.float32, 688932207),
+    ),
+    # a series of seven terms has float64's digits of its value at 0.01, and not of its slope
+    "a series of seven terms": (
+        "hard data",
+        "pnp_Ib",
+        Draw((7, 32, 7), "aligned", "as they are", torch.float64, 1047401287),
     ),
 }
 

@@ -11,39 +11,25 @@ from collections.abc import Callable
 import pytest
 from choice_option_draws import EVERY
 from class_loss_draws import LOSSES
-from draws import CASES, DRAWS, Draw, judge, unjudged
-from fuzz_settings import drawn
-from hypothesis import given
+from draws import CASES, judge, unjudged
+from fuzz_settings import draws_of, of_function
 from margin_calls import MARGINS
 from margin_draws import CLASS_LOSSES
 from metric_draws import SIMILARITIES
-from pair_cases import Case
 
 from fused_losses import class_losses, functional, margins, metrics, miners
 from fused_losses.pairwise import distance
 from fused_losses.pairwise import metrics as pairwise_metrics
 
-CALLS = 6  # of a draw, about
-
-
-def _examples(case: Case) -> int:
-    variants = sum(other.function is case.function for other in CASES.values())
-    return -(-50 // (CALLS * variants))
+DRAWS = 7  # a function, over its variants: of about seven calls each
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_hard_data(name: str) -> None:
     case = CASES[name]
-
-    @drawn(_examples(case))
-    @given(DRAWS)
-    def check(draw: Draw) -> None:
-        if unjudged(case, draw):
-            return
+    for draw in draws_of(name, of_function(name, DRAWS), lambda draw: not unjudged(case, draw)):
         for verdict in judge(case, draw):
             assert verdict.share <= 1, (draw, verdict)
-
-    check()
 
 
 def test_nothing_public_is_missing() -> None:

@@ -17,7 +17,7 @@ from wild_norms import UNIT
 from fused_losses import class_losses, functional, margins, metrics, miners
 
 # drawn with every call
-EVERYWHERE = {"backend", "precision"}
+EVERYWHERE = {"backend", "precision", "memory_budget"}
 
 
 def _public() -> list[Callable[..., Any]]:

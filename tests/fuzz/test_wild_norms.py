@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
-from draws import CASES, DRAWS, Draw, unjudged
-from fuzz_settings import drawn
-from hypothesis import given
-from hypothesis import strategies as st
+from draws import CASES, unjudged
+from fuzz_settings import draws_of, of_function
 from wild_norms import JUDGED, NAMES, UNIT, judge, lengths
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_lengths(name: str) -> None:
-    case = JUDGED[name]
-
-    @drawn(3)
-    @given(DRAWS, st.sampled_from(lengths(name)))
-    def check(draw: Draw, length: str) -> None:
+    plain, some = name.removesuffix("_unit"), lengths(name)
+    count = of_function(plain, 3)
+    for draw in draws_of(name, count, lambda draw: not unjudged(CASES[plain], draw)):
+        length = random.Random(draw.seed).choice(some)
         if draw.dtype == torch.float16:
             draw = replace(draw, dtype=torch.float32)
-        if unjudged(CASES[name.removesuffix("_unit")], draw):
-            return
-        for call, errors, bounds in judge(case, draw, length):
+        for call, errors, bounds in judge(JUDGED[name], draw, length):
             within = all(e <= b for e, b in zip(errors, bounds, strict=True))
             assert within, (draw, length, call, errors, bounds)
-
-    check()
 
 
 def test_what_is_judged() -> None:

@@ -12,7 +12,7 @@ from metric_oracles import by_loops, distances, rankings
 from fused_losses import metrics
 from fused_losses.metrics import knn, search
 
-RANKED = ("recall_at_k", "precision_at_k", "map_at_k")
+RANKED = ("recall_at_k", "precision_at_k", "map_at_k", "ndcg")
 
 
 def batch(n: int, d: int, classes: int, dtype: torch.dtype = torch.float64) -> tuple:

@@ -276,7 +276,7 @@ def test_bad_input(mine, change: dict, error: type, words: str) -> None:
     ("change", "error", "words"),
     [
         (dict(positive="hard"), ValueError, "positive: expected one of"),
-        (dict(negative="random"), ValueError, "negative: expected one of"),
+        (dict(negative="worst"), ValueError, "negative: expected one of"),
         (dict(triplets="both"), ValueError, "triplets: expected one of"),
         (dict(positive="semihard", negative="semihard"), ValueError, "negative: expected 'hard"),
         (dict(margin="0.2"), TypeError, "margin: expected a number"),

@@ -212,7 +212,7 @@ def test_opcheck_and_compile_of_several_labels() -> None:
     ruled = RULES["sphereface2"]
     p = made(ruled, Shape(3, 0.0, n=6, classes=11), "drawn", torch.float32)
     p = p._replace(params=list(p.params), weight=p.weight.requires_grad_())
-    torch.library.opcheck(CLASS_RULES.op("cpu"), tuple(p))
+    torch.library.opcheck(CLASS_RULES.op("cpu"), (*p, 0))
 
     def value(x: Tensor, weight: Tensor) -> Tensor:
         found = class_statistics(p._replace(x=x, weight=weight), backend="cpu")

@@ -83,7 +83,8 @@ def test_compile_without_breaks_for_any_batch_size(name: str, traced: str) -> No
         torch.testing.assert_close(got, wanted)
         got = torch.autograd.grad(got, (x, w))
         for a, b in zip(got, torch.autograd.grad(wanted, (x, w)), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            # compiled code's unit rows are rounded by themselves
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
     if name == "adaface-training":
         torch.testing.assert_close(options["margin"].mean, plain["margin"].mean)
 

@@ -151,7 +151,10 @@ def test_func_grad(metric: str, streamed: str) -> None:
     few(streamed, metric == "chebyshev")
     x, f = to_transform(metric, streamed)
     leaf = x.clone().requires_grad_()
-    assert torch.equal(torch.func.grad(f)(x), torch.autograd.grad(f(leaf), leaf)[0])
+    found, (want,) = torch.func.grad(f)(x), torch.autograd.grad(f(leaf), leaf)
+    # in a transform PyTorch's formulas stand for the extension's: some roundings of each term
+    near = 4 * len(x) * torch.finfo(x.dtype).eps * want.abs().amax()
+    assert (found - want).abs().amax() <= near
 
 
 OTHERS = [name for name in STREAMED if name != "cpu"]

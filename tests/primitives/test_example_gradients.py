@@ -20,7 +20,7 @@ from fused_losses.base.examples import TABLE
 
 SHAPE = (7, 11, 4)
 # not the value's derivative, by definition: weights of pairs, a plan or one side's rows are held
-HOLDING = ("SFace", "circle", "distances, scaled", "harmonic_triplet", "sinkhorn")
+HOLDING = ("SFace", "circle", "distances, scaled", "harmonic_triplet", "sinkhorn,")
 HELD = [name for name in DIFFERENTIABLE if name.startswith(HOLDING)]
 FIELDS = {dtype: fields(SHAPE, dtype) for dtype in (torch.float32, torch.float64)}
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from example_values import fields, floats
+from example_values import fields, floats, on_backend
 from torch import Tensor
 
 import fused_losses
@@ -30,11 +30,7 @@ def called(example: Example, leaves: dict[str, Tensor], backend: str) -> list[Te
         setattr(inputs, name, leaf)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return list(floats(example(inputs, **options(example, backend))))
-
-
-def options(example: Example, backend: str) -> dict[str, str]:
-    return {"backend": backend} if example.takes("backend") else {}
+        return list(floats(example(inputs, **on_backend(example, backend))))
 
 
 DIFFERENTIABLE = [

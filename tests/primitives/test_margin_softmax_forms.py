@@ -10,9 +10,9 @@ from conftest import require
 from torch import Tensor
 
 from fused_losses import class_losses, margins
-from fused_losses.losses import class_loss
-from fused_losses.losses.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
-from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.functions import class_loss
+from fused_losses.functions.adaptive_scale import AdaptiveScale, adaptive_margin_softmax
+from fused_losses.functions.margin_softmax import margin_softmax
 
 N, C, D = 7, 11, 5
 

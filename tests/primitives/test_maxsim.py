@@ -14,6 +14,7 @@ from maxsim_checks import (  # noqa: F401
 )
 from torch import Tensor
 
+from fused_losses.backends.cpu.capability import extension
 from fused_losses.primitives.maxsim.op import MAXSIM, maxsim
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -58,6 +59,42 @@ def test_against_the_formula(q, lq, b, lb, d, dtype, backend: str) -> None:
     flat = documents[mask]
     ragged = run(lambda a, c: maxsim(a, c, lengths=lengths, **given), queries, flat)
     assert torch.equal(ragged[0], padded[0]) and torch.equal(ragged[2], padded[2][mask])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.float32, "fp32"),
+        (torch.float32, "bf16"),
+        (torch.float64, "fp32"),
+        (torch.bfloat16, "bf16"),
+    ],
+    ids=str,
+)
+def test_few_queries_have_the_bits_of_many(dtype: torch.dtype, precision: str) -> None:
+    """Every width of a panel of query tokens, and documents in runs for threads."""
+    require("cpu")
+    if precision == "bf16" and not extension().has_bf16():
+        return
+    lengths = torch.randint(0, 90, (60,))
+    documents = torch.randn(int(lengths.sum()), 70).to(dtype)
+    run = lambda q: maxsim(q, documents, lengths=lengths, precision=precision, backend="cpu")
+    for tokens in (1, 7, 8, 9, 16, 17, 31, 32, 33, 48, 49, 64, 65, 100):
+        queries = torch.randn(9, tokens, 70).to(dtype)
+        # more queries than a panel holds, and than a thread takes at once
+        many = run(torch.cat([queries] * 12))[:9]
+        assert torch.equal(many, torch.cat([run(q[None]) for q in queries])), tokens
+        want = formula(queries.double(), *_padded(documents.double(), lengths))
+        bound = 2e-2 if precision == "bf16" else BOUNDS[torch.float32]
+        assert float((many.double() - want).norm()) <= bound * float(want.norm())
+
+
+def _padded(documents: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ragged documents as `formula` takes them: padded, every query token, and the mask."""
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    padded = documents.new_zeros(*mask.shape, documents.shape[1])
+    padded[mask] = documents
+    return padded, torch.ones(1, 1, dtype=torch.bool), mask
 
 
 @pytest.mark.parametrize("gpu", CUDA)

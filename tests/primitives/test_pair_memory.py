@@ -12,6 +12,7 @@ from counted import COUNTER, MIB, told_by_child
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("pair_memory")]
 
 BOUND = 32 * MIB
+BUDGET = 40 * MIB  # of 100 that all scores need, 50 of one batch
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ CASES = [
 
 # what changes a plan and no example has (test_example_memory.py), held against `explain` alone
 EXPLAINED = [
+    Case("info_nce-kept"),
+    Case("supervised_contrastive-kept"),
     Case("lifted_structure-two_classes", n=1_152, d=96),
     Case("logsumexp_similarity-euclidean", n=1_152, d=96),
     Case("trilinear_attention-many_first", n=1_152, d=96),
@@ -66,7 +69,14 @@ EXPLAINED = [
     Case("maxsim-bf16", n=1_152, d=96, dtype="bfloat16"),
 ]
 # one for each loop of the pure-PyTorch path
-PLAIN = ("info_nce", "info_nce-bf16", "multi_similarity", "similarity_attention", "maxsim")
+PLAIN = (
+    "info_nce",
+    "info_nce-kept",
+    "info_nce-bf16",
+    "multi_similarity",
+    "similarity_attention",
+    "maxsim",
+)
 CONTROL = replace(CASES[0], n=3_072)
 
 CHILD = (
@@ -86,6 +96,9 @@ CALLS = {
     "info_nce": lambda x, y, l, t: ((x, y), dict(symmetric=True, temperature=t)),
     "info_nce-normalised": lambda x, y, l, t: (
         (x, y), dict(symmetric=True, temperature=t, normalize=True)),
+    "info_nce-kept": lambda x, y, l, t: (
+        (x, y), dict(symmetric=True, temperature=t, memory_budget=BUDGET)),
+    "supervised_contrastive-kept": lambda x, y, l, t: ((x, l), dict(memory_budget=BUDGET)),
     "sigmoid_contrastive": lambda x, y, l, t: ((x, y), dict(scale=t)),
     "supervised_contrastive": lambda x, y, l, t: ((x, l), {}),
     "nt_xent": lambda x, y, l, t: ((x,), dict(temperature=t)),
@@ -123,7 +136,7 @@ def run(case, backend, asked=True):
     peak = extra(step) - sum(g.grad.nbytes for g in (x, y) if g.grad is not None)
     return peak, fused_losses.explain(fn, *args, **options).peak_extra_bytes if asked else 0
 
-backend, cases = json.loads(sys.argv[1])
+backend, cases, BUDGET = json.loads(sys.argv[1])
 # threads, lazy imports and the buffers that MKL keeps, by the products' sizes, are the process's
 for case in cases:
     run({**case, "n": 192, "d": min(case["d"], 96)}, backend, asked=False)
@@ -136,9 +149,10 @@ print(json.dumps({case["id"]: run(case, backend) for case in cases}))
 @functools.cache
 def measured(backend: str) -> dict[str, tuple[int, int]]:
     """By case: bytes beyond inputs and gradients at the peak, and what `explain` had said of it."""
-    cases = CASES + EXPLAINED if backend == "cpu" else [c for c in CASES if c.id in PLAIN]
+    cases = [c for c in CASES + EXPLAINED if backend == "cpu" or c.id in PLAIN]
     cases = [CONTROL] if backend == "reference" else cases
-    return told_by_child(CHILD, [backend, [{**asdict(c), "what": c.what} for c in cases]])
+    given = [{**asdict(c), "what": c.what} for c in cases]
+    return told_by_child(CHILD, [backend, given, BUDGET])
 
 
 def of(name: str, case: Case) -> tuple[int, int]:
@@ -161,6 +175,15 @@ def test_peak_is_within_what_explain_says(name: str, case: Case) -> None:
     assert extra <= told
     # a plan that says anything would hold too; calls of half a MiB are mostly fixed costs
     assert told <= 4 * extra + 2 * MIB
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "supervised_contrastive"])
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_budget_is_used_and_never_exceeded(name: str, loss: str) -> None:
+    plain, kept = (of(name, Case(f"{loss}{more}")) for more in ("", "-kept"))
+    # and the tensors that hold it, Python's objects
+    assert BUDGET * 3 // 4 <= kept[0] - plain[0] <= BUDGET + MIB // 16
+    assert BUDGET * 3 // 4 <= kept[1] - plain[1] <= BUDGET
 
 
 def test_the_reference_breaks_the_bound() -> None:

@@ -15,6 +15,7 @@ from places import ROOT
 from torch import Tensor
 
 from fused_losses.primitives.pairs.inputs import PairInputs
+from fused_losses.primitives.pairs.keeping import KEEPING
 from fused_losses.primitives.pairs.op import (
     PAIR_ATTENTION,
     PAIR_STATISTICS,
@@ -108,15 +109,18 @@ def small(requires_grad: bool = True, dtype: torch.dtype = torch.float64) -> Pai
 
 def test_opcheck_statistics(streamed: str) -> None:
     dtype = widest(streamed)
-    arguments = [*flat(small(dtype=dtype)), "lse", True]
-    torch.library.opcheck(PAIR_STATISTICS.op(streamed), arguments)
-    arguments = [*flat(small(False, dtype)), "softplus", True]
-    rows, columns = PAIR_STATISTICS.op(streamed)(*arguments)
+    everything = KEEPING.get(streamed, lambda *_: 0)
+    some = everything(small(dtype=dtype), 1 << 40)
+    for kept in (0, some):
+        arguments = [*flat(small(dtype=dtype)), "lse", True, kept]
+        torch.library.opcheck(PAIR_STATISTICS.op(streamed), arguments)
+    *arguments, kept = *flat(small(False, dtype)), "softplus", True, some
+    rows, columns, scores = PAIR_STATISTICS.op(streamed)(*arguments, kept)
     grads = torch.randn_like(rows[:2]), torch.randn_like(columns[:2])
     # what it computes is checked above; its own gradient is not an autograd formula of one call
     torch.library.opcheck(
         PAIR_STATISTICS.op(streamed, "_backward"),
-        [*grads, rows, columns, *arguments, *[True] * 5],
+        [*grads, rows, columns, scores, *arguments, *[True] * 5],
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -8,7 +8,9 @@ from fused_losses.primitives.class_rules.inputs import ClassInputs, ClassNeeds
 from fused_losses.primitives.distances.inputs import DistanceInputs, DistanceNeeds
 from fused_losses.primitives.divergence.inputs import DivergenceInputs, DivergenceNeeds
 from fused_losses.primitives.divergence.op import DIVERGENCE
+from fused_losses.primitives.listed.inputs import ListedInputs
 from fused_losses.primitives.maxsim.inputs import MaxsimInputs, MaxsimNeeds
+from fused_losses.primitives.nested.inputs import NestedInputs, NestedNeeds
 from fused_losses.primitives.op import OPS
 from fused_losses.primitives.pairs.inputs import BEFORE, PairInputs, PairNeeds
 from fused_losses.primitives.row_rules.inputs import RowInputs, RowNeeds
@@ -23,14 +25,16 @@ from fused_losses.primitives.topk.inputs import TopkInputs
 
 # where the inputs begin: of the forward, of the backward
 TUPLES = {
-    "pair_statistics": (PairInputs, PairNeeds, BEFORE["pair_statistics"], 4),
+    "pair_statistics": (PairInputs, PairNeeds, BEFORE["pair_statistics"], 5),
     "pair_attention": (PairInputs, PairNeeds, BEFORE["pair_attention"], 5),
     "distance_matrix": (DistanceInputs, DistanceNeeds, 0, 2),
     "row_losses": (RowInputs, RowNeeds, 0, 1),
-    "class_rules": (ClassInputs, ClassNeeds, 0, 3),
+    "class_rules": (ClassInputs, ClassNeeds, 0, 4),
     DIVERGENCE.name: (DivergenceInputs, DivergenceNeeds, 0, 5),
     "pair_topk": (TopkInputs, None, 0, None),
     "shared_negatives": (SharedInputs, None, 0, 1),
+    "listed_scores": (ListedInputs, None, 0, 1),
+    "nested_statistics": (NestedInputs, NestedNeeds, 0, 4),
 }
 
 

@@ -14,11 +14,12 @@ from fused_losses.primitives.topk import bounded as bounded_topk
 from fused_losses.primitives.topk import certified as certified_topk
 from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.primitives.topk.op import quantize_rows, select
+from fused_losses.primitives.topk.rotation import rotated_back
 
 PRODUCTS = ("dot", "euclidean", "sqeuclidean", "cosine", "angular")
 OTHERS = ("cityblock", "chebyshev", "canberra", "poincare", "snr", "jensenshannon")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SCREENS = ("fp32", "bf16", "codes")
+SCREENS = ("fp32", "bf16", "codes", "rotated")
 
 
 def scores(x: Tensor, y: Tensor, metric: str) -> Tensor:
@@ -121,7 +122,8 @@ def test_a_screen_never_changes_the_answer(metric: str, screen: str, streamed: s
     for shift in (0.0, 100.0):
         y = close + shift
         x = base + shift + 0.1 * torch.randn(5, 24)
-        given = quantize_rows(y) if screen == "codes" else screen
+        codes = screen in ("codes", "rotated")
+        given = quantize_rows(y, rotate=screen == "rotated") if codes else screen
         found = pairwise_topk(x, y, 20, metric, screen=given, backend=streamed)
         reference = pairwise_topk(x, y, 20, metric, backend="reference")
         assert torch.equal(found[1], reference[1])
@@ -141,14 +143,18 @@ def test_rows_that_a_bf16_screen_moves_the_furthest(streamed: str) -> None:
     assert torch.equal(found, pairwise_topk(rows, rows, 10, "dot", backend="reference")[1])
 
 
-def test_quantized_rows_are_the_bank(backend: str) -> None:
-    x, y = torch.randn(6, 20, requires_grad=True), quantize_rows(torch.randn(90, 20))
+@pytest.mark.parametrize("rotate", [False, True])
+def test_quantized_rows_are_the_bank(rotate: bool, backend: str) -> None:
+    x = torch.randn(6, 20, requires_grad=True)
+    y = quantize_rows(torch.randn(90, 20), rotate=rotate)
+    bank = y.codes.double() * y.scale[:, None].double()
+    bank = bank if y.signs is None else rotated_back(bank, y.signs)
+    torch.testing.assert_close(y.dequantize(), bank.float())
     for metric in ("dot", "cosine", "euclidean"):
         found = pairwise_topk(x, y, 5, metric, backend=backend)
-        table = scores(x.detach(), y.codes.double() * y.scale[:, None].double(), metric)
+        table = scores(x.detach(), bank, metric)
         agree(found, sorted_out(table, 5, metric == "dot"))
         (dx,) = torch.autograd.grad(found[0].sum(), x)
-        bank = y.codes.double() * y.scale[:, None].double()
         wide = x.detach().double().requires_grad_()
         picked = scores(wide, bank, metric).gather(1, found[1])
         torch.testing.assert_close(dx.double(), torch.autograd.grad(picked.sum(), wide)[0])
@@ -156,7 +162,7 @@ def test_quantized_rows_are_the_bank(backend: str) -> None:
 
 def test_quantize_rows_bounds_its_error() -> None:
     y = torch.cat([torch.randn(50, 30), torch.zeros(2, 30), 1e-20 * torch.randn(3, 30)])
-    rows = quantize_rows(y, rows=7)
+    rows = quantize_rows(y, rows=7, rotate=False)
     apart = (y.double() - rows.codes.double() * rows.scale[:, None].double()).norm(dim=1)
     assert bool((apart <= rows.error.double()).all())
     assert bool((rows.error.double() <= apart * (1 + 1e-5) + 1e-30).all())
@@ -337,8 +343,7 @@ def test_gradient_of_half_precision_rows_is_summed_wide(backend: str) -> None:
 def test_certificates() -> None:
     """A screen that sees nothing certifies nothing, and every row goes the long way."""
     x, y = torch.randn(4, 6), torch.randn(80, 6)
-    none = [None] * 8
-    p = TopkInputs(x, y, *none, None, "dot", 3, True, "any", False, False, "fp32")
+    p = TopkInputs(x, y, k=3)
     screen = certified_topk.prepared(p)
     anything = torch.arange(screen.keep).expand(4, screen.keep)
     blind = lambda p, s: (torch.full((4, s.keep), torch.inf), anything)

@@ -16,10 +16,7 @@ from fused_losses.primitives.topk.op import quantize_rows
 def test_opcheck(streamed: str) -> None:
     x, y = torch.randn(6, 4), torch.randn(20, 4)
     labels = torch.arange(6, dtype=torch.int32), torch.arange(20, dtype=torch.int32) % 7
-    p = TopkInputs(
-        x, y, None, None, None, None, *labels, None, None, None, "dot", 3, True, "same", False,
-        False, "fp32",
-    )  # fmt: skip
+    p = TopkInputs(x, y, x_labels=labels[0], y_labels=labels[1], k=3, match="same")
     torch.library.opcheck(
         getattr(torch.ops.fused_losses, f"pair_topk_{streamed}").default, tuple(p)
     )
@@ -88,6 +85,19 @@ def test_transforms(streamed: str) -> None:
             TypeError,
             r"y.scale: expected float32 \[9\]",
         ),
+        (
+            dict(y=quantize_rows(torch.randn(9, 4))._replace(signs=torch.ones(1, 5))),
+            TypeError,
+            r"y.signs: expected int8 \[rounds, 4\]",
+        ),
+        *(
+            (
+                dict(screen=quantize_rows(torch.randn(9, 4)), metric=metric),
+                ValueError,
+                f"screen: expected one of .* with metric='{metric}'",
+            )
+            for metric in ("correlation", "hellinger", "mahalanobis")
+        ),
     ],
 )
 def test_bad_input(change: dict, error: type, words: str) -> None:
@@ -99,3 +109,10 @@ def test_bad_input(change: dict, error: type, words: str) -> None:
 def test_quantize_rows_checks() -> None:
     with pytest.raises(TypeError, match="y: expected a floating point"):
         quantize_rows(torch.ones(3, 3).long())
+    for wrong, error in ((dict(rows=0), ValueError), (dict(rows=1.5), TypeError)):
+        with pytest.raises(error, match="rows: expected"):
+            quantize_rows(torch.ones(3, 3), **wrong)
+    with pytest.raises(TypeError, match="rotate: expected True, False or None, got 1"):
+        quantize_rows(torch.ones(3, 3), rotate=1)
+    with pytest.raises(TypeError, match="seed: expected an integer"):
+        quantize_rows(torch.ones(3, 3), seed=0.5)

@@ -52,7 +52,7 @@ def of_compiled(p: TopkInputs, capability: str) -> Found:
     module = extension()
     module.force_capability(capability)
     try:
-        codes = (p.codes, p.codes_scale, p.codes_error)
+        codes = (p.codes, p.codes_scale, p.codes_error, p.codes_signs)
         scores, errors, center = module.topk_scores(p.x, p.y, p.kind, p.largest, p.screen, *codes)
     finally:
         module.force_capability(None)
@@ -95,6 +95,7 @@ SCREENS = {
     **{f"cpu-{c}-fp32": (of_compiled, c, "fp32") for c in capabilities()},
     "cpu-bf16": (of_compiled, "avx512_bf16", "bf16"),
     "cpu-codes": (of_compiled, "avx512_bf16", "codes"),
+    "cpu-rotated": (of_compiled, "avx512_bf16", "rotated"),
     "bounded-f32": (of_bounded, "", "fp32"),
     "bounded-f64": (of_bounded, "", "wide"),
     **{f"cuda-{s}": (of_cuda, "", s) for s in ("fp32", "bf16") if CUDA},
@@ -124,9 +125,10 @@ def adversaries(screen: str) -> Iterator[tuple[Tensor, Tensor]]:
     for draw in HARD.values():
         yield draw(12), draw(60)
     # along what codes lose
-    y = torch.randn(40, 9)
-    codes = quantize_rows(y)
-    yield (y - codes.dequantize()) * 100, y
+    for d in (9, 16):
+        y = torch.randn(40, d)
+        codes = quantize_rows(y, rotate=screen == "rotated")
+        yield (y - codes.dequantize()) * 100, y
     if screen == "wide":
         return
     yield 1e-22 * torch.randn(6, 5).double(), 1e-18 * torch.randn(20, 5).double()
@@ -144,12 +146,13 @@ def margins(name: str) -> dict[str, float]:
             types = [DTYPES["f64"]] if screen == "wide" else [torch.float64, torch.float32]
             if scored is not of_compiled and screen != "wide":
                 types = [torch.float32]
-            types += [] if screen in ("wide", "codes") else [torch.bfloat16]
+            types += [] if screen in ("wide", "codes", "rotated") else [torch.bfloat16]
             for dtype in types:
                 for other in {dtype, torch.float64}:
                     p = TopkInputs(x.to(dtype), y.to(other), kind=kind, largest=len(worst) % 2 == 0)
-                    if screen == "codes":
-                        p = p._replace(**dict(zip(p._fields[3:6], quantize_rows(p.y), strict=True)))
+                    if screen in ("codes", "rotated"):
+                        codes = quantize_rows(p.y, rotate=screen == "rotated")
+                        p = p._replace(**dict(zip(p._fields[3:7], codes, strict=True)))
                     p = p._replace(screen="bf16" if screen == "bf16" else "fp32")
                     scores, errors, real = scored(p, capability)
                     # beyond the screen's range the bound is inf, or the score NaN or inf: kept
@@ -184,10 +187,10 @@ def test_the_compiled_bound_is_that_of_python(d: int) -> None:
         products = bounds.BF16 if screen == "bf16" else bounds.IEEE
         types = torch.float32, torch.float64, products
         want = bounds.of_products(d, "dot", *types)
-        found = extension().topk_scores(x, x, "dot", True, screen, None, None, None)[1].item()
+        found = extension().topk_scores(x, x, "dot", True, screen, *[None] * 4)[1].item()
         assert want <= found <= want * (1 + 2e-5 + (d + 8) * 2.0**-24)
         want, more = bounds.of_products(d, "cosine", *types), (0.5 * d + 4) * 2.0**-24
-        found = extension().topk_scores(x, x, "cosine", True, screen, None, None, None)[1].item()
+        found = extension().topk_scores(x, x, "cosine", True, screen, *[None] * 4)[1].item()
         assert want + more <= found <= (want + more) * (1 + 2e-5 + 2.0**-7)
 
 

@@ -36,33 +36,48 @@ def screens(backend: str) -> list[str]:
 @pytest.mark.parametrize("kind", TOPK_KINDS)
 @pytest.mark.parametrize("types", PAIRS, ids="-".join)
 @pytest.mark.parametrize("data", HARD)
-def test_the_k_best_of_hard_rows(data: str, types: tuple, kind: str, streamed: str) -> None:
+def test_the_k_best_of_hard_rows(data: str, types: tuple, kind: str) -> None:
     """Every screen of every backend, near and far, with and without the row itself."""
+    names = [require(name) for name in STREAMED]
     n, m = 5, 90
     rows = HARD[data](n + m)
     # rows with inf: test_rows_with_infinities
     rows = rows.clamp(-6e4, 6e4) if "f16" in types else rows
     x, y = rows[:: m // n][:n].to(DTYPES[types[0]]), rows.to(DTYPES[types[1]])
     for k, largest in ((1, kind != "sqeuclidean"), (7, kind == "sqeuclidean"), (3, True)):
-        for screen in screens(streamed):
+        for name, screen in ((each, screen) for each in names for screen in screens(each)):
             asked = dict(kind=kind, k=k, largest=largest, screen=screen)
-            found = select(TopkInputs(x, y, **asked), streamed)[1]
-            check(found, x, y, kind, k, largest, own=False)
+            found = select(TopkInputs(x, y, **asked), name)[1]
+            check(found, x, y, kind, k, largest, own=False, of=(name, screen))
     own = y[:40]
     given = dict(kind=kind, k=2, largest=False, skip_self=True, symmetric=True)
-    found = select(TopkInputs(own, own, **given), streamed)[1]
-    check(found, own, own, kind, 2, False, own=True)
+    for name in names:
+        found = select(TopkInputs(own, own, **given), name)[1]
+        check(found, own, own, kind, 2, False, own=True, of=(name, "own"))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_copies_in_a_bank_of_fewer_digits_than_its_queries(seed: int) -> None:
+    """A bank of float32 was moved about its centre in float32, and queries in float64."""
+    torch.manual_seed(seed)
+    rows = HARD["duplicates"](95)
+    x, y = rows[::18][:5], rows.float()
+    for name in map(require, STREAMED):
+        for k, largest in ((1, False), (7, True), (3, True)):
+            p = TopkInputs(x, y, kind="sqeuclidean", k=k, largest=largest, screen="fp32")
+            check(select(p, name)[1], x, y, "sqeuclidean", k, largest, own=False, of=(name,))
+
+
+@pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("kind", TOPK_KINDS)
 @pytest.mark.parametrize("data", HARD)
-def test_codes_of_hard_rows(data: str, kind: str) -> None:
+def test_codes_of_hard_rows(data: str, kind: str, rotate: bool) -> None:
     """A screen of int8 codes, and a bank of them."""
     require("cpu")
     rows = HARD[data](70)
     for dtype in (torch.float64, torch.float32):
         x, y = rows[:4].to(dtype), rows.to(dtype)
-        codes = quantize_rows(y)
+        codes = quantize_rows(y, rotate=rotate)
         for largest in (False, True):
             p = TopkInputs(x, y, None, *codes, kind=kind, k=4, largest=largest)
             check(select(p, "cpu")[1], x, y, kind, 4, largest, own=False)

@@ -66,7 +66,18 @@ def pairs(n: int, m: int, d: int, **kinds: Any) -> Callable:
         flat = (*flat, False, triangle, apart, "fp32")
         if width:
             return (rows(dtype, m, width), *flat, False)
-        return (*flat, "lse", not triangle)
+        return (*flat, "lse", not triangle, kinds.get("kept", 0))
+
+    return make
+
+
+def nested(n: int, m: int, widths: list[int], units: bool = True) -> Callable:
+    def make(dtype: torch.dtype) -> tuple:
+        d, count = widths[-1], len(widths)
+        own = [torch.rand(count, size) for size in (n, m)] * 2 if units else [None] * 4
+        scale = torch.tensor(8.0, dtype=torch.float64)
+        plain = (rows(dtype, n, d), rows(dtype, m, d), scale, *own, widths)
+        return (*plain, labels(n), labels(m), *(None,) * 5, True)
 
     return make
 
@@ -94,7 +105,7 @@ def topk(n: int, m: int, d: int, k: int, kind: str = "dot", own: bool = False) -
         x = rows(dtype, n, d)
         y = x if own else rows(dtype, m, d)
         flags = (kind, k, kind != "sqeuclidean", "any", own, own, "fp32")
-        return (x, y, *(None,) * 9, *flags)
+        return (x, y, *(None,) * 10, *flags)
 
     return make
 
@@ -106,12 +117,23 @@ def listed(n: int, m: int, d: int, k: int, kind: str) -> Callable:
     return make
 
 
-def folded(n: int, m: int, d: int, rule: str, *params: float, each: int = 4) -> Callable:
+def scored_list(n: int, m: int, d: int, count: int, apart: bool) -> Callable:
     def make(dtype: torch.dtype) -> tuple:
-        values = torch.ones(n, 3, dtype=torch.float64) if rule == "hinges" else None
+        at = (torch.randint(size, (count,)) for size in (n, m))
+        return (rows(dtype, n, d), rows(dtype, m, d), *at, apart)
+
+    return make
+
+
+def folded(
+    n: int, m: int, d: int, rule: str, *params: float, each: int = 4, wide: int = 0, second: int = 0
+) -> Callable:
+    def make(dtype: torch.dtype) -> tuple:
+        values = torch.ones(n, wide, dtype=torch.float64) if wide else None
+        of_second = [rows(dtype, count, second).abs() if second else None for count in (n, m)]
         sides = (rows(dtype, n, d), rows(dtype, m, d), labels(n, each), labels(m, each))
         score = "dot" if rule in ("histogram", "tuplet") else "euclidean"
-        return (*sides, None, None, values, rule, list(params), score, False, "fp32")
+        return (*sides, None, None, values, rule, list(params), score, False, "fp32", *of_second)
 
     return make
 
@@ -125,6 +147,7 @@ def classes(
     centers: int = 1,
     slots: int = 1,
     sampled: int = 0,
+    kept: int = 0,
 ) -> Callable:
     def make(dtype: torch.dtype) -> tuple:
         values = torch.zeros(1, n) if rule == "sphereface2" else None
@@ -132,7 +155,7 @@ def classes(
         ids = part[torch.arange(n * slots).reshape(n, slots) % len(part)]
         rest = (rule, list(params), centers, 0.0, True, "fp32")
         weight = rows(dtype, c * centers, d)
-        return (rows(dtype, n, d), weight, ids, part if sampled else None, values, *rest)
+        return (rows(dtype, n, d), weight, ids, part if sampled else None, values, *rest, kept)
 
     return make
 
@@ -187,9 +210,18 @@ CASES = {
     # on the CPU its forward says what the backward needs
     "pairs-apart": Case("pair_statistics", pairs(700, 600, 64, apart=True)),
     "pairs-apart-triangle": Case("pair_statistics", pairs(700, 700, 64, triangle=True, apart=True)),
+    "pairs-kept": Case("pair_statistics", pairs(1_500, 1_200, 64, kept=900_000)),
+    "pairs-kept-triangle": Case(
+        "pair_statistics", pairs(1_500, 1_500, 64, triangle=True, kept=900_000)
+    ),
+    "pairs-kept-apart": Case("pair_statistics", pairs(700, 600, 64, apart=True, kept=500_000)),
     "attention-apart": Case("pair_attention", pairs(600, 700, 64, width=96, apart=True), less=9),
     "attention": Case("pair_attention", pairs(1_200, 1_500, 64, width=96), less=9),
     "attention-half": Case("pair_attention", pairs(1_200, 1_500, 64, width=96), "bfloat16"),
+    "nested": Case("nested_statistics", nested(900, 1_100, [16, 32, 64])),
+    "nested-plain": Case("nested_statistics", nested(900, 1_100, [64, 256], units=False)),
+    "nested-many": Case("nested_statistics", nested(600, 500, list(range(4, 49, 4)))),
+    "nested-half": Case("nested_statistics", nested(900, 1_100, [16, 256]), "bfloat16"),
     "dot": Case("distance_matrix", distances(900, 1_100, 64, "dot")),
     "dot-half": Case("distance_matrix", distances(900, 1_100, 256, "dot"), "bfloat16"),
     "euclidean": Case("distance_matrix", distances(1_500, 1_400, 64, "euclidean")),
@@ -213,6 +245,9 @@ CASES = {
     "topk-many": Case("pair_topk", topk(200, 3_000, 64, 300, "sqeuclidean")),
     "topk-half": Case("pair_topk", topk(800, 3_000, 64, 16), "bfloat16"),
     "listed": Case("listed_pairs", listed(1_500, 2_000, 64, 30, "cosine")),
+    "pair-list": Case("listed_scores", scored_list(900, 1_500, 64, 40_000, True)),
+    "pair-list-half": Case("listed_scores", scored_list(900, 1_500, 256, 9_000, False), "bfloat16"),
+    "pair-list-few": Case("listed_scores", scored_list(900, 1_500, 64, 50, True)),
     "listed-half": Case("listed_pairs", listed(1_500, 2_000, 64, 30, "sqeuclidean"), "bfloat16"),
     "triplets": Case("row_losses", folded(900, 1_500, 64, "triplets", 0.2, 0, 0)),
     "triplets-sorted": Case("row_losses", folded(900, 1_500, 64, "triplets", 0.2, 2, 0, each=200)),
@@ -220,10 +255,18 @@ CASES = {
     "chosen": Case("row_losses", folded(900, 1_500, 64, "chosen", 0, 2)),
     "nearest": Case("row_losses", folded(900, 1_500, 64, "nearest", 5)),
     "histogram": Case("row_losses", folded(900, 1_500, 64, "histogram", -1.0, 0.02, 101)),
-    "hinges": Case("row_losses", folded(900, 1_500, 64, "hinges", 2)),
-    "hinges-half": Case("row_losses", folded(900, 1_500, 64, "hinges", 2), "bfloat16"),
+    "hinges": Case("row_losses", folded(900, 1_500, 64, "hinges", 2, wide=3)),
+    "hinges-half": Case("row_losses", folded(900, 1_500, 64, "hinges", 2, wide=3), "bfloat16"),
     "ranked-list": Case("row_losses", folded(900, 1_500, 64, "ranked_list", 1.0, 1.0, 0.8, 1.2)),
     "tuplet": Case("row_losses", folded(900, 1_500, 64, "tuplet", 0.1, 8.0)),
+    "hardest": Case("row_losses", folded(900, 1_500, 64, "hardest", 0.5, wide=1)),
+    "guided": Case("row_losses", folded(900, 1_500, 64, "guided", 0.1, 0.2, wide=1, second=48)),
+    "ratio": Case("row_losses", folded(900, 1_500, 64, "ratio", wide=1, second=48)),
+    "ratio-half": Case(
+        "row_losses", folded(900, 1_500, 64, "ratio", wide=1, second=48), "bfloat16"
+    ),
+    "tempered": Case("row_losses", folded(900, 1_500, 64, "tempered", 50, 0.1, 2.0, second=48)),
+    "weighted": Case("row_losses", folded(900, 1_500, 64, "weighted", wide=1, second=48)),
     "softmax": Case("class_rules", classes(256, 9_000, 64, "softmax", 8.0)),
     "softmax-half": Case("class_rules", classes(256, 9_000, 64, "softmax", 8.0), "bfloat16"),
     "sub-centres": Case("class_rules", classes(256, 3_000, 64, "softmax", 8.0, centers=3)),
@@ -232,6 +275,7 @@ CASES = {
     "sub-centres-sampled": Case(
         "class_rules", classes(256, 9_000, 64, "sface", 80.0, 1.2, centers=3, sampled=3_000)
     ),
+    "softmax-kept": Case("class_rules", classes(256, 9_000, 64, "softmax", 8.0, kept=4_000)),
     "class-targets": Case("class_targets", of_labels(9_000, 500, 64)),
     "divergence": Case(DIVERGENCE.name, two_sided(256, 9_000, 64, "forward")),
     "divergence-dense": Case(DIVERGENCE.name, two_sided(256, 9_000, 64, "reverse", dense=True)),
@@ -266,7 +310,10 @@ def of_backward(case: Case, given: tuple, output: Any) -> tuple | None:
     if case.op == "pair_statistics":
         triangle = given[PairInputs._fields.index("triangle")]
         needs = (True, not triangle, True, False, False)
-        return (*(o[:2].contiguous() for o in ones), *outputs, *given, *needs)
+        return (*(o[:2].contiguous() for o in ones[:2]), *outputs, *given[:-1], *needs)
+    if case.op == "nested_statistics":
+        asked = (True, True, True, *(given[3] is not None,) * 2)
+        return (*(o[:, :2].contiguous() for o in ones), *outputs, *given, *asked)
     if case.op == "pair_attention":
         return (*ones, *outputs, *given, True, True, True, True, False, False)
     if case.op == "distance_matrix":
@@ -274,13 +321,15 @@ def of_backward(case: Case, given: tuple, output: Any) -> tuple | None:
         return None if given[3] in FLAT else (*ones, *outputs, *given, *needs)
     if case.op == "maxsim":
         return (ones[0], outputs[1], *given[:4], True, True)
-    if case.op == "listed_pairs":
+    if case.op in ("listed_pairs", "listed_scores"):
         return (*ones, *given, True, True)
     if case.op == "row_losses":
         choice = given[7] in ("chosen", "nearest")
-        return None if choice else (*ones, *given, True, True, given[6] is not None)
+        second = (given[-1] is not None,) * 2
+        return None if choice else (*ones, *given, True, True, given[6] is not None, *second)
     if case.op == "class_rules":
-        return (*ones[:2], outputs[0], *given, False, True, True, given[4] is not None)
+        made = outputs[0], outputs[-1]
+        return (*ones[:2], *made, *given[:-1], False, True, True, given[4] is not None)
     if case.op == "divergence":
         factored = given[3] is not None
         needs = (False, True, True, True, factored, False, False, False)
@@ -337,6 +386,8 @@ def measured(backend: str) -> dict[str, tuple[int, int]]:
     return told_by_child(CHILD, [backend, list(CASES)], **quiet)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", MEASURED)
 def test_an_op_needs_no_more_than_it_says(name: str, case: str) -> None:

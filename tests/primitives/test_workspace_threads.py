@@ -11,6 +11,11 @@ import pytest
 from conftest import require
 from counted import COUNTER, MIB, told_by_child
 
+# both tests ask the same children
+pytestmark = [
+    pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("workspace_threads")
+]  # fmt: skip
+
 THREADS = (1, 2, 16)
 DTYPES = ("float32", "bfloat16", "float64")
 PAIRS = ("pairs", "pairs-columns", "triangle", "attention")

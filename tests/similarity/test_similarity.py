@@ -161,6 +161,17 @@ def test_sinkhorn_meets_its_masses(backend: str) -> None:
     assert torch.isfinite(sharp.cost)
 
 
+def test_a_dot_plan_of_rows_far_from_zero(backend: str) -> None:
+    """Its scores of 1e7 were rounded by more than 1, and its masses by factors."""
+    x, y = torch.randn(5, 4) + 1000, torch.randn(7, 4) + 1000
+    found = fl.sinkhorn(x, y, eps=0.5, iterations=50, cost="dot", backend=backend)
+    cost = 1 - x.double() @ y.double().T
+    plan = ((found.x_potential[:, None] + found.y_potential - cost) / 0.5).exp()
+    torch.testing.assert_close(plan.sum(0), torch.full((7,), 1 / 7).double(), rtol=0.01, atol=0)
+    # potentials of 4e3 in float32 are within 5e-4 over eps
+    torch.testing.assert_close(found.cost.double(), (plan * cost).sum(), rtol=1e-3, atol=0)
+
+
 def test_no_rows(backend: str) -> None:
     x, y = torch.zeros(0, 3), torch.randn(4, 3)
     rows, columns = fl.logsumexp_similarity(x, y, cols=True, backend=backend)

@@ -171,7 +171,8 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
             X, Y, labels=LABELS, key_labels=torch.arange(M), symmetric=True, reduction="none"
         ),
         ValueError,
-        "reduction: expected 'mean' or 'sum' for symmetric=True with labels and N=6 != M=8",
+        "reduction: expected 'mean' or 'sum' for symmetric=True with labels, positive_weight or "
+        "targets and N=6 != M=8, got 'none'",
     ),
     "precision": (
         lambda: fl.supervised_contrastive(X, LABELS, precision="fp8"),
@@ -216,7 +217,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "similarity": (
         lambda: fl.logsumexp_similarity(X, Y, similarity="l1"),
         ValueError,
-        "similarity: expected one of dot, cosine, rbf, euclidean, got 'l1'",
+        "similarity: expected one of dot, cosine, rbf, euclidean, power, got 'l1'",
     ),
     "match-without-labels": (
         lambda: fl.logsumexp_similarity(X, Y, match="same"),
@@ -287,6 +288,36 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: fl.sinkhorn(X, Y, iterations=float("inf")),
         TypeError,
         "iterations: expected an integer >= 1, got inf",
+    ),
+    "stop": (
+        lambda: fl.sinkhorn(X, Y, stop="never"),
+        ValueError,
+        "stop: expected one of masses, scalings, got 'never'",
+    ),
+    "unbalanced": (
+        lambda: fl.sinkhorn(X, Y, unbalanced=(1.0, -1.0)),
+        ValueError,
+        "unbalanced: expected a value > 0, got -1.0",
+    ),
+    "unbalanced-sides": (
+        lambda: fl.sinkhorn(X, Y, unbalanced=(1.0, 1.0, 1.0)),
+        ValueError,
+        "unbalanced: expected a number or (of x, of y), got (1.0, 1.0, 1.0)",
+    ),
+    "carried": (
+        lambda: fl.sinkhorn(X, Y, iterations=1).apply(X),
+        ValueError,
+        "values: expected 8 rows, one for each of y, got shape (6, 5)",
+    ),
+    "carried-back": (
+        lambda: fl.sinkhorn(X, Y, iterations=1).apply(X.double(), transpose=True),
+        TypeError,
+        "values: expected the dtype of x (torch.float32), got shape (6, 5), torch.float64",
+    ),
+    "no rows to match": (
+        lambda: fl.sinkhorn_divergence(X, Y[:0]),
+        ValueError,
+        "x, y: expected at least one row each, got N=6, M=0",
     ),
     "eps": (
         lambda: fl.sinkhorn(X, Y, eps=0.0),

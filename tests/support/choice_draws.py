@@ -360,6 +360,7 @@ CHOICES = [
             ("recall_at_k", 3),
             ("precision_at_k", 3),
             ("map_at_k", 5),
+            ("ndcg", 4),
             ("map_at_r", None),
             ("r_precision", None),
             ("mean_reciprocal_rank", None),

@@ -18,8 +18,10 @@ from choice_draws import (
     pair_indices,
     wide,
 )
+from identification_draws import CHOICES as IDENTIFIED
 from metric_oracles import by_loops, rankings
 from mining_formulas import allowed, lines, pairs_by_loops, triplets_by_loops
+from search_draws import CHOICES as SEARCHES
 from torch import Tensor
 
 from fused_losses import functional, metrics, miners
@@ -80,6 +82,13 @@ def wider(z: list[float], ps: list[int], ns: list[int]) -> tuple:
 
 def margins(z: list[float], ps: list[int], ns: list[int]) -> tuple:
     return [p for p in ps if z[p] > 0.5], [n for n in ns if z[n] < 0.9]
+
+
+WITH_FALLBACK: dict[str, Any] = dict(positive="all", negative="semihard")
+
+
+def with_fallback(d: Tensor, given: Batch) -> list:
+    return triplets_by_loops(d, 1, *given.sides(), **WITH_FALLBACK, fallback=True)
 
 
 def everything(z: list[float], ps: list[int], ns: list[int]) -> tuple:
@@ -157,6 +166,29 @@ def retrieval(name: str, k: int | None) -> Choice:
     return Choice(f"{name}_ids", function, "euclidean", call, decide)
 
 
+def in_galleries(name: str, k: int | None) -> Choice:
+    """A query meets three of four rows; each query's own value."""
+    function, options = getattr(metrics, name), {} if k is None else {"k": k}
+
+    def told(values: list[float]) -> list:
+        return ["nan" if math.isnan(value) else round(value, 9) for value in values]
+
+    def decide(d: Tensor, given: Batch) -> list:
+        found = []
+        for i, columns in enumerate(rankings(d, given.y is None)):
+            own = [[j for j in columns if (i + j) % 4]]
+            found.append(by_loops(name, own, given.labels[i, None], given.columns[1], k)[0])
+        return told(found)
+
+    def call(given: Batch, more: dict[str, Any]) -> list:
+        m = len(given.columns[0])
+        galleries = [[j for j in range(m) if (i + j) % 4] for i in range(len(given.x))]
+        more = dict(galleries=galleries, per_query=True, metric="euclidean") | options | more
+        return told(function(*given.given, **more).per_query.tolist())
+
+    return Choice(f"{name}_galleries", function, "euclidean", call, decide)
+
+
 def weighed(d: Tensor, given: Batch) -> list:
     """The class of the largest sum of e^(-2 d) among the three nearest; none where two are near."""
     of, found = ids(given), []
@@ -209,6 +241,7 @@ def rated(given: Batch, more: dict[str, Any]) -> list:
 
 DRAWN = [
     mining("ids", "euclidean", by_id),
+    mining("fallback", "euclidean", with_fallback, **WITH_FALLBACK, fallback="farthest"),
     mining("ranges", "euclidean", in_ranges(), positive_range=NEAR, negative_range=FAR),
     mining(
         "minkowski",
@@ -292,9 +325,22 @@ DRAWN = [
             ("recall_at_k", 3),
             ("precision_at_k", 3),
             ("map_at_k", 5),
+            ("ndcg", 4),
             ("map_at_r", None),
             ("r_precision", None),
             ("mean_reciprocal_rank", 2),
+        )
+    ),
+    *(
+        in_galleries(name, k)
+        for name, k in (
+            ("recall_at_k", 3),
+            ("precision_at_k", 3),
+            ("map_at_k", 5),
+            ("ndcg", 4),
+            ("map_at_r", None),
+            ("r_precision", None),
+            ("mean_reciprocal_rank", None),
         )
     ),
     Choice("knn_classify_ids", metrics.knn_classify, "euclidean", classify, weighed),
@@ -307,5 +353,5 @@ DRAWN = [
         values=lambda x, y: cubic(x, x),
     ),
 ]
-EVERY = [*CHOICES, *DRAWN]
+EVERY = [*CHOICES, *DRAWN, *SEARCHES, *IDENTIFIED]
 BY_NAME = {choice.name: choice for choice in EVERY}

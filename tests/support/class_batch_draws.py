@@ -29,6 +29,8 @@ def shared(
     """lambda: pairs a < b of other labels, within the whiskers of the sorted cosines."""
     pairs = ~equal(labels, labels) & torch.ones_like(cosine, dtype=torch.bool).triu(1)
     found = cosine[pairs]
+    if bool((~x.isfinite().all(1)[:, None] & (pairs | pairs.T)).any()):
+        return x.new_full((), torch.nan)
     if not len(found):
         return x.new_full((), -torch.inf)
     ordered = found.detach().sort().values
@@ -58,7 +60,7 @@ def unpg_rows(
     z = SCALE * moved(x @ w.T, own)
     more = shared(x, x @ x.T, t.targets, SCALE, whisker)
     every = torch.cat([z, more.expand(len(z), 1)], dim=1)
-    return lse(every, every > -torch.inf) - z[own]
+    return lse(every, ~(every == -torch.inf)) - z[own]
 
 
 def mada_rows(
@@ -74,17 +76,18 @@ def mada_rows(
     cosine, own = x @ w.T, eye(len(w))[t.targets]
     target, middle = cosine[own], (len(x) - 1) // 2
     median = target.detach().sort().values[middle]
+    median = torch.where(target.isnan().any(), torch.nan, median)
     odds = math.log(alpha / (1 - alpha))
     span = math.log(9_999_999.0) - odds
     s = (span / (1 - median).clamp_min(span / 1e4)).clamp_min(smallest)
     log_b = lse(s * cosine, ~own)
-    at = int((target.detach() == median).nonzero()[0])
+    at = int((target.detach() == median).int().argmax())
     b = log_b.detach()
     b = b[at] if background == "sample" else b.sort().values[middle]
     m = (median - (b + odds) / s).clamp_min(0)
     m = torch.where(b == -torch.inf, 0, m) if training else 0.0
     z = s * (target - m)
-    alone = log_b == -torch.inf
+    alone = (log_b == -torch.inf) & z.isfinite()
     return torch.where(alone, 0, torch.logaddexp(torch.where(alone, z, log_b), z) - z)
 
 

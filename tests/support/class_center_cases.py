@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_losses.centers import ClassCenters
 from fused_losses.centers.sampling import sample
-from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.functions.margin_softmax import margin_softmax
 
 N, C, D = 13, 57, 6
 

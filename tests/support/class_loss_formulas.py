@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from fused_losses import margins
-from fused_losses.class_losses import MLCD, ClassLoss, SFace, Softmax, SoftTriple, SphereFace2
+from fused_losses.class_losses import (
+    MLCD,
+    ClassLoss,
+    LabelsTogether,
+    SFace,
+    Softmax,
+    SoftTriple,
+    SphereFace2,
+)
 from fused_losses.primitives.class_rules import bounded as class_rules_bounded
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 
@@ -70,6 +78,19 @@ def softmax_formula(row: Row, scale: float, margin: float) -> Tensor:
     return total / len(row.labels)
 
 
+def together_formula(row: Row, scale: float, margin: float) -> Tensor:
+    """Each label against the others of its row, too."""
+    every = torch.exp(scale * torch.cat([row.labels, row.others])).sum()
+    total = sum(
+        -torch.log(
+            torch.exp(scale * (c - margin))
+            / (every - torch.exp(scale * c) + torch.exp(scale * (c - margin)))
+        )
+        for c in row.labels
+    )
+    return total / len(row.labels)
+
+
 def sface_formula(row: Row, s: float, k: float, a: float, b: float) -> Tensor:
     pull = 1 / (1 + torch.exp(-k * (torch.acos(row.labels) - a)))
     push = 1 / (1 + torch.exp(k * (torch.acos(row.others) - b)))
@@ -116,6 +137,10 @@ class Named:
 LOSSES: dict[str, Named] = {
     "softmax": Named(
         lambda b: Softmax(margins.CosFace(0.3), 8.0), lambda r, b: softmax_formula(r, 8.0, 0.3)
+    ),
+    "together": Named(
+        lambda b: LabelsTogether(margins.CosFace(0.3), 8.0),
+        lambda r, b: together_formula(r, 8.0, 0.3),
     ),
     "soft-triple": Named(lambda b: SoftTriple(), lambda r, b: softmax_formula(r, 20.0, 0.01), soft),
     "sface": Named(lambda b: SFace(), lambda r, b: sface_formula(r, 64.0, 80.0, 0.8, 1.23)),

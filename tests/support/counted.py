@@ -46,14 +46,16 @@ def library() -> str:
     return str(out)
 
 
-def told_by_child(program: str, argument: object, **environment: str) -> dict[str, tuple[int, int]]:
+def told_by_child(
+    program: str, argument: object, *, seconds: float = 300, **environment: str
+) -> dict[str, tuple[int, int]]:
     """What a child that counts its allocations prints, as JSON; the argument is its sys.argv[1]."""
     told = subprocess.run(
         [sys.executable, "-c", program, json.dumps(argument)],
         env={**os.environ, "PYTHONPATH": search_path(), "LD_PRELOAD": library(), **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=seconds,
     )
     assert told.returncode == 0, told.stderr
     return json.loads(told.stdout)

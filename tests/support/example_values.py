@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, ExampleInputs
+from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, Example, ExampleInputs
 
 DIFFERENTIABLE = [n for n, example in TABLE.items() if example.bound not in (EXACT, UNJUDGED)]
 
@@ -20,6 +21,13 @@ def fields(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> d
     given = ExampleInputs(*shape, dtype)
     names = [k for k, v in vars(ExampleInputs).items() if isinstance(v, cached_property)]
     return {name: getattr(given, name).detach() for name in names}
+
+
+def on_backend(example: Example, backend: str) -> dict[str, Any]:
+    """What has an example run on a backend; skips where that has no kernel for it."""
+    if backend in example.not_on:
+        pytest.skip(f"{backend} has no kernel for {example.name}")
+    return {"backend": backend} if example.takes("backend") else {}
 
 
 def floats(out: Any) -> Iterator[Tensor]:
@@ -36,10 +44,10 @@ def total(name: str, backend: str, shape: tuple[int, int, int], given: dict[str,
     """One number of an example with these fields, float64."""
     example, inputs = TABLE[name], ExampleInputs(*shape)
     vars(inputs).update(given)
-    options = {"backend": backend} if example.takes("backend") else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        parts = [o.double() for o in floats(example(inputs, **options)) if o.requires_grad]
+        found = floats(example(inputs, **on_backend(example, backend)))
+        parts = [o.double() for o in found if o.requires_grad]
     parts = [torch.where(p == -torch.inf, 0, p) for p in parts]  # a sum over nothing
     return torch.stack(
         [(p * torch.linspace(0.5, 1.5, p.numel()).view_as(p)).sum() for p in parts]

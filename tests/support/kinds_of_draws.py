@@ -22,19 +22,7 @@ import wild_norms
 from choice_draws import answer, batch
 from choice_option_draws import BY_NAME
 from conftest import BACKENDS
-from draws import (
-    CASES,
-    DTYPES,
-    KIND_NAMES,
-    LABEL_NAMES,
-    SIDES,
-    WIDTHS,
-    Call,
-    Draw,
-    chooses,
-    judge,
-    unjudged,
-)
+from draws import CASES, Call, Draw, chooses, judge, unjudged
 from invariants import INVARIANTS
 from invariants import judge as held
 
@@ -46,12 +34,6 @@ class Kind(NamedTuple):
     names: list[str]
     judge: Callable[[str, Draw, random.Random], Found]
     one_in: int = 1  # of how many draws one is judged: what is slow
-
-
-def drawn(choice: random.Random) -> Draw:
-    shape = choice.choice(SIDES), choice.choice(SIDES), choice.choice(WIDTHS)
-    kind, labels = choice.choice(KIND_NAMES), choice.choice(LABEL_NAMES)
-    return Draw(shape, kind, labels, choice.choice(DTYPES), choice.randrange(2**31))
 
 
 def _wide(draw: Draw) -> Draw:
@@ -141,12 +123,14 @@ KINDS: dict[str, Kind] = {
     "hard data": Kind([name for name in CASES if name not in OPTIONS], _hard),
     "options": Kind(OPTIONS, _hard),
     "what chooses": Kind(list(BY_NAME), _chosen),
-    "NaN and inf": Kind(list(CASES), _planted),
+    "NaN and inf": Kind(planted.PLANTED, _planted),
     "lengths": Kind(wild_norms.NAMES, _lengths),
     "many digits": Kind([n + ", opposite" * o for n, o in digit_draws.ROWS], _digits),
     "tangents": Kind(list(CASES), _tangents),
     "second derivatives": Kind(list(CASES), _seconds),
     "invariants": Kind([f"{what}: {name}" for what, name in INVARIANTS], _invariants),
     "interpreted Triton": Kind(TRITON, _triton, 5),
-    "NaN and inf in interpreted Triton": Kind(TRITON, _triton_planted, 5),
+    "NaN and inf in interpreted Triton": Kind(
+        [name for name in TRITON if name in planted.PLANTED], _triton_planted, 5
+    ),
 }

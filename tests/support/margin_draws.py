@@ -92,6 +92,18 @@ def mlcd(t: Inputs) -> Tensor:
     return s.mean(sum(torch.logaddexp(a, torch.zeros_like(a)) for a in (attract, repel)))
 
 
+def together(t: Inputs) -> Tensor:
+    """Each label of a row against every other class, its other labels too."""
+    s = Seen(t)
+    z = 16.0 * s.cosine
+    n, c = z.shape
+    others = ~torch.eye(c, dtype=torch.bool).expand(n, c, c).flatten(0, 1)
+    repel = lse(z[:, None].expand(n, c, c).flatten(0, 1), others).view(n, c)
+    some = (repel > -torch.inf) & s.own
+    each = torch.where(some, softplus(torch.where(some, repel, 0) - (z - 16.0 * 0.3)), 0)
+    return s.mean(s.over_labels(each) / s.own.sum(1).clamp_min(1))
+
+
 def of_probability(end: Callable[[Tensor], Tensor]) -> Callable[[Inputs], Tensor]:
     """The end of p = softmax(16 cos)_y, for a row's label among the negatives alone, each."""
 
@@ -131,6 +143,13 @@ CLASS_LOSSES: dict[str, tuple[Callable[[Inputs], Any], Callable[[Inputs], Tensor
     "SFace": (lambda t: class_losses.SFace(), sface),
     "SphereFace2": (lambda t: class_losses.SphereFace2(t.bias), sphereface2),
     "MLCD": (lambda t: class_losses.MLCD(8.0), mlcd),
+    "LabelsTogether": (
+        # of CosFace, whose slope is 1, straight through is exact
+        lambda t: class_losses.LabelsTogether(
+            margins.CosFace(0.3), 16.0, gradient="straight_through"
+        ),
+        together,
+    ),
     **{
         name: (lambda t, loss=loss: loss, of_probability(end))
         for name, (loss, end) in PROBABILITY.items()

@@ -63,8 +63,9 @@ def minkowski(t: Inputs, p: float, w: Tensor | float = 1.0) -> Tensor:
 
 
 def moved(x: Tensor) -> Tensor:
-    """By its own mean; a constant row is 0."""
-    return torch.where((x == x[:, :1]).all(1, keepdim=True), 0, x - x.mean(1, keepdim=True))
+    """By its own mean; a constant row is 0, with a slope."""
+    found = x - x.mean(1, keepdim=True)
+    return torch.where((x == x[:, :1]).all(1, keepdim=True), found - found.detach(), found)
 
 
 def correlation(t: Inputs) -> Tensor:
@@ -77,8 +78,10 @@ def angular(t: Inputs) -> Tensor:
     half = torch.atan2(distance(u, v), distance(u, -v))
     none = [(r == 0).all(1) for r in (t.x, t.y)]
     alone = torch.where(none[0][:, None] == none[1], 0.0, 0.5)
-    dead = none[0][:, None] | none[1]
-    return torch.where(dead & ~half.isnan(), alone, 2 / math.pi * torch.where(dead, 1, half))
+    dead = (none[0][:, None] | none[1]) & ~half.isnan()
+    # one row of zeros: both chords pull along the other row, and what is left is rounding
+    left = torch.where((none[0][:, None] ^ none[1]) & dead, half, 0)
+    return torch.where(dead, alone + left - left.detach(), 2 / math.pi * torch.where(dead, 1, half))
 
 
 def weighted_correlation(t: Inputs) -> Tensor:
@@ -165,7 +168,8 @@ def snr(t: Inputs) -> Tensor:
     power = moved(t.x).square().sum(1, keepdim=True)
     flat = power == 0
     found = apart / torch.where(flat, 1, power)
-    return torch.where(flat & (apart > 0), torch.inf, found)
+    # 0 at constant rows and inf around them: neither a slope nor a curve
+    return torch.where(flat, torch.where(apart > 0, torch.inf, apart.detach()), found)
 
 
 def ball(x: Tensor) -> Tensor:

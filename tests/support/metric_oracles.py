@@ -35,11 +35,18 @@ def rankings(d: Tensor, own: bool, ids=None, ref_ids=None) -> list[list[int]]:
     return out
 
 
+def meet(one: int | list[int], other: int | list[int]) -> bool:
+    """Equal labels; or sets of labels, -1 for none, that share one."""
+    if isinstance(one, list) and isinstance(other, list):
+        return bool({label for label in one if label >= 0} & set(other))
+    return one == other
+
+
 def by_loops(name: str, order: list[list[int]], labels, ref_labels, k: int | None) -> tuple:
     """(mean, queries that count)"""
     labels, ref_labels, values = labels.tolist(), ref_labels.tolist(), []
     for i, columns in enumerate(order):
-        hits = [labels[i] == ref_labels[j] for j in columns]
+        hits = [meet(labels[i], ref_labels[j]) for j in columns]
         relevant = sum(hits)
         if not relevant:
             continue
@@ -54,6 +61,9 @@ def by_loops(name: str, order: list[list[int]], labels, ref_labels, k: int | Non
             value = sum(at_hits[:k]) / min(relevant, k)
         elif name == "map_at_r":
             value = sum(at_hits[:relevant]) / relevant
+        elif name == "ndcg":
+            gains = [h / math.log2(r + 2) for r, h in enumerate(hits)]
+            value = sum(gains[:k]) / sum(1 / math.log2(r + 2) for r in range(min(relevant, k)))
         elif name == "r_precision":
             value = sum(hits[:relevant]) / relevant
         else:

@@ -54,6 +54,7 @@ def triplets_by_loops(
     negative: str = "hardest",
     keep=lambda g: True,
     ranges: tuple = (None, None),
+    fallback: bool = False,
 ) -> list[tuple[int, int, int]]:
     out = []
     for i in range(len(d)):
@@ -70,7 +71,9 @@ def triplets_by_loops(
         pairs = []
         if negative == "semihard":
             for p in side(positive, ps, True):
-                pairs += [(p, n) for n in best([n for n in ns if z[n] > z[p]], z, False)]
+                chosen = best([n for n in ns if z[n] > z[p]], z, False)
+                chosen = chosen or (best(ns, z, True) if fallback else [])
+                pairs += [(p, n) for n in chosen]
         elif positive == "semihard":
             for n in side(negative, ns, False):
                 pairs += [(p, n) for p in best([p for p in ps if z[p] < z[n]], z, True)]

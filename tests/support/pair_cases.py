@@ -5,14 +5,16 @@ A new loss is one definition with its examples, and one row here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import nce_formulas as nce
 import pytest
 import torch
 from conftest import CUDA
+from nested_formulas import NESTED
 from pair_formulas import (
     attend,
     both_told,
@@ -78,6 +80,7 @@ from pair_rows import (
     trilinear,
 )
 from torch import Tensor
+from transport_formulas import debiased, unbalanced
 
 from fused_losses import backends
 from fused_losses.base.examples import TABLE
@@ -137,6 +140,16 @@ LOSSES = [
     case("info_nce, ids", towers, ids_nce, TOWERS),
     case("info_nce, labels, ids", towers, labelled_ids_nce, TOWERS),
     case("info_nce, exclude", towers, exclude_nce, TOWERS),
+    case("info_nce, groups", towers, nce.groups_nce, TOWERS),
+    case("info_nce, told banks", towers_and_more, nce.told_banks_nce, BANK_LEAVES[:4]),
+    case("info_nce, decoupled", towers, nce.decoupled_nce, TOWERS),
+    case("info_nce, guide", towers, nce.guided_nce, TOWERS),
+    case("info_nce, guide, banks", towers_and_more, nce.guided_banks_nce, BANK_LEAVES[:4]),
+    case("info_nce, share", towers_and_more, nce.share_nce, BANK_LEAVES[:3]),
+    case("info_nce, share, labels", towers_and_more, nce.labelled_share_nce, BANK_LEAVES[:3]),
+    case("info_nce, weights", towers, nce.weighted_nce, TOWERS),
+    case("info_nce, targets", towers_and_more, nce.targets_nce, BANK_LEAVES[:3]),
+    *(case(example, *row) for example, row in NESTED.items()),
     case("supervised_contrastive, out", batch, supcon_out, ("x", "temperature")),
     case("supervised_contrastive, in", batch, supcon_in),
     case("supervised_contrastive, anchors", batch, supcon_anchors),
@@ -144,12 +157,7 @@ LOSSES = [
     case("nt_xent, pairs", batch, nt_xent_pairs, ("x", "temperature")),
     case("nt_xent, views", batch, nt_xent_views),
     case("sigmoid_contrastive", siglip, lambda t: sigmoid(t, eye(len(t.x), len(t.y))), LEARNT),
-    case(
-        "sigmoid_contrastive, labels",
-        siglip,
-        lambda t: sigmoid(t, equal(t.labels, t.y_labels)),
-        LEARNT,
-    ),
+    case("sigmoid_contrastive, labels", siglip, nce.labelled_sigmoid, LEARNT),
     case("soft_nearest_neighbor", batch, soft_nearest, ("x", "temperature")),
     case("multi_similarity", batch, multi_similarity),
     case("orthogonal_projection", batch, orthogonal_projection),
@@ -261,6 +269,15 @@ SIMILARITIES = [
         )
         for cost in ("cosine", "dot", "sqeuclidean")
     ),
+    case("sinkhorn, unbalanced", towers, unbalanced, TOWERS, told=lambda plan: plan.cost),
+    case("sinkhorn_divergence", towers, lambda t: debiased(t, "sqeuclidean"), TOWERS, cancels=10.0),
+    case(
+        "sinkhorn_divergence, unbalanced",
+        towers,
+        lambda t: debiased(t, "cosine", rho=1.0),
+        TOWERS,
+        cancels=10.0,
+    ),
 ]
 BY_NAME = {case.name: case for case in LOSSES + SIMILARITIES}
 
@@ -346,27 +363,31 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def check_formula(case: Case, shape: str, backend: str) -> None:
-    """In float64 the value and every gradient are the formula's."""
+def check_formula(case: Case, shape: str, backends: Iterable[str]) -> None:
+    """In float64 the value and every gradient are the formula's, on each backend."""
     t = inputs_of(case, SHAPES[shape], torch.float64)
     wanted = outcome(case, t, case.formula)
-    got = outcome(case, t, lambda t: case.call(t, backend=backend))
-    for name, g, w in zip(("value", *case.leaves), got, wanted, strict=True):
-        assert error(g, w) <= 1e-9, name
+    for backend in backends:
+        got = outcome(case, t, lambda t, b=backend: case.call(t, backend=b))
+        for name, g, w in zip(("value", *case.leaves), got, wanted, strict=True):
+            assert error(g, w) <= 1e-9, (backend, name)
 
 
-def check_budget(case: Case, dtype: torch.dtype, backend: str, shape: str = "primes") -> None:
+def check_budget(
+    case: Case, dtype: torch.dtype, backends: Iterable[str], shape: str = "primes"
+) -> None:
     """Against float64 on the same rounded inputs, about the error of the formula in this dtype."""
-    if backend == "reference" and dtype != torch.float32:
-        pytest.skip("the materialised path is eager")
     t = inputs_of(case, SHAPES[shape], dtype)
     wanted = outcome(case, in_dtype(case, t, torch.float64), case.formula)
     eager = outcome(case, t, case.formula)
-    got = outcome(case, t, lambda t: case.call(t, backend=backend))
-    for name, g, e, w in zip(("value", *case.leaves), got, eager, wanted, strict=True):
-        # one number's eager error may be near 0 by luck, and a sum over all pairs cancels
-        floor = FLOORS[dtype] * case.cancels * (1 if w.numel() > 1 else 8)
-        assert error(g, w, 1e-2) <= 2 * error(e, w, 1e-2) + floor, name
+    for backend in backends:
+        if backend == "reference" and dtype != torch.float32:
+            continue  # the materialised path is eager
+        got = outcome(case, t, lambda t, b=backend: case.call(t, backend=b))
+        for name, g, e, w in zip(("value", *case.leaves), got, eager, wanted, strict=True):
+            # one number's eager error may be near 0 by luck, and a sum over all pairs cancels
+            floor = FLOORS[dtype] * case.cancels * (1 if w.numel() > 1 else 8)
+            assert error(g, w, 1e-2) <= 2 * error(e, w, 1e-2) + floor, (backend, name)
 
 
 def as_function(

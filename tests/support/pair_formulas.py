@@ -248,11 +248,11 @@ def n_pairs(t: Inputs) -> Tensor:
 def proxy_nca(t: Inputs, inside: bool) -> Tensor:
     z = -t.scale * square_distance(unit(t.x), unit(t.w))
     target = eye(len(t.w))[t.targets]
-    if inside:
-        return F.cross_entropy(z, t.targets)
     if len(t.w) == 1:
         return (z * 0).sum()
-    return (lse(z, ~target) - z[target]).mean()
+    # of one positive a sum, too, whose weight is rounded as those of several are
+    gap = lse(z, ~target) - lse(z, target)
+    return (-F.logsigmoid(-gap) if inside else gap).mean()
 
 
 def proxy_anchor(t: Inputs) -> Tensor:
@@ -270,7 +270,7 @@ def transport(t: Inputs, cost: str) -> Tensor:
     }[cost]()
     k = (-c.detach() / 0.5).double()
     f, g = k.new_zeros(len(t.x)), k.new_zeros(len(t.y))
-    for _ in range(20):
+    for _ in range(8):
         f = -math.log(len(t.x)) - (k + g).logsumexp(1)
         g = -math.log(len(t.y)) - (k + f[:, None]).logsumexp(0)
     return ((k + f[:, None] + g).exp().to(c.dtype) * c).sum()

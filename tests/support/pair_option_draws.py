@@ -8,10 +8,12 @@ from typing import Any
 import metric_draws
 import torch
 from class_pair_draws import best, matrices
+from nested_formulas import counts, nested, weighted_rows, widths
 from pair_cases import TOWERS
-from pair_rows import Inputs, distance, equal, square_distance, towers
+from pair_rows import Inputs, distance, equal, proxies, square_distance, towers
 from row_option_draws import row
 from torch import Tensor
+from transport_formulas import debiased
 
 import fused_losses.functional as fl
 
@@ -58,7 +60,13 @@ def transport(t: Inputs) -> Tensor:
 
 def moved_transport(t: Inputs, **more: Any) -> Tensor:
     given: dict[str, Any] = dict(eps=0.5, iterations=20, tolerance=1e-30, cost="sqeuclidean")
-    return fl.sinkhorn(t.x, t.y, x_weight=t.a, y_weight=t.b, **given, **more).cost
+    given |= dict(stop="scalings", x_weight=t.a, y_weight=t.b)
+    return fl.sinkhorn(t.x, t.y, **given, **more).cost
+
+
+def moved_divergence(t: Inputs, **more: Any) -> Tensor:
+    given: dict[str, Any] = dict(eps=0.5, iterations=20, tolerance=1e-30, cost="cosine")
+    return fl.sinkhorn_divergence(t.x, t.y, x_weight=t.a, y_weight=t.b, **given, **more)
 
 
 def texts(n: int, m: int, d: int) -> Inputs:
@@ -109,7 +117,21 @@ def binary(t: Inputs, **more: Any) -> Tensor:
     return fl.pairwise_distance(t.x.abs(), t.y.abs(), "jensenshannon", base=2.0, **more)
 
 
+def counted(t: Inputs, **more: Any) -> Tensor:
+    d = t.x.shape[1]
+    options: dict[str, Any] = dict(margin=None, scale=4.0, row_weight=counts(t))
+    return fl.nested_margin_softmax(t.x, t.w, t.targets, widths(d), **options, **more)
+
+
 DRAWN = [
+    row(
+        fl.nested_margin_softmax,
+        "weights",
+        nested(weighted_rows, True),
+        proxies,
+        ("x", "w"),
+        call=counted,
+    ),
     row(fl.pairwise_topk, "ids", nearest_kept, towers, TOWERS, call=chosen),
     row(
         fl.pairwise_topk,
@@ -120,6 +142,14 @@ DRAWN = [
         call=lambda t, **more: nearest(t, "minkowski", p=3.0, **more),
     ),
     row(fl.sinkhorn, "masses", transport, weighed, TOWERS, call=moved_transport),
+    row(
+        fl.sinkhorn_divergence,
+        "masses",
+        lambda t: debiased(t, "cosine", masses=(t.a.double(), t.b.double())),
+        weighed,
+        TOWERS,
+        call=moved_divergence,
+    ),
     row(fl.maxsim, "masked", lambda t: late(t, t.told), texts, TOWERS, call=masked),
     row(fl.maxsim, "ragged", lambda t: late(t, real(t)), texts, TOWERS, call=ragged),
     row(fl.triplet_margin, "cubic", listed, metric_draws.triples, TOWERS, call=by_index),

@@ -22,14 +22,13 @@ from fused_losses.base.disturbance import Movement, distance, rounded_once
 
 aten = torch.ops.aten
 VALUES = (float("nan"), float("inf"), -float("inf"))
-# what gives a number a pair keeps an infinite one, as float64 has it
-PAIRED = ("pairwise", "similarity_")
+# what gives a number a pair or an entry keeps an infinite one, as float64 has it
+PAIRED = ("pairwise", "similarity_", "gaussian_", "segment_", "sparse_decode")
 # a direction, a variance or a whitening of a row with inf is none, and terms of either sign no sum
 DIRECTED = ("cosine", "correlation", "angular", "snr", "mahalanobis", "covariance", "kl")
 # what counts is the score: +inf is a fault, -inf adds nothing (docs/row_statistics.md)
-SCORED = ("linear_cross_entropy",)
-# only NaN: sums and medians of scores keep an infinite number
-ONLY_NAN = (
+SCORED = (
+    "linear_cross_entropy",
     "adaptive_margin_softmax_eval",
     "unpg_margin_softmax_parted",
 )
@@ -40,6 +39,11 @@ WEIGHTED = {
 }
 # what is told of a row's classes, of whose cosines one is NaN
 OPEN = ("margin_softmax_told",)
+# a sign is told of inf, too, and a bit knows no NaN (the docstrings say what it is)
+BITS = ("binary_codes", "hamming", "pack_codes", "packed_product")
+# a width reads no coordinate beyond it and a mask hides places: the row's others reach farther
+APART = ("nested", "masked_contrastive")
+PLANTED = [name for name in CASES if not name.startswith(BITS)]
 TRIES = 16
 
 
@@ -66,12 +70,11 @@ def places(case: Case, exact: Inputs, draw: Draw) -> list[Place]:
     choice = random.Random(draw.seed)
     names = [n for n in case.leaves if n in ROWS and n not in WEIGHTED.get(case.name, ())]
     names = [n for n in names if getattr(exact, n).dim() > 1]
-    values = VALUES[:1] if case.name.startswith(ONLY_NAN) else VALUES
     found = []
     for _ in range(choice.choice([1, 1, 2, 3])):
         name = choice.choice(names)
         at = tuple(choice.randrange(size) for size in getattr(exact, name).shape)
-        found.append(Place(name, at, choice.choice(values)))
+        found.append(Place(name, at, choice.choice(VALUES)))
     return found
 
 
@@ -101,7 +104,8 @@ def reached(case: Case, exact: Inputs, where: list[Place], draw: Draw) -> Tensor
             if number % 2:  # near another row, or opposite to it
                 at_other = int(torch.randint(0, len(rows), (1,), generator=generator))
                 row = 0.01 * row + (1 if number % 4 == 1 else -1) * rows[at_other]
-            made[name][at[:-1]] = row
+            of = at[-1:] if case.name.startswith(APART) else (...,)
+            made[name][at[:-1]][of] = row[of]
         seen |= case.formula(Inputs(**made)).detach() != base
     return seen
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fused_losses import class_losses, margins
 from fused_losses.centers import ClassCenters
-from fused_losses.losses.adaptive_scale import AdaptiveScale
-from fused_losses.losses.unpg import UNPG
+from fused_losses.functions.adaptive_scale import AdaptiveScale
+from fused_losses.functions.unpg import UNPG
 
 C, D = 23, 6
 COUNTS = {1: [9], 2: [4, 5], 3: [5, 0, 4], 4: [2, 3, 0, 4]}  # rows of each rank: uneven, empty

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import ranked_formulas as g
 import row_loss_formulas as f
 import torch
 from centroid_formulas import centroids
@@ -118,6 +119,7 @@ ROWS = [
         lambda t: f.wu_margin(t, "class_beta", "triplet", "none"),
         ("x", "class_beta"),
     ),
+    case("threshold_consistent_margin", batch, f.threshold_consistent),
     case("snr_contrastive", batch, f.snr),
     case("snr_contrastive, ref", f.two_batches, lambda t: f.snr(t, True), TOWERS),
     case("tuplet_margin", batch, f.tuplets),
@@ -130,6 +132,23 @@ ROWS = [
     case("histogram", batch, f.histogram),
     case("intra_pair_variance", batch, f.intra_pair_variance),
     case("icnn", batch, f.icnn),
+    case("all_triplets, swap", f.two_batches, g.swapped, TOWERS),
+    case("angular, ref", f.two_batches, lambda t: g.angular(t, False), TOWERS),
+    case("ranked_list, ref", f.two_batches, g.ranked_list, TOWERS),
+    case("histogram, ref", f.two_batches, lambda t: g.histogram(t, False), TOWERS),
+    case("centroid_triplet, ref", f.two_batches, g.centroids, TOWERS),
+    case("icnn, ref", f.two_batches, g.icnn, TOWERS),
+    case("semihard_triplet", batch, g.semihard),
+    case(
+        "semihard_triplet, no fallback", batch, lambda t: g.semihard(t, margin=0.4, fallback=False)
+    ),
+    case("semihard_triplet, ref", f.two_batches, lambda t: g.semihard(t, True), TOWERS),
+    case("smooth_ap", batch, g.smooth_ap),
+    case("smooth_ap, others", batch, lambda t: g.smooth_ap(t, count_self=False)),
+    case("smooth_ap, ref", f.two_batches, lambda t: g.smooth_ap(t, True), TOWERS),
+    case("smooth_ap, listed", batch, lambda t: g.smooth_ap(t, weighted=True)),
+    *(case(f"pnp, {v}", batch, lambda t, v=v: g.pnp(t, v)) for v in g.MADE),
+    case("pnp, ref", f.two_batches, lambda t: g.pnp(t, "O", True), TOWERS),
 ]
 BY_NAME = {case.name: case for case in ROWS}
 BACKENDS = ("reference", "bounded", "cpu")  # that take float64

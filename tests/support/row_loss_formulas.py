@@ -248,13 +248,21 @@ def wu_margin(t: Inputs, beta: str, per: str = "pair", reduction: str = "mean") 
     return sums.sum() / (max(count, 1) if reduction == "mean" else 1)
 
 
+def threshold_consistent(
+    t: Inputs, normalize: bool = True, least: float = 1.25, most: float = -1.25
+) -> Tensor:
+    x = unit(t.x) if normalize else t.x
+    near, far = (torch.cat(v) for v in pair_lists(t, x @ x.T, False))
+    return over_nonzero(F.relu(least - near), zero(t)) + over_nonzero(F.relu(far - most), zero(t))
+
+
 def snr(t: Inputs, ref: bool = False) -> Tensor:
     """var(y - x) / var(x), a biased variance in both."""
     y = t.y if ref else t.x
     noise = (y - t.x[:, None]).var(dim=2, unbiased=False)
     # about a coordinate, which takes rows far from 0 away without a rounding
     power = (t.x - t.x[:, :1]).var(dim=1, unbiased=False)[:, None]
-    alive = power > 1e-20
+    alive = power > 0
     d = torch.where(alive, noise / torch.where(alive, power, 1), 0)
     near, far = pair_lists(t, d, ref)
     attract = over_nonzero(torch.cat([F.relu(v - 0.1) for v in near]), zero(t))

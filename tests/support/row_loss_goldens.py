@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses.losses import centroids, margin_pairs, neighbours, variance
-from fused_losses.losses import chosen_triplets as ct
-from fused_losses.losses import ranking as rl
-from fused_losses.losses import triplets as tl
+from fused_losses.functions import angular, centroids, margin_pairs, neighbours, variance
+from fused_losses.functions import chosen_triplets as ct
+from fused_losses.functions import ranking as rl
+from fused_losses.functions import triplets as tl
 
 
 def listed(labels: Tensor) -> tuple[Tensor, ...]:
@@ -45,7 +45,9 @@ GOLDENS: dict[str, Callable[..., Tensor]] = {
     ),
     "ctl_batchhard_margin0.5": lambda x, y, **o: ct.batch_hard_triplet(x, y, margin=0.5, **o),
     "ctl_centroid": lambda x, y, **o: centroids.centroid_triplet(x, y, **o),
-    "pml_AngularLoss": lambda x, y, **o: rl.angular(x, y, normalize_negatives=False, **UNIT, **o),
+    "pml_AngularLoss": lambda x, y, **o: angular.angular(
+        x, y, normalize_negatives=False, **UNIT, **o
+    ),
     "pml_IntraPairVarianceLoss": lambda x, y, **o: variance.intra_pair_variance(x, y, **UNIT, **o),
     "pml_HistogramLoss": lambda x, y, **o: rl.histogram(x, y, bins=20, **UNIT, **o),
     "icnn_full": lambda x, y, **o: neighbours.icnn(x, y, neighbors=4, window=6, **o),

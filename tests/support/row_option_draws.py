@@ -88,7 +88,7 @@ def ranked_list(t: Inputs) -> Tensor:
 def snr(t: Inputs) -> Tensor:
     noise = (t.x - t.x[:, None]).var(dim=2, unbiased=False)
     power = (t.x - t.x[:, :1]).var(dim=1, unbiased=False)[:, None]
-    alive = power > 1e-20
+    alive = power > 0
     d = torch.where(alive, noise / torch.where(alive, power, 1), 0)
     near, far = f.pair_lists(t, d, False)
     rows = [F.relu(p - 0.1).sum() + F.relu(1.5 - n).sum() for p, n in zip(near, far, strict=True)]
@@ -233,6 +233,13 @@ DRAWN = [
     ),
     row(fl.fast_ap, "none", average_precision, bins=8, **UNIT, **NONE),
     row(fl.angular, "plain_negatives", angular, normalize_negatives=False, **UNIT),
+    row(
+        fl.threshold_consistent_margin,
+        "plain",
+        lambda t: f.threshold_consistent(t, False, 0.9, 0.3),
+        negative_margin=0.3,
+        normalize=False,
+    ),
     row(fl.orthogonal_projection, "plain", orthogonal, normalize=False),
     row(
         fl.multi_similarity,
@@ -268,7 +275,6 @@ DRAWN = [
         fl.linear_cross_entropy,
         "none",
         entropy_rows,
-        memory_budget=1 << 16,
         options={},
         **CLASSES,
         **NONE,

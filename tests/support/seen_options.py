@@ -73,9 +73,22 @@ NOT_DRAWN: dict[str, dict[str, str]] = {
         "BiasWeights": "alpha beta within",
         "equity_weights": "eta gamma",
     },
+    "which triplets is left to chance, held by `test_listed_rows`": {
+        "all_triplets": "generator per_anchor",
+        "mine_triplets": "generator",
+    },
     "which negative is left to chance, held by `test_distance_weighted`": {
         "DistanceWeightedMiner": "cutoff generator nonzero_loss_cutoff",
         "mine_pairs": "cutoff generator nonzero_loss_cutoff",
+    },
+    "held by the module's row in the catalogue": {
+        "semihard_triplet": "normalize",
+    },
+    "of steps, each a choice after a choice, held by `test_kmeans`": {
+        "kmeans": "empty generator tolerance",
+    },
+    "when steps end, held by `test_leanvec`": {
+        "leanvec": "iterations tolerance",
     },
     "where and in what a table is kept": {
         "ALDR": "device",

@@ -61,8 +61,20 @@ def scored(x: Tensor, y: Tensor, kind: str) -> tuple[list[dict | None], Rows]:
     return [None if u is None else of(u) for u in left], right
 
 
-def check(found: Tensor, x: Tensor, y: Tensor, kind: str, k: int, largest: bool, own: bool) -> None:
-    """The k best by exact scores, but for the rounding of a score in float64; copies in order."""
+def check(
+    found: Tensor,
+    x: Tensor,
+    y: Tensor,
+    kind: str,
+    k: int,
+    largest: bool,
+    own: bool,
+    of: tuple[str, ...] = (),
+) -> None:
+    """The k best by exact scores, but for the rounding of a score in float64; copies in order.
+
+    of: whose answer it is, for the message.
+    """
     every, right = scored(x, y, kind)
     sign = 1 if largest else -1
     for i, row in enumerate(every):
@@ -71,16 +83,16 @@ def check(found: Tensor, x: Tensor, y: Tensor, kind: str, k: int, largest: bool,
         scores = {j: pair for j, pair in row.items() if not (own and i == j)}
         best = sorted(scores, key=lambda j: (-sign * scores[j][0], j))[:k]
         mine = found[i].tolist()
-        assert len(set(mine)) == len(mine) == k
+        assert len(set(mine)) == len(mine) == k, (of, i)
         for place, (got, want) in enumerate(zip(mine, best, strict=True)):
             loss = abs(scores[want][0] - scores[got][0])
-            assert loss <= scores[want][1] + scores[got][1], (i, place, got, want)
+            assert loss <= scores[want][1] + scores[got][1], (of, i, place, got, want)
         for a, b in itertools.pairwise(mine):
-            assert right[a] != right[b] or a < b, (i, a, b)
+            assert right[a] != right[b] or a < b, (of, i, a, b)
         # of equal rows, none is passed over
         copies = [j for j in scores if right[j] == right[mine[-1]]]
         taken = [j for j in mine if right[j] == right[mine[-1]]]
-        assert taken == copies[: len(taken)], (i, taken, copies)
+        assert taken == copies[: len(taken)], (of, i, taken, copies)
 
 
 Draw = Callable[[int], Tensor]

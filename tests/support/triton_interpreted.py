@@ -1,4 +1,4 @@
-"""Runs a file of cases in its own process: Triton reads TRITON_INTERPRET when imported."""
+"""Runs files of cases in a process of their own: Triton reads TRITON_INTERPRET when imported."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from places import ROOT, search_path
 
 
-def passes(cases: Path) -> None:
-    """Every test of the file passes in Triton's interpreter."""
+def passes(*cases: Path) -> None:
+    """Every test of the files passes in Triton's interpreter."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": search_path()}
     plugins = ("-p", "no:cacheprovider", "-p", "triton_patched_once")
     command = [sys.executable, "-m", "pytest", "-q", "-x", *plugins]
     run = subprocess.run(
-        [*command, str(cases)],
+        [*command, *map(str, cases)],
         env=environment,
         cwd=ROOT,
         capture_output=True,

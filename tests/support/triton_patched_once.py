@@ -31,6 +31,26 @@ def launch_anew(self: interpreter.GridExecutor, *args: Any, **kwargs: Any) -> No
     launch(self, *args, **kwargs)
 
 
+min_max = interpreter.ReduceOps.min_max
+
+
+def min_max_of_nan(
+    self: interpreter.ReduceOps, input: Any, val_reduce_op: Any, idx_reduce_op: Any = None
+) -> Any:
+    """Also of a line that is all NaN, at which the interpreter of Triton 3.9 raises: place 0."""
+    if idx_reduce_op not in (np.nanargmax, np.nanargmin):
+        return min_max(self, input, val_reduce_op, idx_reduce_op)
+
+    def place(data: np.ndarray, **along: Any) -> Any:
+        return np.where(np.isnan(data).all(**along), 0, idx_reduce_op(some(data, **along), **along))
+
+    def some(data: np.ndarray, axis: Any, keepdims: bool) -> np.ndarray:
+        return np.where(np.isnan(data).all(axis=axis, keepdims=True), 0, data)
+
+    return min_max(self, input, val_reduce_op, place)
+
+
+interpreter.ReduceOps.min_max = min_max_of_nan
 interpreter._patch_lang = patch_once
 interpreter.GridExecutor.__call__ = launch_anew
 

@@ -333,7 +333,8 @@ def test_ranks_stop_skip_and_refuse_as_one(tmp_path: Path) -> None:
 
 
 def test_ranks_leave_in_order(tmp_path: Path) -> None:
-    """Interpreters that end by themselves, not forks that skip their end."""
+    """Interpreters that end by themselves, not forks or `__main__`, which skip their end."""
+    start = "import sys; from fused_losses.train.large.cli import main; sys.exit(main())"
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port()),
@@ -342,7 +343,7 @@ def test_ranks_leave_in_order(tmp_path: Path) -> None:
     words += "--classes 9 --features 4 --embedding 4 --batch-size 8".split()
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "fused_losses.train.large", *words],
+            [sys.executable, "-X", "faulthandler", "-c", start, *words],
             env={**environment, "RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,

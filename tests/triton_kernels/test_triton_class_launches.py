@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fused_losses import backends, margins
 from fused_losses.class_losses import MLCD, ClassLoss, SFace, Softmax, SoftTriple, SphereFace2
-from fused_losses.losses.class_loss import class_loss
+from fused_losses.functions.class_loss import class_loss
 from fused_losses.primitives.class_rules import bounded, triton
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.rules import CLASS_FOLDS
@@ -97,6 +97,7 @@ def test_forms_never_wait(rule: str, classes: int | None, form: Any) -> None:
     fold = CLASS_FOLDS[rule]
     values, wide = min(fold.values), torch.float64
     before = () if form is triton else ("bounded",)
+    after = () if form is triton else (empty(0),)  # no room for scores
     with Waits() as waits, record.on("sm_90", launch):
         p = ClassInputs(
             empty(64, 32),
@@ -109,13 +110,13 @@ def test_forms_never_wait(rule: str, classes: int | None, form: Any) -> None:
             centers=3,
             softness=0.1,
         )
-        out = form.forward(*before, p)
+        out = form.forward(*before, p, *after)
         assert out.statistics.shape == (len(fold.kinds), 64)
         if form is triton:
             assert ran == {"inverse_norms": 1, "forward_classes": 1, "merge_classes": 1}
         ran.clear()
         given = out.statistics, empty(64, 2, dtype=wide), out.statistics, p
-        dx, dweight = form.backward(*before, *given, True, True, True)
+        dx, dweight = form.backward(*before, *given, True, True, True, *after)
     assert dx.shape == p.x.shape and dweight.shape[0] == 3 * (classes or 1000)
     if form is triton:
         assert ran == {"inverse_norms": 1, "gradient_classes": 1, "finish_weight": 1}

@@ -1,4 +1,4 @@
-"""Pairs apart in Triton's interpreter, against float64; run by `test_triton_apart.py`."""
+"""Pairs apart in Triton's interpreter, against float64; run by `test_interpreted.py`."""
 
 from __future__ import annotations
 

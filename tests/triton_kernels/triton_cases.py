@@ -1,4 +1,4 @@
-"""The Triton kernels against float64, in Triton's interpreter; `test_triton.py` runs this file.
+"""The Triton kernels against float64, in Triton's interpreter; run by `test_interpreted.py`.
 
 Bound: the error of eager torch in the same dtype, plus a few steps of that dtype.
 """

@@ -34,7 +34,7 @@ from triton_oracle import DTYPE_STEP, STEPS, close
 
 from fused_losses.class_losses import MLCD, SFace, Softmax, SoftTriple, SphereFace2
 from fused_losses.explain import explain
-from fused_losses.losses.class_loss import class_loss
+from fused_losses.functions.class_loss import class_loss
 from fused_losses.primitives.class_rules import triton as form
 from fused_losses.primitives.class_rules.inputs import ClassInputs, ClassNeeds
 from fused_losses.primitives.class_rules.op import CLASS_RULES, class_gradients, class_statistics
@@ -260,9 +260,9 @@ def test_shards_merge_to_the_whole(more: dict[str, Any]) -> None:
 def test_op_is_registered() -> None:
     made = call(Case(many=2, **SOFT, **SOME))
     p = ClassInputs(**made.args)
-    torch.library.opcheck(CLASS_RULES.op("triton"), tuple(p))
-    found = CLASS_RULES.op("triton")(*p)
-    up = made.of_statistics, made.of_targets, found[0]
+    torch.library.opcheck(CLASS_RULES.op("triton"), (*p, 0))
+    found = CLASS_RULES.op("triton")(*p, 0)
+    up = made.of_statistics, made.of_targets, found[0], found[-1]
     torch.library.opcheck(CLASS_RULES.op("triton", "_backward"), (*up, *p, True, True, True, False))
 
 
@@ -299,6 +299,6 @@ def test_plan_is_that_of_the_form() -> None:
     for needs in (None, ClassNeeds(False, True, True, False)):
         told = CLASS_RULES.workspace(
             "triton", "" if needs is None else "_backward",
-            tuple(p) if needs is None else (x, x, x, *p, *needs),
+            (*p, 0) if needs is None else (x, x, x, x, *p, *needs),
         )  # fmt: skip
         assert told == form.workspace(p, needs) > 0

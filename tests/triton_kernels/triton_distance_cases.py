@@ -1,6 +1,6 @@
 """The kernels of `distance_matrix` against float64, in Triton's interpreter.
 
-`test_triton_distances.py` runs this file. Truth: the formulas of the docstrings on float64 copies,
+`test_interpreted.py` runs this file. Truth: the formulas of the docstrings on float64 copies,
 every difference materialised.
 """
 

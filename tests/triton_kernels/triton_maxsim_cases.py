@@ -1,4 +1,4 @@
-"""The kernels of MaxSim against float64, in Triton's interpreter; run by `test_triton_maxsim.py`.
+"""The kernels of MaxSim against float64, in Triton's interpreter; run by `test_interpreted.py`.
 
 Truth: every product at once, on float64 copies; gradients of the tokens that the kernel chose, and
 that it chose rightly is checked of its own.

@@ -1,4 +1,4 @@
-"""The kernels over pairs against float64, in Triton's interpreter; run by `test_triton_pairs.py`.
+"""The kernels over pairs against float64, in Triton's interpreter; run by `test_interpreted.py`.
 
 Truth: `reference_pairs` on float64 copies, gradients by autograd. Bound: the error of the same in
 the operands' dtype, plus a few steps of that dtype.

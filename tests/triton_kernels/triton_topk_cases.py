@@ -1,6 +1,6 @@
 """The top-k's screen against a plain formula, in Triton's interpreter.
 
-`test_triton_topk.py` runs this file. Keys of small integers are exact in every type, so that the
+`test_interpreted.py` runs this file. Keys of small integers are exact in every type, so that the
 order, ties to the lowest column among it, must be the very one of a stable sort.
 """
 
@@ -226,7 +226,7 @@ def test_select_is_the_bounded_one(kind: str, largest: bool, screen: str) -> Non
         y[50:70] = y[:20]
         labels = [torch.randint(0, 3, (n,)).int() for n in (33, 90)]
         options = (kind, 4, largest, "different", True, False, screen)
-        p = TopkInputs(x, y, *[None] * 4, *labels, *[None] * 3, *options)
+        p = TopkInputs(x, y, *[None] * 5, *labels, *[None] * 3, *options)
         got, want = backend.select(p), bounded_topk.select(p)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.triton import launch as triton_launch
 from tools.gpu_static.record import Compilation
 
 TARGETS = {"gfx942": ("hip", "gfx942", 64)}
@@ -151,7 +153,7 @@ def compiled(arch: str, key: Compilation) -> Any:
     function = getattr(importlib.import_module(module), name)
     source = ASTSource(function, dict(key.signature), dict(key.constants), attrs)
     target = TARGETS.get(arch) or ("cuda", int(arch[3:]), LANES)
-    options = dict(num_warps=key.warps, num_stages=key.stages)
+    options = triton_launch.options(Tile(0, 0, 0, key.warps, key.stages))
     return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
@@ -226,13 +228,27 @@ def _chain(locations: dict[str, str], name: str) -> tuple[str, ...]:
     return (text,)
 
 
+def _place(line: str, files: dict[str, str]) -> tuple[str, ...]:
+    """Where a `.loc` says that it is: Triton 3.9 and later name two places of a chain at most."""
+    if inlined := re.search(r"\.loc\s+(\d+) (\d+) (\d+), .*inlined_at (\d+) (\d+) (\d+)", line):
+        numbers = inlined.groups()
+        return tuple(f"{files.get(numbers[i])}:{':'.join(numbers[i + 1 : i + 3])}" for i in (0, 3))
+    return tuple(re.findall(r"[\w.]+:\d+:\d+", line.partition("//")[2]))
+
+
 def _accesses(ptx: str) -> dict[tuple[str, ...], int]:
     """The narrowest access to global memory, in bytes, of each place of the source."""
+    named = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', ptx, flags=re.MULTILINE)
+    files = {number: Path(name).name for number, name in named}
     narrowest: dict[tuple[str, ...], int] = {}
     here: tuple[str, ...] = ()
+    within = False
     for line in ptx.splitlines():
-        if place := re.match(r"\s*\.loc\s[^/]*//\s*(.*)$", line):
-            here = tuple(re.findall(r"[\w.]+:\d+:\d+", place[1]))
+        if "inline asm" in line:
+            within = "begin" in line
+        elif re.match(r"\s*\.loc\s[^/]*//", line):
+            # Triton 3.9 counts the lines of the text within as if they were the source's
+            here = here if within else _place(line, files)
         elif copy := re.search(
             r"\bcp\.async\.c[ga]\.\S+ \[[^\]]*\], \[[^\]]*\], (0x\w+|\d+)", line
         ):
@@ -255,7 +271,7 @@ def tile_loads(ttir: str, ptx: str, threads: int) -> list[TileLoad]:
             continue
         chain = _chain(locations, location)
         share = int(rows) * int(columns) * ITEM[item] // threads
-        got = accesses.get(chain, 0)
+        got = accesses.get(chain, accesses.get(chain[:2], 0))
         load = TileLoad(
             " < ".join(c.rsplit(":", 1)[0] for c in chain),
             "," in operands.split("{")[0],

@@ -76,6 +76,18 @@ inline int64_t find_hardest(const ClassProblem& c, const T* cosines, int64_t nex
   return -1;
 }
 
+// Copies a tile's products to where the backward finds them: here cosines take their places.
+template <class PS, class T>
+inline void keep_products(const Problem& p, const TileScratch<PS, T>& s, const Tile<PS, T>& tile,
+                          int64_t row0, int64_t rows) {
+  T* kept = kept_scores<T>(p, tile.first, tile.count);
+  if (!kept) return;
+  const int64_t ld = round_up(p.n, kKeptPadding);
+  for (int64_t c = 0; c < tile.count; ++c) {
+    std::copy_n(s.scores + c * s.ld, rows, kept + c * ld + row0);
+  }
+}
+
 template <class PS, class T>
 inline void fold_classes(const ClassProblem& c, const ClassForwardPlan<PS, T>& plan,
                          typename ClassForwardPlan<PS, T>::Thread& th, const Tile<PS, T>& tile,
@@ -191,6 +203,7 @@ void class_forward(const ClassProblem& c, const ClassForwardOut& out, void* buff
       for (int64_t row0 = 0; row0 < plan.padded; row0 += block) {
         const int64_t rows = std::min(block, plan.padded - row0);
         tile.multiply_rows(plan.columns, plan.dense, row0, rows, th.tile.scores, th.tile.ld);
+        keep_products<PS, T>(p, th.tile, tile, row0, rows);
         fold_classes<PS, T>(c, plan, th, tile, row0, rows);
       }
     }

@@ -182,7 +182,7 @@ inline void map_factors(const DistanceProblem& p, const DistanceBackwardIn& in, 
       const int64_t real = columns - c;
       Vector<T> more = load_part(second + r * ld + c, std::min(real, kLanes<T>));
       const Vector<T> g = grad_part<T>(in, i + r, j + c, real);
-      const Vector<T> value = load_part(out + (i + r) * p.m + j + c, real);
+      const Vector<T> value = load_part(out + (i + r) * p.between() + j + c, real);
       store_part(first + r * ld + c, Term::factor(g, value, more), real);
       store_part(second + r * ld + c, more, real);
     }

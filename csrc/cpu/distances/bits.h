@@ -49,7 +49,7 @@ inline void bits_forward(const DistanceProblem& p, float* out, void* buffer,
         differ[j] = static_cast<int32_t>(apart);
         either[j] = static_cast<int32_t>(set);
       }
-      float* row = out + i * p.m + j0;
+      float* row = out + i * p.between() + j0;
       const float total = static_cast<float>(p.d);
       for (int64_t j = 0; j < count; ++j) {
         const float of = jaccard ? static_cast<float>(std::max(either[j], 1)) : total;

@@ -50,7 +50,7 @@ inline void any_sums_forward(const DistanceProblem& p, void* out, void* buffer,
   });
 }
 
-inline DistanceKernels distance_table() {
+constexpr DistanceKernels distance_table() {
   DistanceKernels k;
   k.forward_bytes = [](const DistanceProblem& given, int threads) {
     const DistanceProblem p = simplified(given);

@@ -164,7 +164,7 @@ void products_forward(const DistanceProblem& p, T* out, void* buffer, const Para
       for (int v = 0; v < kVectors; ++v) {
         values[v] = distance(v, load(carry + (r * kVectors + v) * kStep));
       }
-      put_distances(out + (i + r) * p.m, j, p.m, values, streamed);
+      put_distances(out + (i + r) * p.between(), j, p.m, values, streamed);
     };
     if (dot) {
       for (int64_t r = 0; r < count; ++r) put(r, [](int, Vector<T> product) { return product; });

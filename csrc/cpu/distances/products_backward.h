@@ -94,7 +94,7 @@ struct GradientTile {
   Vector<T> slope(int64_t i, int64_t j, int64_t real, Lanes* near) const {
     const Vector<T> zero = {}, grad = grad_part<T>(in, i, j, real);
     if (p.kind == Distance::kDot) return as_multiplied<PG, T>(grad);
-    const Vector<T> out = load_part(static_cast<const T*>(in.out) + i * p.m + j, real);
+    const Vector<T> out = load_part(static_cast<const T*>(in.out) + i * p.between() + j, real);
     const bool rooted = p.kind == Distance::kEuclidean;
     const Vector<T> g = distance_rules::difference_factor<DistanceMath<T>>(grad, out, rooted);
     const Vector<T> size = load(column_norms + j) + row_norms[i];

@@ -91,7 +91,7 @@ void sums_forward(M metric, const DistanceProblem& p, T* out, void* buffer,
         }
         values[v] = metric.finish(sums, i + r, j + v * kStep);
       }
-      put_distances(out + (i + r) * p.m, j, p.m, values, streamed);
+      put_distances(out + (i + r) * p.between(), j, p.m, values, streamed);
     }
   };
   sweep_distances<T, kWide, kAtOnce, kSums>(p.n, p.m, d, kDistanceChunk, parallel, pack, add,

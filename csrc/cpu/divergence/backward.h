@@ -11,21 +11,25 @@ struct SlopeRows {
   SoftmaxRows<T> softmaxes;
   T* asked;  // 0 where all that comes in is 0: such a row has no gradient, whatever its scores are
   T *g_lse, *g_teacher_lse;
-  T *g[2], *f[kMostFolds];
+  T* g[2];
+  T* power_lse;
+  T *s_high, *s_low, *t_high, *t_low;  // of the means, pairs
 
   SlopeRows(Arena& arena, int64_t padded) : softmaxes(arena, padded) {
     asked = arena.take<T>(padded);
     g_lse = arena.take<T>(padded);
     g_teacher_lse = arena.take<T>(padded);
     for (T*& rows : g) rows = arena.take<T>(padded);
-    for (T*& rows : f) rows = arena.take<T>(padded);
+    for (T** rows : {&power_lse, &s_high, &s_low, &t_high, &t_low}) {
+      *rows = arena.take<T>(padded);
+    }
   }
 
   void set(const DivergenceProblem& p, const DivergenceBackwardIn& in, int64_t padded) const {
     const int64_t n = p.student.n;
     const bool power = p.kind == DivergenceKind::kPower;
-    softmaxes.set(n, padded, in.lse, in.teacher_lse, power ? in.folds : in.teacher_lse);
-    const int folds = folds_of(p.kind), differentiable = power ? 2 : 1;
+    softmaxes.set(n, padded, in.lse, in.teacher_lse, [&](int64_t i) { return mean(p, in, 0, i); });
+    const int differentiable = power ? 2 : 1;
     for (int64_t i = 0; i < padded; ++i) {
       // a row without other classes has nothing to share out
       const bool live = i < n && in.lse[i] != kNoClass;
@@ -39,11 +43,24 @@ struct SlopeRows {
       }
       const bool some = g_lse[i] != 0 || g_teacher_lse[i] != 0 || g[0][i] != 0 || g[1][i] != 0;
       asked[i] = some ? T(1) : T(0);
-      for (int k = 0; k < kMostFolds; ++k) {
-        f[k][i] = live && k < folds ? static_cast<T>(in.folds[k * n + i]) : T(0);
-      }
-      if (power && i >= n) f[0][i] = -kApart<T>;
+      power_lse[i] = power && i >= n ? -kApart<T> : T(live && power ? in.folds[i] : 0);
+      split(live ? mean(p, in, 1, i) : Mean{}, s_high + i, s_low + i);
+      split(live ? mean(p, in, kept_of(p.kind) / 2 - 1, i) : Mean{}, t_high + i, t_low + i);
     }
+  }
+
+  // A pair that the forward kept of a row; of folds that others joined, what these tell.
+  static Mean mean(const DivergenceProblem& p, const DivergenceBackwardIn& in, int at, int64_t i) {
+    using K = DivergenceKind;
+    const int64_t n = p.student.n;
+    if (!kept_of(p.kind)) return {in.lse[i] - in.teacher_lse[i], 0};
+    if (in.kept) return {in.kept[2 * at * n + i], in.kept[(2 * at + 1) * n + i]};
+    const double between = in.lse[i] - in.teacher_lse[i];
+    if (p.kind == K::kPower) return {at ? in.folds[n + i] : in.lse[i] - in.folds[i], 0};
+    if (at == 0) return {between, 0};
+    if (p.kind == K::kForward) return {between - in.folds[i], 0};
+    if (p.kind == K::kReverse) return {between + in.folds[i], 0};
+    return {in.folds[at * n + i], 0};
   }
 
   divergence_rules::DivergenceRow<Vector<T>> at(int64_t i) const {
@@ -51,10 +68,14 @@ struct SlopeRows {
             load(softmaxes.teacher_lse + i),
             load(softmaxes.gap_high + i),
             load(softmaxes.gap_low + i),
+            load(s_high + i),
+            load(s_low + i),
+            load(t_high + i),
+            load(t_low + i),
             load(g_lse + i),
             load(g_teacher_lse + i),
             {load(g[0] + i), load(g[1] + i)},
-            {load(f[0] + i), load(f[1] + i), load(f[2] + i)}};
+            load(power_lse + i)};
   }
 };
 

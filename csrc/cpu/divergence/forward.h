@@ -7,14 +7,16 @@ namespace fused_losses::FL_ISA {
 
 template <class T>
 struct RowRuns {
-  Run* runs;         // [padded]
-  PowerRun* powers;  // [padded]
-  double* folds;     // [kMostFolds, padded]
+  Run* runs;          // [padded]
+  PowerRun* powers;   // [padded]
+  double* folds;      // [kMostFolds, padded]
+  SharedRun* shared;  // [2, padded]
 
   RowRuns(Arena& arena, int64_t padded) {
     runs = arena.take<Run>(padded);
     powers = arena.take<PowerRun>(padded);
     folds = arena.take<double>(kMostFolds * padded);
+    shared = arena.take<SharedRun>(2 * padded);
   }
 };
 
@@ -108,22 +110,21 @@ inline void fold_power(const Scores<T>& u, const Scores<T>& v, T eps, int64_t co
                        int64_t real_rows, PowerRun* runs) {
   const Vector<T> zero = {};
   for (int64_t i = 0; i < rows; i += kLanes<T>) {
-    Vector<T> most = broadcast(-std::numeric_limits<T>::infinity());
-    for (int64_t c = 0; c < count; ++c) {
-      const Vector<T> p = v(c, i);
-      most = p > most ? p : most;
-    }
-    most = zero_if_none<T>(most) * eps;
+    Vector<T> at;
+    const Vector<T> most =
+        TileSums<T>::highest(
+            count, [&](int64_t c) { return v(c, i); }, [&](int64_t c) { return u(c, i); }, &at) *
+        eps;
     Vector<T> total = zero, moment = zero;
     for (int64_t c = 0; c < count; ++c) {
       const Vector<T> w = exp(v(c, i) * eps - most);
       total += w;
-      moment += w * u(c, i);
+      moment += w * (u(c, i) - at);
     }
     for (int64_t l = 0; l < kLanes<T> && i + l < real_rows; ++l) {
       if (total[l] == 0) continue;
       const double sum = total[l];
-      runs[i + l].add({most[l] + std::log(sum), moment[l] / sum});
+      runs[i + l].add({most[l] + std::log(sum), {at[l], moment[l] / sum}});
     }
   }
 }
@@ -143,6 +144,29 @@ inline void fold_terms(int64_t count, int64_t rows, int64_t real_rows, int64_t l
       for (int64_t l = 0; l < kLanes<T> && i + l < real_rows; ++l) {
         folds[k * ld + i + l] += sums[k][l];
       }
+    }
+  }
+}
+
+// The mean of a tile's slopes under one softmax, into the rows' runs.
+template <class T, class Slope>
+inline void fold_shared(const Scores<T>& scores, const T* lse, const Slope& slope, int64_t count,
+                        int64_t rows, int64_t real_rows, SharedRun* runs) {
+  for (int64_t i = 0; i < rows; i += kLanes<T>) {
+    Vector<T> most = broadcast(-std::numeric_limits<T>::infinity()), at = {};
+    Vector<T> total = {}, moment = {};
+    // about the best class so far: what is summed moves with it
+    for (int64_t c = 0; c < count; ++c) {
+      const Vector<T> z = scores(c, i), x = slope(c, i), w = exp(z - load(lse + i));
+      const auto higher = z > most;
+      moment = higher ? moment + total * (at - x) : moment + w * (x - at);
+      at = higher ? x : at;
+      most = higher ? z : most;
+      total += w;
+    }
+    for (int64_t l = 0; l < kLanes<T> && i + l < real_rows; ++l) {
+      if (total[l] == 0) continue;
+      runs[i + l].add({double(total[l]), {at[l], double(moment[l]) / total[l]}});
     }
   }
 }
@@ -193,16 +217,30 @@ inline void fold_softmaxes(const DivergenceProblem& p, const TilePair<PS, T>& pa
   const SidesOf<PS, T> of(pair, own);
   const int64_t count = pair.student.count, real = std::min(rows, p.student.n - row0);
   const auto beta = static_cast<T>(p.param);
+  const auto gap_of = [&](int64_t c, int64_t i) {
+    const int64_t row = row0 + i;
+    return (of.apart(c, i) - load(of_rows.gap_high + row)) - load(of_rows.gap_low + row);
+  };
   const auto sum_terms = [&](auto kind) {
     fold_terms<3, T>(
         count, rows, real, padded, into.folds + row0, [&](int64_t c, int64_t i, Vector<T>* out) {
           const int64_t row = row0 + i;
-          const Vector<T> gap =
-              (of.apart(c, i) - load(of_rows.gap_high + row)) - load(of_rows.gap_low + row);
           divergence_rules::softmax_terms<DivergenceMath<T>>(
               kind(), exp(of.u(c, i) - load(of_rows.lse + row)),
-              exp(of.v(c, i) - load(of_rows.teacher_lse + row)), gap, beta, out);
+              exp(of.v(c, i) - load(of_rows.teacher_lse + row)), gap_of(c, i), beta, out);
         });
+    const auto slope = [&](int64_t c, int64_t i, int side) {
+      Vector<T> out[2];
+      divergence_rules::shared_slopes<DivergenceMath<T>>(kind(), gap_of(c, i), beta, out, out + 1);
+      return out[side];
+    };
+    const Scores<T>* sides[2] = {&of.u, &of.v};
+    const T* lse[2] = {of_rows.lse, of_rows.teacher_lse};
+    for (int side = 0; side < 2; ++side) {
+      fold_shared<T>(
+          *sides[side], lse[side] + row0, [&](int64_t c, int64_t i) { return slope(c, i, side); },
+          count, rows, real, into.shared + side * padded + row0);
+    }
   };
   if (p.kind == K::kJensenShannon) sum_terms([] { return K::kJensenShannon; });
   if (p.kind == K::kTotalVariation) sum_terms([] { return K::kTotalVariation; });
@@ -262,11 +300,17 @@ void divergence_forward(const DivergenceProblem& given, const DivergenceForwardO
     std::fill_n(rows.runs, padded, Run{});
     std::fill_n(rows.powers, padded, PowerRun{});
     std::fill_n(rows.folds, kMostFolds * padded, 0.0);
+    std::fill_n(rows.shared, 2 * padded, SharedRun{});
   }
   plan.sweep(p, x, parallel, Kept::kWritten,
              [&](const auto& th, const auto& pair, int64_t row0, int64_t rows) {
                fold_pair<PS, T>(p, pair, th.pair, th.rows, padded, row0, rows);
              });
+  const auto keep = [&](int at, int64_t i, const Mean& mean) {
+    double* to = out.folds + (folds_of(p.kind) + at) * n + i;
+    to[0] = mean.anchor;
+    to[n] = mean.offset;
+  };
   for (int64_t i = 0; i < n; ++i) {
     Run run;
     PowerRun power;
@@ -280,12 +324,25 @@ void divergence_forward(const DivergenceProblem& given, const DivergenceForwardO
     out.lse[i] = turned ? run.lead : other;
     out.teacher_lse[i] = turned ? other : run.lead;
     out.folds[i] = p.kind == K::kPower ? power.lse : run.divergence();
-    if (p.kind == K::kPower) out.folds[n + i] = power.mean;
+    if (p.kind == K::kPower) out.folds[n + i] = power.mean.value();
+    if (!kept_of(p.kind)) continue;
+    // of u - v, whichever side leads
+    Mean gap = run.between(), mean = run.center;
+    Mean& turns = turned ? gap : mean;
+    turns = {-turns.anchor, -turns.offset};
+    if (p.kind == K::kPower) {
+      mean = power.mean;
+      if (p.param != 1) gap = {power.lse == kNoClass ? 0 : out.lse[i] - power.lse, 0};
+    }
+    keep(0, i, gap);
+    if (kept_of(p.kind) == 4) keep(2, i, mean);
   }
   const bool of_softmaxes = p.kind == K::kJensenShannon || p.kind == K::kTotalVariation;
   if (of_softmaxes) {
     const SoftmaxRows<T>& softmaxes = shared.softmaxes;
-    softmaxes.set(n, padded, out.lse, out.teacher_lse, out.teacher_lse);
+    const double* kept = out.folds + folds_of(p.kind) * n;
+    softmaxes.set(n, padded, out.lse, out.teacher_lse,
+                  [&](int64_t i) { return Mean{kept[i], kept[n + i]}; });
     plan.sweep(p, x, parallel, Kept::kRead,
                [&](const auto& th, const auto& pair, int64_t row0, int64_t rows) {
                  fold_softmaxes<PS, T>(p, pair, th.pair, softmaxes, th.rows, padded, row0, rows);
@@ -300,6 +357,18 @@ void divergence_forward(const DivergenceProblem& given, const DivergenceForwardO
         }
         out.folds[k * n + i] = total;
       }
+    }
+  }
+  for (int side = 0; of_softmaxes && side < 2; ++side) {
+    for (int64_t i = 0; i < n; ++i) {
+      SharedRun run;
+      for (int index = 0; index < parallel.threads; ++index) {
+        run.add(plan.thread(p, index).first.rows.shared[side * padded + i]);
+      }
+      const double sum = out.folds[(1 + side) * n + i];
+      // the sum of terms that are not negative is the better where no class has nearly all
+      const bool one = std::abs(run.mean.offset) * 16 <= std::abs(sum);
+      keep(2 + 2 * side, i, one ? run.mean : Mean{sum, 0});
     }
   }
 }

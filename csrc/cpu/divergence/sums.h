@@ -30,11 +30,11 @@ inline Vector<T> zero_if_none(Vector<T> top) {
 
 // What a sum of exponentials is shifted by, and the sum, of each side; the mean gap about which
 // `first` and `second` are the sums of w x and of w (exp(-x) - 1 + x), w = exp(leading score -
-// top).
+// top). The mean gap is that of the class that leads, `anchor`, and `offset`.
 template <class T>
 struct TileSums {
   alignas(64) T top[kMostRows], sum[kMostRows], other_top[kMostRows], other_sum[kMostRows];
-  alignas(64) T center[kMostRows], first[kMostRows], second[kMostRows];
+  alignas(64) T anchor[kMostRows], offset[kMostRows], first[kMostRows], second[kMostRows];
   alignas(64) T weights[kMostClasses * kLanes<T>];
 
   // scores(c, i) -> Compared<T>.
@@ -43,21 +43,24 @@ struct TileSums {
     using Math = DivergenceMath<T>;
     const Vector<T> zero = {};
     for (int64_t i = 0; i < rows; i += kLanes<T>) {
-      const Vector<T> most = highest(count, [&](int64_t c) { return scores(c, i).lead; });
+      Vector<T> at;
+      const Vector<T> most = highest(
+          count, [&](int64_t c) { return scores(c, i).lead; },
+          [&](int64_t c) { return scores(c, i).above; }, &at);
       Vector<T> total = zero, moment = zero, widest = zero;
       for (int64_t c = 0; c < count; ++c) {
         const Compared<T> of = scores(c, i);
         const Vector<T> w = exp(of.lead - most), gap = Math::magnitude(of.above);
         store(weights + c * kLanes<T>, w);
         total += w;
-        moment += w * of.above;
+        moment += w * (of.above - at);
         widest = gap > widest ? gap : widest;
       }
-      const Vector<T> mean = total == zero ? zero : moment / total;
-      Vector<T> linear = zero, rest = zero, other_most = most - mean;
+      const Vector<T> more = total == zero ? zero : moment / total;
+      Vector<T> linear = zero, rest = zero, other_most = most - (at + more);
       for (int64_t c = 0; c < count; ++c) {
         const Compared<T> of = scores(c, i);
-        const Vector<T> x = of.above - mean, w = load(weights + c * kLanes<T>);
+        const Vector<T> x = (of.above - at) - more, w = load(weights + c * kLanes<T>);
         const auto near = divergence_rules::is_near<Math>(x, 0.5);
         const Vector<T> close = w * divergence_rules::exp_excess<Math>(near ? -x : zero);
         linear += w * x;
@@ -76,7 +79,8 @@ struct TileSums {
       store(sum + i, total);
       store(other_top + i, other_most);
       store(other_sum + i, other);
-      store(center + i, mean);
+      store(anchor + i, at);
+      store(offset + i, more);
       store(first + i, linear);
       store(second + i, rest);
     }
@@ -88,11 +92,26 @@ struct TileSums {
     Run run;
     run.lead = top[i] + std::log(total);
     run.other = other_top[i] + std::log(static_cast<double>(other_sum[i]));
-    run.center = center[i] + h;
+    run.center = {anchor[i], offset[i] + h};
     // about the mean itself; a float's exp stops at exp(80)
     run.excess = std::exp(h) * (second[i] / total) + less - h * (less + h);
     if (second[i] > T(kMostSecond)) run.excess = std::numeric_limits<double>::infinity();
     return run;
+  }
+
+  // The highest score, and what belongs to it.
+  template <class Score, class Beside>
+  static Vector<T> highest(int64_t count, const Score& score, const Beside& beside,
+                           Vector<T>* belongs) {
+    Vector<T> most = broadcast(-std::numeric_limits<T>::infinity()), at = {};
+    for (int64_t c = 0; c < count; ++c) {
+      const Vector<T> v = score(c);
+      const auto higher = v > most;
+      most = higher ? v : most;
+      at = higher ? beside(c) : at;
+    }
+    *belongs = at;
+    return zero_if_none<T>(most);
   }
 
  private:
@@ -100,12 +119,8 @@ struct TileSums {
 
   template <class Score>
   static Vector<T> highest(int64_t count, const Score& score) {
-    Vector<T> most = broadcast(-std::numeric_limits<T>::infinity());
-    for (int64_t c = 0; c < count; ++c) {
-      const Vector<T> v = score(c);
-      most = v > most ? v : most;
-    }
-    return zero_if_none<T>(most);
+    Vector<T> nothing;
+    return highest(count, score, score, &nothing);
   }
 
   static bool all_below(Vector<T> v, T most) {

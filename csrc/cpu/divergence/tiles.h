@@ -6,6 +6,7 @@
 #include "../../rules/divergence.h"
 #include "../distances/math.h"
 #include "../row_statistics/gradient.h"
+#include "runs.h"
 
 namespace fused_losses::FL_ISA {
 
@@ -346,6 +347,18 @@ inline DivergenceProblem in_step(DivergenceProblem p) {
   return p;
 }
 
+// A mean as two T: what is beyond the anchor keeps its own digits where it is so small that the
+// whole, rounded twice, has fewer.
+template <class T>
+inline void split(const Mean& mean, T* high, T* low) {
+  constexpr double kSmall = sizeof(T) == 4 ? 0x1p-8 : 1;
+  const double whole = mean.value();
+  const bool own = static_cast<T>(mean.anchor) == mean.anchor &&
+                   std::abs(mean.offset) <= kSmall * std::abs(whole);
+  *high = static_cast<T>(own ? mean.anchor : whole);
+  *low = static_cast<T>(own ? mean.offset : whole - *high);
+}
+
 // Both lse of rows as slopes want them: [padded] each, zeros where a row has no other class, and
 // past n what no score comes near.
 template <class T>
@@ -359,16 +372,15 @@ struct SoftmaxRows {
     gap_low = arena.take<T>(padded);
   }
 
-  // `other`: what lse is compared with.
+  // between(row): what is between both lse.
+  template <class Between>
   void set(int64_t n, int64_t padded, const double* from, const double* teacher_from,
-           const double* other) const {
+           const Between& between) const {
     for (int64_t i = 0; i < padded; ++i) {
       const bool real = i < n, live = real && from[i] != -std::numeric_limits<double>::infinity();
       lse[i] = live ? static_cast<T>(from[i]) : (real ? T(0) : -kApart<T>);
       teacher_lse[i] = live ? static_cast<T>(teacher_from[i]) : lse[i];
-      const double gap = live ? from[i] - other[i] : 0;
-      gap_high[i] = static_cast<T>(gap);
-      gap_low[i] = static_cast<T>(gap - gap_high[i]);
+      split(live ? between(i) : Mean{}, gap_high + i, gap_low + i);
     }
   }
 };

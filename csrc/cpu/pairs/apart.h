@@ -1,7 +1,7 @@
 // Scores made of distances: v = -|x - y|^2 / 2 in place of a tile's products (../../pairs.h).
 #pragma once
 
-#include "tile.h"
+#include "kept.h"
 
 namespace fused_losses::FL_ISA {
 
@@ -40,14 +40,14 @@ inline void add_difference(T g, const T* x, const T* y, int64_t d, T* to) {
 }
 
 // A tile's products become v, in place or in `out`. Near pairs come from differences; `near`,
-// unless null, lists them as row * kTileColumns + column. Returns how many there are.
+// unless null, lists them as row * kTileColumns + column. y: at the tile's first column. Returns
+// how many there are.
 template <class T>
-inline int64_t mend_tile(const PairProblem& p, const PairTile& t, const T* products, int64_t ld,
-                         T* out, uint16_t* near) {
+inline int64_t mend_tile(const PairProblem& p, const PairTile& t, const T* y, const T* products,
+                         int64_t ld, T* out, uint16_t* near) {
   constexpr int64_t kStep = kLanes<T>;
   const T share = static_cast<T>(near_share(p.precision));
   const T* x = static_cast<const T*>(p.rows.data) + t.row0 * p.d;
-  const T* y = static_cast<const T*>(p.columns.data) + t.column0 * p.d;
   alignas(64) T of_columns[kTileColumns + 64] = {};
   const T* column_norms = static_cast<const T*>(p.columns.half_norms) + t.column0;
   std::copy(column_norms, column_norms + t.columns, of_columns);

@@ -26,7 +26,8 @@ struct AttentionPlan {
   int64_t tile_rows, block_columns, depth, value_words, wide;
   WordS *left, *panels;
   WordG* values;  // a block of them, as the right operand
-  T *out, *best, *mass;
+  T *best, *mass;
+  T *held, *held_values;  // a block of y and of the values, unless they lie in T
   size_t shared_bytes, thread_bytes;
   char* buffer;
 
@@ -55,6 +56,9 @@ struct AttentionPlan {
     values = arena.take<WordG>(value_words * wide);
     best = arena.take<T>(n);
     mass = arena.take<T>(n);
+    const int64_t read = p.stored == Stored::kWide ? 0 : block_columns;
+    held = arena.take<T>(read * p.d);
+    held_values = arena.take<T>(read * a.width);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
     Thread thread(scratch, tile_rows);
@@ -107,7 +111,6 @@ void attention(const PairProblem& p, const AttentionIn& a, const AttentionForwar
   const AttentionPlan<PS, PG, T> plan(p, a, buffer);
   const int64_t n = p.rows.count, m = p.columns.count, d = p.d;
   const T* x = static_cast<const T*>(p.rows.data);
-  const T* y = static_cast<const T*>(p.columns.data);
   T* out = static_cast<T*>(result.out);
   const PairClass c = class_of(a);
   const Word* left = plan.left;
@@ -122,14 +125,15 @@ void attention(const PairProblem& p, const AttentionIn& a, const AttentionForwar
   for (int64_t j0 = 0; j0 < m; j0 += plan.block_columns) {
     const int64_t width = std::min(plan.block_columns, m - j0);
     const int64_t panels = ceil_div(width, kPanel<PS>), right = ceil_div(a.width, kPanel<PG>);
+    const T* y = block_of(p.stored, p.columns.data, j0, width, d, plan.held, parallel);
+    const T* values = block_of(p.stored, a.values, j0, width, a.width, plan.held_values, parallel);
     on_tasks(parallel, panels + right, [&](int, int64_t k) {
       if (k < panels) {
-        const int64_t j = j0 + k * kPanel<PS>;
-        pack_panel<PS>(y + j * d, m - j, d, plan.panels + k * plan.depth * kPanel<PS>);
+        const int64_t j = k * kPanel<PS>;
+        pack_panel<PS>(y + j * d, width - j, d, plan.panels + j * plan.depth);
         return;
       }
-      pack_right<PG>(static_cast<const T*>(a.values) + j0 * a.width, width, a.width, k - panels,
-                     plan.value_words, plan.values);
+      pack_right<PG>(values, width, a.width, k - panels, plan.value_words, plan.values);
     });
     on_tasks(parallel, ceil_div(n, plan.tile_rows), [&](int thread, int64_t tile) {
       auto th = plan.thread(thread);
@@ -140,7 +144,7 @@ void attention(const PairProblem& p, const AttentionIn& a, const AttentionForwar
         const int64_t ld = round_up(t.columns, kPanel<PS>);
         multiply_tile<PS>(left + i * plan.depth, tall, plan.depth, plan.panels + j * plan.depth, ld,
                           th.products, ld);
-        if (p.apart) mend_tile<T>(p, t, th.products, ld, th.products, nullptr);
+        if (p.apart) mend_tile<T>(p, t, y + j * d, th.products, ld, th.products, nullptr);
         attention_terms<T>(p, t, th, th.products, ld, c, nullptr);
         online_weights<T>(th.terms, ld, t, plan.best + i, plan.mass + i, out + i * a.width,
                           a.width);
@@ -167,7 +171,7 @@ struct AttentionBackward {
   GradientBlock<PG> weights;
   typename PS::Word *grad_left, *value_panels;
   typename PG::Word* grad_turned;
-  T *dvalues_turned, *shift, *lse;
+  T *dvalues_turned, *shift, *lse, *held_values;
   int64_t depth;
 
   AttentionBackward(const PairProblem& p, const AttentionIn& a, const PairBackwardOut& out,
@@ -182,6 +186,7 @@ struct AttentionBackward {
     dvalues_turned = arena.take<T>(dvalues ? a.width * plan.block_columns : 0);
     shift = arena.take<T>(n);
     lse = arena.take<T>(n);
+    held_values = arena.take<T>(p.stored == Stored::kWide ? 0 : plan.block_columns * a.width);
     plan.shared_bytes = arena.used();
   }
 };
@@ -205,7 +210,6 @@ void attention_backward(const PairProblem& p, const AttentionIn& a, const Attent
   const int64_t n = p.rows.count, width = a.width;
   const PairClass c = class_of(a);
   const T* grad = static_cast<const T*>(in.grad_out);
-  const T* values = static_cast<const T*>(a.values);
   for (int64_t i = 0; i < n; ++i) {
     all.shift[i] = static_cast<T>(in.shift[i]);
     all.lse[i] = in.lse[i] == kNone<double> ? T(0) : static_cast<T>(in.lse[i]);
@@ -246,10 +250,10 @@ void attention_backward(const PairProblem& p, const AttentionIn& a, const Attent
     if (dvalues) all.weights.put(th.terms, ld, row, column, t.rows, t.columns);
   };
   const auto begin = [&](int64_t j0, int64_t count) {
+    const T* values = block_of(p.stored, a.values, j0, count, width, all.held_values, parallel);
     on_tasks(parallel, ceil_div(count, kPanel<PS>), [&](int, int64_t k) {
-      const int64_t j = j0 + k * kPanel<PS>;
-      pack_panel<PS>(values + j * width, p.columns.count - j, width,
-                     all.value_panels + k * all.depth * kPanel<PS>);
+      const int64_t j = k * kPanel<PS>;
+      pack_panel<PS>(values + j * width, count - j, width, all.value_panels + j * all.depth);
     });
     if (dvalues) std::fill_n(all.dvalues_turned, width * plan.block_columns, T(0));
   };
@@ -264,10 +268,13 @@ void attention_backward(const PairProblem& p, const AttentionIn& a, const Attent
     });
   };
   const auto end_columns = [&](int64_t j0, int64_t count) {
-    T* to = static_cast<T*>(dvalues);
+    T part[kPart];
     for (int64_t j = 0; dvalues && j < count; ++j) {
-      for (int64_t e = 0; e < width; ++e) {
-        to[(j0 + j) * width + e] = all.dvalues_turned[e * plan.block_columns + j];
+      for (int64_t e0 = 0; e0 < width; e0 += kPart) {
+        const int64_t wide = std::min(kPart, width - e0);
+        const T* from = all.dvalues_turned + e0 * plan.block_columns + j;
+        for (int64_t e = 0; e < wide; ++e) part[e] = from[e * plan.block_columns];
+        write_part(p.stored, dvalues, (j0 + j) * width + e0, wide, part);
       }
     }
   };

@@ -8,6 +8,7 @@ namespace fused_losses::FL_ISA {
 // What a backward holds besides its tiles' own vectors; attention adds values and weights.
 template <class PS, class PG, class T>
 struct PairBackwardPlan {
+  static_assert(kPanel<PS> == kPanel<PG>);  // tiles are those of the forward
   using WordS = typename PS::Word;
   using WordG = typename PG::Word;
   int64_t tile_rows, block_rows, block_columns, depth, y_words, x_words, wide;
@@ -16,9 +17,11 @@ struct PairBackwardPlan {
   WordG *y_rows, *x_turned;
   GradientBlock<PG> g;
   T *dy_turned, *dx;
+  T* held;                    // a block of y, unless it lies in T
   T *row_sums, *column_sums;  // [column tile][block rows], [row tile][block columns]
   T* vectors;                 // what the tile's functor prepared, [vector_count]
   NearPairs<T> near;
+  KeptTiles<T> kept;
   bool apart;
   size_t shared_bytes, thread_bytes;
   char* buffer;
@@ -60,7 +63,9 @@ struct PairBackwardPlan {
     dx = arena.take<T>(out.dx ? 0 : n * p.d);
     row_sums = arena.take<T>(sums ? ceil_div(block_columns, kTileColumns) * block_rows : 0);
     column_sums = arena.take<T>(sums ? ceil_div(block_rows, tile_rows) * block_columns : 0);
+    held = arena.take<T>(p.stored == Stored::kWide ? 0 : block_columns * p.d);
     vectors = arena.take<T>(vector_count);
+    kept = KeptTiles<T>(p, tile_rows, block_columns, kPanel<PS>, arena);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
     Thread thread(scratch, tile_rows, apart);
@@ -82,6 +87,8 @@ struct PairBackwardPlan {
     return GradientBlock<PG>(arena, block_rows, block_columns);
   }
 };
+
+constexpr int64_t kPart = 16;  // of a row that is written at once
 
 // y of a block as the right operand of G y, a task a panel of columns of d.
 template <class PG, class T>
@@ -121,7 +128,6 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
   using WordS = typename PS::Word;
   const int64_t n = p.rows.count, m = p.columns.count, d = p.d;
   const T* x = static_cast<const T*>(p.rows.data);
-  const T* y = static_cast<const T*>(p.columns.data);
   T* dx = out.dx ? static_cast<T*>(out.dx) : plan.dx;
   T* dx_bias = p.apart ? plan.near.dx_bias : static_cast<T*>(out.dx_bias);
   T* dy_bias = p.apart ? plan.near.dy_bias : static_cast<T*>(out.dy_bias);
@@ -143,13 +149,14 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
   for (int64_t j0 = 0; j0 < m; j0 += plan.block_columns) {
     const int64_t width = std::min(plan.block_columns, m - j0);
     const int64_t panels = ceil_div(width, kPanel<PS>), right = ceil_div(d, kPanel<PG>);
+    const T* y = block_of(p.stored, p.columns.data, j0, width, d, plan.held, parallel);
     on_tasks(parallel, panels + right, [&](int, int64_t k) {
       if (k < panels) {
-        const int64_t j = j0 + k * kPanel<PS>;
-        pack_panel<PS>(y + j * d, m - j, d, plan.panels + k * plan.depth * kPanel<PS>);
+        const int64_t j = k * kPanel<PS>;
+        pack_panel<PS>(y + j * d, width - j, d, plan.panels + j * plan.depth);
         return;
       }
-      pack_right<PG>(y + j0 * d, width, d, k - panels, plan.y_words, plan.y_rows);
+      pack_right<PG>(y, width, d, k - panels, plan.y_words, plan.y_rows);
     });
     if (turn) {
       on_tasks(parallel, d, [&](int, int64_t e) {
@@ -173,9 +180,16 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
         T* column_sums = plan.column_sums + bi * plan.block_columns + j;
         const int64_t ld = round_up(t.columns, kPanel<PS>);
         if (!t.skip) {
-          multiply_tile<PS>(left + (i0 + i) * plan.depth, t.rows, plan.depth,
-                            plan.panels + j * plan.depth, ld, th.products, ld);
-          if (p.apart) th.near_count = mend_tile<T>(p, t, th.products, ld, th.scores, th.near);
+          if (T* kept = plan.kept.tile(t)) {
+            th.products = kept;
+            if (!p.apart) th.scores = kept;
+          } else {
+            multiply_tile<PS>(left + (i0 + i) * plan.depth, t.rows, plan.depth,
+                              plan.panels + j * plan.depth, ld, th.products, ld);
+          }
+          if (p.apart) {
+            th.near_count = mend_tile<T>(p, t, y + j * d, th.products, ld, th.scores, th.near);
+          }
         }
         gradient(th, t, ld, i, j);
         if (t.skip) {
@@ -206,7 +220,7 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
           if (!plan.near.present[bi * column_tiles + bj]) continue;
           const int64_t j = bj * kTileColumns;
           plan.near.add_rows(i, rows, j, std::min(kTileColumns, width - j), x + (i0 + i) * d,
-                             y + (j0 + j) * d, d, dx + (i0 + i) * d);
+                             y + j * d, d, dx + (i0 + i) * d);
         }
       });
       if (turn) {
@@ -235,7 +249,7 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
           if (!plan.near.present[bi * column_tiles + j / kTileColumns]) continue;
           const int64_t i = bi * plan.tile_rows;
           plan.near.add_columns(i, std::min(plan.tile_rows, tall - i), j,
-                                std::min(kOwned, width - j), x + (i0 + i) * d, y + (j0 + j) * d, d);
+                                std::min(kOwned, width - j), x + (i0 + i) * d, y + j * d, d);
         }
       });
       for (int64_t bi = 0; dy_bias && bi < row_tiles; ++bi) {
@@ -247,19 +261,24 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
     }
     end_columns(j0, width);
     if (!turn) continue;
-    T* dy = p.triangle ? dx : static_cast<T*>(out.dy);
     const T scale = p.triangle ? T(1) : static_cast<T>(p.scale);
     on_tasks(parallel, ceil_div(width, 64), [&](int, int64_t task) {
       const int64_t end = std::min(width, task * 64 + 64);
-      for (int64_t e0 = 0; e0 < d; e0 += 16) {
+      T part[kPart];
+      for (int64_t e0 = 0; e0 < d; e0 += kPart) {
+        const int64_t wide = std::min(kPart, d - e0);
         for (int64_t j = task * 64; j < end; ++j) {
-          T* to = dy + (j0 + j) * d;
           const T far = p.apart && !p.triangle ? dy_bias[j0 + j] : T(0);
-          for (int64_t e = e0; e < std::min(e0 + 16, d); ++e) {
-            T value = plan.dy_turned[e * plan.block_columns + j];
-            if (p.apart) value += plan.near.of_columns[j * d + e] - far * y[(j0 + j) * d + e];
-            value *= scale;
-            to[e] = p.triangle ? to[e] + value : value;
+          for (int64_t e = 0; e < wide; ++e) {
+            T value = plan.dy_turned[(e0 + e) * plan.block_columns + j];
+            if (p.apart) value += plan.near.of_columns[j * d + e0 + e] - far * y[j * d + e0 + e];
+            part[e] = value * scale;
+          }
+          const int64_t at = (j0 + j) * d + e0;
+          if (p.triangle) {
+            for (int64_t e = 0; e < wide; ++e) dx[at + e] += part[e];
+          } else {
+            write_part(p.stored, out.dy, at, wide, part);
           }
         }
       }

@@ -47,6 +47,18 @@ inline void on_tasks(const Parallel& parallel, int64_t tasks, F&& body) {
   });
 }
 
+// Rows [first, first + count) in T: where they lie, or read into `held`.
+template <class T>
+inline const T* block_of(Stored stored, const void* data, int64_t first, int64_t count, int64_t d,
+                         T* held, const Parallel& parallel) {
+  if (stored == Stored::kWide) return static_cast<const T*>(data) + first * d;
+  on_tasks(parallel, ceil_div(count, 64), [&](int, int64_t task) {
+    const int64_t i = task * 64;
+    read_rows(stored, data, first + i, std::min<int64_t>(64, count - i), d, held + i * d);
+  });
+  return held;
+}
+
 // out[c][r] = in[r][c]; of the rows only `real` exist, the others are zero.
 template <class Word>
 inline void transpose(const Word* in, int64_t real, int64_t rows, int64_t columns, int64_t ld,
@@ -95,11 +107,11 @@ inline void narrow_rows(const T* in, int64_t rows, int64_t d, typename P::Word* 
   for (int64_t i = 0; i < rows; ++i) narrow_row<P>(in + i * d, d, out + i * words<P>(d));
 }
 
-// One panel of pack_columns: rows [0, kPanel) of x, transposed; past n they are zero.
-template <class P, class T>
+// One panel of pack_columns: rows [0, kWide) of x, transposed; past n they are zero.
+template <class P, int64_t kWide = kPanel<P>, class T>
 inline void pack_panel(const T* x, int64_t n, int64_t d, typename P::Word* out) {
   using Word = typename P::Word;
-  constexpr int64_t kWide = kPanel<P>, kPiece = 64;
+  constexpr int64_t kPiece = 64;
   const int64_t real = std::min(kWide, n);
   if constexpr (P::kPair == 1) {
     transpose(x, real, kWide, d, d, out, kWide);

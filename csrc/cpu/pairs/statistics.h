@@ -198,9 +198,11 @@ struct PairForwardPlan {
   int64_t tile_rows, block_rows, block_columns, row_tiles, depth;
   typename PS::Word* left;    // rows of x in words, null: x itself
   typename PS::Word* panels;  // a block of y
+  T* held;                    // the block itself, unless it lies in T
   double *row_shift, *column_shift, *column_out;
   T* parts;       // the columns' sums over each row tile of a block
   char* present;  // [row tile][column tile][class]
+  KeptTiles<T> kept;
   size_t shared_bytes, part_bytes, thread_bytes;
   char* buffer;
 
@@ -214,6 +216,7 @@ struct PairForwardPlan {
     Arena arena(base);
     left = arena.take<typename PS::Word>(PS::kPair == 2 ? n * depth : 0);
     panels = arena.take<typename PS::Word>(block_columns * depth);
+    held = arena.take<T>(p.stored == Stored::kWide ? 0 : block_columns * p.d);
     row_shift = arena.take<double>(kClasses * n);
     column_shift = arena.take<double>(p.both ? kClasses * m : 0);
     column_out = arena.take<double>(p.both && p.triangle ? kStatistics * kClasses * m : 0);
@@ -222,6 +225,7 @@ struct PairForwardPlan {
     part_bytes = one.used();
     parts = arena.take<T>(p.both ? row_tiles * kClasses * part_bytes / sizeof(T) : 0);
     present = arena.take<char>(row_tiles * (block_columns / kTileColumns + 1) * kClasses);
+    kept = KeptTiles<T>(p, tile_rows, block_columns, kPanel<PS>, arena);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
     Thread thread(scratch, tile_rows);
@@ -256,10 +260,15 @@ size_t pair_forward_bytes(const PairProblem& p, int threads) {
   return plan.shared_bytes + threads * plan.thread_bytes;
 }
 
-// Sums of each class of a tile whose products are at hand; calls put(class, rows' sums).
+template <class PS, class T>
+int64_t pair_kept(const PairProblem& p, int64_t most) {
+  return PairForwardPlan<PS, T>(p, nullptr).kept.whole(p.rows.count, most);
+}
+
+// Sums of each class of a tile whose products (or v) are at hand; calls put(class, rows' sums).
 template <class T, class Thread, class Put>
-inline void tile_statistics(const PairProblem& p, const PairTile& t, Thread& th, int64_t ld,
-                            const Sums<T>* columns, Put&& put) {
+inline void tile_statistics(const PairProblem& p, const PairTile& t, Thread& th, const T* products,
+                            int64_t ld, const Sums<T>* columns, Put&& put) {
   if (t.mixed) t.codes(p, th.codes, ld);
   const bool windows = p.rows.window || p.columns.window;
   for (int k = 0; k < kClasses; ++k) {
@@ -269,14 +278,15 @@ inline void tile_statistics(const PairProblem& p, const PairTile& t, Thread& th,
     const Code<T>* codes = t.mixed ? th.codes : nullptr;
     const bool masked = t.mixed || windows;
     const Sums<T>* own = columns ? columns + k : nullptr;
-    T* z = t.mixed || windows ? th.terms : th.products;
+    // products that are kept stay
+    T* z = t.mixed || windows || products != th.products ? th.terms : th.products;
     const Window first = p.rows.window ? Window::kRows : Window::kNone;
-    fill_terms<T>(p, t, th.products, ld, codes, c, first, z, nullptr);
+    fill_terms<T>(p, t, products, ld, codes, c, first, z, nullptr);
     reduce_tile<T>(p.reduction, z, ld, t, masked, &th.rows, windows ? nullptr : own);
     put(c);
     if (windows && own) {
       const Window second = p.columns.window ? Window::kColumns : Window::kNone;
-      fill_terms<T>(p, t, th.products, ld, codes, c, second, z, nullptr);
+      fill_terms<T>(p, t, products, ld, codes, c, second, z, nullptr);
       reduce_tile<T>(p.reduction, z, ld, t, masked, nullptr, own);
     }
   }
@@ -290,7 +300,6 @@ void pair_forward(const PairProblem& p, const PairForwardOut& out, void* buffer,
   const int64_t n = p.rows.count, m = p.columns.count, d = p.d;
   const bool lse = p.reduction == Reduction::kLse;
   const T* x = static_cast<const T*>(p.rows.data);
-  const T* y = static_cast<const T*>(p.columns.data);
   const Totals rows(plan.row_shift, out.rows, n);
   rows.clear();
   const Totals columns(plan.column_shift, p.triangle ? plan.column_out : out.columns,
@@ -308,9 +317,10 @@ void pair_forward(const PairProblem& p, const PairForwardOut& out, void* buffer,
   for (int64_t j0 = 0; j0 < m; j0 += plan.block_columns) {
     const int64_t width = std::min(plan.block_columns, m - j0);
     const int64_t panels = ceil_div(width, kPanel<PS>);
+    const T* y = block_of(p.stored, p.columns.data, j0, width, d, plan.held, parallel);
     on_tasks(parallel, panels, [&](int, int64_t k) {
-      const int64_t j = j0 + k * kPanel<PS>;
-      pack_panel<PS>(y + j * d, m - j, d, plan.panels + k * plan.depth * kPanel<PS>);
+      const int64_t j = k * kPanel<PS>;
+      pack_panel<PS>(y + j * d, width - j, d, plan.panels + j * plan.depth);
     });
     const int64_t column_tiles = ceil_div(width, kTileColumns);
     for (int64_t i0 = 0; i0 < n && !(p.triangle && i0 >= j0 + width); i0 += plan.block_rows) {
@@ -325,11 +335,16 @@ void pair_forward(const PairProblem& p, const PairForwardOut& out, void* buffer,
           const PairTile t(p, i, tall, j0 + j, std::min(kTileColumns, width - j), kPanel<PS>);
           if (t.skip) continue;
           const int64_t ld = round_up(t.columns, kPanel<PS>);
+          T* kept = plan.kept.tile(t);
+          T* products = kept ? kept : th.products;
           multiply_tile<PS>(left + i * plan.depth, tall, plan.depth, plan.panels + j * plan.depth,
-                            ld, th.products, ld);
-          if (p.apart) mend_tile<T>(p, t, th.products, ld, th.products, nullptr);
+                            ld, products, ld);
+          if (p.apart) {
+            mend_tile<T>(p, t, y + j * d, products, ld, th.products, nullptr);
+            products = th.products;
+          }
           Sums<T> own[kClasses] = {plan.part(tile, 0).at(j), plan.part(tile, 1).at(j)};
-          tile_statistics<T>(p, t, th, ld, p.both ? own : nullptr, [&](PairClass c) {
+          tile_statistics<T>(p, t, th, products, ld, p.both ? own : nullptr, [&](PairClass c) {
             rows.merge(c, i, tall, th.rows, lse);
             plan.present[(tile * column_tiles + k) * kClasses + c] = 1;
           });

@@ -208,7 +208,7 @@ inline void write_targets(const Problem& p, const T* x, T* row, double* target) 
       bring_near_one(row, p.d);
       multiply();
     }
-    if (p.normalize) product = square == 0 ? 0 : product / std::sqrt(square);
+    if (p.normalize) product = square == 0 ? 0 * product : product / std::sqrt(square);
     target[at.row] = product;
   }
 }

@@ -53,7 +53,7 @@ struct TopkPlan {
   char* buffer;
 
   struct Thread {
-    float *limit, *row, *gathered, *multiplier, *offset, *sums;
+    float *limit, *row, *gathered, *multiplier, *offset, *slope, *extra, *sums;
     double *lower, *scratch;
     Word* rows;
 
@@ -63,6 +63,8 @@ struct TopkPlan {
       gathered = arena.take<float>(kPanel<P> * p.d);
       multiplier = arena.take<float>(plan.tile + kRows);
       offset = arena.take<float>(plan.tile + kRows);
+      slope = arena.take<float>(plan.tile + kRows);
+      extra = arena.take<float>(plan.tile + kRows);
       sums = arena.take<float>(kRows * kPanel<P>);
       lower = arena.take<double>(plan.kept);
       scratch = arena.take<double>(p.d);

@@ -1,6 +1,8 @@
 // Scores of the top-k: the screen's, with a bound on their rounding, and exact ones in double.
 #pragma once
 
+#include <utility>
+
 #include "plan.h"
 
 namespace fused_losses::FL_ISA {
@@ -14,17 +16,47 @@ inline Vector<double> wide(const float* p) {
   return __builtin_convertvector(v, Vector<double>);
 }
 
-// sum f(a_e, b_e) in double, in an order that the operands do not change.
-template <class A, class B, class F>
-inline double sum_of(const A* a, const B* b, int64_t d, F&& f) {
+// One rounding where the CPU has it, whatever else is made of the loop: the sum of a row's products
+// with itself and that with an equal row are the same number.
+inline double add_product(double sum, double a, double b) {
+#if defined(__FP_FAST_FMA)
+  return __builtin_fma(a, b, sum);
+#else
+  return sum + a * b;
+#endif
+}
+
+struct Product {
+  template <class T>
+  static std::pair<T, T> factors(T a, T b) {
+    return {a, b};
+  }
+};
+
+struct SquaredDifference {
+  template <class T>
+  static std::pair<T, T> factors(T a, T b) {
+    return {a - b, a - b};
+  }
+};
+
+// The sum in double over e of both factors' product, in an order that the operands do not change.
+template <class F, class A, class B>
+inline double sum_of(const A* a, const B* b, int64_t d) {
   constexpr int64_t kStep = kLanes<double>;
   Vector<double> sums[4] = {};
   int64_t e = 0;
   for (; e + 4 * kStep <= d; e += 4 * kStep) {
-    for (int u = 0; u < 4; ++u) sums[u] += f(wide(a + e + u * kStep), wide(b + e + u * kStep));
+    for (int u = 0; u < 4; ++u) {
+      const auto [f, g] = F::factors(wide(a + e + u * kStep), wide(b + e + u * kStep));
+      sums[u] += f * g;
+    }
   }
   double rest = 0;
-  for (; e < d; ++e) rest += f(double(a[e]), double(b[e]));
+  for (; e < d; ++e) {
+    const auto [f, g] = F::factors(double(a[e]), double(b[e]));
+    rest = add_product(rest, f, g);
+  }
   return sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
@@ -167,14 +199,12 @@ class Scorer {
 
   template <class X, class Y>
   double score(const X* x, const Y* y, double square) const {
-    const auto product = [](auto a, auto b) { return a * b; };
-    const auto difference = [](auto a, auto b) { return (a - b) * (a - b); };
     double s;
     if (p_.affinity == Affinity::kSquaredDistance) {
-      s = -sum_of(x, y, p_.d, difference);
+      s = -sum_of<SquaredDifference>(x, y, p_.d);
     } else {
-      s = sum_of(x, y, p_.d, product);
-      if (p_.affinity == Affinity::kCosine) s = cosine_of(s, square, sum_of(y, y, p_.d, product));
+      s = sum_of<Product>(x, y, p_.d);
+      if (p_.affinity == Affinity::kCosine) s = cosine_of(s, square, sum_of<Product>(y, y, p_.d));
     }
     return p_.largest == (p_.affinity == Affinity::kSquaredDistance) ? -s : s;
   }
@@ -193,7 +223,7 @@ inline const double* choose_center(const TopkProblem& p, double* out, double* ro
   int64_t count = 0;
   for (int64_t j = 0; j < p.m; j += step) {
     read_row(p.y, j, p.d, row);
-    const double square = sum_of(row, row, p.d, [](auto a, auto b) { return a * b; });
+    const double square = sum_of<Product>(row, row, p.d);
     if (!std::isfinite(square)) continue;
     for (int64_t e = 0; e < p.d; ++e) out[e] += row[e];
     squares += square;

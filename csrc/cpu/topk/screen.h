@@ -1,6 +1,7 @@
 // The products that screen: strips of the bank against panels of queries, all pairs or a triangle.
 #pragma once
 
+#include "rotation.h"
 #include "selector.h"
 
 namespace fused_losses::FL_ISA {
@@ -55,14 +56,16 @@ void pack_queries(const TopkProblem& p, const TopkPlan<P>& plan, const Screened&
       float* out = t.gathered + l * p.d;
       const bool distance = p.affinity == Affinity::kSquaredDistance;
       read_row(p.x, i, p.d, t.scratch);
-      const auto apart = [](auto a, auto b) { return (a - b) * (a - b); };
-      const double squared = sum_of(t.scratch, plan.center, p.d, apart);
+      const double squared = sum_of<SquaredDifference>(t.scratch, plan.center, p.d);
       double size = std::sqrt(squared);
+      if (p.codes.signs) rotate(p.codes.signs, p.codes.rounds, p.d, t.scratch);
       if (p.affinity == Affinity::kCosine) {
         // a direction: no length of a query is beyond float
         const double inverse = size <= kZeroNorm ? 0 : 1 / size;
         for (int64_t e = 0; e < p.d; ++e) out[e] = static_cast<float>(t.scratch[e] * inverse);
         size *= inverse;
+      } else if (p.codes.signs) {
+        for (int64_t e = 0; e < p.d; ++e) out[e] = static_cast<float>(t.scratch[e]);
       } else {
         screen.read(p.x, i, out);
       }
@@ -79,6 +82,16 @@ void pack_queries(const TopkProblem& p, const TopkPlan<P>& plan, const Screened&
   });
 }
 
+// What rows of the bank add to their products, m and a of their terms, and how much they may err.
+struct StripTerms {
+  const float *multiplier, *offset;
+  const float *slope, *extra;  // null in the triangle: the limits are of the largest
+
+  StripTerms operator+(int64_t r) const {
+    return {multiplier + r, offset + r, slope ? slope + r : nullptr, extra ? extra + r : nullptr};
+  }
+};
+
 // Six rows of the bank against a panel of queries.
 template <class P, bool kTriangle>
 struct Strip {
@@ -93,10 +106,12 @@ struct Strip {
   int64_t first, count;  // the block of queries
   const bool directions = p.affinity == Affinity::kCosine;
 
-  // Rows bank, bank + 1, ... by their pointers a, terms m and o; `real` of the six exist.
-  [[gnu::always_inline]] void run(const Word* const* a, int64_t bank, int64_t real, const float* m,
-                                  const float* o, int64_t lane) {
+  // Rows bank, bank + 1, ... by their pointers a and their terms; `real` of the six exist.
+  [[gnu::always_inline]] void run(const Word* const* a, int64_t bank, int64_t real,
+                                  const StripTerms& terms, int64_t lane) {
     const float* limit = s.t.limit + lane;
+    [[maybe_unused]] const float* size = plan.size + lane;
+    const float *m = terms.multiplier, *o = terms.offset;
     float row_limit[kRows];
     for (int r = 0; kTriangle && r < kRows; ++r) {
       row_limit[r] = r < real ? s.t.limit[bank + r] : std::numeric_limits<float>::infinity();
@@ -107,7 +122,12 @@ struct Strip {
           const int64_t at = v * kLanes<float>;
           store(s.t.sums + r * kWide + at, sum);
           const Floats score = sum * m[r] + o[r];
-          words[r] |= MaskWord(not_less(score, load(limit + at))) << (16 * v);
+          // what a pair may err by is its own row's: the largest of a bank may be far more
+          Floats most = score;
+          if constexpr (!kTriangle) {
+            most = score + (load(size + at) * terms.slope[r] + terms.extra[r]);
+          }
+          words[r] |= MaskWord(not_less(most, load(limit + at))) << (16 * v);
           if constexpr (kTriangle) {
             // the cosine is the same from either side: a query is a direction already
             const Floats other = directions ? score
@@ -117,11 +137,12 @@ struct Strip {
           }
         });
     for (MaskWord w : words) any |= w;
-    if (any) scan(words, bank, real, m, o, lane);
+    if (any) scan(words, bank, real, terms, lane);
   }
 
-  [[gnu::noinline]] void scan(const MaskWord* words, int64_t bank, int64_t real, const float* m,
-                              const float* o, int64_t lane) {
+  [[gnu::noinline]] void scan(const MaskWord* words, int64_t bank, int64_t real,
+                              const StripTerms& terms, int64_t lane) {
+    const float *m = terms.multiplier, *o = terms.offset;
     for (int r = 0; r < real; ++r) {
       const float* sums = s.t.sums + r * kWide;
       const int64_t c = bank + r, j = kTriangle ? plan.order[c] : c;
@@ -129,7 +150,8 @@ struct Strip {
       for_each(words[r], [&](int64_t at) {
         const int64_t q = lane + at;
         if (q < from || q >= to) return;
-        s.offer(q, first + (kTriangle ? plan.order[q] : q), j, sums[at] * m[r] + o[r]);
+        const float error = kTriangle ? 0 : plan.size[q] * terms.slope[r] + terms.extra[r];
+        s.offer(q, first + (kTriangle ? plan.order[q] : q), j, sums[at] * m[r] + o[r], error);
       });
       if constexpr (kTriangle) {
         for_each(words[kRows + r], [&](int64_t at) {
@@ -137,7 +159,7 @@ struct Strip {
           if (q < from || q >= to) return;
           const float other =
               directions ? sums[at] * m[r] + o[r] : sums[at] * plan.multiplier[q] + plan.offset[q];
-          s.offer(c, j, plan.order[q], other);
+          s.offer(c, j, plan.order[q], other, 0);
         });
       }
     }
@@ -168,19 +190,20 @@ void topk_rectangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screene
       const RowTerms terms = screen.terms(j0 + r, row);
       s.t.multiplier[r] = terms.m;
       s.t.offset[r] = terms.a;
-      s.grow(terms);
+      s.t.slope[r] = terms.slope;
+      s.t.extra[r] = terms.extra;
     }
     for (int64_t r = rows; r < rows + kRows; ++r) {
       at[r] = at[rows - 1];
-      s.t.multiplier[r] = 0;
+      s.t.multiplier[r] = s.t.slope[r] = s.t.extra[r] = 0;
       s.t.offset[r] = kNone<float>;
     }
     for (int64_t q = 0; q < count; ++q) s.limit(q);
     Strip<P, false> strip = {p, plan, s, first, count};
+    const StripTerms terms = {s.t.multiplier, s.t.offset, s.t.slope, s.t.extra};
     for (int64_t lane = 0; lane < count; lane += kWide) {
       for (int64_t r = 0; r < rows; r += kRows) {
-        strip.run(at + r, j0 + r, std::min<int64_t>(kRows, rows - r), s.t.multiplier + r,
-                  s.t.offset + r, lane);
+        strip.run(at + r, j0 + r, std::min<int64_t>(kRows, rows - r), terms + r, lane);
       }
     }
   });
@@ -240,12 +263,13 @@ void topk_triangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screened
       o[r] = real ? plan.offset[c] : kNone<float>;
     }
     Strip<P, true> strip = {p, plan, s, 0, p.n};
+    const StripTerms terms = {m, o, nullptr, nullptr};
     for (int64_t lane = q0; lane < q1; lane += kWide) {
       const int64_t end = std::min(lane + kWide, q1);
       for (int64_t c = c0; c < c1; c += kRows) {
         const int64_t real = std::min<int64_t>(kRows, c1 - c), r = c - c0;
         if (plan.from[c] >= end || plan.to[c + real - 1] <= lane) continue;
-        strip.run(a + r, c, real, m + r, o + r, lane);
+        strip.run(a + r, c, real, terms + r, lane);
       }
     }
   });

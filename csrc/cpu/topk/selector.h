@@ -17,6 +17,7 @@ class Selector {
     inverse_ = 1 / alpha_;
   }
 
+  // Of the triangle, whose limits allow for the largest terms; elsewhere each pair has its own.
   void grow(const RowTerms& terms) {
     slope_ = std::max(slope_, terms.slope);
     extra_ = std::max(extra_, terms.extra);
@@ -33,7 +34,8 @@ class Selector {
   // What a score must not be less than.
   void limit(int64_t q) const {
     const double floor = known(q);
-    const double at = (floor - plan_.beta[q] - judge(q, floor)) * inverse_ - error(q) * 1.000001;
+    const double allowance = plan_.triangle ? error(q) * 1.000001 : 0;
+    const double at = (floor - plan_.beta[q] - judge(q, floor)) * inverse_ - allowance;
     const float f = static_cast<float>(at);
     // rounded down, whichever way the conversion went
     t.limit[q] = f - std::abs(f) * 2e-7f;
@@ -50,12 +52,11 @@ class Selector {
     return true;
   }
 
-  // Query q of the block (row i of x) is offered row j of y, whose score is about s.
-  void offer(int64_t q, int64_t i, int64_t j, float s) {
-    if (s < t.limit[q] || !allowed(i, j)) return;
+  // Query q of the block (row i of x) is offered row j of y, whose score is within e of s.
+  void offer(int64_t q, int64_t i, int64_t j, float s, float e) {
+    if (s + e < t.limit[q] || !allowed(i, j)) return;
     Candidate c = {0, 0, static_cast<int32_t>(j)};
     if (late_) {
-      const float e = error(q);
       c.key = alpha_ * s + plan_.beta[q];
       c.error = static_cast<float>((alpha_ * e + judge(q, c.key)) * 1.00001);
     }

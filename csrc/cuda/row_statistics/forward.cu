@@ -162,7 +162,7 @@ FL_DEVICE double target_score(const X* x, const T* w, int64_t d, bool wide, bool
   dot = warp_sum(dot);
   if (!normalize) return dot;
   const double norm = sqrt(warp_sum(square));
-  return norm < double(kShortest) ? 0 : dot / norm;
+  return norm < double(kShortest) ? 0 * dot : dot / norm;
 }
 
 // A warp a row.

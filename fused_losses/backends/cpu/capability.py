@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-from functools import lru_cache
-from types import ModuleType
-from typing import Any
-
 import torch
 
+from fused_losses.base.compiled import extension, load
+
+__all__ = ["extension", "reasons_against", "unavailable"]
 _BUILD_HINT = "the C++ extension is not built: run `pip install .` with a C++20 compiler"
 
 
-@lru_cache
-def _load() -> ModuleType | ImportError:
-    """The compiled module, or why it cannot be imported. Importing it registers its ops."""
-    try:
-        return importlib.import_module("fused_losses._C")
-    except ImportError as error:
-        return error
-
-
-def extension() -> Any:
-    """The compiled module, or None where it was not built (and none of its ops can be called)."""
-    loaded = _load()
-    return None if isinstance(loaded, ImportError) else loaded
-
-
 def unavailable() -> str | None:
-    loaded = _load()
+    loaded = load()
     return f"{_BUILD_HINT} ({loaded})" if isinstance(loaded, ImportError) else None
 
 

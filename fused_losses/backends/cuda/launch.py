@@ -17,8 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_losses.backends.gpu import device as gpu_device
+
 FOLDER = Path(__file__).parents[2]
 ON_DEVICE, ON_HOST = "libfused_losses_cuda.so", "libfused_losses_cuda_host.so"
+WITHOUT = "no_cuda_library.txt"  # setup.py leaves it where it builds no library
 ALONE = threading.Lock()
 # as csrc/cuda/platform.h numbers the element types
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -43,15 +46,64 @@ def path() -> Path:
     return Path(named) if named else FOLDER / (ON_HOST if on_host() else ON_DEVICE)
 
 
+def absent() -> str:
+    """Why there is no library, as the build that made none left it beside the package."""
+    note = FOLDER / WITHOUT
+    if note.is_file():
+        return f"the CUDA C++ kernels are not built: {note.read_text().strip()}"
+    return "the CUDA C++ kernels are not built: no install has made them"
+
+
 def built() -> str:
     """What the library that would be loaded was built for."""
     if not path().is_file():
         return "not built"
     if on_host():
         return "built for the host"
+    try:
+        return architectures()
+    except (OSError, AttributeError) as error:
+        return f"does not load ({error})"
+
+
+def architectures() -> str:
     tell = library().fused_losses_architectures
     tell.restype = ctypes.c_char_p
     return ", ".join(f"sm_{a}" for a in tell().decode().split())
+
+
+@cache
+def unusable() -> str | None:
+    """Why the library that was found cannot run on any device of this machine, or None."""
+    try:
+        driver, runtime = library().fused_losses_driver(), library().fused_losses_runtime()
+    except OSError as error:
+        return f"the CUDA C++ kernels do not load: {error}"
+    except AttributeError as error:
+        return f"the CUDA C++ kernels are not this version's, install again: {error}"
+    if driver == 0:
+        return "the CUDA C++ kernels find no driver"
+    # of one major version, an older driver runs machine code of a newer one
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the driver knows CUDA up to {_version(driver)}, the CUDA C++ kernels are built with "
+            f"{_version(runtime)}: update the driver, or build them with an older nvcc"
+        )
+    return None
+
+
+@cache
+def no_code_on(device: int) -> str | None:
+    """Why the library has nothing that this device can run, or None."""
+    code = library().fused_losses_kernels_on(device)
+    if code == 0:
+        return None
+    told = library().fused_losses_error(code).decode()
+    return f"device cuda:{device}: {told}; the CUDA C++ kernels are built for {architectures()}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 @cache
@@ -74,10 +126,11 @@ def _function(name: str) -> tuple:
 
 
 def launch(name: str, **arguments: Tensor | float | int | bool | None) -> None:
-    """Runs an exported function on the current stream: tensors give their addresses, None null.
+    """Runs an exported function on the device of its tensors, on the current stream of that.
 
-    Nothing is copied or made contiguous, and nothing waits for the device. Raises TypeError unless
-    the arguments are the struct's fields, RuntimeError when a launch fails.
+    Tensors give their addresses, None null. Nothing is copied or made contiguous, and nothing waits
+    for the device. Raises TypeError unless the arguments are the struct's fields, RuntimeError when
+    a launch fails.
     """
     function, struct, fields = _function(name)
     if arguments.keys() != fields.keys():
@@ -93,9 +146,8 @@ def launch(name: str, **arguments: Tensor | float | int | bool | None) -> None:
             announce(list(tensors.values()), [fields[name] == "p" for name in tensors])
             code = function(ctypes.byref(struct(**values)), None)
     else:
-        device = next(iter(tensors.values())).device
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
+        with gpu_device.current(tensors.values()):
+            stream = torch.cuda.current_stream().cuda_stream
             code = function(ctypes.byref(struct(**values)), ctypes.c_void_p(stream))
     if code:
         raise RuntimeError(f"{name}: {library().fused_losses_error(code).decode()}")

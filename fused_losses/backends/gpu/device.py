@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +30,21 @@ def processors(device: torch.device) -> int:
     if device.type == "cpu":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def first(arguments: Iterable[Any]) -> Tensor | None:
+    """The first tensor of a launch's arguments, of groups too."""
+    for argument in arguments:
+        found = first(argument) if isinstance(argument, tuple) else argument
+        if isinstance(found, Tensor):
+            return found
+    return None
+
+
+def current(arguments: Iterable[Any]) -> AbstractContextManager:
+    """Makes the device of a launch's first tensor the current one: what is launched runs there."""
+    tensor = first(arguments)
+    return torch.cuda.device(-1 if tensor is None else tensor.device)
 
 
 def ceil_div(a: int, b: int) -> int:

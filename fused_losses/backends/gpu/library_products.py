@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.backends.gpu.products import library_tf32
+from fused_losses.backends.gpu.products import float32_products
 
 ROUNDED = ("mixed", "bf16")
 
@@ -38,7 +38,7 @@ def product(a: Tensor, b: Tensor, precision: str, out: Tensor | None = None) -> 
     """
     low = low_dtype(a.dtype, precision)
     a, b = a.to(low), b.to(low)
-    with library_tf32(precision == "tf32"):
+    with float32_products(precision == "tf32"):
         if low != torch.float32 and a.is_cuda:
             if out is None:
                 return torch.mm(a, b, out_dtype=torch.float32)
@@ -50,7 +50,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, precision: str, beta: float
     """total [n, m] = beta total + a b, in place; as `product`. beta = 0 does not read the total."""
     low = low_dtype(a.dtype, precision)
     a, b = a.to(low), b.to(low)
-    with library_tf32(precision == "tf32"):
+    with float32_products(precision == "tf32"):
         if low != torch.float32 and a.is_cuda:
             torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
         else:

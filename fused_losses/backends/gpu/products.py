@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from fused_losses.base.compiled import extension
 
 
 def float16_scale(grads: list[Tensor | None], column_weight: Tensor | None) -> Tensor:
@@ -18,19 +21,27 @@ def float16_scale(grads: list[Tensor | None], column_weight: Tensor | None) -> T
     return torch.exp2(torch.where(exponent.isfinite(), (4 - exponent).clamp(-100, 100), 0))
 
 
-@contextmanager
-def library_tf32(wanted: bool) -> Iterator[None]:
-    """float32 library products in the precision that the caller asked for, whatever the global."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before, now = matmul.fp32_precision, "tf32" if wanted else "ieee"
-    matmul.fp32_precision = now
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+def float32_products(tf32: bool) -> AbstractContextManager:
+    """float32 library products within, of this thread, as the precision of a call has them.
+
+    Without tf32 none is one, whatever the process allows. With it they are where the process allows
+    them: PyTorch has no switch for a thread or a product, and its switch is not ours to set.
+    """
+    built = extension()
+    if built is not None:
+        return built.tf32_products(tf32)
+    if not tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        _warn_of_tf32()
+    return nullcontext()
+
+
+@cache
+def _warn_of_tf32() -> None:
+    warnings.warn(
+        "fused_losses: the process allows tf32 products, and without the C++ extension those of "
+        "float32 rows by the library are, also under precision='fp32'",
+        stacklevel=4,
+    )
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, beta: float = 1.0) -> None:

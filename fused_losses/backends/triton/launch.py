@@ -11,6 +11,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.tiles import Tile
 
 
@@ -42,10 +43,26 @@ def by_name(kernel: Any, args: tuple, constants: dict[str, Any]) -> dict[str, An
     return values
 
 
-def launch(kernel: Any, programs: int, args: tuple, constants: dict[str, Any], tile: Tile) -> None:
-    if interpreted():
-        import triton.language as tl  # an optional package
+def options(tile: Tile) -> dict[str, Any]:
+    """What decides the machine code beside a kernel's arguments.
 
-        # the interpreter of Triton 3.6 cannot use its own integers as loop bounds under numpy 2.4
-        args = changed(args, lambda a: tl.constexpr(a) if isinstance(a, int) else a)
-    kernel[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
+    Products and the sums that they go into are fused, as Triton's default is before 3.10.
+    """
+    return dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+
+
+def launch(kernel: Any, programs: int, args: tuple, constants: dict[str, Any], tile: Tile) -> None:
+    """Runs a kernel on the device of its tensors, on that device's current stream."""
+    if interpreted():
+        import triton  # an optional package
+
+        # the interpreter of Triton 3.6 cannot use its own integers as loop bounds under numpy 2.4;
+        # later ones can, and that of 3.9 stores no sum that begins with a constant
+        if triton.__version__.startswith("3.6."):
+            constexpr = triton.language.constexpr
+            args = changed(args, lambda a: constexpr(a) if isinstance(a, int) else a)
+        kernel[(programs,)](*args, **constants, **options(tile))
+        return
+    # Triton itself launches on the current device, wherever its tensors are
+    with gpu_device.current(args):
+        kernel[(programs,)](*args, **constants, **options(tile))

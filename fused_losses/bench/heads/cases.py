@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses import backends
 from fused_losses.bench.measure import Provider
 from fused_losses.bench.micro.cases import MARGIN, SCALE, Case, backward, eager_arcface
 from fused_losses.bench.micro.distillation_cases import eager_kl
@@ -65,6 +66,14 @@ def _partial(x: Tensor, y: Tensor, table: Tensor) -> Provider:
     return step
 
 
+def _low_precisions(device: str) -> tuple[str, ...]:
+    """("bf16",) where a backend has such products."""
+    where = torch.device(device)
+    names = ("cpu",) if where.type == "cpu" else ("triton", "cuda")
+    able = any(not backends.reasons_against(b, where, torch.float32, "bf16") for b in names)
+    return ("bf16",) if able else ()
+
+
 def class_centers(n: int, c: int, d: int, device: str = "cpu", rivals: str = "all") -> Case:
     """n rows against c classes; the rivals need several copies of the table."""
     torch.manual_seed(0)
@@ -79,7 +88,7 @@ def class_centers(n: int, c: int, d: int, device: str = "cpu", rivals: str = "al
     )
     heads = {
         "fused fp32": {},
-        "fused bf16": dict(precision="bf16"),
+        **{f"fused {p}": dict(precision=p) for p in _low_precisions(device)},
         "fused fp32, two sweeps (update='step')": dict(update="step"),
         f"fused fp32, r={RATE}": dict(sample_rate=RATE),
         f"fused fp32, r={RATE}, logQ": dict(sample_rate=RATE, log_q=True),
@@ -119,7 +128,8 @@ def head_distillation(n: int, c: int, d: int, device: str = "cpu", rivals: str =
     options: dict[str, Any] = dict(scale=SCALE, device=device)
     teacher = ClassCenters(c, d, seed=1, **options).requires_grad_(False)
     options |= dict(optimizer="sgd", optimizer_options=SGD)
-    heads = {name: ClassCenters(c, d, **options, precision=name) for name in ("fp32", "bf16")}
+    names = ("fp32", *_low_precisions(device))
+    heads = {name: ClassCenters(c, d, **options, precision=name) for name in names}
 
     def of(head: ClassCenters) -> Provider:
         return lambda: backward(head.distillation(x, t, teacher))

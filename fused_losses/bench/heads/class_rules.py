@@ -12,8 +12,8 @@ from torch import Tensor
 from fused_losses.bench.measure import Provider
 from fused_losses.bench.micro.cases import MARGIN, SCALE, Case, backward
 from fused_losses.class_losses import MLCD, ClassLoss, SFace, Softmax, SoftTriple, SphereFace2
-from fused_losses.losses.class_loss import class_loss
-from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.functions.class_loss import class_loss
+from fused_losses.functions.margin_softmax import margin_softmax
 from fused_losses.margins import ArcFace
 
 

@@ -21,6 +21,7 @@ from fused_losses.bench.micro.peers import peer
 BLOCK_BYTES = 64 << 20  # of hinges, under a mask of triplets
 HINGE = 0.2
 PER_CLASS = 4
+PEERS_MOST = 2048  # rows
 
 
 def _labels(n: int, device: str) -> Tensor:
@@ -267,6 +268,7 @@ def _on_classes(
     inputs = (x.requires_grad_(), labels)
     title = f"{title}, N={n:,} D={d}, {PER_CLASS} a class"
     case = against_eager(title, fused, eager, inputs, flops, rivals)
+    case.inputs = inputs
     _loosen(case)
     return case
 
@@ -281,7 +283,11 @@ def contrastive(
 
     flops = 4.0 * n * n * d
     given = (n, d, device, rivals, seed)
-    return _on_classes("Contrastive loss", fused, eager_contrastive, flops, *given)
+    case = _on_classes("Contrastive loss", fused, eager_contrastive, flops, *given)
+    if rivals == "all" and n <= PEERS_MOST:
+        options = dict(distance="LpDistance", neg_margin=1.3)
+        case.providers |= peers.metric_learning("ContrastiveLoss", *case.inputs, **options)
+    return case
 
 
 def batch_hard_triplet(
@@ -295,4 +301,8 @@ def batch_hard_triplet(
     # the gradient follows the chosen rows: no second matrix
     flops = float(n) * n * d + 12.0 * n * d
     given = (n, d, device, rivals, seed)
-    return _on_classes("Batch-hard triplet loss", fused, eager_batch_hard, flops, *given)
+    case = _on_classes("Batch-hard triplet loss", fused, eager_batch_hard, flops, *given)
+    if rivals == "all" and n <= PEERS_MOST:
+        options = dict(distance="LpDistance", miner="BatchHardMiner", margin=0, smooth_loss=True)
+        case.providers |= peers.metric_learning("TripletMarginLoss", *case.inputs, **options)
+    return case

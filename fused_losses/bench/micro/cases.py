@@ -19,6 +19,7 @@ from fused_losses.bench.micro import peers
 
 MARGIN, SCALE = 0.5, 64.0
 KEEP = 128 << 20
+EVERYTHING = 1 << 50  # room for all scores, which is what is then kept
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Case:
     # rounds that slow providers take part in; 0: timed in the warm-up, which is their only step
     turns: dict[str, int] = field(default_factory=dict)
     result_mib: float = 0.0  # what every provider returns
+    inputs: tuple[Tensor, ...] = ()  # what a peer is given besides
     # how far two providers' results and gradients are apart, where relative L2 does not say it
     differ: Callable[[list[Tensor], list[Tensor]], float] | None = None
     # result and gradients in float64: providers then say how far they are from them
@@ -156,13 +158,20 @@ def against_eager(
     inputs: tuple[Tensor, ...],
     flops: float,
     rivals: str,
+    kept: bool = False,
 ) -> Case:
-    """fused(*inputs, precision=) against eager(*inputs). rivals: "all", "eager" or "none"."""
+    """fused(*inputs, precision=) against eager(*inputs). rivals: "all", "eager" or "none".
+
+    kept: on a CPU also with all scores kept from the forward.
+    """
     like = inputs[0]
     leaves = [t for t in inputs if t.requires_grad]
     providers: dict[str, Provider] = {}
     for name, options in our_ways(like):
         providers[name] = lambda o=options: backward(fused(*inputs, **o))
+        if kept and like.device.type == "cpu":
+            more = dict(memory_budget=EVERYTHING, **options)
+            providers[f"{name}, scores kept"] = lambda o=more: backward(fused(*inputs, **o))
     ours = list(providers)
     if rivals != "none":
         providers |= rivals_of(eager, inputs, compiled=rivals == "all")

@@ -13,7 +13,7 @@ from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.bench.measure import Provider
 from fused_losses.bench.micro import peers
 from fused_losses.bench.micro.cases import Case, against_eager, backward
-from fused_losses.losses.distillation import distillation as fused_distillation
+from fused_losses.functions.distillation import distillation as fused_distillation
 from fused_losses.primitives.row_statistics.inputs import kept_row
 
 

@@ -16,7 +16,9 @@ from fused_losses.primitives.maxsim.op import maxsim as fused_maxsim
 
 TEMPERATURE = 0.07
 ALPHA, BETA, BASE = 2.0, 50.0, 0.5  # multi-similarity
+RELAXED, GAMMA = 0.4, 80.0  # circle
 SPREAD = 2.0  # uniformity
+PEERS_MOST = 2048  # rows
 
 
 def eager_info_nce(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -77,6 +79,17 @@ def eager_multi_similarity(x: Tensor, labels: Tensor) -> Tensor:
     return (attract + log_one_more(BETA * (similarity - BASE), ~same) / BETA).mean()
 
 
+def eager_circle(x: Tensor, labels: Tensor) -> Tensor:
+    """As the paper has it: masked logsumexps of weighted similarities."""
+    s = x @ x.T
+    same = labels[:, None] == labels
+    positives = same & ~torch.eye(len(x), device=x.device, dtype=torch.bool)
+    pull = (1 + RELAXED - s.detach()).relu() * (s - 1 + RELAXED) * -GAMMA
+    push = (s.detach() + RELAXED).relu() * (s - RELAXED) * GAMMA
+    near = pull.masked_fill(~positives, -torch.inf).logsumexp(dim=1)
+    return F.softplus(near + push.masked_fill(same, -torch.inf).logsumexp(dim=1)).mean()
+
+
 def eager_maxsim(queries: Tensor, documents: Tensor) -> Tensor:
     """ColBERT's scores, and the cross entropy that trains them."""
     products = torch.einsum("qid,bjd->qibj", queries, documents)
@@ -112,7 +125,8 @@ def info_nce(
         return functional.info_nce(x, y, temperature=1 / scale, symmetric=True, **options)
 
     title = f"Symmetric InfoNCE, N=M={n:,} D={d}"
-    return against_eager(title, fused, eager_info_nce, inputs, 4 * 2.0 * n * n * d, rivals)
+    flops = 4 * 2.0 * n * n * d
+    return against_eager(title, fused, eager_info_nce, inputs, flops, rivals, kept=True)
 
 
 def siglip(
@@ -133,7 +147,8 @@ def siglip(
         return functional.sigmoid_contrastive(x, y, scale=scale, bias=bias, **options)
 
     title = f"SigLIP, N=M={n:,} D={d}"
-    case = against_eager(title, fused, eager_siglip, inputs, 4 * 2.0 * n * n * d, rivals)
+    flops = 4 * 2.0 * n * n * d
+    case = against_eager(title, fused, eager_siglip, inputs, flops, rivals, kept=True)
     if rivals != "none":
         case.providers |= peers.siglip(*inputs)
     return case
@@ -176,6 +191,7 @@ def _one_batch(
     device: str,
     rivals: str,
     seed: int,
+    kept: bool = True,
 ) -> Case:
     """x against itself: each product is needed on one side of the diagonal only."""
     torch.manual_seed(seed)
@@ -183,7 +199,17 @@ def _one_batch(
     if labelled:
         # eight rows a class, in no order
         inputs = (*inputs, torch.randperm(n, device=device) // 8)
-    return against_eager(f"{title}, N={n:,} D={d}", fused, eager, inputs, 4.0 * n * n * d, rivals)
+    title, flops = f"{title}, N={n:,} D={d}", 4.0 * n * n * d
+    case = against_eager(title, fused, eager, inputs, flops, rivals, kept)
+    case.inputs = inputs
+    return case
+
+
+def _with_peer(case: Case, rivals: str, loss: str, **options: Any) -> Case:
+    """Also pytorch-metric-learning's, which holds several matrices: not of large batches."""
+    if rivals == "all" and len(case.inputs[0]) <= PEERS_MOST:
+        case.providers |= peers.metric_learning(loss, *case.inputs, **options)
+    return case
 
 
 def supervised_contrastive(
@@ -195,7 +221,8 @@ def supervised_contrastive(
         return functional.supervised_contrastive(x, labels, temperature=TEMPERATURE, **options)
 
     eager = eager_supervised_contrastive
-    return _one_batch("SupCon", fused, eager, True, n, d, device, rivals, seed)
+    case = _one_batch("SupCon", fused, eager, True, n, d, device, rivals, seed)
+    return _with_peer(case, rivals, "SupConLoss", temperature=TEMPERATURE)
 
 
 def nt_xent(
@@ -217,7 +244,9 @@ def uniformity(
     def fused(x: Tensor, **options: Any) -> Tensor:
         return functional.uniformity(x, t=SPREAD, **options)
 
-    case = _one_batch("Uniformity", fused, eager_uniformity, False, n, d, device, rivals, seed)
+    case = _one_batch(
+        "Uniformity", fused, eager_uniformity, False, n, d, device, rivals, seed, False
+    )
     if rivals != "none":
         case.providers["eager, torch.pdist"] = lambda: backward(pdist_uniformity(*case.leaves))
     return case
@@ -232,7 +261,27 @@ def multi_similarity(
         return functional.multi_similarity(x, labels, alpha=ALPHA, beta=BETA, base=BASE, **options)
 
     eager = eager_multi_similarity
-    return _one_batch("Multi-similarity", fused, eager, True, n, d, device, rivals, seed)
+    case = _one_batch("Multi-similarity", fused, eager, True, n, d, device, rivals, seed)
+    options = dict(alpha=ALPHA, beta=BETA, base=BASE)
+    return _with_peer(case, rivals, "MultiSimilarityLoss", **options)
+
+
+def circle(
+    n: int = 8192, d: int = 512, device: str = "cpu", rivals: str = "all", seed: int = 0
+) -> Case:
+    """Circle loss, classes of eight."""
+
+    def fused(x: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        return functional.circle(x, labels, m=RELAXED, gamma=GAMMA, **options)
+
+    case = _one_batch("Circle", fused, eager_circle, True, n, d, device, rivals, seed)
+    # a product in bf16 is off by 2^-8, of which gamma makes a third of an exponent
+    low = ("autocast", "bf16", "mixed", "knob")
+    case.tolerance = {name: 0.5 for name in case.providers if any(w in name for w in low)}
+    # its gradients are those of rows that it normalises
+    case.unlike = ("pytorch-metric-learning",)
+    options = dict(m=RELAXED, gamma=GAMMA, distance="CosineSimilarity")
+    return _with_peer(case, rivals, "CircleLoss", **options)
 
 
 def maxsim(

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from fused_losses.bench.measure import Provider
 
-Loss = Callable[..., Tensor]
+LossOfTensors = Callable[..., Tensor]
 
 
 @cache
@@ -35,8 +35,8 @@ def peer(name: str) -> ModuleType | None:
         return None
 
 
-def _steps(losses: dict[str, Loss], *inputs: Tensor) -> dict[str, Provider]:
-    def step(loss: Loss) -> Provider:
+def _steps(losses: dict[str, LossOfTensors], *inputs: Tensor) -> dict[str, Provider]:
+    def step(loss: LossOfTensors) -> Provider:
         def run() -> Tensor:
             value = loss(*inputs)
             value.backward()
@@ -49,7 +49,7 @@ def _steps(losses: dict[str, Loss], *inputs: Tensor) -> dict[str, Provider]:
 
 def cross_entropy(x: Tensor, w: Tensor, y: Tensor, scale: float) -> dict[str, Provider]:
     """Linear cross entropies of unit rows: no margin, so the peers do less. 16-bit inputs."""
-    losses: dict[str, Loss] = {}
+    losses: dict[str, LossOfTensors] = {}
     if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         cce = peer("cut_cross_entropy")
         if cce is not None:
@@ -63,7 +63,35 @@ def cross_entropy(x: Tensor, w: Tensor, y: Tensor, scale: float) -> dict[str, Pr
     return _steps(losses, x, w, y)
 
 
-def distillation(of_scores: Loss) -> dict[str, Loss]:
+def metric_learning(
+    loss: str,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    distance: str = "DotProductSimilarity",
+    **options: Any,
+) -> dict[str, Provider]:
+    """A loss of pytorch-metric-learning; `miner`: what chooses its pairs.
+
+    Of rows as they are, but that cosines are of rows that it normalises.
+    """
+    losses = peer("pytorch_metric_learning.losses")
+    if losses is None:
+        return {}
+    distances = importlib.import_module("pytorch_metric_learning.distances")
+    miner = options.pop("miner", None)
+    # a cosine takes no choice
+    choice = {} if distance == "CosineSimilarity" else {"normalize_embeddings": False}
+    kind = getattr(distances, distance)(**choice)
+    run = getattr(losses, loss)(distance=kind, **options)
+    if miner is None:
+        return _steps({"pytorch-metric-learning": run}, x, labels)
+    miners = importlib.import_module("pytorch_metric_learning.miners")
+    mined = getattr(miners, miner)(distance=kind)
+    return _steps({"pytorch-metric-learning": lambda x, y: run(x, y, mined(x, y))}, x, labels)
+
+
+def distillation(of_scores: LossOfTensors) -> dict[str, LossOfTensors]:
     """Liger's fused distillation, which walks by chunks of 1,024 rows, of a loss of two scores."""
     found = peer("liger_kernel.chunked_loss.fused_linear_distillation")
     if found is None:
@@ -100,11 +128,11 @@ def siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> dict[str, Provi
 
 def attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> dict[str, Provider]:
     """torch's own attention kernels, on one head: SDPA anywhere, flex_attention on a GPU."""
-    kernels: dict[str, Loss] = {"SDPA": F.scaled_dot_product_attention}
+    kernels: dict[str, LossOfTensors] = {"SDPA": F.scaled_dot_product_attention}
     if query.is_cuda:
         kernels["flex_attention"] = torch.compile(flex_attention)
 
-    def loss(kernel: Loss) -> Loss:
+    def loss(kernel: LossOfTensors) -> LossOfTensors:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = kernel(*(t[None, None] for t in (q, k, v)))[0, 0]
             return (out * slope).sum()

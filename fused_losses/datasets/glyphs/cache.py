@@ -69,8 +69,8 @@ def read(path: Path) -> Glyphs:
     try:
         head = json.loads(line)
         n, size = int(head["drawings"]), int(head["size"])
-        fonts = tuple(Font(*font) for font in head["fonts"])
-        skipped = tuple(SkippedFont(Path(one), reason) for one, reason in head["skipped"])
+        fonts = tuple(_font(*font) for font in head["fonts"])
+        skipped = tuple(SkippedFont(Path(one), str(reason)) for one, reason in head["skipped"])
         if head["format"] != FORMAT:
             raise ValueError(f"format {head['format']!r}")
         if not 1 <= n <= MAX_DRAWINGS or not 1 <= size <= MAX_SIDE:
@@ -91,6 +91,14 @@ def read(path: Path) -> Glyphs:
     classes, labels = codes.unique(return_inverse=True)
     names = tuple(chr(code) for code in classes.tolist())
     return Glyphs(file, start, size, images, labels, faces, names, fonts, skipped)
+
+
+def _font(file: Any, family: Any, style: Any, design: Any) -> Font:
+    if {type(file), type(family), type(style)} != {str} or type(design) is not int:
+        raise TypeError("a font is three names and a number")
+    if not 0 <= design < MAX_DRAWINGS:
+        raise ValueError(f"the design {design}")
+    return Font(file, family, style, design)
 
 
 def _little_endian() -> None:

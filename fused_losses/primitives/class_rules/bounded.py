@@ -108,8 +108,17 @@ def _spread(grad: Tensor, tile: _CenterTile, p: ClassInputs) -> Tensor:
     return share.mul_(grad[..., None]).flatten(1)
 
 
-def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_CenterTile]:
-    """The classes that take part, a tile at a time, against the rows x (p.x as accumulated)."""
+def _tiles(
+    backend: str,
+    p: ClassInputs,
+    x: Tensor,
+    kept: Tensor | None = None,
+    known: bool = False,
+) -> Iterator[_CenterTile]:
+    """The classes that take part, a tile at a time, against the rows x (p.x as accumulated).
+
+    kept: room for the products of the first tiles, written there or with known read.
+    """
     if x.shape[0] == 0:
         return
     step, place = tile_classes(p), places(p)
@@ -120,11 +129,25 @@ def _tiles(backend: str, p: ClassInputs, x: Tensor) -> Iterator[_CenterTile]:
         weight = p.weight[rows].to(x.dtype)
         unit = unit_parts(weight) if p.normalize else None
         weight = weight if unit is None else unit.rows
-        product = DISTANCE_MATRIX(backend, x, weight, None, "dot", 2.0, p.precision)
+        room = None if kept is None else _kept_tile(p, kept, part)
+        if room is not None and known:
+            product = room
+        else:
+            product = DISTANCE_MATRIX(backend, x, weight, None, "dot", 2.0, p.precision)
+            if room is not None:
+                room.copy_(product)
         cosine = pool(product.unflatten(1, (size, p.centers)), p.softness)
         column = place - start
         column = torch.where((column < 0) | (column >= size), size, column)
         yield _CenterTile(part, rows, weight, unit, product, cosine, column)
+
+
+def _kept_tile(p: ClassInputs, kept: Tensor, part: slice) -> Tensor | None:
+    """Where the products [N, T K] of these classes are kept; None: there is no room."""
+    n, stop = p.x.shape[0], part.stop * p.centers
+    if stop > kept.shape[0]:
+        return None
+    return kept.view(-1)[part.start * p.centers * n : stop * n].view(n, -1)
 
 
 def _fold(kind: str, term: Tensor, positive: Tensor) -> Tensor:
@@ -164,7 +187,8 @@ def targets(
     return torch.where(labels < 0, 0, out.view_as(labels))
 
 
-def forward(backend: str, p: ClassInputs) -> ClassStatistics:
+def forward(backend: str, p: ClassInputs, kept: Tensor) -> ClassStatistics:
+    """kept: room for products that the backward reads."""
     check_ids(p)
     rule, params = CLASS_FOLDS[p.rule], list(p.params)
     x = p.x.to(p.dtype)
@@ -172,7 +196,7 @@ def forward(backend: str, p: ClassInputs) -> ClassStatistics:
     statistics = no_classes(rule.kinds, n, x.device)
     hardest = torch.full((n,), -1, device=x.device)
     hardest_score = x.new_full((n,), -torch.inf)
-    for tile in _tiles(backend, p, x):
+    for tile in _tiles(backend, p, x, kept):
         positive = tile.positive
         terms = rule.terms(tile.cosine, values, params)
         found = [_fold(kind, term, positive) for kind, term in zip(rule.kinds, terms, strict=True)]
@@ -218,6 +242,7 @@ def backward(
     compact: bool,
     need_x: bool,
     need_weight: bool,
+    kept: Tensor,
 ) -> tuple[Tensor, Tensor]:
     x = p.x.to(p.dtype)
     dx = torch.zeros_like(x) if need_x else p.x.new_empty(0)
@@ -225,7 +250,7 @@ def backward(
     compact = compact and p.classes is not None
     merged, grads = statistics.to(x.dtype), grad_statistics.to(x.dtype)
     of_targets = grad_targets.to(x.dtype)
-    for tile in _tiles(backend, p, x) if need_x or need_weight else ():
+    for tile in _tiles(backend, p, x, kept, True) if need_x or need_weight else ():
         g = _spread(_tile_gradient(p, tile, grads, merged, of_targets), tile, p)
         given = (g, tile.product, x, tile.weight, None, "dot", 2.0, p.precision)
         needs = (need_x, need_weight, False)

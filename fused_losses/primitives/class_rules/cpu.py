@@ -38,10 +38,11 @@ def workspace(p: ClassInputs, needs: ClassNeeds | None) -> int:
     return scratch + calls + labels * wide
 
 
-def forward(p: ClassInputs) -> ClassStatistics:
+def forward(p: ClassInputs, kept: Tensor) -> ClassStatistics:
+    """kept: room for what the backward reads."""
     check_ids(p)
     of_labels = targets(p.x, p.weight, p.labels, p.centers, p.softness, p.normalize)
-    found = extension().class_rules_forward(p.x, p.weight, places(p), *_rest(p))
+    found = extension().class_rules_forward(p.x, p.weight, places(p), *_rest(p), kept)
     statistics, hardest, score = found
     return ClassStatistics(statistics, of_labels, hardest, score)
 
@@ -54,10 +55,11 @@ def backward(
     compact: bool,
     need_x: bool,
     need_weight: bool,
+    kept: Tensor,
 ) -> tuple[Tensor, Tensor]:
     check_ids(p)
     given = grad_statistics, grad_targets, statistics, p.x, p.weight, places(p), *_rest(p)
-    return extension().class_rules_backward(*given, compact, need_x, need_weight)
+    return extension().class_rules_backward(*given, kept, compact, need_x, need_weight)
 
 
 def _rest(p: ClassInputs) -> tuple:

@@ -10,17 +10,21 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.validation import NO_TARGET
+from fused_losses.primitives.row_statistics.inputs import kept_row
 
 INPUTS = (
     "Tensor x, Tensor weight, Tensor labels, Tensor? classes, Tensor? values, "
     "str rule, float[] params, int centers, float softness, bool normalize, str precision"
 )
 
-FORWARD = f"({INPUTS}) -> (Tensor statistics, Tensor targets, Tensor hardest, Tensor hardest_score)"
+FORWARD = (
+    f"({INPUTS}, SymInt kept_centers) -> (Tensor statistics, Tensor targets, Tensor hardest, "
+    "Tensor hardest_score, Tensor kept)"
+)
 
 BACKWARD = (
-    f"(Tensor grad_statistics, Tensor grad_targets, Tensor statistics, {INPUTS}, bool compact, "
-    "bool need_x, bool need_weight, bool need_values) "
+    f"(Tensor grad_statistics, Tensor grad_targets, Tensor statistics, Tensor kept, {INPUTS}, "
+    "bool compact, bool need_x, bool need_weight, bool need_values) "
     "-> (Tensor dx, Tensor dweight, Tensor dvalues)"
 )
 
@@ -44,6 +48,10 @@ class ClassInputs(NamedTuple):
     def taking_part(self) -> int:
         rows = self.weight.shape[0] // self.centers
         return rows if self.classes is None else self.classes.shape[0]
+
+    def kept(self, centers: int) -> Tensor:
+        """Room for the products of so many centres, in the dtype of products."""
+        return self.x.new_empty((centers, kept_row(self.x.shape[0])), dtype=self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

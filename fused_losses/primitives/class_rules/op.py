@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.memory_budget import Room
 from fused_losses.base.numerics import no_autocast, row_dtype
 from fused_losses.base.validation import describe
 from fused_losses.primitives.class_rules import bounded, tangents
@@ -35,13 +36,18 @@ from fused_losses.primitives.class_rules.inputs import (
 from fused_losses.primitives.class_rules.reference import reference
 from fused_losses.primitives.class_rules.rules import CLASS_FOLDS, KERNEL_RULES
 from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp, duals
+from fused_losses.primitives.row_statistics.inputs import kept_classes
 
 # ---- what the op is given -----------------------------------------------------------------------
 
 
-def class_statistics(inputs: ClassInputs, *, backend: str | None = None) -> ClassStatistics:
+def class_statistics(
+    inputs: ClassInputs, *, room: Room | None = None, backend: str | None = None
+) -> ClassStatistics:
     """The rule's statistics and the cosines of the labels, differentiable in x and weight.
 
+    room: bytes of products that the forward may keep to spare the backward their recomputation, of
+    as many centres as fit (rules in Triton's kernels keep none); it takes them from the room.
     Raises ValueError, TypeError or IndexError for inputs that do not fit each other;
     NotImplementedError for a second derivative, but on "reference". Labels must be among `classes`.
     Time O(N M K D) and the rule's own; memory O(N D) and a few tiles (`explain`).
@@ -52,7 +58,14 @@ def class_statistics(inputs: ClassInputs, *, backend: str | None = None) -> Clas
     with no_autocast(inputs.x.device):
         if name == "reference":
             return reference(inputs)
-        return ClassStatistics(*CLASS_RULES(name, *inputs))
+        return ClassStatistics(*CLASS_RULES(name, *inputs, _kept_centers(name, inputs, room))[:-1])
+
+
+def _kept_centers(name: str, p: ClassInputs, room: Room | None) -> int:
+    """Of how many centres the forward keeps products, taken from the room."""
+    if name != "cpu" and _in_kernels(name, p):
+        return 0
+    return kept_classes(room, p.x, p.weight, p.taking_part * p.centers)
 
 
 def class_gradients(
@@ -77,7 +90,8 @@ def class_gradients(
         raise ValueError("backend: expected a streamed one, got 'reference', which autograd serves")
     op = CLASS_RULES.op(name, "_backward")
     needs = compact, need_x, need_weight, False
-    return op(grad_statistics, grad_targets, statistics, *inputs, *needs)[:2]
+    given = grad_statistics, grad_targets, statistics, inputs.kept(0)
+    return op(*given, *inputs, *needs)[:2]
 
 
 def is_reference(inputs: ClassInputs, backend: str | None) -> bool:
@@ -138,6 +152,7 @@ TENSORS = ClassInputs._fields.index("rule")  # how many fields, the first ones, 
 COMPILED = ("cpu", "triton")
 VALUES = ClassInputs._fields.index("values")
 NEEDS = len(ClassNeeds._fields)
+SAVED = 4  # what a backward has before the inputs
 
 
 def _in_kernels(backend: str, p: ClassInputs) -> bool:
@@ -153,43 +168,44 @@ class ClassRulesOp(StreamedOp):
     python_backends = (*PYTHON_BACKENDS, "cpu")
 
     def setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
-        statistics, _, hardest, hardest_score = output
-        ctx.mark_non_differentiable(hardest, hardest_score)
-        ctx.save_for_backward(*inputs[:TENSORS], statistics)
-        ctx.rest = inputs[TENSORS:]
+        statistics, _, hardest, hardest_score, kept = output
+        ctx.mark_non_differentiable(hardest, hardest_score, kept)
+        ctx.save_for_backward(*inputs[:TENSORS], statistics, kept)
+        ctx.rest = inputs[TENSORS:-1]
         ctx.set_materialize_grads(False)
 
     def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
-        *tensors, statistics = ctx.saved_tensors
+        *tensors, statistics, kept = ctx.saved_tensors
         of_statistics, of_targets = grads[:2]
         if of_statistics is None and of_targets is None:
-            return (None,) * FIELDS
+            return (None,) * (FIELDS + 1)
         if of_statistics is None:
             of_statistics = torch.zeros_like(statistics)
         if of_targets is None:
             of_targets = torch.zeros_like(tensors[2], dtype=statistics.dtype)
         asked = needed[0], needed[1], needed[VALUES] and CLASS_FOLDS[ctx.rest[0]].own_slope
         found = backward_op(
-            of_statistics.contiguous(), of_targets.contiguous(), statistics, *tensors, *ctx.rest,
-            False, *asked,
+            of_statistics.contiguous(), of_targets.contiguous(), statistics, kept, *tensors,
+            *ctx.rest, False, *asked,
         )  # fmt: skip
-        given: list[Tensor | None] = [None] * FIELDS
+        given: list[Tensor | None] = [None] * (FIELDS + 1)
         for at, need, gradient in zip((0, 1, VALUES), asked, found, strict=True):
             given[at] = gradient if need else None
         return tuple(given)
 
     def fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        p = ClassInputs(*arguments)
+        p, kept_centers = ClassInputs(*arguments[:-1]), arguments[-1]
         n, wide = p.x.shape[0], row_dtype(p.x.device)
         return (
             p.x.new_empty((len(CLASS_FOLDS[p.rule].kinds), n), dtype=wide),
             p.x.new_empty(p.labels.shape, dtype=wide),
             p.labels.new_empty(n),
             p.x.new_empty(n, dtype=p.dtype),
+            p.kept(kept_centers),
         )
 
     def fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        p, needs = ClassInputs(*arguments[3:-NEEDS]), ClassNeeds(*arguments[-NEEDS:])
+        p, needs = ClassInputs(*arguments[SAVED:-NEEDS]), ClassNeeds(*arguments[-NEEDS:])
         return (
             p.x.new_empty(p.x.shape if needs.x else 0),
             p.weight.new_empty(gradient_shape(p, needs.compact) if needs.weight else 0),
@@ -197,33 +213,40 @@ class ClassRulesOp(StreamedOp):
         )
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        p = ClassInputs(*arguments)
-        if _in_kernels(backend, p):
-            return tuple(self.form(backend).forward(p))
-        return tuple(bounded.forward(backend, p))
+        p = ClassInputs(*arguments[:-1])
+        kept = p.kept(arguments[-1])
+        if not _in_kernels(backend, p):
+            return *bounded.forward(backend, p, kept), kept
+        more = (kept,) if backend == "cpu" else ()
+        return *self.form(backend).forward(p, *more), kept
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        p, needs = ClassInputs(*arguments[3:-NEEDS]), ClassNeeds(*arguments[-NEEDS:])
-        of_statistics, of_targets, statistics = arguments[:3]
+        p, needs = ClassInputs(*arguments[SAVED:-NEEDS]), ClassNeeds(*arguments[-NEEDS:])
+        of_statistics, of_targets, statistics, kept = arguments[:SAVED]
         given = of_statistics, of_targets, statistics, p, needs.compact, needs.x, needs.weight
         if _in_kernels(backend, p):
-            found = self.form(backend).backward(*given)
+            more = (kept,) if backend == "cpu" else ()
+            found = self.form(backend).backward(*given, *more)
         else:
-            found = bounded.backward(backend, *given)
+            found = bounded.backward(backend, *given, kept)
         return *found, _of_values(of_statistics, statistics, needs.values)
 
     def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
         if direction:
-            return super().tangents(direction, arguments, moves, output)
+            # kept products do not know their tangents
+            at = SAVED - 1
+            without = *arguments[:at], arguments[at][:0], *arguments[SAVED:]
+            moves = *moves[:at], None, *moves[SAVED:]
+            return super().tangents(direction, without, moves, output)
         moving = tuple(t if i in (0, 1, VALUES) else None for i, t in enumerate(moves))
-        p = ClassInputs(*duals(arguments, moving))
-        return *tangents.statistics(p, output[0]), None, None
+        p = ClassInputs(*duals(arguments, moving)[:-1])
+        return *tangents.statistics(p, output[0]), None, None, None
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         needs = None
         if direction:
-            arguments, needs = arguments[3:-NEEDS], ClassNeeds(*arguments[-NEEDS:])
-        p = ClassInputs(*arguments)
+            arguments, needs = arguments[SAVED:-NEEDS], ClassNeeds(*arguments[-NEEDS:])
+        p = ClassInputs(*arguments[:FIELDS])
         if _in_kernels(backend, p):
             return self.form(backend).workspace(p, needs)
         return bounded.workspace(backend, p, needs)

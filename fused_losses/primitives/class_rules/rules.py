@@ -165,11 +165,12 @@ def _sphereface2_slopes(
     c: Tensor, values: Tensor | None, params: list[float]
 ) -> tuple[Tensor, Tensor]:
     scale, _, t, straight_through = params
-    share = torch.sigmoid(_sphereface2_score(c, values, params))
+    z = _sphereface2_score(c, values, params)
+    share = torch.sigmoid(z)
     of_score: Tensor | float = scale
     if not straight_through:
         of_score = scale * t * ((c + 1) / 2).clamp_min(0) ** (t - 1)
-    return share * of_score, share * (1 - share) * of_score
+    return share * of_score, share * torch.sigmoid(-z) * of_score
 
 
 _TERMS, _SUMS = (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
-from fused_losses.backends.gpu.products import float16_scale, library_tf32
+from fused_losses.backends.gpu.products import float16_scale, float32_products
 from fused_losses.backends.gpu.tiles import Tile
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
@@ -203,7 +203,7 @@ def backward(
     dx = torch.zeros_like(p.x) if need_x else p.x.new_empty(0)
     dweight = weight_gradient(problem, compact) if need_weight else None
     if problem.n and call.classes and (need_x or need_weight):
-        with library_tf32(p.precision == "tf32" and p.x.is_cuda):
+        with float32_products(p.precision == "tf32"):
             found = _gradients(
                 call, grad_statistics, grad_targets, statistics, need_x, dweight, compact
             )

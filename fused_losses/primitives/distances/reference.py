@@ -102,7 +102,8 @@ def _jensenshannon(x: Tensor, y: Tensor) -> Tensor:
     inner, middle = torch.where(near, t, 0), torch.where(near, 1, sums / 2)
     inner = 2 * inner * inner.atanh() + (-inner.square()).log1p()
     outer = [
-        r * torch.where(none | near, 1, r / middle).log() for r, none in ((x, no_x), (y, no_y))
+        r * log_ratio(torch.where(none | near, 1, r), torch.where(none, 1, middle))
+        for r, none in ((x, no_x), (y, no_y))
     ]
     total = torch.where(near, sums / 2 * inner, sum(outer)).sum(dim=-1) / 2
     # rounding can leave a sum of 0 below it

@@ -27,16 +27,28 @@ from fused_losses.primitives.divergence.inputs import (
     gradient_shapes,
 )
 from fused_losses.primitives.divergence.near import NearSides, may_be_near
-from fused_losses.primitives.divergence.rules import DIVERGENCES, ClassScores, exp_excess
+from fused_losses.primitives.divergence.rules import (
+    DIVERGENCES,
+    ClassScores,
+    Mean,
+    means_of,
+)
+from fused_losses.primitives.divergence.sums import (
+    GapSums,
+    between_of,
+    finite,
+    gap_of,
+    joined,
+    leibler,
+    mean_of,
+    mean_under,
+)
 
 TILE_BYTES = 1 << 20  # of a tile's scores in row_dtype and of its rows of both weights
 # how many tiles of scores, and of weights, are alive at the peak (test_workspace.py)
 LIVE_SCORES, LIVE_SHARES, LIVE_WEIGHTS = 17.5, 22.0, 2.5
 NEAR_WEIGHTS = 2  # more where both sides may be near each other
 ROW_BYTES = 400  # of vectors
-
-# beyond this distance from their mean exp(scores' difference) is not summed: lse tells it
-FAR = 40.0
 
 
 def _depth(p: DivergenceInputs) -> int:
@@ -188,71 +200,20 @@ def _target(
 # ---- sums over the classes ----------------------------------------------------------------------
 
 
-class _GapSums(NamedTuple):
-    """Of the leading softmax q and gaps d = leading score - other score, [N] each."""
-
-    lse: Tensor  # of the leading scores
-    mean: Tensor  # sum q d
-    excess: Tensor  # sum q (exp(r) - 1 - r) >= 0, r = mean - d
-    far: Tensor  # bool: some |r| > FAR, the excess tells nothing
-
-
-def _gap_of(lead: Tensor, other: Tensor, others: Tensor) -> _GapSums:
-    """Of a tile."""
-    lse = over_last(lead, others)
-    share = _shares(lead, lse, others)
-    gap = torch.where(others, lead - other, 0)
-    mean = (share * gap).sum(dim=1)
-    r = torch.where(others, mean[:, None] - gap, 0)
-    far = (r.abs() > FAR).any(dim=1)
-    return _GapSums(lse, mean, (share * exp_excess(r.clamp(-FAR, FAR))).sum(dim=1), far)
-
-
-def _joined(a: _GapSums, b: _GapSums) -> _GapSums:
-    """Of two disjoint sets of classes, as variances are: each about the mean of both."""
-    lse = merged(a.lse, b.lse)
-    mass = [(part.lse - torch.where(lse == -torch.inf, 0, lse)).exp() for part in (a, b)]
-    mean = mass[0] * a.mean + mass[1] * b.mean
-    excess, far = torch.zeros_like(mean), a.far | b.far
-    for weight, part in zip(mass, (a, b), strict=True):
-        step = mean - part.mean
-        empty = weight == 0
-        far = far | ((step.abs() > FAR) & ~empty)
-        step = torch.where(empty, 0, step).clamp(-FAR, FAR)
-        excess = excess + weight * (step.exp() * part.excess + exp_excess(step))
-    return _GapSums(lse, mean, excess, far)
-
-
-def _shares(scores: Tensor, lse: Tensor, others: Tensor) -> Tensor:
-    """The softmax over a tile, [N, T]: of large scores lse is rounded, the shares' sum is not 1."""
-    share = torch.where(others, (scores - _finite(lse)).exp(), 0)
-    return share / torch.where(lse == -torch.inf, 1, share.sum(dim=1))[:, None]
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """[N, 1]; a row without other classes has lse = -inf, and nothing to sum."""
-    return torch.where(lse == -torch.inf, 0, lse)[:, None]
-
-
-def _leibler(gap: _GapSums, lse: Tensor) -> Tensor:
-    """KL of the leading softmax from the other, whose lse is given.
-
-    KL = log(1 + excess), exact down to 0; where exponents would be too large it is what lse tells,
-    to a few roundings of lse.
-    """
-    plain = gap.mean - torch.where(gap.lse == -torch.inf, 0, gap.lse - lse)
-    return torch.where(gap.far, plain, torch.log1p(gap.excess))
-
-
 def _scores_of(p: DivergenceInputs, tile: _PairedTile, saved: DivergenceSaved) -> ClassScores:
     """Of a tile, once both lse are known; the target's are as an equal class of no weight."""
     u = torch.where(tile.others, tile.u, 0)
     v = torch.where(tile.others, tile.v, 0)
-    lse, teacher_lse = _finite(saved.lse), _finite(saved.teacher_lse)
+    lse, teacher_lse = finite(saved.lse), finite(saved.teacher_lse)
+    folds = tuple(saved.folds[: DIVERGENCES[p.kind].folds, :, None])
     q_s = torch.where(tile.others, (u - lse).exp(), 0)
     q_t = torch.where(tile.others, (v - teacher_lse).exp(), 0)
-    gap = torch.where(tile.others, (u - v) - (lse - teacher_lse), 0)
-    return ClassScores(u, v, q_s, q_t, gap, tuple(saved.folds[:, :, None]))
+    found = means_of(p.kind, saved.lse, saved.teacher_lse, saved.folds)
+    means = tuple(Mean(mean.anchor[:, None], mean.offset[:, None]) for mean in found)
+    gap = u - p.params[0] * v if DIVERGENCES[p.kind].power else u - v
+    if means:
+        gap = torch.where(tile.others, means[0].of(gap), 0)
+    return ClassScores(u, v, q_s, q_t, gap, folds, means[1:])
 
 
 def forward(
@@ -265,53 +226,82 @@ def forward(
     nothing = p.x.new_zeros(n, dtype=wide)
     none = torch.full_like(nothing, -torch.inf)
     lse, teacher_lse, total = none, none, nothing
-    gap = _GapSums(none, nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool))
+    never = torch.zeros_like(nothing, dtype=torch.bool)
+    gap = power = GapSums(none, Mean(nothing, nothing), nothing, never)
+    # a power of 1 is the teacher's softmax
+    plain = rule.power and params[0] == 1
+    lead = rule.lead or ("teacher" if rule.shares is not None or plain else "")
     for tile in _tiles(p, backend):
         lse = merged(lse, over_last(tile.u, tile.others))
         teacher_lse = merged(teacher_lse, over_last(tile.v, tile.others))
-        if rule.lead:
-            sides = (tile.v, tile.u) if rule.lead == "teacher" else (tile.u, tile.v)
-            gap = _joined(gap, _gap_of(*sides, tile.others))
-        elif rule.power:
+        if lead:
+            sides = (tile.v, tile.u) if lead == "teacher" else (tile.u, tile.v)
+            gap = joined(gap, gap_of(*sides, tile.others))
+        if rule.power:
             # the mean of u, as that of a gap from 0
-            gap = _joined(gap, _mean_of(params[0] * tile.v, tile.u, tile.others))
+            power = joined(power, mean_of(params[0] * tile.v, tile.u, tile.others))
         elif rule.term is not None:
             total = total + torch.where(tile.others, rule.term(tile.u, tile.v, params), 0).sum(
                 dim=1
             )
     # an infinite score is a fault that must show
     lse, teacher_lse = (torch.where(t == torch.inf, torch.nan, t) for t in (lse, teacher_lse))
-    if rule.lead:
-        folds = (_leibler(gap, lse if rule.lead == "teacher" else teacher_lse),)
-    elif rule.power:
-        folds = (gap.lse, gap.mean)
+    folds, kept = (total,), ()
+    if lead:
+        value = leibler(gap, lse if lead == "teacher" else teacher_lse)
+        kept = between_of(gap, value, lse, teacher_lse, lead)
+        folds = (value,)
+    if rule.power:
+        found = power.lse, power.mean.value
+        if not plain:
+            kept = (torch.where(lse == -torch.inf, 0, lse - power.lse), nothing)
+        folds, kept = found, (*kept[:2], *power.mean)
     elif rule.shares is not None:
-        folds = tuple(shares(p, lse, teacher_lse, backend))
-    else:
-        folds = (total,)
+        folds, means = _shares_of(p, lse, teacher_lse, kept[:2], backend)
+        kept = (*kept[:2], *means)
     of_target = _target(p.x, p.weight, p.bias, p.normalize, p)
     of_teacher = _target(p.teacher, p.teacher_weight, p.teacher_bias, p.teacher_normalize, p)
-    return lse, teacher_lse, of_target, of_teacher, torch.stack(folds)
+    return lse, teacher_lse, of_target, of_teacher, torch.stack([*folds, *kept])
 
 
 def shares(p: DivergenceInputs, lse: Tensor, teacher_lse: Tensor, backend: str) -> Tensor:
     """Folds of a kind of probabilities, whose lse [N] may be of more classes than these. [F, N]"""
+    between = torch.where(lse == -torch.inf, 0, lse - teacher_lse)
+    return _shares_of(p, lse, teacher_lse, (between, torch.zeros_like(between)), backend)[0]
+
+
+def _shares_of(
+    p: DivergenceInputs,
+    lse: Tensor,
+    teacher_lse: Tensor,
+    between: tuple[Tensor, ...],  # a pair
+    backend: str,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The folds, and both means of `logs` as pairs."""
     rule, params, n = DIVERGENCES[p.kind], list(p.params), p.x.shape[0]
-    assert rule.shares is not None
+    assert rule.shares is not None and rule.logs is not None
     folds = p.x.new_zeros((rule.folds, n), dtype=row_dtype(p.x.device))
-    saved = DivergenceSaved(lse, teacher_lse, folds[:0])
+    nothing = torch.zeros_like(folds[0])
+    masses, means = [nothing] * 2, [Mean(nothing, nothing)] * 2
+    padding = [nothing] * (rule.folds + rule.kept - 2)
+    given = torch.stack([*padding[: rule.folds], *between, *padding[rule.folds :]])
+    saved = DivergenceSaved(lse, teacher_lse, given)
     for tile in _tiles(p, backend):
-        parts = rule.shares(_scores_of(p, tile, saved), params)
-        folds = folds + torch.stack([part.sum(dim=1) for part in parts])
-    return folds
-
-
-def _mean_of(lead: Tensor, values: Tensor, others: Tensor) -> _GapSums:
-    """The mean of values alone, for `_joined`."""
-    lse = over_last(lead, others)
-    share = _shares(lead, lse, others)
-    mean = (share * values).sum(dim=1)
-    return _GapSums(lse, mean, torch.zeros_like(mean), torch.zeros_like(mean, dtype=torch.bool))
+        s = _scores_of(p, tile, saved)
+        folds = folds + torch.stack([part.sum(dim=1) for part in rule.shares(s, params)])
+        for at, (q, slope) in enumerate(zip((s.q_s, s.q_t), rule.logs(s, params), strict=True)):
+            mass = q.sum(dim=1)
+            mean, _ = mean_under(q / torch.where(mass == 0, 1, mass)[:, None], slope)
+            whole = masses[at] + mass
+            some = torch.where(whole == 0, 1, whole)
+            means[at] = means[at].joined(masses[at] / some, mean, mass / some)
+            masses[at] = whole
+    kept = []
+    for mean, total in zip(means, folds[1:], strict=True):
+        # terms that are not negative are summed better where no class has nearly all
+        one = 16 * mean.offset.abs() <= total.abs()
+        kept += [torch.where(one, mean.anchor, total), torch.where(one, mean.offset, 0)]
+    return folds, tuple(kept)
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -338,10 +328,12 @@ def backward(
     # a row that nothing is asked of gives nothing, whatever its scores are
     asked = [grads.folds[: rule.differentiable].any(dim=0), *(g != 0 for g in grads[:4])]
     asked = torch.stack(asked).any(dim=0)[:, None]
+    # a power's slope in u is that of lse and of what differs from it
+    to_lse = (grads.lse + grads.folds[1] if rule.power else grads.lse)[:, None]
     for tile in _tiles(p, backend):
         s = _scores_of(p, tile, saved)
         of_u, of_v = rule.slopes(s, of_folds, params)
-        of_u = torch.where(tile.others, of_u + grads.lse[:, None] * s.q_s, grads.target[:, None])
+        of_u = torch.where(tile.others, of_u + to_lse * s.q_s, grads.target[:, None])
         of_u = torch.where(asked, of_u, 0)
         rows = tile.part if compact else tile.ids
         _accumulate(

@@ -102,7 +102,7 @@ class DivergenceSaved(NamedTuple):
 
     lse: Tensor  # [N]
     teacher_lse: Tensor  # [N]
-    folds: Tensor  # [F, N]
+    folds: Tensor  # [F, N], and what is kept beside them (`Divergence.kept`) if none joined them
     kept: Tensor | None = None  # [1 or 2, kept classes, `kept_row`]: what the op's own forward kept
 
 

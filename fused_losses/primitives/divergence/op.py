@@ -180,7 +180,8 @@ class DivergenceOp(StreamedOp):
         p, kept_classes = DivergenceInputs(*arguments[:-1]), arguments[-1]
         n, wide = p.x.shape[0], row_dtype(p.x.device)
         vectors = [p.x.new_empty(n, dtype=wide) for _ in range(4)]
-        folds = p.x.new_empty((DIVERGENCES[p.kind].folds, n), dtype=wide)
+        rule = DIVERGENCES[p.kind]
+        folds = p.x.new_empty((rule.folds + rule.kept, n), dtype=wide)
         return (*vectors, folds, p.kept(kept_classes))
 
     def fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_losses.base.numerics import exp_excess
 from fused_losses.primitives.divergence.op import DivergenceStatistics
-from fused_losses.primitives.divergence.rules import DIVERGENCES, exp_excess
+from fused_losses.primitives.divergence.rules import DIVERGENCES
 
 LSE, TEACHER_LSE, TARGET, TEACHER_TARGET, FOLDS = range(5)  # rows of statistics [4 + F, N]
 

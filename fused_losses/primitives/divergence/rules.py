@@ -13,32 +13,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import softplus
-
-# below it exp(r) - 1 - r and y - log(1 + y) are series, which are exact to 4e-17 of their value
-SMALL = 0.1
+from fused_losses.base.numerics import exp_excess, log_excess, softplus
 
 
-def exp_excess(r: Tensor) -> Tensor:
-    """exp(r) - 1 - r >= 0, exact near 0 too."""
-    small = r.abs() < SMALL
-    s = torch.where(small, r, 0)
-    series = torch.ones_like(s)
-    for n in range(11, 2, -1):  # r^2 / 2 (1 + r / 3 (1 + r / 4 (...)))
-        series = 1 + s / n * series
-    return torch.where(small, s * s / 2 * series, torch.expm1(r) - r)
+class Mean(NamedTuple):
+    """A mean as the value of its heaviest class and what the others make of it.
 
+    Where one class has nearly all of the weight its value less the mean is the offset, a sum of
+    small terms; of the mean alone nothing would be left but its rounding.
+    """
 
-def log_excess(y: Tensor) -> Tensor:
-    """y - log(1 + y) >= 0 for y > -1, exact near 0 too."""
-    small = y.abs() < SMALL
-    s = torch.where(small, y, 0)
-    half = s / (2 + s)  # log(1 + y) = 2 atanh(y / (2 + y))
-    square = half * half
-    series = torch.full_like(s, 1 / 13)
-    for n in range(11, 2, -2):
-        series = 1 / n + square * series
-    return torch.where(small, s * half - 2 * half * square * series, y - torch.log1p(y))
+    anchor: Tensor
+    offset: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        return self.anchor + self.offset
+
+    def of(self, values: Tensor) -> Tensor:
+        """The values less the mean."""
+        return (values - self.anchor) - self.offset
+
+    def joined(self, share: Tensor, other: Mean, rest: Tensor) -> Mean:
+        """This one by its share and the other by the rest."""
+        apart, leads = other.anchor - self.anchor, share >= rest
+        here = self.offset + torch.where(leads, 0, -apart)
+        there = other.offset + torch.where(leads, apart, 0)
+        anchor = torch.where(leads, self.anchor, other.anchor)
+        return Mean(anchor, share * here + rest * there)
 
 
 class ClassScores(NamedTuple):
@@ -48,8 +50,9 @@ class ClassScores(NamedTuple):
     v: Tensor
     q_s: Tensor
     q_t: Tensor
-    gap: Tensor  # log q_s - log q_t
+    gap: Tensor  # log q_s - log q_t, of a power log q_s - log of its softmax
     folds: tuple[Tensor, ...]  # [N, 1] each, what the forward found
+    means: tuple[Mean, ...]  # [N, 1] each: what slopes are less (`Divergence.kept`)
 
     @property
     def difference(self) -> Tensor:
@@ -81,6 +84,43 @@ class Divergence(NamedTuple):
     term: Callable[[Tensor, Tensor, DivergenceParams], Tensor] | None = None
     # summed once both lse are known: value, slope in log q_s, slope in log q_t
     shares: Callable[[ClassScores, DivergenceParams], tuple[Tensor, Tensor, Tensor]] | None = None
+    # of those, the slopes a unit of q_s and of q_t
+    logs: Callable[[ClassScores, DivergenceParams], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def kept(self) -> int:
+        """Rows of numbers beside the folds, pairs (`Mean`): lse - teacher_lse (of power lse - P).
+
+        Then the means of u - v under the leading softmax, of u under the power's, or of `logs`
+        under q_s and under q_t.
+        """
+        return 6 if self.shares else 4 if self.lead or self.power else 0
+
+
+def means_of(kind: str, lse: Tensor, teacher_lse: Tensor, folds: Tensor) -> list[Mean]:
+    """What the forward kept as pairs, [N] each; of folds that others joined, what these tell."""
+    rule = DIVERGENCES[kind]
+    if not rule.kept:
+        return []
+    if folds.shape[0] > rule.folds:
+        kept = folds[rule.folds :]
+        pairs = [Mean(*kept[at : at + 2].unbind()) for at in range(0, rule.kept, 2)]
+        return [_in_digits(pair) for pair in pairs]
+    between = torch.where(lse == -torch.inf, 0, lse - teacher_lse)
+    if rule.power:
+        between, rest = torch.where(lse == -torch.inf, 0, lse - folds[0]), [folds[1]]
+    elif rule.lead:
+        rest = [between - folds[0] if rule.lead == "teacher" else between + folds[0]]
+    else:
+        rest = list(folds[1:3])
+    return [Mean(value, torch.zeros_like(value)) for value in (between, *rest)]
+
+
+def _in_digits(mean: Mean) -> Mean:
+    """The same with no more of it beyond the anchor than there is of it."""
+    whole = mean.value
+    own = mean.offset.abs() <= whole.abs()
+    return Mean(torch.where(own, mean.anchor, whole), torch.where(own, mean.offset, 0))
 
 
 # ---- Kullback-Leibler ---------------------------------------------------------------------------
@@ -89,39 +129,41 @@ class Divergence(NamedTuple):
 def _forward_slopes(
     s: ClassScores, grads: tuple, params: DivergenceParams
 ) -> tuple[Tensor, Tensor]:
-    (g,), (value,) = grads, s.folds
-    return g * s.difference, -g * s.q_t * (s.gap + value)
+    (g,), (mean,) = grads, s.means
+    return g * s.difference, -g * s.q_t * mean.of(s.u - s.v)
 
 
 def _reverse_slopes(
     s: ClassScores, grads: tuple, params: DivergenceParams
 ) -> tuple[Tensor, Tensor]:
-    (g,), (value,) = grads, s.folds
-    return g * s.q_s * (s.gap - value), -g * s.difference
+    (g,), (mean,) = grads, s.means
+    return g * s.q_s * mean.of(s.u - s.v), -g * s.difference
 
 
 # ---- a power of the teacher's softmax -----------------------------------------------------------
 
 
 def _power_slopes(s: ClassScores, grads: tuple, params: DivergenceParams) -> tuple[Tensor, Tensor]:
-    (to_lse, to_mean), (lse, mean), (eps,) = grads, s.folds, params
+    """That in u without what lse takes with it, to_mean q_s."""
+    (to_lse, to_mean), (lse, _), (mean,), (eps,) = grads, s.folds, s.means, params
     # a row without other classes has lse = -inf, and nothing to share out
     share = (eps * s.v - torch.where(lse == -torch.inf, 0, lse)).exp()
-    return to_mean * share, eps * share * (to_lse + to_mean * (s.u - mean))
+    beside = s._replace(q_t=share).difference  # q_s - share
+    return -to_mean * beside, eps * share * (to_lse + to_mean * mean.of(s.u))
 
 
 # ---- of probabilities ---------------------------------------------------------------------------
 
 
 def _shared_slopes(
-    shares: Callable[[ClassScores, DivergenceParams], tuple[Tensor, Tensor]],
+    logs: Callable[[ClassScores, DivergenceParams], tuple[Tensor, Tensor]],
 ) -> DivergenceSlopes:
-    """DivergenceSlopes in log q_s and log q_t -> in the scores, by what the softmaxes share out."""
+    """Slopes in log q_s and log q_t -> in the scores, by what the softmaxes share out."""
 
     def slopes(s: ClassScores, grads: tuple, params: DivergenceParams) -> tuple[Tensor, Tensor]:
-        _, sum_s, sum_t = s.folds
-        of_s, of_t = shares(s, params)
-        return grads[0] * (of_s - s.q_s * sum_s), grads[0] * (of_t - s.q_t * sum_t)
+        found = zip((s.q_s, s.q_t), s.means, logs(s, params), strict=True)
+        of_s, of_t = (grads[0] * q * mean.of(slope) for q, mean, slope in found)
+        return of_s, of_t
 
     return slopes
 
@@ -138,10 +180,9 @@ def _above(t: Tensor, share: float) -> Tensor:
     )
 
 
-def _jensen_slopes(s: ClassScores, params: DivergenceParams) -> tuple[Tensor, Tensor]:
+def _jensen_logs(s: ClassScores, params: DivergenceParams) -> tuple[Tensor, Tensor]:
     (beta,) = params
-    of_s = -(1 - beta) * s.q_s * _above(-s.gap, beta)
-    return of_s, -beta * s.q_t * _above(s.gap, 1 - beta)
+    return -(1 - beta) * _above(-s.gap, beta), -beta * _above(s.gap, 1 - beta)
 
 
 def _from_mixture(q: Tensor, t: Tensor, share: float, further: Tensor) -> Tensor:
@@ -158,13 +199,14 @@ def _jensen_shares(s: ClassScores, params: DivergenceParams) -> tuple[Tensor, Te
     return of_s + of_t, of_s, of_t
 
 
-def _variation_slopes(s: ClassScores, params: DivergenceParams) -> tuple[Tensor, Tensor]:
+def _variation_logs(s: ClassScores, params: DivergenceParams) -> tuple[Tensor, Tensor]:
     sign = s.gap.sign() / 2
-    return sign * s.q_s, -sign * s.q_t
+    return sign, -sign
 
 
 def _variation_shares(s: ClassScores, params: DivergenceParams) -> tuple[Tensor, Tensor, Tensor]:
-    return s.difference.abs() / 2, *_variation_slopes(s, params)
+    of_s, of_t = _variation_logs(s, params)
+    return s.difference.abs() / 2, of_s * s.q_s, of_t * s.q_t
 
 
 # ---- of each class alone ------------------------------------------------------------------------
@@ -227,10 +269,20 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
         "reverse": Divergence((), 1, 1, _reverse_slopes, lead="student"),
         "power": Divergence(("eps",), 2, 2, _power_slopes, power=True),
         "jensen_shannon": Divergence(
-            ("beta",), 3, 1, _shared_slopes(_jensen_slopes), shares=_jensen_shares
+            ("beta",),
+            3,
+            1,
+            _shared_slopes(_jensen_logs),
+            shares=_jensen_shares,
+            logs=_jensen_logs,
         ),
         "total_variation": Divergence(
-            (), 3, 1, _shared_slopes(_variation_slopes), shares=_variation_shares
+            (),
+            3,
+            1,
+            _shared_slopes(_variation_logs),
+            shares=_variation_shares,
+            logs=_variation_logs,
         ),
         # limit: scores beyond it count as it, without gradient; inf: none do
         "bernoulli": Divergence(("limit",), 1, 1, _bernoulli_slopes, term=_bernoulli_term),

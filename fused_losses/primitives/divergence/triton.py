@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div, from_column
-from fused_losses.backends.gpu.products import float16_scale, library_tf32
+from fused_losses.backends.gpu.products import float16_scale, float32_products
 from fused_losses.backends.gpu.tiles import Tile, Tiles
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
@@ -27,7 +27,7 @@ from fused_losses.primitives.divergence.inputs import (
     check_ids,
 )
 from fused_losses.primitives.divergence.near import may_be_near
-from fused_losses.primitives.divergence.rules import DIVERGENCES
+from fused_losses.primitives.divergence.rules import DIVERGENCES, means_of
 from fused_losses.primitives.divergence.triton_arguments import (
     DivergenceRows,
     NearRows,
@@ -126,10 +126,8 @@ class DivergenceCall:
         if self.teacher is not None:
             return student, ScoreSide.of(self.teacher, inverses[1])
         assert self.scores is not None
-        z = self.scores
-        return student, ScoreSide(
-            z, None, None, self.bias, self.scale, z.stride(0), z.stride(1), z.shape[1]
-        )
+        z, rest = self.scores, (None, None, self.bias, self.scale)
+        return student, ScoreSide(z, *rest, z.stride(0), z.stride(1), z.shape[1])
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         p, teacher = self.student, self.teacher
@@ -155,24 +153,26 @@ def forward(p: DivergenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     check_ids(p)
     call = DivergenceCall.of(p, gradient=False)
     n, count, device = call.student.n, call.student.count, p.x.device
-    folds = DIVERGENCES[p.kind].folds
+    rule = DIVERGENCES[p.kind]
     if n == 0 or count == 0:
         none = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
         zero = torch.zeros_like(none)
-        empty = torch.zeros((folds, n), dtype=torch.float64, device=device)
+        empty = torch.zeros((rule.folds + rule.kept, n), dtype=torch.float64, device=device)
         if p.kind == "power":
             empty[0] = none
         return none, none.clone(), zero, zero.clone(), empty
     inverses = call.inverses()
     of_row = DivergenceRows(call.student.positions)
-    shared = DIVERGENCES[p.kind].shares is not None
-    lead = ("" if shared else call.kind, call.lead)
-    part = _runs(call, "divergence_runs", of_row, inverses, KIND=lead[0], LEAD=lead[1])
+    shared = rule.shares is not None
+    kind = "" if shared else call.kind
+    part = _runs(call, "divergence_runs", of_row, inverses, KIND=kind, LEAD=call.lead)
     lse, teacher_lse, found = merged(part, call.kind, call.lead)
     if shared:
         of_row = of_row._replace(**_of_lse(lse, teacher_lse))
         found = summed(_runs(call, "share_runs", of_row, inverses, KIND=call.kind))
     teacher_target = _target(call.teacher) if call.teacher else _dense_target(call, p)
+    means = (torch.stack(mean) for mean in means_of(p.kind, lse, teacher_lse, found))
+    found = torch.cat([found, *means])
     return lse, teacher_lse, _target(call.student), teacher_target, found
 
 
@@ -193,7 +193,7 @@ def backward(
     call = DivergenceCall.of(p, gradient=True)
     of_row = _backward_rows(call, saved, grads)
     dx = dweight = dbias = dteacher = dteacher_weight = dteacher_bias = dteacher_scale = None
-    with library_tf32(p.precision == "tf32" and p.x.is_cuda):
+    with float32_products(p.precision == "tf32"):
         if needs.x or needs.weight or needs.bias:
             rows = of_row._replace(grad_lse=grads.lse, grad_target=grads.target)
             asked = needs.x, needs.weight, needs.bias, needs.compact
@@ -216,7 +216,8 @@ def _backward_rows(
 ) -> DivergenceRows:
     """What both sides' gradients read of the rows."""
     power = call.kind == "power"
-    folds = [f.to(torch.float32).contiguous() for f in saved.folds]
+    own = saved.folds[: DIVERGENCES[call.kind].folds]
+    folds = [f.to(torch.float32).contiguous() for f in own]
     of_fold = [g.to(torch.float32).contiguous() for g in grads.folds]
     names = dict(zip(("fold", "fold_s", "fold_t"), folds, strict=False))
     names |= dict(grad_fold=of_fold[0], grad_mean=of_fold[1] if power else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.primitives.divergence.rules import exp_excess
+from fused_losses.base.numerics import exp_excess
 
 AGREE = 0.5  # a KL below which the difference of both lse is told by it
 

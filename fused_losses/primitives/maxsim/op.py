@@ -79,6 +79,8 @@ def maxsim(
             found = scores(*arguments)
         else:
             found = MAXSIM(name, *arguments, precision)[0]
+        if name == "cpu":
+            return found  # its kernels mark the texts as they go by
         of_queries, of_documents = (
             _bad(flat_queries, query_offsets),
             _bad(flat_documents, document_offsets),
@@ -108,6 +110,11 @@ def _check_lengths(lengths: Tensor, documents: Tensor, ragged: bool) -> None:
             f"lengths: expected [{documents.shape[0]}], one a document, got "
             f"{validation.describe(lengths)}"
         )
+    if validation.asserted(lengths):
+        fits = lengths.sum() == documents.shape[0] if ragged else lengths <= documents.shape[1]
+        sound = (lengths >= 0).all() & fits.all()
+        validation.assert_async(sound, "lengths: expected values >= 0 that fit the documents")
+        return
     if lengths.numel() and int(lengths.min()) < 0:
         raise ValueError(f"lengths: expected values >= 0, got {int(lengths.min())}")
     if ragged and int(lengths.sum()) != documents.shape[0]:

@@ -5,6 +5,7 @@ All arithmetic is such that autograd follows it, a checkpoint a block and a piec
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,25 +19,54 @@ from fused_losses.primitives.pairs import apart
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs, Rule
 
 BLOCK_BYTES = 2 << 20  # of scores in a block
+COLUMN_BYTES = 8 << 20  # of its columns' rows, which are widened
 PIECE_BYTES = 256 << 10  # of differences of near pairs
 BLOCK_ROWS = 512
 
 
-def block_columns(n: int, size: int) -> int:
-    """How many columns a block of n rows has, of elements of so many bytes."""
-    return max(16, BLOCK_BYTES // (min(max(n, 1), BLOCK_ROWS) * size))
+def block_columns(n: int, d: int, size: int) -> int:
+    """How many columns a block of n rows has, of d elements of so many bytes."""
+    scores = BLOCK_BYTES // (min(max(n, 1), BLOCK_ROWS) * size)
+    return max(16, min(scores, COLUMN_BYTES // (max(d, 1) * size)))
 
 
 class ScoreBlock:
     """Scores of a run of rows against a run of columns, with their classes."""
 
-    def __init__(self, p: PairInputs, rows: slice, cols: slice) -> None:
+    def __init__(
+        self,
+        p: PairInputs,
+        rows: slice,
+        cols: slice,
+        kept: Tensor | None = None,
+        known: bool = False,
+    ) -> None:
+        # kept: [rows, cols] of products (apart |x - y|^2, near pairs as products have them), which
+        # are written there, or with known read
         dtype = accumulate_dtype(p.x.dtype)
         self.p, self.rows, self.cols = p, rows, cols
         self.x, self.y = p.x[rows].to(dtype), p.y[cols].to(dtype)
+        self.exact = self.inner = None
         # what the scale is multiplied with
-        self.product = -self._squared() if p.apart else self.x @ self.y.T
-        u = self.product * p.scale.to(dtype)
+        self.product = -self._squared(kept, known) if p.apart else self._raw(kept, known)
+        if p.score == "power":
+            self.exact = self.product == 0
+            safe = torch.where(self.exact, 1, -self.product)
+            # log |x - y| with its slope in -|x - y|^2
+            self.product, self.inner = -safe.log() / 2, torch.where(self.exact, 0, 0.5 / safe)
+        self._score()
+        self.taking_part = self._taking_part()
+
+    def of_product(self, product: Tensor) -> ScoreBlock:
+        """The same pairs with another product."""
+        other = copy.copy(self)
+        other.product = product
+        other._score()
+        return other
+
+    def _score(self) -> None:
+        p, rows, cols = self.p, self.rows, self.cols
+        u = self.product * p.scale.to(self.product.dtype)
         if p.x_bias is not None:
             u = u + p.x_bias[rows, None]
         if p.y_bias is not None:
@@ -49,12 +79,22 @@ class ScoreBlock:
             self.slope = torch.where(positive, 0.5 / root, 0)
         else:
             self.score, self.slope = u, None
-        self.taking_part = self._taking_part()
+            if self.exact is not None:
+                self.score = torch.where(self.exact, torch.inf, u)
 
-    def _squared(self) -> Tensor:
+    def _raw(self, kept: Tensor | None, known: bool, norms: Tensor | None = None) -> Tensor:
+        if kept is not None and known:
+            return kept
+        y = self.y.T
+        raw = self.x @ y if norms is None else torch.addmm(norms, self.x, y, alpha=-2)
+        return raw if kept is None else kept.copy_(raw)
+
+    def _squared(self, kept: Tensor | None, known: bool) -> Tensor:
         """|x - y|^2, near pairs from their differences."""
         norms = self.x.square().sum(1)[:, None] + self.y.square().sum(1)
-        squared = torch.addmm(norms, self.x, self.y.T, alpha=-2)
+        squared = self._raw(kept, known, norms)
+        # near pairs are written in place
+        squared = squared if kept is None else squared.clone()
         # `not >=`: NaN and what has overflowed as well
         self.near = ~(squared.detach() >= norms.detach() * apart.SHARE)
         del norms
@@ -96,6 +136,10 @@ class ScoreBlock:
         for more in left_out[1:]:
             out = out | more
         return ~out
+
+    def kinds(self) -> tuple[int, ...]:
+        """The classes that pairs may have."""
+        return (NEGATIVE,) if self.p.x_labels is None else (POSITIVE, NEGATIVE)
 
     def members(self, kind: int, window: Tensor | None) -> Tensor:
         """[rows, cols] which pairs are of this class; window: [4, rows, 1] or [4, 1, cols]."""
@@ -161,17 +205,58 @@ def both_sides(p: PairInputs) -> PairInputs:
 
 def cuts(p: PairInputs) -> Iterator[tuple[slice, slice]]:
     n, m = p.x.shape[0], p.y.shape[0]
-    wide = block_columns(n, accumulate_dtype(p.x.dtype).itemsize)
+    wide = block_columns(n, p.x.shape[1], accumulate_dtype(p.x.dtype).itemsize)
     for rows in runs(n, BLOCK_ROWS):
         for cols in runs(m, wide):
             if not p.triangle or cols.stop - 1 > rows.start:
                 yield rows, cols
 
 
+def kept_cuts(p: PairInputs, room: int) -> Iterator[tuple[slice, slice, slice | None]]:
+    """`cuts`, and where in a vector of so many scores a block is kept; None: it is not."""
+    used = 0
+    for rows, cols in cuts(p):
+        end = used + (rows.stop - rows.start) * (cols.stop - cols.start)
+        if end > room:
+            yield rows, cols, None
+            continue
+        yield rows, cols, slice(used, end)
+        used = end
+
+
+def kept_block(kept: Tensor, at: slice, rows: slice) -> Tensor:
+    """[rows, cols] of what is kept."""
+    return kept[at].view(rows.stop - rows.start, -1)
+
+
 def weights_of(z: Tensor, lse: Tensor) -> Tensor:
     """exp(z - lse), at most 1 even where another form's products made the lse; its slope itself."""
     above = z - lse
     return above.sub_(above.detach().clamp_min(0)).exp()
+
+
+def shared_weights(z: Tensor, lse: Tensor, exact: Tensor | None) -> Tensor:
+    """`weights_of`, with the rows of an infinite lse shared by so many infinite scores. [n, 1]"""
+    if exact is None:
+        return weights_of(z, lse)
+    infinite = lse == torch.inf
+    rest = weights_of(z.masked_fill(infinite, -torch.inf), lse.masked_fill(infinite, 0))
+    share = 1 / exact.clamp_min(1).to(z.dtype)
+    return torch.where(infinite & (z == torch.inf), share, rest)
+
+
+def exact_pairs(p: PairInputs, kind: int, lse: Tensor) -> Tensor | None:
+    """How many pairs of a row are at distance 0, [N, 1], where some are; None: nowhere any."""
+    if p.score != "power" or not bool((lse == torch.inf).any()):
+        return None
+    count = torch.zeros(p.x.shape[0], 1, dtype=torch.int64, device=p.x.device)
+    with torch.no_grad():
+        for rows, cols in cuts(p):
+            block = ScoreBlock(p, rows, cols)
+            assert block.exact is not None
+            _, _, window = next(block.sides(False))
+            count[rows] += (block.exact & block.members(kind, window)).sum(1, keepdim=True)
+    return count
 
 
 def run(keep: bool, f: Any, *arguments: Any) -> Any:

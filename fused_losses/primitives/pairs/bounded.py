@@ -6,13 +6,13 @@ place, so that `differentiable_backward` is the same code under autograd, a chec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import accumulate_dtype, row_dtype
+from fused_losses.base.numerics import accumulate_dtype, logistic, row_dtype
 from fused_losses.primitives.pairs.blocks import (
     BLOCK_BYTES,
     BLOCK_ROWS,
@@ -21,7 +21,11 @@ from fused_losses.primitives.pairs.blocks import (
     block_columns,
     both_sides,
     cuts,
+    exact_pairs,
+    kept_block,
+    kept_cuts,
     run,
+    shared_weights,
     through_differences,
     weights_of,
 )
@@ -37,6 +41,7 @@ from fused_losses.primitives.pairs.inputs import (
 )
 
 LIVE_BLOCKS = 12  # how many blocks are alive at the peak (test_pair_memory.py)
+POWER_BLOCKS = 3  # further ones of powers of distances
 LIVE_PIECES = 6
 VECTOR_BYTES = 200  # of a row or column
 
@@ -53,10 +58,23 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     width: of an attention's values.
     """
     (n, d), m, size = p.x.shape, p.y.shape[0], accumulate_dtype(p.x.dtype).itemsize
-    block = min(n, BLOCK_ROWS) * min(m, block_columns(n, size)) * size
+    wide = min(m, block_columns(n, d, size))
+    block = min(n, BLOCK_ROWS) * wide * size
     # near pairs: a flag and 8 bytes each, and their differences
     near = LIVE_PIECES * max(PIECE_BYTES, d * size) + 3 * block if p.apart else 0
-    return LIVE_BLOCKS * block + near + (n + m) * (3 * (d + width) * size + VECTOR_BYTES)
+    blocks = LIVE_BLOCKS + (POWER_BLOCKS if p.score == "power" else 0)
+    # columns are widened a block at a time; their gradient has sums of their own
+    columns = m if needs is not None and (needs.y or p.triangle) else wide
+    return blocks * block + near + 3 * (n + columns) * (d + width) * size + (n + m) * VECTOR_BYTES
+
+
+def kept_scores(p: PairInputs, most: int) -> int:
+    """How many scores are kept of a room for `most`: of whole blocks."""
+    if torch.compiler.is_compiling():
+        # sizes may be symbols; what is no whole block stays empty
+        kept: Any = torch.sym_min(most, p.x.shape[0] * p.y.shape[0])
+        return kept
+    return max((at.stop for *_, at in kept_cuts(p, most) if at is not None), default=0)
 
 
 # ---- statistics ---------------------------------------------------------------------------------
@@ -83,31 +101,42 @@ def _merge(old: Tensor, new: Tensor, reduction: str) -> Tensor:
     )
 
 
-def _nothing(p: PairInputs, size: int, reduction: str) -> Tensor:
-    out = torch.zeros(4, 2, size, dtype=row_dtype(p.x.device), device=p.x.device)
+def nothing(like: Tensor, size: int, reduction: str) -> Tensor:
+    """The statistics of no pairs. [4, 2, size]"""
+    out = torch.zeros(4, 2, size, dtype=row_dtype(like.device), device=like.device)
     out[BEST] = -torch.inf
     if reduction == "lse":
         out[VALUE] = -torch.inf
     return out
 
 
-def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tensor]:
-    """rows and columns of `fused_losses.primitives.pairs`, [4, 2, N] and [4, 2, M or 0]."""
+def statistics(
+    p: PairInputs, reduction: str, cols: bool, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """rows and columns of `fused_losses.primitives.pairs`, [4, 2, N] and [4, 2, M or 0].
+
+    kept: room for the scores of blocks, which are written there.
+    """
     p = both_sides(p)
     both = cols or p.triangle
-    sides = [_nothing(p, p.x.shape[0], reduction)]
-    sides.append(_nothing(p, p.y.shape[0] if both else 0, reduction))
-    for rows, columns in cuts(p):
-        block = ScoreBlock(p, rows, columns)
-        for dim, at, window in block.sides(both):
-            out = sides[1 - dim]
-            for kind in (POSITIVE, NEGATIVE) if p.x_labels is not None else (NEGATIVE,):
-                mask = block.members(kind, window)
-                new = _reduce(block.term(kind)[0], mask, dim, reduction, out.dtype)
-                out[:, kind, at] = _merge(out[:, kind, at], new, reduction)
+    sides = [nothing(p.x, p.x.shape[0], reduction)]
+    sides.append(nothing(p.x, p.y.shape[0] if both else 0, reduction))
+    for rows, columns, at in kept_cuts(p, 0 if kept is None else kept.numel()):
+        room = None if kept is None or at is None else kept_block(kept, at, rows)
+        add_block(ScoreBlock(p, rows, columns, room), sides, reduction, both)
     if p.triangle:
         return _merge(sides[0], sides[1], reduction), sides[1][..., :0].clone()
     return sides[0], sides[1]
+
+
+def add_block(block: ScoreBlock, sides: Sequence[Tensor], reduction: str, both: bool) -> None:
+    """A block's statistics, merged into those of rows and (both) columns, [4, 2, N], [4, 2, M]."""
+    for dim, at, window in block.sides(both):
+        out = sides[1 - dim]
+        for kind in block.kinds():
+            mask = block.members(kind, window)
+            new = _reduce(block.term(kind)[0], mask, dim, reduction, out.dtype)
+            out[:, kind, at] = _merge(out[:, kind, at], new, reduction)
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -121,7 +150,7 @@ def _to_score(
     narrow = z.dtype
     g_value, g_total = grad[0], grad[1]
     if reduction != "lse":
-        slope = torch.sigmoid(z) if reduction == "softplus" else (z > 0).to(narrow)
+        slope = logistic(z) if reduction == "softplus" else (z > 0).to(narrow)
         return spread(g_value.to(narrow)) * slope + spread(g_total.to(narrow))
     lse, count = stats[VALUE], stats[COUNT].detach()
     lse = torch.where(lse == -torch.inf, 0, lse)
@@ -134,18 +163,35 @@ def _to_score(
 
 
 def _block_gradient(
-    p: PairInputs, rows: slice, cols: slice, grads: tuple, stats: tuple, reduction: str, both: bool
+    p: PairInputs,
+    rows: slice,
+    cols: slice,
+    known: Tensor | None,
+    grads: tuple,
+    stats: tuple,
+    reduction: str,
+    both: bool,
 ) -> tuple[Tensor, ...]:
     """G y, G^T x (before the scale), sum G product, row sums and column sums of G = dL/du."""
-    block = ScoreBlock(p, rows, cols)
+    block = ScoreBlock(p, rows, cols, known, known is not None)
+    return _products(block, to_scores(block, grads, stats, reduction, both))
+
+
+def to_scores(
+    block: ScoreBlock, grads: Sequence[Tensor], stats: Sequence[Tensor], reduction: str, both: bool
+) -> Tensor:
+    """dL/ds of a block through the statistics of rows and (both) columns."""
     g = torch.zeros_like(block.score)
     for dim, at, window in block.sides(both):
-        for kind in (POSITIVE, NEGATIVE) if p.x_labels is not None else (NEGATIVE,):
+        for kind in block.kinds():
             grad, known = grads[1 - dim][:, kind, at], stats[1 - dim][:, kind, at]
             (z, slope), mask = block.term(kind), block.members(kind, window)
+            if block.exact is not None:
+                # an infinite score has no slope
+                mask = mask & ~block.exact
             part = _to_score(z, mask, grad, known, dim, reduction) * slope
             g = g + torch.where(mask, part, 0)
-    return _products(block, g)
+    return g
 
 
 def _products(block: ScoreBlock, g: Tensor) -> tuple[Tensor, ...]:
@@ -153,6 +199,8 @@ def _products(block: ScoreBlock, g: Tensor) -> tuple[Tensor, ...]:
         g = g * block.slope
     wide = block.p.scale.dtype
     dscale = (g * block.product).sum(dtype=wide)
+    if block.inner is not None:
+        g = g * block.inner
     if not block.p.apart:
         return g @ block.y, g.T @ block.x, dscale, g.sum(1), g.sum(0)
     # of u / 2 scale, which is sum_j G (y_j - x_i)
@@ -172,12 +220,15 @@ def _collect(
     """Sums of the blocks' products, as gradients of x, y, scale and the biases."""
     dtype = accumulate_dtype(p.x.dtype)
     (n, d), m = p.x.shape, p.y.shape[0]
-    dx, dy = p.x.new_zeros((n, d), dtype=dtype), p.y.new_zeros((m, d), dtype=dtype)
+    # a bank without a gradient has no sums of one
+    of_y = needs.y or p.triangle
+    dx, dy = p.x.new_zeros((n, d), dtype=dtype), p.y.new_zeros((m if of_y else 0, d), dtype=dtype)
     dx_bias, dy_bias = dx.new_zeros(n), dx.new_zeros(m)
     dscale = torch.zeros_like(p.scale)
     for rows, cols, (gx, gy, gs, gr, gc) in parts:
         dx[rows] += gx
-        dy[cols] += gy
+        if of_y:
+            dy[cols] += gy
         dx_bias[rows] += gr
         dy_bias[cols] += gc
         dscale = dscale + gs
@@ -203,17 +254,24 @@ def statistics_backward(
     cols: bool,
     needs: PairNeeds,
     differentiable: bool = False,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, y, scale, x_bias and y_bias, each None where it is not needed."""
+    """Gradients of x, y, scale, x_bias and y_bias, each None where it is not needed.
+
+    kept: what the forward kept of its scores.
+    """
     p = both_sides(p)
     grads = (grad_rows, grad_rows if p.triangle else grad_columns)
     stats = (rows, rows if p.triangle else columns)
     both = cols or p.triangle
-    parts = (
-        (i, j, run(differentiable, _block_gradient, p, i, j, grads, stats, reduction, both))
-        for i, j in cuts(p)
-    )
-    return _collect(p, needs, parts)
+
+    def parts() -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
+        for i, j, at in kept_cuts(p, 0 if kept is None else kept.numel()):
+            known = None if kept is None or at is None else kept_block(kept, at, i)
+            given = p, i, j, known, grads, stats, reduction, both
+            yield i, j, run(differentiable, _block_gradient, *given)
+
+    return _collect(p, needs, parts())
 
 
 # ---- attention ----------------------------------------------------------------------------------
@@ -233,10 +291,14 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
         safe = torch.where(top == -torch.inf, 0, top)
         weights = (z - safe[:, None]).exp()
         shrink = (best[rows] - safe).exp()
+        if p.score == "power":
+            # infinite scores share all of their row
+            weights = torch.where(z == safe[:, None], 1, weights)
+            shrink = torch.where(best[rows] == safe, 1, shrink)
         out[rows] = out[rows] * shrink[:, None] + weights @ values[cols].to(dtype)
         mass[rows] = mass[rows] * shrink + weights.sum(1)
         best[rows] = top
-    wide = _nothing(p, 0, "lse").dtype
+    wide = nothing(p.x, 0, "lse").dtype
     lse = torch.where(best == -torch.inf, 0, best).to(wide) + mass.to(wide).log()
     return out / torch.where(mass == 0, 1, mass)[:, None], lse
 
@@ -250,13 +312,15 @@ def _block_attention(
     lse: Tensor,
     values: Tensor,
     kind: int,
+    exact: Tensor | None,
 ) -> tuple[Tensor, ...]:
     block = ScoreBlock(p, rows, cols)
     _, _, window = next(block.sides(False))
     z, slope = block.term(kind)
     v = values[cols].to(z.dtype)
     z = z.masked_fill(~block.members(kind, window), -torch.inf)
-    weights = weights_of(z, lse[rows, None].to(z.dtype))
+    exact = None if exact is None else exact[rows]
+    weights = shared_weights(z, lse[rows, None].to(z.dtype), exact)
     g = weights * (grad_out[rows] @ v.T - shift[rows, None]) * slope
     return weights.T @ grad_out[rows], *_products(block, g)
 
@@ -277,14 +341,15 @@ def attention_backward(
     kind = POSITIVE if positives else NEGATIVE
     shift = (grad_out * out).sum(1) - grad_lse.to(out.dtype)
     lse = torch.where(lse == -torch.inf, 0, lse)
-    dvalues = out.new_zeros(values.shape)
+    exact = exact_pairs(p, kind, lse)
+    dvalues = out.new_zeros(values.shape if need_values else 0)
 
     def parts() -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
         for i, j in cuts(p):
-            found = run(
-                differentiable, _block_attention, p, i, j, grad_out, shift, lse, values, kind
-            )
-            dvalues[j] += found[0]
+            given = grad_out, shift, lse, values, kind, exact
+            found = run(differentiable, _block_attention, p, i, j, *given)
+            if need_values:
+                dvalues[j] += found[0]
             yield i, j, found[1:]
 
     rest = _collect(p, needs, parts())
@@ -299,7 +364,8 @@ def differentiable_backward(kind: str, arguments: list[Any]) -> tuple[Tensor, ..
     before, p, after = sorted_out(f"{kind}_backward", arguments)
     if kind == "pair_statistics":
         reduction, cols, *needs = after
-        grad_rows, grad_columns, rows, columns = before
+        # kept scores know no derivatives
+        grad_rows, grad_columns, rows, columns, _ = before
         found = statistics_backward(
             grad_rows, grad_columns, rows, columns, p, reduction, cols, PairNeeds(*needs), True
         )

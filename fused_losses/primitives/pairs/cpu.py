@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fused_losses.backends.cpu.capability import extension
@@ -31,3 +33,16 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     """
     (n, d), m = p.x.shape, p.y.shape[0]
     return workspace_bytes(n, m, d, p.x.dtype, p.precision, width, p.apart)
+
+
+def kept_scores(p: PairInputs, most: int) -> int:
+    """How many scores are kept of a room for `most`: of whole strips of rows, a tile high."""
+    (n, d), m = p.x.shape, p.y.shape[0]
+    if torch.compiler.is_compiling():
+        # sizes may be symbols; what is no whole strip stays empty. Rows are padded to 64 scores;
+        # of a triangle's strips, at most 192 high, a row begins at most 447 before its first pair
+        whole = n * ((m + 63) // 64 * 64)
+        kept: Any = torch.sym_min(most, n * (m // 2 + 512) if p.triangle else whole)
+        return kept
+    item = p.x.dtype.itemsize
+    return extension().pair_kept(n, m, d, item, p.precision, p.triangle, most)

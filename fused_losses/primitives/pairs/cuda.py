@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu.library_products import low_dtype, product, scores_precision
-from fused_losses.backends.gpu.products import library_tf32
+from fused_losses.backends.gpu.products import float32_products
 from fused_losses.base.numerics import row_dtype
 from fused_losses.primitives.distances.cuda_products import (
     NEAR,
@@ -273,7 +273,7 @@ def statistics_backward(
     if cols and not p.triangle:
         column_vectors = gpu.packed(gpu.vectors(grad_columns, columns, reduction), gain)
     gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
-    with library_tf32(p.precision == "tf32"):
+    with float32_products(p.precision == "tf32"):
         low = (torch.float32, s.low) if p.apart else () if s.wide else (s.low,)
         for block, made in tiles(s, torch.float32, *low, backward=True):
             # pairs apart: the squares stay, and the tile after G is that of its products
@@ -306,7 +306,7 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
     best = torch.full((s.n,), -torch.inf, dtype=torch.float32, **new)
     mass = torch.zeros(s.n, dtype=row_dtype(p.x.device), **new)
     unit = gpu.weight_unit(p)
-    with library_tf32(p.precision == "tf32"):
+    with float32_products(p.precision == "tf32"):
         for block, made in tiles(s, torch.float32, *(() if s.wide else (s.low,))):
             tile, weights = made[0], made[-1]
             s.scores(block, tile)
@@ -357,7 +357,7 @@ def attention_backward(
     want = any(needs)
     low = () if s.wide and not p.apart else (s.low,) * (need_values + want)
     gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
-    with library_tf32(p.precision == "tf32"):
+    with float32_products(p.precision == "tf32"):
         for block, made in tiles(s, *(torch.float32,) * (1 + want), *low, backward=True):
             tile, into = made[0], made[1] if want else None
             # the weights take the place of the scores, G that of the other product

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-SCORES = ("linear", "root")
+SCORES = ("linear", "root", "power")
 REDUCTIONS = ("lse", "softplus", "relu")
 POSITIVE, NEGATIVE = 0, 1  # the two classes of pairs, as statistics are indexed
 VALUE, TOTAL, COUNT, BEST = range(4)  # the statistics of a class, as they are indexed
@@ -47,7 +47,7 @@ class PairInputs(NamedTuple):
     exclude: Tensor | None = None  # [N, E] int32 columns left out, -1: none; not with triangle
     x_window: Tensor | None = None  # [4, N] accumulation dtype, see `pairs`
     y_window: Tensor | None = None  # [4, M]
-    score: str = "linear"  # psi: linear u; root -sqrt(max(-u, 0))
+    score: str = "linear"  # psi: linear u; root -sqrt(max(-u, 0)); power, see `op`
     positive: Rule = Rule()  # a list of floats on its way through an op
     negative: Rule = Rule()
     skip_self: bool = False  # leave out i == j
@@ -70,7 +70,7 @@ FIELDS = len(PairInputs._fields)
 # how many of an op's flat arguments stand before PairInputs
 BEFORE = {
     "pair_statistics": 0,
-    "pair_statistics_backward": 4,
+    "pair_statistics_backward": 5,
     "pair_attention": 1,
     "pair_attention_backward": 5,
 }
@@ -97,9 +97,13 @@ NEEDS = "bool need_x, bool need_y, bool need_scale, bool need_x_bias, bool need_
 SOME = "Tensor dx, Tensor dy, Tensor dscale, Tensor dx_bias, Tensor dy_bias"
 
 SCHEMAS = {
-    "pair_statistics": f"({INPUTS}, str reduction, bool cols) -> (Tensor rows, Tensor columns)",
+    "pair_statistics": (
+        f"({INPUTS}, str reduction, bool cols, SymInt kept_scores) "
+        "-> (Tensor rows, Tensor columns, Tensor kept)"
+    ),
     "pair_statistics_backward": (
-        f"(Tensor grad_rows, Tensor grad_columns, Tensor rows, Tensor columns, {INPUTS}, "
+        "(Tensor grad_rows, Tensor grad_columns, Tensor rows, Tensor columns, Tensor kept, "
+        f"{INPUTS}, "
         f"str reduction, bool cols, {NEEDS}) -> ({SOME})"
     ),
     "pair_attention": f"(Tensor values, {INPUTS}, bool positives) -> (Tensor out, Tensor lse)",

@@ -10,7 +10,9 @@
 and the same for columns, from the same sweep. Positives have sums of their own, so a loss near
 zero keeps its digits: 1 - p = sigmoid(lse_negative - lse_positive).
 
-psi: "linear" s = u; "root" s = -sqrt(max(-u, 0)): with u = -|x - y|^2 minus the distance.
+psi: "linear" s = u; "root" s = -sqrt(max(-u, 0)): with u = -|x - y|^2 minus the distance; "power"
+(apart alone, in PyTorch alone) s = -scale log |x - y| + a + b, +inf where the distance is 0: such
+pairs have all the weight, alike, and no slope.
 Labels equal: positive, else negative (no labels: all negative). Left out: equal ids, different
 groups, listed in `exclude`, i == j with skip_self, or outside the window: row i's statistics leave
 out s_ij <= low and s_ij >= high, with (positive low, positive high, negative low, negative high) =
@@ -19,7 +21,8 @@ x_window[:, i]; y_window says the same for the columns' statistics.
 triangle: y is x, only i < j is computed and each pair counts in the rows of both its ends (x_bias
 and x_window stand for both sides); half the work where the scores are symmetric.
 
-Backward recomputes the scores: G_ij = dz_ij/du_ij (gradient of z_ij through row i and column j).
+Backward recomputes the scores that the forward has not kept: G_ij = dz_ij/du_ij (gradient of z_ij
+through row i and column j).
 """
 
 from __future__ import annotations
@@ -31,27 +34,27 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.memory_budget import Room
 from fused_losses.base.numerics import accumulate_dtype, followed, nan_where_infinite, row_dtype
 from fused_losses.base.validation import describe
-from fused_losses.primitives.op import StreamedOp, duals, moves_of
+from fused_losses.primitives.kept import keep, kept
+from fused_losses.primitives.op import StreamedOp, duals, moves_of, through_backward
 from fused_losses.primitives.pairs import bounded, tangents
 from fused_losses.primitives.pairs import reference as reference_pairs
 from fused_losses.primitives.pairs.inputs import (
     BEFORE,
-    BEST,
-    COUNT,
     REDUCTIONS,
     SCHEMAS,
     SCORES,
-    TOTAL,
-    VALUE,
     PairInputs,
     PairNeeds,
     sorted_out,
 )
+from fused_losses.primitives.pairs.keeping import kept_scores
 
 # where among PairInputs the tensors stand that may need a gradient, as in PairNeeds
 DIFFERENTIABLE = (0, 1, 2, 3, 4)
+POWERS = ("bounded", "reference")  # who has "power"
 PAIRED = ("labels", "ids", "groups")  # compared across the sides
 
 
@@ -68,23 +71,32 @@ class PairStatistics(NamedTuple):
 
 
 def pair_statistics(
-    inputs: PairInputs, *, reduction: str = "lse", cols: bool = False, backend: str | None = None
+    inputs: PairInputs,
+    *,
+    reduction: str = "lse",
+    cols: bool = False,
+    room: Room | None = None,
+    backend: str | None = None,
 ) -> tuple[PairStatistics, PairStatistics | None]:
     """One sweep: statistics of the rows, and with cols=True of the columns (module docstring).
+
+    room: bytes of scores that the forward may keep to spare the backward their recomputation, as
+    many whole blocks as fit ("cpu" and "bounded"; others keep none); it takes them from the room.
 
     Differentiable in x, y, scale and (but with apart) the biases. reduction: "lse", "softplus" or
     "relu".
     Raises ValueError or TypeError for inputs that do not fit each other. Time O(N M D), half with
-    triangle; memory O((N + M) D) plus a block. Second derivatives run on
+    triangle; memory O((N + M) D) plus a block and what is kept. Second derivatives run on
     the pure-PyTorch path, whichever backend ran the first.
     """
     _check(inputs)
     validation.check_choice("reduction", reduction, REDUCTIONS)
-    name, inputs = _backend(inputs, backend), _marked(inputs)
+    name, inputs = _backend(inputs, backend), marked(inputs)
     if name == "reference":
         rows, columns = reference_pairs.statistics(inputs, reduction, cols)
     else:
-        rows, columns = PAIR_STATISTICS(name, *_flat(inputs), reduction, cols)
+        kept = kept_scores(name, inputs, room)
+        rows, columns, _ = PAIR_STATISTICS(name, *_flat(inputs), reduction, cols, kept)
     return _named(rows), _named(columns) if cols else None
 
 
@@ -102,7 +114,7 @@ def pair_attention(
     if inputs.triangle:
         raise ValueError("triangle: expected False, attention needs the pairs of both orders")
     _check(inputs)
-    name, inputs = _backend(inputs, backend), _marked(inputs)
+    name, inputs = _backend(inputs, backend), marked(inputs)
     if name == "reference":
         return reference_pairs.attention(values, inputs, positives)
     return PAIR_ATTENTION(name, values, *_flat(inputs), positives)
@@ -122,7 +134,7 @@ def pair_transport(
     derivatives too. Time and memory are those of `pair_attention` with values of D + 1.
     """
     _check(plan)
-    name, plan = _backend(plan, backend), _marked(plan)
+    name, plan = _backend(plan, backend), marked(plan)
     if name == "reference":
         wide = accumulate_dtype(x.dtype)
         weights = (reference_pairs.scores(plan) + x_bias[:, None]).exp().detach()
@@ -146,6 +158,15 @@ def pair_transport(
 
 
 def _backend(p: PairInputs, backend: str | None) -> str:
+    if p.score == "power":
+        name = backends.requested(backend)
+        if name not in ("auto", *POWERS):
+            raise RuntimeError(
+                f"backend={name!r} cannot run powers of distances: its kernels have no logarithm "
+                f"of a score; use backend='auto', which takes 'bounded', or one of "
+                f"{', '.join(POWERS)}"
+            )
+        backend = "bounded" if name == "auto" else name
     return backends.choose(backend, p.x.device, p.x.dtype, p.precision, "pairs", p.x.shape[1])[0]
 
 
@@ -155,18 +176,20 @@ def _check(p: PairInputs) -> None:
     validation.check_matrix("y", p.y, "[M, D]")
     validation.check_meeting(p.x, p.y)
     validation.check_choice("score", p.score, SCORES)
+    if p.score == "power" and not p.apart:
+        raise ValueError("apart: expected True with score='power', got False")
     for name in ("x_bias", "y_bias") if p.apart else ():
         bias = getattr(p, name)
         if bias is not None and followed(bias):
             raise NotImplementedError(f"{name}: has no gradient with apart, detach it")
     for side, rows in (("x", p.x),) if p.triangle else (("x", p.x), ("y", p.y)):
         n = rows.shape[0]
-        for name in ("bias", "labels", "ids", "groups", "window"):
+        for name in ("bias", *PAIRED, "window"):
             field, vector = f"{side}_{name}", getattr(p, f"{side}_{name}")
             if vector is None:
                 continue
             shape = (4, n) if name == "window" else (n,)
-            if tuple(vector.shape) != shape:
+            if vector.shape != shape:
                 raise ValueError(f"{field}: expected shape {shape}, got {describe(vector)}")
             validation.check_device("x", p.x, field, vector)
             if name in PAIRED and vector.dtype != torch.int32:
@@ -176,7 +199,7 @@ def _check(p: PairInputs) -> None:
             raise ValueError(f"x_{name}, y_{name}: expected both or neither, got one")
 
 
-def _marked(p: PairInputs) -> PairInputs:
+def marked(p: PairInputs) -> PairInputs:
     """Rows with inf are NaN in their biases: what sums make of inf would be each kernel's own."""
 
     def bias(rows: Tensor, known: Tensor | None) -> Tensor:
@@ -196,12 +219,8 @@ def _flat(p: PairInputs) -> PairInputs:
 
 
 def _named(statistics: Tensor) -> PairStatistics:
-    return PairStatistics(
-        statistics[VALUE],
-        statistics[TOTAL],
-        statistics[COUNT].detach(),
-        statistics[BEST].detach(),
-    )
+    value, total, count, best = statistics.unbind(0)
+    return PairStatistics(value, total, count.detach(), best.detach())
 
 
 # ---- the ops: each has some tensors first, then the inputs, then what follows them --------------
@@ -224,37 +243,30 @@ class PairsOp(StreamedOp):
     """What both ops share: they differ in what comes before and after PairInputs."""
 
     primitive = "pairs"
+    told = 0  # how many arguments, the last ones, the forward alone has
 
     def setup_context(self, ctx: Any, arguments: tuple, output: tuple) -> None:
-        tensors = [a if isinstance(a, Tensor) else None for a in arguments]
-        ctx.save_for_backward(*tensors, *output)
-        ctx.rest = [None if isinstance(a, Tensor) else a for a in arguments]
+        keep(ctx, arguments, *output)
         ctx.set_materialize_grads(False)
 
     def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
         """Gradients of the forward op's arguments, in their order."""
-        count = len(ctx.rest)
-        # read once: a checkpoint unpacks what was saved a single time
-        saved = ctx.saved_tensors
-        arguments = [
-            rest if tensor is None else tensor
-            for tensor, rest in zip(saved[:count], ctx.rest, strict=True)
-        ]
-        output = saved[count:]
+        arguments, output = kept(ctx)
         at = BEFORE[self.name]
         # of statistics value and total only: the others are counts
         part = slice(2) if self.name == "pair_statistics" else slice(None)
         grads = tuple(
             torch.zeros_like(o[part]) if g is None else g[part].contiguous()
-            for g, o in zip(grads, output, strict=True)
+            for g, o in zip(grads[:2], output[:2], strict=True)
         )
+        given = arguments[: len(arguments) - self.told]
         needs = [needed[i] for i in range(at)] + [needed[at + i] for i in DIFFERENTIABLE]
         triangle = arguments[at + PairInputs._fields.index("triangle")]
         if triangle:
             needs[at + 1] = needs[at + 4] = False
-        out = backward_op(*grads, *output, *arguments, *needs)
+        out = backward_op(*grads, *output, *given, *needs)
         out = [g if need else None for g, need in zip(out, needs, strict=True)]
-        return (*out, *[None] * (count - len(out)))
+        return (*out, *[None] * (len(arguments) - len(out)))
 
     def tangents(self, direction: str, arguments: tuple, moves: tuple, output: tuple) -> tuple:
         """In one sweep, from the statistics that are known."""
@@ -263,46 +275,27 @@ class PairsOp(StreamedOp):
         moving = {*range(at), *(at + i for i in DIFFERENTIABLE)}
         given = duals(arguments, tuple(t if i in moving else None for i, t in enumerate(moves)))
         if direction:
-            return moves_of(self.backward("bounded", *given))
+            return moves_of(self.backward("bounded", *self.without_kept(given)))
         before, p, after = sorted_out(name, given)
         return self.moved(before, p, after, output)
+
+    def without_kept(self, arguments: list[Any]) -> list[Any]:
+        """A backward's arguments without scores that do not know their tangents."""
+        return arguments
 
     def moved(self, before: tuple, p: PairInputs, after: tuple, output: tuple) -> tuple:
         """Tangents of the output, that of dual inputs."""
         raise NotImplementedError
 
     def setup_second(self, ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*[a if isinstance(a, Tensor) else None for a in inputs])
-        ctx.rest = [None if isinstance(a, Tensor) else a for a in inputs]
+        keep(ctx, inputs)
 
     def second(self, ctx: Any, *grads: Tensor | None) -> tuple:
         """The backward op's own derivative, through the pure-PyTorch path, tile by tile."""
-        arguments = [
-            rest if tensor is None else tensor
-            for tensor, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)
-        ]
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
-        further = torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaves = {i: arguments[i].view_as(arguments[i]) for i in wanted}
-            replaced = [leaves.get(i, a) for i, a in enumerate(arguments)]
-            outputs = bounded.differentiable_backward(self.name, replaced)
-            pairs = [
-                (o, g)
-                for o, g in zip(outputs, grads, strict=True)
-                if g is not None and o.requires_grad
-            ]
-            found = torch.autograd.grad(
-                [o for o, _ in pairs],
-                list(leaves.values()),
-                [g for _, g in pairs],
-                allow_unused=True,
-                create_graph=further,
-            )
-        out: list[Tensor | None] = [None] * len(arguments)
-        for i, g in zip(leaves, found, strict=True):
-            out[i] = g
-        return tuple(out)
+        arguments, _ = kept(ctx)
+        return through_backward(
+            ctx, arguments, grads, lambda given: bounded.differentiable_backward(self.name, given)
+        )
 
 
 class PairStatisticsOp(PairsOp):
@@ -310,33 +303,51 @@ class PairStatisticsOp(PairsOp):
 
     name = "pair_statistics"
     schema, backward_schema = SCHEMAS["pair_statistics"], SCHEMAS["pair_statistics_backward"]
+    told = 1
 
-    def fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        _, p, (_, cols) = sorted_out(self.name, arguments)
+    def setup_context(self, ctx: Any, arguments: tuple, output: tuple) -> None:
+        super().setup_context(ctx, arguments, output)
+        ctx.mark_non_differentiable(output[2])
+
+    def without_kept(self, arguments: list[Any]) -> list[Any]:
+        at = BEFORE[self.name + "_backward"] - 1
+        return [*arguments[:at], arguments[at].new_empty(0), *arguments[at + 1 :]]
+
+    def fake_forward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _, p, (_, cols, scores) = sorted_out(self.name, arguments)
         new: dict[str, Any] = dict(dtype=row_dtype(p.x.device))
         rows = p.x.new_empty((4, 2, p.x.shape[0]), **new)
-        return rows, p.x.new_empty((4, 2, p.y.shape[0] if cols else 0), **new)
+        columns = p.x.new_empty((4, 2, p.y.shape[0] if cols else 0), **new)
+        return rows, columns, _room_for(p, scores)
 
     def fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         _, p, (_, _, *needs) = sorted_out(f"{self.name}_backward", arguments)
         return _empty_gradients(p, PairNeeds(*needs))
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        _, p, after = sorted_out(self.name, arguments)
-        return self.form(backend).statistics(p, *after)
+        _, p, (reduction, cols, scores) = sorted_out(self.name, arguments)
+        kept = _room_for(p, scores)
+        more = (kept,) if scores else ()
+        return *self.form(backend).statistics(p, reduction, cols, *more), kept
 
     def moved(self, before: tuple, p: PairInputs, after: tuple, output: tuple) -> tuple:
-        (rows, columns), (reduction, cols) = output, after
-        return tangents.statistics(p, rows, columns, reduction, cols)
+        (rows, columns, _), (reduction, cols, _) = output, after
+        return *tangents.statistics(p, rows, columns, reduction, cols), None
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         before, p, (reduction, cols, *needs) = sorted_out(f"{self.name}_backward", arguments)
+        *given, kept = before
         run = self.form(backend).statistics_backward
-        return _padded(run(*before, p, reduction, cols, PairNeeds(*needs)), p)
+        more = dict(kept=kept) if kept.numel() else {}
+        return _padded(run(*given, p, reduction, cols, PairNeeds(*needs), **more), p)
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
-        _, p, (_, _, *needs) = sorted_out(self.name + direction, arguments)
-        return self.form(backend).workspace(p, PairNeeds(*needs) if direction else None)
+        _, p, (_, _, *rest) = sorted_out(self.name + direction, arguments)
+        return self.form(backend).workspace(p, PairNeeds(*rest) if direction else None)
+
+
+def _room_for(p: PairInputs, scores: int) -> Tensor:
+    return p.x.new_empty(scores, dtype=accumulate_dtype(p.x.dtype))
 
 
 class PairAttentionOp(PairsOp):
@@ -373,6 +384,8 @@ class PairAttentionOp(PairsOp):
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         before, p, (_, *rest) = sorted_out(self.name + direction, arguments)
         needs = PairNeeds(*rest[1:]) if direction else None
+        # values are columns, too
+        needs = needs and needs._replace(y=needs.y or rest[0])
         return self.form(backend).workspace(p, needs, before[-1].shape[1])
 
 

@@ -45,12 +45,18 @@ def scores(p: PairInputs) -> Tensor:
     y, y_bias = (p.x, p.x_bias) if p.triangle else (p.y, p.y_bias)
     if p.apart:
         wide = accumulate_dtype(p.x.dtype)
-        u = -p.scale.to(wide) * squared_distances(p.x.to(wide), y.to(wide))
+        square = squared_distances(p.x.to(wide), y.to(wide))
+        if p.score == "power":
+            exact = square == 0
+            u = -p.scale.to(wide) / 2 * torch.where(exact, 1, square).log()
+            u = torch.where(exact, torch.inf, u)
+        else:
+            u = -p.scale.to(wide) * square
     else:
         u = p.scale.to(p.x.dtype) * product(p.x, y)
     u = u if p.x_bias is None else u + p.x_bias[:, None].to(u.dtype)
     u = u if y_bias is None else u + y_bias.to(u.dtype)
-    if p.score == "linear":
+    if p.score != "root":
         return u
     # the subgradient of the root at 0 is 0
     return torch.where(u < 0, -torch.where(u < 0, -u, 1).sqrt(), u.clamp_min(0) * 0)
@@ -103,9 +109,12 @@ def _side(p: PairInputs, s: Tensor, masks: tuple, window: Tensor | None, reducti
         none = z.masked_fill(~mask, -torch.inf)
         if reduction == "lse":
             # a row without pairs: a sum of zeros, dropped, so that no second derivative is NaN
+            # one with an infinite score has an infinite sum, without a slope
+            exact = (none == torch.inf).any(dim=1, keepdim=True) & (p.score == "power")
             alive = mask.any(dim=1, keepdim=True)
-            value = torch.where(alive, none, 0).logsumexp(dim=1, keepdim=True)
-            value = torch.where(alive, value, -torch.inf)[:, 0]
+            value = torch.where(alive & ~exact, none, 0).logsumexp(dim=1, keepdim=True)
+            value = torch.where(alive, value, -torch.inf)
+            value = torch.where(exact, torch.inf, value)[:, 0]
         else:
             f = softplus(z) if reduction == "softplus" else F.relu(z)
             value = f.masked_fill(~mask, 0).sum(dim=1)
@@ -117,7 +126,13 @@ def _side(p: PairInputs, s: Tensor, masks: tuple, window: Tensor | None, reducti
 
 def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tensor]:
     """rows [4, 2, N] and columns [4, 2, M or 0]."""
-    s, masks = scores(p), classes(p)
+    return statistics_of(p, scores(p), classes(p), reduction, cols)
+
+
+def statistics_of(
+    p: PairInputs, s: Tensor, masks: tuple[Tensor, Tensor], reduction: str, cols: bool
+) -> tuple[Tensor, Tensor]:
+    """`statistics` of scores that are known."""
     rows = _side(p, s, masks, p.x_window, reduction)
     if not cols or p.triangle:
         return rows, rows[..., :0]
@@ -132,8 +147,13 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
         low, high = p.x_window[2 * kind, :, None], p.x_window[2 * kind + 1, :, None]
         mask = mask & ~((s <= low) | (s >= high))
     alive = mask.any(dim=1, keepdim=True)
+    # infinite scores share all the weight of their row
+    infinite = mask & (z == torch.inf) & (p.score == "power")
+    exact = infinite.any(dim=1, keepdim=True)
+    z = torch.where(exact, torch.where(infinite, 0, -torch.inf).to(z.dtype), z)
     # a row without pairs: softmax over zeros, then dropped, so that no gradient is NaN
     weights = torch.where(alive, z.masked_fill(~mask & alive, -torch.inf), 0).softmax(dim=1)
     out = torch.where(alive, product(weights, values.to(weights.dtype).T), 0)
     lse = torch.where(alive, z.masked_fill(~mask & alive, -torch.inf), 0).logsumexp(dim=1)
+    lse = torch.where(exact[:, 0], torch.inf, lse)
     return out, torch.where(alive[:, 0], lse, -torch.inf).to(row_dtype(s.device))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends.gpu.device import ceil_div
-from fused_losses.backends.gpu.products import library_tf32
+from fused_losses.backends.gpu.products import float32_products
 from fused_losses.backends.gpu.tiles import Tile
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
@@ -163,7 +163,7 @@ def statistics_backward(
     per_side = [gpu.packed(side, gain) for side in sides]
     tile = s.tile("gradient", both)
     gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
-    with library_tf32(p.precision == "tf32" and p.x.is_cuda):
+    with float32_products(p.precision == "tf32"):
         for block, squares, buffers in stored(s, tile, *stored_gradient(s)):
             ds = buffers[0]
             s.launch(
@@ -192,7 +192,7 @@ def attention(values: Tensor, p: PairInputs, positives: bool) -> tuple[Tensor, T
         s = replace(s, operands=replace(s.operands, low=p.x.dtype))
     out = torch.zeros((s.n, values.shape[1]), dtype=torch.float32, device=p.x.device)
     tile, base_rows, unit = s.tile("attention"), gpu.weight_base(lse), gpu.weight_unit(p)
-    with library_tf32(p.precision == "tf32" and p.x.is_cuda):
+    with float32_products(p.precision == "tf32"):
         for block, squares, (weights,) in stored(s, tile, s.operands.low):
             given = squares, kind, base_rows, weights, None, None, None, None, unit
             _attend(s, tile, block, *given)
@@ -261,7 +261,7 @@ def attention_backward(
     uneven = values.shape[1] % 64 > 0 or values.stride(0) % 16 > 0
     tile = s.tile("attention_gradient" if want else "attention", more=want and uneven)
     gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
-    with library_tf32(p.precision == "tf32" and p.x.is_cuda):
+    with float32_products(p.precision == "tf32"):
         kept = [low] * need_values + stored_gradient(s) * want
         for block, squares, buffers in stored(s, tile, *kept):
             weights = buffers[0] if need_values else None

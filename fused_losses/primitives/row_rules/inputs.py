@@ -25,6 +25,7 @@ class RowBlock(NamedTuple):
     negative: Tensor  # [B, M] bool, disjoint
     values: Tensor | None  # [B, K] further numbers of each row
     params: list[float]
+    second: Tensor | None = None  # [B, M] the second product of each pair
 
     @property
     def wide(self) -> torch.dtype:
@@ -43,18 +44,20 @@ class RowRule(NamedTuple):
     """A row's statistics and their gradient.
 
     formula is plain differentiable PyTorch, any memory; forward gives the same in the memory of a
-    few blocks; gradient(block, grad [B, S]) gives dL/dscore [B, M] and dL/dvalues [B, K] or None.
+    few blocks; gradient(block, grad [B, S]) gives dL/dscore [B, M] and dL/dvalues [B, K] or None,
+    of a rule of two products dL/dsecond [B, M] too.
     gradient None: the statistics are indices and counts.
     """
 
     size: Callable[[list[float]], int]  # S
     formula: Callable[[RowBlock], Tensor]  # [B, S]
     forward: Callable[[RowBlock], Tensor]
-    gradient: Callable[[RowBlock, Tensor], tuple[Tensor, Tensor | None]] | None
+    gradient: Callable[[RowBlock, Tensor], tuple[Tensor | None, ...]] | None
     # how many of a block's scores are alive at the peak (test_workspace.py)
     blocks: Callable[[list[float]], int] = lambda params: 14
     compiled: tuple[str, ...] = ()  # backends whose form has kernels for it
     by: Callable[[ModuleType], Compiled] | None = None  # the rule by such kernels
+    seconds: bool = False  # whether it is of two products
 
     def on(self, backend: str) -> RowRule | Compiled:
         """Whose forward and gradient run."""
@@ -73,14 +76,16 @@ ROW_SCORES = {
 
 INPUTS = (
     "Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? x_groups, Tensor? y_groups, "
-    "Tensor? values, str rule, float[] params, str score, bool skip_self, str precision"
+    "Tensor? values, str rule, float[] params, str score, bool skip_self, str precision, "
+    "Tensor? x_second, Tensor? y_second"
 )
 
 FORWARD = f"({INPUTS}) -> Tensor statistics"
 
 BACKWARD = (
-    f"(Tensor grad, {INPUTS}, bool need_x, bool need_y, bool need_values) "
-    "-> (Tensor dx, Tensor dy, Tensor dvalues)"
+    f"(Tensor grad, {INPUTS}, bool need_x, bool need_y, bool need_values, bool need_x_second, "
+    "bool need_y_second) -> "
+    "(Tensor dx, Tensor dy, Tensor dvalues, Tensor dx_second, Tensor dy_second)"
 )
 
 
@@ -99,6 +104,8 @@ class RowInputs(NamedTuple):
     score: str = "euclidean"  # a name in ROW_SCORES
     skip_self: bool = False  # leave out i == j
     precision: str = "fp32"
+    x_second: Tensor | None = None  # [N, E] of a rule of two products: <x_second_i, y_second_j>
+    y_second: Tensor | None = None  # [M, E], of x's dtype
 
 
 class RowNeeds(NamedTuple):
@@ -107,9 +114,11 @@ class RowNeeds(NamedTuple):
     x: bool
     y: bool
     values: bool
+    x_second: bool = False
+    y_second: bool = False
 
 
-def block(p: RowInputs, score: Tensor, rows: slice) -> RowBlock:
+def block(p: RowInputs, score: Tensor, rows: slice, second: Tensor | None = None) -> RowBlock:
     """The block of these rows: its classes of pairs beside its scores."""
     same = p.x_labels[rows, None] == p.y_labels
     other = ~same
@@ -121,4 +130,4 @@ def block(p: RowInputs, score: Tensor, rows: slice) -> RowBlock:
         apart = i[:, None] != torch.arange(score.shape[1], device=score.device)
         same, other = same & apart, other & apart
     values = None if p.values is None else p.values[rows]
-    return RowBlock(score, same, other, values, list(p.params))
+    return RowBlock(score, same, other, values, list(p.params), second)

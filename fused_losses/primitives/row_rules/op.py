@@ -4,6 +4,9 @@
     each pair is positive, negative or left out                      (the labels)
     out_i = rule(row i of d, its positives, its negatives)           (`row_rules`)
 
+A rule of two products is given <x_second_i, y_second_j> of each pair as well: a guide's score, the
+square of a masked norm, what a temperature is made of.
+
 For losses where a row's value needs its whole row of scores at once (an order, a count, a choice),
 and not only sums over its pairs: those are `pairs`. Blocks of rows at a time: O((N + M) D) memory
 and a few blocks. Backward computes the scores again; its gradient is exact.
@@ -36,9 +39,10 @@ from fused_losses.primitives.row_rules.rules import ROW_FOLDS
 def row_losses(inputs: RowInputs, *, backend: str | None = None) -> Tensor:
     """The rule's statistics of each row, [N, S] in `row_dtype` (float32 or float64).
 
-    Differentiable in x, y and values, where the rule is. NaN scores make their rows' statistics
-    NaN (of a rule that gives indices: the NaN is chosen). Raises ValueError or TypeError for inputs
-    that do not fit each other; NotImplementedError for a second derivative, but on "reference".
+    Differentiable in x, y, values and the second factors, where the rule is. NaN scores make their
+    rows' statistics NaN (of a rule that gives indices: the NaN is chosen). Raises ValueError or
+    TypeError for inputs that do not fit each other; NotImplementedError for a second derivative,
+    but on "reference".
     Time O(N M D) and the rule's own; memory O((N + M) D) and a few blocks.
     """
     _check(inputs)
@@ -52,7 +56,8 @@ def row_losses(inputs: RowInputs, *, backend: str | None = None) -> Tensor:
         if name == "reference":
             return reference(inputs)
         # kernels need a coordinate
-        return ROW_LOSSES(name if inputs.x.shape[1] else "bounded", *inputs)
+        width = inputs.x.shape[1] and (inputs.x_second is None or inputs.x_second.shape[1])
+        return ROW_LOSSES(name if width else "bounded", *inputs)
 
 
 def _check(p: RowInputs) -> None:
@@ -78,6 +83,20 @@ def _check(p: RowInputs) -> None:
             validation.check_device("x", p.x, field, vector)
     if (p.x_groups is None) != (p.y_groups is None):
         raise ValueError("x_groups, y_groups: expected both or neither, got one")
+    if (p.x_second is None) != (p.y_second is None):
+        raise ValueError("x_second, y_second: expected both or neither, got one")
+    if ROW_FOLDS[p.rule].seconds and p.x_second is None:
+        raise ValueError(f"x_second: expected a tensor [N, E] for rule {p.rule!r}, got None")
+    if p.x_second is not None and p.y_second is not None:
+        for field, second, rows in (("x_second", p.x_second, p.x), ("y_second", p.y_second, p.y)):
+            validation.check_matrix(field, second, "[N, E]")
+            validation.check_device("x", p.x, field, second)
+            validation.check_same_dtype("x", p.x, field, second)
+            if second.shape[0] != rows.shape[0] or second.shape[1] != p.x_second.shape[1]:
+                raise ValueError(
+                    f"{field}: expected shape ({rows.shape[0]}, {p.x_second.shape[1]}), got "
+                    f"{describe(second)}"
+                )
     if p.values is not None:
         if p.values.dim() != 2 or p.values.shape[0] != p.x.shape[0]:
             raise ValueError(
@@ -90,7 +109,10 @@ def _check(p: RowInputs) -> None:
 
 FIELDS = len(RowInputs._fields)
 TENSORS = RowInputs._fields.index("rule")  # how many fields, the first ones, are tensors
-VALUES = RowInputs._fields.index("values")
+LAST = RowInputs._fields.index("x_second")  # from where on they are again
+# where among RowInputs the tensors stand that may need a gradient, as in RowNeeds
+DIFFERENTIABLE = tuple(RowInputs._fields.index(name) for name in RowNeeds._fields)
+NEEDS = len(DIFFERENTIABLE)
 
 
 class RowLossesOp(StreamedOp):
@@ -102,8 +124,8 @@ class RowLossesOp(StreamedOp):
     python_backends = (*PYTHON_BACKENDS, "cpu")
 
     def setup_context(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:TENSORS])
-        ctx.rest = inputs[TENSORS:]
+        ctx.save_for_backward(*inputs[:TENSORS], *inputs[LAST:])
+        ctx.rest = inputs[TENSORS:LAST]
         if ROW_FOLDS[inputs[TENSORS]].gradient is None:
             ctx.mark_non_differentiable(output)
         ctx.set_materialize_grads(False)
@@ -120,10 +142,12 @@ class RowLossesOp(StreamedOp):
     def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
         if grads[0] is None:
             return (None,) * FIELDS
-        needs = (needed[0], needed[1], needed[VALUES])
-        found = backward_op(grads[0].contiguous(), *ctx.saved_tensors, *ctx.rest, *needs)
+        needs = [needed[at] for at in DIFFERENTIABLE]
+        saved = ctx.saved_tensors
+        given = *saved[:TENSORS], *ctx.rest, *saved[TENSORS:]
+        found = backward_op(grads[0].contiguous(), *given, *needs)
         out: list[Tensor | None] = [None] * FIELDS
-        for at, need, gradient in zip((0, 1, VALUES), needs, found, strict=True):
+        for at, need, gradient in zip(DIFFERENTIABLE, needs, found, strict=True):
             out[at] = gradient if need else None
         return tuple(out)
 
@@ -132,26 +156,23 @@ class RowLossesOp(StreamedOp):
         size = (p.x.shape[0], ROW_FOLDS[p.rule].size(list(p.params)))
         return p.x.new_empty(size, dtype=row_dtype(p.x.device))
 
-    def fake_backward(self, grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        p, (need_x, need_y, need_values) = RowInputs(*arguments[:FIELDS]), arguments[FIELDS:]
-        return (
-            p.x.new_empty(p.x.shape if need_x else 0),
-            p.y.new_empty(p.y.shape if need_y else 0),
-            torch.empty_like(p.values)
-            if need_values and p.values is not None
-            else p.x.new_empty(0),
+    def fake_backward(self, grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        given = (arguments[at] for at in DIFFERENTIABLE)
+        return tuple(
+            t.new_empty(t.shape) if need and t is not None else arguments[0].new_empty(0)
+            for t, need in zip(given, arguments[FIELDS:], strict=True)
         )
 
     def forward(self, backend: str, *arguments: Any) -> Tensor:
         return bounded.forward(backend, RowInputs(*arguments))
 
     def backward(self, backend: str, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        return bounded.backward(backend, grad, RowInputs(*rest[:FIELDS]), *rest[FIELDS:])
+        return bounded.backward(backend, grad, RowInputs(*rest[:FIELDS]), RowNeeds(*rest[FIELDS:]))
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         if not direction:
             return bounded.workspace(backend, RowInputs(*arguments), None)
-        p, needs = RowInputs(*arguments[1:-3]), RowNeeds(*arguments[-3:])
+        p, needs = RowInputs(*arguments[1:-NEEDS]), RowNeeds(*arguments[-NEEDS:])
         return bounded.workspace(backend, p, needs)
 
 

@@ -16,4 +16,8 @@ def reference(p: RowInputs) -> Tensor:
     score = sign * reference_distances.distance(kind, p.x, p.y, None, 2.0)
     # one rule for what is not finite, whichever way a kernel would have ordered it
     score = score.masked_fill(score.isinf(), torch.nan)
-    return ROW_FOLDS[p.rule].formula(block(p, score, slice(0, p.x.shape[0])))
+    second = None
+    if p.x_second is not None and p.y_second is not None:
+        second = reference_distances.distance("dot", p.x_second, p.y_second, None, 2.0)
+        second = second.masked_fill(second.isinf(), torch.nan)
+    return ROW_FOLDS[p.rule].formula(block(p, score, slice(0, p.x.shape[0]), second))

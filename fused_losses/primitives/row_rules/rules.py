@@ -14,6 +14,13 @@ from torch import Tensor
 
 from fused_losses.base.numerics import softplus
 from fused_losses.primitives.row_rules.inputs import PICKS, RowBlock, RowRule
+from fused_losses.primitives.row_rules.joint import JOINT_FOLDS
+from fused_losses.primitives.row_rules.ranks import (
+    ranks_formula,
+    ranks_forward,
+    ranks_gradient,
+)
+from fused_losses.primitives.row_rules.semihard import semihard_formula, semihard_gradient
 from fused_losses.primitives.row_rules.triplets import (
     row_sum,
     triplets_by,
@@ -227,6 +234,10 @@ ROW_FOLDS = {
         ("cpu", "cuda"),
         triplets_by,
     ),
+    "ranks": RowRule(lambda p: 2, ranks_formula, ranks_forward, ranks_gradient),
+    "semihard": RowRule(
+        lambda p: 2, semihard_formula, semihard_formula, semihard_gradient, lambda p: 22
+    ),
     "chosen": RowRule(lambda p: 2, _chosen, _chosen, None, lambda p: 4),
     "nearest": RowRule(lambda p: int(p[0]), _nearest, _nearest, None, lambda p: 4),
     "histogram": RowRule(
@@ -235,4 +246,5 @@ ROW_FOLDS = {
     "hinges": RowRule(lambda p: 4, _hinges_formula, _hinges_formula, _hinges_gradient),
     "ranked_list": RowRule(lambda p: 4, _ranked_formula, _ranked_formula, _ranked_gradient),
     "tuplet": RowRule(lambda p: 2, _tuplet_formula, _tuplet_formula, _tuplet_gradient),
+    **JOINT_FOLDS,
 }

@@ -41,7 +41,7 @@ def triplets_formula(b: RowBlock) -> Tensor:
     return torch.stack([loss.sum(dim=(1, 2)), counted.sum(dim=(1, 2)).to(b.wide)], dim=1)
 
 
-def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
+def padded_columns(mask: Tensor) -> tuple[Tensor, Tensor]:
     """The columns of each row's True entries, padded [B, P], and which are real."""
     count = mask.sum(dim=1)
     most = int(count.max()) if mask.numel() else 0
@@ -55,7 +55,7 @@ def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
 def _each_positive(b: RowBlock) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """For each positive in turn: its column [B, 1], its violations [B, M], those left out."""
     margin, kind = b.params[0], TRIPLETS[int(b.params[1])]
-    index, real = _listed(b.positive)
+    index, real = padded_columns(b.positive)
     far = b.score.masked_fill(~b.negative, torch.inf)
     for p in range(index.shape[1]):
         at = index[:, p : p + 1]

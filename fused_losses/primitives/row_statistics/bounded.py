@@ -82,27 +82,34 @@ def tiles(p: Inputs, x: Tensor) -> Iterator[ClassTile]:
         yield ClassTile(ids, part, unit, raw, scores, p.labels[:, None] == ids[None, :])
 
 
-def targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tensor:
+def targets(
+    x: Tensor, weight: Tensor, labels: Tensor, normalize: bool, shortest: float = 0.0
+) -> Tensor:
     """<x_i, w_y> a row, 0 without a target. [N]
+
+    shortest: with normalize, classes of a smaller norm are zeros (`counts_as_zero`).
 
     Summed in float64: lse - target is what the gradient is the exponential of, and a long float32
     sum puts 6e-6 into a score of 48 (D = 512), six times what rounding the result does.
     """
     if torch.compiler.is_compiling():  # a loop would be traced for this N alone
-        return _targets(x, weight, labels, normalize)
+        return _targets(x, weight, labels, normalize, shortest)
     out = torch.zeros_like(labels, dtype=row_dtype(x.device))
     step = max(1, TILE_BYTES // (32 * max(x.shape[1], 1)))
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
-        out[rows] = _targets(x[rows], weight, labels[rows], normalize)
+        out[rows] = _targets(x[rows], weight, labels[rows], normalize, shortest)
     return out
 
 
-def _targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool) -> Tensor:
+def _targets(x: Tensor, weight: Tensor, labels: Tensor, normalize: bool, shortest: float) -> Tensor:
     wide = row_dtype(x.device)
     w = weight[labels.clamp_min(0)].to(wide)
+    nothing = labels < 0
+    if normalize and shortest:
+        nothing = nothing | (torch.linalg.vector_norm(w, dim=1) < shortest)
     w = unit_rows(w) if normalize else w
-    return torch.where(labels < 0, 0, (x.to(wide) * w).sum(dim=1))
+    return torch.where(nothing, 0, (x.to(wide) * w).sum(dim=1))
 
 
 def forward(p: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

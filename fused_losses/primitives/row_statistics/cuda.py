@@ -31,7 +31,7 @@ from fused_losses.backends.gpu.library_products import (
     product,
     scores_precision,
 )
-from fused_losses.backends.gpu.products import add_rows, float16_scale, library_tf32
+from fused_losses.backends.gpu.products import add_rows, float16_scale, float32_products
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics.gpu import Problem
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients, check
@@ -256,7 +256,7 @@ def backward(
         scale = float16_scale(grads, p.column_weight)
         grads, unscale = [None if g is None else g * scale for g in grads], (1 / scale).reshape(1)
     rows = [lse.float().contiguous(), *grads]
-    with library_tf32(precision == "tf32"):
+    with float32_products(precision == "tf32"):
         dx = _sweep(p, precision, rows, unscale, needs.x, dweight, dbias, compact)
     if dx is not None:
         dx = (dx if unscale is None else dx * unscale).to(x.dtype)

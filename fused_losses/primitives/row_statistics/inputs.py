@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.memory_budget import Room
+from fused_losses.base.numerics import accumulate_dtype
 
 
 class Inputs(NamedTuple):
@@ -22,6 +25,14 @@ class Inputs(NamedTuple):
     weighted: bool = False
     precision: str = "fp32"
     bend: Tensor | None = None  # [4, N]: threshold, then the polynomial above it
+
+
+def counts_as_zero(backend: str | None) -> float:
+    """The norm below which a class is one of zeros, where it is normalised.
+
+    GPU kernels keep 1/|w| as a float32 number that may meet a gradient (csrc/cuda/rows.h).
+    """
+    return 2.0**-120 if backend in ("triton", "cuda") else 0.0
 
 
 class RowGradients(NamedTuple):
@@ -62,6 +73,22 @@ KEPT_PADDING = 64  # scores are kept in rows of whole vectors
 def kept_row(n: int) -> int:
     """Elements that a class's scores of n rows take where they are kept."""
     return (n + KEPT_PADDING - 1) // KEPT_PADDING * KEPT_PADDING
+
+
+def kept_classes(
+    room: Room | None, x: Tensor, weight: Tensor, taking_part: int, scores: int = 1
+) -> int:
+    """How many classes' scores are kept, whole vectors a class, taken from the room.
+
+    scores: of each row and class. None where no gradient is asked for.
+    """
+    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if room is None or not needed:
+        return 0
+    each = max(scores * kept_row(x.shape[0]), 1) * accumulate_dtype(weight.dtype).itemsize
+    kept: Any = torch.sym_min(room.left // each, taking_part)  # an int, or a symbol of one
+    room.take(kept * each)
+    return kept
 
 
 def backward_arguments(

@@ -34,6 +34,11 @@ def row_statistics(
 ) -> dict[str, Tensor]:
     """The primitive, spelled out on the score matrix."""
     ids = torch.arange(weight.shape[0], device=x.device) if classes is None else classes
+    if classes is not None:
+        # a class that takes no part must not reach the gradients, not even with NaN
+        taking = torch.zeros(len(weight) + 1, dtype=torch.bool, device=x.device)
+        taking = taking.index_fill(0, ids, True).index_fill(0, labels.remainder(len(taking)), True)
+        weight = torch.where(taking[:-1, None], weight, 0)
     w = unit_rows(weight) if normalize else weight
     raw = product(x, w)
     scores = raw if bend is None else bent(raw, bend)

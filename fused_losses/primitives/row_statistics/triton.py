@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
-from fused_losses.backends.gpu.products import float16_scale, library_tf32
+from fused_losses.backends.gpu.products import float16_scale, float32_products
 from fused_losses.backends.gpu.tiles import Tile, TileTable, width
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
@@ -201,7 +201,7 @@ def backward(
     if owner is not None and p.count >= owner[1].columns * gpu_device.processors(x.device):
         dx = _owners(p, owner, of_row, unscale, needs.x, dweight, dbias, compact)
     else:
-        with library_tf32(precision == "tf32" and x.is_cuda):
+        with float32_products(precision == "tf32"):
             dx = _chunks(p, of_row, unscale, needs.x, dweight, dbias, compact)
     if dx is not None:
         dx = (dx if unscale is None else dx * unscale).to(x.dtype)

@@ -23,6 +23,7 @@ from fused_losses.base.examples import examples
 from fused_losses.base.numerics import (
     accumulate_dtype,
     merged,
+    nan_where_infinite,
     no_autocast,
     row_dtype,
     unit_rows,
@@ -52,11 +53,13 @@ def shared_negatives(
     """lambda of the module docstring, [] in float64 (float32 where the device lacks it).
 
     Differentiable in embeddings and scale; the quartiles only choose and have no gradient.
-    -inf without a pair. A NaN row makes it NaN; rows labelled `ignore_index` take no part.
+    -inf without a pair. A pair's row with NaN or inf makes it NaN; rows labelled `ignore_index` are
+    in none.
     scale > 0, whisker >= 0 (w). normalize=False: products instead of cosines.
     Raises TypeError or ValueError for bad arguments; NotImplementedError for a second derivative,
     but on "reference". Time O(N^2 D) for each of 4 sweeps (6 in float64), one of them backward's;
-    memory O(N D) plus a tile, on "reference" O(N^2).
+    memory O(N D) plus a tile, on "reference" O(N^2). The same bits in every run on one number of
+    threads.
     """
     check_plain(whisker=whisker)
     check_rows("embeddings", embeddings, "fp32")
@@ -71,7 +74,9 @@ def shared_negatives(
         # an ignored row must not reach the gradients, not even with NaN
         x = embeddings.to(accumulate_dtype(embeddings.dtype))
         x = torch.where(valid[:, None], x, 0)
-        pairs = SharedInputs(unit_rows(x) if normalize else x, labels, valid)
+        # as in every sweep over pairs, a row with inf is one with NaN
+        x = unit_rows(x) if normalize else x + nan_where_infinite(x)[:, None]
+        pairs = SharedInputs(x, labels, valid)
         if name == "reference":
             found = reference(pairs, scale, whisker)
         else:

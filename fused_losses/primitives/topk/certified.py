@@ -84,8 +84,10 @@ def center_of(p: TopkInputs) -> Tensor | None:
 
 
 def moved(rows: Tensor, center: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows about the center: in float64 where either is, and only then rounded."""
-    return (rows if center is None else rows - center).to(dtype)
+    """Rows about the center: in float64 where rows, center or dtype are, and only then rounded."""
+    if center is not None:
+        rows = rows - center.to(torch.promote_types(center.dtype, dtype))
+    return rows.to(dtype)
 
 
 def turned(p: TopkInputs, x: Tensor) -> Tensor:

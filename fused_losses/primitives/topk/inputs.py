@@ -6,23 +6,35 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fused_losses.base.numerics import row_dtype
+from fused_losses.primitives.topk.rotation import rotated_back
+
 TOPK_KINDS = ("dot", "cosine", "sqeuclidean")
 
 MATCHES = ("any", "same", "different")
 
 SCREENS = ("auto", "fp32", "bf16")
 
+MOST = 2_048  # k of a GPU's kernels
+
 
 class QuantizedRows(NamedTuple):
-    """Rows in int8: row j is scale[j] codes[j], and within error[j] of what it was made from."""
+    """Rows in int8: row j is scale[j] codes[j], and within error[j] of what it was made from.
+
+    With signs, both are of rows times a rotation, which queries are multiplied by as well.
+    """
 
     codes: Tensor  # [M, D] int8
     scale: Tensor  # [M] float32
     error: Tensor  # [M] float32, Euclidean
+    signs: Tensor | None = None  # [rounds, D] int8, of the rotation; None: there is none
 
     def dequantize(self) -> Tensor:
-        """[M, D] float32."""
-        return self.codes * self.scale[:, None]
+        """[M, D] float32, rotated back."""
+        if self.signs is None:
+            return self.codes * self.scale[:, None]
+        rows = self.codes.to(row_dtype(self.codes.device)) * self.scale[:, None]
+        return rotated_back(rows, self.signs).float()
 
 
 class TopkInputs(NamedTuple):
@@ -34,6 +46,7 @@ class TopkInputs(NamedTuple):
     codes: Tensor | None = None  # [M, D] int8, read in the place of y by the screen
     codes_scale: Tensor | None = None  # [M] float32
     codes_error: Tensor | None = None  # [M] float32
+    codes_signs: Tensor | None = None  # [rounds, D] int8, of the rotation that codes are of
     x_labels: Tensor | None = None  # [N] int32
     y_labels: Tensor | None = None  # [M] int32
     x_ids: Tensor | None = None  # [N] int32; equal ids: the pair is left out
@@ -50,7 +63,7 @@ class TopkInputs(NamedTuple):
 
 SCHEMA = (
     "(Tensor x, Tensor y, Tensor? y_scale, Tensor? codes, Tensor? codes_scale, "
-    "Tensor? codes_error, Tensor? x_labels, Tensor? y_labels, Tensor? x_ids, Tensor? y_ids, "
-    "Tensor? exclude, str kind, int k, bool largest, str match, bool skip_self, bool symmetric, "
-    "str screen) -> (Tensor keys, Tensor index)"
+    "Tensor? codes_error, Tensor? codes_signs, Tensor? x_labels, Tensor? y_labels, "
+    "Tensor? x_ids, Tensor? y_ids, Tensor? exclude, str kind, int k, bool largest, str match, "
+    "bool skip_self, bool symmetric, str screen) -> (Tensor keys, Tensor index)"
 )

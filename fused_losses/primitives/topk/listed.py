@@ -115,17 +115,18 @@ def _listed_backward(
             da, db = g * (v - cosine * u) * a_inverse, g * (u - cosine * v) * b_inverse
         if need_x:
             dx[rows] = da.sum(dim=1).to(x.dtype)
-        if need_y:
-            kept = at.flatten() >= 0
-            dy.index_add_(0, at.flatten()[kept], db.to(dy.dtype).flatten(0, 1)[kept])
+        if need_y and y.shape[0]:
+            # a place of -1 adds 0 to the first row: to count the others a GPU would be waited for
+            added = torch.where((at < 0)[..., None], 0, db)
+            dy.index_add_(0, at.clamp_min(0).flatten(), added.to(dy.dtype).flatten(0, 1))
     return dx, dy.to(y.dtype)
 
 
-def listed_workspace(x: Tensor, y: Tensor, index: Tensor, backward: bool) -> int:
-    """Bytes beyond inputs and outputs, at most."""
+def listed_workspace(x: Tensor, y: Tensor, index: Tensor, need_y: bool) -> int:
+    """Bytes beyond inputs and outputs, at most; need_y: of a backward that y needs."""
     (n, d), k = x.shape, index.shape[1]
     block = min(n, _rows_at_once(index, d)) * k * d * 8
-    summed = y.numel() * 4 if backward and y.dtype.itemsize == 2 else 0
+    summed = y.numel() * 4 if need_y and y.dtype.itemsize == 2 else 0
     return LIVE_BLOCKS * block + summed + 24 * n * k
 
 
@@ -165,7 +166,7 @@ class ListedPairsOp(StreamedOp):
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         x, y, _, index, *_ = arguments[1:] if direction else arguments
-        return listed_workspace(x, y, index, bool(direction))
+        return listed_workspace(x, y, index, bool(direction) and arguments[-1])
 
 
 LISTED = ListedPairsOp()

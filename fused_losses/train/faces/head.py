@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.functions.margin_softmax import margin_softmax
 from fused_losses.train.faces.config import TrainConfig
 from fused_losses.train.frame.heads import make_margin
 

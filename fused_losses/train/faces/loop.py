@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_losses.train.faces.augment import augment, normalize
 from fused_losses.train.faces.backbone import build, embed, embedding_size
@@ -15,7 +16,7 @@ from fused_losses.train.faces.evaluation import FoldEmbeddings, PairScores, pair
 from fused_losses.train.faces.head import MarginHead
 from fused_losses.train.frame import checkpoint
 from fused_losses.train.frame.seeds import seed_from
-from fused_losses.train.frame.steps import Training
+from fused_losses.train.frame.steps import Training, numbers
 
 # Pictures whose pairs give a threshold when one fold runs alone: 10^6 pairs are plenty.
 MOST_TRAINING_PICTURES = 1500
@@ -99,7 +100,7 @@ class FoldTraining(Training[TrainConfig]):
         self.backbone.load_state_dict(state["backbone"])
         self.head.load_state_dict(state["head"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            checkpoint.load_optimizer(optimizer, saved)
         self.memory_by = state["memory_by"]
         checkpoint.set_random_state(state["random"])
 
@@ -125,6 +126,24 @@ class FoldTraining(Training[TrainConfig]):
             "training": found.training and list(found.training),
             "backbone": self.backbone.state_dict(),
         }
+
+
+def check_result(result: dict[str, Any]) -> None:
+    """TypeError or ValueError, by name, for what no finished fold has."""
+    if len(numbers(result, "losses")) != len(numbers(result, "step_ms")):
+        raise ValueError("step_ms: expected one a loss")
+    rows, labels = result["embeddings"], result["labels"]
+    if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.is_floating_point():
+        raise TypeError("embeddings: expected floats [n, D]")
+    if (
+        not isinstance(labels, Tensor)
+        or labels.shape != rows.shape[:1]
+        or labels.dtype != torch.int64
+    ):
+        raise TypeError(f"labels: expected int64 [{len(rows)}], one a row of the embeddings")
+    for kind, scores in zip(PairScores._fields, result["training"] or (), strict=False):
+        numbers({kind: scores}, kind)
+    fold_embeddings(result)
 
 
 def fold_embeddings(result: dict[str, Any]) -> FoldEmbeddings:

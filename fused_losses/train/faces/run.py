@@ -13,7 +13,13 @@ from fused_losses.train.faces.backbone import build, embedding_size
 from fused_losses.train.faces.config import TrainConfig
 from fused_losses.train.faces.data import Pictures, check_folds, load, split
 from fused_losses.train.faces.evaluation import FoldEmbeddings, evaluate
-from fused_losses.train.faces.loop import RESULT_KEYS, FoldTraining, fold_embeddings, warm_up
+from fused_losses.train.faces.loop import (
+    RESULT_KEYS,
+    FoldTraining,
+    check_result,
+    fold_embeddings,
+    warm_up,
+)
 from fused_losses.train.frame import checkpoint
 from fused_losses.train.frame.files import RunFileError
 from fused_losses.train.frame.memory import PeakMemory
@@ -134,6 +140,10 @@ def _finished(path: Path, steps: int) -> dict[str, Any] | None:
     missing = RESULT_KEYS - {*result} if isinstance(result, dict) else RESULT_KEYS
     if missing:
         raise RunFileError(f"{path}: no result of a fold; missing: {', '.join(sorted(missing))}")
+    try:
+        check_result(result)
+    except (TypeError, ValueError) as error:
+        raise RunFileError(f"{path}: no result of a fold ({error})") from error
     return result if len(result["losses"]) >= steps else None
 
 

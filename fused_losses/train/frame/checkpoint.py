@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fused_losses.base.files import write_atomically
+from fused_losses.base.saved import check_all_owned, check_saved
 from fused_losses.train.frame.files import RunFileError
 
 SMALL_STATE = 64 * 2**20  # bytes up to which every step is written
@@ -30,16 +32,19 @@ def load(path: Path) -> Any:
     RunFileError for a damaged file: each of its parts must have the checksum that was written.
     """
     try:
+        check_saved(path)
         with zipfile.ZipFile(path) as parts:
             bad = parts.testzip()
         if bad is None:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            check_all_owned(state, "the state")
+            return state
         told = f"{bad} is not as it was written"
     except FileNotFoundError:
         raise
     # a damaged file can fail in any way
     except Exception as error:
-        told = str(error).partition("\n")[0]
+        told = str(error).partition("\n")[0].removeprefix(f"{path}: ")
     raise RunFileError(f"{path}: damaged ({told}); without it this part of the run is done again")
 
 
@@ -52,6 +57,47 @@ def state_bytes(node: Any) -> int:
     if isinstance(node, (list, tuple)):
         return sum(state_bytes(value) for value in node)
     return 0
+
+
+OPTIMIZERS: dict[type[Optimizer], set[str]] = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
+def load_optimizer(optimizer: Optimizer, saved: Any) -> None:
+    """`optimizer.load_state_dict`; ValueError for what a later step would trip over."""
+    former = optimizer.state_dict()
+    before = [_options(group) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(saved)
+        _check_optimizer(optimizer, before)
+    except Exception:
+        optimizer.load_state_dict(former)
+        raise
+
+
+def _check_optimizer(optimizer: Optimizer, before: list[dict[str, Any]]) -> None:
+    for options, group in zip(before, optimizer.param_groups, strict=True):
+        for name, value in _options(group).items():
+            had = options.get(name, value)
+            if type(value) is not type(had) or value != had:
+                raise ValueError(f"{name}: expected {had!r}, got {str(value)[:40]}")
+    for parameter, state in optimizer.state.items():
+        if state.keys() != OPTIMIZERS[type(optimizer)]:
+            names = ", ".join(sorted(OPTIMIZERS[type(optimizer)]))
+            raise ValueError(f"expected states {names}, got {', '.join(map(str, state))[:80]}")
+        for name, value in state.items():
+            if value is None and name == "momentum_buffer":
+                continue  # before the first step
+            shape = torch.Size(()) if name == "step" else parameter.shape
+            if not isinstance(value, Tensor) or value.shape != shape:
+                raise ValueError(f"{name}: expected a tensor of shape {tuple(shape)}")
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration says, and no schedule changes."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def random_state() -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+MAX_JSON = 1 << 26  # bytes of a file that is one value
+
 
 class RunFileError(ValueError):
     """A file of a run is damaged; the text names it and the place in it."""
@@ -13,21 +15,19 @@ class RunFileError(ValueError):
 
 def read_json(path: Path) -> Any:
     """What a JSON file says; `RunFileError` where it is none."""
-    return parse_json(read_utf8(path), str(path))
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise RunFileError(f"{path}: expected at most {MAX_JSON} bytes, got more")
+    return parse_json(data, str(path))
 
 
-def read_utf8(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise RunFileError(f"{path}: no UTF-8 at byte {error.start}") from None
-
-
-def parse_json(text: str, place: str) -> Any:
+def parse_json(data: bytes, place: str) -> Any:
     """The value of a JSON text; the error names the place, and where in it."""
     try:
-        return json.loads(text)
+        return json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise RunFileError(f"{place}: no UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise RunFileError(f"{place}: {where}: no JSON ({error.msg})") from None

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from fused_losses.base.files import write_text
-from fused_losses.train.frame.files import RunFileError, parse_json, read_utf8
+from fused_losses.train.frame.files import RunFileError, parse_json
 
 LOG, TENSORBOARD = "log.jsonl", "tensorboard"
+MAX_LINE = 1 << 16  # bytes
 
 
 class StepLog:
@@ -96,17 +97,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    lines = read_utf8(path).split("\n")
-    for number, line in enumerate(lines, 1):
-        place, torn = f"{path}: line {number}", number == len(lines)
-        if torn and not line:
-            return
-        try:
-            record = parse_json(line, place)
-        except RunFileError:
-            if torn:
-                return
-            raise
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise RunFileError(f"{place}: expected an object with an integer 'step'")
-        yield record
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            place, torn = f"{path}: line {number}", not line.endswith(b"\n")
+            if len(line) > MAX_LINE:
+                raise RunFileError(f"{place}: expected at most {MAX_LINE} bytes, got more")
+            try:
+                record = parse_json(line, place)
+            except RunFileError:
+                if torn:
+                    return
+                raise
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise RunFileError(f"{place}: expected an object with an integer 'step'")
+            yield record

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
+from fused_losses.base.validation import describe
 from fused_losses.train.frame import checkpoint
 from fused_losses.train.frame.files import RunFileError
 from fused_losses.train.frame.memory import PeakMemory
@@ -71,6 +73,17 @@ def go_through(
             raise Interrupted(signal)
 
 
+def numbers(state: dict[str, Any], key: str) -> list[float]:
+    """A curve that a state holds: finite float64 values [n]."""
+    value = state[key]
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype != torch.float64:
+        got = describe(value) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{key}: expected float64 values [n], got {got}")
+    if not value.isfinite().all():
+        raise ValueError(f"{key}: expected finite values, got others")
+    return value.tolist()
+
+
 class Training(ABC, Generic[C]):
     """Everything that a step changes, and what a checkpoint must hold."""
 
@@ -118,9 +131,13 @@ class Training(ABC, Generic[C]):
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state."""
-        self.losses = state["losses"].tolist()
-        self.step_ms = state["step_ms"].tolist()
-        self.peak_mib = state["peak_mib"]
+        losses, step_ms = numbers(state, "losses"), numbers(state, "step_ms")
+        peak = state["peak_mib"]
+        if len(step_ms) != len(losses):
+            raise ValueError(f"step_ms: expected {len(losses)}, one a loss, got {len(step_ms)}")
+        if not isinstance(peak, int | float) or not math.isfinite(peak):
+            raise TypeError(f"peak_mib: expected a finite number, got {str(peak)[:40]}")
+        self.losses, self.step_ms, self.peak_mib = losses, step_ms, peak
 
     def state_bytes(self) -> int:
         """By which `checkpoint.Schedule` says how often the state is written."""
@@ -181,7 +198,7 @@ class Training(ABC, Generic[C]):
             if any(state[key] != value for key, value in self.which.items()):
                 return False
             self.load(state)
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # what a state holds instead may fail in any way
             told = str(error).partition("\n")[0]
             raise RunFileError(
                 f"{path}: no state of this training ({type(error).__name__}: {told}); without "

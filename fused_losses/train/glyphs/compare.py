@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -50,7 +49,7 @@ def compare(
         asked = config.with_changes(**{**changed, **COMPARED[name]})
         # what is there is resumed: the child refuses a run of another configuration
         _run(asked, run, quiet)
-        found[name] = json.loads(result.read_text())
+        found[name] = report.read_figures(result)
     write(folder, found)
     if not quiet:
         print(markdown(found), f"\nwritten to {folder}: {', '.join(FILES)}")

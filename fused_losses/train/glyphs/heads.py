@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_losses.centers import ClassCenters, SphericalHead
-from fused_losses.losses.margin_softmax import margin_softmax
+from fused_losses.functions.margin_softmax import margin_softmax
 from fused_losses.margins import Margin
 from fused_losses.train.frame.heads import make_margin
 from fused_losses.train.glyphs.config import GlyphConfig

@@ -14,7 +14,7 @@ from fused_losses.datasets.glyphs import Split
 from fused_losses.datasets.sampler import EpochBatches
 from fused_losses.train.frame import checkpoint
 from fused_losses.train.frame.seeds import seed_from
-from fused_losses.train.frame.steps import Training
+from fused_losses.train.frame.steps import Training, numbers
 from fused_losses.train.glyphs.config import GlyphConfig
 from fused_losses.train.glyphs.evaluation import embed, evaluate
 from fused_losses.train.glyphs.heads import imprint, make_head
@@ -102,8 +102,8 @@ class GlyphTraining(Training[GlyphConfig]):
         super().load(state)
         self.net.load_state_dict(state["net"])
         self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.head_ms = state["head_ms"].tolist()
+        checkpoint.load_optimizer(self.optimizer, state["optimizer"])
+        self.head_ms = numbers(state, "head_ms")
 
     def state_bytes(self) -> int:
         # a state of millions of numbers a step would be most of the work: by the clock

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fused_losses.train.frame.files import RunFileError, read_json
 from fused_losses.train.frame.reports import chart, drawn, write_json
 
 FILES = ("result.json", "curves.json", "curves.png")
@@ -19,6 +20,32 @@ COSTS = {
     "peak_memory_mib": "peak memory (MiB)",
 }
 SIZES = {"classes": "classes", "queries": "queries"}
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """The figures of a finished training in a JSON file; RunFileError names what is none."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise RunFileError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    wrong = [key for key in (*RECALLS, *COSTS, *SIZES) if not _is_number(found.get(key))]
+    if wrong:
+        raise RunFileError(f"{path}: expected numbers of a training; none: {', '.join(wrong)}")
+    return found
+
+
+def read_stage(path: Path) -> dict[str, Any]:
+    """`read_figures`, with the curve and what the start was judged."""
+    found = read_figures(path)
+    losses, start = found.get("losses"), found.get("untrained")
+    if not isinstance(losses, list) or not all(map(_is_number, losses)):
+        raise RunFileError(f"{path}: expected a list of numbers 'losses'")
+    if not isinstance(start, dict) or not all(map(_is_number, start.values())):
+        raise RunFileError(f"{path}: expected an object of numbers 'untrained'")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def record(results: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import torch
 
 from fused_losses.base.files import DataError
 from fused_losses.datasets.glyphs import Glyphs, Split, hold_out, load_glyphs
-from fused_losses.train.frame.files import RunFileError, read_json
 from fused_losses.train.frame.memory import PeakMemory
 from fused_losses.train.frame.options import OptionError
 from fused_losses.train.frame.preflight import check_backend, check_machine
@@ -137,9 +136,7 @@ def _finished(path: Path, steps: int) -> dict[str, Any] | None:
     """What is kept of a stage that has taken all its steps."""
     if not path.exists():
         return None
-    found = read_json(path)
-    if not isinstance(found, dict) or not isinstance(found.get("losses"), list):
-        raise RunFileError(f"{path}: expected an object with a list 'losses'")
+    found = report.read_stage(path)
     return found if len(found["losses"]) >= steps else None
 
 

@@ -1,0 +1,77 @@
+"""The extension's helpers around a sweep, where plain eager code may call them past the dispatcher.
+
+They are faster forms of PyTorch formulas that stand beside each call, a rounding apart at most.
+Whatever looks at single operations has those: compiled code, torch.func, forward mode, a mode, a
+subclass; and whatever is not on the CPU or not built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+
+@lru_cache
+def load() -> ModuleType | ImportError:
+    """The compiled module, or why it cannot be imported. Importing it registers its ops."""
+    try:
+        loaded = importlib.import_module("fused_losses._C")
+    except ImportError as error:
+        return error
+    os.register_at_fork(after_in_child=_on_one_thread)
+    return loaded
+
+
+def _on_one_thread() -> None:
+    """A forked child of a process whose kernels had threads: it has none, and would wait for them.
+
+    PyTorch's own operators would, too. Where no kernel has started any, nothing changes.
+    """
+    loaded = load()
+    if not isinstance(loaded, ImportError) and loaded.has_threads():
+        torch.set_num_threads(1)
+
+
+def extension() -> Any:
+    """The compiled module, or None where it was not built (and none of its ops can be called)."""
+    loaded = load()
+    return None if isinstance(loaded, ImportError) else loaded
+
+
+def transformed() -> bool:
+    """Within a transform of torch.func or a level of forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def seen() -> bool:
+    """Whether a mode looks at the ops of a call, which it then finds by their registered names."""
+    return (torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()) > 0
+
+
+def helpers(*tensors: Tensor) -> Any:
+    """The extension, or None where these tensors ask for PyTorch's own operations."""
+    if torch.compiler.is_compiling() or transformed() or seen():
+        return None
+    for t in tensors:
+        if not (type(t) is Tensor or type(t) is torch.nn.Parameter) or t.device.type != "cpu":
+            return None
+    return _with_helpers()
+
+
+@lru_cache
+def _with_helpers() -> Any:
+    """The extension, unless it was built of sources that had no helpers."""
+    built = extension()
+    return built if hasattr(built, "share_loss") else None
+
+
+def dense_rows(*tensors: Tensor) -> bool:
+    """Matrices whose rows are dense, which helpers read in place."""
+    return all(t.dim() == 2 and (t.shape[1] <= 1 or t.stride(1) == 1) for t in tensors)

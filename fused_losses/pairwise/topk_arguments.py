@@ -1,0 +1,121 @@
+"""What a search is given, checked at its door."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_losses.base import validation
+from fused_losses.pairwise.distance import check_options, check_weighted
+from fused_losses.pairwise.metrics import METRICS
+from fused_losses.primitives.distances.inputs import FLAT
+from fused_losses.primitives.topk.inputs import MATCHES, MOST, SCREENS, QuantizedRows
+
+
+def check_named(metric: str, p: float, options: dict[str, Any]) -> None:
+    """The options of `pairwise_distance`, and no others, where the metric has them."""
+    if metric not in METRICS and metric != "dot":
+        known = ", ".join(sorted({*METRICS, "dot"}))
+        raise ValueError(f"metric: expected one of {known}, got {metric!r}")
+    stray = sorted(set(options) - {"w", "VI", "covariance", "variance", "base"})
+    if stray:
+        raise TypeError(
+            f"{stray[0]}: expected one of w, VI, covariance, variance and base, which "
+            f"pairwise_distance takes"
+        )
+    rest = {name: value for name, value in options.items() if name != "w"}
+    check_options(metric, p, **rest)
+    if options.get("w") is not None:
+        check_weighted(metric)
+
+
+def _check_side(name: str, rows: Tensor, shape: str, metric: str) -> None:
+    bits = metric in FLAT and isinstance(rows, Tensor) and rows.dtype == torch.bool
+    validation.check_matrix(name, rows[:0].float() if bits else rows, shape)
+
+
+def check_topk(
+    x: Tensor,
+    y: Tensor | QuantizedRows | None,
+    k: int,
+    metric: str,
+    match: str,
+    screen: str | QuantizedRows,
+) -> None:
+    _check_side("x", x, "[N, D]", metric)
+    if isinstance(k, bool) or not isinstance(k, Integral):
+        raise TypeError(f"k: expected an integer >= 1, got {type(k).__name__}")
+    for name, value in (("y", y), ("screen", screen)):
+        if isinstance(value, QuantizedRows):
+            _check_quantized(name, value)
+    if not isinstance(y, QuantizedRows) and y is not None:
+        _check_side("y", y, "[M, D]", metric)
+    rows = x if y is None else y.codes if isinstance(y, QuantizedRows) else y
+    most = max(MOST, rows.shape[0])
+    if not 1 <= k <= most:
+        raise ValueError(f"k: expected a value in [1, {most}], got {k}")
+    validation.check_choice("match", match, MATCHES)
+    if rows.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"y: expected [M, {x.shape[1]}] to match x [N, {x.shape[1]}], got "
+            f"{validation.describe(rows)}"
+        )
+    validation.check_device("x", x, "y", rows)
+    if not isinstance(screen, QuantizedRows):
+        validation.check_choice("screen", screen, SCREENS)
+    elif tuple(screen.codes.shape) != tuple(rows.shape) or isinstance(y, QuantizedRows):
+        raise ValueError(
+            f"screen: expected the QuantizedRows of float rows y {tuple(rows.shape)}, got codes "
+            f"{validation.describe(screen.codes)}"
+        )
+
+
+def _check_quantized(name: str, rows: QuantizedRows) -> None:
+    m = rows.codes.shape[0]
+    if rows.codes.dtype != torch.int8 or rows.codes.dim() != 2:
+        raise TypeError(
+            f"{name}.codes: expected int8 [M, D], got {validation.describe(rows.codes)}"
+        )
+    for field in ("scale", "error"):
+        vector = getattr(rows, field)
+        if vector.dtype != torch.float32 or tuple(vector.shape) != (m,):
+            raise TypeError(
+                f"{name}.{field}: expected float32 [{m}], got {validation.describe(vector)}"
+            )
+        validation.check_device(f"{name}.codes", rows.codes, f"{name}.{field}", vector)
+    signs, d = rows.signs, rows.codes.shape[1]
+    if signs is None:
+        return
+    if not isinstance(signs, Tensor) or signs.dtype != torch.int8 or signs.shape[1:] != (d,):
+        got = validation.describe(signs) if isinstance(signs, Tensor) else type(signs).__name__
+        raise TypeError(f"{name}.signs: expected int8 [rounds, {d}], got {got}")
+    validation.check_device(f"{name}.codes", rows.codes, f"{name}.signs", signs)
+
+
+def check_batches(
+    x: Tensor,  # [B, N, D]
+    y: Tensor | QuantizedRows | None,
+    sided: dict[str, Tensor | None],
+    screen: str | QuantizedRows,
+) -> Tensor | None:
+    """y, where all of a batch of searches has as many items; each is checked as a search."""
+    count = x.shape[0]
+    if isinstance(screen, QuantizedRows):
+        raise ValueError("screen: expected no QuantizedRows beside x [B, N, D]")
+    if isinstance(y, QuantizedRows):
+        raise ValueError("y: expected [B, M, D] beside x [B, N, D], got QuantizedRows")
+    for name, t in {"y": y, **sided}.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        dimensions = {"y": 3, "exclude": 3}.get(name, 2)
+        if t.dim() != dimensions or t.shape[0] != count:
+            raise ValueError(
+                f"{name}: expected {count} items in {dimensions} dimensions beside x "
+                f"{tuple(x.shape)}, got {validation.describe(t)}"
+            )
+    return y

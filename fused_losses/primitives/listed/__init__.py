@@ -1,0 +1,1 @@
+"""Scores of listed pairs, and what the rows' lists of them fold into."""
