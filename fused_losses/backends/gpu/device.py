@@ -32,6 +32,24 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# of a matrix that is stored for library products, a chunk at a time: few chunks, whose launches
+# cost less than a tenth of their work (roofline.md), and more bytes than stay in L2
+STORED_BYTES = 256 << 20
+STORED_SHARE = 256  # of the device's memory: 96 MiB of 24 GiB
+FEW_BYTES, CHUNKS = 32 << 20, 16  # of a small matrix; of a larger one there are so many chunks
+
+
+def stored_bytes(device: torch.device, whole: int) -> int:
+    """What a chunk of a stored matrix of `whole` bytes takes on a device, at most.
+
+    Of the memory that it has, not of what is free: a chunk's sums are the same bits in every run.
+    """
+    most = min(STORED_BYTES, max(FEW_BYTES, ceil_div(whole, CHUNKS)))
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return most
+    return min(most, torch.cuda.get_device_properties(device).total_memory // STORED_SHARE)
+
+
 def first(arguments: Iterable[Any]) -> Tensor | None:
     """The first tensor of a launch's arguments, of groups too."""
     for argument in arguments:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.product import Product
 
@@ -59,11 +61,12 @@ class TileTable:
     weighted, bends); `kernel_bent` where bends and one of the others spill in that."""
 
     tiles: Tiles
-    # of the stored G: with what its products read and write beside it, it must stay in L2
-    # (roofline.md: at twice as much, 1024 x 1,000,000 x 512 moves four times its floor
-    # through the DRAM of an A100 or an H100)
-    ds_bytes: int
-    chunk_bytes: int = 0  # of W that two kernels in a row should find in L2
+    most_stored: int = gpu_device.STORED_BYTES  # of a chunk that products follow
+    norm_rows: int = 1 << 22  # of W whose norms are taken by one launch: 16 MiB of them
+
+    def stored(self, device: torch.device, whole: int) -> int:
+        """Bytes of a chunk of a matrix of `whole` bytes that is stored for products, at most."""
+        return min(self.most_stored, gpu_device.stored_bytes(device, whole))
 
     def tile(self, p: Product, kernel: str, extra: bool = False, bent: bool = False) -> Tile:
         """The narrower of two where a kernel has more to hold."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fused_losses.bench.roofline.cache import L2, L2_SHARE
 from fused_losses.bench.roofline.operation import PLAIN, Operation
-from fused_losses.bench.roofline.peaks import Peak
+from fused_losses.bench.roofline.peaks import GAP, OWN_LAUNCH, TORCH_LAUNCH, Peak
 from fused_losses.bench.roofline.trace import Trace
 from fused_losses.bench.roofline.work import Work
 
@@ -21,6 +21,13 @@ class Cost:
     flops: int
     busiest: str  # the resource that most of the time waits for
     worst: str  # the launch, or kind of launch, that takes longest
+    launches: int
+    host: float  # seconds of the host for its launches
+
+    @property
+    def launched(self) -> float:
+        """Seconds with what launches cost: gaps between them, and a host that may be slower."""
+        return max(self.seconds + self.launches * GAP, self.host)
 
 
 def cost(work: list[Work], peak: Peak) -> Cost:
@@ -52,6 +59,8 @@ def cost(work: list[Work], peak: Peak) -> Cost:
         flops,
         max(by_resource, key=by_resource.__getitem__),
         max(by_name, key=by_name.__getitem__),
+        len(work),
+        sum(OWN_LAUNCH if w.own else TORCH_LAUNCH for w in work),
     )
 
 

@@ -25,14 +25,16 @@ DRAM_LIMIT = 1.3  # of the floor
 WHY = {
     "margin_softmax, forward, triton": "On an H100 256 rows of x stay with a program "
     "(forward_resident) and W is read once for them; on the others tiles of 128 x 256 read it for "
-    "128 rows, as cut-cross-entropy does. 1/|w| is one more reading of W out of L2.",
-    "margin_softmax, backward, triton": "G is stored and read by two products, whose tiles "
-    "weigh more than G itself; the sums of dx pass once for every chunk that fits in L2. "
-    "Rows resident as in the forward would be read anew for every chunk: no gain.",
+    "128 rows, as cut-cross-entropy does. 1/|w| is one more reading of W, by one launch before "
+    "the other: chunks of W that stay in L2 between both took 80 launches to spare its bytes.",
+    "margin_softmax, backward, triton": "G, and dW in float32 before its norm, pass through DRAM "
+    "and not L2: in chunks of 8 MiB the bytes were the floor's, and the launches 1,225, whose host "
+    "side alone takes 14 ms. The chunks are as few as memory allows (`gpu/device.py`, "
+    "`stored_bytes`).",
     "linear_cross_entropy, forward, triton": "Rows of D = 1024 fit in no shared memory: tiles of "
     "128 x 256.",
-    "linear_cross_entropy, backward, triton": "G is a chunk of columns for 4,096 rows: x, and "
-    "the float32 sums of dx, pass once for every chunk. Fewer chunks would be a larger G.",
+    "linear_cross_entropy, backward, triton": "G is a chunk of columns for all rows and passes "
+    "through DRAM; x, and the float32 sums of dx, pass once for every chunk.",
     "info_nce, forward, triton": "Two classes of pairs and two sides take registers: 128 x "
     "128, which is memeff's tile, spills. y passes once for every 8,192 rows.",
     "info_nce, backward, triton": "Tiles of 128 x 64 recompute the scores (half of the bytes), "
@@ -94,23 +96,24 @@ def page(found: list[WayCosts]) -> str:
     out = [HEAD]
     ran = dict.fromkeys((a.op.name, a.op.direction) for a in found)
     out += ["| operation | form | products, TFLOP | GB, L2 | GB, DRAM | of the floor | ms, "]
-    out[-1] += " | ms, ".join(gpus) + " | busiest on H100 |"
-    out.append("| --- | --- " + "| ---: " * (4 + len(gpus)) + "| --- |")
+    out[-1] += " | ms, ".join(gpus) + " | launches | ms with them | busiest on H100 |"
+    out.append("| --- | --- " + "| ---: " * (6 + len(gpus)) + "| --- |")
     for key in ran:
         same = [a for a in found if (a.op.name, a.op.direction) == key]
         op = same[0].op
         times = " | ".join(figure(1e3 * bound_seconds(op, PEAKS[gpu])) for gpu in gpus)
-        floor = f"{figure(op.flops / 1e12)} | | {figure(op.floor / 1e9)} | 1 | {times} | |"
+        floor = f"{figure(op.flops / 1e12)} | | {figure(op.floor / 1e9)} | 1 | {times} | | | |"
         out.append(f"| **{op.name}, {op.direction}**, {op.shape} | floor | {floor}")
         for a in same:
             c = a.costs["H100"]
             moved = f"{figure(c.flops / 1e12)} | {figure(c.l2 / 1e9)} | {figure(c.dram / 1e9)}"
             times = " | ".join(figure(1e3 * a.costs[gpu].seconds) for gpu in gpus)
             busy = f"{c.busiest}, in `{c.worst}`"
+            times += f" | {c.launches:,} | {figure(1e3 * c.launched)}"
             out.append(f"| | {a.way} | {moved} | {a.over('H100'):.2f} | {times} | {busy} |")
         for peer, (moved, dram) in PEERS.get(key, {}).items():
             ratio = dram * 1e9 / op.floor
-            row = f"{figure(moved)} | {figure(dram)} | {ratio:.2f} " + "| " * (len(gpus) + 1) + "|"
+            row = f"{figure(moved)} | {figure(dram)} | {ratio:.2f} " + "| " * (len(gpus) + 3) + "|"
             out.append(f"| | *{peer}* | | {row}")
     out += ["", GAPS_HEAD, "", *gaps(found), ""]
     return "\n".join(out)
@@ -155,7 +158,10 @@ Made by `fused-losses roofline --out docs/generated`; nothing on this page was m
 - **ms**: the sum over launches of the busiest resource's time at the peaks of
   `fused_losses/bench/roofline/peaks.py`: datasheet figures, and for L2 an assumption. It is a
   bound, not a prediction of a run: nothing overlaps between launches, everything within one;
-  launches as such, idle multiprocessors and latencies cost nothing.
+  idle multiprocessors and latencies cost nothing.
+- **launches**, and **ms with them**: those milliseconds on an H100 and a gap between launches, or
+  the host's time for them where that is more (`peaks.py`: the Python side of Triton's launcher was
+  measured, the others are stated). A CUDA graph takes the host's part away.
 - **eager**: the plain formula, each operation stored. **compiled**: pointwise results are never
   stored, but computed again by each reader; products and selections read stored operands; a softmax
   reads its argument twice.

@@ -29,6 +29,13 @@ PEAKS = {
     "B200": Peak("sm_100", 148, 2250e12, 1100e12, 75e12, 7.7e12, 5120 * 1.965e9, 126 * MB),
 }
 
+# Seconds from a kernel's end to the next one's start on a stream that the host keeps full: 3.8 us a
+# kernel of 2.9 (A. Gray, Getting Started with CUDA Graphs, NVIDIA 2019, on a V100)
+GAP = 0.9e-6
+# Of the host for a launch. Ours: the Python side of Triton's launcher, the driver's call left out,
+# measured on one thread: 9 us (few arguments) to 16 (groups of them). PyTorch's operators: assumed
+OWN_LAUNCH, TORCH_LAUNCH = 16e-6, 5e-6
+
 # GB between L2 and the processors, and through DRAM, of kernels written elsewhere; their tiles were
 # read from their code and compiled without a GPU, the bytes derived: shared/gpu_anchors.md
 PEERS = {

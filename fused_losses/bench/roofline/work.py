@@ -44,6 +44,7 @@ class Work:
     kind: str = ""  # of the products: half, tf32, fp32
     flops: int = 0  # of products
     scalar: int = 0  # other floating point operations, about
+    own: bool = False  # launched by this package, else by PyTorch
     accesses: list[Access] = field(default_factory=list)
 
     def moved(self, write: bool | None = None) -> int:
@@ -69,7 +70,7 @@ class Launch:
 
     def __init__(self, name: str, programs: int, values: dict[str, Any]) -> None:
         self.values, self.programs = values, programs
-        self.work = Work(name)
+        self.work = Work(name, own=True)
 
     def __getattr__(self, name: str) -> Any:
         return self.values.get(name)

@@ -6,6 +6,7 @@ float32, and in the backward one chunk of G and of dW. Never N x C.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def workspace(p: ClassInputs, needs: ClassNeeds | None) -> int:
         unit = 4 * p.centers * MOST_COLUMNS  # their norms
         chunk = max(PARTIAL_BYTES, 4 * 5 * n) + max(unit, 4 * p.taking_part * p.centers)
         return max(chunk, targets_workspace(p.x, p.labels, p.centers)) + around
-    return triton_chunks.chunk_bytes(n, d, p.centers * MOST_COLUMNS) + 3 * n * d * 4 + around
+    unit, count = p.centers * MOST_COLUMNS, p.centers * p.taking_part
+    return triton_chunks.chunk_bytes(n, d, count, p.x.device, unit) + 3 * n * d * 4 + around
 
 
 class RuleCall:
@@ -156,9 +158,7 @@ def _sweep(call: RuleCall, found: RulePartials) -> None:
     segment = ceil_div(tiles, ceil_div(tiles, segment))
     part = _partials(call, (segment, n), torch.float32)
     chunk = tile.columns * call.centers
-    # rows that the norms have just read should still be in L2
-    fitting = call.table.chunk_bytes // (p.d * p.x.element_size() * chunk)
-    step = min(segment, max(1, fitting)) if p.normalize else segment
+    step = min(segment, max(1, call.table.norm_rows // chunk)) if p.normalize else segment
     inverse = (
         torch.empty(step * chunk, dtype=torch.float32, device=p.x.device) if p.normalize else None
     )
@@ -251,5 +251,6 @@ def _gradients(
         )
 
     given = (unscale, need_x, dweight, None, compact, call.centers)
-    dx = triton_chunks.gradients(p, fill, tile, call.table.ds_bytes, *given)
+    sizes = partial(call.table.stored, p.x.device), call.table.norm_rows
+    dx = triton_chunks.gradients(p, fill, tile, *sizes, *given)
     return dx if dx is None or unscale is None else dx * unscale

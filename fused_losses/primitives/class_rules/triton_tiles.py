@@ -10,11 +10,10 @@ from __future__ import annotations
 from fused_losses.backends.gpu.tiles import ALL, Tile, TileTable, by_kernel, same, wide
 
 
-def _table(chunk_bytes: int, ds_bytes: int, **kernels: dict[str, Tile]) -> TileTable:
-    return TileTable(by_kernel(**kernels), ds_bytes, chunk_bytes)
+def _table(**kernels: dict[str, Tile]) -> TileTable:
+    return TileTable(by_kernel(**kernels))
 
 
-MIB = 1 << 20
 ONE = wide(Tile(128, 128, 64), Tile(128, 64, 32), Tile(128, 64, 32))
 NVIDIA = dict(
     forward=ONE,
@@ -45,21 +44,23 @@ AMD = dict(
 )
 
 TABLES = {
-    "sm_80": _table(16 * MIB, 6 * MIB, **AMPERE),
+    "sm_80": _table(**AMPERE),
     # sm_86, sm_89 and sm_120; 12 bytes of bent scores spill at 128 x 64
-    "sm_86": _table(16 * MIB, 6 * MIB, **AMPERE | dict(forward_extra=FEW)),
-    "sm_90": _table(24 * MIB, 8 * MIB, **NVIDIA),
-    "sm_100": _table(48 * MIB, 16 * MIB, **NVIDIA),
-    "gfx942": _table(64 * MIB, 16 * MIB, **AMD),
+    "sm_86": _table(**AMPERE | dict(forward_extra=FEW)),
+    "sm_90": _table(**NVIDIA),
+    "sm_100": _table(**NVIDIA),
+    "gfx942": _table(**AMD),
     # small and unequal, so that a few dozen rows and classes make several ragged tiles of each
-    "interpret": _table(
-        4096,
-        2048,
-        forward=same(Tile(16, 32, 16), *ALL),
-        forward_extra=same(Tile(32, 16, 16), *ALL),
-        forward_soft=same(Tile(16, 16, 16), *ALL),
-        gradient=same(Tile(16, 32, 16), *ALL),
-        gradient_extra=same(Tile(32, 16, 16), *ALL),
-        gradient_soft=same(Tile(16, 16, 16), *ALL),
+    "interpret": TileTable(
+        by_kernel(
+            forward=same(Tile(16, 32, 16), *ALL),
+            forward_extra=same(Tile(32, 16, 16), *ALL),
+            forward_soft=same(Tile(16, 16, 16), *ALL),
+            gradient=same(Tile(16, 32, 16), *ALL),
+            gradient_extra=same(Tile(32, 16, 16), *ALL),
+            gradient_soft=same(Tile(16, 16, 16), *ALL),
+        ),
+        most_stored=2048,
+        norm_rows=64,
     ),
 }

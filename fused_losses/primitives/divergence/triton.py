@@ -8,6 +8,7 @@ one chunk of G and of dW.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from fused_losses.primitives.divergence.triton_arguments import (
     near_rows,
 )
 from fused_losses.primitives.divergence.triton_merge import merged, summed
-from fused_losses.primitives.divergence.triton_tiles import DS_BYTES, TILES
+from fused_losses.primitives.divergence.triton_tiles import TILES, stored_bytes
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics import triton_chunks
 from fused_losses.primitives.row_statistics.gpu import Problem
@@ -43,6 +44,8 @@ from fused_losses.primitives.row_statistics.inputs import Inputs
 from fused_losses.primitives.row_statistics.triton_arguments import ClassVectors
 
 PARTIAL_BYTES = 4 << 20
+# of a class tile, on any device: shapes alone say nothing of the architecture
+MOST_COLUMNS = max(tile.columns for tiles in TILES.values() for tile in tiles.values())
 STATISTICS = 7  # of a run and a row, at most
 MERGE = 5  # times the statistics: float64 copies of them while they are merged
 
@@ -60,7 +63,8 @@ def workspace(p: DivergenceInputs, needs: DivergenceNeeds | None) -> int:
         return inverse + rows + MERGE * max(PARTIAL_BYTES, 4 * STATISTICS * n)
     # of dense scores: G, and their own part that it is multiplied with
     chunks = 2 if p.teacher_weight is None else 1
-    return inverse + rows + (1 + chunks) * triton_chunks.chunk_bytes(n, max(widths))
+    chunk = triton_chunks.chunk_bytes(n, max(widths), p.taking_part, p.x.device, MOST_COLUMNS)
+    return inverse + rows + (1 + chunks) * chunk
 
 
 @dataclass(frozen=True)
@@ -255,8 +259,8 @@ def _product_gradients(
         _fill(call, p is call.teacher, both, rest, ds, sums, tile, *of)
 
     given = unscale, need_rows, dweight, dbias, compact
-    ds_bytes = DS_BYTES[gpu_device.architecture(p.x.device)]
-    dx = triton_chunks.gradients(p, fill, tile, ds_bytes, *given)
+    sizes = partial(stored_bytes, p.x.device), triton_chunks.NORM_ROWS
+    dx = triton_chunks.gradients(p, fill, tile, *sizes, *given)
     return dx if dx is None or unscale is None else dx * unscale, dweight, dbias
 
 
@@ -317,9 +321,10 @@ def _dense_gradients(
     if n and count:
         of_row, _ = _scaled(of_row, torch.float32)
         inverse, tile = _inverse(student), call.tile("gradient")
-        unit = tile.columns
-        chunk = min(count, max(1, triton_chunks.MAX_CHUNK // unit) * unit)
-        block = min(n, triton_chunks.ROW_BLOCK)
+        unit, block = tile.columns, min(n, triton_chunks.ROW_BLOCK)
+        fitting = stored_bytes(device, 4 * n * count) // (4 * block)
+        fitting = min(fitting, triton_chunks.MAX_CHUNK)
+        chunk = min(count, max(1, fitting // unit) * unit)
         new: dict[str, Any] = dict(dtype=torch.float32, device=device)
         ds = torch.empty((block, chunk), **new)
         sums = None

@@ -9,13 +9,16 @@ Two tiles of scores are alive at once, so that one of 128 x 64 holds what 128 x 
 
 from __future__ import annotations
 
+import torch
+
+from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.tiles import ALL, Tile, Tiles, by_kernel, same, wide
 
-MIB = 1 << 20
 
-# bytes of the stored G, as of row_statistics
-DS_BYTES = {"sm_80": 6 * MIB, "sm_86": 6 * MIB, "sm_90": 8 * MIB, "sm_100": 16 * MIB}
-DS_BYTES |= {"gfx942": 16 * MIB, "interpret": 2048}
+def stored_bytes(device: torch.device, whole: int) -> int:
+    """Bytes of a chunk of a matrix of `whole` bytes that is stored for products, at most."""
+    few = gpu_device.architecture(device) == "interpret"
+    return 2048 if few else gpu_device.stored_bytes(device, whole)
 
 
 def _tiles(even: dict[str, Tile], share: dict[str, Tile], uneven: dict[str, Tile]) -> Tiles:

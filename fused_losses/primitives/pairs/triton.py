@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.products import float32_products
 from fused_losses.backends.gpu.tiles import Tile
@@ -27,6 +28,7 @@ from fused_losses.primitives.pairs import gpu
 from fused_losses.primitives.pairs.gpu import Block, ColumnSums
 from fused_losses.primitives.pairs.inputs import VALUE, PairInputs, PairNeeds
 from fused_losses.primitives.pairs.triton_sweep import (
+    ROW_BLOCK,
     TritonPairProblem,
     add_block,
     columns_within,
@@ -36,15 +38,12 @@ from fused_losses.primitives.pairs.triton_sweep import (
 )
 from fused_losses.primitives.pairs.triton_tiles import TABLES
 
-PARTIAL_BYTES = 16 << 20  # of a block's partials, which are read back while they are in L2
+PARTIAL_BYTES = 64 << 20  # of a block's partials
 SWEEP_ROWS = 8192  # rows of a forward block: 8 MiB at D = 512 in 16 bits stay in L2
-
-
-def workspace_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
-    """Peak memory of forward and backward beyond inputs and gradients, at most."""
-    # of G, of attention weights, and float32 sums of a chunk's columns for y and for the values
-    chunk = 2 * max(t.ds_bytes for t in TABLES.values()) + 2 * gpu.MAX_CHUNK * d * 4
-    return max(PARTIAL_BYTES, chunk) + 3 * (n + m) * d * 4 + 200 * (n + m)
+PAIR_BYTES = 12  # of a stored pair at most: its square, G, and G of far pairs
+# columns of a tile on any device: shapes alone say nothing of the architecture
+COLUMNS = [t.columns for table in TABLES.values() for t in table.tiles.values()]
+LEAST, MOST = min(COLUMNS), max(COLUMNS)
 
 
 def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
@@ -53,7 +52,17 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     width: of an attention's values.
     """
     (n, d), m = p.x.shape, p.y.shape[0]
-    return workspace_bytes(n, m, d + width, p.x.dtype, p.precision)
+    d += width
+    # two classes of pairs, for rows and for columns
+    partials = min(PARTIAL_BYTES, 64 * (n + LEAST) * (m + LEAST) // LEAST)
+    # of G and of attention weights; float32 sums of a chunk's columns for y and for the values
+    height, columns = min(n, ROW_BLOCK), min(m, gpu.MAX_CHUNK) + MOST
+    stored = gpu_device.stored_bytes(p.x.device, n * m * PAIR_BYTES)
+    stored = max(stored, height * MOST * PAIR_BYTES)
+    chunk = min(stored, height * columns * PAIR_BYTES) + 2 * columns * d * 4
+    # squares of pairs apart are stored in the forward, too
+    most = partials + chunk if p.apart else max(partials, chunk)
+    return most + 3 * (n + m) * d * 4 + 200 * (n + m)
 
 
 # ---- statistics ---------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds, Rule
 from fused_losses.primitives.pairs.triton_apart import Squares, columns_of
 from fused_losses.primitives.pairs.triton_tiles import TABLES
 
+ROW_BLOCK = 16384  # rows of G stored at a time
+
 
 class Side(NamedTuple):
     """One side of the matrix as the kernels read it; all but its rows may be missing."""
@@ -140,9 +142,10 @@ def problem(p: PairInputs, gradient: bool) -> TritonPairProblem:
 
 
 def columns_within(s: TritonPairProblem, tile: Tile, height: int, size: int) -> int:
-    """Columns whose pairs of `size` bytes stay in L2."""
+    """Columns whose pairs of `size` bytes are stored at once."""
     step = s.columns(tile)
-    width = s.table.ds_bytes // (max(height, 1) * size * step)
+    stored = s.table.stored(s.p.x.device, s.n * s.m * size)
+    width = stored // (max(height, 1) * size * step)
     return min(max(width, 1), ceil_div(s.m, step)) * step
 
 
@@ -151,12 +154,10 @@ def stored(
 ) -> Iterator[tuple[Block, Tensor | None, list[Tensor]]]:
     """Blocks whose tiles are stored for library products, their squares, and where to store them.
 
-    Each dtype's tiles have as many bytes; of pairs apart all have together, with the squares.
+    Of pairs apart the squares are stored beside them.
     """
-    height, device = min(s.n, gpu.ROW_BLOCK), s.p.x.device
-    size = s.operands.low.itemsize
-    if s.squares is not None:
-        size = 4 + sum(t.itemsize for t in dtypes)
+    height, device = min(s.n, ROW_BLOCK), s.p.x.device
+    size = 4 * (s.squares is not None) + sum(t.itemsize for t in dtypes)
     most = max(1, gpu.MAX_CHUNK // s.columns(tile)) * s.columns(tile)
     width = min(columns_within(s, tile, height, size), most)
     buffers = [torch.empty((height, width), dtype=t, device=device) for t in dtypes]

@@ -17,13 +17,9 @@ from dataclasses import replace
 
 from fused_losses.backends.gpu.tiles import ALL, Tile, TileTable, by_kernel, same, wide
 
-# a wider run of columns reads x and the sums of dx less often, which here outweighs that G, larger
-# than `row_statistics` has it, leaves L2
-MIB = 1 << 20
 
-
-def _table(ds_bytes: int, **kernels: dict[str, Tile]) -> TileTable:
-    return TileTable(by_kernel(**kernels), ds_bytes)
+def _table(**kernels: dict[str, Tile]) -> TileTable:
+    return TileTable(by_kernel(**kernels))
 
 
 def _shallow(half: Tile, tf32: Tile, tf32x3: Tile) -> dict[str, Tile]:
@@ -39,7 +35,6 @@ WIDE, TALL, SMALL, SLIM = Tile(128, 128, 64), Tile(128, 64, 64), Tile(64, 64, 64
 
 TABLES = {
     "sm_80": _table(
-        16 * MIB,
         # 146 / 147 / 148 / 178; half at 128 x 128 spills 30 bytes
         statistics=_shallow(TALL, TALL, SMALL),
         # 251 / 151 / 151 / 253
@@ -66,7 +61,6 @@ TABLES = {
         attention_gradient_extra=_shallow(SMALL, SLIM, SLIM),
     ),
     "sm_90": _table(
-        16 * MIB,
         # 255 (114 without labels) / 154 / 153 / 152
         statistics=_shallow(WIDE, TALL, TALL),
         # 255 / 150 / 118 / 165
@@ -94,7 +88,6 @@ TABLES = {
     ),
     # a thread holds one row and 16 to 32 columns here, so the columns' vectors weigh most
     "sm_100": _table(
-        32 * MIB,
         # 176 / 176; half at 128 x 128 spills 80 bytes
         statistics=_shallow(TALL, TALL, SMALL),
         # 126 / 74; 64 x 64 spills 12 bytes
@@ -123,7 +116,6 @@ TABLES = {
         attention_gradient_extra=wide(SMALL, SMALL, replace(SLIM, depth=32)),
     ),
     "gfx942": _table(
-        16 * MIB,
         # rows alone 119, two sides 182 to 197
         statistics=_amd(TALL),
         statistics_extra=_amd(TALL),
@@ -142,18 +134,20 @@ TABLES = {
         attention_gradient_extra=_amd(TALL),
     ),
     # small and unequal, so that a few dozen rows and columns make several ragged tiles of each
-    "interpret": _table(
-        2048,
-        **{
-            f"{kernel}{kind}": same(tile, *ALL)
-            for kernel in ("statistics", "gradient", "attention", "attention_gradient")
-            for kind, tile in (
-                ("", Tile(16, 32, 16)),
-                ("_extra", Tile(32, 16, 16)),
-                ("_two", Tile(16, 32, 16)),
-                ("_two_extra", Tile(32, 16, 16)),
-            )
-        },
+    "interpret": TileTable(
+        by_kernel(
+            **{
+                f"{kernel}{kind}": same(tile, *ALL)
+                for kernel in ("statistics", "gradient", "attention", "attention_gradient")
+                for kind, tile in (
+                    ("", Tile(16, 32, 16)),
+                    ("_extra", Tile(32, 16, 16)),
+                    ("_two", Tile(16, 32, 16)),
+                    ("_two_extra", Tile(32, 16, 16)),
+                )
+            }
+        ),
+        most_stored=2048,
     ),
 }
 # sm_86, sm_89 and sm_120; half at 64 x 64 spills 10 bytes on sm_120, and 22 of pairs apart

@@ -6,6 +6,7 @@ float32, and in the backward one chunk of G and of dW. Never N x C.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,21 +30,23 @@ from fused_losses.primitives.row_statistics.triton_arguments import (
 from fused_losses.primitives.row_statistics.triton_tiles import TABLES
 
 PARTIAL_BYTES = 64 << 20
+# of a class tile, on any device: shapes alone say nothing of the architecture
+MOST_COLUMNS = max(t.columns for table in TABLES.values() for t in table.tiles.values())
 # of the pieces of a row in `forward_resident`, so many of one half are held in registers: 227 KiB
 # of shared memory take 128 rows, the rest of the other 128, and two tiles of 32 classes
 HELD = {1: 0, 2: 0, 3: 1, 4: 3}
 ROWS_IN_TILES = 8  # 256 rows are as many bytes as eight tiles of 32 classes
 
 
-def workspace_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
-    """Peak memory of forward and backward beyond inputs and gradients, at most."""
-    return max(PARTIAL_BYTES, triton_chunks.chunk_bytes(n, d)) + 3 * n * d * 4
-
-
 def workspace(p: Inputs, needs: Needs | None) -> int:
-    """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
     n, d = p.x.shape
-    return workspace_bytes(n, d, p.weight.dtype, p.precision)
+    count = p.weight.shape[0] if p.classes is None else p.classes.shape[0]
+    rows = 3 * n * d * 4
+    if needs is None:
+        return PARTIAL_BYTES + 4 * min(count, triton_chunks.NORM_ROWS) + rows
+    device = p.x.device
+    return triton_chunks.chunk_bytes(n, d, count, device, MOST_COLUMNS) + rows
 
 
 def _table(p: Problem) -> TileTable:
@@ -71,8 +74,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     row_tiles = ceil_div(n, tile.rows)
     span = tile.columns
     if resident is not None:
-        in_l2 = table.chunk_bytes // (p.d * p.x.element_size()) if normalize else count
-        most = ceil_div(min(count, max(in_l2, span)), span)
+        at_once = table.norm_rows if normalize else count
+        most = ceil_div(min(count, max(at_once, span)), span)
         span *= ceil_div(most, _splits(most, row_tiles, gpu_device.processors(x.device)))
     parts = 3 if weighted else 2
     # spans whose partials are alive at once; several such segments are merged into one row each
@@ -84,9 +87,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     top, top_best = _partials(segments, n, parts, x.device)
     chunk = segment * span
     if normalize:
-        # rows that the norms have just read should still be in L2
-        in_l2 = table.chunk_bytes // (p.d * p.x.element_size() * span)
-        chunk = min(chunk, max(1, in_l2) * span)
+        chunk = min(chunk, max(1, table.norm_rows // span // 4 * 4) * span)
     inverse = torch.empty(chunk, **new) if normalize else None
     of_class, of_row = ClassVectors.of(p, inverse), RowVectors(p.positions, p.bend)
     merge_tile = Tile(16, 64, 64, 4, 2)
@@ -167,8 +168,12 @@ def _splits(tiles: int, row_tiles: int, processors: int) -> int:
 
 
 def _partials(rows: int, n: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    values = torch.empty((parts, rows, n), dtype=torch.float32, device=device)
-    return values, torch.empty((rows, n), dtype=torch.int32, device=device)
+    # each begins on a vector of 16 bytes, whatever N is: else Triton compiles its kernel anew
+    size = ceil_div(rows * n, 4) * 4
+    values = torch.empty((parts, size), dtype=torch.float32, device=device)
+    return values[:, : rows * n].view(parts, rows, n), torch.empty(
+        (rows, n), dtype=torch.int32, device=device
+    )
 
 
 def backward(
@@ -302,4 +307,5 @@ def _chunks(
         )
 
     given = (unscale, need_x, dweight, dbias, compact)
-    return triton_chunks.gradients(p, fill, tile, table.ds_bytes, *given)
+    sizes = partial(table.stored, x.device), table.norm_rows
+    return triton_chunks.gradients(p, fill, tile, *sizes, *given)

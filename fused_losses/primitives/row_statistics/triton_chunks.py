@@ -11,33 +11,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.gpu.device import ceil_div, from_column
 from fused_losses.backends.gpu.products import accumulate, add_rows
-from fused_losses.backends.gpu.tiles import Tile
+from fused_losses.backends.gpu.tiles import Tile, TileTable
 from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics.gpu import Problem
 from fused_losses.primitives.row_statistics.triton_arguments import ClassVectors
 
-SPLIT_ROWS = 2048  # of the parts of dx, together: float32 sums that each chunk reads and writes
-ROW_BLOCK = 4096  # rows of G stored at a time: 4096 x 512 is 128 tiles of 128 x 128, a full H100
-MAX_CHUNK = 16384  # rows of W; bounds the chunk of dW where N is small
+SPLIT_ROWS = 8192  # of the parts of dx, together: float32 sums that each chunk reads and writes
+ROW_BLOCK = 16384  # rows of G stored at a time: dW of fewer rows is one product a chunk
+MAX_CHUNK = 1 << 17  # rows of W
+MAX_SPLITS = 16
+NORM_ROWS = TileTable.norm_rows
 
 # writes G of some rows against rows [first, end) of W: (rows, of W, G, sums of columns, first, end)
 Fill = Callable[[slice, ClassVectors, Tensor, Tensor | None, int, int], None]
 
 
-def chunk_bytes(n: int, d: int, unit: int = 1) -> int:
-    """Of dW and of G of a chunk, float32 at the most; unit: rows of W that stay together."""
-    return max(MAX_CHUNK, unit) * (d + min(n, ROW_BLOCK)) * 4
+def column_bytes(n: int, d: int, itemsize: int = 4, more: int = 12) -> int:
+    """Of a column of a chunk: G and its sums over row tiles, dW, and copies of the row of W.
+
+    more: bytes a coordinate of the last two; by default as many as there may be.
+    """
+    block = min(n, ROW_BLOCK)
+    return block * itemsize + block // 4 + more * d
+
+
+def chunk_bytes(n: int, d: int, count: int, device: torch.device, unit: int = 1) -> int:
+    """Of a chunk, the norms and the parts of dx, at most; unit: rows of W that stay together."""
+    columns = ceil_div(count, unit) * unit
+    whole = columns * column_bytes(n, d)
+    stored = max(gpu_device.stored_bytes(device, whole), unit * column_bytes(n, d))
+    stored = min(stored, whole)
+    parts = min(MAX_SPLITS * n, max(SPLIT_ROWS, n))
+    return stored + 4 * min(columns, NORM_ROWS + MAX_CHUNK) + 4 * parts * d
 
 
 def gradients(
     p: Problem,
     fill: Fill,
     tile: Tile,  # of the kernel that fills
-    ds_bytes: int,
+    most_stored: Callable[[int], int],  # bytes of a chunk, by those of all columns
+    norm_rows: int,
     unscale: Tensor | None,
     need_x: bool,
     dweight: Tensor | None,
@@ -47,37 +65,47 @@ def gradients(
 ) -> Tensor | None:
     """dx in float32; dweight and dbias are written.
 
-    At 1024 x 1,000,000 x 512 it moves 43 GB between L2 and the processors of an H100 (bound by
-    count, roofline.md), where Liger's CuTe kernel moves 36: the norms and the projection of
-    dW are 8 of them. Rows resident as in the forward would be read anew for every chunk.
+    A chunk is as large as memory allows and so passes through DRAM: one that stays in L2 spares
+    those bytes, but takes launches that cost more (roofline.md). Rows resident as in the forward
+    would be read anew for every chunk.
     """
     n, d, low, device = p.n, p.d, p.low, p.x.device
     unit = tile.columns * centers
     block = min(n, ROW_BLOCK)
     # dx has few tiles: its classes are split over as many products as fill the GPU, added at last
-    splits = max(1, min(16, SPLIT_ROWS // block)) if n == block else 1
-    splits = min(splits, max(1, MAX_CHUNK // unit))
-    piece = max(1, ds_bytes // (block * low.itemsize * splits * unit)) * unit
-    piece = min(piece, max(1, MAX_CHUNK // (splits * unit)) * unit)
-    piece = min(piece, ceil_div(p.count, splits * unit) * unit)
-    chunk = piece * splits
-    new: dict[str, Any] = dict(dtype=torch.float32, device=device)
-    row_tiles = ceil_div(n, tile.rows)
-    ds = torch.empty((block, chunk), dtype=low, device=device)
-    bias_sum = torch.empty((row_tiles, chunk), **new) if dbias is not None else None
-    inverse = torch.empty(chunk, **new) if p.normalize else None
+    splits = max(1, min(MAX_SPLITS, SPLIT_ROWS // block)) if n == block else 1
     # the product writes straight into dweight where nothing has to be done to it afterwards
     direct = not p.normalize and unscale is None and n == block
     direct = direct and (p.classes is None or compact)
     direct = direct and dweight is not None and dweight.dtype == low
+    copied = p.classes is not None or low == torch.float16 or low != p.weight.dtype
+    more = 4 * (dweight is not None and not direct) + 8 * (need_x and copied)
+    each = column_bytes(n, d, low.itemsize, more)
+    most = most_stored(p.count * each) // (each * unit)
+    most = max(1, min(most, MAX_CHUNK // unit, ceil_div(p.count, unit)))  # units
+    splits = min(splits, most)
+    # as many chunks as there have to be, of one size
+    chunks = ceil_div(p.count, most // splits * splits * unit) if most * unit < p.count else 1
+    piece = ceil_div(p.count, chunks * splits * unit) * unit
+    chunk = min(piece * splits, most * unit)
+    new: dict[str, Any] = dict(dtype=torch.float32, device=device)
+    row_tiles = ceil_div(n, tile.rows)
+    ds = torch.empty((block, chunk), dtype=low, device=device)
+    bias_sum = torch.empty((row_tiles, chunk), **new) if dbias is not None else None
+    # norms of several chunks at once
+    several = min(chunks, max(1, norm_rows // chunk)) * chunk
+    every = torch.empty(min(several, p.count), **new) if p.normalize else None
     gradient = None if direct or dweight is None else torch.empty((chunk, d), **new)
     x_low = p.x.to(low)
     dx = torch.zeros((splits, n, d), **new) if need_x else None
     for first in range(0, p.count, chunk):
         end = min(first + chunk, p.count)
         length = end - first
-        if inverse is not None:
-            norms(p, inverse, first, end)
+        inverse = None
+        if every is not None:
+            if first % several == 0:
+                norms(p, every, first, min(first + several, p.count))
+            inverse = every[first % several :][:length]
         w = p.weight[first:end] if p.classes is None else p.weight[p.classes[first:end]]
         rest = shift = None
         if low == torch.float16 and inverse is not None:

@@ -15,16 +15,12 @@ from dataclasses import replace
 from fused_losses.backends.gpu.tiles import ALL, Tile, TileTable, by_kernel, same, wide
 
 
-def _table(chunk_bytes: int, ds_bytes: int, **kernels: dict[str, Tile]) -> TileTable:
-    return TileTable(by_kernel(**kernels), ds_bytes, chunk_bytes)
+def _table(**kernels: dict[str, Tile]) -> TileTable:
+    return TileTable(by_kernel(**kernels))
 
-
-MIB = 1 << 20
 
 TABLES = {
     "sm_80": _table(
-        16 * MIB,
-        6 * MIB,
         # half 251 (254 with classes; 96 KiB), tf32 153, rounded 128, tf32x3 167 (128 x 128
         # spills). At 128 x 128 half takes 154: no second block on an SM either
         forward=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 64, 32)),
@@ -44,8 +40,6 @@ TABLES = {
         owner_classes_wide=same(Tile(64, 32, 0, 8, 2), "half"),
     ),
     "sm_90": _table(
-        24 * MIB,
-        8 * MIB,
         # D=512: 255, 384: 180, 256: 128, 128: 127; 224, 208, 160 and 80 KiB
         forward_resident=same(Tile(256, 32, 128, 8, 2), "half"),
         # half 186, tf32 112, rounded 140, tf32x3 203
@@ -66,8 +60,6 @@ TABLES = {
         owner_classes_wide=same(Tile(32, 64, 0, 8, 2), "half"),
     ),
     "sm_100": _table(
-        48 * MIB,
-        16 * MIB,
         # half 154 (256 columns of tensor memory), tf32 90, rounded 90, tf32x3 176 (512 columns)
         forward=wide(Tile(128, 256, 64), Tile(128, 128, 32), Tile(128, 128, 32)),
         # all: half 166, rounded 167, tf32x3 212; all spill at 128 x 128
@@ -86,8 +78,6 @@ TABLES = {
         owner_classes_wide=same(Tile(64, 64, 0, 8, 2), "half"),
     ),
     "gfx942": _table(
-        64 * MIB,
-        16 * MIB,
         # half 93, rounded 117, tf32x3 (float32 products) 106; all: 150, 135, 134; 32 KiB of LDS
         forward=same(Tile(128, 128, 32, 8, 2), *ALL),
         forward_extra=same(Tile(128, 128, 32, 8, 2), *ALL),
@@ -96,19 +86,21 @@ TABLES = {
         gradient_extra=same(Tile(128, 128, 32, 8, 2), *ALL),
     ),
     # small and unequal, so that a few dozen rows and classes make several ragged tiles of each
-    "interpret": _table(
-        4096,
-        2048,
-        forward_resident=same(Tile(32, 16, 16), "half"),
-        forward=same(Tile(16, 32, 16), *ALL),
-        forward_extra=same(Tile(32, 16, 16), *ALL),
-        gradient=same(Tile(16, 32, 16), *ALL),
-        gradient_extra=same(Tile(32, 16, 16), *ALL),
-        gradient_bent=same(Tile(16, 16, 16), *ALL),
-        owner_rows=same(Tile(16, 32, 0), "half", "rounded"),
-        owner_classes=same(Tile(32, 16, 0), "half", "rounded"),
-        owner_rows_wide=same(Tile(32, 16, 0), "half"),
-        owner_classes_wide=same(Tile(16, 32, 0), "half"),
+    "interpret": TileTable(
+        by_kernel(
+            forward_resident=same(Tile(32, 16, 16), "half"),
+            forward=same(Tile(16, 32, 16), *ALL),
+            forward_extra=same(Tile(32, 16, 16), *ALL),
+            gradient=same(Tile(16, 32, 16), *ALL),
+            gradient_extra=same(Tile(32, 16, 16), *ALL),
+            gradient_bent=same(Tile(16, 16, 16), *ALL),
+            owner_rows=same(Tile(16, 32, 0), "half", "rounded"),
+            owner_classes=same(Tile(32, 16, 0), "half", "rounded"),
+            owner_rows_wide=same(Tile(32, 16, 0), "half"),
+            owner_classes_wide=same(Tile(16, 32, 0), "half"),
+        ),
+        most_stored=2048,
+        norm_rows=64,
     ),
 }
 # sm_86, sm_89 and sm_120: 99 KiB of shared memory, which the tiles of sm_80 keep to; but where a
