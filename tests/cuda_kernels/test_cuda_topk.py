@@ -200,3 +200,41 @@ def test_double_rows_with_a_narrow_screen() -> None:
     for kind in TOPK_KINDS:
         p = TopkInputs(x, y, k=4, kind=kind, screen="bf16")
         same(cuda_topk.select(p), p)
+
+
+@pytest.mark.parametrize("y_dtype", (torch.float32, torch.bfloat16, torch.float64, torch.int8))
+@pytest.mark.parametrize("kind", TOPK_KINDS)
+def test_a_bank_is_prepared_by_one_launch(
+    kind: str, y_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU's screens read of the bank, beside PyTorch's blocks and the literal lengths."""
+    codes = y_dtype == torch.int8
+    x, y = torch.randn(19, 27), torch.randn(530, 27)
+    y[7] = 0
+    bank = (20 * y).to(y_dtype) if codes else y.to(y_dtype)
+    p = TopkInputs(
+        x, bank, k=3, kind=kind, largest=kind != "sqeuclidean",
+        y_scale=torch.rand(530) + 0.5 if codes else None,
+    )  # fmt: skip
+    blocks = certified_topk.prepared(p, narrow=torch.float32)
+    launched = []
+    plain = cuda_topk.cuda_launch.launch
+    monkeypatch.setattr(
+        cuda_topk.cuda_launch, "launch", lambda name, **a: (launched.append(name), plain(name, **a))
+    )
+    monkeypatch.setattr(certified_topk, "_by_kernels", lambda p: True)
+    kernels = certified_topk.prepared(p, narrow=torch.float32)
+    assert launched == ["topk_bank", "topk_bank"]  # of the bank, of the rows
+    # sums of 27 squares in another order, in double, and a root; then one rounding to float32
+    apart = 2 * (27 + 4) * 2.0**-53
+    torch.testing.assert_close(kernels.squares, blocks.squares, rtol=apart, atol=0)
+    torch.testing.assert_close(kernels.error, blocks.error, rtol=2 * apart, atol=0)
+    for ours, theirs in (
+        (kernels.multiplier, blocks.multiplier),
+        (kernels.offset, blocks.offset),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=2 * 2.0**-23, atol=0)
+    if kind == "sqeuclidean" and not codes:
+        assert kernels.center is not None
+        literal = (bank.double() - kernels.center.double()).square().sum(1)
+        torch.testing.assert_close(-2 * kernels.offset.double(), literal, rtol=2.0**-23, atol=0)

@@ -26,6 +26,7 @@ from fused_losses.primitives.topk.listed import listed_forward, scores_of
 from fused_losses.primitives.topk.reference import allowed, best, wide_rows
 
 BLOCK_BYTES = 4 << 20
+DEVICE_BLOCK_BYTES = 16 << 20  # on a GPU, where a block is ten launches
 LIVE_BLOCKS = 8  # how many such are alive at the peak
 
 
@@ -63,13 +64,24 @@ def kept(p: TopkInputs) -> int:
     return min(p.y.shape[0], p.k + max(16, p.k // 2))
 
 
+def block_bytes(p: TopkInputs) -> int:
+    """Of a block of rows that are prepared in float64."""
+    return DEVICE_BLOCK_BYTES if p.x.is_cuda else BLOCK_BYTES
+
+
+def _by_kernels(p: TopkInputs) -> bool:
+    """Whether the CUDA C++ kernels take part: in a GPU's screens, and as their judge."""
+    dense = p.x.stride(1) == 1 and p.y.stride(1) == 1
+    return p.x.is_cuda and dense and not backends.unavailable("cuda")
+
+
 def certified_bytes(p: TopkInputs) -> int:
     """Of a screen in blocks and its judge in PyTorch, beyond inputs and outputs, at most."""
     (n, d), m, keep = p.x.shape, p.y.shape[0], p.k + max(16, p.k // 2)
     size = accumulate_dtype(p.x.dtype).itemsize
     # moved in float64 where y is
     rows = 3 * n * d * max(size, accumulate_dtype(p.y.dtype).itemsize if p.y_scale is None else 0)
-    return LIVE_BLOCKS * BLOCK_BYTES + rows + 16 * keep * d + 2 * m * size + 96 * n * keep
+    return LIVE_BLOCKS * block_bytes(p) + rows + 16 * keep * d + 2 * m * size + 96 * n * keep
 
 
 def center_of(p: TopkInputs) -> Tensor | None:
@@ -102,8 +114,11 @@ def prepared(p: TopkInputs, products: Products = IEEE, narrow: torch.dtype | Non
     center = center_of(p)
     multiplier, offset = (f(m, dtype=narrow, device=p.x.device) for f in (torch.ones, torch.zeros))
     longest = torch.zeros((), dtype=wide, device=p.x.device)
-    step = max(1, BLOCK_BYTES // (8 * max(d, 1)))
-    for block in runs(m, step):
+    step = max(1, block_bytes(p) // (8 * max(d, 1)))
+    in_kernels = narrow == torch.float32 and _by_kernels(p)
+    if in_kernels:
+        longest = backends.module("topk", "cuda").lengths(p, center, multiplier, offset)
+    for block in runs(0 if in_kernels else m, step):
         y = moved(wide_rows(p, block), center, wide)
         norm = torch.linalg.vector_norm(y, dim=1)
         if p.kind == "cosine":
@@ -117,7 +132,9 @@ def prepared(p: TopkInputs, products: Products = IEEE, narrow: torch.dtype | Non
         # the products of a row with NaN or inf are right, or NaN
         longest = torch.maximum(longest, torch.where(y.isfinite().all(dim=1), norm, 0).max())
     squares = torch.empty(n, dtype=wide, device=p.x.device)
-    for run in runs(n, step):
+    if in_kernels:
+        backends.module("topk", "cuda").squared_lengths(p.x, center, squares)
+    for run in runs(0 if in_kernels else n, step):
         squares[run] = moved(p.x[run].to(wide), center, wide).square().sum(dim=1)
     error = bounds.of_scores(p, squares.sqrt(), longest, narrow, products)
     x = turned(p, moved(p.x, center, narrow))

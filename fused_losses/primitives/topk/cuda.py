@@ -184,6 +184,25 @@ def _bank(
     )
 
 
+def lengths(p: TopkInputs, center: Tensor | None, multiplier: Tensor, offset: Tensor) -> Tensor:
+    """|y_j - center| of a whole bank by one launch: the longest, and what the screen makes of them.
+
+    multiplier and offset [M] float32, 1 and 0, are written where the kind of scores asks for them.
+    """
+    p = _dense(p)
+    longest = torch.zeros(LONGEST_PARTS, dtype=torch.float64, device=p.x.device)
+    wanted = multiplier if p.kind == "cosine" or p.y_scale is not None else None
+    moves = offset if p.kind == "sqeuclidean" else None
+    at = None if center is None else center.double()
+    _bank(p.y, p, slice(0, p.y.shape[0]), at, wanted, moves, longest)
+    return longest.max()
+
+
+def squared_lengths(x: Tensor, center: Tensor | None, to: Tensor) -> None:
+    """to = |x_i - center|^2 in double."""
+    _squares(x, None if center is None else center.double(), to)
+
+
 def _squares(x: Tensor, center: Tensor | None, to: Tensor) -> None:
     """to = |x_i - center|^2 in double."""
     cuda_launch.launch(
