@@ -1,4 +1,4 @@
-"""Runs `fake_gpu_cases.py` in a process of its own, which has CUDA devices without a GPU."""
+"""Runs files of cases in processes of their own, which have CUDA devices without a GPU."""
 
 from __future__ import annotations
 
@@ -13,3 +13,10 @@ import pytest
 def test_launches_and_waits_of_every_example() -> None:
     pytest.importorskip("triton")
     fake_cuda.passes(Path(__file__).with_name("fake_gpu_cases.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_launches_and_compilations_of_a_step() -> None:
+    pytest.importorskip("triton")
+    fake_cuda.passes(Path(__file__).with_name("launch_cases.py"))

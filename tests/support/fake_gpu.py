@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_losses import backends
+from fused_losses import backends, primitives
 from fused_losses.backends.cuda import launch as cuda_launch
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.triton import launch as triton_launch
@@ -38,6 +39,10 @@ PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddb
 INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 LISTED = (aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten.equal, aten.bincount)
 READS = (aten._local_scalar_dense, aten.item, aten.is_nonzero)
+# what launches nothing: allocations, and views beside those that say so themselves
+ALLOCATED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
+SIZES = ("_local_scalar_dense", "is_same_size", "split_with_sizes")
+VIEWED = ("view", "alias", "lift_fresh", "resize_", "set_")
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,11 @@ class Noted:
 
     launches: list[Launched] = field(default_factory=list)
     waits: list[tuple[str, str]] = field(default_factory=list)  # kind, place in the package
+    # of each op of ours: bytes beside inputs and outputs, and what its workspace tells
+    memory: list[tuple[str, int, int]] = field(default_factory=list)
     chosen: list[str] = field(default_factory=list)  # ops, with their backend
+    # PyTorch's operators that launch a kernel each, or more: with their place in the package
+    operations: list[tuple[str, str]] = field(default_factory=list)
     # of float32 products of the library in GPU forms: whether tf32 is off in the thread that asks
     without_tf32: list[bool] = field(default_factory=list)
 
@@ -70,6 +79,15 @@ def place() -> str:
     return f"{'.'.join(module.parts)}.{frames[-1].name}"
 
 
+def launches(func: Any) -> bool:
+    """Whether an operator on tensors of a GPU launches a kernel."""
+    name = func._schema.name.removeprefix("aten::")
+    if func.namespace != "aten":
+        return False
+    viewed = func.is_view or any(word in name for word in VIEWED)
+    return name not in (*ALLOCATED, *SIZES) and not viewed
+
+
 class Shapes(TorchDispatchMode):
     """Runs our ops' Python forms on fakes, and notes what waits for the device."""
 
@@ -79,6 +97,8 @@ class Shapes(TorchDispatchMode):
         self.hoped: dict[int, bool] = {}
         self.kept: list[Tensor] = []  # so that their identities are
         self.inside = 0  # forms of GPU backends
+        self.counted: set[int] = set()  # storages, by their address
+        self.alive = self.most = 0  # their bytes on a GPU
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
@@ -87,32 +107,79 @@ class Shapes(TorchDispatchMode):
         if func.namespace == "fused_losses":
             return self.ours(func, args)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if self.inside and self.composite(func):
+            # without autograd an operator made of others comes whole
+            with self:
+                return func.decompose(*args, **kwargs)
         if self.inside and func.overloadpacket in PRODUCTS and given[-1].dtype == torch.float32:
             self.noted.without_tf32.append(extension().tf32_is_off())
         on_gpu = any(t.is_cuda for t in given)
         if on_gpu and (wait := self.waits(func, args, kwargs)):
             self.noted.waits.append((wait, place()))
         out = self.of_values(func, args) if on_gpu else None
+        if func._overloadname == "dtype_out":  # which fakes' own decomposition cannot call
+            out = kwargs["out"]
         if out is None:
             out = func(*args, **kwargs)
         to_gpu = isinstance(out, Tensor) and out.is_cuda
+        for t in tree_leaves(out):
+            if self.inside and isinstance(t, Tensor) and t.is_cuda:
+                self.count(t.untyped_storage())
+        if (on_gpu or to_gpu) and launches(func):
+            self.noted.operations.append((func._schema.name.removeprefix("aten::"), place()))
         if to_gpu and not on_gpu and given and func.overloadpacket is aten._to_copy:
             self.noted.waits.append(("host to device", place()))
         return out
 
+    @staticmethod
+    def composite(func: Any) -> bool:
+        noted = (*READS, *LISTED, aten.repeat_interleave)
+        made = torch._C._dispatch_has_kernel_for_dispatch_key
+        ours = func.namespace == "aten" and func.overloadpacket not in noted
+        return ours and made(func.name(), "CompositeImplicitAutograd")
+
+    def count(self, storage: Any) -> None:
+        """Its bytes are alive until it is freed."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.counted:
+            return
+        self.counted.add(key)
+        self.alive += size
+        self.most = max(self.most, self.alive)
+
+        def freed() -> None:
+            self.counted.discard(key)
+            self.alive -= size
+
+        weakref.finalize(storage, freed).atexit = False
+
     def ours(self, func: Any, args: tuple) -> Any:
+        """An op of ours: its form runs, and what it holds is set beside what the op tells."""
         name = func._schema.name.removeprefix("fused_losses::")
         self.noted.chosen.append(name)
         direction = "_backward" if name.endswith("_backward") else ""
         op, _, backend = name.removesuffix(direction).rpartition("_")
         run = ops.OPS[op].backward if direction else ops.OPS[op].forward
         before = self.devices.fake_exchange_device(self.start_on)
-        self.inside += backend in ("triton", "cuda")
+        # a primitive without a form of the backend's own runs on PyTorch's operators
+        form = Path(primitives.__file__).parent / ops.OPS[op].primitive / f"{backend}.py"
+        own = backend in ("triton", "cuda") and form.is_file()
+        self.inside += own
         try:
+            for t in tree_leaves(args):
+                if isinstance(t, Tensor) and t.is_cuda:
+                    self.count(t.untyped_storage())
+            start = self.most = self.alive
             with self, torch.no_grad():
-                return run(backend, *args)
+                out = run(backend, *args)
+            made = {t.untyped_storage()._cdata: t for t in tree_leaves(out) if t is not None}
+            held = self.most - start - sum(t.untyped_storage().nbytes() for t in made.values())
+            told = ops.OPS[op].workspace(backend, direction, args)
+            if own:
+                self.noted.memory.append((name, held, told))
+            return out
         finally:
-            self.inside -= backend in ("triton", "cuda")
+            self.inside -= own
             self.devices.fake_exchange_device(before)
 
     def waits(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
