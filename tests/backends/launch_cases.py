@@ -33,9 +33,11 @@ def labels(n: int) -> Tensor:
     return torch.zeros(n, dtype=torch.int64, device=DEVICE)
 
 
-def margin_softmax(n: int, c: int, d: int, dtype: torch.dtype = BF16) -> Tensor:
+def margin_softmax(
+    n: int, c: int, d: int, dtype: torch.dtype = BF16, backend: str | None = None
+) -> Tensor:
     x, w = rows(n, d, dtype=dtype), rows(c, d, dtype=dtype)
-    loss = F.margin_softmax(x, w, labels(n), margin=ArcFace(0.5))
+    loss = F.margin_softmax(x, w, labels(n), margin=ArcFace(0.5), backend=backend)
     assert isinstance(loss, Tensor)
     return loss
 
@@ -44,8 +46,9 @@ def linear_cross_entropy(n: int, c: int, d: int, dtype: torch.dtype = BF16) -> T
     return F.linear_cross_entropy(rows(n, d, dtype=dtype), rows(c, d, dtype=dtype), labels(n))
 
 
-def info_nce(n: int, d: int, dtype: torch.dtype = BF16) -> Tensor:
-    return F.info_nce(rows(n, d, dtype=dtype), rows(n, d, dtype=dtype), symmetric=True)
+def info_nce(n: int, d: int, dtype: torch.dtype = BF16, backend: str | None = None) -> Tensor:
+    x, y = rows(n, d, dtype=dtype), rows(n, d, dtype=dtype)
+    return F.info_nce(x, y, symmetric=True, backend=backend)
 
 
 def topk(n: int, m: int, d: int, metric: str, dtype: torch.dtype = BF16) -> Tensor:
@@ -76,6 +79,12 @@ TABLE = {
     ),
     "info_nce bf16": Launches(lambda: info_nce(32_768, 512), 64, 32, 200, 288),
     "info_nce fp32": Launches(lambda: info_nce(32_768, 512, FP32), 64, 32, 200, 352),
+    "margin_softmax by CUDA kernels": Launches(
+        lambda: margin_softmax(1024, 10**6, 512, backend="cuda"), 104, 88, 200, 280
+    ),
+    "info_nce by CUDA kernels": Launches(
+        lambda: info_nce(32_768, 512, backend="cuda"), 44, 96, 208, 400
+    ),
     "topk of a bank": Launches(lambda: topk(1024, 10**6, 256, "dot"), 6, 0, 56, 48),
     "topk by angle": Launches(lambda: topk(1024, 10**6, 256, "cosine"), 8, 0, 88, 48),
     "topk by distance": Launches(

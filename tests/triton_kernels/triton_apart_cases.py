@@ -6,7 +6,6 @@ import apart_cases
 import pytest
 
 from fused_losses.primitives.pairs import triton as backend
-from fused_losses.primitives.pairs import triton_sweep
 
 
 @pytest.mark.parametrize("case", apart_cases.CASES, ids=lambda c: c.name)
@@ -19,7 +18,7 @@ def test_several_blocks(triangle: bool, monkeypatch: pytest.MonkeyPatch) -> None
     """What is one block at these sizes, cut into several ragged ones."""
     monkeypatch.setattr(backend, "SWEEP_ROWS", 32)
     monkeypatch.setattr(backend, "PARTIAL_BYTES", 16 * 2 * 32 * 5)
-    monkeypatch.setattr(triton_sweep, "ROW_BLOCK", 32)
+    monkeypatch.setattr(backend.gpu, "ROW_BLOCK", 32)
     monkeypatch.setattr(backend.gpu, "MAX_CHUNK", 64)
     case = apart_cases.Apart(n=53, m=70, labels=4, cols=not triangle, triangle=triangle)
     apart_cases.check(case, backend)

@@ -26,7 +26,6 @@ from triton_pair_checks import (
 import fused_losses.backends
 from fused_losses.primitives.pairs import reference as truth
 from fused_losses.primitives.pairs import triton as backend
-from fused_losses.primitives.pairs import triton_sweep
 from fused_losses.primitives.pairs.inputs import (
     BEST,
     COUNT,
@@ -113,7 +112,7 @@ def test_several_blocks(triangle: bool, monkeypatch: pytest.MonkeyPatch) -> None
     """Everything that is one piece at these sizes, cut into several ragged ones."""
     monkeypatch.setattr(backend, "SWEEP_ROWS", 32)
     monkeypatch.setattr(backend, "PARTIAL_BYTES", 16 * 2 * 32 * 5)
-    monkeypatch.setattr(triton_sweep, "ROW_BLOCK", 32)
+    monkeypatch.setattr(backend.gpu, "ROW_BLOCK", 32)
     monkeypatch.setattr(backend.gpu, "MAX_CHUNK", 64)
     more = dict(labels=6, biases=True)
     check(Case(n=53, m=70, cols=not triangle, triangle=triangle, **more))

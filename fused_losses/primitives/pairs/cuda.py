@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends.cuda import launch as cuda_launch
+from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.backends.gpu.library_products import low_dtype, product, scores_precision
 from fused_losses.backends.gpu.products import float32_products
 from fused_losses.base.numerics import row_dtype
@@ -31,17 +33,10 @@ from fused_losses.primitives.pairs.gpu import Block, ColumnSums, PairGradients, 
 from fused_losses.primitives.pairs.gpu_apart import ApartGradients, SplitBlock
 from fused_losses.primitives.pairs.inputs import REDUCTIONS, PairInputs, PairNeeds
 
-TILE_BYTES = 16 << 20  # of all tiles of a block: with their operands they stay in L2 from sm_80 on
+PAIR_BYTES = 16  # of a pair in all tiles of a block, at most
 WIDTH = 64  # tiles are a multiple of it wide: rows start on 16 bytes in every type
 HOST_ROWS, HOST_BYTES = 160, 128 << 10  # in the host execution: several ragged blocks of few pairs
 SEGMENT = 128  # rows that a block of threads goes down: csrc/cuda/pairs/tile.h
-
-
-def workspace_bytes(n: int, m: int, d: int, dtype: torch.dtype, precision: str = "fp32") -> int:
-    """Peak memory of forward and backward beyond inputs and gradients, at most."""
-    # tiles, the columns' sums of segments, and float32 sums of a chunk's columns
-    parts = 4 * 2 * 4 * (gpu.ROW_BLOCK // SEGMENT) * gpu.MAX_CHUNK
-    return TILE_BYTES + parts + 2 * gpu.MAX_CHUNK * d * 4 + 3 * (n + m) * d * 4 + 200 * (n + m)
 
 
 def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
@@ -50,7 +45,13 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     width: of an attention's values.
     """
     (n, d), m = p.x.shape, p.y.shape[0]
-    return workspace_bytes(n, m, d + width, p.x.dtype, p.precision)
+    d += width
+    height, columns = min(n, gpu.ROW_BLOCK), min(ceil_div(m, WIDTH) * WIDTH, gpu.MAX_CHUNK)
+    # tiles, the columns' sums of segments, and float32 sums of a chunk's columns
+    tiles = gpu_device.stored_bytes(p.x.device, n * m * PAIR_BYTES)
+    tiles = min(max(tiles, height * WIDTH * PAIR_BYTES), height * columns * PAIR_BYTES)
+    parts = 4 * 2 * 4 * ceil_div(height, SEGMENT) * columns
+    return tiles + parts + 2 * columns * d * 4 + 3 * (n + m) * d * 4 + 200 * (n + m)
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,12 @@ def tiles(
     Forward a run of rows stays in L2 while the columns stream by; backward sums down a run of
     columns at a time.
     """
-    most, tall = (HOST_BYTES, HOST_ROWS) if cuda_launch.on_host() else (TILE_BYTES, gpu.ROW_BLOCK)
+    size = sum(t.itemsize for t in dtypes)
+    most, tall = gpu_device.stored_bytes(s.p.x.device, s.n * s.m * size), gpu.ROW_BLOCK
+    if cuda_launch.on_host():
+        most, tall = HOST_BYTES, HOST_ROWS
     height = min(s.n, tall)
-    width = most // (max(height, 1) * sum(t.itemsize for t in dtypes) * WIDTH)
+    width = most // (max(height, 1) * size * WIDTH)
     width = min(max(width, 1), gpu.MAX_CHUNK // WIDTH, -(-s.m // WIDTH)) * WIDTH
     made = [torch.empty((height, width), dtype=t, device=s.p.x.device) for t in dtypes]
     order = gpu.blocks(s.p, height, width)

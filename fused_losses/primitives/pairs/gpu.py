@@ -25,7 +25,7 @@ from fused_losses.primitives.pairs.inputs import (
     PairNeeds,
 )
 
-ROW_BLOCK = 4096  # rows of G stored at a time: 4096 x 512 is 128 tiles of 128 x 128, a full H100
+ROW_BLOCK = 16384  # rows of a stored block, at most
 MAX_CHUNK = 16384  # columns; bounds the float32 sums of a chunk where N is small
 WEIGHT_UNIT = 4096.0  # float16 attention weights are stored times this: float16 starts at 6e-8
 

@@ -28,7 +28,6 @@ from fused_losses.primitives.pairs import gpu
 from fused_losses.primitives.pairs.gpu import Block, ColumnSums
 from fused_losses.primitives.pairs.inputs import VALUE, PairInputs, PairNeeds
 from fused_losses.primitives.pairs.triton_sweep import (
-    ROW_BLOCK,
     TritonPairProblem,
     add_block,
     columns_within,
@@ -56,7 +55,7 @@ def workspace(p: PairInputs, needs: PairNeeds | None, width: int = 0) -> int:
     # two classes of pairs, for rows and for columns
     partials = min(PARTIAL_BYTES, 64 * (n + LEAST) * (m + LEAST) // LEAST)
     # of G and of attention weights; float32 sums of a chunk's columns for y and for the values
-    height, columns = min(n, ROW_BLOCK), min(m, gpu.MAX_CHUNK) + MOST
+    height, columns = min(n, gpu.ROW_BLOCK), min(m, gpu.MAX_CHUNK) + MOST
     stored = gpu_device.stored_bytes(p.x.device, n * m * PAIR_BYTES)
     stored = max(stored, height * MOST * PAIR_BYTES)
     chunk = min(stored, height * columns * PAIR_BYTES) + 2 * columns * d * 4

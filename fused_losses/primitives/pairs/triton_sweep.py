@@ -21,8 +21,6 @@ from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds, Rule
 from fused_losses.primitives.pairs.triton_apart import Squares, columns_of
 from fused_losses.primitives.pairs.triton_tiles import TABLES
 
-ROW_BLOCK = 16384  # rows of G stored at a time
-
 
 class Side(NamedTuple):
     """One side of the matrix as the kernels read it; all but its rows may be missing."""
@@ -156,7 +154,7 @@ def stored(
 
     Of pairs apart the squares are stored beside them.
     """
-    height, device = min(s.n, ROW_BLOCK), s.p.x.device
+    height, device = min(s.n, gpu.ROW_BLOCK), s.p.x.device
     size = 4 * (s.squares is not None) + sum(t.itemsize for t in dtypes)
     most = max(1, gpu.MAX_CHUNK // s.columns(tile)) * s.columns(tile)
     width = min(columns_within(s, tile, height, size), most)

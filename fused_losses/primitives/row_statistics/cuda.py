@@ -1,7 +1,7 @@
 """`row_statistics` on the CUDA C++ kernels: a library product into a tile, our kernel after it.
 
-The classes go by in chunks, and rows in blocks, so that the tile of scores [block, chunk], float32,
-stays in L2 (SIZES). Forward: score_rows merges the tile into each row's state. Backward:
+The classes go by in chunks, and rows in blocks, with a tile of scores [block, chunk], float32, as
+large as memory allows (SIZES). Forward: score_rows merges the tile into each row's state. Backward:
 gradient_rows turns the tile into G in place, then dx += G W and dW = G^T x are library products.
 The kernels: csrc/cuda/row_statistics/, gather.cu. Memory never N x C; of C values the gradients
 alone; rows of W are copied by the chunk, where `classes` gathers them or a product needs a cast.
@@ -39,55 +39,48 @@ from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGrad
 STEP = 16  # a tile's columns are a multiple of it: whole packs, of 16-bit values too
 MOST_PARTS = 32  # of a row's state, as finish_rows merges them
 ROWS_A_SUM = 64  # of G that one thread adds up for dbias
+MOST_SPLITS = 16  # of a chunk, for dx
 
 
 @dataclass(frozen=True)
 class Sizes:
     """How a call is cut up."""
 
-    tile_bytes: int  # of scores, float32
+    tile_bytes: int  # of a chunk, at most
     rows: int  # of a block, at most
     classes: int  # of a chunk, at most
     part: int  # columns of a row that one warp goes through, at least
     split_rows: int  # of the parts of dx, together
 
-    def chunk(self, block: int, count: int, whole: int = STEP) -> int:
-        """Classes of a chunk, a multiple of `whole`."""
-        fitting = min(self.tile_bytes // (4 * block), self.classes, ceil_div(count, whole) * whole)
+    def chunk(
+        self, block: int, count: int, each: int, device: torch.device, whole: int = STEP
+    ) -> int:
+        """Classes of a chunk, a multiple of `whole`; each: bytes of one, but for its scores."""
+        each += 4 * block
+        stored = min(self.tile_bytes, gpu_device.stored_bytes(device, each * count))
+        fitting = min(stored // each, self.classes, ceil_div(count, whole) * whole)
         return max(1, fitting // whole) * whole
 
 
-# what the L2 of 40, 50 and 126 MB keeps beside a chunk of W, x, dW and the parts of dx: at twice as
-# much the backward moves six times its floor through DRAM (roofline.md)
-SIZES = {
-    "sm_80": Sizes(8 << 20, 2048, 16384, 1024, 2048),
-    "sm_86": Sizes(8 << 20, 2048, 16384, 1024, 2048),
-    "sm_90": Sizes(8 << 20, 2048, 16384, 1024, 2048),
-    "sm_100": Sizes(16 << 20, 4096, 16384, 1024, 2048),
+# few chunks: those that stay in L2 take launches that cost more than DRAM does (roofline.md)
+CHIPS = Sizes(gpu_device.STORED_BYTES, 16384, 1 << 17, 1024, 8192)
+SIZES = dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), CHIPS) | {
     # small, so that a few hundred rows and classes make several ragged tiles
     "interpret": Sizes(64 << 10, 64, 256, 16, 128),
 }
 
 
-def workspace_bytes(n: int, d: int, dtype: torch.dtype, precision: str) -> int:
-    """Peak memory of forward and backward beyond inputs and gradients, at most."""
-    host = cuda_launch.on_host()
-    return max(
-        _workspace_bytes(s, n, d, host) for a, s in SIZES.items() if host == (a == "interpret")
-    )
-
-
 def workspace(p: Inputs, needs: Needs | None) -> int:
-    """Bytes beyond inputs and outputs, at most; needs None: of the forward, which has fewer."""
-    n, d = p.x.shape
-    return workspace_bytes(n, d, p.weight.dtype, p.precision)
-
-
-def _workspace_bytes(sizes: Sizes, n: int, d: int, host: bool) -> int:
+    """Bytes beyond inputs and outputs, at most; needs None: of the forward."""
+    (n, d), host = p.x.shape, cuda_launch.on_host()
+    count = p.weight.shape[0] if p.classes is None else p.classes.shape[0]
+    sizes = SIZES["interpret"] if host else CHIPS
     block = max(1, min(n, sizes.rows))
-    chunk = sizes.chunk(block, sizes.classes)
-    # the chunk's rows, gathered or cast, in one dtype or two, and its dW; columns' values
-    values = chunk * (3 * d + 16)
+    each = 0 if needs is None else 4 * d
+    whole = STEP * (1 if needs is None else MOST_SPLITS)
+    chunk = max(whole, sizes.chunk(block, count, each, p.x.device))
+    # the chunk's rows, gathered or cast, in the backward in two dtypes, and its dW; columns' values
+    values = chunk * ((1 if needs is None else 3) * d + 16)
     scores = block * chunk
     if host:  # where 16-bit operands are widened
         values, scores = 2 * values, 2 * scores + n * d
@@ -169,7 +162,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return lse, target, weighted_sum, hardest, hardest_score
     sizes = SIZES[gpu_device.architecture(device)]
     block = min(n, sizes.rows)
-    chunk = sizes.chunk(block, p.count)
+    chunk = sizes.chunk(block, p.count, 0, device)
     parts = min(ceil_div(16 * gpu_device.processors(device), block), chunk // sizes.part)
     parts = max(1, min(parts, MOST_PARTS))
     high = torch.empty((parts, n), device=device)
@@ -281,8 +274,8 @@ def _sweep(
     sizes = SIZES[gpu_device.architecture(device)]
     block = min(n, sizes.rows)
     # dx has few tiles: its classes are split over as many products as fill the GPU, added at last
-    splits = max(1, min(16, sizes.split_rows // block)) if n == block else 1
-    chunk = sizes.chunk(block, p.count, STEP * splits)
+    splits = max(1, min(MOST_SPLITS, sizes.split_rows // block)) if n == block else 1
+    chunk = sizes.chunk(block, p.count, 4 * d * (dweight is not None), device, STEP * splits)
     piece = chunk // splits
     tile = torch.empty((block, chunk), device=device)
     runs = ceil_div(block, ROWS_A_SUM)
