@@ -93,7 +93,7 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fake = FakeTensorMode()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)  # what a function holds
         self.inputs: dict[int, Tensor] = {}  # by the identity of the real ones
         self.events: list[tuple[int, int]] = []  # a storage's number and the bytes it adds
         self.numbers = WeakIdKeyDictionary()  # of storages

@@ -27,6 +27,7 @@ from fused_losses.pairwise.metrics import (
     mahalanobis,
     minkowski,
 )
+from fused_losses.pairwise.own_metric import OwnMetric, check_alone, check_backend, own_distances
 from fused_losses.pairwise.whitening import wide
 from fused_losses.primitives.distances.inputs import FLAT
 
@@ -37,7 +38,7 @@ SIMILARITIES = ("dot", "cosine", "rbf", "laplacian", "polynomial", "sigmoid")
 def pairwise_distance(
     x: Tensor,  # [..., N, D]
     y: Tensor | None = None,  # [..., M, D]
-    metric: str = "euclidean",
+    metric: str | OwnMetric = "euclidean",
     *,
     p: float = 2.0,
     w: Tensor | None = None,  # [D]
@@ -62,6 +63,10 @@ def pairwise_distance(
             snr         var(y - x) / var(x) over the coordinates, x the anchor
             poincare    arccosh(1 + 2 |x - y|^2 / ((1 - |x|^2)(1 - |y|^2))), |x|, |y| < 1
             lorentz     arccosh(-<x, y>_L) of points (time, space...) with <x, x>_L = -1
+            Or a function of your own (an `nn.Module`, too) of x [n, D] and y [m, D] that returns
+            [n, m], each from its two rows alone; 16-bit rows come to it in float32. It is called
+            on blocks of pairs, and again in the backward; gradients also flow to tensors that it
+            holds. It has no options here.
         p: minkowski's exponent > 0; inf is chebyshev.
         w: weights >= 0 of the coordinates, for the metrics that have them in SciPy.
         VI, covariance, variance: mahalanobis's, one of them: the inverse covariance (SciPy's
@@ -86,6 +91,12 @@ def pairwise_distance(
     entry is beyond 2^50 or below 2^-20: O((N + M) D) plus a block.
     """
     check_plain(p=p, base=base)
+    if callable(metric):
+        check_alone(p=p, w=w, VI=VI, covariance=covariance, variance=variance, base=base)
+        x, y = _rows(x, y, precision, bools=True)
+        check_backend(backend, x)
+        with no_autocast(x.device):
+            return own_distances(metric, x, y)
     validation.check_choice("metric", metric, METRICS)
     x, y = _rows(x, y, precision, bools=metric in FLAT)
     d = x.shape[-1]

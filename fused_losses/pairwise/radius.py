@@ -14,6 +14,7 @@ from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
 from fused_losses.base.parameters import check_parameter
 from fused_losses.base.sides import integers
 from fused_losses.base.validation import check_number, check_plain
+from fused_losses.pairwise.own_metric import OwnMetric
 from fused_losses.pairwise.topk import ORDERS, compared, is_product
 from fused_losses.pairwise.topk_arguments import check_named, check_topk
 from fused_losses.pairwise.topk_in_full import Unscreened
@@ -40,7 +41,7 @@ def radius_search(
     x: Tensor,  # [N, D]
     y: Tensor | QuantizedRows | None,  # [M, D]; None: x itself
     radius: float,
-    metric: str = "euclidean",
+    metric: str | OwnMetric = "euclidean",
     *,
     p: float = 2.0,
     largest: bool | None = None,
@@ -67,7 +68,8 @@ def radius_search(
 
     A pair is within if its value in float64 is, on every backend: products in x's own accumulation
     dtype decide what a bound on their rounding leaves no doubt of, float64 the rest. Metrics that
-    are not made of products are computed in float64 in full. A pair whose value is NaN is not
+    are not made of products are computed in float64 in full, a function of your own in x's
+    accumulation dtype. A pair whose value is NaN is not
     within; a row of x with NaN has no neighbours.
 
     Returns `RadiusNeighbors`: lists one after another, as a matrix in CSR. values are
@@ -105,7 +107,7 @@ def radius_search(
         skip_self=skip_self,
     )
     with no_autocast(x.device):
-        if not is_product(metric, metric_options):
+        if callable(metric) or not is_product(metric, metric_options):
             options = {"p": p, "backend": backend, **metric_options}
             return _in_full(x, bank, radius, metric, asked, options)
         return _by_products(x, bank, radius, metric, asked, backend, metric_options)
@@ -159,15 +161,17 @@ def _in_full(
     x: Tensor,
     bank: Tensor | QuantizedRows,
     radius: float,
-    metric: str,
+    metric: str | OwnMetric,
     asked: dict[str, Any],
     options: dict[str, Any],
 ) -> RadiusNeighbors:
     """Metrics without a product: blocks of distances in float64."""
     if isinstance(bank, QuantizedRows):
         raise ValueError(f"y: expected float rows with metric={metric!r}, got QuantizedRows")
-    inputs = TopkInputs(x, bank, kind=metric, **asked)
-    of = Unscreened(x, bank, metric, _widened(options, x), _wide(x))
+    own = callable(metric)
+    inputs = TopkInputs(x, bank, kind="own" if own else metric, **asked)
+    dtype = torch.promote_types(x.dtype, bank.dtype) if own else _wide(x)
+    of = Unscreened(x, bank, metric, _widened(options, x), dtype)
 
     def taken(run: slice, block: slice) -> Tensor:
         d = of.distances(x[run], bank[block], block)
@@ -228,8 +232,8 @@ def _told(inputs: TopkInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return torch.arange(n + 1, device=device), j, index, pieces, index >= 0
 
 
-def _check_radius(radius: float, metric: str) -> None:
-    if metric == "dot":
+def _check_radius(radius: float, metric: str | OwnMetric) -> None:
+    if metric == "dot" or callable(metric):
         check_number("radius", radius)
         return
     if isinstance(radius, float) and radius == math.inf:

@@ -23,6 +23,7 @@ from fused_losses.base.sides import Integers, integers
 from fused_losses.base.validation import check_plain
 from fused_losses.pairwise.class_covariance import of_classes
 from fused_losses.pairwise.lengths import of_some_length
+from fused_losses.pairwise.own_metric import OwnMetric
 from fused_losses.pairwise.topk_arguments import check_batches, check_named, check_topk
 from fused_losses.pairwise.topk_in_full import finished, in_full
 from fused_losses.pairwise.whitening import whitened
@@ -77,7 +78,7 @@ def pairwise_topk(
     x: Tensor,  # [N, D] or [B, N, D]
     y: Tensor | QuantizedRows | None,  # [M, D] or [B, M, D]; None: x itself
     k: int,
-    metric: str = "euclidean",
+    metric: str | OwnMetric = "euclidean",
     *,
     p: float = 2.0,
     largest: bool | None = None,
@@ -101,7 +102,7 @@ def pairwise_topk(
             queries, in place. None: x itself.
         k: how many, in [1, max(2048, M)]; beyond 2048 a GPU's kernels have no list, and
             bounded runs.
-        metric: any of `pairwise_distance`, or "dot".
+        metric: any of `pairwise_distance`, a function of your own among them, or "dot".
         p, metric_options: as in `pairwise_distance` (w, VI, covariance, variance, base).
         largest: default: the smallest distances, the largest products.
         x_labels, y_labels, match: with match="same" or "different" only pairs whose integer labels
@@ -170,7 +171,7 @@ def _of_batches(
     x: Tensor,  # [B, N, D]
     y: Tensor | QuantizedRows | None,
     k: int,
-    metric: str,
+    metric: str | OwnMetric,
     sided: dict[str, Tensor | None],  # [B, ...]
     given: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
@@ -195,7 +196,7 @@ def _of_batches(
 def best_columns(
     x: Tensor,
     bank: Tensor | QuantizedRows,  # x itself where asked["symmetric"]
-    metric: str,
+    metric: str | OwnMetric,
     asked: dict[str, Any],
     *,
     p: float = 2.0,
@@ -206,7 +207,7 @@ def best_columns(
     """`pairwise_topk` behind its door; asked: fields of `TopkInputs`, checked and numbered."""
     check_named(metric, p, options)
     with no_autocast(x.device):
-        if not is_product(metric, options):
+        if callable(metric) or not is_product(metric, options):
             return in_full(x, bank, metric, asked, {"p": p, "backend": backend, **options})
         return _by_products(x, bank, metric, asked, screen, backend, options)
 

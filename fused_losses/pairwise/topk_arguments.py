@@ -11,12 +11,16 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.pairwise.distance import check_options, check_weighted
 from fused_losses.pairwise.metrics import METRICS
+from fused_losses.pairwise.own_metric import OwnMetric, check_alone
 from fused_losses.primitives.distances.inputs import FLAT
 from fused_losses.primitives.topk.inputs import MATCHES, MOST, SCREENS, QuantizedRows
 
 
-def check_named(metric: str, p: float, options: dict[str, Any]) -> None:
+def check_named(metric: str | OwnMetric, p: float, options: dict[str, Any]) -> None:
     """The options of `pairwise_distance`, and no others, where the metric has them."""
+    if callable(metric):
+        check_alone(p=p, **options)
+        return
     if metric not in METRICS and metric != "dot":
         known = ", ".join(sorted({*METRICS, "dot"}))
         raise ValueError(f"metric: expected one of {known}, got {metric!r}")
@@ -32,8 +36,9 @@ def check_named(metric: str, p: float, options: dict[str, Any]) -> None:
         check_weighted(metric)
 
 
-def _check_side(name: str, rows: Tensor, shape: str, metric: str) -> None:
-    bits = metric in FLAT and isinstance(rows, Tensor) and rows.dtype == torch.bool
+def _check_side(name: str, rows: Tensor, shape: str, metric: str | OwnMetric) -> None:
+    bits = callable(metric) or metric in FLAT
+    bits = bits and isinstance(rows, Tensor) and rows.dtype == torch.bool
     validation.check_matrix(name, rows[:0].float() if bits else rows, shape)
 
 
@@ -41,7 +46,7 @@ def check_topk(
     x: Tensor,
     y: Tensor | QuantizedRows | None,
     k: int,
-    metric: str,
+    metric: str | OwnMetric,
     match: str,
     screen: str | QuantizedRows,
 ) -> None:

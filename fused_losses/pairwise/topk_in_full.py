@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses.base.blocks import runs
-from fused_losses.base.numerics import accumulate_dtype, followed
+from fused_losses.base.numerics import accumulate_dtype, followed, recomputed
 from fused_losses.pairwise.class_covariance import (
     class_distances,
     class_roots,
@@ -17,6 +17,7 @@ from fused_losses.pairwise.class_covariance import (
     of_classes,
 )
 from fused_losses.pairwise.distance import pairwise_distance
+from fused_losses.pairwise.own_metric import OwnMetric, check_backend, listed_values
 from fused_losses.primitives.distances.op import choose
 from fused_losses.primitives.topk.inputs import QuantizedRows, TopkInputs
 from fused_losses.primitives.topk.reference import allowed, best
@@ -41,12 +42,19 @@ class Unscreened:
     """A metric that no product screens, of rows and a bank that become one dtype."""
 
     def __init__(
-        self, x: Tensor, bank: Tensor, metric: str, options: dict[str, Any], dtype: torch.dtype
+        self,
+        x: Tensor,
+        bank: Tensor,
+        metric: str | OwnMetric,
+        options: dict[str, Any],
+        dtype: torch.dtype,
     ) -> None:
         self.bank, self.metric, self.dtype = bank, metric, dtype
         self.options = dict(options)
         self.variance = self.options.pop("variance", None)
         self.inverse, self.width = None, max(x.shape[1], 1)
+        if callable(metric):
+            check_backend(self.options.get("backend"), x)
         if of_classes(self.options.get("covariance")):
             choose(self.options.get("backend"), x.device, x.dtype, "fp32", "euclidean")
             self.inverse, _ = class_roots(self.options.pop("covariance"), bank)
@@ -64,6 +72,8 @@ class Unscreened:
         if self.inverse is not None:
             rows, bank = rows.to(self.dtype), bank.to(self.dtype)
             return listed_distances(rows, bank, self.inverse, at)
+        if callable(self.metric):
+            return listed_values(self.metric, rows, bank, at, self.dtype)
         return self.distances(rows[:, None], bank[at], at)[:, 0]
 
     def listed(self, x: Tensor, index: Tensor) -> Tensor:
@@ -75,11 +85,13 @@ class Unscreened:
         for rows in runs(n if m else 0, step):
             line = []
             for at in index[rows].clamp_min(0).split(LISTED, dim=1):
-                if followed(*moving):
-                    given = (self._of_rows, x[rows], self.bank, at)
+                given = (self._of_rows, x[rows], self.bank, at)
+                if callable(self.metric):  # which may hold what asks for a gradient
+                    line.append(recomputed(*given))
+                elif followed(*moving):
                     line.append(checkpoint(*given, use_reentrant=False))
                 else:
-                    line.append(self._of_rows(x[rows], self.bank, at))
+                    line.append(self._of_rows(*given[1:]))
             found.append(torch.cat(line, dim=1))
         values = torch.cat(found)
         if followed(*moving) and not values.numel():  # gradients of nothing
@@ -91,7 +103,7 @@ class Unscreened:
 def in_full(
     x: Tensor,
     bank: Tensor | QuantizedRows,
-    metric: str,
+    metric: str | OwnMetric,
     asked: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
@@ -99,7 +111,7 @@ def in_full(
     if isinstance(bank, QuantizedRows):
         raise ValueError(f"y: expected float rows with metric={metric!r}, got QuantizedRows")
     n, m, k = x.shape[0], bank.shape[0], asked["k"]
-    inputs = TopkInputs(x, bank, kind=metric, **asked)
+    inputs = TopkInputs(x, bank, kind="own" if callable(metric) else metric, **asked)
     dtype = torch.promote_types(x.dtype, bank.dtype)
     of = Unscreened(x, bank, metric, options, dtype)
     wide = max(k, 2_048)
