@@ -44,7 +44,9 @@ def angular(
     precision: str = "fp32",
     backend: str | None = None,
 ) -> Tensor:
-    """Angular loss over the positive pairs (a, p), t = tan(alpha)^2.
+    """Angular loss, all rows alike (`AngularLoss`: normalize_negatives=False).
+
+    Over the positive pairs (a, p), t = tan(alpha)^2.
 
         loss_ap = log(1 + sum_N e^(4 t <a + p, n> - 2 (1 + t) <a, p>))
 

@@ -32,7 +32,9 @@ def centroid_triplet(
     precision: str = "fp32",
     backend: str | None = None,
 ) -> Tensor:
-    """Batch-hard triplets of rows and leave-one-out centroids of their classes.
+    """Centroid triplets at margin=0.5 (`CentroidTripletLoss`: 0.3).
+
+    Batch-hard triplets of rows and leave-one-out centroids of their classes.
 
     In round r the r-th row of each class meets the classes' centroids c, each the mean of its
     class's other rows. embeddings [N, D], labels [N] integers; a class of one row takes no part.

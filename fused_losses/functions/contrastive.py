@@ -44,7 +44,7 @@ def supervised_contrastive(
     memory_budget: MemoryBudget = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """SupCon: equal labels attract, against every other row.
+    """SupCon (`SupConLoss`: temperature=0.1): equal labels attract, against every other row.
 
         out: loss_i = log sum_{k != i} e^z_ik - mean_P z_ip
         in:  loss_i = log sum_{k != i} e^z_ik - log sum_P e^z_ip   (the paper's less log |P_i|)
@@ -129,7 +129,9 @@ def nt_xent(
     memory_budget: MemoryBudget = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """NT-Xent, the mean over the positive pairs (i, p), in both meanings in use.
+    """NT-Xent at temperature=0.5, form="simclr" (`NTXentLoss`: 0.07, "pairs").
+
+    The mean over the positive pairs (i, p), in both meanings in use.
 
         simclr: log sum_{k != i} e^z_ik - z_ip
         pairs:  log(e^z_ip + sum_N e^z_in) - z_ip    (pytorch-metric-learning: no other positives)

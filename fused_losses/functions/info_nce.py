@@ -74,7 +74,9 @@ def info_nce(
     memory_budget: MemoryBudget = 0,
     backend: str | None = None,
 ) -> Tensor:
-    """InfoNCE (CLIP, MoCo, N-pairs) over every pair of a query and a key, never held at once.
+    """InfoNCE (CLIP, MoCo, N-pairs) of rows as they are (`InfoNCELoss`: normalize=True).
+
+    Over every pair of a query and a key, never held at once.
 
         z_ij = <q_i, k_j> / temperature
         loss_i = log(sum_P e^z + sum_N e^z) - log sum_P e^z

@@ -29,7 +29,9 @@ def semihard_triplet(
     precision: str = "fp32",
     backend: str | None = None,
 ) -> Tensor:
-    """Each positive pair against the nearest negative that is farther than its positive.
+    """Semi-hard triplets at margin=1.0 (`BatchSemiHardTripletLoss`: 5.0).
+
+    Each positive pair against the nearest negative that is farther than its positive.
 
         loss_ap = [d_ap - d_an + margin]+,  d_an = min over the n with d_an > d_ap
 

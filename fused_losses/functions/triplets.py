@@ -146,7 +146,9 @@ def harmonic_triplet(
     precision: str = "fp32",
     backend: str | None = None,
 ) -> Tensor:
-    """`all_triplets` of a new model's rows among themselves and an old model's, which stay put.
+    """`all_triplets` of rows as they are (`HarmonicTripletLoss`: normalize=True), of two models.
+
+    Of a new model's rows among themselves and an old model's, which stay put.
 
     embeddings [N, D], labels [N] integers: the new model's, the anchors. frozen [M, D]: the old
     model's, further positives and negatives without a gradient; frozen_labels [M] (None: frozen
@@ -203,7 +205,9 @@ def triplet_margin(
     smooth: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """`torch.nn.functional.triplet_margin_loss` of listed triplets: [d_ap - d_an + margin]+.
+    """`torch.nn.functional.triplet_margin_loss`, margin=1.0 (`TripletMarginLoss`: 0.05, "all").
+
+    Of listed triplets: [d_ap - d_an + margin]+.
 
     Args:
         anchor, positive, negative: [T, D]; or with triplets any number of rows each.

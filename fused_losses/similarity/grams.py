@@ -58,7 +58,7 @@ def coding_rate(
     eps: float | Tensor = 0.5,
     normalize: bool = False,
 ) -> Tensor:
-    """How many nats code a set of rows up to eps, or its parts one by one.
+    """How many nats code rows as they are (`CodingRateLoss`: unit rows) up to eps, or their parts.
 
         R   = log det(I + D / (N eps^2) X^T X) / 2
         R_c = sum_k n_k / (2 N) log det(I + D / (n_k eps^2) X^T diag(p_k) X),    n_k = sum_i p_ik

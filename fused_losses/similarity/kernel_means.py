@@ -155,7 +155,9 @@ def uniformity(
     precision: str = "fp32",
     backend: str | None = None,
 ) -> Tensor:
-    """log mean_{i != j} exp(-t |x_i - x_j|^2): how evenly a batch covers the sphere.
+    """log mean_{i != j} exp(-t |x_i - x_j|^2) of rows as they are (`UniformityLoss`: of unit rows).
+
+    How evenly a batch covers the sphere.
 
     x [N, D] (norm 1 in the paper: normalize=True), t > 0. Returns float32 (float64 for float64
     inputs); for one row 0. Raises ValueError, TypeError for bad arguments.

@@ -161,7 +161,9 @@ def sinkhorn(
     precision: str = "fp32",
     backend: str | None = None,
 ) -> Transport:
-    """Entropic optimal transport between two sets of rows, in the log domain, without its plan.
+    """Entropic optimal transport at cost="cosine" (`SinkhornLoss`: "sqeuclidean").
+
+    Between two sets of rows, in the log domain, without its plan.
 
         f_i = eps log a_i - lambda eps log sum_j e^((g_j - C_ij) / eps)    and the same for g_j
 

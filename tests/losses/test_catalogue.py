@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -13,7 +14,7 @@ from conftest import require
 from torch import Tensor
 
 import fused_losses
-from fused_losses import losses
+from fused_losses import functional, losses
 
 NAMES = sorted(CASES)
 D = 8
@@ -202,3 +203,34 @@ def test_a_word_is_searched_for() -> None:
     assert [e.name for e in losses.catalogue("circle loss")] == ["CircleLoss"]
     assert losses.catalogue("no such thing") == ()
     assert "MultiSimilarityLoss" in {e.name for e in losses.catalogue("2019")}
+
+
+# whose function is named otherwise
+NAMESAKES = {
+    "SupCon": "supervised_contrastive",
+    "BatchSemiHardTriplet": "semihard_triplet",
+    "NTXent": "nt_xent",
+}
+
+
+def test_a_function_tells_where_its_module_has_other_defaults() -> None:
+    """In its first line."""
+    missing, told = [], 0
+    for e in losses.catalogue():
+        name = e.name.removesuffix("Loss")
+        known = {f.replace("_", ""): f for f in functional.__all__}
+        function = getattr(functional, NAMESAKES.get(name, known.get(name.lower(), "")), None)
+        if function is None:
+            continue
+        of_module, own = (inspect.signature(c).parameters for c in (e.module, function))
+        other = [
+            n
+            for n in of_module.keys() & own.keys()
+            if inspect.Parameter.empty not in (of_module[n].default, own[n].default)
+            and of_module[n].default not in (None, own[n].default)
+        ]
+        if other:
+            first = inspect.getdoc(function).split("\n")[0]
+            missing += [(function.__name__, other)] * (f"`{e.name}`" not in first)
+            told += 1
+    assert not missing and told > 5
