@@ -1,0 +1,40 @@
+"""Links between the pages lead somewhere, and the site has every page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import documents
+import pytest
+from places import ROOT
+
+from tools import headline
+
+
+@pytest.mark.parametrize("page", documents.PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for link in documents.links(page):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in documents.anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_readme_s_numbers_are_measured() -> None:
+    measured = (documents.DOCS / "measured.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    table = readme.partition("## Measured")[2].partition("## ")[0]
+    rows = [line for line in table.splitlines() if re.match(r"\| (?!\|)[^-]", line)]
+    assert len(rows) == 4
+    for row in rows:
+        for number in re.findall(r"[\d,.]+", " ".join(row.split("|")[2:])):
+            assert re.search(rf"(?<![\d,.]){re.escape(number)}(?![\d,.]*\d)", measured), number
+
+
+def test_the_picture_s_numbers_are_measured() -> None:
+    told = headline.measured((documents.DOCS / "measured.md").read_text())
+    assert told["fused fp32"] == (313, 7.6)
+    assert told["eager"] == (1628, 782)
