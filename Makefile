@@ -13,7 +13,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: venv train check one-row test best fuzz soak hostile ctest cuda-host cuda-sanitize cuda-mutants \
-  kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery lint types clean
+  kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery site lint types clean
 
 venv: $(VENV)/.built
 
@@ -139,6 +139,16 @@ bench: venv
 gallery: venv
 	$(BIN)/python -m tools.gallery
 	$(BIN)/python -m tools.catalogue
+
+# the documents as a site, in build/site, with every broken link an error: docs/design.md
+SITE = build/site-venv
+site: $(SITE)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
+
+$(SITE)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet -r docs/requirements.txt
+	touch $@
 
 lint: types
 	$(BIN)/ruff check .

@@ -39,8 +39,8 @@ class GISTEmbedLoss(Loss):
     g(a_i, p_i) - margin.
 
     Args:
-        temperature, margin, margin_strategy ("absolute", "relative"), contrast_anchors,
-        contrast_positives: sentence-transformers'.
+        temperature, margin, margin_strategy, contrast_anchors, contrast_positives:
+            sentence-transformers'; margin_strategy "absolute" or "relative".
 
     loss(anchor [N, D], positive [N, D], anchor_guide [N, G], positive_guide [N, G], negatives
     [K, D], negatives_guide [K, G]). Time O(3 N^2 (D + G)), memory O(N (D + G)) and a few blocks.

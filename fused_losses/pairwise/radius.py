@@ -64,7 +64,8 @@ def radius_search(
             is a distance "cosine" of at most 1 - s.
         largest: default: distances at most, products at least the radius; True: at least, False: at
             most.
-        The others as in `pairwise_topk`.
+
+    The others as in `pairwise_topk`.
 
     A pair is within if its value in float64 is, on every backend: products in x's own accumulation
     dtype decide what a bound on their rounding leaves no doubt of, float64 the rest. Metrics that

@@ -23,6 +23,18 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+def test_the_site_s_contents_are_all_pages() -> None:
+    # the file is read by mkdocs alone, which the tests do without
+    contents = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    named = set(re.findall(r"(\S+\.md)$", contents, re.MULTILINE))
+    here = {
+        str(p.relative_to(documents.DOCS))
+        for p in documents.PAGES
+        if p.is_relative_to(documents.DOCS)
+    }
+    assert named == here | {"CONTRIBUTING.md", "CHANGELOG.md", "examples.md"}
+
+
 def test_the_readme_s_numbers_are_measured() -> None:
     measured = (documents.DOCS / "measured.md").read_text()
     readme = (ROOT / "README.md").read_text()
