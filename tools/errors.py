@@ -12,6 +12,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +36,16 @@ class Raised(NamedTuple):
     text: str  # GAP for what is made at run time
 
 
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def _constants() -> dict[str, str]:
     """Messages that stand as a module's constant, by name."""
     found = {}
     for path in (ROOT / "fused_losses").rglob("*.py"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in _tree(path).body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 name, texts = node.targets[0].id, _texts(node.value, {})
                 if name.isupper() and texts != [GAP]:
@@ -76,9 +82,8 @@ def _called(node: ast.Call) -> tuple[str, list[ast.expr]]:
 
 
 def _python(path: Path, constants: dict[str, str]) -> Iterator[Raised]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     place = str(path.relative_to(ROOT))
-    for node in ast.walk(tree):
+    for node in ast.walk(_tree(path)):
         # an error that is returned, or kept for a rank, is raised by who asked for it
         kind, told = _called(node) if isinstance(node, ast.Call) else ("", [])
         if not told:
@@ -168,11 +173,11 @@ def patterns(page: str) -> list[Pattern]:
     ]
 
 
-def gaps(page: str) -> tuple[list[Raised], list[Pattern]]:
+def gaps(page: str, errors: list[Raised]) -> tuple[list[Raised], list[Pattern]]:
     """Errors that no pattern has; patterns that are the best for no error."""
     known = patterns(page)
     missing, used = [], set()
-    for error in raised():
+    for error in errors:
         best = max((p for p in known if p.has(error)), key=lambda p: p.told, default=None)
         if best is None:
             missing.append(error)
@@ -189,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.parse_args(argv).list:
         print("\n".join(f"{e.place}\t{e.kind}\t{e.text}" for e in raised()))
         return 0
-    missing, unused = gaps(PAGE.read_text(encoding="utf-8"))
+    missing, unused = gaps(PAGE.read_text(encoding="utf-8"), raised())
     for error in missing:
         print(f"not on the page: {error.place}: {error.kind}: {error.text}")
     for pattern in unused:
