@@ -58,6 +58,8 @@ def draw(before: Tensor, after: Tensor, points: Tensor, labels: Tensor, out: Pat
         axis.scatter(*rows.T.numpy(), c=labels.numpy(), s=6, cmap="coolwarm")
         axis.set_title(title)
         axis.set_aspect("equal")
+        if rows is not points:  # on the circle
+            axis.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1))
         axis.set_xticks([])
         axis.set_yticks([])
     figure.savefig(out, dpi=120)

@@ -31,8 +31,8 @@ def world(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     see, bend = torch.randn(SCENE, SEEN, generator=maps), torch.randn(SEEN, SEEN, generator=maps)
     tell = torch.randn(SCENE, TOLD, generator=maps)
     scene = torch.randn(n, SCENE, generator=generator)
-    seen = torch.sin(scene @ see) @ bend / SEEN**0.5
-    told = torch.tanh(scene @ tell)
+    seen = torch.sin(scene @ see / SCENE**0.5) @ bend / SEEN**0.5
+    told = torch.tanh(scene @ tell / SCENE**0.5)
     noise = [torch.randn(n, size, generator=generator) for size in (SEEN, TOLD)]
     return seen + 0.3 * noise[0], told + 0.3 * noise[1]
 
