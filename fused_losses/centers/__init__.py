@@ -2,6 +2,7 @@
 
 from fused_losses.centers.clipping import clip_grad_norm_
 from fused_losses.centers.collectives import Traffic, step_traffic
+from fused_losses.centers.gathering import AllRows, all_rows
 from fused_losses.centers.head import ClassCenters
 from fused_losses.centers.head_optimizer import HeadOptimizer
 from fused_losses.centers.optimizers import RowOptimizer, make_row_optimizer
@@ -13,6 +14,7 @@ from fused_losses.centers.statistics import HeadStats
 from fused_losses.centers.subcenters import SubCenters
 
 __all__ = [
+    "AllRows",
     "ClassCenters",
     "DSimplexHead",
     "HeadOptimizer",
@@ -22,6 +24,7 @@ __all__ = [
     "SubCenters",
     "TopClasses",
     "Traffic",
+    "all_rows",
     "carry_over",
     "class_scores",
     "clip_grad_norm_",
