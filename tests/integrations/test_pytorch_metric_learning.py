@@ -19,8 +19,7 @@ from metric_learning_calls import (
     outcome,
     reducers,
 )
-from peer_values import check_as_the_peer
-from torch.utils._python_dispatch import TorchDispatchMode
+from peer_values import Largest, check_as_the_peer
 
 from fused_losses import integrations
 
@@ -53,20 +52,6 @@ def test_values_and_gradients_are_the_peers(
     # a learned boundary's slope is a difference of shares of the triplets, each added over the rows
     left_out = calls.N * torch.finfo(dtype).eps if "beta" in case.note else 0.0
     check_as_the_peer(PEER, case.name, each, dtype, calls.D, rounded, left_out)
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of a tensor that any operation returns."""
-
-    most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(each, torch.Tensor):
-                # an expanded one holds what it was made of
-                self.most = max(self.most, each.untyped_storage().nbytes() // each.element_size())
-        return out
 
 
 @pytest.mark.parametrize("name", sorted({case.name for case in CASES}))
