@@ -57,6 +57,12 @@ class Peer(NamedTuple):
     versions: tuple[str, ...]  # tested, by their beginnings; empty: it has none
     rows: tuple[PeerRow, ...]
     left: Mapping[str, str]  # classes left alone, and why
+    classes: Mapping[str, type] | None = None  # given by the user; None: imported by their paths
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What accelerations of the same classes share."""
+        return (self.package, *(self.classes or {}).values())
 
 
 class Ran(NamedTuple):
@@ -80,8 +86,8 @@ class _Patched(NamedTuple):
 
 MISSING = object()
 _lock = threading.RLock()
-_active: dict[str, list[Acceleration]] = {}
-_patched: dict[str, list[_Patched]] = {}
+_active: dict[tuple[Any, ...], list[Acceleration]] = {}
+_patched: dict[tuple[Any, ...], list[_Patched]] = {}
 
 
 class Acceleration:
@@ -97,25 +103,25 @@ class Acceleration:
         self._ran: Counter[str] = Counter()
         self._left: dict[str, Counter[str]] = {}
         with _lock:
-            active = _active.setdefault(peer.package, [])
+            active = _active.setdefault(peer.key, [])
             if not active:
-                _patched[peer.package] = _patch(peer)
+                _patched[peer.key] = _patch(peer)
             active.append(self)
 
     @property
     def active(self) -> bool:
         with _lock:
-            return self in _active.get(self.peer.package, [])
+            return self in _active.get(self.peer.key, [])
 
     def undo(self) -> None:
         """Ends this acceleration; a second call does nothing."""
         with _lock:
-            active = _active.get(self.peer.package, [])
+            active = _active.get(self.peer.key, [])
             if self not in active:
                 return
             active.remove(self)
             if not active:
-                _restore(_patched.pop(self.peer.package))
+                _restore(_patched.pop(self.peer.key))
 
     def report(self) -> list[Ran]:
         """What ran since this acceleration began, a line a class, in the order of their names."""
@@ -139,9 +145,9 @@ class Acceleration:
         return f"<Acceleration of {self.peer.package}, {state}>"
 
 
-def _count(package: str, name: str, why: str | None) -> None:
+def _count(key: tuple[Any, ...], name: str, why: str | None) -> None:
     with _lock:
-        for each in _active.get(package, []):
+        for each in _active.get(key, []):
             if why is None:
                 each._ran[name] += 1
             else:
@@ -149,11 +155,13 @@ def _count(package: str, name: str, why: str | None) -> None:
 
 
 def _wrapper(
-    package: str, row: PeerRow, owner: type, owners: frozenset[type], original: Callable[..., Any]
+    peer: Peer, row: PeerRow, owner: type, owners: frozenset[type], original: Callable[..., Any]
 ) -> Any:
+    key = peer.key
+
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        newest = _active.get(package, [])[-1:]
+        newest = _active.get(key, [])[-1:]
         # a class of the table that comes here by super() is computed by the peer already
         if not newest or (type(self) is not owner and type(self) in owners):
             return original(self, *args, **kwargs)
@@ -171,10 +179,10 @@ def _wrapper(
         elif why is not None and not options.strict:
             # an error of the peer's is its own, and not one that came of ours
             result = original(self, *args, **kwargs)
-        _count(package, name, why)
+        _count(key, name, why)
         if why is not None and options.strict:
             raise RuntimeError(
-                f"{package}.{row.owner}.{row.method}: expected a call that is accelerated "
+                f"{peer.package}.{row.owner}.{row.method}: expected a call that is accelerated "
                 f"(strict=True), got one that is not: {why}"
             )
         return result
@@ -182,17 +190,23 @@ def _wrapper(
     return method
 
 
+def _owner(peer: Peer, row: PeerRow) -> type:
+    if peer.classes is not None:
+        return peer.classes[row.name]
+    path = row.owner.rpartition(".")[0]
+    module = importlib.import_module(f"{peer.package}.{path}" if path else peer.package)
+    return getattr(module, row.name)
+
+
 def _patch(peer: Peer) -> list[_Patched]:
     """Every row's method; all originals are looked up before the first is replaced."""
     found = []
     for row in peer.rows:
-        path, _, name = row.owner.rpartition(".")
-        module = importlib.import_module(f"{peer.package}.{path}" if path else peer.package)
-        owner = getattr(module, name)
+        owner = _owner(peer, row)
         found.append((row, owner, getattr(owner, row.method)))
     done, owners = [], frozenset(owner for _, owner, _ in found)
     for row, owner, original in found:
-        wrapper = _wrapper(peer.package, row, owner, owners, original)
+        wrapper = _wrapper(peer, row, owner, owners, original)
         own = vars(owner).get(row.method, MISSING)
         setattr(owner, row.method, wrapper)
         done.append(_Patched(owner, row.method, wrapper, own))
@@ -212,7 +226,8 @@ def _restore(patched: list[_Patched]) -> None:
 
 def begin(peer: Peer, *, strict: bool, any_version: bool, backend: str | None) -> Acceleration:
     """Raises ImportError without the peer, RuntimeError for a version that is not tested."""
-    _import(peer)
+    if peer.classes is None:
+        _import(peer)
     if peer.versions and not any_version:
         _check_version(peer)
     return Acceleration(peer, strict, backend)
