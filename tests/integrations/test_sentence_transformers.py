@@ -284,3 +284,24 @@ def test_what_is_not_covered_is_the_peers_own(cls: str, options: dict, why: str)
         assert loss.compute_loss_from_embeddings(given, labels).equal(want)
         (ran,) = acceleration.report()
     assert ran.accelerated == 0 and why in next(iter(ran.left))
+
+
+@pytest.mark.parametrize(
+    "score,empty,why",
+    [
+        (scoring.colbert_scores, True, "a document without tokens"),
+        (scoring.xtr_scores, False, "xtr_scores, a function that is not known"),
+    ],
+)
+def test_other_scores_of_several_vectors_are_the_peers_own(
+    score: Any, empty: bool, why: str
+) -> None:
+    given, masks = tokens("plain", 2)
+    masks[1][3] &= not empty
+    loss = getattr(vectors, SEVERAL)(Model(), similarity_fct=score)
+    held = [dict(rows=x, mask=m) for x, m in zip(given, masks, strict=True)]
+    want = loss(held)
+    with integrations.accelerate(PEER) as acceleration:
+        assert loss(held).equal(want)
+        (ran,) = acceleration.report()
+    assert ran == (SEVERAL, 0, {why: 1})
