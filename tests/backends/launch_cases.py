@@ -67,15 +67,15 @@ class Launches(NamedTuple):
 
 
 TABLE = {
-    "margin_softmax bf16": Launches(lambda: margin_softmax(1024, 10**6, 512), 40, 36, 200, 256),
+    "margin_softmax bf16": Launches(lambda: margin_softmax(1024, 10**6, 512), 38, 36, 196, 256),
     "margin_softmax fp32": Launches(
-        lambda: margin_softmax(1024, 10**6, 512, FP32), 60, 52, 200, 264
+        lambda: margin_softmax(1024, 10**6, 512, FP32), 58, 52, 192, 264
     ),
     "linear_cross_entropy bf16": Launches(
-        lambda: linear_cross_entropy(8192, 131_072, 1024), 18, 32, 112, 192
+        lambda: linear_cross_entropy(8192, 131_072, 1024), 18, 32, 108, 192
     ),
     "linear_cross_entropy fp32": Launches(
-        lambda: linear_cross_entropy(8192, 131_072, 1024, FP32), 24, 36, 108, 264
+        lambda: linear_cross_entropy(8192, 131_072, 1024, FP32), 24, 36, 102, 264
     ),
     "info_nce bf16": Launches(lambda: info_nce(32_768, 512), 64, 32, 200, 288),
     "info_nce fp32": Launches(lambda: info_nce(32_768, 512, FP32), 64, 32, 200, 352),
@@ -90,9 +90,9 @@ TABLE = {
     "topk by distance": Launches(
         lambda: topk(1024, 10**6, 256, "euclidean", FP32), 6, 0, 92, 48
     ),
-    "margin_softmax, small": Launches(lambda: margin_softmax(256, 10_000, 512), 7, 4, 200, 40),
+    "margin_softmax, small": Launches(lambda: margin_softmax(256, 10_000, 512), 6, 4, 196, 40),
     "linear_cross_entropy, small": Launches(
-        lambda: linear_cross_entropy(256, 10_000, 512), 4, 4, 112, 40
+        lambda: linear_cross_entropy(256, 10_000, 512), 4, 4, 108, 40
     ),
 }  # fmt: skip
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")

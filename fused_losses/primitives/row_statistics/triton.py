@@ -61,13 +61,13 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     table = _table(p)
     n, count = p.n, p.count
     new: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
-    lse = torch.full((n,), -torch.inf, **new)
-    target = torch.zeros(n, **new)
-    weighted_sum = torch.zeros(n if weighted else 0, **new)
-    hardest = torch.full((n,), -1, dtype=torch.int64, device=x.device)
-    hardest_score = lse.clone()
-    if n == 0 or count == 0:
-        return lse, target, weighted_sum, hardest, hardest_score
+    lse, target, hardest_score = (torch.empty(n, **new) for _ in range(3))
+    weighted_sum = torch.empty(n if weighted else 0, **new)
+    hardest = torch.empty(n, dtype=torch.int64, device=x.device)
+    if n == 0 or count == 0:  # else `forward_rows` writes all of them
+        for values, nothing in ((lse, -torch.inf), (hardest_score, -torch.inf), (hardest, -1)):
+            values.fill_(nothing)
+        return lse, target.zero_(), weighted_sum.zero_(), hardest, hardest_score
     extra = bias is not None or weighted
     resident = _resident(p) if not extra and p.bend is None else None
     tile = resident or table.tile(p, "forward", extra, p.bend is not None)

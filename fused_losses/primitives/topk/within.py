@@ -16,7 +16,7 @@ from fused_losses import backends
 from fused_losses.base.blocks import runs
 from fused_losses.base.numerics import ROUNDOFF, no_autocast, row_dtype
 from fused_losses.primitives.topk import bounds
-from fused_losses.primitives.topk.certified import BLOCK_BYTES, LIVE_BLOCKS, prepared
+from fused_losses.primitives.topk.certified import BLOCK_BYTES, LIVE_BLOCKS, block_bytes, prepared
 from fused_losses.primitives.topk.inputs import TopkInputs
 from fused_losses.primitives.topk.listed import listed_forward
 from fused_losses.primitives.topk.reference import allowed
@@ -52,7 +52,7 @@ def within(p: TopkInputs, edge: Edge, backend: str | None = None) -> tuple[Tenso
 def within_bytes(p: TopkInputs) -> int:
     """Beyond inputs and what is returned, at most."""
     (n, d), m = p.x.shape, p.y.shape[0]
-    return (LIVE_BLOCKS + 4) * BLOCK_BYTES + 24 * n * d + 16 * m + 32 * n
+    return LIVE_BLOCKS * block_bytes(p) + 4 * BLOCK_BYTES + 24 * n * d + 16 * m + 32 * n
 
 
 Taken = Callable[[slice, slice], Tensor]  # [rows, columns] which pairs of a block pass
