@@ -1,4 +1,4 @@
-"""Every example on CUDA tensors without values: where it launches, and where it waits.
+"""Every example on CUDA tensors without values: where it launches, where it waits, what it holds.
 
 The current device is cuda:0 and the tensors are on cuda:1. `test_fake_gpu.py` runs this file in a
 process that has such devices.
@@ -92,6 +92,8 @@ def judge(found: Noted) -> None:
         assert launched.devices == {DEVICE}, launched
         assert launched.stream in (None, FIRST_STREAM + DEVICE), launched
     assert all(found.without_tf32)
+    for op, held, told in found.memory:
+        assert held <= told, (op, held, told)
     assert [wait for wait in found.waits if wait[1] not in ALLOWED] == []
 
 
