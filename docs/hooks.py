@@ -23,7 +23,9 @@ CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 def examples() -> str:
     """The page of the examples: what each says of itself, and its code."""
-    parts = ["# Examples\n\nEach is under two minutes on two cores, and ends with a picture.\n"]
+    parts = [
+        "# Examples\n\nEach takes about a minute of CPU time or less, and ends with a picture.\n"
+    ]
     for path in sorted((ROOT / "examples").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         told = ast.get_docstring(ast.parse(text)) or ""

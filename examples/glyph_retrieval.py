@@ -63,7 +63,11 @@ def draw(queries: Tensor, gallery: Tensor, index: Tensor, right: Tensor, out: Pa
     """Some queries, each with its five nearest; a frame tells what is right."""
     # as many that were found as were not, as far as there are
     found = right[:, 0]
-    some = torch.cat([found.nonzero()[:8, 0], (~found).nonzero()[:8, 0]])
+    parts = [which.nonzero()[:, 0] for which in (found, ~found)]
+    spread = [
+        part[torch.linspace(0, len(part) - 1, 6).long().unique()] for part in parts if len(part)
+    ]
+    some = torch.cat(spread)
     figure, axes = plt.subplots(len(some), 6, figsize=(5, 0.8 * len(some)), squeeze=False)
     for line, query in zip(axes, some.tolist(), strict=True):
         shown = [queries[query], *gallery[index[query]]]
