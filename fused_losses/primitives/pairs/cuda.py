@@ -1,6 +1,6 @@
 """The sweep over pairs on the CUDA C++ kernels, as `fused_losses.primitives.pairs` defines it.
 
-A library product makes a tile of scores that stays in L2; kernels turn it into statistics, into G
+A library product makes a large tile of scores; kernels turn it into statistics, into G
 or into attention weights, in place where those are float32, and library products take them from
 there. Forward statistics read a tile once for rows and once for columns. Memory beyond the outputs:
 the tiles, sums of N x D and of a chunk's columns in float32; never N x M.
@@ -206,7 +206,7 @@ def tiles(
 ) -> Iterator[tuple[Block, list[Tensor]]]:
     """Blocks of the matrix, and a tile of each dtype that every block uses anew.
 
-    Forward a run of rows stays in L2 while the columns stream by; backward sums down a run of
+    Forward the columns stream by a run of rows; backward sums down a run of
     columns at a time.
     """
     size = sum(t.itemsize for t in dtypes)

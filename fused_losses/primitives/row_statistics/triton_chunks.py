@@ -159,7 +159,7 @@ def _finish(
 
 
 def norms(p: Problem, inverse: Tensor, first: int, end: int) -> None:
-    """1/|w_j| of columns [first, end), which also brings their rows into L2."""
+    """1/|w_j| of columns [first, end)."""
     classes = from_column(p.classes, first)
     weight = p.weight[first:] if classes is None else p.weight
     # rows of no whole slices spill a little in slices of 64 on sm_90
