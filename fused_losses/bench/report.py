@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fused_losses.base.files import write_text
-from fused_losses.bench import measure, small
+from fused_losses.bench import busy, measure, small
 from fused_losses.bench.measure import Result
 from fused_losses.bench.micro import cases
 from fused_losses.bench.micro.cases import Case
@@ -25,6 +25,7 @@ from fused_losses.bench.table import CASES, SIZES, Shape, title
 from fused_losses.version import __version__
 
 SUITES = {"small": small.SHAPES}
+BUSY = "busy"
 GROWTH = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
@@ -58,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--suite",
-        choices=SUITES,
-        help="small: N = 32 to 1,024, and no growth (default: every case at its own shape)",
+        choices=[*SUITES, BUSY],
+        help="small: N = 32 to 1,024, and no growth; busy: N = 1,024 beside other processes "
+        "(default: every case at its own shape)",
     )
     parser.add_argument("--no-growth", action="store_true", help="skip the cost against C")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -111,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     text = [f"# Benchmarks of fused_losses {__version__}", "", _machine(), ""]
     record: dict[str, Any] = {"version": __version__, "machine": _machine(), "cases": []}
     try:
-        failed = _measure(args, text, record)
+        measured = _measure_busy if args.suite == BUSY else _measure
+        failed = measured(args, text, record)
     except KeyboardInterrupt:
         print(f"\nstopped by Ctrl-C; the {len(record['cases'])} cases done are in {args.out}")
         return 128 + signal.SIGINT
@@ -150,6 +153,25 @@ def _measure(args: argparse.Namespace, text: list[str], record: dict[str, Any]) 
         record["growth"] = points
         _plot_growth(args.out / "growth.png", points)
     _write(args.out, text, record)
+    return failed
+
+
+def _measure_busy(args: argparse.Namespace, text: list[str], record: dict[str, Any]) -> bool:
+    """Losses beside other processes; whether a provider failed."""
+    failed = False
+    for name in busy.LOSSES:
+        if args.case and name not in args.case:
+            continue
+        case = busy.chosen(CASES[name].case(busy.SHAPE, args.device))
+        found = busy.measured(case, args.rounds, _say)
+        _say("")
+        lines = busy.table(case.title, found)
+        print("\n".join(lines))
+        text += lines
+        by_load = {load: [asdict(r) for r in results] for load, results in found.items()}
+        record["cases"].append({"title": case.title, "shape": busy.SHAPE, "loads": by_load})
+        failed = failed or any(r.error for results in found.values() for r in results)
+        _write(args.out, text, record)
     return failed
 
 
