@@ -18,7 +18,8 @@ enum class Precision { kFull, kMixed, kBFloat16 };
 // How rows lie that are read a block at a time: in the type that sums are held in, or in 16 bits.
 enum class Stored { kWide, kBFloat16, kHalf };
 
-// Runs body(i) for i in [0, count), on threads or not.
+// Runs body(0) and body(i) of some other i in [0, count), on threads or not: of those that come in
+// time. So a body claims its part of the work, it is dealt none.
 struct Parallel {
   int threads;
   void (*run)(int count, void (*body)(void*, int), void* context);

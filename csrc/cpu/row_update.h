@@ -110,9 +110,10 @@ inline void closed(const RowUpdate& p, const RowTable& t, int table, int64_t row
 // rule(k, n, g, w, a, b) changes n neighbours of the k-th row's weight and states.
 template <class T, class Rule>
 inline void on_rows(const RowUpdate& p, const Parallel& parallel, const Rule& rule) {
-  const int64_t worth = p.count * p.width / kRowWork;
-  const int tasks = static_cast<int>(std::clamp<int64_t>(worth, 1, parallel.threads));
-  auto some = [&](int task) {
+  // several a thread: one that comes late finds less left
+  const int64_t most = 8 * static_cast<int64_t>(parallel.threads);
+  const int64_t tasks = std::clamp<int64_t>(p.count * p.width / kRowWork, 1, most);
+  on_tasks(parallel, tasks, [&](int, int64_t task) {
     alignas(64) T held[2 + kRowStates][kRowBlock];
     for (int64_t k = p.count * task / tasks; k < p.count * (task + 1) / tasks; ++k) {
       const int64_t row = p.rows[k];
@@ -129,10 +130,7 @@ inline void on_rows(const RowUpdate& p, const Parallel& parallel, const Rule& ru
         closed(p, p.states[1], 2, row, c, n, b);
       }
     }
-  };
-  parallel.run(
-      tasks, [](void* context, int task) { (*static_cast<decltype(some)*>(context))(task); },
-      &some);
+  });
 }
 
 // ---- the rules ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <utility>
 
@@ -182,14 +183,19 @@ inline void pack_rows(Row&& row, int64_t rows, int64_t d, int64_t panel_words,
   }
 }
 
+// Runs body(thread, task) for each task, whoever is free taking the next.
 template <class F>
-inline void on_threads(const Parallel& parallel, F&& body) {
+inline void on_tasks(const Parallel& parallel, int64_t tasks, F&& body) {
+  std::atomic<int64_t> next{0};
+  auto some = [&](int thread) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      body(thread, task);
+    }
+  };
+  using Some = decltype(some);
   parallel.run(
-      parallel.threads,
-      [](void* context, int thread) {
-        (*static_cast<std::remove_reference_t<F>*>(context))(thread);
-      },
-      &body);
+      static_cast<int>(std::min<int64_t>(parallel.threads, tasks)),
+      [](void* context, int thread) { (*static_cast<Some*>(context))(thread); }, &some);
 }
 
 }  // namespace fused_losses::FL_ISA

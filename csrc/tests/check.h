@@ -17,9 +17,11 @@ inline void expect(bool ok, const std::string& what) {
   std::printf("FAILED: %s\n", what.c_str());
 }
 
+// Of several threads the last never comes, as on a busy machine.
 inline void on_threads(int count, void (*body)(void*, int), void* context) {
   std::vector<std::thread> threads;
-  for (int i = 1; i < count; ++i) threads.emplace_back([=] { body(context, i); });
+  const int come = count > 2 ? count - 1 : count;
+  for (int i = 1; i < come; ++i) threads.emplace_back([=] { body(context, i); });
   body(context, 0);
   for (auto& t : threads) t.join();
 }

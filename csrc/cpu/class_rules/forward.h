@@ -188,15 +188,15 @@ void class_forward(const ClassProblem& c, const ClassForwardOut& out, void* buff
   const Problem& p = c.rows;
   const int64_t sums = plan.loops.statistics * plan.padded;
   pack_columns<PS>(dense_rows(p, plan.dense), p.n, p.d, p.d, plan.padded, plan.columns);
-  on_threads(parallel, [&](int index) {
-    auto th = plan.thread(c, index).first;
+  on_tasks(parallel, parallel.threads, [&](int, int64_t run) {
+    auto th = plan.thread(c, run).first;
     std::fill_n(th.tile.keep, th.tile.ld, T(1));
     std::fill_n(th.best, plan.padded, kNone);
     std::fill_n(th.hardest, plan.padded, int64_t(-1));
     std::fill_n(th.top, sums, kNone);
     std::fill_n(th.total, sums, 0.0);
     int64_t begin, end;
-    tiles_of(index, parallel.threads, plan.tiles, &begin, &end);
+    tiles_of(run, parallel.threads, plan.tiles, &begin, &end);
     const int64_t block = round_up(kBlockRows, kPanel<PS>);
     for (int64_t t = begin; t < end; ++t) {
       const Tile<PS, T> tile(p, th.tile, t);

@@ -255,13 +255,13 @@ void divergence_backward(const DivergenceProblem& given, const DivergenceBackwar
   const auto slopes = both ? slopes_for<T, true>(p.kind) : slopes_for<T, false>(p.kind);
   const auto* g_target = static_cast<const T*>(in.grad_target);
   const auto* g_teacher_target = static_cast<const T*>(in.grad_teacher_target);
-  on_threads(parallel, [&](int index) {
-    Thread student = cleared_thread(p.student, plan.student, index);
-    Thread teacher = cleared_thread(p.teacher, plan.teacher, index);
-    auto own = plan.thread(p, index).first;
+  on_tasks(parallel, parallel.threads, [&](int, int64_t run) {
+    Thread student = cleared_thread(p.student, plan.student, run);
+    Thread teacher = cleared_thread(p.teacher, plan.teacher, run);
+    auto own = plan.thread(p, run).first;
     if (p.dense.data) std::fill_n(own.dscale, plan.student.padded, T(0));
     int64_t begin, end;
-    tiles_of(index, parallel.threads, plan.student.tiles, &begin, &end);
+    tiles_of(run, parallel.threads, plan.student.tiles, &begin, &end);
     const int64_t block = round_up(kBlockRows, kPanel<PS>);
     for (int64_t t = begin; t < end; ++t) {
       const TilePair<PS, T> pair(p, x, student.tile, teacher.tile, own.pair, t, Kept::kRead);

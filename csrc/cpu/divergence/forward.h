@@ -74,10 +74,10 @@ struct DivergencePlan {
   template <class Body>
   void sweep(const DivergenceProblem& p, const PairRows<PS, T>& x, const Parallel& parallel,
              Kept kept, Body&& body) const {
-    on_threads(parallel, [&](int index) {
-      auto th = thread(p, index).first;
+    on_tasks(parallel, parallel.threads, [&](int, int64_t run) {
+      auto th = thread(p, run).first;
       int64_t begin, end;
-      tiles_of(index, parallel.threads, tiles, &begin, &end);
+      tiles_of(run, parallel.threads, tiles, &begin, &end);
       const int64_t block = round_up(kBlockRows, kPanel<PS>);
       for (int64_t t = begin; t < end; ++t) {
         const TilePair<PS, T> pair(p, x, th.student, th.teacher, th.pair, t, kept);

@@ -8,7 +8,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "../../pairs.h"
@@ -34,17 +33,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t even_blocks(int64_t count, int64_t most, int64_t unit) {
   const int64_t blocks = std::max<int64_t>(1, ceil_div(count, most));
   return std::max(unit, round_up(ceil_div(count, blocks), unit));
-}
-
-// Runs body(thread, task) for each task, whoever is free taking the next.
-template <class F>
-inline void on_tasks(const Parallel& parallel, int64_t tasks, F&& body) {
-  std::atomic<int64_t> next{0};
-  on_threads(parallel, [&](int thread) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      body(thread, task);
-    }
-  });
 }
 
 // Rows [first, first + count) in T: where they lie, or read into `held`.

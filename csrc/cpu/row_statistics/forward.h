@@ -225,15 +225,15 @@ void forward(const Problem& p, const ForwardOut& out, void* buffer, const Parall
   const ForwardPlan<PS, T> plan(p, buffer);
   pack_columns<PS>(dense_rows(p, plan.dense), p.n, p.d, p.d, plan.padded, plan.columns);
   write_targets(p, plan.dense, plan.row, out.target);
-  on_threads(parallel, [&](int index) {
-    auto th = plan.thread(p, index).first;
+  on_tasks(parallel, parallel.threads, [&](int, int64_t run) {
+    auto th = plan.thread(p, run).first;
     std::fill_n(th.tile.keep, th.tile.ld, T(1));
     std::fill_n(th.sums.best, plan.padded, kNone);
     std::fill_n(th.sums.hardest, plan.padded, int64_t(-1));
     std::fill_n(th.sums.total, plan.padded, 0.0);
     std::fill_n(th.sums.weighted, plan.padded, 0.0);
     int64_t begin, end;
-    tiles_of(index, parallel.threads, plan.tiles, &begin, &end);
+    tiles_of(run, parallel.threads, plan.tiles, &begin, &end);
     for (int64_t t = begin; t < end; ++t) forward_tile<PS, T>(p, plan, th, t);
   });
   for (int64_t i = 0; i < p.n; ++i) {

@@ -326,10 +326,10 @@ void sweep_gradient(const Problem& p, const BackwardOut& out,
                     const GradientPlan<PS, PG, T, Own>& plan, const Parallel& parallel,
                     Fill&& fill) {
   pack_operands(p, plan);
-  on_threads(parallel, [&](int index) {
-    auto th = cleared_thread(p, plan, index);
+  on_tasks(parallel, parallel.threads, [&](int, int64_t run) {
+    auto th = cleared_thread(p, plan, run);
     int64_t begin, end;
-    tiles_of(index, parallel.threads, plan.tiles, &begin, &end);
+    tiles_of(run, parallel.threads, plan.tiles, &begin, &end);
     for (int64_t t = begin; t < end; ++t) gradient_tile(p, out, plan, th, t, fill);
   });
   write_dx(p, out, plan, parallel.threads);

@@ -223,9 +223,9 @@ inline int64_t padded_rows(int64_t n, int64_t panel) {
   return round_up(std::max<int64_t>(n, 1), panel);
 }
 
-inline void tiles_of(int thread, int threads, int64_t tiles, int64_t* begin, int64_t* end) {
-  *begin = tiles * thread / threads;
-  *end = tiles * (thread + 1) / threads;
+inline void tiles_of(int64_t run, int runs, int64_t tiles, int64_t* begin, int64_t* end) {
+  *begin = tiles * run / runs;
+  *end = tiles * (run + 1) / runs;
 }
 
 // Products kept by the forward for class c of a tile, or null.
