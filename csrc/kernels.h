@@ -16,6 +16,7 @@ namespace fused_losses {
 struct Kernels {
   const char* capability;
   bool bf16;
+  bool blas;  // losses over classes multiply by the host's products
   RowKernels rows;
   ClassKernels classes;
   PairKernels pairs;

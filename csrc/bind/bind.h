@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -19,7 +20,12 @@ Type type_of(const at::Tensor& t);
 // type that sums are held in.
 Stored stored_as(const at::Tensor& t);
 at::Tensor dense_as_stored(const at::Tensor& t);
+// As many threads as torch has. `on_runs`: body(first, end) of runs of [0, count), `grain` long or
+// shorter. `own_threads`: none of OpenMP's for so many seconds.
 Parallel torch_threads();
+bool ran_on_threads();
+void own_threads(double seconds);
+void on_runs(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
 // Large pages for large outputs: a fresh gradient is gigabytes of page faults otherwise.
 void advise_huge(const at::Tensor& t);
@@ -32,8 +38,10 @@ void* aligned(const at::Tensor& buffer);
 // 16-bit elements are widened to float, and their gradients are float before they are narrowed.
 constexpr size_t kWidened = sizeof(float);
 
-// Torch's own products, rows that are dense, and threads enough for so many classes.
+// Torch's own products, rows that are dense, and threads enough for so many classes: OpenMP's where
+// they multiply by torch's own products, which run on one thread within its regions alone.
 Gemm host_products();
+void run_in_region(int count, void (*body)(void*, int), void* context);
 at::Tensor dense_rows(const at::Tensor& t);
 Parallel parallel_for_classes(int64_t k);
 

@@ -1,6 +1,5 @@
 // The ops of the cpu backend, the module's build information, and what all ops share.
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
@@ -11,29 +10,18 @@
 #include <sys/mman.h>
 #endif
 
-#include <atomic>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../threads.h"
 #include "bind.h"
 
 namespace fused_losses {
 namespace {
 
 using at::Tensor;
-
-// Whether OpenMP has threads by a kernel's doing: a forked child has none of them, and waits for
-// them.
-std::atomic<bool> has_threads{false};
-
-void run_on_threads(int count, void (*body)(void*, int), void* context) {
-  if (count > 1) has_threads.store(true, std::memory_order_relaxed);
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(context, static_cast<int>(i));
-  });
-}
 
 // A block of Python in which this thread's float32 products on a GPU are no tf32 products, whatever
 // the process allows, or are again what it allows. By torch's own guard: all its other switches are
@@ -96,8 +84,6 @@ Precision precision_of(c10::string_view name) {
   return name == "mixed" ? Precision::kMixed : Precision::kBFloat16;
 }
 
-Parallel torch_threads() { return {at::get_num_threads(), run_on_threads}; }
-
 void advise_huge([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20;
@@ -149,9 +135,10 @@ PYBIND11_MODULE(_C, m) {
                           *name, " on this CPU");
       },
       "Run another instruction set of this CPU (for tests); None: the best again.");
-  m.def(
-      "has_threads", [] { return has_threads.load(std::memory_order_relaxed); },
-      "Whether a kernel of this process, or of the one it is a fork of, ran on several threads.");
+  m.def("has_threads", &ran_on_threads,
+        "Whether a kernel of this process, or of the one it is a fork of, ran on several threads.");
+  m.def("started_workers", &started_workers, "How many threads kernels have beside OpenMP's.");
+  m.def("own_threads", &own_threads, "Run kernels on those for so many seconds (for tests).");
   // What a call allocates beyond inputs, outputs and gradients, on torch's number of threads: of
   // forward or backward, whichever is more. `item`: bytes of an element of the inputs.
   m.def("row_workspace", &row_workspace);

@@ -1,5 +1,4 @@
 // The cpu ops of the sweep over pairs; module.cpp registers them.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vecdot.h>
@@ -41,9 +40,8 @@ void half_norms(const From* x, int64_t first, int64_t end, int64_t d, T* out) {
 Tensor half_norms(const Tensor& x, at::ScalarType accumulate) {
   const Tensor out = at::empty({x.size(0)}, x.options().dtype(accumulate));
   const auto of = [&](const auto* rows, auto* to) {
-    at::parallel_for(0, x.size(0), 256, [&](int64_t first, int64_t end) {
-      half_norms(rows, first, end, x.size(1), to);
-    });
+    on_runs(x.size(0), 256,
+            [&](int64_t first, int64_t end) { half_norms(rows, first, end, x.size(1), to); });
   };
   if (x.scalar_type() == at::kDouble) {
     of(x.const_data_ptr<double>(), out.data_ptr<double>());

@@ -171,7 +171,8 @@ Gemm host_products() { return {host_gemm<float>, host_gemm<double>}; }
 Parallel parallel_for_classes(int64_t k) {
   const Parallel all = torch_threads();
   const int64_t most = std::max<int64_t>(1, k / 24);
-  return {static_cast<int>(std::min<int64_t>(all.threads, most)), all.run};
+  const bool blas = best_kernels().blas;
+  return {static_cast<int>(std::min<int64_t>(all.threads, most)), blas ? run_in_region : all.run};
 }
 
 Tensor dense_rows(const Tensor& t) {

@@ -2,7 +2,6 @@
 // are not finite, labels as numbers.
 //
 // In plain eager mode alone (`base/compiled.py`): else the same formulas run in PyTorch.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/argsort.h>
 #include <ATen/ops/empty.h>
@@ -53,10 +52,10 @@ void of_type(const Tensor& t, const Run& run) {
 
 template <class Run>
 void each_row(int64_t n, int64_t d, const Run& run) {
-  at::parallel_for(0, n, std::max<int64_t>(1, kGrain / std::max<int64_t>(d, 1)),
-                   [&](int64_t first, int64_t end) {
-                     for (int64_t i = first; i < end; ++i) run(i);
-                   });
+  on_runs(n, std::max<int64_t>(1, kGrain / std::max<int64_t>(d, 1)),
+          [&](int64_t first, int64_t end) {
+            for (int64_t i = first; i < end; ++i) run(i);
+          });
 }
 
 // Of a row: a power of two that brings it near 1, 1 / |row| after that, and whether it is no row of

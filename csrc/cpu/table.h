@@ -241,9 +241,12 @@ constexpr TripletKernels triplet_table() {
 }
 
 constexpr Kernels table(const char* capability, bool bf16) {
-  return {capability,        bf16,         row_table(),      class_table(),   pair_table(),
-          maxsim_table(),    topk_table(), distance_table(), triplet_table(), row_update_table(),
-          divergence_table()};
+  return {capability,         bf16,
+          kPreferBlas,        row_table(),
+          class_table(),      pair_table(),
+          maxsim_table(),     topk_table(),
+          distance_table(),   triplet_table(),
+          row_update_table(), divergence_table()};
 }
 
 }  // namespace fused_losses::FL_ISA

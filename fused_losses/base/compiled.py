@@ -30,9 +30,10 @@ def load() -> ModuleType | ImportError:
 
 
 def _on_one_thread() -> None:
-    """A forked child of a process whose kernels had threads: it has none, and would wait for them.
+    """A forked child of a process whose kernels had threads: PyTorch's would wait for OpenMP's.
 
-    PyTorch's own operators would, too. Where no kernel has started any, nothing changes.
+    Those do not follow a fork. A child that asks for more again has workers of its own in our
+    kernels. Where no kernel has run on several threads, nothing changes.
     """
     loaded = load()
     if not isinstance(loaded, ImportError) and loaded.has_threads():

@@ -36,7 +36,7 @@ SIDE, TAKEN, BATCH = 256, 112, 32  # of the pictures, and of what is made of the
 COMPUTES = "n = 0\nwhile True: n += 1"
 
 
-class Pictures(IterableDataset[Tensor]):
+class DecodedPictures(IterableDataset[Tensor]):
     """One picture without end, decoded again each time: [3, TAKEN, TAKEN] uint8."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ def computing() -> Iterator[None]:
 @contextmanager
 def loading() -> Iterator[None]:
     """A loader's two workers, whose batches a thread takes as fast as they come."""
-    loader = DataLoader(Pictures(), batch_size=BATCH, num_workers=WORKERS)
+    loader = DataLoader(DecodedPictures(), batch_size=BATCH, num_workers=WORKERS)
     batches = iter(loader)
     next(batches)
     over = threading.Event()

@@ -21,11 +21,13 @@ from torch import Tensor
 
 import fused_losses
 from fused_losses import backends
+from fused_losses.base import compiled
 from fused_losses.base.examples import TABLE
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("concurrency")]
 
 THREADS = 8
+SEVERAL = (200, 230, 24)  # rows and classes of more than one block
 OPENS = int(os.environ.get("FUSED_LOSSES_OPENS", "200"))
 
 
@@ -45,6 +47,27 @@ def in_threads(run: Callable[[int], None]) -> None:
 
 def names(backend: str) -> list[str]:
     return [name for name in TABLE if runs_on(name, backend)]
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """Kernels run on threads of ours, as on a busy machine."""
+    require("cpu")
+    compiled.extension().own_threads(600)
+    yield
+    compiled.extension().own_threads(0)
+
+
+def test_eight_threads_share_our_workers(own_threads: None) -> None:
+    some = first_of_each(names("cpu"))
+    alone = {name: Call(name, "cpu", SEVERAL).bits() for name in some}
+
+    def run(index: int) -> None:
+        for name in some[index % 2 :: 2]:
+            assert same(Call(name, "cpu", SEVERAL).bits(), alone[name]), name
+
+    in_threads(run)
+    assert compiled.extension().started_workers() >= 1
 
 
 @pytest.mark.parametrize("backend", ["cpu", "bounded"])
@@ -131,8 +154,10 @@ def test_an_exception_of_a_users_function_leaves_the_others_alone(where: str) ->
 # ---- processes ----------------------------------------------------------------------------------
 
 PROCESSES = """
-import multiprocessing, os, sys, warnings
+import multiprocessing, os, signal, sys, warnings
 import torch
+import fused_losses
+from fused_losses.base import compiled
 from calls import Call, first_of_each, runs_on, same
 from fused_losses.base.examples import TABLE
 
@@ -143,9 +168,19 @@ def bits(names):
     warnings.simplefilter("ignore")
     return [[t.numpy() for t in Call(name, "cpu", SHAPE).bits()] for name in names]
 
+ROWS = torch.linspace(-1, 1, 300 * 32).sin().view(300, 32)
+OTHERS = ROWS.flip(1)
+
+def of_several_blocks():
+    x = ROWS.clone().requires_grad_()
+    loss = fused_losses.info_nce(x, OTHERS, backend="cpu")
+    loss.backward()
+    return [loss.detach(), x.grad]
+
 if __name__ == "__main__":
     torch.set_num_threads(2)
     here = bits(SOME)
+    blocks = of_several_blocks()
     # a product of PyTorch's own has threads, too
     wide = torch.ones(600, 600)
     product = (wide @ wide).exp().sum().item()
@@ -158,7 +193,13 @@ if __name__ == "__main__":
     if sys.argv[1] == "fork":
         child = os.fork()
         if child == 0:
+            signal.alarm(100)
             fine = torch.get_num_threads() == 1 and (wide @ wide).exp().sum().item() == product
+            # in kernels it may have threads of its own
+            fine = fine and compiled.extension().started_workers() == 0
+            torch.set_num_threads(2)
+            fine = fine and same(of_several_blocks(), blocks)
+            fine = fine and compiled.extension().started_workers() == 1
             os._exit(0 if fine else 1)
         assert os.waitpid(child, 0)[1] == 0
     print("alike")

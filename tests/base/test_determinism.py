@@ -1,4 +1,4 @@
-"""The same bits again, and on any number of threads: values and gradients of every example.
+"""The same bits again, and on any number of threads, OpenMP's or ours: values and gradients.
 
 FUSED_LOSSES_RUNS=all asks every example, else one a function.
 """
@@ -13,6 +13,7 @@ import torch
 from calls import Call, first_of_each, runs_on, same
 from conftest import require
 
+from fused_losses.base import compiled
 from fused_losses.base.examples import TABLE
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("determinism")]
@@ -52,9 +53,14 @@ def test_the_same_bits_on_any_number_of_threads(name: str) -> None:
             for threads in (*THREADS, 1):
                 torch.set_num_threads(threads)
                 found.append(Call(name, "cpu", SHAPE).bits())
+            torch.set_num_threads(THREADS[-1])
+            compiled.extension().own_threads(600)
+            own = Call(name, "cpu", SHAPE).bits()
         finally:
             torch.set_num_threads(before)
+            compiled.extension().own_threads(0)
     assert same(found[0], found[-1]), "another run"
+    assert same(found[-2], own), "threads that may not come"
     alike = all(same(found[0], bits) for bits in found[1:-1])
     if name in FIRST or TABLE[name].function not in FUNCTIONS:
         assert alike == (name not in BY_THREADS)

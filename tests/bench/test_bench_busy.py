@@ -40,7 +40,7 @@ def test_loads_run_and_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pictures_are_decoded() -> None:
     pytest.importorskip("PIL")
-    first, second = itertools.islice(busy.Pictures(), 2)
+    first, second = itertools.islice(busy.DecodedPictures(), 2)
     assert first.shape == (3, busy.TAKEN, busy.TAKEN) and first.dtype == torch.uint8
     assert torch.equal(first, second) and first.float().std() > 0
 
