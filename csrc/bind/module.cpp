@@ -17,6 +17,7 @@
 
 #include "../threads.h"
 #include "bind.h"
+#include "calls.h"
 
 namespace fused_losses {
 namespace {
@@ -153,6 +154,9 @@ PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.def("class_rules_forward", &class_rules_forward, unlocked);
   m.def("class_rules_backward", &class_rules_backward, unlocked);
+  m.def("all_plain", &all_plain);
+  m.def("pairs_fit", &pairs_fit);
+  m.def("pair_statistics", &pair_statistics);
   m.def("unit_rows", &unit_rows, unlocked);
   m.def("row_marks", &row_marks, unlocked);
   m.def("exact_center", &exact_center, unlocked);

@@ -30,6 +30,7 @@ _warned: set[str] = set()
 _watchers: list[list[Choice]] = []
 
 
+@lru_cache
 def capability(name: str) -> ModuleType:
     """What says whether a backend can run."""
     return importlib.import_module(f"{__name__}.{name}.capability")

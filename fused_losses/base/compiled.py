@@ -58,19 +58,17 @@ def seen() -> bool:
 
 def helpers(*tensors: Tensor) -> Any:
     """The extension, or None where these tensors ask for PyTorch's own operations."""
-    if torch.compiler.is_compiling() or transformed() or seen():
+    if torch.compiler.is_compiling() or transformed():
         return None
-    for t in tensors:
-        if not (type(t) is Tensor or type(t) is torch.nn.Parameter) or t.device.type != "cpu":
-            return None
-    return _with_helpers()
+    built = _with_helpers()
+    return built if built is not None and built.all_plain(*tensors) else None
 
 
 @lru_cache
 def _with_helpers() -> Any:
     """The extension, unless it was built of sources that had no helpers."""
     built = extension()
-    return built if hasattr(built, "share_loss") else None
+    return built if hasattr(built, "pair_statistics") else None
 
 
 def dense_rows(*tensors: Tensor) -> bool:

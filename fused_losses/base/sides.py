@@ -159,7 +159,11 @@ def sides(
     if labels[0] is None and offset is not None:
         n, m = x.shape[0], columns.shape[0]
         check_diagonal(names[1], columns, n, offset)
-        numbers = numbers._replace(x_labels=count_up(n, x, offset), y_labels=count_up(m, x))
+        of_y = count_up(m, x)
+        # of sizes that are symbols it is not asked
+        one = not torch.compiler.is_compiling() and n == m
+        of_x = of_y if one else count_up(n, x, offset)
+        numbers = numbers._replace(x_labels=of_x, y_labels=of_y)
     for bank, told in banks:
         check_both(names[0], x, "queue", bank, precision, rows="Q")
         check_same_dtype(names[0], x, "queue", *in_one_dtype(x, bank))

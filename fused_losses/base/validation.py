@@ -339,6 +339,8 @@ def number(name: str, value: float | Tensor, like: Tensor, *, positive: bool = T
 def check_plain(**values: object) -> None:
     """Numbers, or several, without a gradient: a tensor that asks for one is refused."""
     for name, value in values.items():
+        if value is None or type(value) in (float, int):
+            continue
         each = value if isinstance(value, tuple | list) else (value,)
         if any(isinstance(one, Tensor) and followed(one) for one in each):
             raise TypeError(

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_losses.base import compiled, integers, numerics, unit_norm
 from fused_losses.base.integers import dense
+from fused_losses.base.memory_budget import Room
 from fused_losses.base.numerics import (
     exact_center,
     nan_where_infinite,
@@ -17,9 +18,12 @@ from fused_losses.base.numerics import (
     softplus,
 )
 from fused_losses.base.unit_norm import unit
+from fused_losses.primitives.pairs import op as pairs
+from fused_losses.primitives.pairs.inputs import PairInputs, Rule
+from fused_losses.primitives.pairs.op import pair_statistics
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-USERS = (integers, numerics, unit_norm)
+USERS = (integers, numerics, unit_norm, pairs)
 
 
 @pytest.fixture(autouse=True)
@@ -172,3 +176,93 @@ def test_exact_center(dtype: torch.dtype, formulas: pytest.MonkeyPatch) -> None:
         rows = sides[0][[0, 8]]
         moved = rows.double() - got.double()
         assert torch.equal((rows - got).double(), moved)
+
+
+PAIR_CALLS = {
+    "products": (lambda p: p, {}),
+    "columns": (lambda p: p, dict(cols=True)),
+    "kept": (lambda p: p, dict(cols=True, room=1 << 20)),
+    "softplus": (lambda p: p._replace(negative=Rule(2.0, 0.5)), dict(reduction="softplus")),
+    "triangle": (
+        lambda p: p._replace(y=p.x, triangle=True, y_bias=None, y_labels=None, y_window=None),
+        {},
+    ),
+    "apart": (lambda p: p._replace(apart=True, score="root", x_bias=None, y_bias=None), {}),
+    "one": (lambda p: p._replace(y=p.x, y_bias=p.x_bias, y_labels=p.x_labels, skip_self=True), {}),
+    "circle": (lambda p: p._replace(positive=Rule(-8, 0.6, 1.4), negative=Rule(8, 0.4, 0.4)), {}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PAIR_CALLS)
+def test_pairs_in_plain_eager_code(
+    name: str, dtype: torch.dtype, formulas: pytest.MonkeyPatch
+) -> None:
+    changed, options = PAIR_CALLS[name]
+    n, wide = 13, torch.float64 if dtype == torch.float64 else torch.float32
+    rows = [torch.randn(n, 7).to(dtype) for _ in range(2)]
+    rows[0][3, 2] = torch.inf  # whose statistics are NaN
+    biases = [torch.randn(n).to(wide) for _ in range(2)]
+    labels = torch.arange(n, dtype=torch.int32) % 4
+    window = (torch.rand(4, n) * torch.tensor([[-9], [9], [-9], [9]])).to(wide)
+    scale = torch.tensor(1.5, dtype=torch.float64)
+    calls = []
+
+    def both() -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (*rows, scale, *biases)]
+        p = PairInputs(*leaves, labels, labels.clone(), x_window=window)
+        more = dict(options)
+        room = Room(more.pop("room")) if "room" in more else None
+        found = [t for s in pair_statistics(changed(p), room=room, **more) if s for t in s]
+        calls.append(found[0].grad_fn.name())
+        moving = [t for t in found if t.requires_grad]
+        grads = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for t in moving]
+        grads = [g.to(t) for g, t in zip(grads, moving, strict=True)]
+        slopes = torch.autograd.grad(moving, leaves, grads, allow_unused=True)
+        return [t.detach() for t in (*found, *(g for g in slopes if g is not None))]
+
+    # the same kernels: the same bits
+    for got, wanted in zip(both(), without(formulas, both), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+    assert "Streamed" in calls[0] and "Streamed" not in calls[1]
+
+
+def test_pairs_of_any_order_and_what_a_node_keeps(formulas: pytest.MonkeyPatch) -> None:
+    x, y = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (5, 4))
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        rows, columns = pair_statistics(PairInputs(x, y, scale, bias), cols=True)
+        assert columns is not None
+        return (rows.value[1] * rows.total[1]).sum() + columns.value[1].square().sum()
+
+    assert torch.autograd.gradcheck(run, (x, y, scale, bias))
+    assert torch.autograd.gradgradcheck(run, (x, y, scale, bias))
+    out = run(x, y, scale, bias)
+    out.backward(retain_graph=True)
+    out.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.backward()
+    out = run(x, y, scale, bias)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_pairs_that_do_not_fit_are_left_to_python() -> None:
+    x, scale = torch.randn(5, 3), torch.tensor(1.0, dtype=torch.float64)
+    numbers, bias = torch.zeros(5, dtype=torch.int32), torch.zeros(5)
+    p = PairInputs(x, x, scale, bias, bias, numbers, numbers)
+    fit = compiled.helpers().pairs_fit
+    assert fit(p)
+    for change in (
+        dict(x=x[0]), dict(y=x[:, :2]), dict(y=x.double()), dict(x=None), dict(scale=1.0),
+        dict(x=x.T), dict(x_bias=bias[:4]), dict(y_labels=None), dict(x_labels=numbers.long()),
+        dict(x_ids=numbers), dict(x_window=bias), dict(score="power"), dict(precision="half"),
+        dict(positive=1.0), dict(positive=Rule(scale)), dict(skip_self=1),
+        dict(triangle=True, exclude=numbers[:, None]), dict(x=x.to("meta")),
+        dict(apart=True, x_bias=bias.clone().requires_grad_()),
+    ):  # fmt: skip
+        assert not fit(p._replace(**change)), change

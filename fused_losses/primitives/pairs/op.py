@@ -34,6 +34,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.compiled import helpers
 from fused_losses.base.memory_budget import Room
 from fused_losses.base.numerics import accumulate_dtype, followed, nan_where_infinite, row_dtype
 from fused_losses.base.validation import describe
@@ -89,9 +90,18 @@ def pair_statistics(
     triangle; memory O((N + M) D) plus a block and what is kept. Second derivatives run on
     the pure-PyTorch path, whichever backend ran the first.
     """
-    _check(inputs)
+    compiled = helpers(inputs.x, inputs.y)
+    if compiled is None or not compiled.pairs_fit(inputs):
+        compiled = None
+        _check(inputs)
     validation.check_choice("reduction", reduction, REDUCTIONS)
-    name, inputs = _backend(inputs, backend), marked(inputs)
+    name = _backend(inputs, backend)
+    if compiled is not None and name == "cpu":
+        # the same op, with its gradient in C++
+        kept = kept_scores(name, inputs, room)
+        of_rows, of_columns = compiled.pair_statistics(inputs, reduction, cols, kept)
+        return PairStatistics(*of_rows), PairStatistics(*of_columns) if cols else None
+    inputs = marked(inputs)
     if name == "reference":
         rows, columns = reference_pairs.statistics(inputs, reduction, cols)
     else:

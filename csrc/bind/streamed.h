@@ -1,0 +1,133 @@
+// A streamed op and its gradient in plain eager code, without Python: what StreamedOp
+// (primitives/op.py) does there, for any primitive.
+//
+// Both call the registered ops. Second derivatives are then those that Python registered.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "helpers.h"
+
+namespace fused_losses {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using torch::jit::Stack;
+
+// What an op returns of its arguments. `below`: what autograd sees of it is registered elsewhere.
+inline Stack called(const c10::OperatorHandle& op, Stack stack, bool below) {
+  std::optional<at::AutoDispatchBelowAutograd> guard;
+  if (below) guard.emplace();
+  op.callBoxed(&stack);
+  return stack;
+}
+
+inline c10::OperatorHandle registered(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("fused_losses::" + name).c_str(), "");
+}
+
+// Op says
+//   kName       of its registered op, which "_backward" follows
+//   kMoving     how many of the op's arguments, the first ones, may need a gradient
+//   kTold       how many, the last ones, the backward is not given
+//   outputs     of what the op returned, the tensors that have a gradient
+//   before      what the backward is given first: of their gradients (undefined: zeros), of these
+//               outputs and of what the op returned. `further`: it is to be differentiated
+template <class Op>
+struct Streamed : torch::autograd::Function<Streamed<Op>> {
+  struct Call {
+    const Stack& arguments;
+    Stack& found;  // what the op returned
+  };
+
+  // The op, with its gradient if one is asked for; what it returned is left in `found`.
+  static variable_list run(const Stack& arguments, Stack& found) {
+    variable_list moving;
+    bool asked = false;
+    for (size_t i = 0; i < Op::kMoving; ++i) {
+      if (!arguments[i].isTensor()) continue;
+      moving.push_back(arguments[i].toTensor());
+      asked = asked || moving.back().requires_grad();
+    }
+    if (asked && at::GradMode::is_enabled()) {
+      return Streamed::apply(at::TensorList(moving), Call{arguments, found});
+    }
+    const at::NoGradGuard no_gradient;
+    found = called(forward_op(), arguments, true);
+    return Op::outputs(found);
+  }
+
+  static variable_list forward(AutogradContext* ctx, at::TensorList, const Call& call) {
+    Stack& found = call.found;
+    found = called(forward_op(), call.arguments, true);
+    const variable_list outputs = Op::outputs(found);
+    variable_list saved;
+    for (size_t i = 0; i + Op::kTold < call.arguments.size(); ++i) {
+      const c10::IValue& argument = call.arguments[i];
+      if (argument.isTensor() || argument.isNone()) {
+        saved.push_back(argument.isTensor() ? argument.toTensor() : at::Tensor());
+      } else {
+        ctx->saved_data[std::to_string(i)] = argument;
+      }
+    }
+    for (const c10::IValue& value : found) saved.push_back(value.toTensor());
+    saved.insert(saved.end(), outputs.begin(), outputs.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->set_materialize_grads(false);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    // read once: a checkpoint unpacks what was saved a single time
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t count = forward_op().schema().arguments().size() - Op::kTold;
+    const size_t tensors = count - ctx->saved_data.size();
+    const size_t returned = forward_op().schema().returns().size();
+    const auto end = saved.begin() + tensors + returned;
+    const variable_list found(saved.begin() + tensors, end), outputs(end, saved.end());
+    const bool further = at::GradMode::is_enabled();
+
+    Stack stack = Op::before(grads, outputs, found, further);
+    std::vector<bool> needs(Op::kMoving);
+    size_t moving = 0, at = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const auto beside = ctx->saved_data.find(std::to_string(i));
+      if (beside != ctx->saved_data.end()) {
+        stack.push_back(beside->second);
+        continue;
+      }
+      const at::Tensor& tensor = saved[at++];
+      stack.push_back(tensor.defined() ? c10::IValue(tensor) : c10::IValue());
+      if (i < Op::kMoving && tensor.defined()) needs[i] = ctx->needs_input_grad(moving++);
+    }
+    for (const bool need : needs) stack.emplace_back(need);
+    stack = called(backward_op(), std::move(stack), !further);
+
+    variable_list out;
+    for (size_t i = 0; i < Op::kMoving; ++i) {
+      if (!saved[i].defined()) continue;
+      out.push_back(needs[i] ? stack[i].toTensor() : at::Tensor());
+    }
+    out.emplace_back();  // of what is beside the tensors
+    return out;
+  }
+
+ private:
+  static const c10::OperatorHandle& forward_op() {
+    static const c10::OperatorHandle op = registered(Op::kName);
+    return op;
+  }
+  static const c10::OperatorHandle& backward_op() {
+    static const c10::OperatorHandle op = registered(std::string(Op::kName) + "_backward");
+    return op;
+  }
+};
+
+}  // namespace fused_losses
