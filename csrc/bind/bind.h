@@ -115,6 +115,14 @@ at::Tensor dense_numbers(const at::Tensor& labels);
 // any order.
 at::Tensor softplus_of(const at::Tensor& z);
 std::tuple<at::Tensor, at::Tensor> share_loss(const at::Tensor& value, const at::Tensor& others);
+// `pair_sums.reduced_shares`: of one side, whose positives may stand by their mean (total, count),
+// or of two.
+at::Tensor reduced_shares(const at::Tensor& value, const at::Tensor& others,
+                          const std::optional<at::Tensor>& total,
+                          const std::optional<at::Tensor>& count,
+                          const std::optional<at::Tensor>& second,
+                          const std::optional<at::Tensor>& second_others, bool mean, bool everyone,
+                          bool wide);
 at::Tensor reduced_loss(const at::Tensor& loss, const at::Tensor& counted, bool mean, bool wide);
 
 void register_triplets(torch::Library& m);

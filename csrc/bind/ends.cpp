@@ -1,6 +1,8 @@
 // The ends of losses, a number a row, in one pass each, with gradients of any order.
 //
 // In plain eager mode alone (`base/compiled.py`): else the same formulas run in PyTorch.
+#include <ATen/ops/add.h>
+#include <ATen/ops/clamp_min.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full_like.h>
@@ -20,7 +22,9 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <tuple>
+#include <utility>
 
 #include "helpers.h"
 
@@ -87,6 +91,16 @@ Standing standing(T positive, T others) {
   return {counted, counted && (others > 0 || positive != positive)};
 }
 
+// The truth of `numerics.share_loss`, to be differentiated further.
+Tensor share_graph(const Tensor& value, const Tensor& others) {
+  const Tensor positive = value.select(0, 0), zero = at::zeros_like(positive);
+  const Tensor none = at::full_like(positive, -std::numeric_limits<double>::infinity());
+  const Tensor some = at::logical_or(at::gt(others, zero), at::ne(positive, positive));
+  const Tensor both = at::logical_and(at::ne(positive, none), some);
+  const Tensor gap = at::where(both, at::sub(value.select(0, 1), positive), zero);
+  return at::where(both, softplus_graph(gap), zero);
+}
+
 // The loss, and which rows are counted.
 struct Share : torch::autograd::Function<Share> {
   static variable_list forward(AutogradContext* ctx, const Tensor& value_in,
@@ -118,13 +132,7 @@ struct Share : torch::autograd::Function<Share> {
     const Tensor &value_in = saved[0], &others_in = saved[1];
     if (at::GradMode::is_enabled()) {
       const Tensor leaf = leaf_of(value_in);
-      const Tensor positive = leaf.select(0, 0), zero = at::zeros_like(positive);
-      const Tensor none = at::full_like(positive, -std::numeric_limits<double>::infinity());
-      const Tensor some = at::logical_or(at::gt(others_in, zero), at::ne(positive, positive));
-      const Tensor both = at::logical_and(at::ne(positive, none), some);
-      const Tensor gap = at::where(both, at::sub(leaf.select(0, 1), positive), zero);
-      const Tensor out = at::where(both, softplus_graph(gap), zero);
-      return {further(out, {leaf}, grads[0])[0], Tensor()};
+      return {further(share_graph(leaf, others_in), {leaf}, grads[0])[0], Tensor()};
     }
     const Tensor value = value_in.contiguous(), others = others_in.contiguous();
     const Tensor grad = grads[0].contiguous(), out = at::empty(value.sizes(), value.options());
@@ -142,6 +150,146 @@ struct Share : torch::autograd::Function<Share> {
       }
     });
     return {out, Tensor()};
+  }
+};
+
+// A side of `pair_sums.reduced_shares`: logsumexps [2, N] and the number of negatives [N]; where
+// the positives' mean stands for their logsumexp, totals [2, N] and the number of positives [N],
+// too.
+struct ShareSide {
+  Tensor value, others, total, count;
+
+  ShareSide(const Tensor& value_in, const Tensor& others_in, const Tensor& total_in = {},
+            const Tensor& count_in = {})
+      : value(value_in.contiguous()), others(others_in.contiguous()) {
+    if (!total_in.defined()) return;
+    total = total_in.contiguous();
+    count = count_in.contiguous();
+  }
+};
+
+template <class T>
+struct ShareRows {
+  int64_t n;
+  const T *positive, *negative, *others, *total = nullptr, *count = nullptr;
+
+  explicit ShareRows(const ShareSide& side)
+      : n(side.others.numel()),
+        positive(side.value.const_data_ptr<T>()),
+        negative(positive + n),
+        others(side.others.const_data_ptr<T>()) {
+    if (!side.total.defined()) return;
+    total = side.total.const_data_ptr<T>();
+    count = side.count.const_data_ptr<T>();
+  }
+
+  Standing at(int64_t i) const { return standing(positive[i], others[i]); }
+  T gap(int64_t i) const { return static_cast<T>(negative[i] - positive[i]); }
+  T positives(int64_t i) const { return std::max(count[i], T(1)); }
+  T loss(int64_t i) const {
+    const Standing row = at(i);
+    const T share = row.both ? static_cast<T>(softplus(gap(i))) : T(0);
+    return total && row.counted ? share + (positive[i] - total[i] / positives(i)) : share;
+  }
+  // What the sum of the rows is divided by.
+  T divisor(bool mean, bool everyone) const {
+    int64_t rows = everyone ? n : 0;
+    for (int64_t i = 0; i < n && !everyone; ++i) rows += at(i).counted;
+    return mean ? static_cast<T>(std::max<int64_t>(1, rows)) : T(1);
+  }
+};
+
+// The reduced losses of one side, or the mean of those of two.
+struct ReducedShares : torch::autograd::Function<ReducedShares> {
+  struct Beside {
+    Tensor others, count, second_others;
+    bool mean, everyone;
+    at::ScalarType dtype;
+  };
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& value,
+                        const std::optional<Tensor>& total, const std::optional<Tensor>& second,
+                        const Beside& beside) {
+    const auto or_none = [](const std::optional<Tensor>& t) { return t ? *t : Tensor(); };
+    ctx->save_for_backward({value, or_none(total), or_none(second), beside.others, beside.count,
+                            beside.second_others});
+    ctx->saved_data["mean"] = beside.mean;
+    ctx->saved_data["everyone"] = beside.everyone;
+    double result = 0;
+    of_wide_type(value, [&](auto type) {
+      using T = decltype(type);
+      const auto add = [&](const ShareSide& side) {
+        const ShareRows<T> rows(side);
+        const T sum = static_cast<T>(summed(rows.n, [&](int64_t i) { return rows.loss(i); }));
+        result += sum / rows.divisor(beside.mean, beside.everyone);
+      };
+      add(ShareSide(value, beside.others, or_none(total), beside.count));
+      if (second) add(ShareSide(*second, beside.second_others));
+    });
+    const Tensor out = at::empty({}, value.options().dtype(beside.dtype));
+    out.fill_(second ? result / 2 : result);
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &value = saved[0], &total = saved[1], &second = saved[2], &others = saved[3];
+    const Tensor &count = saved[4], &second_others = saved[5];
+    const bool mean = ctx->saved_data["mean"].toBool();
+    const bool everyone = ctx->saved_data["everyone"].toBool();
+    const bool again = at::GradMode::is_enabled();
+    variable_list out(4);
+    of_wide_type(value, [&](auto type) {
+      using T = decltype(type);
+      const auto slopes = [&](const ShareSide& side, const Tensor& given, const Tensor& sum) {
+        const T divisor = ShareRows<T>(side).divisor(mean, everyone) * (second.defined() ? 2 : 1);
+        return again ? slopes_graph(given, side.others, sum, side.count, divisor, grads[0])
+                     : slopes_of<T>(side, static_cast<T>(grads[0].item<double>()) / divisor);
+      };
+      std::tie(out[0], out[1]) = slopes(ShareSide(value, others, total, count), value, total);
+      if (second.defined()) out[2] = slopes(ShareSide(second, second_others), second, {}).first;
+    });
+    return out;
+  }
+
+ private:
+  // Of value, and of total where there is one.
+  template <class T>
+  static std::pair<Tensor, Tensor> slopes_of(const ShareSide& side, T grad) {
+    const ShareRows<T> rows(side);
+    const Tensor value = at::empty(side.value.sizes(), side.value.options());
+    const Tensor total = side.total.defined() ? at::zeros_like(side.total) : Tensor();
+    T *down = value.data_ptr<T>(), *up = down + rows.n;
+    T* of_total = total.defined() ? total.data_ptr<T>() : nullptr;
+    for (int64_t i = 0; i < rows.n; ++i) {
+      const Standing row = rows.at(i);
+      up[i] = row.both ? static_cast<T>(grad * sigmoid(rows.gap(i))) : T(0);
+      down[i] = -up[i];
+      if (!of_total || !row.counted) continue;
+      down[i] += grad;
+      of_total[i] = -grad / rows.positives(i);
+    }
+    return {value, total};
+  }
+
+  // The same by operations that can be differentiated further.
+  static std::pair<Tensor, Tensor> slopes_graph(const Tensor& value, const Tensor& others,
+                                                const Tensor& total, const Tensor& count,
+                                                double divisor, const Tensor& grad) {
+    variable_list leaves = {leaf_of(value)};
+    const Tensor positive = leaves[0].select(0, 0);
+    Tensor loss = share_graph(leaves[0], others);
+    if (total.defined()) {
+      leaves.push_back(leaf_of(total));
+      const Tensor mean = at::div(leaves[1].select(0, 0), at::clamp_min(count, 1));
+      const Tensor none = at::full_like(positive, -std::numeric_limits<double>::infinity());
+      const Tensor spread = at::sub(positive, mean);
+      loss = at::add(loss, at::where(at::ne(positive, none), spread, at::zeros_like(spread)));
+    }
+    const Tensor of_row = at::div(grad.to(value.scalar_type()), divisor);
+    const variable_list found =
+        torch::autograd::grad({loss}, leaves, {of_row.expand_as(loss)}, true, true, true);
+    return {found[0], total.defined() ? found[1] : Tensor()};
   }
 };
 
@@ -201,6 +349,32 @@ std::tuple<Tensor, Tensor> share_loss(const Tensor& value, const Tensor& others)
                    value.scalar_type());
   const variable_list found = Share::apply(value, others);
   return {found[0], found[1]};
+}
+
+Tensor reduced_shares(const Tensor& value, const Tensor& others, const std::optional<Tensor>& total,
+                      const std::optional<Tensor>& count, const std::optional<Tensor>& second,
+                      const std::optional<Tensor>& second_others, bool mean, bool everyone,
+                      bool wide) {
+  const auto check_side = [](const Tensor& of, const Tensor& negatives) {
+    TORCH_CHECK_VALUE(of.dim() > 0 && of.size(0) == 2, "value: expected [2, ...], got ",
+                      of.sizes());
+    check_alike(of.select(0, 0), negatives, "others");
+    TORCH_CHECK_TYPE(of.scalar_type() == negatives.scalar_type(), "others: expected ",
+                     of.scalar_type());
+  };
+  check_side(value, others);
+  TORCH_CHECK_VALUE(
+      total.has_value() == count.has_value() && second.has_value() == second_others.has_value(),
+      "reduced_shares: expected both or neither");
+  if (second) check_side(*second, *second_others);
+  if (total) {
+    check_alike(value, *total, "total");
+    check_side(*total, *count);
+  }
+  const auto or_none = [](const std::optional<Tensor>& t) { return t ? *t : Tensor(); };
+  const ReducedShares::Beside beside = {others, or_none(count), or_none(second_others),
+                                        mean,   everyone,       wide ? at::kDouble : at::kFloat};
+  return ReducedShares::apply(value, total, second, beside);
 }
 
 Tensor reduced_loss(const Tensor& loss, const Tensor& counted, bool mean, bool wide) {

@@ -163,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("dense_numbers", &dense_numbers, unlocked);
   m.def("softplus", &softplus_of, unlocked);
   m.def("share_loss", &share_loss, unlocked);
+  m.def("reduced_shares", &reduced_shares, unlocked);
   m.def("reduced_loss", &reduced_loss, unlocked);
   py::class_<Tf32Block>(m, "tf32_products")
       .def(py::init<bool>())

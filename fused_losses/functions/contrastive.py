@@ -14,9 +14,10 @@ from fused_losses.base.examples import examples
 from fused_losses.base.indices import Indices
 from fused_losses.base.integers import count_up
 from fused_losses.base.memory_budget import MemoryBudget
-from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced, share_loss
+from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced
 from fused_losses.base.sides import batch_sides, sides
 from fused_losses.base.validation import check_rows, number
+from fused_losses.functions.pair_sums import Shares, reduced_shares
 from fused_losses.functions.scored_pairs import BatchPairs, batch_pairs, scored
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_statistics
@@ -96,22 +97,27 @@ def supervised_contrastive(
                 skip_self=True,
             )
             stats, _ = pair_statistics(inputs, room=both.room, backend=backend)
-        loss, counted = positives_share(stats, mean=form == "out")
-        if base_temperature is not None:
-            loss = loss * (t / number("base_temperature", base_temperature, embeddings))
-            loss = torch.where(counted, loss, 0)
-        counted = counted | (without_positive == "zero")
-        return reduced(loss, counted, reduction, accumulate_dtype(both.x.dtype))
+        shares, everyone = shares_of(stats, mean=form == "out"), without_positive == "zero"
+        dtype = accumulate_dtype(both.x.dtype)
+        if base_temperature is None:
+            return reduced_shares(shares, None, reduction, dtype, everyone=everyone)
+        loss, counted = shares.loss()
+        loss = loss * (t / number("base_temperature", base_temperature, embeddings))
+        loss = torch.where(counted, loss, 0)
+        return reduced(loss, counted | everyone, reduction, dtype)
+
+
+def shares_of(stats: PairStatistics, mean: bool) -> Shares:
+    """lse over all - lse over the positives, or - their mean."""
+    value, total, count, _ = stats
+    if mean:
+        return Shares(value, count[NEGATIVE], total, count[POSITIVE])
+    return Shares(value, count[NEGATIVE])
 
 
 def positives_share(stats: PairStatistics, mean: bool) -> tuple[Tensor, Tensor]:
-    """lse over all - lse over the positives, or - their mean; and which rows have a positive."""
-    loss, counted = share_loss(stats.value, stats.count[NEGATIVE])
-    if mean:
-        positive = stats.value[POSITIVE]
-        spread = positive - stats.total[POSITIVE] / stats.count[POSITIVE].clamp_min(1)
-        loss = loss + torch.where(counted, spread, 0)
-    return loss, counted
+    """The loss of `shares_of` a row, and which rows have a positive."""
+    return shares_of(stats, mean).loss()
 
 
 def nt_xent(

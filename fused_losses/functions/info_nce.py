@@ -33,7 +33,7 @@ from fused_losses.functions.nce_sums import (
     window,
     with_windows,
 )
-from fused_losses.functions.pair_sums import PairSums
+from fused_losses.functions.pair_sums import PairSums, reduced_shares
 from fused_losses.functions.scored_pairs import scored
 
 
@@ -251,6 +251,10 @@ def info_nce(
             negatives = unit(negatives) if normalize else negatives
             rows = rows.joined(of_own_negatives(inputs, negatives, hardness))
 
+        dtype = accumulate_dtype(query.dtype)
+        if aimed is None and rows.tilt is None and not decoupled and reduction != "none":
+            of_columns = None if columns is None else columns.shares
+            return reduced_shares(rows.shares, of_columns, reduction, dtype)
         z = None if aimed is None else target_scores(inputs, aimed, backend)
 
         def part(sums: PairSums, at: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -258,7 +262,6 @@ def info_nce(
                 return sums.loss(decoupled)
             return toward(z, weight, at, sums)
 
-        dtype = accumulate_dtype(query.dtype)
         out = reduced(*part(rows, aimed and aimed.rows), reduction, dtype)
         if columns is None:
             return out

@@ -7,8 +7,54 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.numerics import merged, share_loss
+from fused_losses.base.compiled import helpers
+from fused_losses.base.numerics import SHORT, WIDE, merged, reduced, share_loss
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE
+
+
+class Shares(NamedTuple):
+    """Of each row (or column), -log of the positives' share, or of their mean's where given."""
+
+    value: Tensor  # [2, N] lse of the positives' z, and of the negatives'
+    others: Tensor  # [N] negatives
+    total: Tensor | None = None  # [2, N] sums of z
+    count: Tensor | None = None  # [N] positives
+
+    def loss(self) -> tuple[Tensor, Tensor]:
+        """The loss [N], and which rows have a positive."""
+        loss, counted = share_loss(self.value, self.others)
+        if self.total is not None and self.count is not None:
+            mean = self.total[POSITIVE] / self.count.clamp_min(1)
+            loss = loss + torch.where(counted, self.value[POSITIVE] - mean, 0)
+        return loss, counted
+
+
+def reduced_shares(
+    rows: Shares,
+    columns: Shares | None,  # without totals
+    reduction: str,
+    dtype: torch.dtype,
+    *,
+    everyone: bool = False,
+) -> Tensor:
+    """The mean (or sum) of the rows' losses, or the mean of that and the columns'.
+
+    everyone: rows without a positive are in the mean, too.
+    """
+    value, others = rows.value, rows.others
+    compiled = helpers(*(t for t in (*rows, *(columns or ())) if t is not None))
+    wide = value.dtype == others.dtype and value.dtype in WIDE and dtype in WIDE
+    short = compiled is not None and max(value.numel(), (columns or rows).value.numel()) <= SHORT
+    if compiled is not None and wide and short and reduction != "none":
+        of_columns = (None, None) if columns is None else columns[:2]
+        how = reduction == "mean", everyone, dtype == torch.float64
+        return compiled.reduced_shares(*rows, *of_columns, *how)
+
+    def part(side: Shares) -> Tensor:
+        loss, counted = side.loss()
+        return reduced(loss, counted | everyone, reduction, dtype)
+
+    return part(rows) if columns is None else (part(rows) + part(columns)) / 2
 
 
 class PairSums(NamedTuple):
@@ -42,10 +88,15 @@ class PairSums(NamedTuple):
             self.count + other.count,
         )
 
+    @property
+    def shares(self) -> Shares:
+        """Of sums without a tilt."""
+        return Shares(self.value, self.count)
+
     def loss(self, decoupled: bool = False) -> tuple[Tensor, Tensor]:
         """The loss [N], and which rows have a positive; decoupled: of negatives alone below."""
         if self.tilt is None and not decoupled:
-            return share_loss(self.value, self.count)
+            return self.shares.loss()
         (positive, negative), any_negative = self.value, self.count > 0
         if self.tilt is not None:
             negative = torch.where(any_negative, self.count, 1).log() + negative - self.tilt

@@ -18,12 +18,14 @@ from fused_losses.base.numerics import (
     softplus,
 )
 from fused_losses.base.unit_norm import unit
+from fused_losses.functions import pair_sums
+from fused_losses.functions.pair_sums import Shares, reduced_shares
 from fused_losses.primitives.pairs import op as pairs
 from fused_losses.primitives.pairs.inputs import PairInputs, Rule
 from fused_losses.primitives.pairs.op import pair_statistics
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-USERS = (integers, numerics, unit_norm, pairs)
+USERS = (integers, numerics, unit_norm, pair_sums, pairs)
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +178,56 @@ def test_exact_center(dtype: torch.dtype, formulas: pytest.MonkeyPatch) -> None:
         rows = sides[0][[0, 8]]
         moved = rows.double() - got.double()
         assert torch.equal((rows - got).double(), moved)
+
+
+def shares(dtype: torch.dtype, mean: bool) -> Shares:
+    """Rows of all sorts: without positives, without negatives, without either."""
+    value, count = torch.randn(2, 21, dtype=dtype) * 9, torch.arange(21) % 5
+    others, total = (torch.arange(21) % 3).to(dtype), torch.randn(2, 21, dtype=dtype)
+    value[0] = torch.where(count == 0, -torch.inf, value[0])
+    value[1] = torch.where(others == 0, -torch.inf, value[1])
+    return Shares(value, others, *((total, count.to(dtype)) if mean else ()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("everyone", [False, True])
+def test_reduced_shares(
+    dtype: torch.dtype, reduction: str, everyone: bool, formulas: pytest.MonkeyPatch
+) -> None:
+    for mean, sides in ((False, 1), (True, 1), (False, 2)):
+        rows, columns = (shares(dtype, mean) for _ in range(2))
+
+        def both(rows: Shares = rows, columns: Shares = columns, sides: int = sides) -> list:
+            leaves = [t.clone().requires_grad_() for t in (rows.value, columns.value)]
+            total = None if rows.total is None else rows.total.clone().requires_grad_()
+            of_rows = rows._replace(value=leaves[0], total=total)
+            of_columns = columns._replace(value=leaves[1]) if sides == 2 else None
+            out = reduced_shares(of_rows, of_columns, reduction, dtype, everyone=everyone)
+            leaves = leaves[:sides] + ([] if total is None else [total])
+            return [out.detach(), *torch.autograd.grad(out, leaves)]
+
+        # 42 terms of up to 60, added in another order
+        bound = 128 * torch.finfo(dtype).eps
+        for got, wanted in zip(both(), without(formulas, both), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=bound, atol=60 * bound)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_reduced_shares_of_any_order(mean: bool) -> None:
+    rows, columns = shares(torch.float64, mean), shares(torch.float64, False)
+    kept = (rows.value.isfinite() & columns.value.isfinite()).all(dim=0)
+    total = torch.zeros_like(rows.value) if rows.total is None else rows.total
+    given = [t[:, kept].requires_grad_() for t in (rows.value, total, columns.value)]
+
+    def run(value: Tensor, total: Tensor, second: Tensor) -> Tensor:
+        count = None if rows.count is None else rows.count[kept]
+        one = Shares(value, rows.others[kept], total if mean else None, count)
+        other = None if mean else Shares(second, columns.others[kept])
+        return reduced_shares(one, other, "mean", torch.float64) + 0 * (total + second).sum()
+
+    assert torch.autograd.gradcheck(run, given)
+    assert torch.autograd.gradgradcheck(run, given)
 
 
 PAIR_CALLS = {
