@@ -1,5 +1,6 @@
 // A streamed op and its gradient in plain eager code, without Python: what StreamedOp
-// (primitives/op.py) does there, for any primitive.
+// (primitives/op.py) does there, for an op whose first arguments are those that may need a
+// gradient.
 //
 // Both call the registered ops. Second derivatives are then those that Python registered.
 #pragma once
@@ -8,6 +9,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -93,6 +95,11 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
     const auto end = saved.begin() + tensors + returned;
     const variable_list found(saved.begin() + tensors, end), outputs(end, saved.end());
     const bool further = at::GradMode::is_enabled();
+    const auto defined = [](const at::Tensor& t) { return t.defined(); };
+    if (std::none_of(grads.begin(), grads.end(), defined)) {
+      const auto moved = std::count_if(saved.begin(), saved.begin() + Op::kMoving, defined);
+      return variable_list(static_cast<size_t>(moved) + 1);
+    }
 
     Stack stack = Op::before(grads, outputs, found, further);
     std::vector<bool> needs(Op::kMoving);

@@ -230,6 +230,18 @@ def test_reduced_shares_of_any_order(mean: bool) -> None:
     assert torch.autograd.gradgradcheck(run, given)
 
 
+class Nothing(torch.autograd.Function):
+    """The identity, which has no gradient to give."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> None:
+        return None
+
+
 PAIR_CALLS = {
     "products": (lambda p: p, {}),
     "columns": (lambda p: p, dict(cols=True)),
@@ -296,6 +308,9 @@ def test_pairs_of_any_order_and_what_a_node_keeps(formulas: pytest.MonkeyPatch) 
     out.backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.backward()
+    x.grad = None
+    Nothing.apply(run(x, y, scale, bias)).backward()
+    assert x.grad is None
     out = run(x, y, scale, bias)
     with torch.no_grad():
         x.add_(1)
