@@ -35,6 +35,7 @@ CUDA = (
     "fused_losses/*gpu*",
     "tests/*cuda*",
     "tests/triton_kernels/*",  # whose cases the CUDA kernels share
+    "tests/support/mutants.py",
     "tests/conftest.py",
 )
 # what decides which Triton kernels are launched and how they are compiled and read
@@ -85,8 +86,13 @@ def files(name: str, root: Path = ROOT) -> list[Path]:
 
 def content_hash(names: Iterable[str], root: Path = ROOT) -> str:
     """Of the names and contents of these proofs' files."""
+    return content_hash_of((path for name in names for path in files(name, root)), root)
+
+
+def content_hash_of(paths: Iterable[Path], root: Path = ROOT) -> str:
+    """Of the names, relative to the root, and contents of these files."""
     out = hashlib.sha256()
-    for path in sorted({path for name in names for path in files(name, root)}):
+    for path in sorted({*paths}):
         body = (root / path).read_bytes()
         out.update(f"{path.as_posix()}\0{len(body)}\0".encode() + body)
     return out.hexdigest()[:16]

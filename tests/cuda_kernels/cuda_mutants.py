@@ -1,25 +1,21 @@
 """Faults planted in the project's own CUDA sources, one at a time, and whether a case notices.
 
 python cuda_mutants.py SOURCE FOLDER prints the faults that no case of the source noticed, as JSON.
-All faults are built at once, each behind a test of one number that also notes that it was asked.
-Every fault runs in its own process, since it may crash or hang, and only on the cases that ask for
-it: on the others the machine does the same as without it. The quickest case comes first.
+How a fault is tried: tests/support/mutants.py.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
-import signal
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import cuda_harness
+from mutants import DECLARATION, DEFINITION, Fault, Run, noticed, quickest_first
 
 CUDA = cuda_harness.CSRC / "cuda"
 # what a source's operations launch besides its own kernels
@@ -28,16 +24,7 @@ BESIDE = {
     "pairs": ("distances/products", "distances/gradient"),
 }
 SEEDS = ("0", "1", "2")
-SECONDS = 20  # of a fault, or it hangs
-DECLARATION = """#include "platform.h"
-extern "C" __attribute__((visibility("default"))) int fused_losses_mutant;
-extern "C" __attribute__((visibility("default"))) char fused_losses_asked[];
-static inline int planted(int fault) {
-  fused_losses_asked[fault] = 1;
-  return fused_losses_mutant == fault;
-}
-"""
-DEFINITION = "int fused_losses_mutant = -1;\nchar fused_losses_asked[{count}];\n"
+PLATFORM = '#include "platform.h"\n'
 VALUE = r"[A-Za-z_][\w.]*(?:->\w+|\[\w+\])*"
 EXTENT = r"(?!k[A-Z]|N\b)" + VALUE  # not a constant: registers, which only a sanitizer sees
 BARRIER = re.compile(r"(__syncthreads|__syncwarp)\(\);")
@@ -47,14 +34,6 @@ LESS = re.compile(rf"{BEFORE}({VALUE}(?: [+*] {VALUE})*) < ({EXTENT}){AFTER}")
 # of no kernel
 HOST = re.compile(r"Stream stream|^inline|^int |^#|^FL_EXPORT|^FL_ARGUMENTS|^FL_PUBLIC")
 COMPILE_TIME = ("constexpr", "static_assert", "template", "#", "//")
-
-
-@dataclass(frozen=True)
-class Fault:
-    kind: str
-    file: str
-    line: int
-    text: str
 
 
 def plant(file: Path, faults: list[Fault]) -> str:
@@ -86,7 +65,7 @@ def build(source: str, folder: Path) -> tuple[Path, list[Fault]]:
     for file in sorted(home.iterdir()) if home.is_dir() else [home.with_suffix(".cu")]:
         (folder / file.name).write_text(plant(file, faults))
     declared, defined, out = folder / "declared.h", folder / "defined.cu", folder / "planted.so"
-    declared.write_text(DECLARATION)
+    declared.write_text(PLATFORM + DECLARATION)
     defined.write_text(DEFINITION.format(count=len(faults)))
     others = [CUDA / f"{name}.cu" for name in BESIDE.get(source, ())]
     # what a planted file includes from beside it is planted, too; the rest is where it was
@@ -95,49 +74,17 @@ def build(source: str, folder: Path) -> tuple[Path, list[Fault]]:
     return out, faults
 
 
-@dataclass(frozen=True)
-class Run:
-    """A case under one seed: without a fault, how long it takes and which faults it asks for."""
+def seeded(check: Callable[[], None], seed: str) -> Callable[[], None]:
+    """The case, with blocks and threads in this seed's order."""
 
-    check: Callable[[], None]
-    seed: str
-    seconds: float = 0.0
-    asked: frozenset[int] = frozenset()
-
-    def __call__(self) -> None:
+    def run() -> None:
         import torch
 
-        os.environ["FUSED_LOSSES_CUDA_SEED"] = self.seed
+        os.environ["FUSED_LOSSES_CUDA_SEED"] = seed
         torch.manual_seed(0)
-        self.check()
+        check()
 
-
-def traced(run: Run, library: ctypes.CDLL, count: int) -> Run:
-    asked = (ctypes.c_char * count).in_dll(library, "fused_losses_asked")
-    ctypes.memset(asked, 0, count)
-    begin = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - begin
-    return replace(
-        run, seconds=seconds, asked=frozenset(i for i in range(count) if asked[i] != b"\0")
-    )
-
-
-def noticed(fault: int, runs: list[Run], library: ctypes.CDLL) -> bool:
-    """Whether a run fails, crashes or hangs with the fault; tried in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        ctypes.c_int.in_dll(library, "fused_losses_mutant").value = fault
-        for run in runs:
-            if fault in run.asked:
-                signal.alarm(SECONDS)
-                try:
-                    run()
-                except Exception:
-                    os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1] != 0
+    return run
 
 
 def unnoticed(source: str, folder: Path) -> dict:
@@ -155,9 +102,10 @@ def unnoticed(source: str, folder: Path) -> dict:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is full of NaN
     library = cuda_launch.library()
-    runs = [Run(case.check, seed) for case in CASES if case.source == source for seed in SEEDS]
-    runs = [traced(run, library, len(faults)) for run in runs]
-    runs.sort(key=lambda run: run.seconds)
+    runs = [
+        Run(seeded(case.check, seed)) for case in CASES if case.source == source for seed in SEEDS
+    ]
+    runs = quickest_first(runs, library, len(faults))
     left = [asdict(f) for i, f in enumerate(faults) if not noticed(i, runs, library)]
     return {"planted": len(faults), "unnoticed": left}
 
