@@ -12,8 +12,9 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 # tests start processes by the dozen, and each would compile the package's modules again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv train check one-row test best fuzz soak hostile ctest cuda-host cuda-sanitize cuda-mutants \
-  kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery site lint types clean
+.PHONY: venv train check one-row test best fuzz soak hostile ctest cpu-sanitize cpu-valgrind \
+  cuda-host cuda-sanitize cuda-mutants kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery \
+  site lint types clean
 
 venv: $(VENV)/.built
 
@@ -83,6 +84,25 @@ hostile: venv
 CTEST = $(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 ctest: kernel-tests
 	$(CTEST)
+
+# the same on plain vectors under sanitizers; new memory is full of NaN
+SANITIZED_address = address,undefined,bounds-strict
+SANITIZED_thread = thread
+cpu-sanitize: cpu-sanitize-address cpu-sanitize-thread
+
+cpu-sanitize-%: $(VENV)/.installed
+	$(BIN)/cmake -S . -B build/sanitize-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DFUSED_LOSSES_CUDA=OFF \
+	  -DFUSED_LOSSES_SANITIZE=$(SANITIZED_$*) > /dev/null
+	$(BIN)/cmake --build build/sanitize-$* --parallel 2
+	ASAN_OPTIONS=malloc_fill_byte=255:max_malloc_fill_size=1073741824 $(BIN)/ctest \
+	  --test-dir build/sanitize-$* --no-tests=error --output-on-failure --label-regex default
+
+# the same where valgrind is installed, of what `make ctest` builds
+cpu-valgrind: kernel-tests
+	for test in $(BUILD)/*_test; do \
+	  valgrind --quiet --error-exitcode=1 --leak-check=full $$test default || exit 1; done
+	@echo "valgrind: $(words $(wildcard $(BUILD)/*_test)) tests, nothing found"
 
 kernel-tests: $(VENV)/.installed
 	$(CONFIGURE) > build-cmake.log 2>&1 || { cat build-cmake.log; exit 1; }

@@ -3,8 +3,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <utility>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "../kernels.h"
 #include "product.h"
@@ -20,7 +25,16 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     char* at = base_ + used_;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    used_ += round_up(bytes, 64);
+#if defined(__SANITIZE_ADDRESS__)
+    // behind each piece 64 bytes and more that nobody may touch
+    if (bytes > 0) used_ += 64;
+    if (base_ && bytes > 0) {
+      __asan_unpoison_memory_region(at, bytes);
+      __asan_poison_memory_region(at + bytes, base_ + used_ - at - bytes);
+    }
+#endif
     return reinterpret_cast<T*>(at);
   }
   size_t used() const { return used_; }
@@ -30,6 +44,15 @@ class Arena {
   char* base_;
   size_t used_ = 0;
 };
+
+// Zeros in several pieces, and in what lies between them.
+#if defined(__SANITIZE_ADDRESS__)
+[[gnu::no_sanitize_address]] inline void clear(char* from, const char* to) {
+  for (volatile char* at = from; at != to; ++at) *at = 0;
+}
+#else
+inline void clear(char* from, const char* to) { std::memset(from, 0, to - from); }
+#endif
 
 template <class T>
 inline void read_row(const Matrix& m, int64_t row, int64_t d, T* out) {

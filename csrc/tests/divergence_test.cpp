@@ -3,6 +3,7 @@
 // usage: divergence_test [default|avx2|avx512|avx512_bf16]; exit code 77 where it cannot run.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 
 #include "check.h"
 #include "kernels.h"
@@ -184,8 +185,11 @@ void check(const Kernels& kernels, K kind, double param, const Shape& s) {
   }
   const auto& kernel = kernels.divergence;
   const size_t bytes = std::max(kernel.forward_bytes(p, 3), kernel.backward_bytes(p, grads, 3));
-  char* buffer = static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64)));
-  std::fill_n(buffer, bytes, char(0x7f));  // no zeros that a kernel did not write
+  // no zeros that a kernel did not write
+  const auto fresh = [bytes] {
+    return std::memset(std::aligned_alloc(64, round_up(bytes, 64)), 0x7f, bytes);
+  };
+  void* buffer = fresh();
   kernel.forward(
       p, {lse.data(), teacher_lse.data(), got_target.data(), teacher_target.data(), got.data()},
       buffer, parallel);
@@ -205,7 +209,8 @@ void check(const Kernels& kernels, K kind, double param, const Shape& s) {
                                    teacher_lse.data(),
                                    got.data(),
                                    kept_folds ? got.data() + count * n : nullptr};
-  std::fill_n(buffer, bytes, char(0x7f));
+  std::free(buffer);
+  buffer = fresh();
   kernel.backward(p, in, grads, buffer, parallel);
   std::free(buffer);
 

@@ -1,8 +1,6 @@
 // Gradients by tiles: whatever G a primitive leaves of a tile's scores, and its two products.
 #pragma once
 
-#include <cstring>
-
 #include "forward.h"
 
 namespace fused_losses::FL_ISA {
@@ -301,7 +299,7 @@ inline typename GradientPlan<PS, PG, T, Own>::Thread cleared_thread(
   char* const zeros = reinterpret_cast<char*>(th.tile.narrow);
   char* const after =
       static_cast<char*>(plan.buffer) + plan.shared_bytes + (index + 1) * plan.thread_bytes;
-  std::memset(zeros, 0, after - zeros);
+  clear(zeros, after);
   std::fill_n(th.tile.keep, th.tile.ld, T(1));
   return th;
 }
