@@ -12,7 +12,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 # tests start processes by the dozen, and each would compile the package's modules again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: venv train check one-row test best fuzz soak hostile ctest cpu-sanitize cpu-valgrind \
+.PHONY: venv train check one-row test best fuzz soak hostile ctest cpu-sanitize cpu-valgrind cpu-mutants \
   cuda-host cuda-sanitize cuda-mutants kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery \
   site lint types clean
 
@@ -103,6 +103,13 @@ cpu-valgrind: kernel-tests
 	for test in $(BUILD)/*_test; do \
 	  valgrind --quiet --error-exitcode=1 --leak-check=full $$test default || exit 1; done
 	@echo "valgrind: $(words $(wildcard $(BUILD)/*_test)) tests, nothing found"
+
+# faults planted in the C++ CPU kernels: their tests notice each but those of survivors.py.
+# MUTATED=triplets: of these alone; ONE_IN=10: a tenth of the places
+ONE_IN = 1
+cpu-mutants: $(VENV)/.installed
+	PYTHONPATH=tests:tests/support:tests/cpu_kernels $(BIN)/python tests/cpu_kernels/cpu_mutants.py \
+	  $(MUTATED) --one-in $(ONE_IN)
 
 kernel-tests: $(VENV)/.installed
 	$(CONFIGURE) > build-cmake.log 2>&1 || { cat build-cmake.log; exit 1; }
