@@ -13,6 +13,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: venv train check one-row test best fuzz soak hostile ctest cpu-sanitize cpu-valgrind cpu-mutants \
+  launches determinism concurrency elements calls walks dependencies trust \
   cuda-host cuda-sanitize cuda-mutants kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery \
   site lint types clean
 
@@ -115,6 +116,38 @@ kernel-tests: $(VENV)/.installed
 	$(CONFIGURE) > build-cmake.log 2>&1 || { cat build-cmake.log; exit 1; }
 	@rm -f build-cmake.log
 	$(BIN)/cmake --build $(BUILD) --parallel 2
+
+# longer runs of what `make test` has a sample of
+LAUNCHES = 200
+launches: venv
+	PYTHONPATH=.:tests $(BIN)/python tests/soak/launches.py $(LAUNCHES)
+
+determinism: venv
+	FUSED_LOSSES_RUNS=all $(ON_HOST) $(PYTEST) tests/base/test_determinism.py
+
+OPENS = 10000
+concurrency: venv
+	FUSED_LOSSES_OPENS=$(OPENS) $(ON_HOST) $(PYTEST) tests/base/test_concurrency.py
+
+ELEMENTS = 2200000000
+elements: venv
+	FUSED_LOSSES_ELEMENTS=$(ELEMENTS) $(ON_HOST) $(BIN)/python -m pytest tests/base/test_many_elements.py
+
+CALLS = 10000
+calls: venv
+	PYTHONPATH=.:tests:tests/support $(BIN)/python -m many_calls $(CALLS)
+
+WALKS = 2000
+walks: venv
+	FUSED_LOSSES_WALKS=$(WALKS) $(ON_HOST) $(PYTEST) tests/centers/test_state_machine.py
+
+dependencies: venv
+	$(BIN)/python -m pytest tests/base/test_dependencies.py
+
+# all of these, hours: docs/generated/trust.md; goes on where it was stopped. PART="soak calls": those;
+# WITH="HOURS=1": words that their commands are given
+trust: venv
+	$(BIN)/python -m tools.trust run $(PART) --with '$(WITH)'
 
 # the CUDA kernels built for the host, which executes them with checks (backend "cuda" on CPU tensors)
 cuda-host: $(VENV)/.installed
