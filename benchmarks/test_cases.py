@@ -40,7 +40,8 @@ def clock() -> float:
 @cache
 def results(name: str) -> dict[str, measure.Result]:
     """Of every provider of a case."""
-    return {result.name: result for result in measure.paired(MADE[name], ROUNDS)}
+    found = measure.paired(MADE[name], ROUNDS, device=DEVICE)
+    return {result.name: result for result in found}
 
 
 @pytest.mark.benchmark(timer=clock)

@@ -77,9 +77,12 @@ def give_back_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def peak_mib(step: Callable[[], object]) -> float:
-    """Growth of the resident set's high-water mark over one step (the mark is reset first)."""
-    if torch.cuda.is_available():
+def peak_mib(step: Callable[[], object], device: str = "cpu") -> float:
+    """Growth of the resident set's high-water mark over one step (the mark is reset first).
+
+    On a GPU of what is allocated there.
+    """
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -95,13 +98,18 @@ def peak_mib(step: Callable[[], object]) -> float:
     return resident_mib("VmHWM") - before
 
 
-def timed_ms(step: Provider) -> float:
-    if torch.cuda.is_available():
+def timed_ms(step: Callable[[], object], device: str = "cpu") -> float:
+    """Of one step: by the clock, or on a GPU between two events of its stream."""
+    if torch.device(device).type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        first.record()
+        step()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
     start = time.perf_counter()
     step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3
 
 
@@ -132,7 +140,10 @@ def difference(got: list[Tensor], want: list[Tensor]) -> float:
 
 
 def paired(
-    case: Measured, rounds: int, say: Callable[[str], None] = lambda text: None
+    case: Measured,
+    rounds: int,
+    say: Callable[[str], None] = lambda text: None,
+    device: str = "cpu",
 ) -> list[Result]:
     """Warm each provider up (its memory is read then), then `rounds` rounds of all in turn.
 
@@ -154,7 +165,9 @@ def paired(
             if case.turns.get(name) == 0:
                 # its warm-up is all that it gets: time and memory of that
                 start = time.perf_counter()
-                result.extra_mib = peak_mib(lambda step=step, once=once: once.append(step()))
+                result.extra_mib = peak_mib(
+                    lambda step=step, once=once: once.append(step()), device
+                )
                 result.times_ms.append((time.perf_counter() - start) * 1e3)
             found = _found(once[0] if once else step(), case.leaves)
             want = found if want is None else want
@@ -170,7 +183,7 @@ def paired(
             del found
             case.clear()
             if result.extra_mib is None:
-                result.extra_mib = peak_mib(step)
+                result.extra_mib = peak_mib(step, device)
             result.extra_mib = max(0.0, result.extra_mib - case.gradients_mib)
         except Exception as error:  # a rival's failure is a result too
             result.error = f"{type(error).__name__}: {error}"
@@ -181,7 +194,7 @@ def paired(
                 case.clear()
                 step()
                 case.clear()
-                results[name].times_ms.append(timed_ms(step))
+                results[name].times_ms.append(timed_ms(step, device))
     case.clear()
     return list(results.values())
 

@@ -7,7 +7,6 @@ import json
 import platform
 import signal
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from fused_losses.base.files import write_text
+from fused_losses.base.records import StatusLine
 from fused_losses.bench import busy, measure, small
 from fused_losses.bench.measure import Result
 from fused_losses.bench.micro import cases
@@ -63,23 +63,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="small: N = 32 to 1,024, and no growth; busy: N = 1,024 beside other processes "
         "(default: every case at its own shape)",
     )
-    parser.add_argument("--no-growth", action="store_true", help="skip the cost against C")
+    parser.add_argument(
+        "--no-growth",
+        action="store_true",
+        help="skip the cost against C, which a --case skips, too",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda (default: cuda where there is a GPU)")  # fmt: skip
 
 
 def _sizes(count: int) -> Callable[[str], tuple[int, ...]]:
     def sizes(text: str) -> tuple[int, ...]:
-        found = tuple(int(part) for part in text.split(","))
-        if len(found) != count:
-            raise ValueError(f"expected {count} sizes, got {text!r}")
+        try:
+            found = tuple(int(part) for part in text.split(","))
+        except ValueError:
+            found = ()
+        if len(found) != count or min(found) < 1:
+            raise argparse.ArgumentTypeError(f"expected {count} sizes from 1 on, got {text!r}")
         return found
 
     return sizes
-
-
-def _say(text: str) -> None:
-    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _planned(args: argparse.Namespace) -> Iterator[tuple[str, Shape, int, Case]]:
@@ -109,6 +112,9 @@ def run(args: argparse.Namespace) -> int:
 
     Ctrl-C leaves the cases done, and 130.
     """
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        print(f"--device {args.device}: torch {torch.__version__} sees no GPU")
+        return 1
     args.out.mkdir(parents=True, exist_ok=True)
     text = [f"# Benchmarks of fused_losses {__version__}", "", _machine(), ""]
     record: dict[str, Any] = {"version": __version__, "machine": _machine(), "cases": []}
@@ -124,13 +130,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, text: list[str], record: dict[str, Any]) -> bool:
     """Every case, written as soon as it is done; whether a provider failed."""
-    failed = False
+    failed, status = False, StatusLine()
     against_n: list[tuple[str, int, list[Result]]] = []
     for name, shape, rounds, case in _planned(args):
-        results = measure.paired(case, rounds, _say)
+        results = measure.paired(case, rounds, status.show, args.device)
         failed = failed or any(r.error for r in results)
-        _say("")
-        lines = table(case, results)
+        status.show("")
+        lines = table(case, results, args.device)
         print("\n".join(lines))
         text += [*lines, ""]
         record["cases"].append(
@@ -146,7 +152,7 @@ def _measure(args: argparse.Namespace, text: list[str], record: dict[str, Any]) 
         lines = small.crossings(against_n)
         print("\n".join(lines))
         text += lines
-    elif not args.no_growth:
+    elif not (args.no_growth or args.case):
         lines, points = growth(args.device)
         print("\n".join(lines))
         text += lines
@@ -188,8 +194,9 @@ def _machine() -> str:
     )
 
 
-def table(case: Case, results: list[Result]) -> list[str]:
-    """Markdown: time, memory, and for our rows the paired ratio against every rival."""
+def table(case: Case, results: list[Result], device: str = "cpu") -> list[str]:
+    """Markdown: time (on a GPU in µs), memory, and for our rows the ratio against every rival."""
+    unit, times = ("µs", 1e3) if torch.device(device).type == "cuda" else ("ms", 1.0)
     rivals = [r for r in results if r.name not in case.ours]
     heads = "".join(f" vs {r.name} |" for r in rivals)
     lines = [
@@ -199,7 +206,7 @@ def table(case: Case, results: list[Result]) -> list[str]:
         f"{case.bytes / 2**20:,.0f} MiB read and written once. Ratios are medians of paired turns, "
         f"times medians; off: {_off(case)}.",
         "",
-        f"| | ms | extra MiB | off |{heads}",
+        f"| | {unit} | extra MiB | off |{heads}",
         "|---|---|---|---|" + "---|" * len(rivals),
     ]
     for r in results:
@@ -209,7 +216,7 @@ def table(case: Case, results: list[Result]) -> list[str]:
         off = "" if r.difference is None else f"{r.difference:.0e}"
         if r.errors is not None:
             off += " (" + ", ".join(f"{error:.0e}" for error in r.errors) + ")"
-        row = f"| {r.name} | {_digits(r.median_ms)} | {r.extra_mib:,.1f} | {off} |"
+        row = f"| {r.name} | {_digits(times * r.median_ms)} | {r.extra_mib:,.1f} | {off} |"
         for rival in rivals:
             ratio = measure.paired_ratio(r, rival) if r.name in case.ours else float("nan")
             row += " |" if ratio != ratio else f" {ratio:.2f}x |"
@@ -235,16 +242,16 @@ def growth(device: str, n: int = 128, d: int = 512) -> tuple[list[str], list[dic
 
     The least of seven turns a point: page faults of the fresh gradient come on top at random.
     """
-    points = []
+    points, status = [], StatusLine()
     for c in GROWTH:
-        _say(f"growth: C={c:,}")
+        status.show(f"growth: C={c:,}")
         case = cases.margin_softmax(n, c, d, device, rivals="none")
         case.providers = {"fused fp32": case.providers["fused fp32"]}
-        result = measure.paired(case, 7)[0]
+        result = measure.paired(case, 7, device=device)[0]
         points.append({"classes": c, "ms": min(result.times_ms), "extra_mib": result.extra_mib})
         del case
         measure.give_back_memory()
-    _say("")
+    status.show("")
     x, y = [p["classes"] for p in points], [p["ms"] for p in points]
     fit = statistics.linear_regression(x, y)
     r2 = statistics.correlation(x, y) ** 2

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fused_losses import backends, cli, verify
-from fused_losses.bench import measure
+from fused_losses.bench import measure, report
 from fused_losses.bench.micro.cases import Case
 from fused_losses.train.faces import cli as faces
 from fused_losses.train.glyphs import cli as glyphs
@@ -83,6 +83,37 @@ def test_a_ratio_is_the_median_of_paired_turns() -> None:
     assert measure.paired_ratio(ours, theirs) == 3.0
 
 
+def test_on_a_gpu_a_step_is_timed_between_events_and_told_in_microseconds(monkeypatch) -> None:
+    asked: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        record = synchronize = lambda self: asked.append("event")
+
+        def elapsed_time(self, last: Event) -> float:
+            assert last is not self and asked == ["wait", "event", "step", "event", "event"]
+            return 0.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("wait"))
+    assert measure.timed_ms(lambda: asked.append("step"), "cuda") == 0.25
+    case = Case("a case", {}, ["ours"], [], 1.0, 1.0)
+    results = [measure.Result("ours", [0.25], 1.0)]
+    assert "| ours | 250 | 1.0 |" in "\n".join(report.table(case, results, "cuda"))
+    assert "| | ms |" in "\n".join(report.table(case, results))
+
+
+def test_bench_names_the_option_that_is_wrong(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--shape", "3,x,4"])
+    assert "argument --shape: expected 3 sizes from 1 on, got '3,x,4'" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.main(["bench", "--device", "cuda", "--out", str(tmp_path)]) == 1
+        assert "--device cuda: torch" in capsys.readouterr().out
+
+
 def test_an_unknown_command_is_refused(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["dance"])
@@ -137,13 +168,13 @@ def test_ctrl_c_keeps_what_was_measured(
 
     paired, calls = measure.paired, []
 
-    def interrupted(case: Case, rounds: int, say: object) -> list[measure.Result]:
+    def interrupted(case: Case, rounds: int, *more: object) -> list[measure.Result]:
         calls.append(case)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
         # compiling the rivals takes a minute
         case.providers = {"fused fp32": case.providers["fused fp32"]}
-        return paired(case, rounds, say)
+        return paired(case, rounds, *more)
 
     monkeypatch.setattr(measure, "paired", interrupted)
     options = "--case margin_softmax --shape 4,20,8 --shape 5,20,8 --rounds 1 --no-growth".split()
