@@ -8,11 +8,11 @@ import sys
 from types import ModuleType
 
 from fused_losses import info
-from fused_losses import verify as checks
 from fused_losses.bench import report
 from fused_losses.bench.roofline import page
 from fused_losses.losses import registry
 from fused_losses.train import cli as train_cli
+from fused_losses.verify import command as checks
 from fused_losses.version import __version__
 
 
@@ -63,7 +63,9 @@ def _run(args: argparse.Namespace, recipe: ModuleType) -> int:
     if args.command == "roofline":
         return page.run(args)
     if args.command == "verify":
-        return checks.run(device=args.device, shapes=args.shape, out=args.out)
+        return checks.run(
+            device=args.device, shapes=args.shape, out=args.out, chosen=checks.chosen(args)
+        )
     if args.command == "losses":
         print("\n".join(registry.table(args.word)))
         return 0

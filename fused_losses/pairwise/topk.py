@@ -306,6 +306,7 @@ examples(
     {m: dict(metric=m) for m in ("dot", "euclidean", "cosine")},
     **_INDICES,
 )
+examples(pairwise_topk, lambda f, t: f(t.x, t.y, 200, "dot"), {"many": {}}, **_INDICES)
 examples(
     pairwise_topk,
     lambda f, t: f(t.x, None, 9, "dot", x_labels=t.labels, match="different"),

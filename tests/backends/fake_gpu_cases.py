@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fused_losses import primitives
-from fused_losses.base.examples import TABLE, Example, ExampleInputs
+from fused_losses.base.examples import EXACT, TABLE, Example, ExampleInputs
 from fused_losses.centers import ClassCenters
 from fused_losses.primitives.op import OPS
+from fused_losses.verify.forms import Form, forms, within
 
 SIZES = (37, 173, 72)
 DEVICE = 1
@@ -117,6 +118,31 @@ def of_each_function() -> Iterator[str]:
 @pytest.mark.parametrize("name", [*of_each_function()])
 def test_function_without_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judge(noted(TABLE[name], ONE, monkeypatch))
+
+
+PROCESSORS = 132  # of `fake_gpu`
+
+
+@pytest.mark.parametrize("form", forms(PROCESSORS), ids=lambda f: f"{f.kernel}-{f.example}")
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100"))
+def test_shapes_of_verify_reach_the_kernels_that_they_name(
+    arch: str, form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form.kernel == "forward_resident" and arch != "sm_90":
+        pytest.skip("sm_90 alone has it")
+    example = TABLE[form.example]
+    # fakes have no baddbmm of 16 bits with float32 sums, which the forms with stored scores ask for
+    owned = form.kernel.startswith("owner")
+    precision = "bf16" if owned and form.dtype == torch.float32 else "fp32"
+    with fake_gpu.gpu(monkeypatch, (form.backend,), arch) as found, within(form.room):
+        inputs = ExampleInputs(*form.shape, form.dtype, device="cuda:0")
+        options = {"precision": precision} if example.takes("precision") else {}
+        for name in example.leaves:
+            setattr(inputs, name, getattr(inputs, name).detach().requires_grad_())
+        out = example(inputs, backend=form.backend, **options)
+        if example.bound != EXACT and (owned or form.dtype == torch.float32):
+            torch.autograd.backward(out, torch.empty_like(out))
+    assert sum(launch.kernel == form.kernel for launch in found.launches) >= form.launches
 
 
 @pytest.mark.parametrize("rate", (1.0, 0.2))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_losses import verify
 from fused_losses.base.examples import TABLE, ExampleInputs
+from fused_losses.verify.table import outcome
 
 
 class Outputs(TorchDispatchMode):
@@ -36,6 +36,6 @@ def test_outputs_share_no_memory(streamed: str) -> None:
         for example in TABLE.values():
             if example.takes("backend") and streamed not in example.not_on:
                 for size in (6, 9):
-                    verify._outcome(example, ExampleInputs(size, 9, 8), streamed)
+                    outcome(example, ExampleInputs(size, 9, 8), streamed)
     assert len(outputs.seen) > 10
     assert outputs.shared == set()

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_losses import backends, cli, verify
+from fused_losses import backends, cli
 from fused_losses.bench import measure, report
 from fused_losses.bench.micro.cases import Case
 from fused_losses.train.faces import cli as faces
 from fused_losses.train.glyphs import cli as glyphs
 from fused_losses.train.large import cli as large_cli
+from fused_losses.verify import table as verify
 from fused_losses.version import __version__
 
 

@@ -1,0 +1,75 @@
+"""Shapes and memory at which a GPU runs forms of the kernels that small calls never reach."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+
+class Room(NamedTuple):
+    """Memory that a module of a primitive may take for a sweep's partial results."""
+
+    module: str  # within `fused_losses.primitives`; its PARTIAL_BYTES
+    size: int
+
+
+class Form(NamedTuple):
+    """An example at which a kernel is launched, and what it takes."""
+
+    kernel: str
+    example: str  # of `base.examples.TABLE`
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+    room: Room | None = None
+    launches: int = 1  # at least
+    backend: str = "triton"
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+def forms(processors: int) -> tuple[Form, ...]:
+    """Those of a GPU with so many processors."""
+    # owners of class tiles run where there is one of 64 classes a processor; the last one is ragged
+    owned = 64 * processors + 37
+    return (
+        Form("owner_rows", "linear_cross_entropy", HALF, (130, owned, 128)),
+        Form("owner_classes", "linear_cross_entropy", FULL, (130, owned, 128)),  # by bf16
+        Form("owner_classes", "margin_softmax", HALF, (130, owned, 256)),  # wide rows
+        Form("forward_resident", "margin_softmax", HALF, (256, 1024, 512)),
+        # scores that are stored a chunk of classes, and of rows, at a time
+        Form("gradient_tiles", "linear_cross_entropy", FULL, (520, 20_003, 72), None, 3),
+        Form("row_gradient", "linear_cross_entropy", FULL, (520, 20_003, 72), None, 2, "cuda"),
+        Form("gradient_tiles", "margin_softmax", FULL, (4229, 611, 72), None, 2),
+        Form("gradient_tiles", "info_nce, symmetric", FULL, (4229, 4301, 72), None, 2),
+        # keys of long lists
+        Form("key_tiles", "topk, many", FULL, (37, 8301, 72), None, 2),
+        # partial results of several segments, merged
+        Form("merge_tiles", "margin_softmax", FULL, (130, 999, 72), _room("row_statistics"), 3),
+        Form("merge_tiles", "info_nce, symmetric", FULL, (130, 999, 72), _room("pairs"), 3),
+        Form("merge_classes", "SFace", FULL, (130, 999, 72), _room("class_rules"), 3),
+    )
+
+
+def _room(primitive: str) -> Room:
+    """As little as one tile's partial results at a time."""
+    return Room(f"{primitive}.triton", 1)
+
+
+@contextmanager
+def within(room: Room | None) -> Iterator[None]:
+    """A sweep takes no more memory than this, so that few rows and columns make several runs."""
+    if room is None:
+        yield
+        return
+    held = vars(importlib.import_module(f"fused_losses.primitives.{room.module}"))
+    before = held["PARTIAL_BYTES"]
+    held["PARTIAL_BYTES"] = room.size
+    try:
+        yield
+    finally:
+        held["PARTIAL_BYTES"] = before
