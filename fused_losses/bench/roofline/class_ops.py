@@ -65,9 +65,9 @@ def class_rule_op(n: int, c: int, d: int) -> Iterator[Operation]:
     k, b = 80.0, 1.23
     x, w = empty(n, d, dtype=BF16), empty(c, d, dtype=BF16)
     p = ClassInputs(x, w, empty(n, 1, dtype=torch.int64), rule="sface", params=[k, b])
+    one = _of_rows(n, 1)
 
     def backward() -> None:
-        one = _of_rows(n, 1)
         triton_class_rules.backward(one, one.T, one, p, False, True, True)
 
     def plain(x: Tensor = x, w: Tensor = w) -> Tensor:

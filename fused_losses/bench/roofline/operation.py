@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -14,8 +17,37 @@ PLAIN = ("eager", "compiled")
 HostCode = Callable[[], Any]  # of host code, on tensors without data
 
 
-def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+_place: ContextVar[str] = ContextVar("fused_losses_roofline_place", default="meta")
+
+
+@contextmanager
+def drawn_on(device: str) -> Iterator[None]:
+    """Within, `empty` gives tensors with values on a device: operations made here can be run."""
+    token = _place.set(device)
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
+def empty(
+    *shape: int,
+    dtype: torch.dtype = FP32,
+    below: int | None = None,
+    step: int = 1,
+    around: float = 0.0,
+) -> Tensor:
+    """A tensor without data. Where it has values: normal ones `around`, or whole numbers from 0 on.
+
+    These go up by step, and begin anew at below.
+    """
+    device = _place.get()
+    if device == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    if dtype.is_floating_point:
+        return torch.randn(shape, device=device).add_(around).to(dtype)
+    counted = torch.arange(prod(shape), device=device) * step
+    return (counted if below is None else counted % below).to(dtype).view(shape)
 
 
 @dataclass(frozen=True)

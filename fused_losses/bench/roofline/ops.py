@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fused_losses.backends.gpu.device import ceil_div
 from fused_losses.bench.roofline.class_ops import class_rule_op, divergence_op
 from fused_losses.bench.roofline.operation import (
     BF16,
@@ -46,10 +47,10 @@ def rows_op(
     inputs = Inputs(x, w, labels, normalize=normalize)
     shape = f"B={n:,} C={c:,} D={d} {short(dtype)}"
 
+    lse, grads = empty(n), RowGradients(empty(n), empty(n), None)
+
     def backward(module: Any) -> HostCode:
-        return lambda: module.backward(
-            inputs, empty(n), RowGradients(empty(n), empty(n), None), Needs(True, True, False)
-        )
+        return lambda: module.backward(inputs, lse, grads, Needs(True, True, False))
 
     def plain(a: Tensor = x, b: Tensor = w) -> Tensor:
         if normalize:
@@ -86,9 +87,9 @@ def pairs_op(name: str, n: int, d: int, reduction: str, cols: bool) -> Iterator[
     x, y = empty(n, d, dtype=BF16), empty(n, d, dtype=BF16)
     labels = empty(n, dtype=torch.int32)
     p = PairInputs(x, y, empty(dtype=torch.float64), x_labels=labels, y_labels=labels)
-    wide = dict(dtype=torch.float64)
-    stats = empty(4, 2, n, **wide), empty(4, 2, n if cols else 0, **wide)
-    grads = empty(2, 2, n, **wide), empty(2, 2, n if cols else 0, **wide)
+    other, wide = n if cols else 0, torch.float64
+    stats = empty(4, 2, n, dtype=wide), empty(4, 2, other, dtype=wide)
+    grads = empty(2, 2, n, dtype=wide), empty(2, 2, other, dtype=wide)
     needs = PairNeeds(True, True, True, False, False)
     modules = {"triton": triton_pairs, "cuda": cuda_pairs}
 
@@ -156,7 +157,10 @@ def topk_op(
 ) -> Iterator[Operation]:
     """The screen: its candidates' exact scores are n k rows, and left out."""
     x, y, offset = empty(n, d, dtype=dtype), empty(m, d, dtype=dtype), empty(m)
-    labels = (empty(n, dtype=torch.int32), empty(m, dtype=torch.int32))
+    own_labels, bank_labels = (
+        empty(rows, dtype=torch.int32, below=ceil_div(n, 4)) for rows in (n, m)
+    )
+    labels = own_labels, bank_labels
     keep = min(m, k + max(16, k // 2))
 
     def own() -> None:
@@ -197,7 +201,8 @@ def distance_op(n: int, d: int, kind: str) -> Iterator[Operation]:
     modules = {"triton": triton_distances, "cuda": cuda_distances}
     if kind == "cityblock":
         del modules["triton"]
-    grad, out = empty(n, n), empty(n, n)
+    # a matrix of distances, none of which is near 0
+    grad, out = empty(n, n), empty(n, n, around=10 + (2 * d) ** 0.5)
     inputs, needs = DistanceInputs(x, y, None, kind, 1.0), DistanceNeeds(True, True, False)
 
     def backward(m: Any) -> HostCode:
@@ -229,10 +234,13 @@ def distance_op(n: int, d: int, kind: str) -> Iterator[Operation]:
 
 def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterator[Operation]:
     x, y = empty(queries * lq, d, dtype=BF16), empty(documents * ld, d, dtype=BF16)
-    offsets = empty(queries + 1, dtype=torch.int64), empty(documents + 1, dtype=torch.int64)
+    offsets = (
+        empty(queries + 1, dtype=torch.int64, step=lq),
+        empty(documents + 1, dtype=torch.int64, step=ld),
+    )
     inputs = MaxsimInputs(x, y, *offsets)
     scores = empty(queries, documents)
-    index = empty(queries * lq, documents, dtype=torch.int32)
+    index = empty(queries * lq, documents, dtype=torch.int32, below=ld)
     modules = {"triton": triton_maxsim, "cuda": cuda_maxsim}
 
     def backward(m: Any) -> HostCode:
@@ -260,9 +268,9 @@ def maxsim_op(queries: int, documents: int, lq: int, ld: int, d: int) -> Iterato
     )
 
 
-def update_op(count: int, d: int) -> Iterator[Operation]:
+def update_op(table: int, count: int, d: int) -> Iterator[Operation]:
     """sgd with momentum on the rows that took part."""
-    weight, momentum = empty(1_000_000, d), empty(1_000_000, d)
+    weight, momentum = empty(table, d), empty(table, d)
     grad, rows = empty(count, d), empty(count, dtype=torch.int64)
 
     def own() -> None:
@@ -280,20 +288,41 @@ def update_op(count: int, d: int) -> Iterator[Operation]:
     yield Operation("sgd_rows", "forward", shape, floor, 0, {"cuda": own}, plain)
 
 
+_margin_softmax = partial(rows_op, "margin_softmax", normalize=True, margin=True)
+_linear_cross_entropy = partial(rows_op, "linear_cross_entropy", normalize=False, margin=False)
+_info_nce = partial(pairs_op, "info_nce", reduction="lse", cols=True)
+_sigmoid = partial(pairs_op, "sigmoid", reduction="softplus", cols=False)
+_neighbours = partial(topk_op, "topk", match="any", dtype=BF16)
+_batch_hard = partial(topk_op, "batch_hard", match="both", dtype=FP32)
+_euclidean = partial(distance_op, kind="euclidean")
+_cityblock = partial(distance_op, kind="cityblock")
+
+
+class Sizes(NamedTuple):
+    """An operation's table at its sizes, and at some that interpreted kernels do in no time."""
+
+    make: Callable[..., Iterator[Operation]]
+    sizes: tuple[int, ...]
+    tiny: tuple[int, ...]
+
+
+TABLE = (
+    Sizes(_margin_softmax, (1024, 1_000_000, 512), (16, 40, 16)),
+    Sizes(_linear_cross_entropy, (8192, 131_072, 1024), (16, 40, 16)),
+    Sizes(divergence_op, (1024, 131_072, 512), (16, 40, 16)),
+    Sizes(class_rule_op, (1024, 1_000_000, 512), (16, 40, 16)),
+    Sizes(_info_nce, (32_768, 512), (16, 16)),
+    Sizes(_sigmoid, (32_768, 512), (16, 16)),
+    Sizes(attention_op, (16_384, 512, 512), (16, 16, 16)),
+    Sizes(_neighbours, (1024, 1_000_000, 256, 10), (16, 40, 16, 2)),
+    Sizes(_batch_hard, (8192, 8192, 128, 1), (16, 16, 16, 1)),
+    Sizes(_euclidean, (8192, 512), (16, 16)),
+    Sizes(_cityblock, (4096, 128), (16, 16)),
+    Sizes(maxsim_op, (64, 64, 32, 256, 128), (2, 3, 4, 5, 16)),
+    Sizes(update_op, (1_000_000, 65_536, 512), (40, 16, 16)),
+)
+
+
 @cache
 def ops() -> tuple[Operation, ...]:
-    return (
-        *rows_op("margin_softmax", 1024, 1_000_000, 512, True, True),
-        *rows_op("linear_cross_entropy", 8192, 131_072, 1024, False, False),
-        *divergence_op(1024, 131_072, 512),
-        *class_rule_op(1024, 1_000_000, 512),
-        *pairs_op("info_nce", 32_768, 512, "lse", True),
-        *pairs_op("sigmoid", 32_768, 512, "softplus", False),
-        *attention_op(16_384, 512, 512),
-        *topk_op("topk", 1024, 1_000_000, 256, 10, "any", BF16),
-        *topk_op("batch_hard", 8192, 8192, 128, 1, "both", FP32),
-        *distance_op(8192, 512, "euclidean"),
-        *distance_op(4096, 128, "cityblock"),
-        *maxsim_op(64, 64, 32, 256, 128),
-        *update_op(65_536, 512),
-    )
+    return tuple(op for entry in TABLE for op in entry.make(*entry.sizes))
