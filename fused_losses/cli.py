@@ -1,4 +1,4 @@
-"""The command `fused-losses`: train, bench, roofline, verify, losses, info."""
+"""The command `fused-losses`: train, bench, roofline, verify, first-hour, losses, info."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import ModuleType
 from fused_losses import info
 from fused_losses.bench import report
 from fused_losses.bench.roofline import page
+from fused_losses.first_hour import command as first_hour
 from fused_losses.losses import registry
 from fused_losses.train import cli as train_cli
 from fused_losses.verify import command as checks
@@ -26,6 +27,9 @@ def parser(recipe: ModuleType) -> argparse.ArgumentParser:
     commands.add_parser("info", help="versions, backends, and why a backend cannot run here")
     checks.add_arguments(
         commands.add_parser("verify", help="check every op and backend against float64")
+    )
+    first_hour.add_arguments(
+        commands.add_parser("first-hour", help="what to learn first on a GPU, in order of value")
     )
     report.add_arguments(
         commands.add_parser("bench", help="measure against eager, torch.compile and peers")
@@ -66,6 +70,8 @@ def _run(args: argparse.Namespace, recipe: ModuleType) -> int:
         return checks.run(
             device=args.device, shapes=args.shape, out=args.out, chosen=checks.chosen(args)
         )
+    if args.command == "first-hour":
+        return first_hour.run(args)
     if args.command == "losses":
         print("\n".join(registry.table(args.word)))
         return 0

@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_shape,
         action="append",
         metavar="N,C,D",
-        help="rows, classes, width; may be repeated (default: 37,173,72, on a GPU also larger ones "
-        "that reach every form of the kernels)",
+        help="rows, classes, width; may be repeated (default: 37,173,72, on a GPU also larger "
+        "ones, which reach further forms of the kernels)",
     )
     parser.add_argument(
         "--out",

@@ -136,7 +136,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
 @pytest.mark.parametrize("recipe", [faces, glyphs], ids=["faces", "glyphs"])
 def test_help_tells_every_default(recipe, capsys) -> None:
     commands = subcommands(cli.parser(recipe))
-    assert set(commands) == {"info", "verify", "bench", "roofline", "losses", "train"}
+    assert set(commands) == {"info", "verify", "first-hour", "bench", "roofline", "losses", "train"}
     told = 0
     for name, command in [*commands.items(), ("large", large_cli.parser())]:
         for action in command._actions:
