@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from fused_losses.first_hour.plan import NAMES
 from fused_losses.first_hour.probe import identity
 from fused_losses.first_hour.record import FAILED, LINES, REPORT, STOPPED, Outcome, Record
 from fused_losses.first_hour.setting import Setting, rehearsal_environment
-from fused_losses.first_hour.worker import DONE, INTERRUPTED, LOST
+from fused_losses.first_hour.worker import DONE, LOST
 from fused_losses.verify.command import op_name
 
 UNIT_SECONDS = 300.0  # a unit that takes longer hangs, or compiles for ever: it has failed
@@ -78,7 +79,10 @@ def _minutes(text: str) -> float:
 
 
 def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> int:
-    """0 if no unit failed, 1 if one did or the folder is another machine's, 130 after Ctrl-C."""
+    """0 if no unit failed, 1 if one did or the folder is another machine's.
+
+    130 after Ctrl-C, 143 after SIGTERM.
+    """
     if args.device == "cuda" and not torch.cuda.is_available():
         say(f"--device cuda: torch {torch.__version__} sees no GPU; --device cpu rehearses")
         return 1
@@ -121,13 +125,15 @@ def watched(
         before = len(record.ended())
         process = start(setting, began, minutes)
         try:
-            why = _wait(process, record, setting, ends, unit_seconds, status)
-        except KeyboardInterrupt:
+            with _terminated_like_ctrl_c():
+                why = _wait(process, record, setting, ends, unit_seconds, status)
+        except KeyboardInterrupt as stop:
             _end(process)
             status.show("")
-            _close(record, STOPPED, "Ctrl-C")
-            say("stopped by Ctrl-C: what was measured so far is kept, and a second call goes on")
-            return 128 + signal.SIGINT
+            name = "SIGTERM" if isinstance(stop, Terminated) else "Ctrl-C"
+            _close(record, STOPPED, name)
+            say(f"stopped by {name}: what was measured so far is kept, and a second call goes on")
+            return 128 + (signal.SIGINT if name == "Ctrl-C" else signal.SIGTERM)
         status.show("")
         if why == "over":
             _close(record, STOPPED, f"the {minutes:g} minutes were over")
@@ -139,9 +145,6 @@ def watched(
             if time.time() >= ends:
                 say(f"the {minutes:g} minutes are over; a second call goes on")
             return 0
-        elif process.returncode == INTERRUPTED:
-            say("stopped by Ctrl-C: what was measured so far is kept, and a second call goes on")
-            return INTERRUPTED
         elif process.returncode != LOST:
             # a crash: what it was doing has failed
             _close(record, FAILED, f"the process ended with status {process.returncode}")
@@ -150,6 +153,25 @@ def watched(
             break
     say("the process of the units ends before it does any")
     return 1
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which a limit of time on a command ends it."""
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def start(setting: Setting, began: float, minutes: float) -> subprocess.Popen:

@@ -257,6 +257,23 @@ def test_ctrl_c_while_watching_says_so(tmp_path, monkeypatch) -> None:
     assert states(tmp_path) == {} and not Record(tmp_path).running()
 
 
+@pytest.mark.processes
+def test_a_limit_of_time_on_the_command_stops_it_as_ctrl_c_does(tmp_path, monkeypatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    code = 'begin("probe/a"); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)'
+    status, said = watch(monkeypatch, tmp_path, code)
+    assert status == 143 and "stopped by SIGTERM: what was measured so far is kept" in said[0]
+    assert states(tmp_path) == {} and not Record(tmp_path).running()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_units_end_with_the_process_that_watches_them(tmp_path, monkeypatch) -> None:
+    parents = iter((1, 1, 2))  # when the call begins, before the first unit, before the second
+    monkeypatch.setattr(worker.os, "getppid", lambda: next(parents, 2))
+    given(monkeypatch, (1.0, {f"probe/{name}": lambda: DONE for name in "ab"}))
+    assert ran(tmp_path) == worker.DONE and list(states(tmp_path)) == ["probe/a"]
+
+
 def test_a_unit_that_cuts_every_process_is_not_begun_a_third_time(tmp_path: Path) -> None:
     record = Record(tmp_path)
     for _ in range(2):
