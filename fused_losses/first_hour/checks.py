@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.examples import EXACT, TABLE, Example, ExampleInputs
+from fused_losses.bench.micro.cases import short
 from fused_losses.first_hour.record import FAILED, PASSED, SKIPPED, Outcome
 from fused_losses.first_hour.setting import Setting, Unit, sizes, wait
 from fused_losses.verify import table
@@ -54,8 +55,8 @@ def more_units(setting: Setting) -> list[Unit]:
             step = step._replace(dtypes=tuple(t for t in step.dtypes if t not in FIRST))
         at = "x".join(map(str, step.shape))
         name = f"more/{step.example.name}/{at}"
-        if step.room:
-            name += f"/{step.room[1]} bytes"
+        if step.backends != table.BACKENDS:  # a form's own
+            name += f"/{'/'.join(step.backends)}/{short(step.dtypes[0])}"
         found.append(Unit(name, lambda step=step: judged(step)))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from fused_losses import functional
 from fused_losses.base.examples import TABLE
 from fused_losses.bench.roofline.ops import ops
-from fused_losses.first_hour import checks, probe, times
+from fused_losses.first_hour import checks, plan, probe, times
 from fused_losses.first_hour.record import FAILED, PASSED, SKIPPED
 from fused_losses.first_hour.setting import Setting
 
@@ -30,6 +31,28 @@ def program(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch)
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     monkeypatch.setenv("PATH", str(folder) + os.pathsep + os.environ["PATH"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_unit_has_a_name_of_its_own(device, tmp_path, monkeypatch) -> None:
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    setting = Setting(device, tmp_path)
+    stages = plan.planned(setting)
+    assert [stage.name for stage, _ in stages] == list(plan.NAMES)
+    assert all(unit.stage == stage.name for stage, units in stages for unit in units)
+    names = [unit.name for _, units in stages for unit in units]
+    assert len(names) == len(set(names)), Counter(names).most_common(3)
+    by_stage = {stage.name: [unit.name for unit in units] for stage, units in stages}
+    # each function before any other way to call it
+    functions = [f"verify/{e.name}" for e in setting.functions()]
+    assert by_stage["verify"][: len(functions)] == functions
+    assert len(by_stage["verify"]) == len({e.name for e in setting.examples()}) > len(functions)
+    if device == "cuda":
+        assert by_stage["heads"][0] == "heads/margin_softmax_B256_C100000_D512_bfloat16"
+        assert len(by_stage["graphs"]) == len(by_stage["devices"]) == len(functions)
+        assert "more/topk, many/37x8301x72/triton/float32" in by_stage["more"]
 
 
 @pytest.mark.processes
@@ -110,7 +133,7 @@ def test_a_replay_is_judged_on_other_inputs(honest, state, tmp_path, monkeypatch
         return replay, out
 
     monkeypatch.setattr(checks, "captured", captured)
-    assert checks.graphed(Setting("cpu", tmp_path), TABLE["info_nce"]).state == state
+    assert checks.graphed(Setting("cpu", tmp_path), TABLE["linear_cross_entropy"]).state == state
 
 
 def test_what_waits_for_the_host_is_what_the_documents_list() -> None:
