@@ -75,6 +75,8 @@ class Build(build_ext):
         settings = {
             "CMAKE_MAKE_PROGRAM": program("ninja"),
             "CMAKE_CXX_COMPILER": shutil.which(COMPILER),
+            # what is compiled stays the same, byte for byte of its code
+            "FUSED_LOSSES_LINES": "ON" if os.environ.get("FUSED_LOSSES_LINES") == "1" else "OFF",
             "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG") == "1" else "Release",
             "FUSED_LOSSES_TORCH": ";".join([*include_paths(), sysconfig.get_path("include")]),
             "FUSED_LOSSES_TORCH_LIBRARIES": ";".join(library_paths()),

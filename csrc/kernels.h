@@ -6,6 +6,7 @@
 #include "divergence.h"
 #include "maxsim.h"
 #include "pairs.h"
+#include "peaks.h"
 #include "row_statistics.h"
 #include "row_update.h"
 #include "topk.h"
@@ -26,6 +27,7 @@ struct Kernels {
   TripletKernels triplets;
   RowUpdateKernels row_update;
   DivergenceKernels divergence;
+  PeakKernels peaks;
 };
 
 const Kernels& generic_kernels();

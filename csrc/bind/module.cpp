@@ -170,6 +170,14 @@ PYBIND11_MODULE(_C, m) {
       .def("__enter__", &Tf32Block::enter)
       .def("__exit__", [](Tf32Block& block, const py::args&) { block.exit(); });
   m.def("tf32_is_off", &at::NoTF32Guard::should_disable_tf32, "In this thread.");
+  m.def(
+      "multiply_registers",
+      [](const std::string& precision, int64_t steps) {
+        const PeakKernels& peaks = best_kernels().peaks;
+        const auto run = precision_of(precision) == Precision::kFull ? peaks.fp32 : peaks.bf16;
+        return run(steps);
+      },
+      unlocked, "Multiply-adds on this thread in registers, fp32 or bf16; the FLOPs done.");
   // For tests: what the screen of the top-k makes of every pair, and how far it may be wrong.
   m.def("topk_scores", &topk_scores);
   m.def("build", [] {

@@ -8,6 +8,7 @@
 #include "maxsim.h"
 #include "pairs/attention.h"
 #include "pairs/gradients.h"
+#include "peaks.h"
 #include "row_statistics/backward.h"
 #include "row_update.h"
 #include "topk/topk.h"
@@ -246,7 +247,8 @@ constexpr Kernels table(const char* capability, bool bf16) {
           class_table(),      pair_table(),
           maxsim_table(),     topk_table(),
           distance_table(),   triplet_table(),
-          row_update_table(), divergence_table()};
+          row_update_table(), divergence_table(),
+          peak_table()};
 }
 
 }  // namespace fused_losses::FL_ISA
