@@ -2,7 +2,8 @@
 
 Nothing is measured in a second way: the first row of a case has all its providers measured in turn
 (`measure.paired`), and each row hands pytest-benchmark the times that were found then, beside the
-memory, the floor and, of ours, the paired ratio against every rival.
+memory, the floor with the share of it that was reached by this machine's peaks (measured first, and
+told in the record's machine information), and, of ours, the paired ratio against every rival.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fused_losses.bench import measure, small
+from fused_losses.bench import host, measure, small
 from fused_losses.bench.table import CASES, SIZES, title
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,6 +41,7 @@ def clock() -> float:
 @cache
 def results(name: str) -> dict[str, measure.Result]:
     """Of every provider of a case."""
+    host.peaks(DEVICE)
     found = measure.paired(MADE[name], ROUNDS, device=DEVICE)
     return {result.name: result for result in found}
 
@@ -53,10 +55,14 @@ def test_case(benchmark: BenchmarkFixture, name: str, provider: str) -> None:
     result = found[provider]
     assert result.error is None, result.error
     benchmark.group = case.title
+    low = host.in_low(case.title, provider)
+    floor = host.floor_ms(host.peaks(DEVICE), case.flops, case.bytes, low)
     benchmark.extra_info |= {
         "extra_mib": result.extra_mib,
         "flops_floor": case.flops,
         "bytes_floor": case.bytes,
+        "floor_ms": floor,
+        "share_of_floor": floor / result.median_ms,
     }
     if provider in case.ours:
         rivals = (r for r in found.values() if r.name not in case.ours and not r.error)
