@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from fused_losses.bench import measure
-from fused_losses.bench.growth_cases import SWEEPS, Sizes, Step, Sweep
+from fused_losses.bench.growth_cases import SWEEPS, GrowthSizes, GrowthStep, GrowthSweep
 
 CLIFF = 1.5
 TURNS, MOST_TURNS = 5, 50
 SPENT_MS = 30.0  # on the turns of a point, if so many are allowed
 
 
-def least_ms(step: Step) -> float:
+def least_ms(step: GrowthStep) -> float:
     """The least time of a few turns, and of more where a turn is short."""
     step()
     times: list[float] = []
@@ -62,10 +62,10 @@ def cliffs(sizes: Sequence[float], times: Sequence[float]) -> list[int]:
     return found
 
 
-def _curve(sweep: Sweep, axis: str, device: str, threads: int) -> dict[str, Any]:
+def _curve(sweep: GrowthSweep, axis: str, device: str, threads: int) -> dict[str, Any]:
     """Times along an axis on so many threads."""
     points: list[dict[str, float]] = []
-    every: list[Sizes] = []
+    every: list[GrowthSizes] = []
     for value, sizes in sweep.points(axis):
         points.append({"size": value, "ms": least_ms(sweep.make(sizes, device))})
         every.append(sizes)
@@ -89,7 +89,10 @@ def _curve(sweep: Sweep, axis: str, device: str, threads: int) -> dict[str, Any]
 
 
 def swept(
-    device: str, names: Sequence[str], say: Callable[[str], None], sweeps: dict[str, Sweep] = SWEEPS
+    device: str,
+    names: Sequence[str],
+    say: Callable[[str], None],
+    sweeps: dict[str, GrowthSweep] = SWEEPS,
 ) -> Iterator[dict[str, Any]]:
     """Each primitive's sweeps as they are done; torch's number of threads is as before after."""
     threads = torch.get_num_threads()

@@ -16,7 +16,7 @@ import torch
 
 from fused_losses.base.files import write_text
 from fused_losses.base.records import StatusLine
-from fused_losses.bench import busy, measure, small
+from fused_losses.bench import busy, host, html, measure, modes, small
 from fused_losses.bench.measure import Result
 from fused_losses.bench.micro import cases
 from fused_losses.bench.micro.cases import Case
@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="skip the cost against C, which a --case skips, too",
     )
+    modes.add_arguments(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda (default: cuda where there is a GPU)")  # fmt: skip
 
@@ -115,34 +116,44 @@ def run(args: argparse.Namespace) -> int:
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         print(f"--device {args.device}: torch {torch.__version__} sees no GPU")
         return 1
+    say = StatusLine().show
+    if modes.asked(args):
+        return modes.run(args, say)
     args.out.mkdir(parents=True, exist_ok=True)
+    record = modes.begun(args.device, say) | {"machine": _machine(), "cases": []}
     text = [f"# Benchmarks of fused_losses {__version__}", "", _machine(), ""]
-    record: dict[str, Any] = {"version": __version__, "machine": _machine(), "cases": []}
+    text += [*host.lines(record["host"]), ""]
+    print("\n".join(text))
     try:
         measured = _measure_busy if args.suite == BUSY else _measure
         failed = measured(args, text, record)
     except KeyboardInterrupt:
+        if record["cases"]:
+            modes.finish(args.out, record, "result.json")
         print(f"\nstopped by Ctrl-C; the {len(record['cases'])} cases done are in {args.out}")
         return 128 + signal.SIGINT
-    print(f"\nwritten to {args.out}")
+    modes.finish(args.out, record, "result.json")
+    rows = [r for case in record["cases"] for r in case["results"]]
+    errors = sum(r["error"] is not None for r in rows)
+    counts = f"{len(record['cases'])} cases, {len(rows)} rows, {errors} failed or disagreed"
+    print(f"\n{counts}; written to {args.out}")
     return int(failed)
 
 
 def _measure(args: argparse.Namespace, text: list[str], record: dict[str, Any]) -> bool:
     """Every case, written as soon as it is done; whether a provider failed."""
     failed, status = False, StatusLine()
+    peaks = host.Peaks(**record["host"]["peaks"])
     against_n: list[tuple[str, int, list[Result]]] = []
     for name, shape, rounds, case in _planned(args):
         results = measure.paired(case, rounds, status.show, args.device)
         failed = failed or any(r.error for r in results)
         status.show("")
-        lines = table(case, results, args.device)
+        floors = _floors(case, results, peaks)
+        lines = table(case, results, floors, args.device)
         print("\n".join(lines))
         text += [*lines, ""]
-        record["cases"].append(
-            {"title": case.title, "shape": list(shape), "flops_floor": case.flops,
-             "bytes_floor": case.bytes, "results": [asdict(r) for r in results]}
-        )  # fmt: skip
+        record["cases"].append(_recorded(case.title, case, shape, results, floors))
         against_n.append((case.title.split(",")[0], shape[0], results))
         _plot_bars(args.out / f"{name}.png", case, results)
         _write(args.out, text, record)
@@ -164,21 +175,42 @@ def _measure(args: argparse.Namespace, text: list[str], record: dict[str, Any]) 
 
 def _measure_busy(args: argparse.Namespace, text: list[str], record: dict[str, Any]) -> bool:
     """Losses beside other processes; whether a provider failed."""
-    failed = False
+    failed, status = False, StatusLine()
+    peaks = host.Peaks(**record["host"]["peaks"])
     for name in busy.LOSSES:
         if args.case and name not in args.case:
             continue
         case = busy.chosen(CASES[name].case(busy.SHAPE, args.device))
-        found = busy.measured(case, args.rounds, _say)
-        _say("")
+        found = busy.measured(case, args.rounds, status.show)
+        status.show("")
         lines = busy.table(case.title, found)
         print("\n".join(lines))
         text += lines
-        by_load = {load: [asdict(r) for r in results] for load, results in found.items()}
-        record["cases"].append({"title": case.title, "shape": busy.SHAPE, "loads": by_load})
+        for load, results in found.items():
+            floors = _floors(case, results, peaks)
+            record["cases"].append(
+                _recorded(f"{case.title}, {load}", case, busy.SHAPE, results, floors)
+            )
         failed = failed or any(r.error for results in found.values() for r in results)
         _write(args.out, text, record)
     return failed
+
+
+def _recorded(
+    title: str,
+    case: Case,
+    shape: Shape,
+    results: list[Result],
+    floors: dict[str, dict[str, float | None]],
+) -> dict[str, Any]:
+    return {
+        "title": title,
+        "shape": list(shape),
+        "flops_floor": case.flops,
+        "bytes_floor": case.bytes,
+        "ours": case.ours,
+        "results": [asdict(r) | floors[r.name] for r in results],
+    }
 
 
 def _write(out: Path, text: list[str], record: dict[str, Any]) -> None:
@@ -194,7 +226,24 @@ def _machine() -> str:
     )
 
 
-def table(case: Case, results: list[Result], device: str = "cpu") -> list[str]:
+def _floors(
+    case: Case, results: list[Result], peaks: host.Peaks
+) -> dict[str, dict[str, float | None]]:
+    """Of each row the least time that this machine could take, and its share of the median."""
+    found: dict[str, dict[str, float | None]] = {}
+    for r in results:
+        floor = host.floor_ms(peaks, case.flops, case.bytes, host.in_low(case.title, r.name))
+        share = floor / r.median_ms if r.times_ms else None
+        found[r.name] = {"floor_ms": floor, "share_of_floor": share}
+    return found
+
+
+def table(
+    case: Case,
+    results: list[Result],
+    floors: dict[str, dict[str, float | None]],
+    device: str = "cpu",
+) -> list[str]:
     """Markdown: time (on a GPU in µs), memory, and for our rows the ratio against every rival."""
     unit, times = ("µs", 1e3) if torch.device(device).type == "cuda" else ("ms", 1.0)
     rivals = [r for r in results if r.name not in case.ours]
@@ -204,28 +253,28 @@ def table(case: Case, results: list[Result], device: str = "cpu") -> list[str]:
         "",
         f"Floor: {case.flops / 1e9:,.0f} GFLOP of {case.flops_of}, "
         f"{case.bytes / 2**20:,.0f} MiB read and written once. Ratios are medians of paired turns, "
-        f"times medians; off: {_off(case)}.",
+        "times medians; of floor: the floor by this machine's peaks over the time; "
+        f"off: {_off(case)}.",
         "",
-        f"| | {unit} | extra MiB | off |{heads}",
-        "|---|---|---|---|" + "---|" * len(rivals),
+        f"| | {unit} | of floor | extra MiB | off |{heads}",
+        "|---|---|---|---|---|" + "---|" * len(rivals),
     ]
     for r in results:
         if r.error:
-            lines.append(f"| {r.name} | {r.error} | | |" + " |" * len(rivals))
+            lines.append(f"| {r.name} | {r.error} | | | |" + " |" * len(rivals))
             continue
         off = "" if r.difference is None else f"{r.difference:.0e}"
         if r.errors is not None:
             off += " (" + ", ".join(f"{error:.0e}" for error in r.errors) + ")"
-        row = f"| {r.name} | {_digits(times * r.median_ms)} | {r.extra_mib:,.1f} | {off} |"
+        share = floors[r.name]["share_of_floor"]
+        reached = "" if share is None else f"{share:.0%}"
+        time = html.digits(times * r.median_ms)
+        row = f"| {r.name} | {time} | {reached} | {r.extra_mib:,.1f} | {off} |"
         for rival in rivals:
             ratio = measure.paired_ratio(r, rival) if r.name in case.ours else float("nan")
             row += " |" if ratio != ratio else f" {ratio:.2f}x |"
         lines.append(row)
     return lines
-
-
-def _digits(ms: float) -> str:
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def _off(case: Case) -> str:

@@ -7,7 +7,7 @@ import torch
 from places import ROOT
 
 from fused_losses.bench import growth
-from fused_losses.bench.growth_cases import SWEEPS, Sweep
+from fused_losses.bench.growth_cases import SWEEPS, GrowthSweep
 
 PRIMITIVES = {at.parent.name for at in (ROOT / "fused_losses" / "primitives").glob("*/op.py")}
 
@@ -63,7 +63,7 @@ def test_a_doubtful_time_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch) -> 
         return next(first, again[at])
 
     monkeypatch.setattr(growth, "least_ms", least_ms)
-    sweep = Sweep(lambda sizes, device: lambda: sizes["N"], {}, {"N": (1, 2, 3, 4, 5)})
+    sweep = GrowthSweep(lambda sizes, device: lambda: sizes["N"], {}, {"N": (1, 2, 3, 4, 5)})
     threads = torch.get_num_threads()
     (found,) = growth.swept("cpu", ["one"], lambda text: None, {"one": sweep})
     assert torch.get_num_threads() == threads
