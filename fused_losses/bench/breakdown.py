@@ -42,7 +42,7 @@ LINES = "FUSED_LOSSES_LINES=1 pip install . keeps the line tables"
 PRODUCTS = "products, with the stores of their sums"
 EXPONENTIALS = "exponentials"
 PACKING = "packing: rows and G into a product's order"
-SCORES = "the rest of the scores: scales, maxima, masks, sums, G"
+SCORES = "the rest of the scores: maxima, masks, sums, G"
 FAULTS = "faults of fresh pages"
 UNMAPPED = "pages given back"
 SYSTEM = "the rest of the system: waking, scheduling"
@@ -227,9 +227,13 @@ def library() -> tuple[Path | None, str]:
 
 
 def measured(
-    title: str, step: Callable[[], object], steps: int, shown: tuple[Path | None, str]
+    title: str,
+    step: Callable[[], object],
+    flops: float,
+    steps: int,
+    shown: tuple[Path | None, str],
 ) -> dict[str, Any]:
-    """The parts of a step, over `steps` of them after one more."""
+    """The parts of a step of so many FLOPs of products, over `steps` of them after one more."""
     threads = torch.get_num_threads()
     step()
     times: list[float] = []
@@ -288,6 +292,7 @@ def measured(
         "threads": threads,
         "steps": steps,
         "ms": 1e3 * statistics.median(times),
+        "flops": flops,
         "faults": faults[0] / steps,
         "samples": len(samples),
         "parts": parts,
@@ -307,7 +312,8 @@ def cases(
             for row in rows:
                 say(f"breakdown: {case.title}, {row}")
 
-                yield measured(f"{case.title}, {row}", partial(_step, case, row), steps, shown)
+                step = partial(_step, case, row)
+                yield measured(f"{case.title}, {row}", step, case.flops, steps, shown)
 
 
 def _step(case: Case, row: str) -> None:
@@ -321,6 +327,7 @@ def table(found: dict[str, Any]) -> list[str]:
         f"## {found['title']}",
         "",
         f"{found['ms']:,.1f} ms a step (median of {found['steps']}) on {found['threads']} threads; "
+        f"{found['flops'] / found['ms'] / 1e6:,.1f} GFLOP/s of products; "
         f"{found['faults']:,.0f} page faults a step.",
         "",
         "| part | share of the threads' time | ms of a thread a step | how it was got |",

@@ -18,13 +18,15 @@ STYLE = """
   --rule: #333a45; --ours: #6ea8f7; --theirs: #667080; --floor: #ff8a80; } }
 @media print { :root { --ink: #000; --paper: #fff; --faint: #444; --rule: #bbb; --ours: #2563b8;
   --theirs: #a9b1bd; --floor: #b3261e; } body { max-width: none; padding: 0; font-size: 9pt; }
-  section { break-inside: avoid; } h1, h2 { break-after: avoid; } nav { display: none; } }
+  section { break-inside: avoid; } h1, h2, h3 { break-after: avoid; }
+  .scroll { overflow: visible; } th, td { padding: .1rem .35rem; font-size: 8pt; } }
 * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.6rem; }
+h3 { font-size: 1.05rem; margin-top: 2rem; }
 p.faint, figcaption { color: var(--faint); font-size: .9em; } figure { margin: .8rem 0; }
-svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
+svg { width: 100%; min-width: 32rem; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--ink); } svg .ours { fill: var(--ours); } svg .theirs { fill: var(--theirs); }
 svg .line { stroke: var(--ours); fill: none; stroke-width: 1.5; }
 svg .other { stroke: var(--theirs); fill: none; stroke-width: 1.5; }
@@ -33,7 +35,9 @@ svg .spread { stroke: var(--ink); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9em; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--rule);
   white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
-tr.ours td:first-child { font-weight: 600; } td.bad { color: var(--floor); }
+tr.ours td:first-child { font-weight: 600; }
+table.words th:last-child, table.words td:last-child { text-align: left; white-space: normal;
+  min-width: 14rem; }
 """
 
 
@@ -54,17 +58,20 @@ def _cells(kind: str, cells: Sequence[str]) -> str:
     return "".join(f"<{kind}>{cell}</{kind}>" for cell in cells)
 
 
-def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+def _table(
+    heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], kind: str = "numbers"
+) -> str:
     """Cells are HTML already; of each row its class comes first."""
     head = f"<thead><tr>{_cells('th', [escape(h) for h in heads])}</tr></thead>"
     body = "".join(f'<tr class="{of}">{_cells("td", cells)}</tr>' for of, cells in rows)
-    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
 
 
 def _svg(height: float, parts: Sequence[str], told: str) -> str:
     inside = "".join(parts)
     head = f'<svg viewBox="0 0 {WIDE} {height:.0f}" role="img" aria-label="{escape(told, True)}">'
-    return f"<figure>{head}{inside}</svg><figcaption>{escape(told)}</figcaption></figure>"
+    caption = f"<figcaption>{escape(told)}</figcaption>"
+    return f'<figure><div class="scroll">{head}{inside}</svg></div>{caption}</figure>'
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
@@ -101,11 +108,11 @@ def _case(case: dict[str, Any]) -> str:
     done = [r for r in case["results"] if r["times_ms"] and not r["error"]]
     rivals = [r for r in done if r["name"] not in case["ours"]]
     heads = ["", "ms", "quartiles", "of its floor", "extra MiB", "off"]
-    rows = []
+    rows, failed = [], []
     for r in case["results"]:
         of = "ours" if r["name"] in case["ours"] else "theirs"
         if r not in done:
-            rows.append((of, [escape(r["name"]), escape(r["error"] or "not run")]))
+            failed.append((r["name"], r["error"] or "not run"))
             continue
         low, high = quartiles(r["times_ms"])
         share = r.get("share_of_floor")
@@ -123,7 +130,9 @@ def _case(case: dict[str, Any]) -> str:
         rows.append((of, cells))
     picture = _bars(case, done) if done else ""
     heads += [f"vs {r['name']}" for r in rivals]
-    return f"<section><h2>{escape(case['title'])}</h2>{picture}{_table(heads, rows)}</section>"
+    table = _table(heads, rows) if rows else ""
+    table += "".join(f"<p>{escape(name)}: {escape(why)}</p>" for name, why in failed)
+    return f"<section><h3>{escape(case['title'])}</h3>{picture}{table}</section>"
 
 
 def _curves(sweep: dict[str, Any]) -> str:
@@ -169,7 +178,20 @@ def _sweep(sweep: dict[str, Any]) -> str:
         )  # fmt: skip
     heads = ["threads", "slope", "largest residual", "fixed ms", "cliffs at"]
     title = f"{sweep['primitive']}: time against {sweep['axis']} ({sweep['at']})"
-    return f"<section><h2>{escape(title)}</h2>{_curves(sweep)}{_table(heads, rows)}</section>"
+    return f"<section><h3>{escape(title)}</h3>{_curves(sweep)}{_table(heads, rows)}</section>"
+
+
+def _shares(parts: list[dict[str, Any]]) -> str:
+    """A bar a part, the whole width for the largest."""
+    wide = 330
+    scale = (WIDE - wide - 60) / max(part["share"] for part in parts)
+    lines = []
+    for index, part in enumerate(parts):
+        y, at = 6 + index * ROW, part["share"] * scale
+        lines.append(_text(wide - 8, y + 11, part["name"], "end"))
+        lines.append(f'<rect class="ours" x="{wide}" y="{y}" width="{at:.1f}" height="14"/>')
+        lines.append(_text(wide + at + 6, y + 11, f"{part['share']:.1%}"))
+    return _svg(12 + len(parts) * ROW, lines, "Shares of the threads' time.")
 
 
 def _breakdown(found: dict[str, Any]) -> str:
@@ -179,15 +201,19 @@ def _breakdown(found: dict[str, Any]) -> str:
         for part in found["parts"]
     ]  # fmt: skip
     heads = ["", "share", "ms of a thread", "how it was got"]
-    told = f"{found['title']}: {found['ms']:.1f} ms a step on {found['threads']} threads"
-    return f"<section><h2>{escape(told)}</h2>{_table(heads, rows)}</section>"
+    picture = _shares(found["parts"])
+    rate = f"{found['flops'] / found['ms'] / 1e6:,.1f} GFLOP/s of products"
+    told = f"{found['title']}: {found['ms']:.1f} ms a step on {found['threads']} threads, {rate}"
+    return f"<section><h3>{escape(told)}</h3>{picture}{_table(heads, rows, 'words')}</section>"
 
 
 def _part(record: dict[str, Any]) -> str:
     """A run: when, where, and what it found."""
     found = record["host"]
     versions = ", ".join(f"{name} {at}" for name, at in found["versions"].items())
-    body = [f"<p>{escape(found['started'])}. {escape(versions)}.</p>"]
+    kinds = {"growth": "How time grows", "breakdown": "Where a step's time goes"}
+    kind = next((told for key, told in kinds.items() if key in record), "Ours and the rivals")
+    body = [f"<h2>{kind}</h2>", f"<p>{escape(found['started'])}. {escape(versions)}.</p>"]
     body += [f"<p>{escape(line)}</p>" for line in host.lines(found)]
     body += [_case(case) for case in record.get("cases", [])]
     body += [_breakdown(b) for b in record.get("breakdown", [])]

@@ -253,7 +253,7 @@ def table(
         "",
         f"Floor: {case.flops / 1e9:,.0f} GFLOP of {case.flops_of}, "
         f"{case.bytes / 2**20:,.0f} MiB read and written once. Ratios are medians of paired turns, "
-        "times medians; of floor: the floor by this machine's peaks over the time; "
+        "times medians and quartiles; of floor: the floor by this machine's peaks over the time; "
         f"off: {_off(case)}.",
         "",
         f"| | {unit} | of floor | extra MiB | off |{heads}",
@@ -268,7 +268,8 @@ def table(
             off += " (" + ", ".join(f"{error:.0e}" for error in r.errors) + ")"
         share = floors[r.name]["share_of_floor"]
         reached = "" if share is None else f"{share:.0%}"
-        time = html.digits(times * r.median_ms)
+        spread = " to ".join(html.digits(times * q) for q in html.quartiles(r.times_ms))
+        time = f"{html.digits(times * r.median_ms)} ({spread})"
         row = f"| {r.name} | {time} | {reached} | {r.extra_mib:,.1f} | {off} |"
         for rival in rivals:
             ratio = measure.paired_ratio(r, rival) if r.name in case.ours else float("nan")

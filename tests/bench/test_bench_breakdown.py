@@ -79,7 +79,9 @@ def test_names_are_bared() -> None:
 def test_without_perf_the_sum_is_told_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakdown.shutil, "which", lambda name: None)
     case = CASES["info_nce"].make(64, 16, rivals="none")
-    found = breakdown.measured("a", lambda: breakdown._step(case, case.ours[0]), 3, (None, "no"))
+    found = breakdown.measured(
+        "a", lambda: breakdown._step(case, case.ours[0]), 1e9, 3, (None, "no")
+    )
     assert shares(found)[breakdown.USER] > 0 and found["samples"] == 0
     assert "perf is not installed" in found["parts"][0]["how"]
 
@@ -91,7 +93,9 @@ def test_samples_make_shares_of_the_threads_time(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(breakdown, "sampled", sampled)
     case = CASES["info_nce"].make(64, 16, rivals="none")
-    found = breakdown.measured("a", lambda: breakdown._step(case, case.ours[0]), 3, (None, "no"))
+    found = breakdown.measured(
+        "a", lambda: breakdown._step(case, case.ours[0]), 1e9, 3, (None, "no")
+    )
     told = shares(found)
     assert (
         told[breakdown.FAULTS] == pytest.approx(told[breakdown.KERNELS]) and found["samples"] == 7
@@ -103,5 +107,7 @@ def test_the_system_is_told_apart_without_its_samples(monkeypatch: pytest.Monkey
     mine = [s for s in breakdown.parsed(SCRIPT) if not s.frames[0][0] >> 63]
     monkeypatch.setattr(breakdown, "sampled", lambda run, folder: (run(), (mine, ""))[1])
     case = CASES["info_nce"].make(64, 16, rivals="none")
-    found = breakdown.measured("a", lambda: breakdown._step(case, case.ours[0]), 3, (None, "no"))
+    found = breakdown.measured(
+        "a", lambda: breakdown._step(case, case.ours[0]), 1e9, 3, (None, "no")
+    )
     assert breakdown.SYSTEM in shares(found) and breakdown.FAULTS not in shares(found)
