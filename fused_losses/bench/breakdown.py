@@ -187,14 +187,12 @@ def sampled(run: Callable[[], None], folder: Path) -> tuple[list[Sample], str]:
         command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     try:
-        time.sleep(1.0)  # until it listens
-        if recorder.poll() is None:
-            run()
+        time.sleep(1.0)  # until it listens; or has refused, and the steps run without it
+        run()
     finally:
         recorder.send_signal(signal.SIGINT)
         _, told = recorder.communicate()
     if not data.is_file():
-        run()
         return [], f"perf record: {' '.join(told.split()) or 'no data'}"
     script = ["perf", "script", "-i", str(data), "-F", "tid,ip,sym,dso"]
     read = subprocess.run(script, capture_output=True, text=True, check=False)

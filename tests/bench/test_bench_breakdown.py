@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,16 @@ def test_without_perf_the_sum_is_told_and_why(monkeypatch: pytest.MonkeyPatch) -
     )
     assert shares(found)[breakdown.USER] > 0 and found["samples"] == 0
     assert "perf is not installed" in found["parts"][0]["how"]
+
+
+def test_a_perf_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refuses = tmp_path / "perf"
+    refuses.write_text("#!/bin/sh\necho No permission to sample. >&2\nexit 255\n")
+    refuses.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    ran: list[int] = []
+    samples, why = breakdown.sampled(lambda: ran.append(1), tmp_path)
+    assert samples == [] and ran == [1] and "No permission to sample." in why
 
 
 def test_samples_make_shares_of_the_threads_time(monkeypatch: pytest.MonkeyPatch) -> None:
