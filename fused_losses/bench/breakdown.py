@@ -258,10 +258,9 @@ def measured(
     path, no_lines = shown
     parts: list[dict[str, Any]] = []
 
-    def tell(name: str, seconds: float, how: str) -> None:
-        parts.append(
-            {"name": name, "ms": 1e3 * seconds / steps, "share": seconds / whole, "how": how}
-        )
+    def tell(name: str, seconds: float, how: str, ran: bool = True) -> None:
+        part = {"name": name, "ms": 1e3 * seconds / steps, "share": seconds / whole, "how": how}
+        parts.append(part | {"of_what_ran": seconds / busy if ran and busy else None})
 
     if samples:
         counts = parts_of(samples, path)
@@ -276,15 +275,15 @@ def measured(
             tell(SYSTEM, used[1], "getrusage; perf may not look into the system here")
     else:
         tell(USER, used[0], f"getrusage; {why}")
-        tell("in the system, most of it faults", used[1], f"getrusage; {why}")
+        tell("in the system, not split", used[1], f"getrusage; {why}")
     rest, how = whole - busy, f"{threads} threads' wall clock less what getrusage says they used"
     if late[0] is None or late[1] is None:
-        tell(f"{IDLE}, or waiting for a core", rest, how)
+        tell(f"{IDLE}, or waiting for a core", rest, how, ran=False)
     else:
-        # other threads than the T may have waited too
-        queued = min(late[1] - late[0], rest)
-        tell(WAITING, queued, "/proc/self/task/*/schedstat")
-        tell(IDLE, rest - queued, f"{how} and waited for")
+        # other threads than the T may have waited too, and one that ends takes its account with it
+        queued = min(max(late[1] - late[0], 0.0), rest)
+        tell(WAITING, queued, "/proc/self/task/*/schedstat", ran=False)
+        tell(IDLE, rest - queued, f"{how} and waited for", ran=False)
     return {
         "title": title,
         "threads": threads,
@@ -309,7 +308,6 @@ def cases(
             rows = [r for r in case.ours if r in ROWS] or case.ours[:1]
             for row in rows:
                 say(f"breakdown: {case.title}, {row}")
-
                 step = partial(_step, case, row)
                 yield measured(f"{case.title}, {row}", step, case.flops, steps, shown)
 
@@ -319,22 +317,38 @@ def _step(case: Case, row: str) -> None:
     case.providers[row]()
 
 
+def summary(found: dict[str, Any]) -> str:
+    """The step's time, and what its products reach while they run."""
+    told = (
+        f"{found['ms']:,.1f} ms a step (median of {found['steps']}) on {found['threads']} threads; "
+        f"{found['flops'] / found['ms'] / 1e6:,.1f} GFLOP/s of products"
+    )
+    products = next((part["ms"] for part in found["parts"] if part["name"] == PRODUCTS), 0.0)
+    if products:
+        told += f", {found['flops'] / products / 1e6:,.1f} a thread in the products themselves"
+    return f"{told}; {found['faults']:,.0f} page faults a step."
+
+
+def percent(share: float | None) -> str:
+    """Nothing where there is none."""
+    return "" if share is None else f"{share:.1%}"
+
+
 def table(found: dict[str, Any]) -> list[str]:
     """Markdown."""
     lines = [
         f"## {found['title']}",
         "",
-        f"{found['ms']:,.1f} ms a step (median of {found['steps']}) on {found['threads']} threads; "
-        f"{found['flops'] / found['ms'] / 1e6:,.1f} GFLOP/s of products; "
-        f"{found['faults']:,.0f} page faults a step.",
+        summary(found),
         "",
-        "| part | share of the threads' time | ms of a thread a step | how it was got |",
-        "|---|---|---|---|",
+        "| part | of the threads' time | of what ran | ms of a thread a step | how it was got |",
+        "|---|---|---|---|---|",
     ]
     return [
         *lines,
         *(
-            f"| {part['name']} | {part['share']:.1%} | {part['ms']:.2f} | {part['how']} |"
+            f"| {part['name']} | {percent(part['share'])} | {percent(part['of_what_ran'])} "
+            f"| {part['ms']:.2f} | {part['how']} |"
             for part in found["parts"]
         ),
         "",

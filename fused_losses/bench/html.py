@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from fused_losses.bench import host, measure
+from fused_losses.bench import breakdown, host, measure
 
 WIDE, LABELS, ROW = 720, 210, 20  # of a picture, its names and its lines
 STYLE = """
@@ -196,15 +196,14 @@ def _shares(parts: list[dict[str, Any]]) -> str:
 
 def _breakdown(found: dict[str, Any]) -> str:
     rows = [
-        ("ours", [escape(part["name"]), f"{part['share']:.1%}", f"{part['ms']:.2f}",
-                  escape(part["how"])])
+        ("ours", [escape(part["name"]), breakdown.percent(part["share"]),
+                  breakdown.percent(part["of_what_ran"]), f"{part['ms']:.2f}", escape(part["how"])])
         for part in found["parts"]
     ]  # fmt: skip
-    heads = ["", "share", "ms of a thread", "how it was got"]
+    heads = ["", "of the threads' time", "of what ran", "ms of a thread", "how it was got"]
     picture = _shares(found["parts"])
-    rate = f"{found['flops'] / found['ms'] / 1e6:,.1f} GFLOP/s of products"
-    told = f"{found['title']}: {found['ms']:.1f} ms a step on {found['threads']} threads, {rate}"
-    return f"<section><h3>{escape(told)}</h3>{picture}{_table(heads, rows, 'words')}</section>"
+    told = f"<h3>{escape(found['title'])}</h3><p>{escape(breakdown.summary(found))}</p>"
+    return f"<section>{told}{picture}{_table(heads, rows, 'words')}</section>"
 
 
 def _part(record: dict[str, Any]) -> str:

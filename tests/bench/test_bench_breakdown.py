@@ -111,6 +111,8 @@ def test_samples_make_shares_of_the_threads_time(monkeypatch: pytest.MonkeyPatch
     assert (
         told[breakdown.FAULTS] == pytest.approx(told[breakdown.KERNELS]) and found["samples"] == 7
     )
+    ran = (part["of_what_ran"] for part in found["parts"])
+    assert sum(share for share in ran if share is not None) == pytest.approx(1)
     assert any("no" in part["how"] for part in found["parts"] if part["name"] == breakdown.KERNELS)
 
 

@@ -52,8 +52,17 @@ def test_the_page_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
     sweep = {"primitive": "pairs", "axis": "N·M", "at": "D=8", "fitted": True, "curves": curves}
     growth = head | {"growth": [sweep]}
-    part = {"name": "exponentials", "ms": 1.0, "share": 0.25, "how": "9 of 36 samples"}
-    step = {"title": "A step", "threads": 2, "steps": 7, "ms": 2.0, "flops": 8e9, "parts": [part]}
+    part = {"name": "exponentials", "ms": 1.0, "share": 0.25, "how": "of 36 samples"}
+    part["of_what_ran"] = 0.5
+    step = {
+        "title": "A step",
+        "threads": 2,
+        "steps": 7,
+        "ms": 2.0,
+        "flops": 8e9,
+        "faults": 3.0,
+        "parts": [part],
+    }
     breakdown = head | {"breakdown": [step]}
     for name, found in zip(modes.RECORDS, (record(), breakdown, growth), strict=True):
         (tmp_path / name).write_text(json.dumps(found))
