@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HISTORY = "history.jsonl"
+FORMAT = 1  # of a record; goes up where an older one cannot be read as one of today
 LEAST = 0.03
 FEWEST = 5  # rounds, to have quartiles
 
@@ -47,7 +48,7 @@ def read(name: str, folder: Path) -> dict[str, Any]:
     """
     path = Path(name)
     if path.is_file():
-        return json.loads(path.read_text())
+        return _of_today(name, path.read_text())
     kept = folder / HISTORY
     runs = kept.read_text().splitlines() if kept.is_file() else []
     try:
@@ -57,7 +58,18 @@ def read(name: str, folder: Path) -> dict[str, Any]:
     index = line if line < 0 else line - 1
     if line == 0 or not -len(runs) <= index < len(runs):
         raise ValueError(f"--compare: {kept} has {len(runs)} runs, got {line}")
-    return json.loads(runs[index])
+    return _of_today(name, runs[index])
+
+
+def _of_today(name: str, text: str) -> dict[str, Any]:
+    """A record; ValueError if it is none of this format."""
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--compare: {name}: expected a record, got {error}") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"--compare: {name}: expected a record of format {FORMAT}")
+    return record
 
 
 def _rows(case: dict[str, Any]) -> dict[str, list[float]]:
@@ -87,9 +99,9 @@ def _change(case: str, row: str, against: str | None, a: list[float], b: list[fl
 
 def changes(first: dict[str, Any], second: dict[str, Any]) -> list[Change]:
     """Of every row of ours that both runs have."""
-    before = {case["title"]: case for case in first["cases"]}
+    before = {case["title"]: case for case in first.get("cases", [])}
     found = []
-    for case in second["cases"]:
+    for case in second.get("cases", []):
         if case["title"] not in before:
             continue
         a, b = _rows(before[case["title"]]), _rows(case)

@@ -56,9 +56,10 @@ def asked(args: argparse.Namespace) -> bool:
 
 
 def write_page(out: Path) -> None:
-    """report.html of the records that the folder has."""
+    """report.html of the records that the folder has, those of an older format left out."""
     found = [json.loads((out / name).read_text()) for name in RECORDS if (out / name).is_file()]
-    write_text(out / "report.html", html.page(found))
+    of_today = [record for record in found if record.get("format") == history.FORMAT]
+    write_text(out / "report.html", html.page(of_today))
 
 
 def begun(device: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def begun(device: str, say: Callable[[str], None]) -> dict[str, Any]:
     say("peaks of this machine")
     state = host.state(device, host.measured(device))
     say("")
-    return {"version": __version__, "host": state}
+    return {"format": history.FORMAT, "version": __version__, "host": state}
 
 
 def finish(out: Path, record: dict[str, Any], name: str) -> None:
@@ -115,7 +116,7 @@ def _written(
     say: Callable[[str], None],
 ) -> int:
     """Prints and writes each result as it comes."""
-    record: dict[str, Any] = begun(args.device, say) | {"cases": [], kind: []}
+    record: dict[str, Any] = begun(args.device, say) | {kind: []}
     text = [f"# {kind} of fused_losses {__version__}", "", *host.lines(record["host"]), "", *head]
     print("\n".join(text))
     status, last = 0, "written to"

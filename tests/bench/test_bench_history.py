@@ -58,5 +58,10 @@ def test_runs_are_told_by_number_and_by_file(
 
     assert compared("1", "2") == 1 and compared("1", "-1") == 0 and compared("-3", str(slow)) == 1
     assert "1 rows in both runs, 1 slower beyond the noise" in capsys.readouterr().out
+    slow.write_text('{"cases": []}')
+    assert compared("1", str(slow)) == 2
+    assert "expected a record of format" in capsys.readouterr().out
+    slow.write_text('{"cases')
+    assert compared("1", str(slow)) == 2
     assert compared("1", "4") == 2 and compared("1", "0") == 2 and compared("1", "what") == 2
     assert "has 3 runs, got 4" in capsys.readouterr().out

@@ -44,7 +44,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
-    head = {"version": "1.2.3", "host": record()["host"]}
+    head = {key: at for key, at in record().items() if key != "cases"}
     curves = [
         {"threads": t, "slope": 1.0, "residual": 0.02, "fixed_ms": 0.1, "cliffs": [4],
          "points": [{"size": s, "ms": s / t} for s in (1, 4, 16)]}
@@ -74,6 +74,14 @@ def test_the_page_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
                  "pairs: time against N·M (D=8)", "2 threads", "50%", "3.00x"):  # fmt: skip
         assert told in page.told, told
     assert "@media print" in text and "prefers-color-scheme" in text
+
+
+def test_a_record_of_another_format_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "growth.json").write_text(json.dumps({"version": "0.0.1", "growth": [{}]}))
+    (tmp_path / "result.json").write_text(json.dumps(record()))
+    modes.write_page(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "A case" in text and "0.0.1" not in text
 
 
 def test_of_few_rounds_the_ends_are_shown() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fused_losses.bench import host
+from fused_losses.bench import history, host
 from fused_losses.bench.host import Peaks
 
 PEAKS = Peaks(2, "by hand", 5e9, 10e9, 20e9, 40e9, 4e9, 8e9, 3e-10, 1e-10)
@@ -26,4 +26,5 @@ def record(ours: float = 1.0, machine: float = 1.0, rounds: int = 7) -> dict[str
         for name, ms in times.items()
     ]  # fmt: skip
     case = {"title": "A case, N=3 & M=4", "ours": ["fused fp32"], "results": results}
-    return {"version": "1.2.3", "host": host.state("cpu", PEAKS), "cases": [case]}
+    head = {"format": history.FORMAT, "version": "1.2.3", "host": host.state("cpu", PEAKS)}
+    return head | {"cases": [case]}
