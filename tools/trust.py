@@ -260,8 +260,8 @@ def main() -> int:
     failed = []
     for part in PARTS if given.verb == "run" else ():
         known = recorded().get(part.name)
-        done = known and not known["status"] and known["contents"] == contents()
-        done = done and known["command"] == part.command
+        now = {"status": 0, "contents": contents(), "command": part.command}
+        done = known is not None and all(known[key] == now[key] for key in now)
         if part.name in given.parts or not (given.parts or done):
             print(f"{part.name}: {part.command} {given.more}", flush=True)
             result = run(part, given.more)
