@@ -3,7 +3,7 @@
 // Torch's operators leave OpenMP's threads spinning for milliseconds: on a quiet machine they are
 // at work at once, and a thread of ours would have to share their core. But the end of a region
 // waits for each of them, also for one that another process keeps from its core and that nothing is
-// left for; after three such waits ours take over for a while.
+// left for; where such waits are many among the regions, ours take over for a while.
 #include "../threads.h"
 
 #include <ATen/Parallel.h>
@@ -23,16 +23,18 @@ namespace {
 using Body = void (*)(void*, int);
 
 // Nanoseconds: what a region may take beyond its caller's own part and half of it; how long ours
-// take over, at first (also how close one wait is to the next) and at most.
+// take over, at first and at most.
 constexpr int64_t kLate = 200'000, kShort = 250'000'000, kLong = 4'000'000'000;
 
-constexpr int kWaits = 3;  // one alone is any machine's
+// A wait weighs as much as so many regions in time, and four of them are many: waits that are
+// fewer than one in five regions are any machine's and never add up.
+constexpr int kWeight = 4, kMany = 4 * kWeight;
 
 std::atomic<bool> has_threads{false};
 // a forked child waits for ever for OpenMP's threads, which it has not
 std::atomic<bool> lost{false};
-std::atomic<int64_t> ours_until{0}, ours_for{kShort}, waited_at{-kShort};
-std::atomic<int> waits{0};
+std::atomic<int64_t> ours_until{0}, ours_for{kShort};
+std::atomic<int> waits{0};  // weighed; threads that race lose a count, no more
 
 [[maybe_unused]] const int forks =
     pthread_atfork(nullptr, nullptr, [] { lost = lost || has_threads; });
@@ -41,10 +43,12 @@ int64_t now() {
   return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// A third time: ours for a while, for longer each time unless OpenMP's have come in time for long.
-void waited(int64_t at) {
-  if (at - waited_at.exchange(at) > kShort) waits = 0;
-  if (++waits < kWaits) return;
+// After a region, in time or not; ours take over for longer each time unless OpenMP's have come in
+// time for long.
+void returned(int64_t at, bool late) {
+  const int before = waits, weighed = late ? before + kWeight : std::max(before - 1, 0);
+  if (weighed != before) waits = weighed;
+  if (weighed < kMany) return;
   waits = 0;
   const bool again = at - ours_until < kLong;
   ours_for = again ? std::min(2 * ours_for, kLong) : kShort;
@@ -63,7 +67,7 @@ void run_on_threads(int count, Body body, void* context) {
     if (begin == 0) own = now() - before;
   });
   const int64_t end = now();
-  if (end - start - own > kLate + own / 2) waited(end);
+  returned(end, end - start - own > kLate + own / 2);
 }
 
 }  // namespace
