@@ -11,9 +11,10 @@ import torch
 
 
 class Room(NamedTuple):
-    """Memory that a module of a primitive may take for a sweep's partial results."""
+    """Memory that a module lets a sweep's partial results, or a chunk of stored scores, take."""
 
-    module: str  # within `fused_losses.primitives`; its PARTIAL_BYTES
+    module: str  # within `fused_losses`
+    name: str  # of its number of bytes
     size: int
 
 
@@ -30,6 +31,7 @@ class Form(NamedTuple):
 
 
 HALF, FULL = torch.bfloat16, torch.float32
+STORED = Room("backends.gpu.device", "STORED_BYTES", 8 << 20)
 
 
 def forms(processors: int) -> tuple[Form, ...]:
@@ -42,10 +44,10 @@ def forms(processors: int) -> tuple[Form, ...]:
         Form("owner_classes", "margin_softmax", HALF, (130, owned, 256)),  # wide rows
         Form("forward_resident", "margin_softmax", HALF, (256, 1024, 512)),
         # scores that are stored a chunk of classes, and of rows, at a time
-        Form("gradient_tiles", "linear_cross_entropy", FULL, (520, 20_003, 72), None, 3),
-        Form("row_gradient", "linear_cross_entropy", FULL, (520, 20_003, 72), None, 2, "cuda"),
-        Form("gradient_tiles", "margin_softmax", FULL, (4229, 611, 72), None, 2),
-        Form("gradient_tiles", "info_nce, symmetric", FULL, (4229, 4301, 72), None, 2),
+        Form("gradient_tiles", "linear_cross_entropy", FULL, (520, 20_003, 72), STORED, 3),
+        Form("row_gradient", "linear_cross_entropy", FULL, (520, 20_003, 72), STORED, 2, "cuda"),
+        Form("gradient_tiles", "margin_softmax", FULL, (4229, 611, 72), STORED, 2),
+        Form("gradient_tiles", "info_nce, symmetric", FULL, (4229, 4301, 72), STORED, 2),
         # keys of long lists
         Form("key_tiles", "topk, many", FULL, (37, 8301, 72), None, 2),
         # partial results of several segments, merged
@@ -57,7 +59,7 @@ def forms(processors: int) -> tuple[Form, ...]:
 
 def _room(primitive: str) -> Room:
     """As little as one tile's partial results at a time."""
-    return Room(f"{primitive}.triton", 1)
+    return Room(f"primitives.{primitive}.triton", "PARTIAL_BYTES", 1)
 
 
 @contextmanager
@@ -66,10 +68,10 @@ def within(room: Room | None) -> Iterator[None]:
     if room is None:
         yield
         return
-    held = vars(importlib.import_module(f"fused_losses.primitives.{room.module}"))
-    before = held["PARTIAL_BYTES"]
-    held["PARTIAL_BYTES"] = room.size
+    held = vars(importlib.import_module(f"fused_losses.{room.module}"))
+    before = held[room.name]
+    held[room.name] = room.size
     try:
         yield
     finally:
-        held["PARTIAL_BYTES"] = before
+        held[room.name] = before

@@ -248,7 +248,10 @@ def test_a_gpu_is_given_the_shapes_of_other_forms(monkeypatch) -> None:
 
 def test_little_room_is_for_one_call() -> None:
     usual = row_statistics.PARTIAL_BYTES
-    with pytest.raises(ZeroDivisionError), forms.within(forms.Room("row_statistics.triton", 1)):
+    with (
+        pytest.raises(ZeroDivisionError),
+        forms.within(forms.Room("primitives.row_statistics.triton", "PARTIAL_BYTES", 1)),
+    ):
         assert row_statistics.PARTIAL_BYTES == 1
         raise ZeroDivisionError
     assert row_statistics.PARTIAL_BYTES == usual > 1
