@@ -46,6 +46,8 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
   struct Call {
     const Stack& arguments;
     Stack& found;  // what the op returned
+    variable_list& made;
+    AutogradContext*& context;
   };
 
   // The op, with its gradient if one is asked for; what it returned is left in `found`.
@@ -58,7 +60,16 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
       asked = asked || moving.back().requires_grad();
     }
     if (asked && at::GradMode::is_enabled()) {
-      return Streamed::apply(at::TensorList(moving), Call{arguments, found});
+      variable_list made;
+      AutogradContext* context = nullptr;
+      try {
+        return Streamed::apply(at::TensorList(moving), Call{arguments, found, made, context});
+      } catch (...) {
+        // a checkpoint ends its second run by an exception while tensors are saved: an output that
+        // still waits for it would keep its own node alive
+        if (!made.empty() && made[0].grad_fn()) context->save_for_backward({});
+        throw;
+      }
     }
     const at::NoGradGuard no_gradient;
     found = called(forward_op(), arguments, true);
@@ -68,7 +79,8 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
   static variable_list forward(AutogradContext* ctx, at::TensorList, const Call& call) {
     Stack& found = call.found;
     found = called(forward_op(), call.arguments, true);
-    const variable_list outputs = Op::outputs(found);
+    const variable_list outputs = call.made = Op::outputs(found);
+    call.context = ctx;
     variable_list saved;
     for (size_t i = 0; i + Op::kTold < call.arguments.size(); ++i) {
       const c10::IValue& argument = call.arguments[i];

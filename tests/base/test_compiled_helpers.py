@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from fused_losses import functional
 from fused_losses.base import compiled, integers, numerics, unit_norm
 from fused_losses.base.integers import dense
 from fused_losses.base.memory_budget import Room
@@ -333,3 +338,15 @@ def test_pairs_that_do_not_fit_are_left_to_python() -> None:
         dict(apart=True, x_bias=bias.clone().requires_grad_()),
     ):  # fmt: skip
         assert not fit(p._replace(**change)), change
+
+
+def test_a_checkpoint_that_stops_in_the_middle_leaves_nothing() -> None:
+    """It ends its second run by an exception where the last tensor is saved."""
+    x, y = (torch.randn(9, 4, requires_grad=True) for _ in range(2))
+    loss = checkpoint(functional.info_nce, x, y, use_reentrant=False)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    alive = weakref.ref(y)
+    del x, y, loss
+    gc.collect()
+    assert alive() is None
