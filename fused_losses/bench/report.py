@@ -241,7 +241,7 @@ def _floors(
 def table(
     case: Case,
     results: list[Result],
-    floors: dict[str, dict[str, float | None]],
+    floors: dict[str, dict[str, float | None]] | None = None,
     device: str = "cpu",
 ) -> list[str]:
     """Markdown: time (on a GPU in µs), memory, and for our rows the ratio against every rival."""
@@ -266,7 +266,7 @@ def table(
         off = "" if r.difference is None else f"{r.difference:.0e}"
         if r.errors is not None:
             off += " (" + ", ".join(f"{error:.0e}" for error in r.errors) + ")"
-        share = floors[r.name]["share_of_floor"]
+        share = floors[r.name]["share_of_floor"] if floors else None
         reached = "" if share is None else f"{share:.0%}"
         spread = " to ".join(html.digits(times * q) for q in html.quartiles(r.times_ms))
         time = f"{html.digits(times * r.median_ms)} ({spread})"

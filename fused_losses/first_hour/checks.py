@@ -17,10 +17,10 @@ from torch import Tensor
 from fused_losses.base.examples import EXACT, TABLE, Example, ExampleInputs
 from fused_losses.bench.micro.cases import short
 from fused_losses.first_hour.record import FAILED, PASSED, SKIPPED, Outcome
-from fused_losses.first_hour.setting import Setting, Unit, sizes, wait
+from fused_losses.first_hour.setting import HourUnit, Setting, sizes, wait
 from fused_losses.verify import table
 from fused_losses.verify.forms import forms
-from fused_losses.verify.table import Chosen, Row, Step, Truth, outcome
+from fused_losses.verify.table import Chosen, Row, Truth, VerifyStep, outcome
 
 FIRST = (torch.float32, torch.bfloat16)
 SANITIZED = ("linear_cross_entropy", "info_nce, symmetric", "topk, dot", "distances, cityblock",
@@ -37,14 +37,14 @@ SEGMENTED = (7, 50, 12)  # of a rehearsal: classes or columns for several segmen
 WARM_UP = 3  # calls before a capture: kernels are compiled, workspaces made
 
 
-def verify_units(setting: Setting) -> list[Unit]:
+def verify_units(setting: Setting) -> list[HourUnit]:
     """Each example once at a small shape, float32 and bfloat16, on every backend that can."""
     device = torch.device(setting.device)
-    steps = [Step(e, device, setting.small, FIRST) for e in setting.examples()]
-    return [Unit(f"verify/{s.example.name}", lambda s=s: judged(s)) for s in steps]
+    steps = [VerifyStep(e, device, setting.small, FIRST) for e in setting.examples()]
+    return [HourUnit(f"verify/{s.example.name}", lambda s=s: judged(s)) for s in steps]
 
 
-def more_units(setting: Setting) -> list[Unit]:
+def more_units(setting: Setting) -> list[HourUnit]:
     """The rest of the table: other dtypes, larger shapes, forms that only these reach."""
     shapes = [setting.small] if setting.rehearsed else None
     found = []
@@ -57,33 +57,33 @@ def more_units(setting: Setting) -> list[Unit]:
         name = f"more/{step.example.name}/{at}"
         if step.backends != table.BACKENDS:  # a form's own
             name += f"/{'/'.join(step.backends)}/{short(step.dtypes[0])}"
-        found.append(Unit(name, lambda step=step: judged(step)))
+        found.append(HourUnit(name, lambda step=step: judged(step)))
     return found
 
 
-def _with_little_room(setting: Setting) -> list[Step]:
+def _with_little_room(setting: Setting) -> list[VerifyStep]:
     """Merges over segments, which interpreted kernels reach at small shapes, too."""
     device, found = torch.device(setting.device), []
     for form in forms(1):
         if form.room is not None and Chosen(setting.ops).takes(form.example):
             example, dtypes = TABLE[form.example], (form.dtype,)
-            found.append(Step(example, device, SEGMENTED, dtypes, form.room, (form.backend,)))
+            found.append(VerifyStep(example, device, SEGMENTED, dtypes, form.room, (form.backend,)))
     return found
 
 
-def device_units(setting: Setting) -> list[Unit]:
+def device_units(setting: Setting) -> list[HourUnit]:
     """Each function on the second device, while the first one is current."""
     if setting.device != "cuda" or torch.cuda.device_count() < 2:
         told = f"this machine has {torch.cuda.device_count()} CUDA devices"
-        return [Unit("devices/all", lambda: Outcome(SKIPPED, told=told))]
+        return [HourUnit("devices/all", lambda: Outcome(SKIPPED, told=told))]
     steps = [
-        Step(e, torch.device("cuda", 1), setting.small, (torch.float32,))
+        VerifyStep(e, torch.device("cuda", 1), setting.small, (torch.float32,))
         for e in setting.functions()
     ]
-    return [Unit(f"devices/{s.example.name}", lambda s=s: judged(s)) for s in steps]
+    return [HourUnit(f"devices/{s.example.name}", lambda s=s: judged(s)) for s in steps]
 
 
-def judged(step: Step) -> Outcome:
+def judged(step: VerifyStep) -> Outcome:
     """The rows of a step of verify. Raises `DeviceLost`."""
     rows = list(table.of(step))
     if not rows:
@@ -100,16 +100,16 @@ def row_entry(row: Row) -> dict[str, Any]:
 # ---- sanitizers ---------------------------------------------------------------------------------
 
 
-def sanitizer_units(setting: Setting) -> list[Unit]:
+def sanitizer_units(setting: Setting) -> list[HourUnit]:
     """A few ops under compute-sanitizer, where it is installed."""
     program = shutil.which(SANITIZER)
     if program is None:
         why = f"{SANITIZER} is not on the path"
-        return [Unit("sanitizer/all", lambda: Outcome(SKIPPED, told=why))]
+        return [HourUnit("sanitizer/all", lambda: Outcome(SKIPPED, told=why))]
     names = [name for name in SANITIZED if Chosen(setting.ops).takes(name)]
     run = partial(sanitized, setting, program)
     calls = [(tool, name) for tool in TOOLS for name in names]
-    return [Unit(f"sanitizer/{'/'.join(call)}", partial(run, *call)) for call in calls]
+    return [HourUnit(f"sanitizer/{'/'.join(call)}", partial(run, *call)) for call in calls]
 
 
 def sanitized(setting: Setting, program: str, tool: str, name: str) -> Outcome:
@@ -138,11 +138,13 @@ def sanitized(setting: Setting, program: str, tool: str, name: str) -> Outcome:
 # ---- graphs -------------------------------------------------------------------------------------
 
 
-def graph_units(setting: Setting) -> list[Unit]:
+def graph_units(setting: Setting) -> list[HourUnit]:
     """Each function's step captured as a CUDA graph, and replayed on other inputs."""
     if setting.device != "cuda":
-        return [Unit("graphs/all", lambda: Outcome(SKIPPED, told="graphs are of a GPU"))]
-    return [Unit(f"graphs/{e.name}", lambda e=e: graphed(setting, e)) for e in setting.functions()]
+        return [HourUnit("graphs/all", lambda: Outcome(SKIPPED, told="graphs are of a GPU"))]
+    return [
+        HourUnit(f"graphs/{e.name}", lambda e=e: graphed(setting, e)) for e in setting.functions()
+    ]
 
 
 def graphed(setting: Setting, example: Example) -> Outcome:

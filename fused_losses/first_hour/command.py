@@ -25,7 +25,7 @@ from fused_losses.bench.table import CASES
 from fused_losses.first_hour.page import page
 from fused_losses.first_hour.plan import NAMES
 from fused_losses.first_hour.probe import identity
-from fused_losses.first_hour.record import FAILED, LINES, REPORT, STOPPED, Outcome, Record
+from fused_losses.first_hour.record import FAILED, LINES, REPORT, STOPPED, HourRecord, Outcome
 from fused_losses.first_hour.setting import Setting, rehearsal_environment
 from fused_losses.first_hour.worker import DONE, LOST
 from fused_losses.verify.command import op_name
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> int:
         tuple(args.stage) if args.stage else None,
         rehearsal_environment(args.device),
     )
-    record = Record(args.out)
+    record = HourRecord(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     mine, theirs = identity(setting), [e["identity"] for e in record.lines if "identity" in e]
     if theirs and theirs[0] != mine:
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None] = print) -> int:
 
 def watched(
     setting: Setting,
-    record: Record,
+    record: HourRecord,
     minutes: float,
     unit_seconds: float,
     say: Callable[[str], None],
@@ -190,7 +190,7 @@ def start(setting: Setting, began: float, minutes: float) -> subprocess.Popen:
 
 def _wait(
     process: subprocess.Popen,
-    record: Record,
+    record: HourRecord,
     setting: Setting,
     ends: float,
     unit_seconds: float,
@@ -232,6 +232,6 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _close(record: Record, state: str, why: str) -> None:
+def _close(record: HourRecord, state: str, why: str) -> None:
     for unit in record.running():
         record.end(unit, Outcome(state, told=why))

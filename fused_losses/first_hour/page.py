@@ -9,7 +9,7 @@ from typing import Any
 
 from fused_losses.base.records import told
 from fused_losses.first_hour.plan import STAGES
-from fused_losses.first_hour.record import FAILED, LINES, SKIPPED, Record
+from fused_losses.first_hour.record import FAILED, LINES, SKIPPED, HourRecord
 
 REHEARSAL = """> **A rehearsal, without a GPU**: kernels interpreted or executed on the host, small
 > shapes. Its times are those of the rehearsal's own machine; bounds beside them are there to show
@@ -17,7 +17,7 @@ REHEARSAL = """> **A rehearsal, without a GPU**: kernels interpreted or executed
 """
 
 
-def page(record: Record) -> str:
+def page(record: HourRecord) -> str:
     """The whole report."""
     entries = list(record.ended().values())
     notes = [e for e in record.entries() if "identity" in e]

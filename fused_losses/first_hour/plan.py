@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fused_losses.first_hour import checks, probe, times
-from fused_losses.first_hour.setting import Setting, Unit
+from fused_losses.first_hour.setting import HourUnit, Setting
 
 
 class Stage(NamedTuple):
@@ -14,7 +14,7 @@ class Stage(NamedTuple):
 
     name: str
     what: str
-    units: Callable[[Setting], list[Unit]]
+    units: Callable[[Setting], list[HourUnit]]
     until: float
 
 
@@ -33,7 +33,7 @@ STAGES = (
 NAMES = tuple(stage.name for stage in STAGES)
 
 
-def planned(setting: Setting) -> list[tuple[Stage, list[Unit]]]:
+def planned(setting: Setting) -> list[tuple[Stage, list[HourUnit]]]:
     """The stages that are asked for, with their units."""
     wanted = setting.stages or NAMES
     return [(stage, stage.units(setting)) for stage in STAGES if stage.name in wanted]

@@ -12,7 +12,7 @@ import torch
 
 from fused_losses import info
 from fused_losses.first_hour.record import MEASURED, Outcome
-from fused_losses.first_hour.setting import Setting, Unit
+from fused_losses.first_hour.setting import HourUnit, Setting
 
 PEERS = (
     "cut-cross-entropy",
@@ -57,8 +57,8 @@ def identity(setting: Setting) -> dict[str, Any]:
     return {"device": name, "torch": torch.__version__, "rehearsal": setting.rehearsed}
 
 
-def units(setting: Setting) -> list[Unit]:
-    return [Unit("probe/machine", lambda: _machine(setting)), Unit("probe/peers", _peers)]
+def units(setting: Setting) -> list[HourUnit]:
+    return [HourUnit("probe/machine", lambda: _machine(setting)), HourUnit("probe/peers", _peers)]
 
 
 def _machine(setting: Setting) -> Outcome:

@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
     told: str = ""
 
 
-class Record:
+class HourRecord:
     """The lines in a folder."""
 
     def __init__(self, folder: Path) -> None:

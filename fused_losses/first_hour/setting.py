@@ -62,7 +62,7 @@ class Setting:
         return self.cases is None or case in self.cases
 
 
-class Unit(NamedTuple):
+class HourUnit(NamedTuple):
     """One thing to learn; its name begins with its stage."""
 
     name: str

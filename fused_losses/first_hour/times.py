@@ -21,7 +21,7 @@ from fused_losses.bench import measure
 from fused_losses.bench.micro.cases import Case
 from fused_losses.bench.roofline.cost import cost, traced
 from fused_losses.bench.roofline.operation import PLAIN, Operation, drawn_on
-from fused_losses.bench.roofline.ops import TABLE, Sizes
+from fused_losses.bench.roofline.ops import TABLE, OpSizes
 from fused_losses.bench.roofline.page import bound_seconds
 from fused_losses.bench.roofline.peaks import PEAKS
 from fused_losses.bench.roofline.trace import holders
@@ -29,7 +29,7 @@ from fused_losses.bench.table import CASES, SIZES, title
 from fused_losses.explain import explain
 from fused_losses.first_hour.probe import clocks
 from fused_losses.first_hour.record import FAILED, MEASURED, Outcome
-from fused_losses.first_hour.setting import Setting, Unit, sizes, wait
+from fused_losses.first_hour.setting import HourUnit, Setting, sizes, wait
 from fused_losses.verify.table import outcome
 
 # of the performance table, the most telling first; then what is left of it
@@ -51,7 +51,7 @@ REHEARSED_AS = "H100"  # whose bounds stand beside a rehearsal's times
 # ---- cases against rivals -----------------------------------------------------------------------
 
 
-def head_units(setting: Setting) -> list[Unit]:
+def head_units(setting: Setting) -> list[HourUnit]:
     """Each case of `fused-losses bench` at its shapes and dtypes."""
     found = []
     for name in dict.fromkeys((*HEADS, *CASES)):
@@ -62,7 +62,7 @@ def head_units(setting: Setting) -> list[Unit]:
             # the peers' kernels take 16-bit rows
             for dtype in reversed(entry.dtypes(setting.device)):
                 unit = f"heads/{title(name, shape, dtype)}"
-                found.append(Unit(unit, lambda a=(name, shape, dtype): head(setting, *a)))
+                found.append(HourUnit(unit, lambda a=(name, shape, dtype): head(setting, *a)))
     return found
 
 
@@ -101,9 +101,9 @@ def _ratios(case: Case, result: measure.Result, results: list[measure.Result]) -
 # ---- launches and memory ------------------------------------------------------------------------
 
 
-def launch_units(setting: Setting) -> list[Unit]:
+def launch_units(setting: Setting) -> list[HourUnit]:
     """Each function's step, forward and backward, as `auto` runs it."""
-    return [Unit(f"launches/{e.name}", lambda e=e: launched(setting, e))
+    return [HourUnit(f"launches/{e.name}", lambda e=e: launched(setting, e))
             for e in setting.functions()]  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def _on_device(step: Callable[[], object]) -> int:
 # ---- the model ----------------------------------------------------------------------------------
 
 
-def model_units(setting: Setting) -> list[Unit]:
+def model_units(setting: Setting) -> list[HourUnit]:
     """Every form of every operation of the roofline, timed, and its bound."""
     found = []
     for entry in TABLE:
@@ -214,11 +214,11 @@ def model_units(setting: Setting) -> list[Unit]:
                 continue
             for way in op.backends:
                 unit = f"model/{op.name}/{op.direction}/{way}"
-                found.append(Unit(unit, lambda a=(entry, i, way): modelled(setting, *a)))
+                found.append(HourUnit(unit, lambda a=(entry, i, way): modelled(setting, *a)))
     return found
 
 
-def modelled(setting: Setting, entry: Sizes, index: int, way: str) -> Outcome:
+def modelled(setting: Setting, entry: OpSizes, index: int, way: str) -> Outcome:
     """One form's time against the model's bound and against the floor's."""
     given = entry.tiny if setting.rehearsed else entry.sizes
     flat = list(entry.make(*given))[index]

@@ -17,8 +17,8 @@ from fused_losses.bench.measure import give_back_memory
 from fused_losses.first_hour.checks import row_entry
 from fused_losses.first_hour.page import page
 from fused_losses.first_hour.plan import Stage, planned
-from fused_losses.first_hour.record import FAILED, REPORT, STOPPED, Outcome, Record
-from fused_losses.first_hour.setting import Setting, Unit, wait
+from fused_losses.first_hour.record import FAILED, REPORT, STOPPED, HourRecord, Outcome
+from fused_losses.first_hour.setting import HourUnit, Setting, wait
 from fused_losses.verify.table import DeviceLost
 
 DONE, LOST, INTERRUPTED = 0, 3, 130  # how the process ends: a lost device needs a fresh process
@@ -37,7 +37,7 @@ class Clock:
 
 def run(setting: Setting, clock: Clock) -> int:
     """Every unit that has not ended, in order; twice, the second time without shares."""
-    record = Record(setting.out)
+    record = HourRecord(setting.out)
     stages = planned(setting)
     done = set(record.ended())
     for paced in (True, False):
@@ -53,7 +53,7 @@ def run(setting: Setting, clock: Clock) -> int:
     return DONE
 
 
-def _run_one(setting: Setting, record: Record, stage: Stage, unit: Unit) -> bool:
+def _run_one(setting: Setting, record: HourRecord, stage: Stage, unit: HourUnit) -> bool:
     """One unit and its line; whether the device can go on."""
     print(f"{stage.name}: {unit.name}", file=sys.stderr)
     record.begin(unit.name)

@@ -30,23 +30,23 @@ from fused_losses.primitives.row_statistics.op import row_statistics
 LARGEST = -math.log(1e-30)  # of a row's loss: the peer's share of the softmax has this floor
 
 
-class _Margin(NamedTuple):
+class _PeerMargin(NamedTuple):
     """The peer's margin as one of ours."""
 
     margin: Margin | None
     scale: float
 
 
-def _margin_of(module: Any) -> _Margin:
+def _margin_of(module: Any) -> _PeerMargin:
     """By its class and numbers; and by what it does to some cosines: users keep the file."""
     name = type(module).__name__
     try:
         if name == "CombinedMarginLoss":
             found = _combined(module)
         elif name == "ArcFace":
-            found = _Margin(ArcFace(module.margin, "none"), float(module.s))
+            found = _PeerMargin(ArcFace(module.margin, "none"), float(module.s))
         elif name == "CosFace":
-            found = _Margin(CosFace(module.m), float(module.s))
+            found = _PeerMargin(CosFace(module.m), float(module.s))
         else:
             raise NotCovered(f"{name}, a margin that is not known")
     except (AttributeError, TypeError, ValueError) as error:
@@ -56,7 +56,7 @@ def _margin_of(module: Any) -> _Margin:
     return found
 
 
-def _combined(module: Any) -> _Margin:
+def _combined(module: Any) -> _PeerMargin:
     if module.m1 == 1 and module.m3 == 0:
         margin = ArcFace(module.m2, "none")
     elif module.m3 > 0:
@@ -66,10 +66,10 @@ def _combined(module: Any) -> _Margin:
     threshold = module.interclass_filtering_threshold
     if threshold > 0:
         margin = InterclassFilter(margin, threshold)
-    return _Margin(margin, float(module.s))
+    return _PeerMargin(margin, float(module.s))
 
 
-def _does(module: Any, found: _Margin) -> bool:
+def _does(module: Any, found: _PeerMargin) -> bool:
     """Whether the peer's module makes of some cosines what ours does."""
     cosines = torch.linspace(-0.98, 0.98, 15, dtype=torch.float64).view(5, 3)
     cosines = cosines[[3, 0, 4, 1, 2]]

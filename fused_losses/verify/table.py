@@ -14,7 +14,7 @@ from fused_losses import backends
 from fused_losses.base.disturbance import LOWERED, Movement, distance, rounded_once
 from fused_losses.base.examples import EXACT, TABLE, UNJUDGED, Example, ExampleInputs
 from fused_losses.base.records import told
-from fused_losses.verify.forms import Form, Room, forms, within
+from fused_losses.verify.forms import KernelForm, LittleRoom, forms, within
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cpu", "triton", "cuda", "bounded")
@@ -58,14 +58,14 @@ class Chosen(NamedTuple):
 ALL = Chosen()
 
 
-class Step(NamedTuple):
+class VerifyStep(NamedTuple):
     """One example at one shape on one device."""
 
     example: Example
     device: torch.device
     shape: VerifiedShape
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    room: Room | None = None  # less memory than usual for partial results
+    room: LittleRoom | None = None  # less memory than usual for partial results
     backends: tuple[str, ...] = BACKENDS
 
 
@@ -131,13 +131,13 @@ def steps(
     on: Sequence[str] | None = None,
     shapes: Sequence[VerifiedShape] | None = None,
     chosen: Chosen = ALL,
-) -> list[Step]:
+) -> list[VerifyStep]:
     """What is checked, in order; without shapes also those that reach a GPU's other forms."""
     found = []
     for name in on or devices():
         device = torch.device(name)
         found += [
-            Step(example, device, shape)
+            VerifyStep(example, device, shape)
             for shape in shapes or SHAPES[device.type]
             for example in TABLE.values()
             if judged(example) and chosen.takes(example.name)
@@ -151,9 +151,9 @@ def steps(
     return found
 
 
-def _reaching(form: Form, device: torch.device) -> Step:
+def _reaching(form: KernelForm, device: torch.device) -> VerifyStep:
     example = TABLE[form.example]
-    return Step(example, device, form.shape, (form.dtype,), form.room, (form.backend,))
+    return VerifyStep(example, device, form.shape, (form.dtype,), form.room, (form.backend,))
 
 
 def rows(
@@ -173,7 +173,7 @@ def rows(
         yield from of(step, chosen, seed)
 
 
-def of(step: Step, chosen: Chosen = ALL, seed: int = 0) -> Iterator[Row]:
+def of(step: VerifyStep, chosen: Chosen = ALL, seed: int = 0) -> Iterator[Row]:
     """The rows of one step."""
     example, device, shape = step.example, step.device, step.shape
     n, m, d = shape
@@ -245,7 +245,7 @@ class Truth:
         return _nearest_its_bound(got, self.parts, self._moved[lowered])
 
 
-def _failed(step: Step, backend: str, what: str, error: Exception) -> Row:
+def _failed(step: VerifyStep, backend: str, what: str, error: Exception) -> Row:
     """A row of a call that raised; raises where the device takes no more work after it."""
     where = _where(backend, step.device)
     row = Row(step.example.name, where, what, step.shape, float("inf"), 0.0, told(error))

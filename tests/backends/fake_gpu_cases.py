@@ -20,7 +20,7 @@ from fused_losses import primitives
 from fused_losses.base.examples import EXACT, TABLE, Example, ExampleInputs
 from fused_losses.centers import ClassCenters
 from fused_losses.primitives.op import OPS
-from fused_losses.verify.forms import Form, forms, within
+from fused_losses.verify.forms import KernelForm, forms, within
 
 SIZES = (37, 173, 72)
 DEVICE = 1
@@ -126,7 +126,7 @@ PROCESSORS = 132  # of `fake_gpu`
 @pytest.mark.parametrize("form", forms(PROCESSORS), ids=lambda f: f"{f.kernel}-{f.example}")
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100"))
 def test_shapes_of_verify_reach_the_kernels_that_they_name(
-    arch: str, form: Form, monkeypatch: pytest.MonkeyPatch
+    arch: str, form: KernelForm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if form.kernel == "forward_resident" and arch != "sm_90":
         pytest.skip("sm_90 alone has it")

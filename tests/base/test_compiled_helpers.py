@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses import functional
 from fused_losses.base import compiled, integers, numerics, unit_norm
 from fused_losses.base.integers import dense
 from fused_losses.base.memory_budget import Room
@@ -341,9 +340,16 @@ def test_pairs_that_do_not_fit_are_left_to_python() -> None:
 
 
 def test_a_checkpoint_that_stops_in_the_middle_leaves_nothing() -> None:
-    """It ends its second run by an exception where the last tensor is saved."""
+    """It ends its second run by an exception where the last tensor is saved, here the node's."""
     x, y = (torch.randn(9, 4, requires_grad=True) for _ in range(2))
-    loss = checkpoint(functional.info_nce, x, y, use_reentrant=False)
+    labels = torch.arange(9, dtype=torch.int32)
+
+    def value(a: Tensor, b: Tensor) -> Tensor:
+        scale = torch.tensor(2.0, dtype=torch.float64)
+        inputs = PairInputs(a, b, scale, x_labels=labels, y_labels=labels)
+        return pair_statistics(inputs)[0].value.sum()
+
+    loss = checkpoint(value, x, y, use_reentrant=False)
     assert isinstance(loss, Tensor)
     loss.backward()
     alive = weakref.ref(y)

@@ -37,6 +37,7 @@ WHERE = {
     "integrations/acceleration.py": {"import_module"},
     "integrations/pytorch_metric_learning/triplets.py": {"import_module"},
     "train/faces/backbone.py": {"import_module"},
+    "verify/forms.py": {"import_module"},
     "datasets/glyphs/drawing.py": {"ProcessPoolExecutor", "multiprocessing"},
     "train/large/cli.py": {"multiprocessing"},
     "train/large/group.py": {"broadcast_object_list"},
@@ -44,7 +45,7 @@ WHERE = {
 # files of torch.save are read by the reader that runs nothing
 READS = {"centers/insightface_files.py", "train/frame/checkpoint.py"}
 REQUIRED = {"torch", "triton"}
-OPTIONAL = {"PIL", "fontTools", "matplotlib"}
+OPTIONAL = {"PIL", "fontTools", "matplotlib", "sentence_transformers"}
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
 
 
@@ -104,7 +105,7 @@ def test_other_packages_are_those_of_the_page() -> None:
     found = {name for path in SOURCES.values() for name in imported(path.read_text())}
     assert found == REQUIRED | OPTIONAL
     section = PAGE.partition("## Dependencies and pickles")[2].partition("\n## ")[0]
-    for name in REQUIRED | {"Pillow", "fontTools", "matplotlib"}:
+    for name in REQUIRED | {"Pillow", "fontTools", "matplotlib", "sentence-transformers"}:
         assert name in section, name
 
 

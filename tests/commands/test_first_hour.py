@@ -19,15 +19,15 @@ from fused_losses import cli
 from fused_losses.first_hour import command, plan, worker
 from fused_losses.first_hour.page import page
 from fused_losses.first_hour.plan import Stage
-from fused_losses.first_hour.record import FAILED, MEASURED, Outcome, Record
-from fused_losses.first_hour.setting import Setting, Unit
+from fused_losses.first_hour.record import FAILED, MEASURED, HourRecord, Outcome
+from fused_losses.first_hour.setting import HourUnit, Setting
 from fused_losses.verify.table import DeviceLost, Row
 
 DONE = Outcome(MEASURED)
 
 
 def states(folder: Path) -> dict[str, str]:
-    return {name: entry["state"] for name, entry in Record(folder).ended().items()}
+    return {name: entry["state"] for name, entry in HourRecord(folder).ended().items()}
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_the_whole_hour_is_rehearsed_and_goes_on(tmp_path: Path, capsys) -> None
     found = states(out)
     assert {name.partition("/")[0] for name in found} == set(plan.NAMES)
     assert FAILED not in found.values()
-    entries = Record(out).ended()
+    entries = HourRecord(out).ended()
     checked = entries["verify/linear_cross_entropy"]["rows"]
     assert {row["backend"] for row in checked} >= {"cpu", "triton", "bounded"}
     (row,) = entries["launches/linear_cross_entropy"]["rows"]
@@ -58,7 +58,7 @@ def test_the_whole_hour_is_rehearsed_and_goes_on(tmp_path: Path, capsys) -> None
     assert "A rehearsal, without a GPU" in report
     assert all(f"## {stage.name}: {stage.what}" in report for stage in plan.STAGES)
     # nothing is begun twice
-    begun = [e["unit"] for e in Record(out).entries() if e.get("state") == "begun"]
+    begun = [e["unit"] for e in HourRecord(out).entries() if e.get("state") == "begun"]
     assert len(begun) == len(set(begun)) == len(found)
 
 
@@ -68,7 +68,10 @@ def test_the_whole_hour_is_rehearsed_and_goes_on(tmp_path: Path, capsys) -> None
 def given(monkeypatch: pytest.MonkeyPatch, *stages: tuple[float, dict[str, Callable]]) -> None:
     """Stages with a share of the time and units by name."""
     made = [
-        (Stage("probe", "made up", lambda _: [], until), [Unit(*unit) for unit in units.items()])
+        (
+            Stage("probe", "made up", lambda _: [], until),
+            [HourUnit(*unit) for unit in units.items()],
+        )
         for until, units in stages
     ]
     monkeypatch.setattr(worker, "planned", lambda setting: made)
@@ -86,7 +89,7 @@ def test_a_unit_that_raises_has_failed_and_the_next_one_runs(tmp_path, monkeypat
     given(monkeypatch, (1.0, {"probe/a": broken, "probe/b": lambda: DONE}))
     assert ran(tmp_path) == worker.DONE
     assert states(tmp_path) == {"probe/a": FAILED, "probe/b": MEASURED}
-    assert Record(tmp_path).ended()["probe/a"]["told"] == "ValueError: k: expected 3"
+    assert HourRecord(tmp_path).ended()["probe/a"]["told"] == "ValueError: k: expected 3"
     report = (tmp_path / "report.md").read_text()
     assert "## Failed" in report and "| probe/a | ValueError: k: expected 3 |" in report
 
@@ -106,7 +109,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_unit_is_begun_again(tmp_path, monkeyp
     given(monkeypatch, (1.0, {f"probe/{name}": unit(name) for name in "abc"}))
     with pytest.raises(KeyboardInterrupt):
         ran(tmp_path)
-    assert states(tmp_path) == {"probe/a": MEASURED} and not Record(tmp_path).running()
+    assert states(tmp_path) == {"probe/a": MEASURED} and not HourRecord(tmp_path).running()
     assert ran(tmp_path) == worker.DONE
     assert runs == ["a", "b", "b", "c"] and len(states(tmp_path)) == 3
 
@@ -119,7 +122,7 @@ def test_a_lost_device_ends_the_process_and_its_row_is_kept(tmp_path, monkeypatc
 
     given(monkeypatch, (1.0, {"verify/a": lost, "verify/b": lambda: DONE}))
     assert ran(tmp_path) == worker.LOST
-    entry = Record(tmp_path).ended()["verify/a"]
+    entry = HourRecord(tmp_path).ended()["verify/a"]
     assert entry["state"] == FAILED and "illegal address" in entry["told"]
     assert entry["rows"][0]["error"] == "inf" and not entry["rows"][0]["passed"]
     assert ran(tmp_path) == worker.DONE and states(tmp_path)["verify/b"] == MEASURED
@@ -130,7 +133,7 @@ def test_a_device_that_is_lost_behind_a_result_fails_it(tmp_path, monkeypatch) -
     given(monkeypatch, (1.0, {"heads/a": lambda: outcome, "heads/b": lambda: DONE}))
     monkeypatch.setattr(worker, "_alive", lambda device: False)
     assert ran(tmp_path) == worker.LOST
-    (entry,) = Record(tmp_path).ended().values()
+    (entry,) = HourRecord(tmp_path).ended().values()
     assert entry["state"] == FAILED and entry["rows"] == [{"us": 1.0}]
     assert entry["told"] == "the device takes no more work after it; clocks"
     # the row is none of a case: the page goes on without it
@@ -159,7 +162,7 @@ def test_a_stage_leaves_its_place_when_its_share_is_over(tmp_path, monkeypatch) 
 
 
 def test_lines_that_were_cut_are_none(tmp_path: Path) -> None:
-    record = Record(tmp_path)
+    record = HourRecord(tmp_path)
     record.begin("probe/a")
     record.end("probe/a", Outcome(MEASURED, ({"x": float("nan")},)))
     with open(record.lines.path, "a") as file:
@@ -195,7 +198,7 @@ done = [json.loads(t)["unit"] for t in open({str(folder / "lines.jsonl")!r}) if 
     (folder / "lines.jsonl").touch()
     said: list[str] = []
     bounds = {"minutes": 1.0, "unit_seconds": 30.0} | limits
-    record = Record(folder)
+    record = HourRecord(folder)
     return command.watched(Setting("cpu", folder), record, say=said.append, **bounds), said
 
 
@@ -209,7 +212,7 @@ begin("probe/b"); end("probe/b")
 """
     assert watch(monkeypatch, tmp_path, code)[0] == 0
     assert states(tmp_path) == {"probe/a": FAILED, "probe/b": MEASURED}
-    assert "status -11" in Record(tmp_path).ended()["probe/a"]["told"]
+    assert "status -11" in HourRecord(tmp_path).ended()["probe/a"]["told"]
 
 
 @pytest.mark.processes
@@ -223,7 +226,7 @@ begin("probe/b"); end("probe/b")
 """
     assert watch(monkeypatch, tmp_path, code, unit_seconds=0.5)[0] == 0
     assert states(tmp_path) == {"probe/a": FAILED, "probe/b": MEASURED}
-    assert Record(tmp_path).ended()["probe/a"]["told"] == "took longer than 0.5 s"
+    assert HourRecord(tmp_path).ended()["probe/a"]["told"] == "took longer than 0.5 s"
 
 
 @pytest.mark.processes
@@ -233,7 +236,7 @@ def test_the_end_of_the_time_stops_a_unit_which_a_second_call_begins_again(
     code = 'begin("probe/a"); time.sleep(60)'
     status, said = watch(monkeypatch, tmp_path, code, minutes=0.01)
     assert status == 0 and "are over; a second call goes on" in said[-1]
-    assert states(tmp_path) == {} and not Record(tmp_path).running()
+    assert states(tmp_path) == {} and not HourRecord(tmp_path).running()
     assert watch(monkeypatch, tmp_path, 'begin("probe/a"); end("probe/a")')[0] == 0
     assert states(tmp_path) == {"probe/a": MEASURED}
 
@@ -247,14 +250,14 @@ def test_a_process_that_never_begins_is_not_started_for_ever(tmp_path, monkeypat
 @pytest.mark.processes
 def test_ctrl_c_while_watching_says_so(tmp_path, monkeypatch) -> None:
     def interrupted(*_: object) -> str:
-        while not Record(tmp_path).running():
+        while not HourRecord(tmp_path).running():
             time.sleep(0.01)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "_wait", interrupted)
     status, said = watch(monkeypatch, tmp_path, 'begin("probe/a"); time.sleep(60)')
     assert status == 130 and "stopped by Ctrl-C: what was measured so far is kept" in said[0]
-    assert states(tmp_path) == {} and not Record(tmp_path).running()
+    assert states(tmp_path) == {} and not HourRecord(tmp_path).running()
 
 
 @pytest.mark.processes
@@ -263,7 +266,7 @@ def test_a_limit_of_time_on_the_command_stops_it_as_ctrl_c_does(tmp_path, monkey
     code = 'begin("probe/a"); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)'
     status, said = watch(monkeypatch, tmp_path, code)
     assert status == 143 and "stopped by SIGTERM: what was measured so far is kept" in said[0]
-    assert states(tmp_path) == {} and not Record(tmp_path).running()
+    assert states(tmp_path) == {} and not HourRecord(tmp_path).running()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -275,7 +278,7 @@ def test_units_end_with_the_process_that_watches_them(tmp_path, monkeypatch) -> 
 
 
 def test_a_unit_that_cuts_every_process_is_not_begun_a_third_time(tmp_path: Path) -> None:
-    record = Record(tmp_path)
+    record = HourRecord(tmp_path)
     for _ in range(2):
         record.begin("verify/a")
     record.begin("verify/b")
@@ -283,7 +286,7 @@ def test_a_unit_that_cuts_every_process_is_not_begun_a_third_time(tmp_path: Path
 
 
 def test_another_machine_has_a_folder_of_its_own(tmp_path: Path, capsys) -> None:
-    Record(tmp_path).note(identity={"device": "another", "torch": "1", "rehearsal": True})
+    HourRecord(tmp_path).note(identity={"device": "another", "torch": "1", "rehearsal": True})
     assert cli.main(["first-hour", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert f"--out {tmp_path}: its lines are of" in capsys.readouterr().out
 
@@ -296,7 +299,7 @@ def test_without_a_gpu_it_says_what_can_be_done(tmp_path: Path, capsys) -> None:
 
 
 def test_the_report_sorts_by_the_distance_from_the_model(tmp_path: Path) -> None:
-    record = Record(tmp_path)
+    record = HourRecord(tmp_path)
     for name, over in (("near", 1.2), ("far", 9.0), ("none", None)):
         row: dict[str, Any] = {"op": name, "way": "cuda", "shape": "", "us": 5.0, "gpu": "x"}
         row |= {} if over is None else {"over": over, "model_us": 1.0, "floor_us": 1.0}

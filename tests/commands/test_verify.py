@@ -208,7 +208,7 @@ def test_a_device_that_is_lost_ends_the_table_with_its_row(monkeypatch, tmp_path
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", gone)
-    step = verify.Step(TABLE["circle"], torch.device("cuda"), (1, 2, 3))
+    step = verify.VerifyStep(TABLE["circle"], torch.device("cuda"), (1, 2, 3))
     with pytest.raises(verify.DeviceLost, match="after circle on cuda.*KeyError: 'k'") as lost:
         verify._failed(step, "cuda", "float32/fp32", KeyError("k"))
 
@@ -250,7 +250,7 @@ def test_little_room_is_for_one_call() -> None:
     usual = row_statistics.PARTIAL_BYTES
     with (
         pytest.raises(ZeroDivisionError),
-        forms.within(forms.Room("primitives.row_statistics.triton", "PARTIAL_BYTES", 1)),
+        forms.within(forms.LittleRoom("primitives.row_statistics.triton", "PARTIAL_BYTES", 1)),
     ):
         assert row_statistics.PARTIAL_BYTES == 1
         raise ZeroDivisionError

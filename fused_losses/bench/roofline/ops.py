@@ -298,7 +298,7 @@ _euclidean = partial(distance_op, kind="euclidean")
 _cityblock = partial(distance_op, kind="cityblock")
 
 
-class Sizes(NamedTuple):
+class OpSizes(NamedTuple):
     """An operation's table at its sizes, and at some that interpreted kernels do in no time."""
 
     make: Callable[..., Iterator[Operation]]
@@ -307,19 +307,19 @@ class Sizes(NamedTuple):
 
 
 TABLE = (
-    Sizes(_margin_softmax, (1024, 1_000_000, 512), (16, 40, 16)),
-    Sizes(_linear_cross_entropy, (8192, 131_072, 1024), (16, 40, 16)),
-    Sizes(divergence_op, (1024, 131_072, 512), (16, 40, 16)),
-    Sizes(class_rule_op, (1024, 1_000_000, 512), (16, 40, 16)),
-    Sizes(_info_nce, (32_768, 512), (16, 16)),
-    Sizes(_sigmoid, (32_768, 512), (16, 16)),
-    Sizes(attention_op, (16_384, 512, 512), (16, 16, 16)),
-    Sizes(_neighbours, (1024, 1_000_000, 256, 10), (16, 40, 16, 2)),
-    Sizes(_batch_hard, (8192, 8192, 128, 1), (16, 16, 16, 1)),
-    Sizes(_euclidean, (8192, 512), (16, 16)),
-    Sizes(_cityblock, (4096, 128), (16, 16)),
-    Sizes(maxsim_op, (64, 64, 32, 256, 128), (2, 3, 4, 5, 16)),
-    Sizes(update_op, (1_000_000, 65_536, 512), (40, 16, 16)),
+    OpSizes(_margin_softmax, (1024, 1_000_000, 512), (16, 40, 16)),
+    OpSizes(_linear_cross_entropy, (8192, 131_072, 1024), (16, 40, 16)),
+    OpSizes(divergence_op, (1024, 131_072, 512), (16, 40, 16)),
+    OpSizes(class_rule_op, (1024, 1_000_000, 512), (16, 40, 16)),
+    OpSizes(_info_nce, (32_768, 512), (16, 16)),
+    OpSizes(_sigmoid, (32_768, 512), (16, 16)),
+    OpSizes(attention_op, (16_384, 512, 512), (16, 16, 16)),
+    OpSizes(_neighbours, (1024, 1_000_000, 256, 10), (16, 40, 16, 2)),
+    OpSizes(_batch_hard, (8192, 8192, 128, 1), (16, 16, 16, 1)),
+    OpSizes(_euclidean, (8192, 512), (16, 16)),
+    OpSizes(_cityblock, (4096, 128), (16, 16)),
+    OpSizes(maxsim_op, (64, 64, 32, 256, 128), (2, 3, 4, 5, 16)),
+    OpSizes(update_op, (1_000_000, 65_536, 512), (40, 16, 16)),
 )
 
 
