@@ -173,6 +173,8 @@ bool pairs_fit(const py::tuple& inputs) {
       !at::isFloatingType(x.scalar_type()) || x.element_size() == 1 || !t[kScale]->defined()) {
     return false;
   }
+  // the node takes columns of which there are none for columns that were not asked for
+  if (y.size(0) == 0) return false;
   const bool triangle = inputs[kTriangle].ptr() == Py_True, apart = inputs[kApart].ptr() == Py_True;
   if (triangle && t[kExclude]->defined()) return false;
   for (size_t side = 0; side < (triangle ? 1 : 2); ++side) {
