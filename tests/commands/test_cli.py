@@ -103,7 +103,7 @@ def test_on_a_gpu_a_step_is_timed_between_events_and_told_in_microseconds(monkey
     case = Case("a case", {}, ["ours"], [], 1.0, 1.0)
     results = [measure.Result("ours", [0.25], 1.0)]
     told = "\n".join(report.table(case, results, device="cuda"))
-    assert "| | µs |" in told and "| ours | 250 (250 to 250) | | 1.0 |" in told
+    assert "| | µs | of floor |" in told and "| ours | 250 (250 to 250) |  | 1.0 |" in told
     assert "| | ms |" in "\n".join(report.table(case, results))
 
 
