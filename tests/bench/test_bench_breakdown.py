@@ -79,9 +79,10 @@ def test_names_are_bared() -> None:
 
 def test_without_perf_the_sum_is_told_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakdown.shutil, "which", lambda name: None)
-    case = CASES["info_nce"].make(64, 16, rivals="none")
+    # long enough for ticks of the clock, by which the system tells user's time
+    case = CASES["info_nce"].make(512, 64, rivals="none")
     found = breakdown.measured(
-        "a", lambda: breakdown._step(case, case.ours[0]), 1e9, 3, (None, "no")
+        "a", lambda: breakdown._step(case, case.ours[0]), 1e9, 100, (None, "no")
     )
     assert shares(found)[breakdown.USER] > 0 and found["samples"] == 0
     assert "perf is not installed" in found["parts"][0]["how"]
