@@ -20,7 +20,7 @@ CALLS = int(os.environ.get("FUSED_LOSSES_CALLS", "200"))
 
 @functools.cache
 def measured() -> dict[str, dict[str, float]]:
-    return left_behind(NAMES, CALLS, seconds=300 + CALLS)
+    return left_behind(NAMES, CALLS, seconds=900 + CALLS)
 
 
 @pytest.mark.parametrize("name", NAMES)
