@@ -12,11 +12,10 @@ from fused_losses.base import plans
 from fused_losses.base.examples import EXACT, examples
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, row_dtype
 from fused_losses.base.parameters import check_parameter
-from fused_losses.base.sides import integers
 from fused_losses.base.validation import check_number, check_plain
 from fused_losses.pairwise.own_metric import OwnMetric
 from fused_losses.pairwise.topk import ORDERS, compared, is_product
-from fused_losses.pairwise.topk_arguments import check_named, check_topk
+from fused_losses.pairwise.topk_arguments import check_named, check_topk, taking_part
 from fused_losses.pairwise.topk_in_full import Unscreened
 from fused_losses.primitives.topk.inputs import QuantizedRows, TopkInputs
 from fused_losses.primitives.topk.listed import listed
@@ -85,28 +84,9 @@ def radius_search(
     check_named(metric, p, metric_options)
     _check_radius(radius, metric)
     bank = x if y is None else y
-    rows = bank.codes if isinstance(bank, QuantizedRows) else bank
-    numbers = integers(
-        x,
-        rows,
-        ("x_", "y_"),
-        alone=y is None,
-        labels=(x_labels, y_labels),
-        ids=(x_ids, y_ids),
-        exclude=exclude,
-    )
-    if match != "any" and x_labels is None:
-        raise ValueError(f"x_labels: expected labels with match={match!r}, got None")
-    asked = dict(
-        x_labels=None if match == "any" else numbers.x_labels,
-        y_labels=None if match == "any" else numbers.y_labels,
-        x_ids=numbers.x_ids,
-        y_ids=numbers.y_ids,
-        exclude=numbers.exclude,
-        largest=metric == "dot" if largest is None else largest,
-        match=match,
-        skip_self=skip_self,
-    )
+    labels, ids = (x_labels, y_labels), (x_ids, y_ids)
+    asked, _ = taking_part(x, y, labels, ids, exclude, match, skip_self)
+    asked["largest"] = metric == "dot" if largest is None else largest
     with no_autocast(x.device):
         if callable(metric) or not is_product(metric, metric_options):
             options = {"p": p, "backend": backend, **metric_options}

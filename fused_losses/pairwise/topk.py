@@ -19,12 +19,12 @@ from fused_losses.base.numerics import (
     root,
     row_dtype,
 )
-from fused_losses.base.sides import Integers, integers
+from fused_losses.base.sides import Integers
 from fused_losses.base.validation import check_plain
 from fused_losses.pairwise.class_covariance import of_classes
 from fused_losses.pairwise.lengths import of_some_length
 from fused_losses.pairwise.own_metric import OwnMetric
-from fused_losses.pairwise.topk_arguments import check_batches, check_named, check_topk
+from fused_losses.pairwise.topk_arguments import check_batches, check_named, check_topk, taking_part
 from fused_losses.pairwise.topk_in_full import finished, in_full
 from fused_losses.pairwise.whitening import whitened
 from fused_losses.primitives.topk.inputs import SCREENS, QuantizedRows, TopkInputs
@@ -138,30 +138,10 @@ def pairwise_topk(
         return _of_batches(x, y, k, metric, dict(**sided, exclude=exclude), given)
     check_topk(x, y, k, metric, match, screen)
     bank = x if y is None else y
-    rows = bank.codes if isinstance(bank, QuantizedRows) else bank
-    numbers = integers(
-        x,
-        rows,
-        ("x_", "y_"),
-        alone=y is None,
-        labels=(x_labels, y_labels),
-        ids=(x_ids, y_ids),
-        exclude=exclude,
-    )
-    if match != "any" and x_labels is None:
-        raise ValueError(f"x_labels: expected labels with match={match!r}, got None")
-    asked = dict(
-        x_labels=None if match == "any" else numbers.x_labels,
-        y_labels=None if match == "any" else numbers.y_labels,
-        x_ids=numbers.x_ids,
-        y_ids=numbers.y_ids,
-        exclude=numbers.exclude,
-        k=k,
-        largest=metric == "dot" if largest is None else largest,
-        match=match,
-        skip_self=skip_self,
-        symmetric=y is None and mirrored(numbers),
-    )
+    labels, ids = (x_labels, y_labels), (x_ids, y_ids)
+    asked, numbers = taking_part(x, y, labels, ids, exclude, match, skip_self)
+    asked["largest"] = metric == "dot" if largest is None else largest
+    asked |= dict(k=k, symmetric=y is None and mirrored(numbers))
     return best_columns(
         x, bank, metric, asked, p=p, screen=screen, backend=backend, **metric_options
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.sides import Integers, integers
 from fused_losses.pairwise.distance import check_options, check_weighted
 from fused_losses.pairwise.metrics import METRICS
 from fused_losses.pairwise.own_metric import OwnMetric, check_alone
@@ -76,6 +77,38 @@ def check_topk(
             f"screen: expected the QuantizedRows of float rows y {tuple(rows.shape)}, got codes "
             f"{validation.describe(screen.codes)}"
         )
+
+
+Sided = tuple[Tensor | None, Tensor | None]
+
+
+def taking_part(
+    x: Tensor,
+    y: Tensor | QuantizedRows | None,
+    labels: Sided,
+    ids: Sided,
+    exclude: Tensor | None,
+    match: str,
+    skip_self: bool,
+) -> tuple[dict[str, Any], Integers]:
+    """Which pairs a search looks at, as fields of `TopkInputs`, and the numbers they are of."""
+    bank = x if y is None else y
+    rows = bank.codes if isinstance(bank, QuantizedRows) else bank
+    numbers = integers(
+        x, rows, ("x_", "y_"), alone=y is None, labels=labels, ids=ids, exclude=exclude
+    )
+    if match != "any" and labels[0] is None:
+        raise ValueError(f"x_labels: expected labels with match={match!r}, got None")
+    asked = dict(
+        x_labels=None if match == "any" else numbers.x_labels,
+        y_labels=None if match == "any" else numbers.y_labels,
+        x_ids=numbers.x_ids,
+        y_ids=numbers.y_ids,
+        exclude=numbers.exclude,
+        match=match,
+        skip_self=skip_self,
+    )
+    return asked, numbers
 
 
 def _check_quantized(name: str, rows: QuantizedRows) -> None:
