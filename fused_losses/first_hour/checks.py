@@ -57,6 +57,8 @@ def more_units(setting: Setting) -> list[HourUnit]:
         name = f"more/{step.example.name}/{at}"
         if step.backends != table.BACKENDS:  # a form's own
             name += f"/{'/'.join(step.backends)}/{short(step.dtypes[0])}"
+        if step.room is not None:  # two forms may differ in nothing else
+            name += f"/{step.room.name.lower()}"
         found.append(HourUnit(name, lambda step=step: judged(step)))
     return found
 
