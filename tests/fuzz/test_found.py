@@ -148,6 +148,12 @@ FOUND = {
         Draw((3, 32, 65), "clusters", "as they are", torch.bfloat16, 1994801799),
         Call("cuda"),
     ),
+    # the bound's: the sum of a pair's rounded G, where short negatives leave the products little
+    "an angle of rounded G": (
+        "angular_plain_negatives",
+        Draw((7, 2, 2), "tiny", "skewed", torch.float32, 975859089),
+        Call("cuda", precision="mixed"),
+    ),
     # a plan of rows far from 0 was made of their products' roundings, its mass 54 for 1
     "a plan of roundings": (
         "sinkhorn_dot",

@@ -26,6 +26,7 @@ import margin_draws
 import margin_option_draws
 import metric_draws
 import muvera_draws
+import narrow_sums
 import option_draws
 import pair_cases
 import pair_option_draws
@@ -186,12 +187,6 @@ LIMITS: dict[str, tuple[str, ...]] = {
     ),
     "prototype_triplet": ("constant",),
 }
-# on CUDA the bias' gradient sums G as the products have it, rounded; sum |G| is at most the loss,
-# since a sigmoid is at most its softplus
-SUMS_OF_G = {"sigmoid_contrastive": "bias", "sigmoid_contrastive_labels": "bias"}
-# and a temperature's sums G s / t: weights less targets, at most 2 a row, of unit rows' s <= 1 / t,
-# a mean of t / 0.07 times each
-TEMPERATURES = {"supervised_contrastive_out": 0.07}
 # numbers whose gradient `cpu` reads off dx, sum <x, dx> over them: what dx is off, they are with it
 READ_OFF = ("temperature", "scale")
 # with narrowed products: a score that passes a threshold is another loss
@@ -342,14 +337,11 @@ def judge(case: Case, draw: Draw, which: list[Call] | None = None) -> Iterator[V
             top = float((exact.x @ exact.y.T).abs().max()) / 0.5
             masses = 2 * ROUNDOFF[torch.float64] * top
             spares = [s + masses * _size(w) for s, w in zip(spares, truth, strict=True)]
-        if call.backend == "cuda" and case.name in SUMS_OF_G:
-            rough = max(LOWERED[call.precision], ROUNDOFF[draw.dtype])
-            at = 1 + case.leaves.index(SUMS_OF_G[case.name])
-            spares[at] += 2 * rough * float(truth[0])
-        if call.backend in ("cuda", "triton") and case.name in TEMPERATURES:
-            rough = max(LOWERED[call.precision], ROUNDOFF[draw.dtype])
-            most = 2 / (TEMPERATURES[case.name] * float(exact.temperature))
-            spares[1 + case.leaves.index("temperature")] += rough * most
+        leaf, more = narrow_sums.spare(
+            case.name, call.backend, call.precision, draw.dtype, exact, truth[0]
+        )
+        if leaf:
+            spares[1 + case.leaves.index(leaf)] += more
         if call.backend == "cpu" and call.precision != "fp32":
             off = sum(
                 e * _size(getattr(exact, name))
