@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fused_losses import backends
+from fused_losses.backends.gpu.products import products_on
 from fused_losses.base.compiled import seen, transformed
 from fused_losses.base.numerics import no_autocast
 
@@ -209,8 +210,9 @@ OPS: dict[str, StreamedOp] = {}
 
 def _python(run: Op, backend: str) -> Op:
     def on_backend(*arguments: Any) -> Any:
-        # a product inside a kernel is ours to round, also where autocast surrounds the backward
-        with no_autocast(arguments[0].device):
+        # a product inside an op is ours to round, also where autocast surrounds the backward; what
+        # may be a tf32 one its form says itself
+        with no_autocast(arguments[0].device), products_on(backend):
             return run(backend, *arguments)
 
     return on_backend

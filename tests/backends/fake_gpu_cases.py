@@ -92,7 +92,7 @@ def judge(found: Noted) -> None:
         assert launched.current == DEVICE, launched
         assert launched.devices == {DEVICE}, launched
         assert launched.stream in (None, FIRST_STREAM + DEVICE), launched
-    assert all(found.without_tf32)
+    assert all(found.without_tf32)  # every example is of precision fp32
     for op, held, told in found.memory:
         assert held <= told, (op, held, told)
     assert [wait for wait in found.waits if wait[1] not in ALLOWED] == []
@@ -157,6 +157,31 @@ def test_class_centers(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     waited.update(place for _, place in found.waits)
     judge(found)
     assert found.launches and bool(found.waits) == (rate < 1)
+
+
+# ops whose GPU forms are PyTorch's operators: the function, and whether it takes a precision
+IN_PYTORCH = {
+    "nested_info_nce": True,
+    "shared_negatives": False,
+}
+
+
+@pytest.mark.parametrize("backend", ("triton", "cuda"))
+@pytest.mark.parametrize("name", IN_PYTORCH)
+def test_products_of_pytorch_are_as_precise_as_asked(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for precision in ("fp32", "tf32") if IN_PYTORCH[name] else ("fp32",):
+        with fake_gpu.gpu(monkeypatch, (backend,)) as found:
+            example = next(e for each, e in TABLE.items() if each.split(",")[0] == name)
+            inputs = ExampleInputs(*SIZES, device=f"cuda:{DEVICE}")
+            for leaf in example.leaves:
+                setattr(inputs, leaf, getattr(inputs, leaf).detach().requires_grad_())
+            options = {"precision": precision} if IN_PYTORCH[name] else {}
+            out = example(inputs, backend=backend, **options)
+            torch.autograd.backward(out, torch.empty_like(out))
+        assert set(found.without_tf32) == {precision == "fp32"}
+        assert len(found.without_tf32) >= 3  # a score, and two of its gradient
 
 
 def test_every_op_ran() -> None:

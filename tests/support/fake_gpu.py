@@ -66,7 +66,7 @@ class Noted:
     chosen: list[str] = field(default_factory=list)  # ops, with their backend
     # PyTorch's operators that launch a kernel each, or more: with their place in the package
     operations: list[tuple[str, str]] = field(default_factory=list)
-    # of float32 products of the library in GPU forms: whether tf32 is off in the thread that asks
+    # of float32 products of the library in ops on GPU backends: whether tf32 is off in its thread
     without_tf32: list[bool] = field(default_factory=list)
 
 
@@ -97,6 +97,7 @@ class Shapes(TorchDispatchMode):
         self.hoped: dict[int, bool] = {}
         self.kept: list[Tensor] = []  # so that their identities are
         self.inside = 0  # forms of GPU backends
+        self.on_backend = 0  # ops on such, those in PyTorch's operators too
         self.counted: set[int] = set()  # storages, by their address
         self.alive = self.most = 0  # their bytes on a GPU
 
@@ -107,11 +108,11 @@ class Shapes(TorchDispatchMode):
         if func.namespace == "fused_losses":
             return self.ours(func, args)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if self.inside and self.composite(func):
+        if self.on_backend and self.composite(func):
             # without autograd an operator made of others comes whole
             with self:
                 return func.decompose(*args, **kwargs)
-        if self.inside and func.overloadpacket in PRODUCTS and given[-1].dtype == torch.float32:
+        if self.on_backend and func.overloadpacket in PRODUCTS and given[-1].dtype == torch.float32:
             self.noted.without_tf32.append(extension().tf32_is_off())
         on_gpu = any(t.is_cuda for t in given)
         if on_gpu and (wait := self.waits(func, args, kwargs)):
@@ -163,15 +164,17 @@ class Shapes(TorchDispatchMode):
         before = self.devices.fake_exchange_device(self.start_on)
         # a primitive without a form of the backend's own runs on PyTorch's operators
         form = Path(primitives.__file__).parent / ops.OPS[op].primitive / f"{backend}.py"
-        own = backend in ("triton", "cuda") and form.is_file()
+        on_gpu = backend in ("triton", "cuda")
+        own = on_gpu and form.is_file()
         self.inside += own
+        self.on_backend += on_gpu
         try:
             for t in tree_leaves(args):
                 if isinstance(t, Tensor) and t.is_cuda:
                     self.count(t.untyped_storage())
             start = self.most = self.alive
             with self, torch.no_grad():
-                out = run(backend, *args)
+                out = ops._python(run, backend)(*args)
             made = {t.untyped_storage()._cdata: t for t in tree_leaves(out) if t is not None}
             held = self.most - start - sum(t.untyped_storage().nbytes() for t in made.values())
             told = ops.OPS[op].workspace(backend, direction, args)
@@ -180,6 +183,7 @@ class Shapes(TorchDispatchMode):
             return out
         finally:
             self.inside -= own
+            self.on_backend -= on_gpu
             self.devices.fake_exchange_device(before)
 
     def waits(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:

@@ -35,6 +35,11 @@ def float32_products(tf32: bool) -> AbstractContextManager:
     return nullcontext()
 
 
+def products_on(backend: str, tf32: bool = False) -> AbstractContextManager:
+    """`float32_products` where a GPU backend runs; those of PyTorch's forms follow the process."""
+    return float32_products(tf32) if backend in ("triton", "cuda") else nullcontext()
+
+
 @cache
 def _warn_of_tf32() -> None:
     warnings.warn(

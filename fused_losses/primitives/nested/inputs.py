@@ -31,6 +31,7 @@ class NestedInputs(NamedTuple):
     x_groups: Tensor | None = None  # [N] int32
     y_groups: Tensor | None = None  # [M] int32
     exclude: Tensor | None = None  # [N, E] int32
+    precision: str = "fp32"  # of the library's products on a GPU: "tf32" allows them
 
     def pairs(self) -> PairInputs:
         """The pairs without what a width says."""
@@ -54,13 +55,13 @@ class NestedNeeds(NamedTuple):
 
 
 FIELDS = len(NestedInputs._fields)
-NUMBERS = NestedInputs._fields[NestedInputs._fields.index("x_labels") :]
+NUMBERS = NestedInputs._fields[NestedInputs._fields.index("x_labels") : -1]
 BEFORE = 4  # a backward's tensors that stand before its inputs
 
 INPUTS = (
     "Tensor x, Tensor y, Tensor scale, Tensor? x_factor, Tensor? y_factor, Tensor? x_shrink, "
     "Tensor? y_shrink, int[] widths, Tensor? x_labels, Tensor? y_labels, Tensor? x_ids, "
-    "Tensor? y_ids, Tensor? x_groups, Tensor? y_groups, Tensor? exclude"
+    "Tensor? y_ids, Tensor? x_groups, Tensor? y_groups, Tensor? exclude, str precision"
 )
 
 FORWARD = f"({INPUTS}, bool cols) -> (Tensor rows, Tensor columns)"

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
+from fused_losses.backends.gpu.products import products_on
 from fused_losses.base import validation
 from fused_losses.base.numerics import row_dtype
 from fused_losses.base.validation import describe
@@ -67,7 +68,7 @@ def nested_statistics(
     _check(inputs)
     x = inputs.x
     name, _ = backends.choose(backend, x.device, x.dtype, precision, "pairs", x.shape[1])
-    inputs = inputs._replace(widths=list(inputs.widths))
+    inputs = inputs._replace(widths=list(inputs.widths), precision=precision)
     if name == "reference":
         rows, columns = reference_nested.statistics(inputs, cols)
     else:
@@ -165,10 +166,13 @@ class NestedStatisticsOp(StreamedOp):
         )
 
     def forward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return bounded.statistics(NestedInputs(*arguments[:-1]), arguments[-1])
+        p = NestedInputs(*arguments[:-1])
+        with products_on(backend, p.precision == "tf32"):
+            return bounded.statistics(p, arguments[-1])
 
     def backward(self, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return _backward(arguments)
+        with products_on(backend, arguments[BEFORE + FIELDS - 1] == "tf32"):
+            return _backward(arguments)
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         at = BEFORE if direction else 0
