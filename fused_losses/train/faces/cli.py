@@ -8,7 +8,7 @@ from typing import Any
 
 from fused_losses.train.faces.config import TrainConfig
 from fused_losses.train.faces.run import train
-from fused_losses.train.frame.commands import add_run_arguments, first_free, status_of
+from fused_losses.train.frame.commands import TRUSTED, add_run_arguments, first_free, status_of
 from fused_losses.train.frame.options import OptionError
 from fused_losses.train.frame.runs import CONFIG, run_folder, runs_folder
 
@@ -22,12 +22,17 @@ are bitwise the same. --resume --steps N goes on to more steps, of a finished ru
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every field of `TrainConfig` as an option, and where and how to run."""
-    add_run_arguments(
+    run = add_run_arguments(
         parser,
         TrainConfig,
         description=DESCRIPTION,
         name="the data's name",
         resume="go on with RUNS/NAME (or the latest)",
+    )
+    run.add_argument(
+        f"--{TRUSTED.replace('_', '-')}",
+        action="store_true",
+        help="--resume imports the backbone that the run's config.json names, unasked",
     )
 
 

@@ -104,6 +104,13 @@ class TrainConfig(Config):
     def picture_channels(self) -> int:
         return self.channels or (1 if self.backbone == "small" else 3)
 
+    def code(self) -> dict[str, Any]:
+        """The factory, unless it is this package's own, and its arguments."""
+        if self.backbone == "small":
+            return {}
+        args = {"backbone_args": self.backbone_args} if self.factory_args() else {}
+        return {"backbone": self.backbone, **args}
+
     def factory_args(self) -> dict[str, Any]:
         """`backbone_args` as a dictionary."""
         return json_object("backbone_args", self.backbone_args)

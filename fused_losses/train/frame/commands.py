@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -10,11 +11,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fused_losses.train.frame.memory import is_memory
-from fused_losses.train.frame.options import Config, OptionError, add_options, given_options
+from fused_losses.train.frame.options import (
+    Config,
+    OptionError,
+    add_options,
+    check_code,
+    given_options,
+    words,
+)
 from fused_losses.train.frame.runs import CONFIG
 from fused_losses.train.frame.steps import Interrupted
 
 C = TypeVar("C", bound=Config)
+TRUSTED = "trust_config"  # of a trainer that imports what a configuration names
 
 
 def add_run_arguments(
@@ -60,16 +69,22 @@ def status_of(
     folder: the run's, of the fields that the command line set. command: what goes on with it.
     """
     given = given_options(args, kind)
+    named: list[str] = []
     try:
         place = folder(given)
         saved = place / CONFIG
-        start = kind.load(saved) if args.resume and saved.exists() else kind()
-        work(start.with_changes(**given), place)
+        start = kind()
+        if args.resume and saved.exists():
+            start = kind.load(saved)
+            if not getattr(args, TRUSTED, False):
+                check_code(start, given, saved, f"--{TRUSTED.replace('_', '-')}")
+        config = start.with_changes(**given)
+        named = words(config.code())
+        work(config, place)
     except Interrupted as stopped:
-        runs = "" if args.runs == "runs" else f" --runs {args.runs}"
-        print(
-            f"\nstopped; go on with: {command}{runs} --name {place.name} --resume", file=sys.stderr
-        )
+        runs = [] if args.runs == "runs" else ["--runs", args.runs]
+        again = shlex.join([*runs, "--name", place.name, "--resume", *named])
+        print(f"\nstopped; go on with: {command} {again}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print("\nstopped at once; what the last checkpoint holds is kept", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import Field, field, fields
 from pathlib import Path
@@ -85,6 +86,10 @@ class Config:
         except ValueError as error:
             raise RunFileError(f"{path}: {error}") from error
 
+    def code(self) -> dict[str, Any]:
+        """The fields that name code of others', which a run imports, and what it is called with."""
+        return {}
+
     def with_changes(self, **changes: Any) -> Self:
         return type(self)(**{**vars(self), **changes})
 
@@ -104,6 +109,22 @@ def differences(saved: Config, asked: Config) -> list[str]:
         and had != told[name]
         and not (name in saved.MAY_GROW and told[name] > had)
     ]
+
+
+def check_code(saved: Config, given: Mapping[str, Any], path: Path, otherwise: str) -> None:
+    """OptionError where a configuration read from a file names code that the user did not name."""
+    named = saved.code()
+    # other values than the run's are refused where the two are compared, before any import
+    unsaid = [name for name in named if name not in given]
+    if unsaid:
+        text = f"{path} has {named[unsaid[0]]!r}, and what it names is imported and called; "
+        again = shlex.join(words(named))
+        raise OptionError(unsaid[0], f"{text}to confirm that, say {again} or {otherwise}")
+
+
+def words(named: Mapping[str, Any]) -> list[str]:
+    """Fields as the command line says them."""
+    return [word for name, v in named.items() for word in (f"--{name.replace('_', '-')}", str(v))]
 
 
 def option(
