@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from types import ModuleType
 
 from fused_losses import info
+from fused_losses.base.records import BY_CTRL_C
 from fused_losses.bench import report
 from fused_losses.bench.roofline import page
 from fused_losses.first_hour import command as first_hour
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return _run(args, recipe)
     except KeyboardInterrupt:
         print("\nfused-losses: stopped by Ctrl-C", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return BY_CTRL_C
 
 
 def _run(args: argparse.Namespace, recipe: ModuleType) -> int:

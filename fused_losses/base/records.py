@@ -1,14 +1,20 @@
-"""Lines of JSON that are on the disk as soon as they are known; a line of status; errors told."""
+"""What commands share: lines of JSON on the disk at once, a line of status, names that are near."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+MOST_TOLD = 60  # names in an error
+BY_CTRL_C = 128 + signal.SIGINT  # the status of a command that Ctrl-C ended
 
 
 class JsonLines:
@@ -70,6 +76,27 @@ class StatusLine:
         if self.live:
             self.stream.write(f"\r\x1b[2K{text}")
             self.stream.flush()
+
+
+def one_of(names: Iterable[str], what: str) -> Callable[[str], str]:
+    """An option's type: one of these names; another is refused with those that are near."""
+    known = sorted(names)
+
+    def name(text: str) -> str:
+        if text in known:
+            return text
+        near = [
+            *difflib.get_close_matches(text, known, 3),
+            *(n for n in known if text and text in n),
+        ]
+        hint = ""
+        if near:
+            hint = f"; did you mean {' or '.join(map(repr, dict.fromkeys(near[:4])))}?"
+        elif len(known) <= MOST_TOLD:
+            hint = f"; expected {', '.join(known)}"
+        raise argparse.ArgumentTypeError(f"no {what} is named {text!r}{hint}")
+
+    return name
 
 
 def told(error: BaseException) -> str:

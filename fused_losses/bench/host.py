@@ -33,7 +33,16 @@ FRESH = 64 << 20
 PAGE = 4096
 SIDE = 1024  # of the products by torch
 SIDE_ON_GPU = 8192
-PACKAGES = ("numpy", "triton", "pytorch-metric-learning", "faiss-cpu")
+PACKAGES = (
+    "numpy",
+    "triton",
+    "scipy",
+    "pytorch-metric-learning",
+    "faiss-cpu",
+    "maxsim-cpu",
+    "sentence-transformers",
+    "liger-kernel",
+)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,13 @@ from torch import Tensor
 Provider = Callable[[], Tensor]
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_MEMORY = Path("/proc/meminfo")
 SAMPLED = 1 << 20  # elements of a result or gradient that are compared
 TOLERANCE = 2e-3  # relative L2, of float32 accuracy
 LOWERED = 5e-2
 LOW = ("bf16", "mixed", "knob")  # in the names of providers with rounded products
+FLOAT64 = "float64"
+ROOM = 0.5  # of what is free, that a truth may take
 
 
 @dataclass
@@ -33,8 +36,9 @@ class Result:
     times_ms: list[float] = field(default_factory=list)
     extra_mib: float | None = None
     error: str | None = None
-    difference: float | None = None  # from the first provider's loss and gradients, relative L2
-    # where the case knows the truth: the result's worst relative error, the gradients' in L2
+    difference: float | None = None  # of result and gradients from those of held_to, relative L2
+    held_to: str | None = None  # FLOAT64, or the provider that judges
+    # where the case asks for them: the result's worst relative error, the gradients' in L2
     errors: list[float] | None = None
 
     @property
@@ -46,12 +50,14 @@ class Measured(Protocol):
     """What is asked of a case (`cases.Case`)."""
 
     providers: dict[str, Provider]
+    ours: list[str]
     leaves: list[Tensor]
     unlike: tuple[str, ...]
     tolerance: dict[str, float]
     turns: dict[str, int]
     differ: Callable[[list[Tensor], list[Tensor]], float] | None
     truth: Callable[[], list[Tensor]] | None
+    tells_errors: bool
 
     @property
     def gradients_mib(self) -> float: ...
@@ -98,6 +104,19 @@ def peak_mib(step: Callable[[], object], device: str = "cpu") -> float:
     return resident_mib("VmHWM") - before
 
 
+def free_bytes(device: str = "cpu") -> int:
+    """What the system, or the GPU, could still give."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        for line in _MEMORY.read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 1 << 62
+
+
 def timed_ms(step: Callable[[], object], device: str = "cpu") -> float:
     """Of one step: by the clock, or on a GPU between two events of its stream."""
     if torch.device(device).type == "cuda":
@@ -139,6 +158,50 @@ def difference(got: list[Tensor], want: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs)
 
 
+def judges(case: Measured) -> list[str]:
+    """Who may judge the others, the first that can: rivals of float32 as written, then ours."""
+    other = (*case.ours, *case.unlike)
+    written = [name for name in case.providers if name not in other and "compile" not in name]
+    return [*(name for name in written if not _low(name)), *case.ours[:1]]
+
+
+def _low(name: str) -> bool:
+    return any(word in name for word in LOW)
+
+
+def _truth(case: Measured, judge: Result, device: str) -> list[Tensor] | None:
+    """In float64, where there is room for twice what the judge took, beside the leaves'."""
+    if case.truth is None:
+        return None
+    held = judge.extra_mib
+    if held is None or held != held:
+        return None
+    needed = 2 * (held + 2 * case.gradients_mib) * 2**20
+    return _sampled(case.truth()) if needed < ROOM * free_bytes(device) else None
+
+
+def _warmed(case: Measured, name: str, device: str) -> tuple[Result, list[Tensor]]:
+    """A provider's time and memory of its first steps, and what it found; nothing if it failed."""
+    result, step = Result(name), case.providers[name]
+    try:
+        case.clear()
+        once: list[Tensor] = []
+        if case.turns.get(name) == 0:
+            # its warm-up is all that it gets: time and memory of that
+            start = time.perf_counter()
+            result.extra_mib = peak_mib(lambda: once.append(step()), device)
+            result.times_ms.append((time.perf_counter() - start) * 1e3)
+        found = _found(once[0] if once else step(), case.leaves)
+        case.clear()
+        if result.extra_mib is None:
+            result.extra_mib = peak_mib(step, device)
+        result.extra_mib = max(0.0, result.extra_mib - case.gradients_mib)
+    except Exception as error:  # a rival's failure is a result too
+        result.error = f"{type(error).__name__}: {error}"
+        found = []
+    return result, found
+
+
 def paired(
     case: Measured,
     rounds: int,
@@ -147,46 +210,30 @@ def paired(
 ) -> list[Result]:
     """Warm each provider up (its memory is read then), then `rounds` rounds of all in turn.
 
-    In its warm-up a provider's loss and gradients are held against the first one's: who computes
-    something else is not timed. A turn is one untimed step and one timed: what a training loop
-    sees, where the step before was the same; without it a provider pays for the page faults of its
-    predecessor's freed gigabytes. A provider that fails is reported, not hidden.
+    Before any is timed, each provider's result and gradients are held to the case's own formula in
+    float64, or where there is none or no room for it to the first rival as it is written: who
+    computes something else, ours not excepted, has failed and is not timed. A turn is one untimed
+    step and one timed: what a training loop sees, where the step before was the same; without it a
+    provider pays for the page faults of its predecessor's freed gigabytes. A provider that fails is
+    reported, not hidden.
     """
-    results = {name: Result(name) for name in case.providers}
-    want: list[Tensor] | None = None
-    truth = None if case.truth is None else _sampled(case.truth())
-    differ = case.differ or difference
-    for name, step in case.providers.items():
-        say(f"warm-up: {name}")
-        result = results[name]
-        try:
-            case.clear()
-            once: list[Tensor] = []
-            if case.turns.get(name) == 0:
-                # its warm-up is all that it gets: time and memory of that
-                start = time.perf_counter()
-                result.extra_mib = peak_mib(
-                    lambda step=step, once=once: once.append(step()), device
-                )
-                result.times_ms.append((time.perf_counter() - start) * 1e3)
-            found = _found(once[0] if once else step(), case.leaves)
-            want = found if want is None else want
-            if truth is not None:
-                result.errors = _errors(found, truth)
-            if name not in case.unlike:
-                result.difference = differ(found, want)
-                usual = LOWERED if any(word in name for word in LOW) else TOLERANCE
-                tolerance = case.tolerance.get(name, usual)
-                # written so that NaN disagrees
-                if not result.difference <= tolerance:
-                    raise ValueError(f"differs from ours by {result.difference:.1e}")
-            del found
-            case.clear()
-            if result.extra_mib is None:
-                result.extra_mib = peak_mib(step, device)
-            result.extra_mib = max(0.0, result.extra_mib - case.gradients_mib)
-        except Exception as error:  # a rival's failure is a result too
-            result.error = f"{type(error).__name__}: {error}"
+    results: dict[str, Result] = {}
+    want: list[Tensor] = []
+    held_to = ""
+    for held_to in judges(case):
+        say(f"warm-up: {held_to}")
+        results[held_to], want = _warmed(case, held_to, device)
+        if results[held_to].error is None:
+            say("float64")
+            truth = _truth(case, results[held_to], device)
+            _judge(case, results[held_to], want, truth or want, FLOAT64 if truth else held_to)
+            held_to, want = (FLOAT64, truth) if truth else (held_to, want)
+            break
+    for name in case.providers:
+        if name not in results:
+            say(f"warm-up: {name}")
+            results[name], found = _warmed(case, name, device)
+            _judge(case, results[name], found, want, held_to)
     for index in range(rounds):
         say(f"round {index + 1} of {rounds}")
         for name, step in case.providers.items():
@@ -196,7 +243,29 @@ def paired(
                 case.clear()
                 results[name].times_ms.append(timed_ms(step, device))
     case.clear()
-    return list(results.values())
+    return [results[name] for name in case.providers]
+
+
+def _judge(
+    case: Measured, result: Result, found: list[Tensor], want: list[Tensor], held_to: str
+) -> None:
+    """Notes how far a provider is from what it is held to; one that is too far has failed."""
+    if result.error is not None or not want:
+        return
+    if case.tells_errors and held_to == FLOAT64:
+        result.errors = _errors(found, want)
+    if result.name in case.unlike:
+        return
+    result.held_to = held_to
+    usual = LOWERED if _low(result.name) else TOLERANCE
+    try:
+        result.difference = (case.differ or difference)(found, want)
+        # written so that NaN disagrees
+        if not result.difference <= case.tolerance.get(result.name, usual):
+            raise ValueError(f"differs from {held_to} by {result.difference:.1e}")
+    except Exception as error:  # also of another shape
+        result.error = f"{type(error).__name__}: {error}"
+        result.times_ms = []
 
 
 def paired_ratio(ours: Result, theirs: Result) -> float:

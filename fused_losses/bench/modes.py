@@ -1,24 +1,15 @@
-"""What `fused-losses bench` does besides its cases: --compare, --breakdown and --growth; the page.
-
-The record of each lies in the folder under its own name; report.html shows all that are there.
-"""
+"""What `fused-losses bench` does besides its cases: --compare, --breakdown and --growth."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from fused_losses.base.files import write_text
-from fused_losses.bench import breakdown, growth, history, host, html
+from fused_losses.base.records import one_of
+from fused_losses.bench import breakdown, growth, history
+from fused_losses.bench.record import BenchRecord, Found
 from fused_losses.bench.table import CASES, Shape
-from fused_losses.version import __version__
-
-RECORDS = ("result.json", "breakdown.json", "growth.json")
-STEPS = 7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--breakdown",
         nargs="?",
-        const="",
-        choices=("", *CASES),
+        const=False,
+        type=one_of(CASES, "case"),
         metavar="CASE",
         help="only: the shares of products, exponentials, packing, page faults and idle threads in "
         f"a step on the CPU (default: measure; with no CASE {' and '.join(breakdown.USUAL)})",
@@ -42,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--growth",
         nargs="?",
-        const="",
-        choices=("", *growth.SWEEPS),
+        const=False,
+        type=one_of(growth.SWEEPS, "primitive"),
         metavar="PRIMITIVE",
         help="only: how time grows with C, N·M and D on one thread and on all, and where it jumps "
         "(default: measure; with no PRIMITIVE all)",
@@ -55,34 +46,10 @@ def asked(args: argparse.Namespace) -> bool:
     return args.compare is not None or args.breakdown is not None or args.growth is not None
 
 
-def write_page(out: Path) -> None:
-    """report.html of the records that the folder has, those of an older format left out."""
-    found = [json.loads((out / name).read_text()) for name in RECORDS if (out / name).is_file()]
-    of_today = [record for record in found if record.get("format") == history.FORMAT]
-    write_text(out / "report.html", html.page(of_today))
-
-
-def begun(device: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """A record without results: version, machine and its peaks."""
-    say("peaks of this machine")
-    state = host.state(device, host.measured(device))
-    say("")
-    return {"format": history.FORMAT, "version": __version__, "host": state}
-
-
-def finish(out: Path, record: dict[str, Any], name: str) -> None:
-    """Writes the record under its name, a line of the history and the page."""
-    record["host"]["load_at_end"] = host.load()
-    write_text(out / name, json.dumps(record, indent=1) + "\n")
-    history.append(out, record)
-    write_page(out)
-
-
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     """One of them; 130 after Ctrl-C, with what was measured so far."""
     if args.compare is not None:
         return history.run(args)
-    args.out.mkdir(parents=True, exist_ok=True)
     status = 0
     if args.breakdown is not None:
         if args.device != "cpu":
@@ -90,11 +57,12 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> int:
                 "fused-losses bench: --breakdown: expected --device cpu, samples are of its threads"
             )
             return 2
-        status = _written(args, "breakdown", _breakdowns(args, say), [], breakdown.table, say)
+        found = _breakdowns(args, say)
+        status = _written(args, "breakdown", found, breakdown.table, [], say)
     if args.growth is not None and status == 0:
         names = (args.growth,) if args.growth else tuple(growth.SWEEPS)
         found = growth.swept(args.device, names, say)
-        status = _written(args, "growth", found, growth.HEAD, growth.table, say)
+        status = _written(args, "growth", found, growth.table, growth.HEAD, say)
     return status
 
 
@@ -110,28 +78,18 @@ def _breakdowns(args: argparse.Namespace, say: Callable[[str], None]) -> Iterato
 def _written(
     args: argparse.Namespace,
     kind: str,
-    found: Iterator[dict[str, Any]],
-    head: list[str],
+    results: Iterator[dict[str, Any]],
     table: Callable[[dict[str, Any]], list[str]],
+    head: list[str],
     say: Callable[[str], None],
 ) -> int:
     """Prints and writes each result as it comes."""
-    record: dict[str, Any] = begun(args.device, say) | {kind: []}
-    text = [f"# {kind} of fused_losses {__version__}", "", *host.lines(record["host"]), "", *head]
-    print("\n".join(text))
-    status, last = 0, "written to"
-    try:
-        for result in found:
+    kept = BenchRecord(args.out, kind, args.device, say, head=head)
+
+    def found() -> Iterator[Found]:
+        for result in results:
             say("")
-            record[kind].append(result)
-            lines = table(result)
-            print("\n".join(lines))
-            text += lines
-            write_text(args.out / f"{kind}.json", json.dumps(record, indent=1) + "\n")
-            write_text(args.out / f"{kind}.md", "\n".join(text) + "\n")
-    except KeyboardInterrupt:
-        status, last = 128 + signal.SIGINT, "stopped by Ctrl-C; what was measured is in"
-    if record[kind]:
-        finish(args.out, record, f"{kind}.json")
-    print(f"\n{len(record[kind])} results of {kind}; {last} {args.out}")
-    return status
+            yield table(result), [result]
+
+    status = kept.gather(found())
+    return kept.end(status, f"{len(kept.found)} results of {kind}")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import signal
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,18 +13,16 @@ from typing import Any
 
 import torch
 
-from fused_losses.base.files import write_text
-from fused_losses.base.records import StatusLine
+from fused_losses.base.records import StatusLine, one_of
 from fused_losses.bench import busy, host, html, measure, modes, small
 from fused_losses.bench.measure import Result
-from fused_losses.bench.micro import cases
+from fused_losses.bench.micro import cases, peers
 from fused_losses.bench.micro.cases import Case
 from fused_losses.bench.plots import plotted
-from fused_losses.bench.table import CASES, SIZES, Shape, title
-from fused_losses.version import __version__
+from fused_losses.bench.record import BenchRecord, Found
+from fused_losses.bench.table import CASES, SIZES, SUITES, Shape, title
 
-SUITES = {"small": small.SHAPES}
-BUSY = "busy"
+SMALL, BUSY = "small", "busy"
 GROWTH = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 
 
@@ -41,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=int, default=7, help="timed turns of each provider (default: 7)"
     )
     parser.add_argument(
-        "--case", choices=CASES, action="append", help="may be repeated (default all)"
+        "--case",
+        type=one_of(CASES, "case"),
+        action="append",
+        metavar="CASE",
+        help=f"may be repeated (default: all): {', '.join(CASES)}",
     )
     for option, sizes in SIZES.items():
         usual = [",".join(map(str, shape)) for shape in sizes.usual]
@@ -59,14 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--suite",
-        choices=[*SUITES, BUSY],
-        help="small: N = 32 to 1,024, and no growth; busy: N = 1,024 beside other processes "
-        "(default: every case at its own shape)",
+        type=one_of((*SUITES, SMALL, BUSY), "suite"),
+        metavar="SUITE",
+        help=f"cases of one kind, which --case narrows: {', '.join(SUITES)}; small: N = 32 to "
+        "1,024; busy: N = 1,024 beside other processes (default: every case at its own shape)",
     )
     parser.add_argument(
         "--no-growth",
         action="store_true",
-        help="skip the cost against C, which a --case skips, too",
+        help="skip the cost against C, which --case and --suite skip, too",
     )
     modes.add_arguments(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -86,32 +88,40 @@ def _sizes(count: int) -> Callable[[str], tuple[int, ...]]:
     return sizes
 
 
+def _wanted(args: argparse.Namespace) -> list[str]:
+    """The cases that the options leave; ValueError where a --case is none of the suite's."""
+    of_suite = {SMALL: list(dict(small.SHAPES)), BUSY: list(busy.LOSSES), None: list(CASES)}
+    names = SUITES[args.suite] if args.suite in SUITES else of_suite[args.suite]
+    for name in args.case or ():
+        if name not in names:
+            raise ValueError(
+                f"--case {name}: expected one of --suite {args.suite}: {', '.join(names)}"
+            )
+    return [name for name in names if not args.case or name in args.case]
+
+
 def _planned(args: argparse.Namespace) -> Iterator[tuple[str, Shape, int, Case]]:
     """A file name, sizes, rounds and the case, made when its turn comes."""
-    if args.suite:
-        for name, shape in SUITES[args.suite]:
-            if not args.case or name in args.case:
+    wanted = _wanted(args)
+    if args.suite == SMALL:
+        for name, shape in small.SHAPES:
+            if name in wanted:
                 case = small.chosen(CASES[name].case(shape, args.device))
                 yield title(name, shape), shape, args.rounds, case
         return
-    for name, entry in CASES.items():
-        if args.case and name not in args.case:
-            continue
+    for name in wanted:
+        entry = CASES[name]
         for shape in getattr(args, entry.sizes) or entry.usual():
             rounds = entry.rounds(args.rounds, shape)
             for dtype in entry.dtypes(args.device):
-                yield (
-                    title(name, shape, dtype),
-                    shape,
-                    rounds,
-                    entry.case(shape, args.device, dtype),
-                )
+                case = entry.case(shape, args.device, dtype)
+                yield title(name, shape, dtype), shape, rounds, case
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write the folder; 1 if a provider failed or disagreed with ours.
+    """Measure, print the table, write the folder; 1 if a provider failed or disagreed.
 
-    Ctrl-C leaves the cases done, and 130.
+    Ctrl-C leaves the cases done, and 130; options that do not go together: 2.
     """
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         print(f"--device {args.device}: torch {torch.__version__} sees no GPU")
@@ -119,81 +129,66 @@ def run(args: argparse.Namespace) -> int:
     say = StatusLine().show
     if modes.asked(args):
         return modes.run(args, say)
-    args.out.mkdir(parents=True, exist_ok=True)
-    record = modes.begun(args.device, say) | {"machine": _machine(), "cases": []}
-    text = [f"# Benchmarks of fused_losses {__version__}", "", _machine(), ""]
-    text += [*host.lines(record["host"]), ""]
-    print("\n".join(text))
     try:
-        measured = _measure_busy if args.suite == BUSY else _measure
-        failed = measured(args, text, record)
-    except KeyboardInterrupt:
-        if record["cases"]:
-            modes.finish(args.out, record, "result.json")
-        print(f"\nstopped by Ctrl-C; the {len(record['cases'])} cases done are in {args.out}")
-        return 128 + signal.SIGINT
-    modes.finish(args.out, record, "result.json")
-    rows = [r for case in record["cases"] for r in case["results"]]
-    errors = sum(r["error"] is not None for r in rows)
-    counts = f"{len(record['cases'])} cases, {len(rows)} rows, {errors} failed or disagreed"
-    print(f"\n{counts}; written to {args.out}")
-    return int(failed)
+        _wanted(args)
+    except ValueError as error:
+        print(f"fused-losses bench: {error}", file=sys.stderr)
+        return 2
+    head = [_machine(), ""]
+    kept = BenchRecord(args.out, "cases", args.device, say, name="result", page="table", head=head)
+    kept.record["machine"] = _machine()
+    measured = _busy if args.suite == BUSY else _measured
+    status = kept.gather(measured(args, kept, say))
+    absent = [f"Without {name}: {why}." for name, why in sorted(peers.ABSENT.items())]
+    if absent:
+        kept.record["without"] = dict(peers.ABSENT)
+        kept.tell([*absent, ""])
+    rows = [row for case in kept.found for row in case["results"]]
+    errors = sum(row["error"] is not None for row in rows)
+    counts = f"{len(kept.found)} cases, {len(rows)} rows, {errors} failed or disagreed"
+    return kept.end(status or int(errors > 0), counts)
 
 
-def _measure(args: argparse.Namespace, text: list[str], record: dict[str, Any]) -> bool:
-    """Every case, written as soon as it is done; whether a provider failed."""
-    failed, status = False, StatusLine()
-    peaks = host.Peaks(**record["host"]["peaks"])
+def _measured(
+    args: argparse.Namespace, kept: BenchRecord, say: Callable[[str], None]
+) -> Iterator[Found]:
+    """Every case; then how the small ones cross, or the cost against C."""
+    peaks = host.Peaks(**kept.record["host"]["peaks"])
     against_n: list[tuple[str, int, list[Result]]] = []
     for name, shape, rounds, case in _planned(args):
-        results = measure.paired(case, rounds, status.show, args.device)
-        failed = failed or any(r.error for r in results)
-        status.show("")
+        results = measure.paired(case, rounds, say, args.device)
+        say("")
         floors = _floors(case, results, peaks)
-        lines = table(case, results, floors, args.device)
-        print("\n".join(lines))
-        text += [*lines, ""]
-        record["cases"].append(_recorded(case.title, case, shape, results, floors))
+        lines = [*table(case, results, floors, args.device), ""]
+        yield lines, [_recorded(case.title, case, shape, results, floors)]
         against_n.append((case.title.split(",")[0], shape[0], results))
         _plot_bars(args.out / f"{name}.png", case, results)
-        _write(args.out, text, record)
         del case
         measure.give_back_memory()
-    if args.suite:
-        lines = small.crossings(against_n)
-        print("\n".join(lines))
-        text += lines
-    elif not (args.no_growth or args.case):
+    if args.suite == SMALL:
+        yield small.crossings(against_n), []
+    elif not (args.no_growth or args.case or args.suite):
         lines, points = growth(args.device)
-        print("\n".join(lines))
-        text += lines
-        record["growth"] = points
+        kept.record["growth"] = points
+        yield lines, []
         _plot_growth(args.out / "growth.png", points)
-    _write(args.out, text, record)
-    return failed
 
 
-def _measure_busy(args: argparse.Namespace, text: list[str], record: dict[str, Any]) -> bool:
-    """Losses beside other processes; whether a provider failed."""
-    failed, status = False, StatusLine()
-    peaks = host.Peaks(**record["host"]["peaks"])
-    for name in busy.LOSSES:
-        if args.case and name not in args.case:
-            continue
+def _busy(
+    args: argparse.Namespace, kept: BenchRecord, say: Callable[[str], None]
+) -> Iterator[Found]:
+    """Losses beside other processes."""
+    peaks = host.Peaks(**kept.record["host"]["peaks"])
+    for name in _wanted(args):
         case = busy.chosen(CASES[name].case(busy.SHAPE, args.device))
-        found = busy.measured(case, args.rounds, status.show)
-        status.show("")
-        lines = busy.table(case.title, found)
-        print("\n".join(lines))
-        text += lines
+        found = busy.measured(case, args.rounds, say)
+        say("")
+        entries = []
         for load, results in found.items():
             floors = _floors(case, results, peaks)
-            record["cases"].append(
-                _recorded(f"{case.title}, {load}", case, busy.SHAPE, results, floors)
-            )
-        failed = failed or any(r.error for results in found.values() for r in results)
-        _write(args.out, text, record)
-    return failed
+            told = f"{case.title}, {load}"
+            entries.append(_recorded(told, case, busy.SHAPE, results, floors))
+        yield busy.table(case.title, found), entries
 
 
 def _recorded(
@@ -211,11 +206,6 @@ def _recorded(
         "ours": case.ours,
         "results": [asdict(r) | floors[r.name] for r in results],
     }
-
-
-def _write(out: Path, text: list[str], record: dict[str, Any]) -> None:
-    write_text(out / "table.md", "\n".join(text) + "\n")
-    write_text(out / "result.json", json.dumps(record, indent=1) + "\n")
 
 
 def _machine() -> str:
@@ -254,7 +244,7 @@ def table(
         f"Floor: {case.flops / 1e9:,.0f} GFLOP of {case.flops_of}, "
         f"{case.bytes / 2**20:,.0f} MiB read and written once. Ratios are medians of paired turns, "
         "times medians and quartiles; of floor: the floor by this machine's peaks over the time; "
-        f"off: {_off(case)}.",
+        f"off: {_off(case, results)}.",
         "",
         f"| | {unit} | of floor | extra MiB | off |{heads}",
         "|---|---|---|---|---|" + "---|" * len(rivals),
@@ -278,12 +268,13 @@ def table(
     return lines
 
 
-def _off(case: Case) -> str:
+def _off(case: Case, results: list[Result]) -> str:
+    judges = list(dict.fromkeys(r.held_to for r in results if r.held_to))
     if case.differ is not None:
-        return "the share of results that are not the first row's"
-    text = "the result and gradients from the first row's, relative L2"
-    if case.truth is not None:
-        text += " (from float64: the result's worst relative error, the gradients' in L2)"
+        return f"the share of results that are not those of {' and '.join(judges) or 'any'}"
+    text = f"the result and gradients from {' and '.join(judges) or 'nothing'}, relative L2"
+    if case.tells_errors:
+        text += " (the result's worst relative error, the gradients' in L2)"
     return text
 
 

@@ -16,6 +16,7 @@ from fused_losses.bench.micro import (
     distance_cases,
     distillation_cases,
     pair_cases,
+    text_cases,
 )
 from fused_losses.bench.micro.cases import Case
 
@@ -81,6 +82,11 @@ def half(rounds: int, _: Shape) -> int:
     return max(3, rounds // 2)
 
 
+def quarter(rounds: int, _: Shape) -> int:
+    """Of those whose eager step takes 20 s on two cores."""
+    return max(1, rounds // 4)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A case of the table. make(*shape, device=, rivals="all"|"eager"|"none", seed=)."""
@@ -129,14 +135,29 @@ CASES = {
     "multi_similarity": Entry(pair_cases.multi_similarity, "pairs"),
     "circle": Entry(pair_cases.circle, "pairs"),
     "attention": Entry(pair_cases.attention, "pairs", in_16_bits=True),
-    # an eager step takes 20 s on two cores
-    "maxsim": Entry(pair_cases.maxsim, "tokens", lambda rounds, shape: max(1, rounds // 4)),
+    "multiple_negatives": Entry(text_cases.multiple_negatives, "pairs"),
+    "guided_contrastive": Entry(text_cases.guided, "pairs"),
+    "maxsim": Entry(text_cases.maxsim, "tokens", quarter),
+    "maxsim_scores": Entry(text_cases.maxsim_scores, "tokens", quarter),
     **{name: Entry(make, "distances", every) for name, make in distance_cases.MATRICES.items()},
     "topk": Entry(batch_cases.topk, "bank"),
     "batch_hard_mining": Entry(batch_cases.batch_hard_mining, "batch"),
     "all_triplets": Entry(batch_cases.all_triplets, "batch", own=(4096, 128)),
     "contrastive": Entry(batch_cases.contrastive, "batch"),
     "batch_hard_triplet": Entry(batch_cases.batch_hard_triplet, "batch"),
+}
+
+
+# of each kind of work, the cases
+SUITES: dict[str, tuple[str, ...]] = {
+    "margin": ("margin_softmax", "distillation", *class_rules.CASES),
+    "contrastive": (
+        *(name for name, entry in CASES.items() if entry.sizes in ("pairs", "tokens")),
+        "contrastive",
+    ),
+    "distance": tuple(distance_cases.MATRICES),
+    "mining": ("topk", "batch_hard_mining", "all_triplets", "batch_hard_triplet"),
+    "head": ("class_centers", "head_distillation", "spherical_head"),
 }
 
 

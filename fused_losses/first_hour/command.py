@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fused_losses.base.files import write_text
-from fused_losses.base.records import StatusLine
+from fused_losses.base.records import BY_CTRL_C, StatusLine, one_of
 from fused_losses.bench.roofline.ops import ops
 from fused_losses.bench.table import CASES
 from fused_losses.first_hour.page import page
@@ -56,11 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a row's or function's name as for verify; may be repeated (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--case", choices=sorted({*CASES, *(op.name for op in ops())}), action="append",
+        "--case", type=one_of({*CASES, *(op.name for op in ops())}, "case"), action="append",
         metavar="NAME", help="of bench or roofline; may be repeated (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--stage", choices=NAMES, action="append", help="may be repeated (default: all)"
+        "--stage",
+        type=one_of(NAMES, "stage"),
+        action="append",
+        metavar="STAGE",
+        help=f"{', '.join(NAMES)}; may be repeated (default: all)",
     )
     parser.add_argument(
         "--unit-seconds", type=_minutes, default=UNIT_SECONDS,
@@ -133,7 +137,7 @@ def watched(
             name = "SIGTERM" if isinstance(stop, Terminated) else "Ctrl-C"
             _close(record, STOPPED, name)
             say(f"stopped by {name}: what was measured so far is kept, and a second call goes on")
-            return 128 + (signal.SIGINT if name == "Ctrl-C" else signal.SIGTERM)
+            return BY_CTRL_C if name == "Ctrl-C" else 128 + signal.SIGTERM
         status.show("")
         if why == "over":
             _close(record, STOPPED, f"the {minutes:g} minutes were over")

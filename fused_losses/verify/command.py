@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import platform
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from fused_losses import backends
 from fused_losses.base.examples import TABLE
 from fused_losses.base.files import write_text
-from fused_losses.base.records import JsonLines, StatusLine
+from fused_losses.base.records import BY_CTRL_C, JsonLines, StatusLine, one_of
 from fused_losses.verify import table
 from fused_losses.verify.table import ALL, BACKENDS, DTYPES, Chosen, DeviceLost, Row, VerifiedShape
 from fused_losses.version import __version__
@@ -64,12 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def op_name(text: str) -> str:
     """A row's or function's name of the table; raises for another."""
     names = {name for name, example in TABLE.items() if table.judged(example)}
-    names |= {name.partition(", ")[0] for name in names}
-    if text not in names:
-        near = difflib.get_close_matches(text, sorted(names), 3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise argparse.ArgumentTypeError(f"no row of the table is named {text!r}{hint}")
-    return text
+    return one_of(names | {name.partition(", ")[0] for name in names}, "row of the table")(text)
 
 
 def _shape(text: str) -> VerifiedShape:
@@ -137,7 +130,7 @@ def run(
             add(row)
     except KeyboardInterrupt:  # what was checked stands
         ended = "stopped by Ctrl-C: what comes after these rows was not checked"
-        code = 128 + signal.SIGINT
+        code = BY_CTRL_C
     except DeviceLost as lost:
         add(lost.row)
         ended, code = f"{lost}; what comes after this row was not checked", 1

@@ -16,6 +16,7 @@ from bench_runs import record
 from fused_losses import cli
 from fused_losses.bench import breakdown, history, host, html, modes
 from fused_losses.bench.growth_cases import SWEEPS, GrowthSweep
+from fused_losses.bench.record import RECORDS, write_page
 
 
 class Page(HTMLParser):
@@ -64,9 +65,9 @@ def test_the_page_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
         "parts": [part],
     }
     breakdown = head | {"breakdown": [step]}
-    for name, found in zip(modes.RECORDS, (record(), breakdown, growth), strict=True):
+    for name, found in zip(RECORDS, (record(), breakdown, growth), strict=True):
         (tmp_path / name).write_text(json.dumps(found))
-    modes.write_page(tmp_path)
+    write_page(tmp_path)
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert page.open == [] and page.fetched == [] and "url(" not in text and "@import" not in text
@@ -79,7 +80,7 @@ def test_the_page_is_one_file_that_fetches_nothing(tmp_path: Path) -> None:
 def test_a_record_of_another_format_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "growth.json").write_text(json.dumps({"version": "0.0.1", "growth": [{}]}))
     (tmp_path / "result.json").write_text(json.dumps(record()))
-    modes.write_page(tmp_path)
+    write_page(tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert "A case" in text and "0.0.1" not in text
 

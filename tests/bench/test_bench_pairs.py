@@ -15,8 +15,10 @@ from fused_losses.bench.micro.cases import Case
 from fused_losses.bench.table import CASES
 
 SIZES = {"n": 48, "d": 32}
+TOKENS = {"q": 5, "lq": 4, "b": 7, "ld": 9, "d": 32}
 OTHERS = {
-    "maxsim": {"q": 5, "lq": 4, "b": 7, "ld": 9, "d": 32},
+    "maxsim": TOKENS,
+    "maxsim_scores": TOKENS,
     "distillation": {"n": 16, "c": 300, "d": 32},
 }
 MAKERS = {name: e.make for name, e in CASES.items() if e.sizes == "pairs" or name in OTHERS}
@@ -86,4 +88,29 @@ def test_a_failing_rival_is_reported() -> None:
 def test_a_rival_that_computes_something_else_is_not_timed(wrong: float) -> None:
     ours, same, other = measure.paired(loose_case(ours=1.0, same=1.0, other=wrong), 1)
     assert ours.error is None and same.error is None and same.difference == 0
-    assert "differs from ours" in other.error and not other.times_ms
+    assert "differs from same" in other.error and not other.times_ms
+
+
+def test_ours_is_no_exception() -> None:
+    wrong, right, more = measure.paired(loose_case(ours=1.1, eager=1.0, more=1.0), 1)
+    assert "differs from eager by 1" in wrong.error and not wrong.times_ms
+    assert right.error is None and more.error is None and right.times_ms
+    # of ours and a rival as it is written, float64 says which is wrong
+    case = loose_case(ours=1.0, eager=1.1)
+    case.truth = lambda: [torch.tensor(3.0).double(), torch.ones(3).double()]
+    ours, eager = measure.paired(case, 1)
+    assert ours.error is None and ours.held_to == "float64" and ours.difference == 0
+    assert "differs from float64" in eager.error and not eager.times_ms
+
+
+def test_without_room_for_float64_the_rival_as_it_is_written_judges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = loose_case(ours=1.0, eager=1.0, compiled=1.0)
+    case.truth = lambda: pytest.fail("there is no room")
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 0)
+    assert {r.held_to for r in measure.paired(case, 1)} == {"eager"}
+    # the first that can
+    case = loose_case(**{"ours": 1.0, "eager": lambda: 1 / 0, "eager, autocast bf16": 1.0})
+    ours, eager, low = measure.paired(case, 1)
+    assert ours.held_to == low.held_to == "ours" and "ZeroDivisionError" in eager.error

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_losses import backends, cli
+from fused_losses import backends, cli, functional
 from fused_losses.bench import measure, report
+from fused_losses.bench.micro import peers
 from fused_losses.bench.micro.cases import Case
+from fused_losses.bench.table import CASES, SUITES
 from fused_losses.train.faces import cli as faces
 from fused_losses.train.glyphs import cli as glyphs
 from fused_losses.train.large import cli as large_cli
@@ -116,6 +118,67 @@ def test_bench_names_the_option_that_is_wrong(tmp_path: Path, capsys) -> None:
         assert "--device cuda: torch" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "bench --suite contrasitve",
+            "--suite: no suite is named 'contrasitve'; did you mean",
+        ),
+        ("bench --suite x", "--suite: no suite is named 'x'; expected busy, contrastive, distance"),
+        ("bench --case cirle", "argument --case: no case is named 'cirle'; did you mean 'circle'?"),
+        ("bench --breakdown topkk", "--breakdown: no case is named 'topkk'; did you mean 'topk'"),
+        ("bench --growth pair", "--growth: no primitive is named 'pair'; did you mean 'pairs'"),
+        ("first-hour --case cirle", "argument --case: no case is named 'cirle'; did you mean"),
+        ("first-hour --stage verfy", "--stage: no stage is named 'verfy'; did you mean 'verify'?"),
+        ("roofline --op topkk", "argument --op: no op is named 'topkk'; did you mean 'topk"),
+    ],
+)
+def test_names_that_are_near_are_told(words: str, told: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words.split())
+    assert stopped.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_every_case_is_in_one_suite(capsys) -> None:
+    assert sorted(name for names in SUITES.values() for name in names) == sorted(CASES)
+    assert cli.main(["bench", "--suite", "mining", "--case", "topk", "--case", "circle"]) == 2
+    told = "--case circle: expected one of --suite mining: topk, batch_hard_mining"
+    assert told in capsys.readouterr().err
+    assert cli.main(["bench", "--suite", "busy", "--case", "topk"]) == 2
+    assert "expected one of --suite busy: info_nce, batch_hard_triplet" in capsys.readouterr().err
+
+
+def test_a_suite_is_measured_without_growth_and_a_wrong_result_fails_it(
+    capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(peers.ABSENT, "no_such_peer", "ModuleNotFoundError: none")
+    words = ["bench", "--suite", "mining", "--case", "topk", "--bank", "9,300,24,5"]
+    words += ["--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    told = capsys.readouterr().out
+    assert "from float64, relative L2" in told and "Cost against C" not in told
+    assert "Without no_such_peer: ModuleNotFoundError: none." in told
+    record = json.loads((tmp_path / "result.json").read_text())
+    (case,) = record["cases"]
+    assert record["without"]["no_such_peer"] and "growth" not in record
+    assert {row["held_to"] for row in case["results"]} == {"float64"}
+
+    right = functional.pairwise_topk
+
+    def wrong(*args: object, **options: object) -> list[torch.Tensor]:
+        values, indices = right(*args, **options)
+        return [values * 1.001, indices]
+
+    monkeypatch.setattr(functional, "pairwise_topk", wrong)
+    assert cli.main(words) == 1
+    told = capsys.readouterr().out
+    assert "differs from float64 by 1.0e-03" in told and "1 failed or disagreed" in told
+    (case,) = json.loads((tmp_path / "result.json").read_text())["cases"]
+    ours, theirs = case["results"][:2]
+    assert ours["error"] and not ours["times_ms"] and theirs["times_ms"]
+
+
 def test_an_unknown_command_is_refused(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["dance"])
@@ -181,7 +244,8 @@ def test_ctrl_c_keeps_what_was_measured(
     monkeypatch.setattr(measure, "paired", interrupted)
     options = "--case margin_softmax --shape 4,20,8 --shape 5,20,8 --rounds 1 --no-growth".split()
     assert cli.main(["bench", *options, "--out", str(tmp_path)]) == 130
-    assert "stopped by Ctrl-C; the 1 cases done are in" in capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith("1 cases, 1 rows, 0 failed or disagreed; stopped by Ctrl-C; what was")
     assert len(json.loads((tmp_path / "result.json").read_text())["cases"]) == 1
     assert "| fused fp32 |" in (tmp_path / "table.md").read_text()
 

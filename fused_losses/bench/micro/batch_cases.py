@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends, functional
-from fused_losses.bench.measure import Provider
+from fused_losses.bench.measure import Provider, free_bytes
 from fused_losses.bench.micro import peers
 from fused_losses.bench.micro.cases import Case, against_eager, apart, backward, knobbed
 from fused_losses.bench.micro.peers import peer
@@ -22,6 +21,7 @@ BLOCK_BYTES = 64 << 20  # of hinges, under a mask of triplets
 HINGE = 0.2
 PER_CLASS = 4
 PEERS_MOST = 2048  # rows
+SUMMED = 1e-5  # relative L2 of sums in float32 from float64's
 
 
 def _labels(n: int, device: str) -> Tensor:
@@ -82,7 +82,7 @@ def batch_hard_mining(
     wide = x.double()
 
     def differ(got: list[Tensor], want: list[Tensor]) -> float:
-        """The share of choices at a distance that is not that of ours, in float64."""
+        """The share of choices at another distance than the judge's, in float64."""
         if len(got[0]) != len(want[0]):
             return 1.0
         rows = wide.repeat(2, 1)
@@ -95,6 +95,7 @@ def batch_hard_mining(
     floor = 4.0 * n * d + 16.0 * n
     case = Case(title, providers, ["fused"], [], float(n) * n * d, floor, tolerance=loose)
     case.differ = differ
+    case.truth = None if rivals == "none" else lambda: [masked_batch_hard(wide, labels)]
     return case
 
 
@@ -134,15 +135,15 @@ def topk(
         if device != "cpu":
             providers |= peers.neighbours(x, y, k)
         if faiss is not None:
-            index = faiss.IndexFlatIP(d)
-            index.add(y.numpy())
-            faiss.omp_set_num_threads(torch.get_num_threads())
-            providers["faiss IndexFlatIP"] = lambda: torch.from_numpy(index.search(x.numpy(), k)[0])
+            providers |= peers.flat(faiss, x, y, k)
     title = f"Top-{k} of {n:,} queries by <x, y> over {m:,} x {d}, float32"
-    # screens change nothing
-    tolerance = dict.fromkeys(names, 0.0)
+    # screens change nothing: all are sums of float32
+    tolerance = {name: SUMMED for name in providers if "knob" not in name}
     floor = 4.0 * (n + m) * d + 12.0 * n * k
-    return Case(title, providers, names, [], 2.0 * n * m * d, floor, tolerance=tolerance)
+    case = Case(title, providers, names, [], 2.0 * n * m * d, floor, tolerance=tolerance)
+    if rivals != "none":
+        case.truth = lambda: [(x.double() @ y.double().T).topk(k).values]
+    return case
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -201,17 +202,6 @@ def masked_triplets(x: Tensor, labels: Tensor) -> Tensor:
     return total / count.clamp_min(1)
 
 
-def available_bytes() -> int:
-    """What the system could still give."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 1 << 62
-
-
 def all_triplets(
     n: int = 4096, d: int = 128, device: str = "cpu", rivals: str = "all", seed: int = 0
 ) -> Case:
@@ -234,9 +224,9 @@ def all_triplets(
     losses = peer("pytorch_metric_learning.losses")
     # its mask of triplets in bytes, and the indices of the triplets that there are
     needed = 2 * n**3 + 12 * 8 * n * (PER_CLASS - 1) * n
-    if losses is not None and needed > available_bytes():
+    if losses is not None and needed > free_bytes():
         print(f"without TripletMarginLoss: it needs {needed / 2**30:,.0f} GiB, "
-              f"{available_bytes() / 2**30:,.0f} GiB are free", file=sys.stderr)  # fmt: skip
+              f"{free_bytes() / 2**30:,.0f} GiB are free", file=sys.stderr)  # fmt: skip
     elif losses is not None:
         distance = importlib.import_module("pytorch_metric_learning.distances").LpDistance
         loss = losses.TripletMarginLoss(margin=HINGE, distance=distance(normalize_embeddings=False))

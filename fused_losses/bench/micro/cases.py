@@ -41,8 +41,9 @@ class Case:
     inputs: tuple[Tensor, ...] = ()  # what a peer is given besides
     # how far two providers' results and gradients are apart, where relative L2 does not say it
     differ: Callable[[list[Tensor], list[Tensor]], float] | None = None
-    # result and gradients in float64: providers then say how far they are from them
+    # result and gradients in float64, by which providers are judged
     truth: Callable[[], list[Tensor]] | None = None
+    tells_errors: bool = False  # how far each element may be from them, too
 
     @property
     def gradients_mib(self) -> float:
@@ -92,6 +93,20 @@ def backward(loss: Tensor) -> Tensor:
     """The loss, once its gradients are there."""
     loss.backward()
     return loss.detach()
+
+
+def in_float64(
+    loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+) -> Callable[[], list[Tensor]]:
+    """The truth of a loss as it is written: its value and gradients, computed when asked for."""
+
+    def truth() -> list[Tensor]:
+        wide = [t.detach().double() if t.is_floating_point() else t for t in inputs]
+        leaves = [w.requires_grad_() for w, t in zip(wide, inputs, strict=True) if t.requires_grad]
+        value = loss(*wide)
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+    return truth
 
 
 def apart(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -178,6 +193,7 @@ def against_eager(
     floor = 2.0 * sum(leaf.nbytes for leaf in leaves)
     title = f"{title}, {short(like.dtype)} inputs, forward + backward"
     case = Case(title, providers, ours, leaves, flops, floor)
+    case.truth = None if rivals == "none" else in_float64(eager, inputs)
     return case if like.dtype == torch.float32 else in_16_bits(case)
 
 
@@ -226,6 +242,7 @@ def margin_softmax(
         2.0 * (c + n) * d * dtype.itemsize,
         unlike,
     )
+    case.truth = None if rivals == "none" else in_float64(eager_arcface, (x, w, y))
     return case if dtype == torch.float32 else in_16_bits(case)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from fused_losses import functional
 from fused_losses.bench.micro import peers
 from fused_losses.bench.micro.cases import Case, against_eager, backward
-from fused_losses.primitives.maxsim.op import maxsim as fused_maxsim
 
 TEMPERATURE = 0.07
 ALPHA, BETA, BASE = 2.0, 50.0, 0.5  # multi-similarity
@@ -88,13 +87,6 @@ def eager_circle(x: Tensor, labels: Tensor) -> Tensor:
     push = (s.detach() + RELAXED).relu() * (s - RELAXED) * GAMMA
     near = pull.masked_fill(~positives, -torch.inf).logsumexp(dim=1)
     return F.softplus(near + push.masked_fill(same, -torch.inf).logsumexp(dim=1)).mean()
-
-
-def eager_maxsim(queries: Tensor, documents: Tensor) -> Tensor:
-    """ColBERT's scores, and the cross entropy that trains them."""
-    products = torch.einsum("qid,bjd->qibj", queries, documents)
-    scores = products.max(dim=3).values.sum(dim=1)
-    return F.cross_entropy(scores, torch.arange(len(queries), device=queries.device))
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> Tensor:
@@ -282,30 +274,3 @@ def circle(
     case.unlike = ("pytorch-metric-learning",)
     options = dict(m=RELAXED, gamma=GAMMA, distance="CosineSimilarity")
     return _with_peer(case, rivals, "CircleLoss", **options)
-
-
-def maxsim(
-    q: int = 256,
-    lq: int = 32,
-    b: int = 1024,
-    ld: int = 128,
-    d: int = 128,
-    device: str = "cpu",
-    rivals: str = "all",
-    seed: int = 0,
-) -> Case:
-    """ColBERT's MaxSim under a cross entropy."""
-    torch.manual_seed(seed)
-    inputs = (_unit(q, lq, d, device=device), _unit(b, ld, d, device=device))
-
-    def fused(queries: Tensor, documents: Tensor, **options: Any) -> Tensor:
-        scores = fused_maxsim(queries, documents, **options)
-        return F.cross_entropy(scores, torch.arange(len(queries), device=queries.device))
-
-    # the gradient follows the chosen tokens: two sums of rows, no matrix
-    flops = 2.0 * q * lq * b * ld * d + 2 * 2.0 * q * lq * b * d
-    title = f"MaxSim, {q} x {lq} query tokens, {b:,} x {ld} document tokens, D={d}"
-    case = against_eager(title, fused, eager_maxsim, inputs, flops, rivals)
-    # near ties: rounded products choose other tokens, and so do the gradients
-    case.tolerance = {name: 0.5 for name in case.providers if "bf16" in name or "knob" in name}
-    return case

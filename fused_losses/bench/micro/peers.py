@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from fused_losses.base.records import told
 from fused_losses.bench.measure import Provider
 
 LossOfTensors = Callable[..., Tensor]
+PANORAMA_LEVELS = 8
+ABSENT: dict[str, str] = {}  # peers that were asked for, and why they are left out
 
 
 @cache
@@ -30,8 +33,8 @@ def peer(name: str) -> ModuleType | None:
         return importlib.import_module(name)
     # one that was built for another torch fails in its own way
     except Exception as error:
-        print(f"without {name}: {type(error).__name__}: {str(error).splitlines()[0]}",
-              file=sys.stderr)  # fmt: skip
+        ABSENT[name] = told(error)
+        print(f"without {name}: {ABSENT[name]}", file=sys.stderr)
         return None
 
 
@@ -141,6 +144,22 @@ def attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> dict[
 
     losses = {name: loss(kernel) for name, kernel in kernels.items()}
     return _steps(losses, query, key, value)
+
+
+def flat(faiss: ModuleType, x: Tensor, y: Tensor, k: int) -> dict[str, Provider]:
+    """faiss' flat indices on the CPU: all products, and Panorama's, a run of columns at a time."""
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    width = x.shape[1]
+    indices = {"faiss IndexFlatIP": faiss.IndexFlatIP(width)}
+    if hasattr(faiss, "IndexFlatIPPanorama"):
+        indices["faiss IndexFlatIPPanorama"] = faiss.IndexFlatIPPanorama(width, PANORAMA_LEVELS)
+    for index in indices.values():
+        index.add(y.numpy())
+
+    def search(index: Any) -> Provider:
+        return lambda: torch.from_numpy(index.search(x.numpy(), k)[0])
+
+    return {name: search(index) for name, index in indices.items()}
 
 
 def neighbours(x: Tensor, y: Tensor, k: int) -> dict[str, Provider]:

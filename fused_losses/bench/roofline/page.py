@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_losses.base.records import one_of
 from fused_losses.bench.plots import plotted
 from fused_losses.bench.roofline.cost import Cost, cost, traced
 from fused_losses.bench.roofline.operation import PLAIN, Operation
@@ -208,8 +209,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fused-losses roofline`."""
     parser.add_argument("--out", type=Path, help="folder to write roofline.md and roofline.svg to "
                         "(default: the page is printed)")  # fmt: skip
-    parser.add_argument("--op", choices=sorted({op.name for op in ops()}), action="append",
-                        help="may be repeated (default all)")  # fmt: skip
+    names = sorted({op.name for op in ops()})
+    parser.add_argument("--op", type=one_of(names, "op"), action="append", metavar="OP",
+                        help=f"may be repeated (default: all): {', '.join(names)}")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

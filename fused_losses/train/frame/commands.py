@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fused_losses.base.records import BY_CTRL_C
 from fused_losses.train.frame.memory import is_memory
 from fused_losses.train.frame.options import (
     Config,
@@ -88,7 +88,7 @@ def status_of(
         return 128 + stopped.signal
     except KeyboardInterrupt:
         print("\nstopped at once; what the last checkpoint holds is kept", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return BY_CTRL_C
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         print(f"fused-losses train: {line_of(error)}", file=sys.stderr)
         return 2

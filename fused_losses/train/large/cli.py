@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from fused_losses.base.records import BY_CTRL_C
 from fused_losses.centers.watch import EXIT_CODE, RankFailure
 from fused_losses.train.frame.commands import line_of
 from fused_losses.train.frame.memory import is_memory
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return _main(argv) or 0  # an int: `record` says that it might be None
     except KeyboardInterrupt:
         print("\nstopped at once; the newest checkpoint is kept", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGINT)
+        os._exit(BY_CTRL_C)
     except Exception as error:
         known = isinstance(error, OSError) or is_memory(error)
         status = _refuse(error) if known else 1
