@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.integers import count_up
-from fused_losses.base.memory_budget import MemoryBudget, room_of
+from fused_losses.base.memory_budget import MemoryBudget, Room, room_of
 from fused_losses.base.numerics import accumulate_dtype, merged, no_autocast, reduced, softplus
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import number
@@ -75,52 +76,86 @@ def multiple_negatives(
     factor = number("scale", scale, anchor)
     far = None if negatives is None else own_negatives(negatives, anchor)
     with no_autocast(anchor.device):
-        x, y = (unit(anchor), unit(positive)) if normalize else (anchor, positive)
-        documents, ids = y, count_up(x.shape[0], x)
-        document_ids = document_labels = ids
-        if far is not None:
-            of_far = ids[:, None].expand(far.shape[:2]).flatten()
-            documents = torch.cat([y, (unit(far) if normalize else far).flatten(0, 1)])
-            document_ids = torch.cat([ids, of_far])
-            document_labels = torch.cat([ids, torch.full_like(of_far, -1)])
-
-        def pairs(rows: Tensor, columns: Tensor | None) -> PairInputs:
-            return scored(rows, columns, factor, precision=precision)
-
-        swept = {
-            "query_to_doc": lambda: pairs(x, documents)._replace(
-                x_labels=ids, y_labels=document_labels
-            ),
-            "query_to_query": lambda: triangle(pairs(x, None)),
-            "doc_to_query": lambda: pairs(y, x)._replace(x_labels=ids, y_labels=ids),
-            "doc_to_doc": lambda: pairs(y, documents)._replace(x_ids=ids, y_ids=document_ids),
-        }
-        found = {
-            direction: pair_statistics(swept[direction](), room=room, backend=backend)[0].value
-            for direction in directions
-        }
-        own = found["query_to_doc"][POSITIVE]
-        rest = []
-        for direction, value in found.items():
-            negative = value[NEGATIVE]
-            if partition == "joint":
-                more = direction == "doc_to_query"
-                rest.append(merged(negative, value[POSITIVE]) if more else negative)
-                continue
-            some = negative != -torch.inf
-            inside = direction in ("query_to_doc", "doc_to_query")
-            gap = torch.where(some, negative - (value[POSITIVE] if inside else own), 0)
-            rest.append(torch.where(some, softplus(gap) if inside else gap, 0))
-        if partition == "per_direction":
-            loss = torch.stack(rest).mean(dim=0)
-        else:
-            total = rest[0]
-            for more in rest[1:]:
-                total = merged(total, more)
-            some = total != -torch.inf
-            loss = torch.where(some, softplus(torch.where(some, total - own, 0)), 0)
+        if normalize:
+            anchor, positive = unit(anchor), unit(positive)
+            far = None if far is None else unit(far)
+        batch = RankedBatch(anchor, positive, far)
+        how = RankedWay(factor, tuple(directions), partition, precision, room, backend)
+        loss = ranked(batch, batch, 0, how)
         every = torch.ones_like(loss, dtype=torch.bool)
-        return reduced(loss, every, reduction, accumulate_dtype(x.dtype))
+        return reduced(loss, every, reduction, accumulate_dtype(anchor.dtype))
+
+
+class RankedBatch(NamedTuple):
+    """Rows as they are compared, of this rank or of all."""
+
+    anchor: Tensor  # [N, D]
+    positive: Tensor  # [N, D]
+    far: Tensor | None  # [N, K, D]
+
+
+class RankedWay(NamedTuple):
+    """How they are."""
+
+    scale: Tensor
+    directions: tuple[str, ...]
+    partition: str
+    precision: str
+    room: Room | None
+    backend: str | None
+
+
+def ranked(own: RankedBatch, every: RankedBatch, first: int, how: RankedWay) -> Tensor:
+    """The losses of own's anchors, [N], beside every rank's rows, of which own's begin at first."""
+    x, y = own.anchor, own.positive
+    columns = count_up(len(every.anchor), x)
+    ids = columns[first : first + len(x)]
+    documents, document_ids, document_labels = every.positive, columns, columns
+    if every.far is not None:
+        of_far = columns[:, None].expand(every.far.shape[:2]).flatten()
+        documents = torch.cat([documents, every.far.flatten(0, 1)])
+        document_ids = torch.cat([columns, of_far])
+        document_labels = torch.cat([columns, torch.full_like(of_far, -1)])
+
+    def pairs(rows: Tensor, columns: Tensor | None) -> PairInputs:
+        return scored(rows, columns, how.scale, precision=how.precision)
+
+    def of_queries() -> PairInputs:
+        if own is every:
+            return triangle(pairs(x, None))
+        return pairs(x, every.anchor)._replace(x_ids=ids, y_ids=columns)
+
+    swept = {
+        "query_to_doc": lambda: pairs(x, documents)._replace(
+            x_labels=ids, y_labels=document_labels
+        ),
+        "query_to_query": of_queries,
+        "doc_to_query": lambda: pairs(y, every.anchor)._replace(x_labels=ids, y_labels=columns),
+        "doc_to_doc": lambda: pairs(y, documents)._replace(x_ids=ids, y_ids=document_ids),
+    }
+    found = {
+        direction: pair_statistics(swept[direction](), room=how.room, backend=how.backend)[0].value
+        for direction in how.directions
+    }
+    target = found["query_to_doc"][POSITIVE]
+    rest = []
+    for direction, value in found.items():
+        negative = value[NEGATIVE]
+        if how.partition == "joint":
+            more = direction == "doc_to_query"
+            rest.append(merged(negative, value[POSITIVE]) if more else negative)
+            continue
+        some = negative != -torch.inf
+        inside = direction in ("query_to_doc", "doc_to_query")
+        gap = torch.where(some, negative - (value[POSITIVE] if inside else target), 0)
+        rest.append(torch.where(some, softplus(gap) if inside else gap, 0))
+    if how.partition == "per_direction":
+        return torch.stack(rest).mean(dim=0)
+    total = rest[0]
+    for more in rest[1:]:
+        total = merged(total, more)
+    some = total != -torch.inf
+    return torch.where(some, softplus(torch.where(some, total - target, 0)), 0)
 
 
 examples(

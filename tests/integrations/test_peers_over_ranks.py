@@ -11,7 +11,7 @@ import copied_peers as copied
 import processes
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_losses import integrations
 
@@ -90,6 +90,87 @@ def copies(rank: int) -> Iterator[tuple[str, Any, Outcome]]:
     yield "GradCache", copied.DistributedContrastiveLoss, contrastive
 
 
+EVERY = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+RANKING, GIST = "MultipleNegativesRankingLoss", "GISTEmbedLoss"
+# class, options, columns
+GATHERED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "ranking": (RANKING, {}, 2),
+    "ranking, every direction": (RANKING, dict(directions=EVERY), 4),
+    "symmetric": ("MultipleNegativesSymmetricRankingLoss", {}, 3),
+    "cached": (f"Cached{RANKING}", dict(directions=EVERY, mini_batch_size=4), 3),
+    "cached, symmetric": (
+        "CachedMultipleNegativesSymmetricRankingLoss",
+        dict(mini_batch_size=5),
+        2,
+    ),
+    "guided": (GIST, {}, 2),
+    "guided, relative": (GIST, dict(margin_strategy="relative", margin=0.1), 3),
+    "guided, of anchors alone": (GIST, dict(contrast_positives=False), 3),
+    "cached, guided": (f"Cached{GIST}", dict(mini_batch_size=4), 3),
+}
+
+
+class EncoderGiven(nn.Module):
+    """Stands for an encoder whose rows are in the features."""
+
+    max_seq_length = 8
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        tokenizers = pytest.importorskip("tokenizers")
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+        fast = pytest.importorskip("transformers").PreTrainedTokenizerFast
+        self.name, self.tokenizer = name, fast(tokenizer_object=words)
+
+    def __getitem__(self, _: int) -> None:
+        """A first module."""
+
+    def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
+        return {"sentence_embedding": features[self.name]}
+
+
+def of_texts(rank: int, cls: str, options: dict[str, Any], columns: int, equal: bool) -> Outcome:
+    """equal: of rank 1 two texts are the same, and its guide lets them meet themselves."""
+
+    def outcome() -> list[Tensor]:
+        losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+        held = [drawn(rank, N, D, seed=seed) for seed in range(columns)]
+        guides = [drawn(rank, N, D, seed=10 + seed).detach() for seed in range(columns)]
+        if equal and rank:
+            guides[1] = guides[0]
+        models = dict(guide=EncoderGiven("guide")) if GIST in cls else {}
+        loss = getattr(losses, cls)(
+            EncoderGiven("rows"), gather_across_devices=True, **models, **options
+        )
+        if not cls.startswith("Cached"):
+            if GIST in cls:
+                told = zip(held, guides, strict=True)
+                return given(loss([dict(rows=x, guide=g) for x, g in told], None), *held)
+            return given(loss.compute_loss_from_embeddings(held, None), *held)
+        size = loss.mini_batch_size
+        parts = [[p.detach().requires_grad_() for p in rows.split(size)] for rows in held]
+        further = [[list(rows.split(size)) for rows in guides]] if GIST in cls else []
+        value = loss.calculate_loss(parts, *further, with_backward=True)
+        return [value, *(torch.cat([part.grad for part in column]) for column in parts)]
+
+    return outcome
+
+
+def texts(rank: int) -> Iterator[tuple[str, Any, Outcome]]:
+    for name, (cls, options, columns) in GATHERED.items():
+        yield name, "sentence_transformers", of_texts(rank, cls, options, columns, False)
+
+
+def refused_on_one_rank(rank: int) -> list[Any]:
+    outcome = of_texts(rank, GIST, {}, 2, equal=True)
+    want = outcome()
+    with integrations.accelerate("sentence_transformers") as acceleration:
+        got = outcome()
+        (ran,) = acceleration.report()
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    return [ran.accelerated, list(ran.left)]
+
+
 def compare(rank: int, cases: Callable[[int], Iterator[tuple[str, Any, Outcome]]]) -> list[str]:
     told = []
     for name, peer, outcome in cases(rank):
@@ -109,6 +190,21 @@ def compare(rank: int, cases: Callable[[int], Iterator[tuple[str, Any, Outcome]]
 def test_copied_peers_on_two_ranks() -> None:
     first, second = processes.run(2, compare, copies)
     assert first == second and len(first) == 4
+
+
+@pytest.mark.slow
+def test_sentence_transformers_on_two_ranks() -> None:
+    pytest.importorskip("sentence_transformers", reason="the peer")
+    first, second = processes.run(2, compare, texts)
+    assert first == second == list(GATHERED)
+
+
+@pytest.mark.slow
+def test_what_one_rank_leaves_to_the_peer_every_rank_does() -> None:
+    pytest.importorskip("sentence_transformers", reason="the peer")
+    own = ["a row that its guide lets meet itself"]
+    other = ["what another rank leaves to the peer"]
+    assert processes.run(2, refused_on_one_rank) == [[0, other], [0, own]]
 
 
 def test_open_clip_on_two_ranks() -> None:

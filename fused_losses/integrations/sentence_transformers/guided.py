@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fused_losses.functions.joint_pairs import guided_contrastive
 from fused_losses.integrations.acceleration import Left, NotCovered, PeerCall, PeerRow
 from fused_losses.integrations.sentence_transformers.calls import LOSSES, as_peer, finished
+from fused_losses.integrations.sentence_transformers.gathered import agreed, over_ranks, own_first
 
 
 class Given(nn.Module):
@@ -26,8 +27,6 @@ class Given(nn.Module):
 
 
 def _check(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> None:
-    if loss.gather_across_devices:
-        raise NotCovered("gather_across_devices")
     if type(loss.similarity_fct) is not nn.CosineSimilarity:
         raise NotCovered(f"{type(loss.similarity_fct).__name__}, a function that is not known")
     if len({each.shape for each in rows}) > 1 or len({each.shape for each in guides}) > 1:
@@ -50,9 +49,12 @@ def _check(loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> None:
 
 def guided(call: PeerCall, loss: Any, rows: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
     """The loss of an anchor, a positive and any further columns of negatives, [N, D] each."""
-    _check(loss, rows, guides)
+    agreed(loss, lambda: _check(loss, rows, guides), rows[0])
     anchor, positive, *far = rows
     anchor_guide, positive_guide, *far_guide = guides
+    if over_ranks(loss):
+        positive, *far = (own_first(each) for each in (positive, *far))
+        positive_guide, *far_guide = (own_first(each) for each in (positive_guide, *far_guide))
     value = guided_contrastive(
         anchor,
         positive,
@@ -124,8 +126,8 @@ def cached_gist(
 
 
 LEAVES = (
-    "gather_across_devices; rows of 16 bits; a guide of another dtype; rows that a guide lets meet "
-    "themselves (equal texts, a margin below 0)"
+    "rows of 16 bits; a guide of another dtype; rows that a guide lets meet themselves (equal "
+    "texts, a margin below 0)"
 )
 GUIDED = (
     PeerRow(f"{LOSSES}.GISTEmbedLoss", "forward", gist, "guided_contrastive", LEAVES),

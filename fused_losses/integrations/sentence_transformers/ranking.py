@@ -10,10 +10,17 @@ from torch import Tensor
 from fused_losses.base.integers import count_up
 from fused_losses.base.numerics import no_autocast
 from fused_losses.base.unit_norm import unit
+from fused_losses.base.validation import number
 from fused_losses.functions.info_nce import info_nce
-from fused_losses.functions.multiple_negatives import multiple_negatives
+from fused_losses.functions.multiple_negatives import (
+    RankedBatch,
+    RankedWay,
+    multiple_negatives,
+    ranked,
+)
 from fused_losses.integrations.acceleration import NotCovered, PeerCall, PeerRow
 from fused_losses.integrations.sentence_transformers.calls import LOSSES, as_peer, finished, named
+from fused_losses.integrations.sentence_transformers.gathered import agreed, everyones, over_ranks
 from fused_losses.pairwise.topk import pairwise_topk
 
 
@@ -22,10 +29,8 @@ def _similarity(loss: Any) -> bool:
     return named(loss.similarity_fct, cos_sim=True, pytorch_cos_sim=True, dot_score=False)
 
 
-def _ranked(call: PeerCall, loss: Any, embeddings: list[Tensor]) -> Tensor:
-    normalize = _similarity(loss)
-    if loss.gather_across_devices:
-        raise NotCovered("gather_across_devices")
+def _check(loss: Any, embeddings: list[Tensor]) -> None:
+    _similarity(loss)
     if loss.hardness_mode is not None and loss.hardness_strength > 0:
         raise NotCovered(f"hardness_mode={loss.hardness_mode}")
     if len(embeddings) < 2 or len({rows.shape for rows in embeddings}) > 1:
@@ -34,6 +39,12 @@ def _ranked(call: PeerCall, loss: Any, embeddings: list[Tensor]) -> Tensor:
         raise NotCovered("sparse rows")
     if len(embeddings[0]) < 2:
         raise NotCovered("a row alone")
+
+
+def _ranked(call: PeerCall, loss: Any, embeddings: list[Tensor]) -> Tensor:
+    agreed(loss, lambda: _check(loss, embeddings), embeddings[0])
+    if over_ranks(loss):
+        return _over_ranks(call, loss, embeddings)
     anchor, positive, *far = embeddings
     value = multiple_negatives(
         anchor,
@@ -42,10 +53,26 @@ def _ranked(call: PeerCall, loss: Any, embeddings: list[Tensor]) -> Tensor:
         scale=loss.scale,
         directions=loss.directions,
         partition=loss.partition_mode,
-        normalize=normalize,
+        normalize=_similarity(loss),
         backend=call.backend,
     )
     return as_peer(value, anchor)
+
+
+def _over_ranks(call: PeerCall, loss: Any, embeddings: list[Tensor]) -> Tensor:
+    """The mean over this rank's anchors, beside every rank's rows."""
+    with no_autocast(embeddings[0].device):
+        own = [unit(rows) if _similarity(loss) else rows for rows in embeddings]
+        (anchor, first), *others = (everyones(rows) for rows in own)
+        every = [anchor, *(rows for rows, _ in others)]
+        local, all_ = (
+            RankedBatch(x, y, torch.stack(far, dim=1) if far else None)
+            for x, y, *far in (own, every)
+        )
+        scale = number("scale", loss.scale, anchor)
+        how = RankedWay(scale, loss.directions, loss.partition_mode, "fp32", None, call.backend)
+        value = ranked(local, all_, first, how).mean()
+    return as_peer(value, embeddings[0])
 
 
 def ranking(call: PeerCall, loss: Any, embeddings: list[Tensor], labels: Any) -> Tensor:  # noqa: ARG001
@@ -103,7 +130,7 @@ def mega_batch(
 
 
 METHOD, CACHED = "compute_loss_from_embeddings", "calculate_loss"
-LEAVES = "a similarity of one's own; gather_across_devices; hardness_mode"
+LEAVES = "a similarity of one's own; hardness_mode"
 SPARSE = "sparse_encoder.losses"
 RANKINGS = (
     PeerRow(
