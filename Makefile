@@ -216,7 +216,7 @@ lint: types
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 	! grep -q '^.tool.importlinter' pyproject.toml || $(BIN)/lint-imports --no-cache
 
-# the type hints of package and tools: settings in pyproject.toml
+# the type hints of package, tools and examples: settings in pyproject.toml
 types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
