@@ -8,6 +8,7 @@
 
 #include "../maxsim.h"
 #include "pairs/tile.h"
+#include "sums.h"
 
 namespace fused_losses::FL_ISA {
 
@@ -63,20 +64,6 @@ struct MaxSimPlan {
 template <class P, class T>
 size_t maxsim_bytes(const MaxSimProblem& p, int threads) {
   return threads * MaxSimPlan<P, T>(p, nullptr).thread_bytes;
-}
-
-// Whether no entry is NaN or inf.
-template <class T>
-inline bool all_finite(const T* x, int64_t n) {
-  constexpr int64_t kStep = kLanes<T>;
-  Vector<T> sums[4] = {};
-  int64_t e = 0;
-  for (; e + 4 * kStep <= n; e += 4 * kStep) {
-    for (int u = 0; u < 4; ++u) sums[u] += load(x + e + u * kStep) * T(0);
-  }
-  T rest = 0;
-  for (; e < n; ++e) rest += x[e] * T(0);
-  return sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest == 0;
 }
 
 // How many document tokens at once meet a panel of so many vectors.

@@ -150,6 +150,23 @@ inline void narrow_row(const T* from, int64_t d, typename P::Word* to) {
   }
 }
 
+// out[c][i] = in[i][c] of `wide` rows, of which `real` exist; the others are zero.
+template <class Word>
+inline void turn_panel(const Word* in, int64_t real, int64_t wide, int64_t columns, int64_t ld,
+                       Word* out) {
+  for (int64_t r = 0; r < wide; r += 16) {
+    int64_t c = 0;
+    for (; r + 16 <= real && c + 16 <= columns; c += 16) {
+      transpose16(in + r * ld + c, ld, out + c * wide + r, wide);
+    }
+    for (; c < columns; ++c) {
+      for (int64_t i = r; i < std::min(r + 16, wide); ++i) {
+        out[c * wide + i] = i < real ? in[i * ld + c] : Word(0);
+      }
+    }
+  }
+}
+
 // x as the right operand of W x^T: panels of rows, [panel][d words][kPanel rows].
 template <class P, class T>
 inline void pack_columns(const T* x, int64_t n, int64_t d, int64_t ld, int64_t padded,
@@ -157,6 +174,10 @@ inline void pack_columns(const T* x, int64_t n, int64_t d, int64_t ld, int64_t p
   constexpr int64_t kWide = kPanel<P>;
   const int64_t depth = words<P>(d);
   for (int64_t p = 0; p < padded; p += kWide, out += depth * kWide) {
+    if constexpr (P::kPair == 1) {
+      turn_panel(x + p * ld, std::min(kWide, n - p), kWide, d, ld, out);
+      continue;
+    }
     for (int64_t i = 0; i < kWide; ++i) {
       for (int64_t k = 0; k < depth; ++k) {
         const int64_t e = k * P::kPair;

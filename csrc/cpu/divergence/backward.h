@@ -242,13 +242,13 @@ void divergence_backward(const DivergenceProblem& given, const DivergenceBackwar
   const DivergenceProblem p = in_step(given);
   const DivergenceBackwardPlan<PS, PG, T> plan(p, out, parallel.threads, buffer);
   using Thread = typename GradientPlan<PS, PG, T, NoRows>::Thread;
-  pack_operands(p.student, plan.student);
-  pack_operands(p.teacher, plan.teacher);
+  pack_operands(p.student, plan.student, parallel);
+  pack_operands(p.teacher, plan.teacher, parallel);
   const auto shared = plan.shared(p);
   const SlopeRows<T>& of_rows = shared.rows;
   of_rows.set(p, in, plan.student.padded);
-  PairRows<PS, T> x = {plan.student.columns, plan.student.dense, plan.teacher.columns,
-                       plan.teacher.dense};
+  PairRows<PS, T> x = {plan.student.columns, plan.student.x(p.student), plan.teacher.columns,
+                       plan.teacher.x(p.teacher)};
   shared.difference.add_to(x, p, plan.student.padded);
   const bool dense = p.dense.data && (out.ddense || out.dscale || out.teacher.db);
   const bool both = dense || out.teacher.dx || out.teacher.dw || out.teacher.db;
@@ -305,8 +305,8 @@ void divergence_backward(const DivergenceProblem& given, const DivergenceBackwar
       close_tile(p.teacher, out.teacher, plan.teacher, teacher, pair.teacher);
     }
   });
-  write_dx(p.student, out.student, plan.student, parallel.threads);
-  write_dx(p.teacher, out.teacher, plan.teacher, parallel.threads);
+  write_dx(p.student, out.student, plan.student, parallel);
+  write_dx(p.teacher, out.teacher, plan.teacher, parallel);
   for (int64_t i = 0; out.dscale && i < p.student.n; ++i) {
     T total = 0;
     for (int index = 0; index < parallel.threads; ++index) {

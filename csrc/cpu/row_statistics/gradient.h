@@ -13,7 +13,7 @@ struct GradientPlan {
   bool direct;  // dw leaves the registers finished: one block of rows, no conversion
   typename PS::Word* columns;
   typename PG::Word* rows;  // x as the right operand of G x
-  T* dense;
+  T* dense;                 // where x does not lie so
   Own own;
 
   struct Thread {
@@ -39,11 +39,15 @@ struct GradientPlan {
     Arena arena(base);
     columns = arena.take<typename PS::Word>(padded * words<PS>(p.d));
     rows = arena.take<typename PG::Word>(dw ? words<PG>(padded) * wide : 0);
-    dense = arena.take<T>(p.n * p.d);
+    dense = arena.take<T>(lies_dense<T>(p) ? 0 : p.n * p.d);
     own = make(arena, padded);
     shared_bytes = arena.used();
     thread_bytes = 0;
     thread_bytes = thread(p, 0).second;
+  }
+
+  const T* x(const Problem& p) const {
+    return lies_dense<T>(p) ? static_cast<const T*>(p.x.data) : dense;
   }
 
   std::pair<Thread, size_t> thread(const Problem& p, int index) const {
@@ -154,7 +158,7 @@ inline void add_dw(const Problem& p, const BackwardOut& out,
   const int64_t depth = words<PG>(real_rows), left = th.tile.ld / PG::kPair;
   if constexpr (kPreferBlas) {
     if (uses_blas(p)) {
-      return blas(p, false, false, p.d, tile.count, real_rows, plan.dense + row0 * p.d, p.d,
+      return blas(p, false, false, p.d, tile.count, real_rows, plan.x(p) + row0 * p.d, p.d,
                   th.by_row, th.tile.ld, T(row0 ? 1 : 0), th.dw, plan.wide);
     }
   }
@@ -272,7 +276,7 @@ inline void gradient_tile(const Problem& p, const BackwardOut& out,
     const T* kept = kept_scores<T>(p, tile.first, tile.count);
     const T* scores = kept ? kept + row0 : s.scores;
     const int64_t ld = kept ? round_up(p.n, kKeptPadding) : s.ld;
-    if (!kept) tile.multiply_rows(plan.columns, plan.dense, row0, rows, s.scores, s.ld);
+    if (!kept) tile.multiply_rows(plan.columns, plan.x(p), row0, rows, s.scores, s.ld);
     fill(th, tile, scores, ld, row0, rows);
     multiply_block(p, out, plan, th, tile, row0, rows);
   }
@@ -281,13 +285,17 @@ inline void gradient_tile(const Problem& p, const BackwardOut& out,
 
 // x as the operands of its products.
 template <class PS, class PG, class T, class Own>
-inline void pack_operands(const Problem& p, const GradientPlan<PS, PG, T, Own>& plan) {
-  const T* x = dense_rows(p, plan.dense);
-  pack_columns<PS>(x, p.n, p.d, p.d, plan.padded, plan.columns);
-  if (plan.dw) {
-    pack_rows<PG, T>([&](int64_t i) { return x + i * p.d; }, p.n, p.d,
-                     words<PG>(plan.padded) * kPanel<PG>, plan.rows);
-  }
+inline void pack_operands(const Problem& p, const GradientPlan<PS, PG, T, Own>& plan,
+                          const Parallel& parallel) {
+  pack_rows_of_x<PS>(p, plan.dense, plan.padded, plan.columns, parallel);
+  if (!plan.dw) return;
+  on_tasks(parallel, (p.n + kRowsAtOnce - 1) / kRowsAtOnce, [&](int, int64_t task) {
+    const int64_t first = task * kRowsAtOnce;
+    const T* x = plan.x(p) + first * p.d;
+    pack_rows<PG, T>([&](int64_t i) { return x + i * p.d; }, std::min(kRowsAtOnce, p.n - first),
+                     p.d, words<PG>(plan.padded) * kPanel<PG>,
+                     plan.rows + first / PG::kPair * kPanel<PG>);
+  });
 }
 
 // A thread's memory, with all that is summed at zero.
@@ -307,15 +315,19 @@ inline typename GradientPlan<PS, PG, T, Own>::Thread cleared_thread(
 // dx of all threads, in their order.
 template <class PS, class PG, class T, class Own>
 inline void write_dx(const Problem& p, const BackwardOut& out,
-                     const GradientPlan<PS, PG, T, Own>& plan, int threads) {
-  for (int64_t i = 0; plan.dx && i < p.n; ++i) {
-    T* first = plan.thread(p, 0).first.dx + i * plan.wide;
-    for (int index = 1; index < threads; ++index) {
-      const T* other = plan.thread(p, index).first.dx + i * plan.wide;
-      for (int64_t e = 0; e < p.d; ++e) first[e] += other[e];
+                     const GradientPlan<PS, PG, T, Own>& plan, const Parallel& parallel) {
+  if (!plan.dx) return;
+  on_tasks(parallel, (p.n + kRowsAtOnce - 1) / kRowsAtOnce, [&](int, int64_t task) {
+    const int64_t end = std::min((task + 1) * kRowsAtOnce, p.n);
+    for (int64_t i = task * kRowsAtOnce; i < end; ++i) {
+      T* first = plan.thread(p, 0).first.dx + i * plan.wide;
+      for (int index = 1; index < parallel.threads; ++index) {
+        const T* other = plan.thread(p, index).first.dx + i * plan.wide;
+        for (int64_t e = 0; e < p.d; ++e) first[e] += other[e];
+      }
+      write_row(out.dx, p.x.type, i * p.d, p.d, first);
     }
-    write_row(out.dx, p.x.type, i * p.d, p.d, first);
-  }
+  });
 }
 
 // All tiles on all threads; `fill` as of gradient_tile.
@@ -323,14 +335,14 @@ template <class PS, class PG, class T, class Own, class Fill>
 void sweep_gradient(const Problem& p, const BackwardOut& out,
                     const GradientPlan<PS, PG, T, Own>& plan, const Parallel& parallel,
                     Fill&& fill) {
-  pack_operands(p, plan);
+  pack_operands(p, plan, parallel);
   on_tasks(parallel, parallel.threads, [&](int, int64_t run) {
     auto th = cleared_thread(p, plan, run);
     int64_t begin, end;
     tiles_of(run, parallel.threads, plan.tiles, &begin, &end);
     for (int64_t t = begin; t < end; ++t) gradient_tile(p, out, plan, th, t, fill);
   });
-  write_dx(p, out, plan, parallel.threads);
+  write_dx(p, out, plan, parallel);
 }
 
 }  // namespace fused_losses::FL_ISA

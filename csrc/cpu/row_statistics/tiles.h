@@ -12,12 +12,22 @@ namespace fused_losses::FL_ISA {
 constexpr int64_t kTileBytes = 384 << 10;  // of weights in a tile: 192 classes at d = 512
 constexpr int64_t kMostClasses = 384;      // of a tile
 constexpr int64_t kBlockRows = 256;        // rows whose scores a tile holds at once
+constexpr int64_t kFewTiles = 32;          // that are made alike, for threads to share out
+constexpr int64_t kWorthSharing = 96;      // classes of so small a tile that there are four
+constexpr int64_t kRowsAtOnce = 64;        // of a task that prepares rows
 
 inline int64_t tile_classes(const Problem& p) {
   if (p.tile) return p.tile;
   const int64_t fit = kTileBytes / (std::max<int64_t>(p.d, 1) * 4) / 12 * 12;
   const int64_t tile = std::clamp<int64_t>(fit, 24, kMostClasses);
-  return std::max(p.group, tile / p.group * p.group);
+  const int64_t most = std::max(p.group, tile / p.group * p.group);
+  const int64_t tiles = (p.k + most - 1) / most;
+  if (tiles > kFewTiles) return most;
+  // whoever has the last tile of few would have less than half of another's work
+  const int64_t shares = p.k >= 4 * kWorthSharing ? 4 : p.k >= kWorthSharing ? 2 : 1;
+  const int64_t alike = round_up(std::max<int64_t>(tiles, 1), shares);
+  const int64_t each = round_up((p.k + alike - 1) / alike, kRows);
+  return std::clamp<int64_t>(round_up(each, p.group), p.group, most);
 }
 
 // Without wide vectors the host's BLAS, which has its own, multiplies tiles faster than we do.
@@ -212,11 +222,33 @@ class Tile {
   const TileScratch<PS, T>& s_;
 };
 
+// Whether x lies in memory as kernels read it: in type T, row after row.
+template <class T>
+inline bool lies_dense(const Problem& p) {
+  return p.x.data && p.x.type == kNative<T> && p.x.stride == p.d;
+}
+
 // x in type T, row after row, shared by the threads.
 template <class T>
 inline const T* dense_rows(const Problem& p, T* buffer) {
   for (int64_t i = 0; i < p.n; ++i) read_row(p.x, i, p.d, buffer + i * p.d);
   return buffer;
+}
+
+// The same where it lies, or in the buffer, and as the operand of S; a run of rows at a time.
+template <class PS, class T>
+inline void pack_rows_of_x(const Problem& p, T* dense, int64_t padded, typename PS::Word* columns,
+                           const Parallel& parallel) {
+  constexpr int64_t kWide = kPanel<PS>;
+  const int64_t step = round_up(kRowsAtOnce, kWide), depth = words<PS>(p.d);
+  const bool there = lies_dense<T>(p);
+  on_tasks(parallel, (padded + step - 1) / step, [&](int, int64_t task) {
+    const int64_t row0 = task * step, end = std::min(row0 + step, p.n);
+    for (int64_t i = row0; !there && i < end; ++i) read_row(p.x, i, p.d, dense + i * p.d);
+    const T* x = there ? static_cast<const T*>(p.x.data) : dense;
+    pack_columns<PS>(x + row0 * p.d, std::max<int64_t>(end - row0, 0), p.d, p.d,
+                     std::min(step, padded - row0), columns + row0 * depth);
+  });
 }
 
 inline int64_t padded_rows(int64_t n, int64_t panel) {
