@@ -4,6 +4,7 @@
 #include "class_rules.h"
 #include "distances.h"
 #include "divergence.h"
+#include "listed.h"
 #include "maxsim.h"
 #include "pairs.h"
 #include "peaks.h"
@@ -28,6 +29,7 @@ struct Kernels {
   RowUpdateKernels row_update;
   DivergenceKernels divergence;
   PeakKernels peaks;
+  ListedKernels listed;
 };
 
 const Kernels& generic_kernels();

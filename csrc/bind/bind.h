@@ -80,6 +80,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_scores(
     const std::string& screen, const std::optional<at::Tensor>& codes,
     const std::optional<at::Tensor>& codes_scale, const std::optional<at::Tensor>& codes_error,
     const std::optional<at::Tensor>& codes_signs);
+// In plain eager mode: the extreme positive of each row, then the extreme negative, as listed pairs
+// (rows, columns [2 n], where there is none column 0), which rows have both and whether all have;
+// whether all of y is finite. y None: x itself.
+using Extremes = std::tuple<at::Tensor, at::Tensor, at::Tensor, bool, bool>;
+Extremes extreme_columns(const at::Tensor& x, const std::optional<at::Tensor>& y,
+                         const at::Tensor& x_labels, const at::Tensor& y_labels,
+                         const std::string& kind, bool largest_positive, bool largest_negative,
+                         bool skip_self, bool symmetric, const std::string& screen);
 size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes);
 
 // Of the form in Python (primitives/class_rules/cpu.py), which has checked: `place` [n, slots] of
@@ -111,8 +119,9 @@ at::Tensor row_marks(const at::Tensor& x);
 at::Tensor exact_center(const std::vector<at::Tensor>& sides);
 // int32 numbers in the labels' order, equal where these are.
 at::Tensor dense_numbers(const at::Tensor& labels);
-// log(1 + e^z); `numerics.share_loss`; a sum or mean over what is counted. All with gradients of
-// any order.
+// `numerics.root`; log(1 + e^z); `numerics.share_loss`; a sum or mean over what is counted. All
+// with gradients of any order.
+at::Tensor root_of(const at::Tensor& v);
 at::Tensor softplus_of(const at::Tensor& z);
 std::tuple<at::Tensor, at::Tensor> share_loss(const at::Tensor& value, const at::Tensor& others);
 // `pair_sums.reduced_shares`: of one side, whose positives may stand by their mean (total, count),
@@ -124,6 +133,13 @@ at::Tensor reduced_shares(const at::Tensor& value, const at::Tensor& others,
                           const std::optional<at::Tensor>& second_others, bool mean, bool everyone,
                           bool wide);
 at::Tensor reduced_loss(const at::Tensor& loss, const at::Tensor& counted, bool mean, bool wide);
+
+// In plain eager mode: with the gradient in C++. y None: x itself.
+at::Tensor listed_scores(const at::Tensor& x, const std::optional<at::Tensor>& y,
+                         const at::Tensor& rows, const at::Tensor& columns, bool apart);
+void register_listed(torch::Library& m);
+size_t listed_workspace(int64_t n, int64_t m, int64_t d, int64_t pairs, int64_t item, bool own,
+                        bool gradient);
 
 void register_triplets(torch::Library& m);
 void register_row_update(torch::Library& m);

@@ -116,6 +116,7 @@ TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   register_topk(m);
   register_distances(m);
   register_triplets(m);
+  register_listed(m);
   register_row_update(m);
   register_divergence(m);
 }
@@ -149,6 +150,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("maxsim_workspace", &maxsim_workspace);
   m.def("distance_workspace", &distance_workspace);
   m.def("topk_workspace", &topk_workspace);
+  m.def("listed_workspace", &listed_workspace);
   m.def("divergence_workspace", &divergence_workspace);
   m.def("class_rules_workspace", &class_rules_workspace);
   const py::call_guard<py::gil_scoped_release> unlocked;
@@ -157,10 +159,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("all_plain", &all_plain);
   m.def("pairs_fit", &pairs_fit);
   m.def("pair_statistics", &pair_statistics);
+  m.def("listed_scores", &listed_scores, unlocked);
   m.def("unit_rows", &unit_rows, unlocked);
   m.def("row_marks", &row_marks, unlocked);
   m.def("exact_center", &exact_center, unlocked);
   m.def("dense_numbers", &dense_numbers, unlocked);
+  m.def("extreme_columns", &extreme_columns, unlocked);
+  m.def("root", &root_of, unlocked);
   m.def("softplus", &softplus_of, unlocked);
   m.def("share_loss", &share_loss, unlocked);
   m.def("reduced_shares", &reduced_shares, unlocked);

@@ -1,6 +1,7 @@
 // The cpu op of the k best columns (schema: primitives/topk); module.cpp registers it.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/nan_to_num.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bind.h"
@@ -165,6 +167,48 @@ std::tuple<Tensor, Tensor, Tensor> topk_scores(
   kernels.scores(p, scores.data_ptr<float>(), bounds.data_ptr<float>(), center.data_ptr<double>(),
                  aligned(buffer), parallel);
   return {scores, bounds, center};
+}
+
+namespace {
+
+// Without NaN, which is put back by the distances of what is chosen, and whether nothing changed.
+std::pair<Tensor, bool> without_nan(const Tensor& t) {
+  const Tensor rows = dense_rows(t), marks = row_marks(rows).to(at::kDouble);
+  const double* mark = marks.const_data_ptr<double>();
+  const bool finite = std::all_of(mark, mark + marks.numel(), [](double v) { return v == 0; });
+  if (finite) return {rows, true};
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  return {at::nan_to_num(rows, 0, kInfinity, -kInfinity), false};
+}
+
+}  // namespace
+
+Extremes extreme_columns(const Tensor& x_in, const OptionalTensor& y_in, const Tensor& x_labels,
+                         const Tensor& y_labels, const std::string& kind, bool largest_positive,
+                         bool largest_negative, bool skip_self, bool symmetric,
+                         const std::string& screen) {
+  const at::NoGradGuard no_gradient;
+  const auto [x, x_finite] = without_nan(x_in);
+  const auto [y, y_finite] = y_in ? without_nan(*y_in) : std::pair(x, x_finite);
+  const auto best = [&, &x = x, &y = y](const char* match, bool largest) {
+    return std::get<1>(topk(x, y, {}, {}, {}, {}, {}, x_labels, y_labels, {}, {}, {}, kind, 1,
+                            largest, match, skip_self, symmetric, screen));
+  };
+  const Tensor near = best("same", largest_positive), far = best("different", largest_negative);
+  const int64_t n = x.size(0);
+  const auto whole = x.options().dtype(at::kLong);
+  const Tensor rows = at::empty({2 * n}, whole), columns = at::empty({2 * n}, whole);
+  const Tensor found = at::empty({n}, x.options().dtype(at::kBool));
+  const int64_t *p = near.const_data_ptr<int64_t>(), *q = far.const_data_ptr<int64_t>();
+  int64_t *row = rows.data_ptr<int64_t>(), *column = columns.data_ptr<int64_t>();
+  bool* both = found.data_ptr<bool>();
+  for (int64_t i = 0; i < n; ++i) {
+    row[i] = row[n + i] = i;
+    both[i] = p[i] >= 0 && q[i] >= 0;
+    column[i] = std::max<int64_t>(p[i], 0);
+    column[n + i] = std::max<int64_t>(q[i], 0);
+  }
+  return {rows, columns, found, std::all_of(both, both + n, [](bool b) { return b; }), y_finite};
 }
 
 size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes) {

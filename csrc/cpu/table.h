@@ -5,6 +5,7 @@
 #include "class_rules/backward.h"
 #include "distances/distances.h"
 #include "divergence/backward.h"
+#include "listed.h"
 #include "maxsim.h"
 #include "pairs/attention.h"
 #include "pairs/gradients.h"
@@ -241,6 +242,23 @@ constexpr TripletKernels triplet_table() {
   return k;
 }
 
+constexpr ListedKernels listed_table() {
+  ListedKernels k;
+  k.bytes = listed_bytes;
+  k.forward = [](const ListedProblem& p, void* score, void* buffer, const Parallel& parallel) {
+    if (p.x.type == Type::kFloat64) return listed_forward<double>(p, score, buffer, parallel);
+    listed_forward<float>(p, score, buffer, parallel);
+  };
+  k.backward = [](const ListedProblem& p, const void* grad, void* dx, void* dy, void* buffer,
+                  const Parallel& parallel) {
+    if (p.x.type == Type::kFloat64) {
+      return listed_backward<double>(p, grad, dx, dy, buffer, parallel);
+    }
+    listed_backward<float>(p, grad, dx, dy, buffer, parallel);
+  };
+  return k;
+}
+
 constexpr Kernels table(const char* capability, bool bf16) {
   return {capability,         bf16,
           kPreferBlas,        row_table(),
@@ -248,7 +266,7 @@ constexpr Kernels table(const char* capability, bool bf16) {
           maxsim_table(),     topk_table(),
           distance_table(),   triplet_table(),
           row_update_table(), divergence_table(),
-          peak_table()};
+          peak_table(),       listed_table()};
 }
 
 }  // namespace fused_losses::FL_ISA

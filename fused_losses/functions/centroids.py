@@ -69,8 +69,8 @@ def centroid_triplet(
         else:
             y = both.y.to(dtype)
             y = _class_means(unit(y) if normalize else y, both.labels[1])
-            inputs = RowInputs(x, y, *both.labels, precision=precision)
-        near, far, found = chosen_distances(inputs, "hardest", "hardest", "sqeuclidean", backend)
+            inputs = RowInputs(x, y, *both.labels, score="sqeuclidean", precision=precision)
+        near, far, found = chosen_distances(inputs, "hardest", "hardest", backend)
         near, far = (d.clamp_min(SMALLEST_SQUARE).sqrt() for d in (near, far))
         return reduced(violated(near, far, margin), found, reduction, dtype)
 
@@ -88,7 +88,9 @@ def _of_itself(
         x = y = torch.cat([x, others])
         numbers = numbers.repeat(2)
         x_groups, y_groups = x_groups.repeat(2), y_groups.repeat(2)
-    options: dict[str, Any] = dict(skip_self=centroid_anchors, precision=precision)
+    options: dict[str, Any] = dict(
+        score="sqeuclidean", skip_self=centroid_anchors, precision=precision
+    )
     return RowInputs(x, y, numbers, numbers, x_groups, y_groups, **options)
 
 
@@ -151,7 +153,7 @@ def prototype_triplet(
     check_at_least("eps", eps, 0)
     with no_autocast(embeddings.device):
         inputs = scored_rows(both, "sqeuclidean", precision)
-        near, far, found = chosen_distances(inputs, "hardest", "hardest", "sqeuclidean", backend)
+        near, far, found = chosen_distances(inputs, "hardest", "hardest", backend)
         # over nothing the root has no use for its slope
         near, far = (torch.where(found, d + eps, 1).sqrt() for d in (near, far))
         loss = violated(near, far, margin)

@@ -12,10 +12,8 @@ from fused_losses.base.examples import PRECISIONS, examples
 from fused_losses.base.indices import Indices, ListedPairs, PairList
 from fused_losses.base.numerics import (
     accumulate_dtype,
-    nan_where_infinite,
     no_autocast,
     reduced,
-    root,
     softplus,
 )
 from fused_losses.base.sides import batch_sides
@@ -24,28 +22,21 @@ from fused_losses.functions.listed_triplets import listed_example, pair_distance
 from fused_losses.functions.scored_rows import DISTANCES, scored_rows
 from fused_losses.primitives.row_rules.inputs import PICKS, ROW_SCORES, RowInputs
 from fused_losses.primitives.row_rules.op import row_losses
-from fused_losses.primitives.topk.inputs import TopkInputs
-from fused_losses.primitives.topk.op import best_screen, select
+from fused_losses.primitives.topk.extremes import Extremes, extremes, listed_columns
 
 
-def listed_distances(x: Tensor, y: Tensor, index: Tensor, distance: str) -> Tensor:
-    """d(x_i, y_index[i, l]), of an index < 0 with row 0; differentiable to any order. [N, L]"""
-    dtype = accumulate_dtype(x.dtype)
-    near = y.index_select(0, index.clamp_min(0).flatten()).to(dtype)
-    near = near.view(*index.shape, y.shape[1])
-    x = x.to(dtype)[:, None]
-    bad = nan_where_infinite(x) + nan_where_infinite(near)
-    if distance == "cosine":
-        return 1 - (x * near).sum(dim=2) + bad
-    squared = (x - near).square().sum(dim=2) + bad
-    return squared if distance == "sqeuclidean" else root(squared)
+def listed_distances(inputs: RowInputs, index: Tensor, backend: str | None) -> Tensor:
+    """The scores of x_i and y_index[i, l], of an index < 0 those of row 0. [N, L]"""
+    n, width = index.shape
+    rows = torch.arange(n, device=index.device).repeat_interleave(width)
+    pairs = PairList(rows, index.clamp_min(0).flatten())
+    return pair_distances(inputs, pairs, backend).view(n, width)
 
 
 def chosen_distances(
     inputs: RowInputs,
     positive: str,
     negative: str,
-    distance: str,
     backend: str | None,
     listed: ListedPairs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,49 +46,31 @@ def chosen_distances(
     formula = backends.requested(backend) == "reference"
     extreme = "semihard" not in (positive, negative) and inputs.x_groups is None
     if extreme and not formula:
-        index = _extremes(inputs, positive == "hardest", negative == "hardest", backend)
+        kind, sign = ROW_SCORES[inputs.score]
+        chosen = extremes(
+            *(inputs.x, inputs.y, inputs.x_labels, inputs.y_labels),
+            kind="dot" if kind == "dot" else "sqeuclidean",
+            largest=((positive == "hardest") == (sign > 0), (negative == "easiest") == (sign > 0)),
+            skip_self=inputs.skip_self,
+            backend=backend,
+        )
     else:
         params = (PICKS.index(positive), PICKS.index(negative))
-        inputs = inputs._replace(rule="chosen", params=params)
-        index = row_losses(inputs, backend=backend).long()
+        picked = inputs._replace(rule="chosen", params=params)
+        index = row_losses(picked, backend=backend).long()
+        chosen = Extremes(*listed_columns(*index.unbind(dim=1)), False, None)
     if inputs.y.shape[0] == 0:
         nothing = inputs.x.to(accumulate_dtype(inputs.x.dtype)).sum(dim=1) * 0
         return nothing, nothing, torch.zeros_like(nothing, dtype=torch.bool)
-    found = (index >= 0).all(dim=1)
-    near, far = listed_distances(inputs.x, inputs.y, index, distance).unbind(dim=1)
-    if extreme and not formula:
+    d = pair_distances(inputs, PairList(chosen.rows, chosen.columns), backend)
+    d = d.view(2, inputs.x.shape[0])
+    if chosen.mark is not None:
         # a NaN among a row's candidates would have been the extreme one
-        near = near + nan_where_infinite(inputs.y).sum()
-    return torch.where(found, near, 0), torch.where(found, far, 0), found
-
-
-def _extremes(inputs: RowInputs, farthest: bool, nearest: bool, backend: str | None) -> Tensor:
-    """The columns of each row's extreme positive and negative, -1 over none. [N, 2]"""
-    kind, sign = ROW_SCORES[inputs.score]
-    # NaN is put back by the distances of what is chosen
-    x = inputs.x.detach().nan_to_num(0, torch.inf, -torch.inf)
-    same = inputs.y is inputs.x
-    y = x if same else inputs.y.detach().nan_to_num(0, torch.inf, -torch.inf)
-
-    def best(match: str, far: bool) -> Tensor:
-        return select(
-            TopkInputs(
-                x,
-                y,
-                x_labels=inputs.x_labels,
-                y_labels=inputs.y_labels,
-                kind="dot" if kind == "dot" else "sqeuclidean",
-                k=1,
-                largest=far == (sign > 0),
-                match=match,
-                skip_self=inputs.skip_self,
-                symmetric=same and inputs.x_labels is inputs.y_labels,
-                screen=best_screen(x, backend),
-            ),
-            backend,
-        )[1]
-
-    return torch.cat([best("same", farthest), best("different", not nearest)], dim=1)
+        d = d + chosen.mark
+    if not chosen.all_found:
+        d = torch.where(chosen.found, d, 0)
+    near, far = d
+    return near, far, chosen.found
 
 
 @torch.no_grad()
@@ -239,9 +212,7 @@ def batch_easy_hard_triplet(
         raise ValueError("negative: expected another choice beside positive='semihard'")
     with no_autocast(embeddings.device):
         inputs = scored_rows(both, distance, precision, normalize)
-        near, far, found = chosen_distances(
-            inputs, positive, negative, distance, backend, both.listed
-        )
+        near, far, found = chosen_distances(inputs, positive, negative, backend, both.listed)
         loss = violated(near, far, margin)
         return reduced(loss, found, reduction, accumulate_dtype(both.x.dtype))
 

@@ -14,7 +14,6 @@ from fused_losses.base import plans
 from fused_losses.base.indices import ListedPairs, PairList
 from fused_losses.base.numerics import (
     accumulate_dtype,
-    nan_where_infinite,
     recomputed,
     root,
     row_dtype,
@@ -34,9 +33,7 @@ def pair_distances(inputs: RowInputs, pairs: PairList, backend: str | None) -> T
     kind, sign = ROW_SCORES[inputs.score]
     options: dict[str, Any] = dict(apart=kind != "dot", precision=inputs.precision, backend=backend)
     found = listed_scores(inputs.x, inputs.y, pairs, **options)
-    found = sign * (root(found) if kind == "euclidean" else found)
-    bad = [nan_where_infinite(side).to(found) for side in (inputs.x, inputs.y)]
-    return found + bad[0][pairs.rows] + bad[1][pairs.columns]
+    return sign * (root(found) if kind == "euclidean" else found)
 
 
 def listed_triplets(

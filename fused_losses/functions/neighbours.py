@@ -62,7 +62,7 @@ def icnn(
         index = row_losses(inputs, backend=backend).long()
         if both.y.shape[0] == 0:
             return (both.x.to(dtype) * 0).sum() + math.log(2)
-        d = listed_distances(inputs.x, inputs.y, index, "euclidean")
+        d = listed_distances(inputs, index, backend)
         real = index >= 0
         numbers, others = both.labels
         alike = others[index.clamp_min(0)] == numbers[:, None]

@@ -59,9 +59,10 @@ SOURCES = {
     "distances": _alone("distances", "distances", "rules/distances.h", "rules/numerics.h"),
     "maxsim": Source(("cpu/maxsim.h",), ("maxsim",), ("maxsim",)),
     "triplets": Source(("cpu/triplets.h",), ("triplets",), ("triplets",)),
+    "listed": Source(("cpu/listed.h",), ("listed",), ("listed",)),
     "row_update": Source(("cpu/row_update.h",), ("row_update",), ("row_update",)),
     "shared": Source(
-        ("cpu/product.h", "cpu/rows.h", "cpu/vector.h"),
+        ("cpu/product.h", "cpu/rows.h", "cpu/sums.h", "cpu/vector.h"),
         ("row_statistics", "pairs_stored", "maxsim", "row_update"),
         ("rows", "pairs", "maxsim", "row_update"),
     ),
@@ -76,6 +77,7 @@ TABLES = {  # in the order of Kernels
     "triplets": "triplet_table",
     "row_update": "row_update_table",
     "divergence": "divergence_table",
+    "listed": "listed_table",
 }
 # generic.cpp with these tables alone: what no test of the source calls is not compiled
 KERNELS = """#define FL_ISA generic

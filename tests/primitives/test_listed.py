@@ -68,13 +68,77 @@ def test_derivatives(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradgradcheck(lambda x: f(x, x[:4]), (x,))
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("backend", ["bounded", "cpu"])
+@pytest.mark.parametrize("own", [False, True])
+def test_opcheck(own: bool, backend: str) -> None:
     x, y = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-    given = (x, y, *pairs(5, 4, 11)[:2], True)
-    torch.library.opcheck(LISTED_SCORES.op("bounded"), given)
+    given = (x, None if own else y, *pairs(5, 4, 11)[:2], True)
+    torch.library.opcheck(LISTED_SCORES.op(require(backend)), given)
     grad = torch.randn(11)
-    rows = (x.detach(), y.detach(), *given[2:])
-    torch.library.opcheck(LISTED_SCORES.op("bounded", "_backward"), (grad, *rows, True, True))
+    rows = (x.detach(), None if own else y.detach(), *given[2:])
+    needs = (True, not own)
+    torch.library.opcheck(LISTED_SCORES.op(backend, "_backward"), (grad, *rows, *needs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("apart", [False, True])
+def test_own_rows_have_the_gradient_of_both_ends(apart: bool, backend: str) -> None:
+    x, p = torch.randn(9, 17, requires_grad=True), pairs(9, 9, 60)
+    got = listed_scores(x, x, p, apart=apart, backend=require(backend))
+    want = truth(x, x, p, apart)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(60)
+    (found,) = torch.autograd.grad(got, x, grad)
+    (exact,) = torch.autograd.grad(want, x, grad.double())
+    torch.testing.assert_close(found, exact.to(found), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_derivatives_of_the_node_in_c(apart: bool, own: bool) -> None:
+    require("cpu")
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    p = pairs(5, 5, 11)
+    f = lambda x, y: listed_scores(x, x if own else y, p, apart=apart, backend="cpu")
+    given = (x,) if own else (x, y)
+    run = (lambda x: f(x, x)) if own else f
+    assert torch.autograd.gradcheck(run, given, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_that_are_not_finite_have_no_scores(apart: bool, backend: str) -> None:
+    x, y = torch.randn(4, 9), torch.randn(3, 9)
+    x[1, 8], x[2, 0], y[1, 3] = torch.inf, torch.nan, -torch.inf
+    p = PairList(*torch.cartesian_prod(torch.arange(4), torch.arange(3)).unbind(1))
+    got = listed_scores(x, y, p, apart=apart, backend=require(backend)).view(4, 3)
+    dead = torch.zeros(4, 3, dtype=torch.bool)
+    dead[1:3] = dead[:, 1] = True
+    assert torch.equal(got.isnan(), dead) and not got.isinf().any()
+
+
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    x, p = torch.randn(300, 65), pairs(300, 300, 2000)
+    before, answers = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            leaf = x.clone().requires_grad_()
+            got = listed_scores(leaf, leaf, p, apart=True, backend=require("cpu"))
+            answers.append((got, *torch.autograd.grad(got.square().sum(), leaf)))
+    finally:
+        torch.set_num_threads(before)
+    for other in answers[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(answers[0], other, strict=True))
+
+
+def test_indices_beyond_the_rows_are_refused() -> None:
+    x, i = torch.randn(4, 3), torch.tensor([0, 4])
+    for name, p in (("rows", PairList(i, i % 4)), ("columns", PairList(i % 4, i))):
+        with pytest.raises(IndexError, match=rf"{name}: expected rows in \[0, 4\)"):
+            listed_scores(x, x, p, backend=require("cpu"))
 
 
 @pytest.mark.parametrize("of", ["x", "y"])

@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_losses
 from fused_losses.primitives import op
+from fused_losses.primitives.listed import op as listed
 from fused_losses.primitives.pairs import op as pairs
+from fused_losses.primitives.topk import extremes
 
 rows = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(0))
 labels = torch.arange(9) % 3
@@ -21,6 +23,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "attention": lambda x, y: fused_losses.similarity_attention(x, y, y).square().sum(),
     "classes": lambda x, y: fused_losses.margin_softmax(x, y, labels),
     "distances": lambda x, y: fused_losses.pairwise_distance(x, y).square().sum(),
+    "chosen": lambda x, y: fused_losses.functional.batch_hard_triplet(x, labels, y, labels),
     "maxsim": lambda x, y: fused_losses.maxsim(x[None], y[None]).sum(),
 }
 
@@ -32,8 +35,9 @@ def test_the_registered_ops_bits(name: str, backend: str, monkeypatch: pytest.Mo
     for passed_by in (True, False):
         monkeypatch.setattr(op, "seen", lambda passed_by=passed_by: not passed_by)
         if not passed_by:
-            # nor is the gradient over pairs a node in C++
-            monkeypatch.setattr(pairs, "helpers", lambda *_: None)
+            # nor is a gradient a node in C++
+            for module in (pairs, listed, extremes):
+                monkeypatch.setattr(module, "helpers", lambda *_: None)
         x, y = (t.clone().requires_grad_() for t in rows[:2])
         with fused_losses.backends.use_backend(require(backend)):
             loss = CALLS[name](x, y)

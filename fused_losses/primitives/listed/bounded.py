@@ -25,7 +25,7 @@ def workspace(p: ListedInputs, backward: bool) -> int:
     block = LIVE_BLOCKS * min(p.rows.shape[0], block_pairs(p)) * (p.x.shape[1] + 4) * size
     if not backward:
         return block + 2 * p.rows.shape[0] * size
-    return block + (p.x.numel() + p.y.numel()) * size
+    return block + (p.x.numel() + (0 if p.y is None else p.y.numel())) * size
 
 
 def forward(p: ListedInputs) -> Tensor:
@@ -39,7 +39,7 @@ def forward(p: ListedInputs) -> Tensor:
 def _block_gradient(p: ListedInputs, grad: Tensor) -> tuple[Tensor, Tensor]:
     """What the block's pairs give their rows and their columns, [B, D] each."""
     wide, g = grad.dtype, grad[:, None]
-    x, y = p.x.index_select(0, p.rows).to(wide), p.y.index_select(0, p.columns).to(wide)
+    x, y = p.x.index_select(0, p.rows).to(wide), p.others.index_select(0, p.columns).to(wide)
     if p.apart:
         moved = (2 * g) * (x - y)
         return moved, -moved
@@ -51,13 +51,15 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and y, empty where they are not needed."""
     dx = torch.zeros_like(p.x, dtype=grad.dtype) if need_x else grad.new_empty(0)
-    dy = torch.zeros_like(p.y, dtype=grad.dtype) if need_y else grad.new_empty(0)
+    dy = grad.new_empty(0)
+    if need_y and p.y is not None:
+        dy = torch.zeros_like(p.y, dtype=grad.dtype)
     for run in runs(p.rows.shape[0], block_pairs(p)):
         block = p._replace(rows=p.rows[run], columns=p.columns[run])
         of = recomputed if differentiable else lambda f, *given: f(*given)
         of_x, of_y = of(_block_gradient, block, grad[run])
         if need_x:
             dx.index_add_(0, block.rows, of_x)
-        if need_y:
-            dy.index_add_(0, block.columns, of_y)
-    return dx.to(p.x.dtype), dy.to(p.y.dtype)
+        if need_x if p.y is None else need_y:
+            (dx if p.y is None else dy).index_add_(0, block.columns, of_y)
+    return dx.to(p.x.dtype), dy.to(p.x.dtype)

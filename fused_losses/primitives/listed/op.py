@@ -16,17 +16,17 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
+from fused_losses.base.compiled import helpers
 from fused_losses.base.indices import ListedPairs, PairList
 from fused_losses.base.numerics import (
     accumulate_dtype,
-    nan_where_infinite,
     root,
     row_dtype,
     softplus,
 )
 from fused_losses.primitives.listed import bounded, reference
 from fused_losses.primitives.listed.inputs import BACKWARD, FORWARD, ListedInputs
-from fused_losses.primitives.op import PYTHON_BACKENDS, StreamedOp, through_backward
+from fused_losses.primitives.op import StreamedOp, through_backward
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, REDUCTIONS, PairInputs
 from fused_losses.primitives.pairs.op import PairStatistics, marked
 from fused_losses.primitives.pairs.reference import term
@@ -47,15 +47,20 @@ def listed_scores(
 ) -> Tensor:
     """<x_i, y_j>, or with apart |x_i - y_j|^2, of the listed pairs [P], in the accumulation dtype.
 
-    The indices are not checked here (`base.indices`). Differentiable in x and y, twice on every
-    backend. Products are not rounded, whatever precision says. Time O(P D); memory
-    O(P + (N + M) D) and a block, on "reference" O(P D).
+    NaN where a row has an entry that is not finite. The indices are not checked here
+    (`base.indices`). Differentiable in x and y, twice on every backend. Products are not rounded,
+    whatever precision says. Time O(P D); memory O(P + (N + M) D) and a block, on "reference"
+    O(P D).
     """
     name, _ = backends.choose(backend, x.device, x.dtype, precision, "pairs", x.shape[1])
-    inputs = ListedInputs(x, y, pairs.rows, pairs.columns, apart)
+    inputs = ListedInputs(x, None if y is x else y, pairs.rows, pairs.columns, apart)
     # forward mode takes an empty result of a Function for a view of an empty list
     if name == "reference" or pairs.rows.shape[0] == 0:
         return reference.scores(inputs)
+    compiled = helpers(x, y, pairs.rows, pairs.columns) if name == "cpu" else None
+    if compiled is not None:
+        # the same op, with its gradient in C++
+        return compiled.listed_scores(*inputs)
     return LISTED_SCORES(name, *inputs)
 
 
@@ -157,8 +162,6 @@ def listed_row_losses(
         )
         score = sign * (root(score) if kind == "euclidean" else score)
         # as of all pairs: what is not finite is no number
-        score = score + nan_where_infinite(inputs.x).to(score)[pairs.rows]
-        score = score + nan_where_infinite(inputs.y).to(score)[pairs.columns]
         score = score.masked_fill(score.isinf(), torch.nan)[:, None]
         kept = torch.ones_like(score, dtype=torch.bool)
         kept = kept if pairs.kept is None else pairs.kept[:, None]
@@ -185,8 +188,6 @@ class ListedScoresOp(StreamedOp):
 
     name, primitive = "listed_scores", "listed"
     schema, backward_schema = FORWARD, BACKWARD
-    # gathers and sums of the library: nothing here is compiled
-    python_backends = (*PYTHON_BACKENDS, "cpu")
 
     def setup_context(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:4])
@@ -200,9 +201,10 @@ class ListedScoresOp(StreamedOp):
     def fake_forward(self, x: Tensor, y: Tensor, rows: Tensor, *rest: Any) -> Tensor:
         return x.new_empty(rows.shape[0], dtype=accumulate_dtype(x.dtype))
 
-    def fake_backward(self, grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple:
+    def fake_backward(self, grad: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> tuple:
         need_x, need_y = rest[-2:]
-        return x.new_empty(x.shape if need_x else 0), y.new_empty(y.shape if need_y else 0)
+        of_y = y.shape if need_y and y is not None else 0
+        return x.new_empty(x.shape if need_x else 0), x.new_empty(of_y)
 
     def forward(self, backend: str, *arguments: Any) -> Tensor:
         return bounded.forward(ListedInputs(*arguments))
@@ -213,7 +215,8 @@ class ListedScoresOp(StreamedOp):
 
     def workspace(self, backend: str, direction: str, arguments: tuple) -> int:
         at = 1 if direction else 0
-        return bounded.workspace(ListedInputs(*arguments[at : at + 5]), bool(direction))
+        form = self.form("cpu") if backend == "cpu" else bounded
+        return form.workspace(ListedInputs(*arguments[at : at + 5]), bool(direction))
 
     def setup_second(self, ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*inputs[:5])
