@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.numerics import reduced
 from fused_losses.base.parameters import check_above
 from fused_losses.primitives.row_statistics.op import RowStatistics
 
@@ -53,6 +54,8 @@ def mean_of(
     row_weight: Tensor | None = None,
 ) -> Tensor:
     """A loss a row, that has its class's weight but not its own, reduced."""
+    if class_weight is None and row_weight is None and reduction != "none":
+        return reduced(loss, labels != validation.NO_TARGET, reduction, loss.dtype)
     if row_weight is not None:
         loss = loss * row_weight.to(loss.dtype)
     if reduction == "none":

@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.class_labels import one_label
+from fused_losses.base.compiled import helpers
 from fused_losses.base.examples import examples
 from fused_losses.base.memory_budget import MemoryBudget, Room, room_of
 from fused_losses.base.numerics import (
@@ -267,9 +268,12 @@ def _streamed(
     taking_part = weight.shape[0] if classes is None else classes.shape[0]
     accumulate = accumulate_dtype(weight.dtype)
     valid = labels != NO_TARGET
-    # an ignored row must not reach the gradients, not even with NaN
-    x = torch.where(valid[:, None], embeddings.to(accumulate), 0)
-    norm = torch.linalg.vector_norm(x, dim=1)
+    x = embeddings.to(accumulate)
+    if helpers(embeddings, labels) is None or not bool(valid.all()):
+        # an ignored row must not reach the gradients, not even with NaN
+        x = torch.where(valid[:, None], x, 0)
+    asks = getattr(margin, "uses_norm", False) or hasattr(margin, "penalty")
+    norm = torch.linalg.vector_norm(x, dim=1) if asks else None
     if normalize:
         x = unit(x)
     short = counts_as_zero(backend)
@@ -294,16 +298,19 @@ def _streamed(
         kept_classes=kept_classes(room, x, weight, taking_part),
         backend=backend,
     )
-    norm = norm.to(stats.target.dtype)
+    norm = None if norm is None else norm.to(stats.target.dtype)
     target_cosine = stats.target / scale
-    picked = torch.where(valid, labels, 0)
-    target_bias = 0.0 if bias is None else bias.to(accumulate)[picked]
+    of_target = lambda vector: vector.to(accumulate)[torch.where(valid, labels, 0)]
     moved = apply_margin(margin, target_cosine, norm, gradient, valid)
-    target = scale * moved + target_bias
+    target = scale * moved
+    target_bias = 0.0
+    if bias is not None:
+        target_bias = of_target(bias)
+        target = target + target_bias
     loss = against(target, stats.lse)
     # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
     loss = loss * torch.where(target == torch.inf, torch.nan, 1)
-    row_weight = 1.0 if class_weight is None else class_weight.to(accumulate)[picked]
+    row_weight = 1.0 if class_weight is None else of_target(class_weight)
     # else nothing asks for it
     asked = bool(label_smoothing or z_loss or return_stats)
     logsumexp = joined(target, stats.lse) if asked else stats.lse
@@ -312,9 +319,10 @@ def _streamed(
             loss, logsumexp, target, row_weight, stats, class_weight, classes, label_smoothing,
             taking_part,
         )  # fmt: skip
-    else:
+    elif class_weight is not None:
         loss = loss * row_weight
-    loss = loss + row_weight * penalty_of(margin, norm)
+    if hasattr(margin, "penalty"):
+        loss = loss + row_weight * penalty_of(margin, norm)
     if z_loss:
         loss = loss + row_weight * z_loss * logsumexp**2
     loss = torch.where(valid, loss, 0).to(accumulate)
