@@ -32,6 +32,36 @@ struct ScreenBound {
   }
 };
 
+// Coordinates of y's rows along orthonormal axes, of the most spread first: a screen in y's place
+// that reads what a bound on the other coordinates leaves open (docs/topk.md).
+struct Heads {
+  static constexpr int64_t kStep = 32;  // coordinates of a level behind the first
+
+  const float* first;     // [m, width]; null: none
+  const float* rest;      // [m, levels, kStep]
+  const float* tails;     // [levels + 2, m]: a row's length; at most what it has beyond each level
+  const double* queries;  // [n, kept]: x along the axes
+  int64_t width, levels, kept;
+  int64_t shown;  // a level, for tests
+  double moved;   // how far a row is from its coordinates at most, of its length
+
+  int64_t coordinates() const { return width + levels * kStep; }
+};
+
+// How far the coordinates' score may be from the real one, beside what a tail can add.
+struct HeadBound {
+  double product, offset, tail;
+
+  HeadBound(const Heads& h, int64_t d) {
+    const double judged = (3 * d + 16) * ScreenBound::kJudge;
+    product =
+        std::expm1((h.coordinates() + h.levels + 16) * ScreenBound::kUnit + judged + 3 * h.moved);
+    offset = std::expm1(8 * ScreenBound::kUnit + judged);
+    // of a length's square
+    tail = 3 * h.moved + (3 * d + 8) * ScreenBound::kJudge;
+  }
+};
+
 enum class Affinity { kDot, kCosine, kSquaredDistance };
 enum class Match { kAny, kSame, kDifferent };
 
@@ -49,6 +79,7 @@ struct TopkProblem {
   Matrix y;              // [m, d] any type; rows of int8 are multiplied by y_scale
   const float* y_scale;  // [m], for int8 only
   Codes codes;
+  Heads heads;  // codes or heads, or neither
   int64_t n, m, d, k;
   Affinity affinity;
   bool largest;
@@ -72,7 +103,8 @@ struct TopkOut {
 struct TopkKernels {
   size_t (*bytes)(const TopkProblem&, int threads);
   void (*run)(const TopkProblem&, const TopkOut&, void* buffer, const Parallel&);
-  // For tests: every score of the screen with its bound, both [n, m], and what rows are moved by
+  // For tests: every score of the screen with its bound, both [n, m], and what rows are moved by;
+  // of heads those of heads.shown
   void (*scores)(const TopkProblem&, float* scores, float* bounds, double* center, void* buffer,
                  const Parallel&);
 };

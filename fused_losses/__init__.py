@@ -12,8 +12,9 @@ from fused_losses.primitives.row_statistics.op import (
     RowStatisticsFunction,
     row_statistics,
 )
-from fused_losses.primitives.topk.inputs import QuantizedRows
+from fused_losses.primitives.topk.inputs import PrincipalRows, QuantizedRows
 from fused_losses.primitives.topk.op import quantize_rows
+from fused_losses.primitives.topk.principal import principal_rows
 from fused_losses.version import __version__
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ClassCenters",
     "DSimplexHead",
     "Plan",
+    "PrincipalRows",
     "QuantizedRows",
     "RowStatistics",
     "RowStatisticsFunction",
@@ -35,6 +37,7 @@ __all__ = [
     "margins",
     "metrics",
     "miners",
+    "principal_rows",
     "quantize_rows",
     "row_statistics",
     "use_backend",

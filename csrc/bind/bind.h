@@ -72,7 +72,6 @@ void register_distances(torch::Library& m);
 size_t distance_workspace(int64_t n, int64_t m, int64_t d, int64_t item, const std::string& kind,
                           const std::string& precision, bool gradient);
 
-// `symmetric`: rows against themselves without i == j; `codes`: a narrow copy screens.
 void register_topk(torch::Library& m);
 // For tests: the screen's scores of all pairs, its bounds and what rows are moved by.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_scores(
@@ -80,6 +79,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> topk_scores(
     const std::string& screen, const std::optional<at::Tensor>& codes,
     const std::optional<at::Tensor>& codes_scale, const std::optional<at::Tensor>& codes_error,
     const std::optional<at::Tensor>& codes_signs);
+// The same of the coordinates up to a level: a score is at most the first and the second.
+std::tuple<at::Tensor, at::Tensor> topk_head_scores(const at::Tensor& x, const at::Tensor& y,
+                                                    const std::string& kind, bool largest,
+                                                    const at::Tensor& heads, const at::Tensor& rest,
+                                                    const at::Tensor& tails, const at::Tensor& axes,
+                                                    double moved, int64_t level);
+// `symmetric`: rows against themselves without i == j; `codes`: a narrow copy screens, and with a
+// width coordinates do.
+size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes,
+                      int64_t width, int64_t levels, int64_t kept);
 // In plain eager mode: the extreme positive of each row, then the extreme negative, as listed pairs
 // (rows, columns [2 n], where there is none column 0), which rows have both and whether all have;
 // whether all of y is finite. y None: x itself.
@@ -88,7 +97,6 @@ Extremes extreme_columns(const at::Tensor& x, const std::optional<at::Tensor>& y
                          const at::Tensor& x_labels, const at::Tensor& y_labels,
                          const std::string& kind, bool largest_positive, bool largest_negative,
                          bool skip_self, bool symmetric, const std::string& screen);
-size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes);
 
 // Of the form in Python (primitives/class_rules/cpu.py), which has checked: `place` [n, slots] of
 // labels among the classes that take part, or -1; `statistics` merged, [S, n].

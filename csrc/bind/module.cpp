@@ -185,6 +185,7 @@ PYBIND11_MODULE(_C, m) {
       unlocked, "Multiply-adds on this thread in registers, fp32 or bf16; the FLOPs done.");
   // For tests: what the screen of the top-k makes of every pair, and how far it may be wrong.
   m.def("topk_scores", &topk_scores);
+  m.def("topk_head_scores", &topk_head_scores);
   m.def("build", [] {
     return std::vector<std::pair<std::string, std::string>>{{"compiler", __VERSION__},
                                                             {"c++", std::to_string(__cplusplus)}};

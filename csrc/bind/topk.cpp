@@ -1,6 +1,8 @@
 // The cpu op of the k best columns (schema: primitives/topk); module.cpp registers it.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/nan_to_num.h>
 #include <torch/library.h>
 
@@ -94,6 +96,29 @@ TopkProblem rows_of(Held& held, const Tensor& x, const Tensor& y, const Optional
   return p;
 }
 
+// Coordinates of y's rows, which screen, and those of x.
+void add_heads(Held& held, TopkProblem& p, const Tensor& x, const Tensor& first,
+               const OptionalTensor& rest, const OptionalTensor& tails, const OptionalTensor& axes,
+               double moved) {
+  TORCH_CHECK_VALUE(!p.codes.rows.data && !p.y_scale, "heads: expected without codes");
+  TORCH_CHECK_VALUE(
+      first.dim() == 2 && rest && rest->dim() == 3 && tails && axes && axes->dim() == 2,
+      "heads: expected [M, W] with rest, tails and axes, got ", first.sizes());
+  Heads h = {};
+  h.width = first.size(1), h.levels = rest->size(1), h.kept = axes->size(1), h.moved = moved;
+  TORCH_CHECK_VALUE(h.width <= h.kept && h.kept <= p.d && h.kept <= h.coordinates(),
+                    "heads: expected [M, W] with W <= H of axes [D, H], got ", first.sizes());
+  h.first = held.vector<float>(first, at::kFloat, {p.m, h.width}, "heads");
+  h.rest = held.vector<float>(rest, at::kFloat, {p.m, h.levels, Heads::kStep}, "heads_rest");
+  h.tails = held.vector<float>(tails, at::kFloat, {h.levels + 2, p.m}, "heads_tails");
+  held.vector<double>(axes, at::kDouble, {p.d, h.kept}, "heads_axes");
+  held.tensors.push_back(at::mm(x.to(at::kDouble), *axes).contiguous());
+  h.queries = held.tensors.back().const_data_ptr<double>();
+  p.heads = h;
+  // these products are of few coordinates: float32 keeps the bound tight
+  p.bf16 = false;
+}
+
 // What kernels read: 16-bit queries are widened.
 Tensor queries(const Tensor& x) {
   const bool narrow = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
@@ -108,7 +133,9 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const Optio
                                 const OptionalTensor& y_ids, const OptionalTensor& exclude,
                                 c10::string_view kind, int64_t k, bool largest,
                                 c10::string_view match, bool skip_self, bool symmetric,
-                                c10::string_view screen) {
+                                c10::string_view screen, const OptionalTensor& heads,
+                                const OptionalTensor& heads_rest, const OptionalTensor& heads_tails,
+                                const OptionalTensor& heads_axes, double heads_moved) {
   TORCH_CHECK_VALUE(x_in.dim() == 2 && y.dim() == 2 && x_in.size(1) == y.size(1),
                     "pair_topk: expected x [N, D] and y [M, D], got ", x_in.sizes(), " and ",
                     y.sizes());
@@ -120,6 +147,7 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_in, const Tensor& y, const Optio
   Held held;
   TopkProblem p = rows_of(held, x, y, y_scale, codes, codes_scale, codes_error, codes_signs, kind,
                           largest, symmetric, screen);
+  if (heads) add_heads(held, p, x, *heads, heads_rest, heads_tails, heads_axes, heads_moved);
   p.k = k;
   p.x_labels = held.vector<int32_t>(x_labels, at::kInt, {n}, "x_labels");
   p.y_labels = held.vector<int32_t>(y_labels, at::kInt, {m}, "y_labels");
@@ -192,7 +220,7 @@ Extremes extreme_columns(const Tensor& x_in, const OptionalTensor& y_in, const T
   const auto [y, y_finite] = y_in ? without_nan(*y_in) : std::pair(x, x_finite);
   const auto best = [&, &x = x, &y = y](const char* match, bool largest) {
     return std::get<1>(topk(x, y, {}, {}, {}, {}, {}, x_labels, y_labels, {}, {}, {}, kind, 1,
-                            largest, match, skip_self, symmetric, screen));
+                            largest, match, skip_self, symmetric, screen, {}, {}, {}, {}, 0));
   };
   const Tensor near = best("same", largest_positive), far = best("different", largest_negative);
   const int64_t n = x.size(0);
@@ -211,19 +239,48 @@ Extremes extreme_columns(const Tensor& x_in, const OptionalTensor& y_in, const T
   return {rows, columns, found, std::all_of(both, both + n, [](bool b) { return b; }), y_finite};
 }
 
-size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes) {
+std::tuple<Tensor, Tensor> topk_head_scores(const Tensor& x_in, const Tensor& y,
+                                            const std::string& kind, bool largest,
+                                            const Tensor& heads, const Tensor& rest,
+                                            const Tensor& tails, const Tensor& axes, double moved,
+                                            int64_t level) {
+  const Tensor x = queries(x_in);
+  Held held;
+  TopkProblem p = rows_of(held, x, y, {}, {}, {}, {}, {}, kind, largest, false, "fp32");
+  add_heads(held, p, x, heads, rest, tails, axes, moved);
+  p.k = 1;
+  TORCH_CHECK_VALUE(p.heads.first && level >= 0 && level <= p.heads.levels,
+                    "level: expected one of the heads', got ", level);
+  p.heads.shown = level;
+  const Tensor scores = at::empty({p.n, p.m}, x.options().dtype(at::kFloat));
+  const Tensor bounds = at::empty_like(scores);
+  const TopkKernels& kernels = best_kernels().topk;
+  const Parallel parallel = torch_threads();
+  const Tensor buffer = scratch(kernels.bytes(p, parallel.threads));
+  kernels.scores(p, scores.data_ptr<float>(), bounds.data_ptr<float>(), nullptr, aligned(buffer),
+                 parallel);
+  return {scores, bounds};
+}
+
+size_t topk_workspace(int64_t n, int64_t d, int64_t k, int64_t item, bool symmetric, bool codes,
+                      int64_t width, int64_t levels, int64_t kept) {
   const int8_t code = 0;
+  const float head = 0;
   TopkProblem p = {};
   p.x.type = p.y.type = item == sizeof(double) ? Type::kFloat64 : Type::kFloat32;
   if (codes) p.codes.rows.data = &code;
+  if (width > 0) p.heads.first = &head;
+  p.heads.width = width, p.heads.levels = levels, p.heads.kept = kept;
   p.n = n, p.d = d, p.k = k;
   p.skip_self = p.symmetric = symmetric;
   p.most_bytes = candidate_bytes(n, d);
   const TopkKernels& kernels = best_kernels().topk;
   const int threads = torch_threads().threads;
   size_t most = kernels.bytes(p, threads);
-  p.bf16 = best_kernels().bf16;
+  p.bf16 = best_kernels().bf16 && width == 0;
   most = std::max(most, kernels.bytes(p, threads));
+  // x in double and its coordinates
+  if (width > 0) most += sizeof(double) * n * (d + kept);
   return scratch_bytes(most) + (item == 2 ? kWidened * n * d : 0);
 }
 

@@ -219,6 +219,7 @@ constexpr TopkKernels topk_table() {
   };
   k.scores = [](const TopkProblem& p, float* scores, float* bounds, double* center, void* buffer,
                 const Parallel& parallel) {
+    if (p.heads.first) return head_scores<F32>(p, scores, bounds, buffer, parallel);
     with_screen(p, [&]<class P>() { topk_scores<P>(p, scores, bounds, center, buffer, parallel); });
   };
   return k;

@@ -26,6 +26,7 @@ struct Case {
   int64_t copies = 0;  // rows of the bank that equal its first
   size_t bytes = 1 << 24;
   int32_t classes = 9;
+  bool heads = false;  // the rows' own coordinates screen
 };
 
 int16_t narrow(float v, Type type) {
@@ -52,6 +53,41 @@ float widen(int16_t bits, Type type) {
   __builtin_memcpy(&v, &wide, 4);
   return v;
 }
+
+// The rows' own coordinates, a seventh of them read of every pair.
+struct Coordinates {
+  int64_t width, levels, d;
+  std::vector<float> first, rest, tails;
+  std::vector<double> queries;
+
+  Coordinates(const Case& c, const std::vector<double>& x, const std::vector<double>& y)
+      : width(std::max<int64_t>(1, c.d / 7)),
+        levels((c.d - width + Heads::kStep - 1) / Heads::kStep),
+        d(c.d),
+        first(c.m * width),
+        rest(c.m * levels * Heads::kStep),
+        tails(c.m * (levels + 2)),
+        queries(x.begin(), x.begin() + c.n * d) {
+    for (int64_t j = 0; j < c.m; ++j) {
+      const double* row = y.data() + j * d;
+      for (int64_t e = 0; e < d; ++e) {
+        float& to = e < width ? first[j * width + e] : rest[j * levels * Heads::kStep + e - width];
+        to = static_cast<float>(row[e]);
+      }
+      for (int64_t level = -1; level <= levels; ++level) {
+        double left = 0;
+        const int64_t from = level < 0 ? 0 : width + level * Heads::kStep;
+        for (int64_t e = from; e < d; ++e) left += row[e] * row[e];
+        tails[(level + 1) * c.m + j] =
+            static_cast<float>(std::sqrt(left) * (level < 0 ? 1 : 1 + 1e-6));
+      }
+    }
+  }
+
+  Heads heads() const {
+    return {first.data(), rest.data(), tails.data(), queries.data(), width, levels, d, 0};
+  }
+};
 
 void check(const Kernels& kernels, Case c) {
   if (c.bf16 && !kernels.bf16) return;
@@ -108,6 +144,8 @@ void check(const Kernels& kernels, Case c) {
   p.y = c.symmetric ? p.x : Matrix{stored, c.bank, c.d};
   if (c.bank == Type::kInt8) p.y_scale = scale.data();
   if (c.codes) p.codes = {{bytes.data(), Type::kInt8, c.d}, scale.data(), error.data()};
+  const Coordinates of(c.heads ? c : Case{.n = 0, .m = 0}, xd, bank);
+  if (c.heads) p.heads = of.heads();
   p.n = c.n, p.m = c.m, p.d = c.d, p.k = c.k;
   p.affinity = c.affinity, p.largest = c.largest;
   p.x_labels = x_labels.data(), p.y_labels = y_labels.data();
@@ -209,6 +247,18 @@ void check_all(const Kernels& kernels) {
         run({.name = "half", .bank = Type::kFloat16, .shift = 3});
         run({.name = "int8", .bank = Type::kInt8});
         run({.name = "codes", .m = 800, .k = 12, .codes = true});
+        // their products are in float
+        if (bf16) continue;
+        run({.name = "heads", .m = 800, .k = 12, .heads = true});
+        run({.name = "heads, wide", .n = 90, .m = 900, .d = 260, .copies = 90, .heads = true});
+        run({.name = "heads, one column", .n = 5, .m = 1, .d = 1, .heads = true});
+        run({.name = "heads, all of them", .m = 90, .k = 120, .heads = true});
+        run({.name = "heads, few at a time", .n = 200, .m = 900, .bytes = 1, .heads = true});
+        run({.name = "heads, far from the origin", .shift = 100, .heads = true});
+        run({.name = "heads, doubles", .doubles = true, .bank = Type::kFloat64, .heads = true});
+        run({.name = "heads, bfloat16", .bank = Type::kBFloat16, .heads = true});
+        run({.name = "heads, ids", .ids = true, .excluded = true, .heads = true});
+        run({.name = "heads, itself", .n = 333, .symmetric = true, .copies = 30, .heads = true});
       }
     }
   }

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import power_of_two
-from fused_losses.primitives.topk.inputs import QuantizedRows
+from fused_losses.primitives.topk.inputs import Prepared, PrincipalRows, QuantizedRows
 
 SHORT, LONG = 1e-12, 1e18  # of a row's largest entry
 
 
 def of_some_length(
-    x: Tensor, y: Tensor, y_scale: Tensor | None, screen: str | QuantizedRows
-) -> tuple[Tensor, Tensor, Tensor | None, str | QuantizedRows]:
+    x: Tensor, y: Tensor, y_scale: Tensor | None, screen: str | Prepared
+) -> tuple[Tensor, Tensor, Tensor | None, str | Prepared]:
     """Rows by powers of two, where some are so short or long that kernels take them for zero.
 
     A bank of usual lengths is not copied; its largest entries are read.
@@ -37,4 +37,7 @@ def of_some_length(
     if by is not None and isinstance(screen, QuantizedRows):
         of_codes = by[:, 0].float()
         screen = screen._replace(scale=screen.scale * of_codes, error=screen.error * of_codes)
+    if by is not None and isinstance(screen, PrincipalRows):
+        # float32 may not hold such rows' coordinates
+        screen = "fp32"
     return times(x, factor(x)), times(y, by), y_scale, screen

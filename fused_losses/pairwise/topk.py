@@ -27,7 +27,14 @@ from fused_losses.pairwise.own_metric import OwnMetric
 from fused_losses.pairwise.topk_arguments import check_batches, check_named, check_topk, taking_part
 from fused_losses.pairwise.topk_in_full import finished, in_full
 from fused_losses.pairwise.whitening import whitened
-from fused_losses.primitives.topk.inputs import SCREENS, QuantizedRows, TopkInputs
+from fused_losses.primitives.topk.inputs import (
+    HEADS,
+    SCREENS,
+    Prepared,
+    PrincipalRows,
+    QuantizedRows,
+    TopkInputs,
+)
 from fused_losses.primitives.topk.listed import listed
 from fused_losses.primitives.topk.op import best_screen, select
 from fused_losses.primitives.topk.rotation import rotated
@@ -89,7 +96,7 @@ def pairwise_topk(
     y_ids: Tensor | None = None,  # [M]
     skip_self: bool = False,
     exclude: Tensor | None = None,  # [N, E]
-    screen: str | QuantizedRows = "auto",
+    screen: str | Prepared = "auto",
     backend: str | None = None,
     **metric_options: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -111,13 +118,14 @@ def pairwise_topk(
         skip_self: leave out i == j.
         exclude: [N, E] integers, columns that a row leaves out; -1: none.
         screen: what the products that screen are made in: "fp32", "bf16" (CPUs with AVX512_BF16)
-            or the `QuantizedRows` of y, read in its place; "auto": the fastest that can run. It
-            never changes the answer: what a bound on its rounding cannot rule out is scored in
-            float64. Metrics that are not made of products are computed in full.
+            or the `QuantizedRows` of y, read in its place, or its `PrincipalRows`, of which few
+            coordinates are read where few hold most of the spread; "auto": the fastest that can
+            run. It never changes the answer: what a bound cannot rule out is scored in float64.
+            Metrics that are not made of products are computed in full.
 
     x [B, N, D] with y [B, M, D] or None: B searches, of item b's rows in item b's alone. Labels,
-    ids and exclusions then are [B, .] too, and so is what is returned; y and screen are no
-    QuantizedRows; options of the metric are those of every item.
+    ids and exclusions then are [B, .] too, and so is what is returned; y and screen are not
+    prepared; options of the metric are those of every item.
 
     Returns (values [N, k] float32, or float64 for float64 x, best first; indices [N, k] int64).
     Equal scores go by the lowest index. A row with fewer than k candidates is padded with index -1
@@ -180,7 +188,7 @@ def best_columns(
     asked: dict[str, Any],
     *,
     p: float = 2.0,
-    screen: str | QuantizedRows = "auto",
+    screen: str | Prepared = "auto",
     backend: str | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -204,31 +212,32 @@ class Compared(NamedTuple):
     x: Tensor
     y: Tensor  # x itself where the bank is
     y_scale: Tensor | None
-    screen: str | QuantizedRows
+    screen: str | Prepared
 
 
 def compared(
     x: Tensor,
     bank: Tensor | QuantizedRows,
     metric: str,
-    screen: str | QuantizedRows,
+    screen: str | Prepared,
     options: dict[str, Any],
 ) -> Compared:
     """What the rows of a metric of `ORDERS` become."""
     order, y_scale = ORDERS[metric], None
-    if isinstance(screen, QuantizedRows) and (order.rows is not None or metric == "mahalanobis"):
+    transformed = order.rows is not None or metric == "mahalanobis"
+    if not isinstance(screen, str) and transformed:
         raise ValueError(
             f"screen: expected one of {', '.join(SCREENS)} with metric={metric!r}, whose rows are "
-            "not those of the codes, got QuantizedRows"
+            f"not those of the codes, got {type(screen).__name__}"
         )
     if isinstance(bank, QuantizedRows):
         bank, y_scale, signs = bank.codes, bank.scale, bank.signs
-        if order.rows is not None or metric == "mahalanobis":
+        if transformed:
             raise ValueError(f"y: expected float rows with metric={metric!r}, got QuantizedRows")
         if signs is not None:
             x = rotated(x.to(row_dtype(x.device)), signs)
     same = bank is x
-    if metric == "mahalanobis" or order.rows is not None:
+    if transformed:
         # rows that are rounded once more have an order of their own
         x = x.to(row_dtype(x.device))
         bank = x if same else bank.to(x.dtype)
@@ -246,7 +255,7 @@ def _by_products(
     bank: Tensor | QuantizedRows,
     metric: str,
     asked: dict[str, Any],
-    screen: str | QuantizedRows,
+    screen: str | Prepared,
     backend: str | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
@@ -254,6 +263,7 @@ def _by_products(
     x, y, y_scale, screen = compared(given, bank, metric, screen, options)
     order = ORDERS[metric]
     codes = screen if isinstance(screen, QuantizedRows) else (None,) * 4
+    heads = screen if isinstance(screen, PrincipalRows) else (None,) * 4 + (0.0,)
     name = screen if isinstance(screen, str) else ""
     inputs = TopkInputs(
         x,
@@ -264,6 +274,7 @@ def _by_products(
         # codes are read in the place of products of y
         screen=name if name in SCREENS[1:] else best_screen(x, backend),
         **{**asked, "largest": asked["largest"] != order.similar},
+        **dict(zip(HEADS, heads, strict=True)),
     )
     keys, index = select(inputs, backend)
     if followed(x) or (y_scale is None and followed(y)):

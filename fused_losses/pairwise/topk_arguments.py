@@ -9,12 +9,21 @@ import torch
 from torch import Tensor
 
 from fused_losses.base import validation
+from fused_losses.base.numerics import row_dtype
 from fused_losses.base.sides import Integers, integers
 from fused_losses.pairwise.distance import check_options, check_weighted
 from fused_losses.pairwise.metrics import METRICS
 from fused_losses.pairwise.own_metric import OwnMetric, check_alone
 from fused_losses.primitives.distances.inputs import FLAT
-from fused_losses.primitives.topk.inputs import MATCHES, MOST, SCREENS, QuantizedRows
+from fused_losses.primitives.topk.inputs import (
+    MATCHES,
+    MOST,
+    SCREENS,
+    STEP,
+    Prepared,
+    PrincipalRows,
+    QuantizedRows,
+)
 
 
 def check_named(metric: str | OwnMetric, p: float, options: dict[str, Any]) -> None:
@@ -49,7 +58,7 @@ def check_topk(
     k: int,
     metric: str | OwnMetric,
     match: str,
-    screen: str | QuantizedRows,
+    screen: str | Prepared,
 ) -> None:
     _check_side("x", x, "[N, D]", metric)
     if isinstance(k, bool) or not isinstance(k, Integral):
@@ -70,7 +79,9 @@ def check_topk(
             f"{validation.describe(rows)}"
         )
     validation.check_device("x", x, "y", rows)
-    if not isinstance(screen, QuantizedRows):
+    if isinstance(screen, PrincipalRows):
+        _check_principal(screen, y, rows)
+    elif not isinstance(screen, QuantizedRows):
         validation.check_choice("screen", screen, SCREENS)
     elif tuple(screen.codes.shape) != tuple(rows.shape) or isinstance(y, QuantizedRows):
         raise ValueError(
@@ -133,16 +144,48 @@ def _check_quantized(name: str, rows: QuantizedRows) -> None:
     validation.check_device(f"{name}.codes", rows.codes, f"{name}.signs", signs)
 
 
+def _check_principal(screen: PrincipalRows, y: Any, rows: Tensor) -> None:
+    (m, d), of = rows.shape, screen.first
+    if isinstance(y, QuantizedRows) or of.dim() != 2 or of.shape[0] != m:
+        raise ValueError(
+            f"screen: expected the PrincipalRows of float rows y ({m}, {d}), got coordinates "
+            f"{validation.describe(of)}"
+        )
+    levels = screen.rest.shape[1] if screen.rest.dim() == 3 else 0
+    kept = screen.axes.shape[1] if screen.axes.dim() == 2 else 0
+    wide = row_dtype(rows.device)
+    expected = dict(
+        first=((m, of.shape[1]), torch.float32),
+        rest=((m, levels, STEP), torch.float32),
+        tails=((levels + 2, m), torch.float32),
+        axes=((d, kept), wide),
+    )
+    for field, (shape, dtype) in expected.items():
+        part = getattr(screen, field)
+        if part.dtype != dtype or tuple(part.shape) != shape:
+            raise TypeError(
+                f"screen.{field}: expected {dtype} {shape}, got {validation.describe(part)}"
+            )
+        validation.check_device(f"screen.{field}", part, "y", rows)
+    if not of.shape[1] <= kept <= min(d, of.shape[1] + levels * STEP):
+        raise ValueError(
+            f"screen.axes: expected as many as coordinates are kept, got {kept} beside "
+            f"{of.shape[1]} and {levels} levels"
+        )
+    if not 0 <= screen.moved < 1:
+        raise ValueError(f"screen.moved: expected a value in [0, 1), got {screen.moved}")
+
+
 def check_batches(
     x: Tensor,  # [B, N, D]
     y: Tensor | QuantizedRows | None,
     sided: dict[str, Tensor | None],
-    screen: str | QuantizedRows,
+    screen: str | Prepared,
 ) -> Tensor | None:
     """y, where all of a batch of searches has as many items; each is checked as a search."""
     count = x.shape[0]
-    if isinstance(screen, QuantizedRows):
-        raise ValueError("screen: expected no QuantizedRows beside x [B, N, D]")
+    if isinstance(screen, Prepared):
+        raise ValueError(f"screen: expected no {type(screen).__name__} beside x [B, N, D]")
     if isinstance(y, QuantizedRows):
         raise ValueError("y: expected [B, M, D] beside x [B, N, D], got QuantizedRows")
     for name, t in {"y": y, **sided}.items():

@@ -58,6 +58,7 @@ SMALL = (
     "pairwise_topk-correlation",
     "pairwise_topk-mahalanobis",
     "pairwise_topk-quantized",
+    "pairwise_topk-principal",
     "all_triplets-many",
     "triplet_margin",
 )
@@ -90,6 +91,8 @@ CALLS = {
     "pairwise_topk-cityblock": lambda x, y, l: ((x, y, 16, "cityblock"), {}),
     "pairwise_topk-quantized": lambda x, y, l: (
         (x.detach(), fused_losses.quantize_rows(y.detach()), 16), {}),
+    "pairwise_topk-principal": lambda x, y, l: (
+        (x, y, 16), dict(screen=fused_losses.principal_rows(y.detach()))),
     "pairwise_topk-half": lambda x, y, l: ((x, y, 16), {}),
     "mine_triplets": lambda x, y, l: ((x, l), {}),
     "mine_triplets-half": lambda x, y, l: ((x, l), {}),

@@ -20,7 +20,7 @@ THREADS = (1, 2, 16)
 DTYPES = ("float32", "bfloat16", "float64")
 PAIRS = ("pairs", "pairs-columns", "triangle", "attention")
 DISTANCES = ("dot", "euclidean", "cityblock", "canberra", "braycurtis", "hamming")
-TOPK = ("topk", "topk-self", "topk-codes")
+TOPK = ("topk", "topk-self", "topk-codes", "topk-principal")
 CASES = [
     *((what, dtype) for what in (*PAIRS, "maxsim", *DISTANCES) for dtype in DTYPES),
     *((what, dtype) for what in TOPK for dtype in ("float32", "bfloat16")),
@@ -83,9 +83,13 @@ def made(what, dtype):
         return (x, y), call, told
     own = what == "topk-self"
     other = None if own else fused_losses.quantize_rows(y) if what == "topk-codes" else y
-    call = lambda: f.pairwise_topk(y if own else x, other, K, "dot", skip_self=own, backend="cpu")
+    given, heads = dict(skip_self=own, backend="cpu"), (0, 0, 0)
+    if what == "topk-principal":
+        given["screen"] = fused_losses.principal_rows(y, coordinates=(16, D))
+        heads = (16, 3, D)
+    call = lambda: f.pairwise_topk(y if own else x, other, K, "dot", **given)
     n = M if own else N
-    return (x, y), call, topk.workspace_bytes(n, D, K, dtype, own, what == "topk-codes")
+    return (x, y), call, topk.workspace_bytes(n, D, K, dtype, own, what == "topk-codes", heads)
 
 def run(what, dtype):
     leaves, call, told = made(what, getattr(torch, dtype))

@@ -19,6 +19,8 @@ struct Candidate {
 constexpr int64_t kTopkTileBytes = 256 << 10;  // of the bank in a tile
 constexpr int64_t kTopkQueries = 8192;         // of a block at most
 constexpr int64_t kTopkColumns = 1024;         // of a task of the triangle
+constexpr int64_t kHeadTileBytes = 24 << 10;   // of first coordinates
+constexpr int64_t kOpen = 256;                 // pairs that wait for their next coordinates, about
 constexpr int64_t kAhead = 4;                  // candidates that are on their way into the caches
 constexpr double kNarrowNorm = 1e-11;          // squares in float do not tell shorter rows from 0
 
@@ -29,6 +31,12 @@ inline bool scores_late(const TopkProblem& p) { return p.codes.rows.data != null
 inline int64_t candidates_kept(const TopkProblem& p) {
   return scores_late(p) ? std::max(2 * p.k, p.k + 64) : p.k;
 }
+
+// A pair that the first coordinates leave open: query of the block, row of the bank, their product.
+struct OpenPair {
+  int32_t query, row;
+  float product;
+};
 
 template <class P>
 struct TopkPlan {
@@ -41,6 +49,8 @@ struct TopkPlan {
   double *beta, *floor;   // a key is alpha s + beta; the least that the k-th best can be
   double* square;         // |x - center|^2
   float* size;            // |x - center|, 1 where only the direction counts
+  float* rest;            // [queries, levels, kStep] coordinates behind the panels'
+  float* tails;           // [levels + 1, queries] at most what a query has beyond each level
   Candidate* candidates;  // [queries, kept]
   int32_t* count;
   char* lock;
@@ -56,6 +66,7 @@ struct TopkPlan {
     float *limit, *row, *gathered, *multiplier, *offset, *slope, *extra, *sums;
     double *lower, *scratch;
     Word* rows;
+    OpenPair* open;
 
     Thread(Arena& arena, const TopkPlan& plan, const TopkProblem& p) {
       limit = arena.take<float>(plan.queries);
@@ -68,19 +79,22 @@ struct TopkPlan {
       sums = arena.take<float>(kRows * kPanel<P>);
       lower = arena.take<double>(plan.kept);
       scratch = arena.take<double>(p.d);
-      rows = arena.take<Word>(plan.triangle ? 0 : plan.tile * plan.depth);
+      rows = arena.take<Word>(plan.triangle || p.heads.first ? 0 : plan.tile * plan.depth);
+      open = arena.take<OpenPair>(p.heads.first ? kOpen + kRows * kPanel<P> : 0);
     }
   };
 
   TopkPlan(const TopkProblem& p, void* base) : buffer(static_cast<char*>(base)) {
-    depth = words<P>(p.d);
+    const int64_t wide = p.heads.first ? p.heads.width : p.d;
+    depth = words<P>(wide);
     kept = candidates_kept(p);
-    const int64_t fit = kTopkTileBytes / (std::max<int64_t>(p.d, 1) * 4) / kRows * kRows;
+    const int64_t bytes = p.heads.first ? kHeadTileBytes : kTopkTileBytes;
+    const int64_t fit = bytes / (std::max<int64_t>(wide, 1) * 4) / kRows * kRows;
     tile = std::clamp<int64_t>(fit, 24, 384);
     const int64_t padded = round_up(std::max<int64_t>(p.n, 1), kPanel<P>);
     const int64_t a_query = kept * int64_t(sizeof(Candidate));
     const int64_t affordable = int64_t(p.most_bytes) / a_query / kPanel<P> * kPanel<P>;
-    triangle = p.symmetric && p.skip_self && !p.codes.rows.data && !p.y_scale &&
+    triangle = p.symmetric && p.skip_self && !p.codes.rows.data && !p.heads.first && !p.y_scale &&
                p.x.type == p.y.type && padded <= affordable;
     queries = triangle ? padded : std::clamp(affordable, kPanel<P>, std::min(padded, kTopkQueries));
     Arena arena(base);
@@ -90,6 +104,8 @@ struct TopkPlan {
     floor = arena.take<double>(queries);
     square = arena.take<double>(queries);
     size = arena.take<float>(queries);
+    rest = arena.take<float>(p.heads.first ? queries * p.heads.levels * Heads::kStep : 0);
+    tails = arena.take<float>(p.heads.first ? queries * (p.heads.levels + 1) : 0);
     candidates = arena.take<Candidate>(queries * kept);
     count = arena.take<int32_t>(queries);
     lock = arena.take<char>(queries);

@@ -162,7 +162,9 @@ class Scorer {
 // The bank's mean, by a sample, where moving by it makes rows much shorter; else null.
 inline const double* choose_center(const TopkProblem& p, double* out, double* row) {
   std::fill(out, out + p.d, 0.0);
-  if (p.affinity != Affinity::kSquaredDistance || p.y_scale || p.codes.rows.data) return nullptr;
+  if (p.affinity != Affinity::kSquaredDistance || p.y_scale || p.codes.rows.data || p.heads.first) {
+    return nullptr;
+  }
   constexpr int64_t kSample = 256;
   const int64_t step = std::max<int64_t>(1, p.m / kSample);
   double squares = 0, moved = 0;

@@ -83,6 +83,9 @@ class Selector {
     limit(q);
   }
 
+  // Row j of the bank is soon offered.
+  void prefetch(int64_t j) const { score_.prefetch(j); }
+
   void compact(int64_t q, int64_t i) {
     Candidate* c = plan_.candidates + q * plan_.kept;
     int64_t n = plan_.count[q];

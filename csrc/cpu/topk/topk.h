@@ -6,7 +6,7 @@
 // not depend on who saw what first: it is the exact one.
 #pragma once
 
-#include "screen.h"
+#include "heads.h"
 
 namespace fused_losses::FL_ISA {
 
@@ -39,7 +39,11 @@ void topk(const TopkProblem& p, const TopkOut& out, void* buffer, const Parallel
   }
   for (int64_t first = 0; first < p.n; first += plan.queries) {
     const int64_t count = std::min(plan.queries, p.n - first);
-    pack_queries<P>(p, plan, screen, first, count, parallel);
+    if (p.heads.first) {
+      pack_heads<P>(p, plan, first, count, parallel);
+    } else {
+      pack_queries<P>(p, plan, screen, first, count, parallel);
+    }
     std::vector<Selector<P>> selectors;
     selectors.reserve(parallel.threads);
     for (int i = 0; i < parallel.threads; ++i) {
@@ -52,7 +56,11 @@ void topk(const TopkProblem& p, const TopkOut& out, void* buffer, const Parallel
         std::fill(s.t.limit + count, s.t.limit + plan.queries,
                   std::numeric_limits<float>::infinity());
       }
-      topk_rectangle<P>(p, plan, screen, first, count, selectors, parallel);
+      if (p.heads.first) {
+        topk_heads<P>(p, plan, first, count, selectors, parallel);
+      } else {
+        topk_rectangle<P>(p, plan, screen, first, count, selectors, parallel);
+      }
     }
     constexpr int64_t kQueriesAtOnce = 64;
     on_tasks(parallel, ceil_div(count, kQueriesAtOnce), [&](int thread, int64_t task) {

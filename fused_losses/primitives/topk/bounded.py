@@ -15,7 +15,7 @@ from fused_losses.primitives.topk.inputs import TopkInputs
 
 
 def select(p: TopkInputs) -> tuple[Tensor, Tensor]:
-    """The codes of a screen are not read: y itself is."""
+    """Codes and coordinates of a screen are not read: y itself is."""
     with torch.no_grad():
         return certified(p, prepared(p), products_of_blocks)
 
