@@ -28,7 +28,15 @@ def unit(x: Tensor, order: Tensor | None = None) -> Tensor:
     compiled = helpers(x)
     if compiled is not None and dense_rows(x):
         return compiled.unit_rows(x, order)
-    return _Unit.apply(x, order)
+    return _Unit.apply(x, order, x.dtype)
+
+
+def wide_unit(x: Tensor) -> Tensor:
+    """x / |x| in the dtype of sums: 16-bit rows are widened a block at a time, never as a whole."""
+    dtype = accumulate_dtype(x.dtype)
+    if x.dtype == dtype or torch.compiler.is_compiling():
+        return unit(x.to(dtype))
+    return _Unit.apply(x, None, dtype)
 
 
 class UnitRows(NamedTuple):
@@ -54,7 +62,7 @@ def unit_parts(x: Tensor) -> UnitRows:
     found = _parts(x)
     if tangent is None:
         return found
-    return found._replace(rows=forward_ad.make_dual(found.rows, _moved(x, tangent)))
+    return found._replace(rows=forward_ad.make_dual(found.rows, _moved(x, tangent).to(x.dtype)))
 
 
 def _parts(x: Tensor) -> UnitRows:
@@ -68,9 +76,9 @@ def _parts(x: Tensor) -> UnitRows:
 
 
 def _moved(x: Tensor, tangent: Tensor) -> Tensor:
-    """The tangent of x / |x|, rounded once: what cancels in it others may compute again."""
+    """The tangent of x / |x|: what cancels in it others may compute again."""
     wide = row_dtype(x.device)
-    return _parts(x.to(wide)).backward(tangent.to(wide)).to(x.dtype)
+    return _parts(x.to(wide)).backward(tangent.to(wide))
 
 
 def _forward(x: Tensor) -> Tensor:
@@ -86,26 +94,27 @@ class _Unit(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, order: Tensor | None) -> Tensor:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    def forward(x: Tensor, order: Tensor | None, dtype: torch.dtype) -> Tensor:
+        out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         for i in range(0, x.shape[0], ROWS):
             rows = x[i : i + ROWS] if order is None else x[order[i : i + ROWS]]
-            out[i : i + ROWS] = _forward(rows)
+            out[i : i + ROWS] = _parts(rows.to(accumulate_dtype(x.dtype))).rows
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+        *saved, ctx.dtype = inputs
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, order = ctx.saved_tensors
         if torch.is_grad_enabled():
             # in operations that can themselves be differentiated
             if order is None:
-                return _backward(x, grad), None
-            return _backward(x, grad.index_select(0, order.argsort())), None
+                return _backward(x, grad), None, None
+            return _backward(x, grad.index_select(0, order.argsort())), None, None
         out = torch.empty_like(x)
         for i in range(0, x.shape[0], ROWS):
             if order is None:
@@ -113,12 +122,12 @@ class _Unit(torch.autograd.Function):
             else:
                 rows = order[i : i + ROWS]
                 out[rows] = _backward(x[rows], grad[i : i + ROWS])
-        return out, None
+        return out, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         x, order = ctx.saved_tensors
         x = forward_ad.unpack_dual(x).primal
         if order is not None:
             x, tangent = x.index_select(0, order), tangent.index_select(0, order)
-        return _moved(x, tangent)
+        return _moved(x, tangent).to(ctx.dtype)

@@ -23,7 +23,7 @@ from fused_losses.base.numerics import (
     row_dtype,
 )
 from fused_losses.base.sides import Sides, sides
-from fused_losses.base.unit_norm import unit
+from fused_losses.base.unit_norm import unit, wide_unit
 from fused_losses.base.validation import check_plain, number
 from fused_losses.functions.chosen_pairs import beside_rows, by_guide, chosen_sums
 from fused_losses.functions.info_nce import info_nce
@@ -161,7 +161,7 @@ def masked_contrastive(
         shown = torch.where(mask[:, None], both.x.to(dtype).view(n, channels, places), 0)
         x = unit(shown.reshape(n, channels * places))
         # the ratio does not know a key's length, which might overflow its square
-        y = unit(both.y.to(dtype))
+        y = wide_unit(both.y)
         given = RowInputs(
             x, y, *both.labels,
             values=scale.to(row_dtype(x.device)).expand(n, 1).contiguous(),

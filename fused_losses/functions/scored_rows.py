@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.indices import ListedPairs
-from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.sides import Sides
-from fused_losses.base.unit_norm import unit
+from fused_losses.base.unit_norm import wide_unit
 from fused_losses.primitives.listed.op import listed_row_losses
 from fused_losses.primitives.row_rules.inputs import RowInputs
 from fused_losses.primitives.row_rules.op import row_losses
@@ -26,9 +25,8 @@ def scored_rows(both: Sides, distance: str, precision: str, normalize: bool = Fa
     x, y = both.x, both.y
     if normalize:
         # the blocks are in this dtype: nothing is won by rounding before
-        dtype = accumulate_dtype(x.dtype)
-        x = unit(x.to(dtype))
-        y = x if both.y is both.x else unit(both.y.to(dtype))
+        x = wide_unit(x)
+        y = x if both.y is both.x else wide_unit(both.y)
     score = {"cosine": "minus_dot"}.get(distance, distance)
     options: dict[str, Any] = dict(score=score, skip_self=both.alone, precision=precision)
     if both.listed is None:

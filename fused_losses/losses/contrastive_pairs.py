@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_losses.base.integers import count_up
-from fused_losses.base.numerics import accumulate_dtype, no_autocast
+from fused_losses.base.numerics import no_autocast
 from fused_losses.base.products import product
-from fused_losses.base.unit_norm import unit
+from fused_losses.base.unit_norm import wide_unit
 from fused_losses.functions.info_nce import info_nce
 from fused_losses.functions.joint_pairs import (
     adaptive_temperature,
@@ -211,8 +211,7 @@ class AMCLLoss(Loss):
                 f"{tuple(first.shape)} and {tuple(second.shape)}"
             )
         with no_autocast(first.device):
-            dtype = accumulate_dtype(first.dtype)
-            views = [unit(view.to(dtype)) for view in (first, second)]
+            views = [wide_unit(view) for view in (first, second)]
             maps = [self.factors(view) for view in views]
         own: dict[str, Any] = dict(
             nearest=self.topk, beta=self.beta, bounds=(self.tau_min, self.tau_max)

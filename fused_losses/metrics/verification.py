@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_losses.base import validation
 from fused_losses.base.integers import dense
 from fused_losses.base.numerics import accumulate_dtype, no_autocast
-from fused_losses.base.unit_norm import unit
+from fused_losses.base.unit_norm import wide_unit
 from fused_losses.base.validation import check_integers, check_rows
 from fused_losses.mining.batch import LARGEST_IS_NEAREST, SMALLEST_IS_NEAREST
 from fused_losses.pairwise.distance import check_exponent
@@ -278,7 +278,7 @@ def all_pairs_tar_at_far(
     with torch.no_grad(), no_autocast(embeddings.device):
         x = embeddings.detach()
         if metric == "cosine":
-            x = unit(x.to(accumulate_dtype(x.dtype)))
+            x = wide_unit(x)
         kind = "dot" if metric == "cosine" else metric
         sign = 1 if metric in LARGEST_IS_NEAREST else -1
         numbers = dense(labels)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_losses.base import plans, validation
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.sides import ref_sides
-from fused_losses.base.unit_norm import unit
+from fused_losses.base.unit_norm import wide_unit
 from fused_losses.base.validation import check_number
 from fused_losses.pairwise.distance import check_exponent
 from fused_losses.primitives.distances.op import distance_matrix
@@ -79,8 +79,8 @@ def checked_batch(
         x, y = both.x.detach(), both.y.detach()
         if normalize or metric == "cosine":
             # unit rows rounded to a narrow type would be mined by other cosines
-            x = unit(x.to(accumulate_dtype(x.dtype)))
-            y = x if own else unit(y.to(accumulate_dtype(y.dtype)))
+            x = wide_unit(x)
+            y = x if own else wide_unit(y)
         elif own:
             y = x
     kind = "dot" if metric == "cosine" else metric
