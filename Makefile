@@ -13,7 +13,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: venv train check one-row test best fuzz soak hostile ctest cpu-sanitize cpu-valgrind cpu-mutants \
-  launches determinism concurrency elements calls walks dependencies trust \
+  dispatch-mutants launches determinism concurrency elements calls walks dependencies trust \
   cuda-host cuda-sanitize cuda-mutants kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery \
   site lint types clean
 
@@ -111,6 +111,12 @@ ONE_IN = 1
 cpu-mutants: $(VENV)/.installed
 	PYTHONPATH=tests:tests/support:tests/cpu_kernels $(BIN)/python tests/cpu_kernels/cpu_mutants.py \
 	  $(MUTATED) --one-in $(ONE_IN)
+
+# faults planted in the Python that chooses who runs: its tests notice each but those of
+# dispatch_survivors.py. ONE_IN=10: a tenth of the places
+dispatch-mutants: venv
+	PYTHONPATH=tests:tests/support:tests/cpu_kernels:tests/backends $(ON_HOST) OMP_NUM_THREADS=1 \
+	  $(BIN)/python tests/backends/dispatch_mutants.py --one-in $(ONE_IN)
 
 kernel-tests: $(VENV)/.installed
 	$(CONFIGURE) > build-cmake.log 2>&1 || { cat build-cmake.log; exit 1; }

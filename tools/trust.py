@@ -82,6 +82,12 @@ PARTS = (
         faults,
     ),
     Part(
+        "dispatch-mutants",
+        "the tests of dispatch notice faults planted in what chooses who runs",
+        "make dispatch-mutants",
+        last(r"dispatch: \d+ of \d+.*"),
+    ),
+    Part(
         "cuda-mutants",
         "the cases notice a fault planted in the CUDA kernels, executed on the host",
         "make cuda-mutants",
