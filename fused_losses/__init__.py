@@ -16,6 +16,7 @@ from fused_losses.primitives.topk.inputs import PrincipalRows, QuantizedRows
 from fused_losses.primitives.topk.op import quantize_rows
 from fused_losses.primitives.topk.principal import principal_rows
 from fused_losses.version import __version__
+from fused_losses.warm_up import warm_up
 
 __all__ = [
     "UNPG",
@@ -41,6 +42,7 @@ __all__ = [
     "quantize_rows",
     "row_statistics",
     "use_backend",
+    "warm_up",
 ]
 __all__ += functional.__all__
 # the types of some results are named in `functional` alone

@@ -13,6 +13,7 @@ from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND, elementwise_dty
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -65,20 +66,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     Raises what the call itself would raise for shapes, types and backends, and ValueError where
     what it does depends on the values of a tensor.
     """
-    trace = _Storages()
-    args, kwargs = tree_map_only(Tensor, trace.input, (args, kwargs))
-    called = fn
-    if isinstance(fn, nn.Module):
-        own = {k: trace.input(t) for k, t in (*fn.named_parameters(), *fn.named_buffers())}
-        called = lambda *a, **k: torch.func.functional_call(fn, own, a, k)
-    with backends.watched() as chosen, trace.fake, trace, plans.heard_by(trace.add):
-        try:
-            trace.run(called, args, kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ValueError(
-                f"fn: expected work that depends on shapes alone, but {_name(fn)} reads the "
-                f"values of a tensor on the host ({error.func})"
-            ) from error
+    trace = ShapeTrace()
+    with backends.watched() as chosen:
+        trace.call(fn, args, kwargs)
     name, refused = chosen[0] if chosen else ("bounded", {})
     peak = trace.peak(counted=not plans.is_handed_out(fn))
     return Plan(name, refused, SLACK + peak, trace.kept_bytes)
@@ -88,12 +78,12 @@ def _name(fn: Callable[..., Any]) -> str:
     return getattr(fn, "__name__", repr(fn))
 
 
-class _Storages(TorchDispatchMode):
+class ShapeTrace(TorchDispatchMode):
     """Every storage that comes and goes while a function runs on fake tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, fake: FakeTensorMode | None = None) -> None:
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)  # what a function holds
+        self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)  # what a function holds
         self.inputs: dict[int, Tensor] = {}  # by the identity of the real ones
         self.events: list[tuple[int, int]] = []  # a storage's number and the bytes it adds
         self.numbers = WeakIdKeyDictionary()  # of storages
@@ -105,6 +95,22 @@ class _Storages(TorchDispatchMode):
         self.kept_bytes = 0  # of scores
 
     # ---- the run ---------------------------------------------------------------------------------
+
+    def call(self, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
+        """fn and its backward on tensors of these shapes; a module's own are inputs, too."""
+        args, kwargs = tree_map_only(Tensor, self.input, (args, kwargs))
+        called = fn
+        if isinstance(fn, nn.Module):
+            own = {k: self.input(t) for k, t in (*fn.named_parameters(), *fn.named_buffers())}
+            called = lambda *a, **k: torch.func.functional_call(fn, own, a, k)
+        with self.fake, self, plans.heard_by(self.add):
+            try:
+                self.run(called, args, kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise ValueError(
+                    f"fn: expected work that depends on shapes alone, but {_name(fn)} reads the "
+                    f"values of a tensor on the host ({error.func})"
+                ) from error
 
     def run(self, fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward and, where a result needs a gradient, backward."""
@@ -123,7 +129,7 @@ class _Storages(TorchDispatchMode):
         if id(real) in self.inputs:
             return self.inputs[id(real)]
         leaf = real.detach().requires_grad_(real.requires_grad)
-        fake = self.fake.from_tensor(leaf)
+        fake = leaf if isinstance(leaf, FakeTensor) else self.fake.from_tensor(leaf)
         self.not_ours.add(self._number(fake))
         if _is_small(real):
             self.known[fake] = real.detach()
@@ -174,7 +180,7 @@ class _Storages(TorchDispatchMode):
             self.add(_workspace(func, args))
         out = self._of_unknown_length(func, args)
         if out is None:
-            out = func(*args, **kwargs)
+            out = self.result(func, args, kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for t in made:
             self._number(t)
@@ -183,6 +189,10 @@ class _Storages(TorchDispatchMode):
         self.add(_within(func, args, made))
         self._carry(func, args, kwargs, made)
         return out
+
+    def result(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What an operator gives: of an op of ours its shapes, whose workspace is told."""
+        return func(*args, **kwargs)
 
     def _of_unknown_length(self, func: Any, args: tuple) -> Tensor | None:
         """As much as there may be, of what a mask picks; exactly that where the mask is known."""

@@ -20,3 +20,10 @@ def test_launches_and_waits_of_every_example() -> None:
 def test_launches_and_compilations_of_a_step() -> None:
     pytest.importorskip("triton")
     fake_cuda.passes(Path(__file__).with_name("launch_cases.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_warmed_up_call_compiles_nothing() -> None:
+    pytest.importorskip("triton")
+    fake_cuda.passes(Path(__file__).with_name("warm_up_cases.py"))

@@ -91,6 +91,8 @@ def launches(func: Any) -> bool:
 class Shapes(TorchDispatchMode):
     """Runs our ops' Python forms on fakes, and notes what waits for the device."""
 
+    follows_launches = True
+
     def __init__(self, noted: Noted, devices: Any, start_on: int) -> None:
         super().__init__()
         self.noted, self.devices, self.start_on = noted, devices, start_on

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends.gpu import device as gpu_device
+from fused_losses.backends.gpu import rehearsal
 
 FOLDER = Path(__file__).parents[2]
 ON_DEVICE, ON_HOST = "libfused_losses_cuda.so", "libfused_losses_cuda_host.so"
@@ -132,6 +133,8 @@ def launch(name: str, **arguments: Tensor | float | int | bool | None) -> None:
     for the device. Raises TypeError unless the arguments are the struct's fields, RuntimeError when
     a launch fails.
     """
+    if rehearsal.heard() is not None:
+        return
     function, struct, fields = _function(name)
     if arguments.keys() != fields.keys():
         missing, unknown = fields.keys() - arguments.keys(), arguments.keys() - fields.keys()
