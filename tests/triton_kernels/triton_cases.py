@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 import triton_oracle as oracle
 from far_rows import far_rows
 from torch import Tensor
+from triton import jit
 from triton_oracle import CASES, DTYPE_STEP, LOW, PRECISIONS, Case, call, close
 
 import fused_losses.backends
 from fused_losses.backends.gpu import device as gpu_device
 from fused_losses.backends.triton import capability as triton_capability
 from fused_losses.backends.triton import launch as triton_launch
+from fused_losses.backends.triton.tile_math import narrow
 from fused_losses.primitives.row_statistics import triton, triton_chunks
 from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from fused_losses.primitives.row_statistics.op import row_statistics
@@ -91,6 +94,46 @@ def test_row_statistics(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     for form, processors in (("stored G", 10**6), ("owners", 0)):
         monkeypatch.setattr(gpu_device, "processors", lambda device, p=processors: p)
         check_backward(case, data, lse, form)
+
+
+def test_more_partial_results_than_a_merge_reads_at_once() -> None:
+    case = Case(n=5, c=2100, d=16, scale=16.0)
+    args = call(case)["args"]
+    # the last classes are the first row's best: what was summed before is scaled again
+    order = oracle.product_of(args["x"], args["weight"], True)[0].argsort()
+    check_forward(case, args | dict(weight=args["weight"][order]))
+
+
+def test_ties_go_to_the_lowest_class() -> None:
+    """Within a tile, across tiles, and across the partial results that a merge reads at once."""
+    # integers: their sums are exact in any order
+    x, weight = torch.randint(1, 9, (5, 16)).float(), torch.ones(2100, 16)
+    labels = torch.tensor([0, 5, -1, 2099, 1])
+    for normalize in (False, True):
+        args = Inputs(x, weight, labels, None, None, None, normalize, False, "fp32", None)
+        assert triton.forward(args)[3].tolist() == [1, 0, 0, 0, 0]
+    # the best of row 2, twice, tiles apart
+    weight[[70, 2098]] = 2.0
+    args = Inputs(x, weight, labels, None, None, None, False, False, "fp32", None)
+    assert triton.forward(args)[3][2] == 70
+
+
+@jit
+def narrow_kernel(given, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, narrow(tl.load(given + at), out.dtype.element_ty))
+
+
+def test_float16_saturates() -> None:
+    given = torch.tensor([65504.0, 65519.0, 1e30, -1e30, torch.inf, -torch.inf, torch.nan, 3.0])
+    out = torch.empty(8, dtype=torch.float16)
+    narrow_kernel[(1,)](given, out, N=8)
+    top = 65504.0
+    assert out[:6].tolist() == [top, top, top, -top, top, -top]
+    assert out[6].isnan() and out[7] == 3
+    wide = torch.empty(8)
+    narrow_kernel[(1,)](given, wide, N=8)
+    assert torch.equal(wide[:6], given[:6])
 
 
 MANY = dict(n=75, c=203, d=40, scale=2.0, weighted=True, bias=True, column_weight=True)

@@ -90,6 +90,14 @@ def test_class_rules(case: Case) -> None:
     check(case)
 
 
+def test_more_partial_results_than_a_merge_reads_at_once() -> None:
+    made = call(Case(n=5, c=1100, d=16, params=(16.0,)))
+    got, want = form.forward(ClassInputs(**made.args)), answer(made, torch.float64)
+    error = (got.statistics - want[0]).abs().max()
+    assert error <= 24 * 16 * 2**-24  # a rounding of each of 16 products of at most 16, and sums
+    assert torch.equal(got.hardest, want[2])
+
+
 SEVERAL = [
     Case(n=75, c=203, d=40, many=2, **SUMMED),
     Case(n=75, c=203, d=40, classes=131, **BEST, **SPHERE),

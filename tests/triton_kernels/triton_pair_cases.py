@@ -107,6 +107,38 @@ def test_against_float64(case: Case) -> None:
     check(case)
 
 
+@pytest.mark.parametrize(("n", "m"), ((5, 2100), (1050, 5)))
+def test_more_partial_results_than_a_merge_reads_at_once(n: int, m: int) -> None:
+    p, _ = inputs(Case(n=n, m=m, d=8, labels=3, scale=16.0))
+    # the last are the first one's best: what was summed before is scaled again
+    if m > n:
+        p = p._replace(y=p.y[(p.y @ p.x[0]).argsort()])
+    else:
+        p = p._replace(x=p.x[(p.x @ p.y[0]).argsort()])
+    got = backend.statistics(p, "lse", True)
+    wide = p._replace(x=p.x.double(), y=p.y.double())
+    for side, want in zip(got, truth.statistics(wide, "lse", True), strict=True):
+        for field in (VALUE, COUNT, BEST):
+            error = (side[field].double() - want[field]).abs()
+            # a rounding of each of a score's 8 products, of at most 16, and of a few sums
+            assert error.nan_to_num(0).max() <= 12 * 16 * 2**-24
+
+
+def test_weights_of_large_scores_keep_their_digits() -> None:
+    """Of integers: the scores are exact, and all error would be that of the rounded logsumexp."""
+    g = torch.Generator().manual_seed(0)
+    x = 32.0 * torch.randint(1, 4, (20, 4), generator=g)
+    y = torch.randint(5, 9, (40, 4), generator=g).float()
+    values = torch.randn(40, 16, generator=g)
+    p = PairInputs(x, y, torch.ones((), dtype=torch.float64))
+    out, lse = backend.attention(values, p, positives=False)
+    scores = x.double() @ y.double().T
+    assert scores.max() > 2000  # a float32 logsumexp of it is off by up to 6e-5
+    want = scores.softmax(1) @ values.double()
+    assert (lse.float() - scores.logsumexp(1)).abs().max() > 2**-16
+    assert (out.double() - want).abs().max() <= 2**-19 * values.abs().max()
+
+
 @pytest.mark.parametrize("triangle", (False, True))
 def test_several_blocks(triangle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is one piece at these sizes, cut into several ragged ones."""

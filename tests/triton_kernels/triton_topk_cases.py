@@ -193,9 +193,11 @@ def test_nan_and_infinities(keep: int) -> None:
 
 def test_zeros_of_either_sign_are_equal() -> None:
     x, y = torch.tensor([[1.0], [-1.0]]), torch.zeros(9, 1)
-    call = dict(m=None, x_labels=None, y_labels=None, match="any", x_ids=None, y_ids=None)
+    # sums begin with +0, and so a product alone is never -0
+    call = dict(m=torch.full((9,), -1.0), x_labels=None, y_labels=None, match="any", x_ids=None)
     a = torch.tensor([-0.0, 0.0] * 4 + [-0.0])
-    call |= dict(exclude=None, skip_self=False, precision="fp32")
+    assert (0 * call["m"] + a).signbit().tolist() == a.signbit().tolist()
+    call |= dict(y_ids=None, exclude=None, skip_self=False, precision="fp32")
     for keep in (3, 130):
         assert backend.screen(x, y, a, keep=keep, **call)[1][:, :3].tolist() == [[0, 1, 2]] * 2
 
