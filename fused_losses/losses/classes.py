@@ -122,20 +122,8 @@ def product_margin(margin: margins.Margin, embeddings: Tensor, centers: Tensor) 
     return moved
 
 
-@of_classes(
-    "Liu et al., Large-Margin Softmax Loss for Convolutional Neural Networks",
-    2016,
-    "pml_LargeMarginSoftmaxLoss",
-)
-class LargeMarginSoftmaxLoss(ClassifierLoss):
-    """Products as scores, the label's with its angle multiplied.
-
-        z_j = scale |x| |w_j| cos theta_j,   z_y = scale |x| |w_y| psi(theta_y)
-        psi = (-1)^k cos(margin theta) - 2k,  k = floor(margin theta / pi)
-
-    Args: margin: >= 1. scale: > 0. There is no `normalize`: the lengths are the scores'.
-    Time O(N C D), memory O((N + C) D).
-    """
+class _MultipliedAngle(ClassifierLoss):
+    """What the two losses share whose label's angle is multiplied."""
 
     def __init__(
         self,
@@ -152,6 +140,22 @@ class LargeMarginSoftmaxLoss(ClassifierLoss):
     def head(self) -> margins.SphereFace:
         return margins.SphereFace(self.margin)
 
+
+@of_classes(
+    "Liu et al., Large-Margin Softmax Loss for Convolutional Neural Networks",
+    2016,
+    "pml_LargeMarginSoftmaxLoss",
+)
+class LargeMarginSoftmaxLoss(_MultipliedAngle):
+    """Products as scores, the label's with its angle multiplied.
+
+        z_j = scale |x| |w_j| cos theta_j,   z_y = scale |x| |w_y| psi(theta_y)
+        psi = (-1)^k cos(margin theta) - 2k,  k = floor(margin theta / pi)
+
+    Args: margin: >= 1. scale: > 0. There is no `normalize`: the lengths are the scores'.
+    Time O(N C D), memory O((N + C) D).
+    """
+
     def loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Tensor:
         check_above("scale", self.scale)
         known = torch.where(labels == self.ignore_index, 0, labels)
@@ -165,28 +169,13 @@ class LargeMarginSoftmaxLoss(ClassifierLoss):
     2017,
     "pml_SphereFaceLoss",
 )
-class SphereFaceLoss(MarginClassifier):
+class SphereFaceLoss(_MultipliedAngle):
     """`margin_softmax` with `margins.SphereFace`; a row's scale is its length.
 
         z_j = scale |x| cos theta_j,   z_y = scale |x| psi(theta_y),   psi as in L-softmax
 
     Args: margin: >= 1. scale: > 0. Time O(N C D), memory O((N + C) D).
     """
-
-    def __init__(
-        self,
-        num_classes: int,
-        embedding_size: int,
-        margin: float = 4.0,
-        scale: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(num_classes, embedding_size, **options)
-        self.margin, self.scale = margin, scale
-        self.head()
-
-    def head(self) -> margins.Margin:
-        return margins.SphereFace(self.margin)
 
     def loss(self, embeddings: Tensor, labels: Tensor, **given: Any) -> Tensor:
         check_above("scale", self.scale)
