@@ -37,11 +37,23 @@ def budget_of(memory_budget: MemoryBudget, like: Tensor) -> int:
     if memory_budget == "auto":
         on_cpu = isinstance(like, Tensor) and like.device.type == "cpu"
         return _free_share() if on_cpu and torch.is_grad_enabled() else 0
+    check_budget(memory_budget)
+    return int(memory_budget)
+
+
+def check_budget(memory_budget: MemoryBudget) -> None:
+    """TypeError or ValueError for what is neither bytes nor "auto"."""
+    if memory_budget == "auto":
+        return
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, Integral):
         raise TypeError(f"memory_budget: expected bytes or 'auto', got {memory_budget!r}")
     if memory_budget < 0:
         raise ValueError(f"memory_budget: expected bytes >= 0, got {memory_budget}")
-    return int(memory_budget)
+
+
+def half_of(memory_budget: MemoryBudget, like: Tensor) -> int:
+    """Of each of two calls that are one loss together."""
+    return budget_of(memory_budget, like) // 2
 
 
 def room_of(memory_budget: MemoryBudget, like: Tensor) -> Room | None:

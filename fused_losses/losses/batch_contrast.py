@@ -36,6 +36,8 @@ class NTXentLoss(MetricLoss):
     a row has one positive. Time O(3 N^2 D / 2), memory O(N D); of P listed pairs O(P D).
     """
 
+    keeps = True
+
     def __init__(
         self, temperature: float | Tensor = 0.07, *, form: str = "pairs", **options: Any
     ) -> None:
@@ -64,6 +66,8 @@ class SupConLoss(MetricLoss):
     "skip", as pytorch-metric-learning has it: the mean is over rows with a positive; "zero", the
     authors: over all rows. Time O(N^2 D / 2), memory O(N D); of P listed pairs O(P D).
     """
+
+    keeps = True
 
     def __init__(
         self,
@@ -102,6 +106,8 @@ class SoftNearestNeighborLoss(MetricLoss):
     Time O(N^2 D / 2), memory O(N D); of P listed pairs O(P D).
     """
 
+    keeps = True
+
     def __init__(self, temperature: float | Tensor = 1.0, **options: Any) -> None:
         super().__init__(**options)
         self.temperature = temperature
@@ -126,6 +132,8 @@ class NPairsLoss(MetricLoss):
     normalised (normalize=False); pytorch-metric-learning's are. No ref_emb. How many classes have a
     pair is read on the host. Time O(N log N + C^2 D), memory O(N D), C classes.
     """
+
+    keeps = True
 
     def __init__(self, l2_weight: float = 0.0, **options: Any) -> None:
         super().__init__(**options)

@@ -125,6 +125,8 @@ def product_margin(margin: margins.Margin, embeddings: Tensor, centers: Tensor) 
 class _MultipliedAngle(ClassifierLoss):
     """What the two losses share whose label's angle is multiplied."""
 
+    keeps = True
+
     def __init__(
         self,
         num_classes: int,

@@ -119,6 +119,8 @@ class PrototypicalLoss(Loss):
     Means are rounded to the rows' dtype. Time O(N C D + M D), memory O((N + M + C) D).
     """
 
+    keeps = True
+
     def __init__(self, num_classes: int, *, scale: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
         check_count("num_classes", num_classes)

@@ -34,6 +34,8 @@ class SimCLRLoss(Loss):
     loss(first [N, D], second [N, D]). Time O(2 N^2 D), memory O(N D).
     """
 
+    keeps = True
+
     def __init__(self, temperature: float = 0.5, *, normalize: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.temperature, self.normalize = temperature, normalize
@@ -67,6 +69,7 @@ class MoCoLoss(Loss):
     that a loss may be taken twice. Time O(N Q D), memory O((N + Q) D).
     """
 
+    keeps = True
     queue: Tensor  # [Q, D]
     place: Tensor  # [] where the next key goes
 
@@ -129,6 +132,8 @@ class HardNegativeNCELoss(Loss):
     O((N + M) D).
     """
 
+    keeps = True
+
     def __init__(
         self,
         temperature: float = 0.5,
@@ -151,7 +156,7 @@ class HardNegativeNCELoss(Loss):
             symmetric=self.symmetric,
             normalize=self.normalize,
             **given,
-            **self.common(),
+            **self.beside(given),
         )
 
 

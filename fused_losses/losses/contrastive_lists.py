@@ -34,6 +34,8 @@ class MultipleNegativesRankingLoss(Loss):
     memory O(N K D).
     """
 
+    keeps = True
+
     def __init__(
         self,
         scale: float = 20.0,

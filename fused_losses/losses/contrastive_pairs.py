@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_losses.base.integers import count_up
+from fused_losses.base.memory_budget import half_of
 from fused_losses.base.numerics import no_autocast
 from fused_losses.base.products import product
 from fused_losses.base.unit_norm import wide_unit
@@ -243,6 +244,8 @@ class MCLLoss(Loss):
     Time O(N^2 D), memory O(N D).
     """
 
+    keeps = True
+
     def __init__(
         self,
         temperature: float = 0.5,
@@ -281,6 +284,8 @@ class DecoupledContrastiveLoss(Loss):
     loss(first [N, D], second [N, D]). Time O(4 N^2 D), memory O(N D).
     """
 
+    keeps = True
+
     def __init__(self, temperature: float = 0.1, *, normalize: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.temperature, self.normalize = temperature, normalize
@@ -290,7 +295,8 @@ class DecoupledContrastiveLoss(Loss):
         own: dict[str, Any] = dict(
             temperature=self.temperature, normalize=self.normalize, decoupled=True
         )
-        told: dict[str, Any] = dict(ids=ids, queue_ids=ids, **own, **self.common())
+        given = {**self.common(), "memory_budget": half_of(self.memory_budget, first)}
+        told: dict[str, Any] = dict(ids=ids, queue_ids=ids, **own, **given)
         ways = (first, second), (second, first)
         one, other = (info_nce(a, b, queue=a, **told) for a, b in ways)
         return (one + other) / 2

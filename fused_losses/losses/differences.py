@@ -94,6 +94,8 @@ class ALDRLoss(ClassifierLoss):
     Time O(N C D), memory O((N + C) D) and the table.
     """
 
+    keeps = True
+
     def __init__(
         self,
         num_classes: int,

@@ -33,6 +33,7 @@ class DistillationLoss(Loss):
     scales, classes, teacher_grad, memory_budget.
     """
 
+    keeps = True
     kind = "kl"
 
     def __init__(
@@ -63,7 +64,7 @@ class DistillationLoss(Loss):
     ) -> Tensor:
         given = {**given, **dict(kind=self.kind, temperature=self.temperature, labels=labels)}
         given = {**given, **dict(normalize=self.normalize, ignore_index=self.ignore_index)}
-        given = {**given, **self.own(), **self.common()}
+        given = {**given, **self.own(), **self.beside(given)}
         return distillation(student, student_weight, teacher, teacher_weight, **given)
 
 
@@ -242,6 +243,7 @@ class FeatureQueueKDLoss(Loss):
     Time O(N size D), memory O((N + size) D).
     """
 
+    keeps = True
     queue: Tensor
     place: Tensor
 
@@ -258,7 +260,11 @@ class FeatureQueueKDLoss(Loss):
     def forward(self, student: Tensor, teacher: Tensor, **given: Any) -> Tensor:
         # what the graph keeps must not move with the queue
         queue = self.queue.clone() if self.training else self.queue
-        given = {**given, **dict(temperature=self.temperature, normalize=True), **self.common()}
+        given = {
+            **given,
+            **dict(temperature=self.temperature, normalize=True),
+            **self.beside(given),
+        }
         loss = distillation(student, queue, teacher, queue, **given)
         if self.training:
             self._enter(teacher.detach())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_losses.base.memory_budget import half_of
 from fused_losses.base.numerics import (
     no_autocast,
     reduced,
@@ -165,6 +166,7 @@ class OCALoss(ClassifierLoss):
     Time O(N C D + D^3), memory O((N + C) D + D^2).
     """
 
+    keeps = True
     prototypes: Tensor
 
     def __init__(
@@ -203,7 +205,9 @@ class OCALoss(ClassifierLoss):
             turned = product(f, self.rotation().to(f.dtype))
             old = unit_rows(f[:, : self.prototypes.shape[1]])
             prototypes = self.prototypes.to(f.dtype)
-            options: dict[str, Any] = dict(margin=None, scale=1.0, **given)
+            budget = half_of(given["memory_budget"], embeddings)
+            options: dict[str, Any] = {**given, "memory_budget": budget}
+            options = {**options, **dict(margin=None, scale=1.0)}
             new = softmax_loss(turned, self.weight.to(f.dtype), labels, **options)
             plain = {**options, **PLAIN}
             near = softmax_loss(old, prototypes, labels, **plain)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from fused_losses.base.indices import Indices
+from fused_losses.base.memory_budget import MemoryBudget, check_budget
 
 
 class Loss(nn.Module):
@@ -14,23 +16,49 @@ class Loss(nn.Module):
 
     Args:
         reduction: "mean", "sum" or "none". precision, backend: as in `functional`.
+        memory_budget: bytes or "auto", as in `info_nce`: what the forward may keep to spare the
+            backward a product. Of losses that `keeps` says have it; others refuse any but 0.
 
     A hyper-parameter is an attribute of its name: read at each call, shown by `repr`, a buffer or a
     parameter where it is a tensor.
     """
 
+    keeps: ClassVar[bool] = False  # whether its function takes a memory_budget
+    memory_budget: MemoryBudget = 0  # of modules that were pickled before there was one
+
     def __init__(
-        self, *, reduction: str = "mean", precision: str = "fp32", backend: str | None = None
+        self,
+        *,
+        reduction: str = "mean",
+        precision: str = "fp32",
+        backend: str | None = None,
+        memory_budget: MemoryBudget = 0,
     ) -> None:
         super().__init__()
+        check_budget(memory_budget)
+        if memory_budget != 0 and not self.keeps:
+            raise ValueError(
+                f"memory_budget: expected 0 for {type(self).__name__}, whose forward keeps no "
+                f"scores; got {memory_budget!r}"
+            )
         self.reduction, self.precision, self.backend = reduction, precision, backend
+        self.memory_budget = memory_budget
 
     def common(self) -> dict[str, Any]:
         """The options that a function over rows takes."""
-        return dict(reduction=self.reduction, precision=self.precision, backend=self.backend)
+        plain = dict(reduction=self.reduction, precision=self.precision, backend=self.backend)
+        return dict(**plain, memory_budget=self.memory_budget) if self.keeps else plain
+
+    def beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The same but for a budget that a call gives itself."""
+        return {k: v for k, v in self.common().items() if k != "memory_budget" or k not in given}
+
+    def unkept(self) -> dict[str, Any]:
+        """The same of a function that keeps nothing."""
+        return {k: v for k, v in self.common().items() if k != "memory_budget"}
 
     def extra_repr(self) -> str:
-        plain = {"reduction": "mean", "precision": "fp32", "backend": None}
+        plain = {"reduction": "mean", "precision": "fp32", "backend": None, "memory_budget": 0}
         own = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "training"}
         return ", ".join(f"{k}={v!r}" for k, v in own.items() if plain.get(k, own) != v)
 

@@ -73,7 +73,7 @@ class LabelledLoss(Loss):
     ) -> Tensor:
         refuse_references(self, ref_emb, ref_labels)
         # new ones throughout: Dynamo takes a dict that changes for no dict of options
-        given = {**given, **self.common()}
+        given = {**given, **self.beside(given)}
         if indices is None:
             return self.loss(embeddings, labels, row_weight=row_weight, **given)
         weights = occurrences(indices, embeddings)
@@ -165,6 +165,7 @@ class ClassifierLoss(LabelledLoss):
 class MarginClassifier(ClassifierLoss):
     """Cross entropy of scale times cosines, the label's after `head()`."""
 
+    keeps = True
     scale: float | Tensor
     gradient = "exact"
 
@@ -200,7 +201,7 @@ class MarginClassifier(ClassifierLoss):
             scale=self.scale,
             gradient=self.gradient,
             **given,
-            **self.common(),
+            **self.unkept(),
         )
 
 
@@ -215,6 +216,8 @@ class HeldMargin(MarginClassifier):
 
 class ValuedClassifier(ClassifierLoss):
     """A loss of `class_losses` over the centres, `value()`."""
+
+    keeps = True
 
     def value(self) -> ClassLoss:
         """The loss by this module's hyper-parameters."""

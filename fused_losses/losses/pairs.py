@@ -39,6 +39,8 @@ class MultiSimilarityLoss(MetricLoss):
     Time O(N^2 D / 2), memory O(N D).
     """
 
+    keeps = True
+
     def __init__(
         self,
         alpha: float = 2.0,
@@ -75,6 +77,8 @@ class CircleLoss(MetricLoss):
     Time O(N^2 D / 2), memory O(N D).
     """
 
+    keeps = True
+
     def __init__(self, m: float = 0.4, gamma: float = 80.0, **options: Any) -> None:
         super().__init__(**options)
         self.m, self.gamma = m, gamma
@@ -99,6 +103,8 @@ class ContrastiveLoss(MetricLoss):
     are not 0; the paper squares the terms and has no pos_margin.
     Time O(N^2 D / 2), memory O(N D); of P listed pairs O(P D).
     """
+
+    keeps = True
 
     def __init__(self, pos_margin: float = 0.0, neg_margin: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
@@ -160,6 +166,8 @@ class MarginLoss(MetricLoss):
     give a miner's. Time O(N^2 D / 2), memory O(N D); of P listed pairs O(P D).
     """
 
+    keeps = True
+
     def __init__(
         self,
         margin: float = 0.2,
@@ -210,6 +218,8 @@ class LiftedStructureLoss(MetricLoss):
     O(P D).
     """
 
+    keeps = True
+
     def __init__(self, neg_margin: float = 1.0, pos_margin: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
         self.neg_margin, self.pos_margin = neg_margin, pos_margin
@@ -237,6 +247,8 @@ class GeneralizedLiftedStructureLoss(MetricLoss):
     Time O(N^2 D / 2), memory O(N D); of P listed pairs O(P D).
     """
 
+    keeps = True
+
     def __init__(self, neg_margin: float = 1.0, pos_margin: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
         self.neg_margin, self.pos_margin = neg_margin, pos_margin
@@ -261,6 +273,8 @@ class IntraPairVarianceLoss(BatchLoss):
     Args: pos_eps, neg_eps: 0.01, as in pytorch-metric-learning. The paper adds it to its tuplet
     margin loss. Time O(N^2 D), memory O(N D) and a few blocks; of P listed pairs O(P D).
     """
+
+    keeps = True
 
     def __init__(self, pos_eps: float = 0.01, neg_eps: float = 0.01, **options: Any) -> None:
         super().__init__(**options)
@@ -287,6 +301,8 @@ class OrthogonalProjectionLoss(BatchLoss):
     Time O(N^2 D / 2), memory O(N D); of P listed pairs O(P D).
     """
 
+    keeps = True
+
     def __init__(self, gamma: float = 0.5, *, absolute: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.gamma, self.absolute = gamma, absolute
@@ -311,6 +327,8 @@ class ThresholdConsistentMarginLoss(BatchLoss):
     Args: as in pytorch-metric-learning, 1, 1, 0.9 and 0.5 (there also a term of exactly 0 counts,
     and ref_emb is not looked at). Time O(N^2 D / 2), memory O(N D); of P listed pairs O(P D).
     """
+
+    keeps = True
 
     def __init__(
         self,

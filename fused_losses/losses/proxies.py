@@ -29,6 +29,7 @@ PLAIN: dict[str, Any] = dict(normalize=False)  # rows and centres as they are
 class _Proxies(ClassifierLoss):
     """`weight` is pytorch-metric-learning's `proxies`, [C, D] there, too."""
 
+    keeps = True
     former = "proxies"
 
     def of_former(self, stored: Tensor) -> Tensor:

@@ -181,6 +181,8 @@ class MultiAspectKDLoss(Loss):
     Time O(N (C + A) D), memory O((N + C) D + N A).
     """
 
+    keeps = True
+
     def __init__(
         self,
         alpha: float = 1.0,

@@ -22,6 +22,7 @@ _SMILE = entry(
 class SubmodularLoss(MetricLoss):
     """What the losses over sets share: `submodular` of a kind, s the cosine."""
 
+    keeps = True
     kind: ClassVar[str]
 
     def __init__(

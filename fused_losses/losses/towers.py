@@ -39,6 +39,8 @@ class InfoNCELoss(Loss):
     Time O(N M D), memory O((N + M) D).
     """
 
+    keeps = True
+
     def __init__(
         self,
         temperature: float = 0.07,
@@ -58,7 +60,7 @@ class InfoNCELoss(Loss):
             symmetric=self.symmetric,
             normalize=self.normalize,
             **given,
-            **self.common(),
+            **self.beside(given),
         )
 
     def at_widths(
@@ -77,7 +79,7 @@ class InfoNCELoss(Loss):
             symmetric=self.symmetric,
             normalize=self.normalize,
             **given,
-            **self.common(),
+            **self.unkept(),
         )
 
 
@@ -104,6 +106,7 @@ class ClipLoss(Loss):
     module's own; else the factor itself, as open_clip gives it. Time O(N^2 D), memory O(N D).
     """
 
+    keeps = True
     logit_scale: Tensor
 
     def __init__(
@@ -124,7 +127,8 @@ class ClipLoss(Loss):
         text_features: Tensor,
         logit_scale: float | Tensor | None = None,
     ) -> Tensor:
-        return info_nce(image_features, text_features, **self._options(logit_scale))
+        options = self._options(logit_scale) | self.common()
+        return info_nce(image_features, text_features, **options)
 
     def at_widths(
         self,
@@ -139,13 +143,12 @@ class ClipLoss(Loss):
             return None
         if not sweeps_widths(image_features, self.precision, self.backend):
             return None
-        options = self._options(logit_scale)
+        options = self._options(logit_scale) | self.unkept()
         return nested_info_nce(image_features, text_features, widths, **options)
 
     def _options(self, logit_scale: float | Tensor | None) -> dict[str, Any]:
         scale = self.logit_scale.double().exp() if logit_scale is None else logit_scale
-        own: dict[str, Any] = dict(temperature=1 / scale, symmetric=True, normalize=self.normalize)
-        return own | self.common()
+        return dict(temperature=1 / scale, symmetric=True, normalize=self.normalize)
 
 
 @entry(
@@ -170,6 +173,7 @@ class SigLipLoss(Loss):
     O((N + M) D).
     """
 
+    keeps = True
     logit_scale: Tensor
     logit_bias: Tensor
 

@@ -14,6 +14,8 @@ from fused_losses.losses.owned import ClassifierLoss, of_classes, softmax_loss
 class _Weighted(ClassifierLoss):
     """Cross entropy of plain scores times a weight a row, whose mean divides by the rows."""
 
+    keeps = True
+
     def __init__(
         self, num_classes: int, embedding_size: int, *, normalize: bool = False, **options: Any
     ) -> None:
