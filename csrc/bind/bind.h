@@ -29,6 +29,8 @@ void on_runs(int64_t count, int64_t grain, const std::function<void(int64_t, int
 
 // Large pages for large outputs: a fresh gradient is gigabytes of page faults otherwise.
 void advise_huge(const at::Tensor& t);
+// Room for scores that a forward keeps.
+at::Tensor kept_scores(at::IntArrayRef shape, const at::TensorOptions& options);
 
 // Scratch of so many bytes, what it takes, and its first address that is aligned to 64.
 at::Tensor scratch(size_t bytes);

@@ -133,9 +133,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     c10::string_view kind, at::ArrayRef<double> params, c10::string_view precision,
     int64_t kept_classes) {
   const int64_t n = x.size(0);
-  const Tensor kept = at::empty({planes(!teacher_weight), kept_classes, round_up(n, kKeptPadding)},
-                                weight.options().dtype(accumulated_type(weight.scalar_type())));
-  advise_huge(kept);
+  const Tensor kept =
+      kept_scores({planes(!teacher_weight), kept_classes, round_up(n, kKeptPadding)},
+                  weight.options().dtype(accumulated_type(weight.scalar_type())));
   const Call call(x, weight, teacher, teacher_weight, labels, classes, bias, teacher_bias,
                   teacher_scale, normalize, teacher_normalize, kind, params, precision, kept);
   const auto doubles = x.options().dtype(at::kDouble);

@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> statistics(
   PairCall call(x, y, scale, x_bias, y_bias, x_labels, y_labels, x_ids, y_ids, x_groups, y_groups,
                 exclude, x_window, y_window, score, positive, negative, skip_self, triangle, apart,
                 precision, reduction, cols);
-  const Tensor kept = call.empty({kept_scores});
+  const Tensor kept = fused_losses::kept_scores({kept_scores}, call.x.options());
   call.keep(kept);
   const PairProblem& p = call.problem;
   const Tensor rows = doubles({kStatistics, kClasses, p.rows.count});

@@ -100,8 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t n = x.size(0);
   const auto options =
       x.options().dtype(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  const Tensor kept = at::empty({kept_classes, round_up(n, kKeptPadding)}, options);
-  advise_huge(kept);
+  const Tensor kept = kept_scores({kept_classes, round_up(n, kKeptPadding)}, options);
   const Call call(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision,
                   bend, &kept);
   const auto doubles = options.dtype(at::kDouble);
