@@ -36,6 +36,14 @@ void half_norms(const From* x, int64_t first, int64_t end, int64_t d, T* out) {
   }
 }
 
+// Of a small problem the caller alone: to wake others takes longer than their share of it.
+Parallel threads_of(const PairProblem& p) {
+  constexpr double kAlone = 1 << 20;  // multiply-adds of a product
+  Parallel threads = torch_threads();
+  if (double(p.rows.count) * p.columns.count * p.d <= kAlone) threads.threads = 1;
+  return threads;
+}
+
 // -|x|^2 / 2 a row, in the type that sums are held in.
 Tensor half_norms(const Tensor& x, at::ScalarType accumulate) {
   const Tensor out = at::empty({x.size(0)}, x.options().dtype(accumulate));
@@ -203,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> statistics(
   const Tensor rows = doubles({kStatistics, kClasses, p.rows.count});
   const Tensor columns = doubles({kStatistics, kClasses, cols && !triangle ? p.columns.count : 0});
   const PairKernels& kernels = best_kernels().pairs;
-  const Parallel parallel = torch_threads();
+  const Parallel parallel = threads_of(p);
   const Tensor buffer = scratch(kernels.forward_bytes(p, parallel.threads));
   kernels.forward(p, {rows.data_ptr<double>(), columns.data_ptr<double>()}, aligned(buffer),
                   parallel);
@@ -281,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics_backward(
   const PairBackwardIn in = {held[0].const_data_ptr<double>(), held[1].const_data_ptr<double>(),
                              held[2].const_data_ptr<double>(), held[3].const_data_ptr<double>()};
   const PairKernels& kernels = best_kernels().pairs;
-  const Parallel parallel = torch_threads();
+  const Parallel parallel = threads_of(p);
   const Tensor buffer = scratch(kernels.backward_bytes(p, g.out, parallel.threads));
   kernels.backward(p, in, g.out, aligned(buffer), parallel);
   // of 2 scale

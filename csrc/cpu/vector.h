@@ -33,6 +33,22 @@ inline void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Whether a comparison holds in any lane.
+template <class Mask>
+inline bool any(Mask mask) {
+#if defined(__AVX512F__)
+  const __m512i words = (__m512i)mask;
+  return _mm512_test_epi64_mask(words, words) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int64_t words[sizeof mask / sizeof(int64_t)], found = 0;
+  __builtin_memcpy(words, &mask, sizeof mask);
+  for (const int64_t word : words) found |= word;
+  return found != 0;
+#endif
+}
+
 template <class T>
 inline Vector<T> broadcast(T x) {
   Vector<T> v;

@@ -11,7 +11,7 @@ struct PairBackwardPlan {
   static_assert(kPanel<PS> == kPanel<PG>);  // tiles are those of the forward
   using WordS = typename PS::Word;
   using WordG = typename PG::Word;
-  int64_t tile_rows, block_rows, block_columns, depth, y_words, x_words, wide;
+  int64_t tile_rows, tile_columns, block_rows, block_columns, depth, y_words, x_words, wide;
   bool sums;  // row and column sums of G are wanted
   WordS *left, *panels;
   WordG *y_rows, *x_turned;
@@ -33,16 +33,16 @@ struct PairBackwardPlan {
     T* scores;  // what the terms are made of: the products, apart v
     uint16_t* near;
     int64_t near_count = 0;
-    Thread(Arena& arena, int64_t tile_rows, bool apart)
-        : products(arena.take<T>(tile_rows * kTileColumns)),
-          terms(arena.take<T>(tile_rows * kTileColumns)),
-          slope(arena.take<T>(tile_rows * kTileColumns)),
-          gradient(arena.take<T>(tile_rows * kTileColumns)),
-          codes(arena.take<Code<T>>(tile_rows * kTileColumns)),
+    Thread(Arena& arena, int64_t tile_rows, int64_t tile_columns, bool apart)
+        : products(arena.take<T>(tile_rows * tile_columns)),
+          terms(arena.take<T>(tile_rows * tile_columns)),
+          slope(arena.take<T>(tile_rows * tile_columns)),
+          gradient(arena.take<T>(tile_rows * tile_columns)),
+          codes(arena.take<Code<T>>(tile_rows * tile_columns)),
           row_factor(arena.take<T>(tile_rows + 64)),
           column_factor(arena.take<T>(kTileColumns + 64)),
-          scores(apart ? arena.take<T>(tile_rows * kTileColumns) : products),
-          near(arena.take<uint16_t>(apart ? tile_rows * kTileColumns : 0)) {}
+          scores(apart ? arena.take<T>(tile_rows * tile_columns) : products),
+          near(arena.take<uint16_t>(apart ? tile_rows * tile_columns : 0)) {}
   };
 
   PairBackwardPlan(const PairProblem& p, const PairBackwardOut& out, int64_t vector_count,
@@ -68,19 +68,20 @@ struct PairBackwardPlan {
     kept = KeptTiles<T>(p, tile_rows, block_columns, kPanel<PS>, arena);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
-    Thread thread(scratch, tile_rows, apart);
+    Thread thread(scratch, tile_rows, tile_columns, apart);
     thread_bytes = scratch.used();
   }
 
   Thread thread(int index) const {
     Arena arena(buffer + shared_bytes + index * thread_bytes);
-    return Thread(arena, tile_rows, apart);
+    return Thread(arena, tile_rows, tile_columns, apart);
   }
 
  private:
   GradientBlock<PG> prepare(const PairProblem& p, Arena& arena) {
     buffer = static_cast<char*>(arena.base());
-    tile_rows = pair_tile_rows(p.d);
+    tile_rows = pair_tile_rows(p.rows.count, p.d);
+    tile_columns = pair_tile_columns<PS>(p.columns.count);
     depth = words<PS>(p.d);
     block_rows = even_blocks(p.rows.count, kBackwardRows / tile_rows * tile_rows, tile_rows);
     block_columns = even_blocks(p.columns.count, kBlockColumns, kPanel<PG>);

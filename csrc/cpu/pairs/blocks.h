@@ -29,6 +29,18 @@ inline int64_t pair_tile_rows(int64_t d) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The same for n rows: few are one tile, somewhat more are four, which threads share evenly.
+inline int64_t pair_tile_rows(int64_t n, int64_t d) {
+  const int64_t most = pair_tile_rows(d), tiles = n <= most / 2 ? 1 : 4;
+  return std::min(most, round_up(std::max<int64_t>(1, ceil_div(n, tiles)), 12));
+}
+
+// Columns of the widest tile, as its buffers have them.
+template <class P>
+inline int64_t pair_tile_columns(int64_t m) {
+  return std::min(kTileColumns, round_up(std::max<int64_t>(1, m), kPanel<P>));
+}
+
 // The size of blocks, at most `most` and a multiple of `unit`, that cut `count` evenly.
 inline int64_t even_blocks(int64_t count, int64_t most, int64_t unit) {
   const int64_t blocks = std::max<int64_t>(1, ceil_div(count, most));

@@ -54,6 +54,11 @@ inline void add_slopes(const PairProblem& p, const PairTile& t, Thread& th, int6
     const int64_t k = rows ? c * rows->count + t.row0 + i : 0;
     for (int64_t j = 0; j < wide; j += kStep) {
       const Vector<T> z = load(th.terms + i * ld + j);
+      T* to = th.gradient + i * ld + j;
+      if (!any(z != none)) {
+        if (fresh) store(to, zero);
+        continue;
+      }
       Vector<T> g = zero;
       if (rows) {
         g += pair_rules::side_slope<PairMath<T>>(p.reduction, z, zero + rows->lse[k],
@@ -65,7 +70,6 @@ inline void add_slopes(const PairProblem& p, const PairTile& t, Thread& th, int6
                                                  load(of[1] + j), load(of[2] + j));
       }
       g = z == none ? zero : g * load(th.slope + i * ld + j);
-      T* to = th.gradient + i * ld + j;
       store(to, fresh ? g : load(to) + g);
     }
   }

@@ -101,6 +101,7 @@ struct Totals {
 };
 
 // Sums of a tile's terms z (-inf: not of the class) for both sides, in one pass after the maxima.
+// Vectors without a pair of the class are passed over: they would add zeros.
 template <class T>
 inline void reduce_tile(Reduction reduction, const T* z, int64_t ld, const PairTile& t, bool masked,
                         const Sums<T>* rows, const Sums<T>* columns) {
@@ -123,6 +124,7 @@ inline void reduce_tile(Reduction reduction, const T* z, int64_t ld, const PairT
     Vector<T> best = none, total = zero, count = zero;
     for (int64_t j = 0; j < wide; j += kStep) {
       const Vector<T> v = load(z + i * ld + j);
+      if (masked && !any(v != none)) continue;
       best = larger<T>(v, best);
       store(best_of + j, larger<T>(v, load(best_of + j)));
       Vector<T> term = v;
@@ -148,7 +150,9 @@ inline void reduce_tile(Reduction reduction, const T* z, int64_t ld, const PairT
     for (int64_t i = 0; i < t.rows; ++i) {
       Vector<T> mass = zero;
       for (int64_t j = 0; j < wide; j += kStep) {
-        const Vector<T> f = pair_rules::map_value<PairMath<T>>(reduction, load(z + i * ld + j));
+        const Vector<T> v = load(z + i * ld + j);
+        if (masked && !any(v != none)) continue;
+        const Vector<T> f = pair_rules::map_value<PairMath<T>>(reduction, v);
         mass += f;
         store(mass_of + j, load(mass_of + j) + f);
       }
@@ -165,7 +169,9 @@ inline void reduce_tile(Reduction reduction, const T* z, int64_t ld, const PairT
     for (int64_t i = 0; i < t.rows; ++i) {
       Vector<T> mass = zero;
       for (int64_t j = 0; j < wide; j += kStep) {
-        const Vector<T> e = exp(load(z + i * ld + j) - top);
+        const Vector<T> v = load(z + i * ld + j);
+        if (masked && !any(v != none)) continue;
+        const Vector<T> e = exp(v - top);
         mass += e;
         if (columns) store(mass_of + j, load(mass_of + j) + e);
       }
@@ -183,6 +189,7 @@ inline void reduce_tile(Reduction reduction, const T* z, int64_t ld, const PairT
     Vector<T> mass = zero;
     for (int64_t j = 0; j < wide; j += kStep) {
       const Vector<T> v = load(z + i * ld + j);
+      if (masked && !any(v != none)) continue;
       if (rows) mass += exp(v - shift);
       if (columns) store(mass_of + j, load(mass_of + j) + exp(v - load(shift_of + j)));
     }
@@ -195,7 +202,7 @@ inline void reduce_tile(Reduction reduction, const T* z, int64_t ld, const PairT
 
 template <class PS, class T>
 struct PairForwardPlan {
-  int64_t tile_rows, block_rows, block_columns, row_tiles, depth;
+  int64_t tile_rows, tile_columns, block_rows, block_columns, row_tiles, depth;
   typename PS::Word* left;    // rows of x in words, null: x itself
   typename PS::Word* panels;  // a block of y
   T* held;                    // the block itself, unless it lies in T
@@ -207,7 +214,8 @@ struct PairForwardPlan {
   char* buffer;
 
   PairForwardPlan(const PairProblem& p, void* base) : buffer(static_cast<char*>(base)) {
-    tile_rows = pair_tile_rows(p.d);
+    tile_rows = pair_tile_rows(p.rows.count, p.d);
+    tile_columns = pair_tile_columns<PS>(p.columns.count);
     depth = words<PS>(p.d);
     const int64_t n = p.rows.count, m = p.columns.count;
     row_tiles = std::min(kForwardTiles, ceil_div(n, tile_rows));
@@ -228,7 +236,7 @@ struct PairForwardPlan {
     kept = KeptTiles<T>(p, tile_rows, block_columns, kPanel<PS>, arena);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
-    Thread thread(scratch, tile_rows);
+    Thread thread(scratch, tile_rows, tile_columns);
     thread_bytes = scratch.used();
   }
 
@@ -236,16 +244,16 @@ struct PairForwardPlan {
     T *products, *terms;
     Code<T>* codes;
     Sums<T> rows;
-    Thread(Arena& arena, int64_t tile_rows)
-        : products(arena.take<T>(tile_rows * kTileColumns)),
-          terms(arena.take<T>(tile_rows * kTileColumns)),
-          codes(arena.take<Code<T>>(tile_rows * kTileColumns)),
+    Thread(Arena& arena, int64_t tile_rows, int64_t tile_columns)
+        : products(arena.take<T>(tile_rows * tile_columns)),
+          terms(arena.take<T>(tile_rows * tile_columns)),
+          codes(arena.take<Code<T>>(tile_rows * tile_columns)),
           rows(arena, tile_rows + 64) {}
   };
 
   Thread thread(int index) const {
     Arena arena(buffer + shared_bytes + index * thread_bytes);
-    return Thread(arena, tile_rows);
+    return Thread(arena, tile_rows, tile_columns);
   }
 
   Sums<T> part(int64_t row_tile, int c) const {

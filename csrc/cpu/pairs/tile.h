@@ -181,6 +181,11 @@ inline void fill_terms(const PairProblem& p, const PairTile& t, const T* product
       high += at[p.rows.count];
     }
     for (int64_t j = 0; j < wide; j += kStep) {
+      if (codes && !any(load(codes + i * ld + j) == Code<T>(c))) {
+        store(z + i * ld + j, zero + kNone<T>);
+        if (slope) store(slope + i * ld + j, zero);
+        continue;
+      }
       const Vector<T> u = load(products + i * ld + j) * scale + (load(column_bias + j) + row_bias);
       const Vector<T> s = pair_rules::score<Math>(p.score, u);
       const auto found = pair_rules::term<Math>(rule, s, pair_rules::score_slope<Math>(p.score, s));
