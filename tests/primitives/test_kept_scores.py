@@ -15,7 +15,7 @@ from fused_losses.backends.cpu.capability import extension
 from fused_losses.base.memory_budget import Room
 from fused_losses.primitives.pairs import bounded
 from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
-from fused_losses.primitives.pairs.keeping import KEEPING, kept_scores
+from fused_losses.primitives.pairs.keeping import KEEPING, SMALL, kept_scores
 
 EVERYTHING = 1 << 40
 
@@ -144,3 +144,25 @@ def test_one_product_of_four_is_spared() -> None:
             given = *grads, rows, columns, p, "lse", True, needs
             bounded.statistics_backward(*given, kept=kept)
         assert counted.get_total_flops() == products * product
+
+
+def test_a_small_call_keeps_its_scores_with_no_room() -> None:
+    require("cpu")
+
+    def rows(n: int, m: int, dtype: torch.dtype = torch.float32) -> PairInputs:
+        x, y = (torch.randn(size, 8, dtype=dtype).requires_grad_() for size in (n, m))
+        return PairInputs(x, y, torch.tensor(2.0, dtype=torch.float64))
+
+    p = rows(250, 200)
+    assert 250 * 200 <= kept_scores("cpu", p, None) <= SMALL // 4
+    assert kept_scores("cpu", p, Room(8)) == 0  # what is told holds
+    assert kept_scores("bounded", p, None) == kept_scores("triton", p, None) == 0
+    with torch.no_grad():
+        assert kept_scores("cpu", p, None) == 0
+    assert kept_scores("cpu", rows(256, 256), None) == SMALL // 4
+    assert kept_scores("cpu", rows(256, 257), None) == 0
+    assert kept_scores("cpu", rows(256, 200, torch.float64), None) == 0
+    wanted, slopes = statistics(p, "lse", True, "cpu", room=Room(8))
+    got, found = statistics(p, "lse", True, "cpu")
+    for a, b in zip((*got, *found.values()), (*wanted, *slopes.values()), strict=True):
+        assert torch.equal(a, b)
