@@ -32,7 +32,9 @@ void advise_huge(const at::Tensor& t);
 // Room for scores that a forward keeps.
 at::Tensor kept_scores(at::IntArrayRef shape, const at::TensorOptions& options);
 
-// Scratch of so many bytes, what it takes, and its first address that is aligned to 64.
+// Scratch of so many bytes, what it takes, and its first address that is aligned to 64. A thread
+// keeps that of at most kHeldScratch between calls.
+constexpr size_t kHeldScratch = 1 << 20;
 at::Tensor scratch(size_t bytes);
 size_t scratch_bytes(size_t bytes);
 void* aligned(const at::Tensor& buffer);
