@@ -131,6 +131,10 @@ at::Tensor row_marks(const at::Tensor& x);
 at::Tensor exact_center(const std::vector<at::Tensor>& sides);
 // int32 numbers in the labels' order, equal where these are.
 at::Tensor dense_numbers(const at::Tensor& labels);
+// 1 / t in float64 of a scalar t > 0, with gradients of any order; none of what is no such scalar.
+std::optional<at::Tensor> inverse(const at::Tensor& t);
+// start, start + 1, ... in int32.
+at::Tensor counted_up(int64_t count, int64_t start);
 // `numerics.root`; log(1 + e^z); `numerics.share_loss`; a sum or mean over what is counted. All
 // with gradients of any order.
 at::Tensor root_of(const at::Tensor& v);

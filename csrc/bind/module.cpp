@@ -178,6 +178,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("dense_numbers", &dense_numbers, unlocked);
   m.def("extreme_columns", &extreme_columns, unlocked);
   m.def("root", &root_of, unlocked);
+  m.def("inverse", &inverse, unlocked);
+  m.def("counted_up", &counted_up, unlocked);
   m.def("softplus", &softplus_of, unlocked);
   m.def("share_loss", &share_loss, unlocked);
   m.def("reduced_shares", &reduced_shares, unlocked);

@@ -40,4 +40,7 @@ def dense_together(*given: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def count_up(n: int, like: Tensor, start: int = 0) -> Tensor:
     """start, start + 1, ...: labels of pairs that are positive on a diagonal."""
+    compiled = helpers(like)
+    if compiled is not None:
+        return compiled.counted_up(n, start)
     return torch.arange(start, start + n, device=like.device, dtype=torch.int32)

@@ -84,6 +84,9 @@ def integers(
     """
     numbers: list[Tensor | None] = []
     for kind, given in (("labels", labels), ("ids", ids), ("groups", groups)):
+        if given[0] is None and given[1] is None and not (labelled and kind == "labels"):
+            numbers += NEITHER
+            continue
         of_x, of_y = (given[0], given[0]) if alone and given[1] is None else given
         x_name, y_name = (f"{prefix}{kind}" for prefix in prefixes)
         if labelled and kind == "labels":
@@ -169,11 +172,11 @@ def sides(
         check_same_dtype(names[0], x, "queue", *in_one_dtype(x, bank))
         if told is not None:
             check_integers("queue_labels", told, (bank.shape[0],), x)
-    if any(told is not None for _, told in banks):
+    if banks and any(told is not None for _, told in banks):
         of_x, of_y, *told = dense_together(*labels, *(told for _, told in banks))
         numbers = numbers._replace(x_labels=of_x, y_labels=of_y)
         banks = [(bank, of_bank) for (bank, _), of_bank in zip(banks, told, strict=True)]
-    banks = [(in_one_dtype(x, bank)[0], told) for bank, told in banks]
+    banks = [(in_one_dtype(x, bank)[0], told) for bank, told in banks] if banks else ()
     return Sides(x, columns, alone, numbers, banks, room=room_of(memory_budget, x))
 
 

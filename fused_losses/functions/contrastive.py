@@ -15,6 +15,7 @@ from fused_losses.base.indices import Indices
 from fused_losses.base.integers import count_up
 from fused_losses.base.memory_budget import MemoryBudget
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced
+from fused_losses.base.scalars import inverse
 from fused_losses.base.sides import batch_sides, sides
 from fused_losses.base.validation import check_rows, number
 from fused_losses.functions.pair_sums import Shares, reduced_shares
@@ -74,7 +75,7 @@ def supervised_contrastive(
     )  # fmt: skip
     validation.check_choice("form", form, CONTRAST_FORMS)
     validation.check_choice("without_positive", without_positive, LONELY)
-    t = number("temperature", temperature, embeddings)
+    scale = inverse("temperature", temperature, embeddings)
     n = embeddings.shape[0]
     if anchor_count is not None and not 0 <= anchor_count <= n:
         raise ValueError(
@@ -85,10 +86,9 @@ def supervised_contrastive(
         raise ValueError("anchor_count: expected None beside ref_embeddings or indices")
     with no_autocast(embeddings.device):
         if anchor_count is None:
-            pairs = batch_pairs(both, "dot", normalize, precision, t.reciprocal())
+            pairs = batch_pairs(both, "dot", normalize, precision, scale)
             stats = pairs.statistics(backend=backend)
         else:
-            scale = t.reciprocal()
             inputs = scored(embeddings, None, scale, normalize=normalize, precision=precision)
             inputs = inputs._replace(
                 x=inputs.x[:anchor_count],
@@ -102,6 +102,7 @@ def supervised_contrastive(
         if base_temperature is None:
             return reduced_shares(shares, None, reduction, dtype, everyone=everyone)
         loss, counted = shares.loss()
+        t = number("temperature", temperature, embeddings)
         loss = loss * (t / number("base_temperature", base_temperature, embeddings))
         loss = torch.where(counted, loss, 0)
         return reduced(loss, counted | everyone, reduction, dtype)
@@ -171,7 +172,7 @@ def nt_xent(
         memory_budget=memory_budget,
     )  # fmt: skip
     validation.check_choice("form", form, DENOMINATORS)
-    scale = number("temperature", temperature, embeddings).reciprocal()
+    scale = inverse("temperature", temperature, embeddings)
     with no_autocast(embeddings.device):
         pairs = batch_pairs(both, "dot", normalize, precision, scale, once=False)
         stats = pairs.statistics(backend=backend)
@@ -296,7 +297,7 @@ def soft_nearest_neighbor(
         embeddings, labels, reduction, precision, ref_embeddings, ref_labels, indices,
         weighted=True, memory_budget=memory_budget,
     )  # fmt: skip
-    scale = number("temperature", temperature, embeddings).reciprocal()
+    scale = inverse("temperature", temperature, embeddings)
     with no_autocast(embeddings.device):
         pairs = batch_pairs(both, "rbf", normalize, precision, scale)
         loss, counted = positives_share(pairs.statistics(backend=backend), mean=False)

@@ -12,9 +12,10 @@ from fused_losses.base import validation
 from fused_losses.base.examples import examples
 from fused_losses.base.integers import count_up
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, recomputed, reduced, row_dtype
+from fused_losses.base.scalars import inverse
 from fused_losses.base.sides import sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_class_ids, check_integers, number
+from fused_losses.base.validation import check_class_ids, check_integers
 from fused_losses.functions.pair_sums import PairSums
 from fused_losses.primitives.opaque import OpaqueOp
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, PairInputs
@@ -65,7 +66,7 @@ def gated_contrastive(
     ):
         check_integers(name, told, (rows.shape[0],), query)
         check_class_ids(name, told, classes)
-    scale = number("temperature", temperature, query).reciprocal()
+    scale = inverse("temperature", temperature, query)
     with no_autocast(query.device):
         dtype = accumulate_dtype(both.x.dtype)
         x, y = both.x.to(dtype), both.y.to(dtype)

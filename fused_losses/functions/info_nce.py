@@ -12,9 +12,10 @@ from fused_losses.base import validation
 from fused_losses.base.examples import PRECISIONS, examples, few
 from fused_losses.base.memory_budget import MemoryBudget
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced
+from fused_losses.base.scalars import inverse
 from fused_losses.base.sides import NEITHER, sides
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import check_at_least, check_plain, number
+from fused_losses.base.validation import check_at_least, check_plain
 from fused_losses.functions.banks import banks_of, numbered, own_negatives
 from fused_losses.functions.chosen_pairs import chosen_ways
 from fused_losses.functions.nce_options import (
@@ -162,7 +163,7 @@ def info_nce(
     )
     query, (n, m) = both.x, (query.shape[0], key.shape[0])
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    scale = number("temperature", temperature, query).reciprocal()
+    scale = inverse("temperature", temperature, query)
     check_at_least("hardness", hardness, 0.0)
     told = any(given is not None for given in (labels, positive_weight, targets))
     if symmetric and reduction == "none" and told and n != m:
@@ -208,7 +209,7 @@ def info_nce(
     groups_of_banks = numbered("groups", groups, "queue_groups", queue_groups, banks, query)
     with no_autocast(query.device):
         inputs = scored(query, key, scale, normalize=normalize, precision=precision)
-        inputs = inputs._replace(**both.numbers._asdict())
+        inputs = inputs.known(both.numbers)
         further = [
             against(*bank, inputs, normalize)._replace(
                 x_ids=of_ids[0], y_ids=of_ids[1], x_groups=of_groups[0], y_groups=of_groups[1]

@@ -22,9 +22,10 @@ from fused_losses.base.numerics import (
     reduced,
     row_dtype,
 )
+from fused_losses.base.scalars import inverse
 from fused_losses.base.sides import Sides, sides
 from fused_losses.base.unit_norm import unit, wide_unit
-from fused_losses.base.validation import check_plain, number
+from fused_losses.base.validation import check_plain
 from fused_losses.functions.chosen_pairs import beside_rows, by_guide, chosen_sums
 from fused_losses.functions.info_nce import info_nce
 from fused_losses.functions.pair_sums import PairSums
@@ -71,7 +72,7 @@ def guided_contrastive(
     """
     both = sides(anchor, positive, precision, names=("anchor", "positive"), offset=0)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    scale = number("temperature", temperature, both.x).reciprocal()
+    scale = inverse("temperature", temperature, both.x)
     n, dtype = anchor.shape[0], accumulate_dtype(both.x.dtype)
     if (negatives is None) != (negatives_guide is None):
         raise ValueError("negatives, negatives_guide: expected both or neither, got one")
@@ -155,7 +156,7 @@ def masked_contrastive(
         raise ValueError(f"mask: expected a bool tensor [{n}, {places}], got {got}")
     both = _labelled(query.flatten(1), key.flatten(1), precision, labels, key_labels)
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
-    scale = number("temperature", temperature, both.x).reciprocal()
+    scale = inverse("temperature", temperature, both.x)
     with no_autocast(query.device):
         dtype = accumulate_dtype(both.x.dtype)
         shown = torch.where(mask[:, None], both.x.to(dtype).view(n, channels, places), 0)

@@ -25,7 +25,8 @@ def both_ways(
     room: Room | None = None,
 ) -> tuple[PairSums, PairSums | None]:
     how: dict[str, Any] = dict(cols=cols, room=room, backend=backend)
-    first = pair_statistics(inputs._replace(negative=Rule(1 + hardness)), **how)
+    tilted = inputs._replace(negative=Rule(1 + hardness)) if hardness else inputs
+    first = pair_statistics(tilted, **how)
     second: tuple[PairStatistics | None, ...] = (None, None)
     if hardness:
         second = pair_statistics(inputs._replace(negative=Rule(hardness)), **how)

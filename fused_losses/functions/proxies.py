@@ -52,9 +52,7 @@ def proxy_nca(
         inputs = scored(
             both.x, both.y, scale, similarity="rbf", normalize=normalize, precision=precision
         )
-        stats, _ = pair_statistics(
-            inputs._replace(**both.numbers._asdict()), room=both.room, backend=backend
-        )
+        stats, _ = pair_statistics(inputs.known(both.numbers), room=both.room, backend=backend)
         # with one class alone there is nothing to tell apart
         counted = has_both(stats)
         gap = torch.where(counted, stats.value[NEGATIVE] - stats.value[POSITIVE], 0)

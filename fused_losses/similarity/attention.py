@@ -183,7 +183,7 @@ def similarity_attention(
         )
         check_values("value", v, "key", k)
         inputs = scored(both.x, k, factor, similarity=similarity, precision=precision)
-        inputs = inputs._replace(**both.numbers._asdict())
+        inputs = inputs.known(both.numbers)
         # nearly equal values differ in their last digits: these are what a gradient is made of.
         # 16 bits have none that sums of float32 lose, and stay where they lie
         whole = v.dtype.itemsize == 2 and v.device.type == "cpu" and precision == "fp32"

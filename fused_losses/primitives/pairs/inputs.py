@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fused_losses.base.sides import Integers
+
 SCORES = ("linear", "root", "power")
 REDUCTIONS = ("lse", "softplus", "relu")
 POSITIVE, NEGATIVE = 0, 1  # the two classes of pairs, as statistics are indexed
@@ -54,6 +56,10 @@ class PairInputs(NamedTuple):
     triangle: bool = False  # y is x: pairs i < j only, each counted for both of its ends
     apart: bool = False  # -scale |x_i - y_j|^2 for the product (`apart`)
     precision: str = "fp32"
+
+    def known(self, numbers: Integers) -> PairInputs:
+        """The same with what is known of both sides."""
+        return PairInputs(*self[:5], *numbers, *self[12:])
 
 
 class PairNeeds(NamedTuple):
