@@ -1,22 +1,38 @@
-"""Fused losses for representation learning: any class count, never the N x M matrix."""
+"""Fused losses for representation learning: any class count, never the N x M matrix.
 
-from fused_losses import backends, class_losses, functional, losses, margins, metrics, miners
+Names are imported when they are first asked for.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+from fused_losses import backends, functional
 from fused_losses.backends import use_backend
-from fused_losses.centers import ClassCenters, DSimplexHead, SphericalHead
+from fused_losses.base.late import everything, late
 from fused_losses.explain import Plan, explain
-from fused_losses.functional import *  # noqa: F403 (the names are in its __all__)
-from fused_losses.functions.adaptive_scale import AdaptiveScale
-from fused_losses.functions.unpg import UNPG
-from fused_losses.primitives.row_statistics.op import (
-    RowStatistics,
-    RowStatisticsFunction,
-    row_statistics,
-)
-from fused_losses.primitives.topk.inputs import PrincipalRows, QuantizedRows
-from fused_losses.primitives.topk.op import quantize_rows
-from fused_losses.primitives.topk.principal import principal_rows
+from fused_losses.primitives.library import LIBRARY
 from fused_losses.version import __version__
 from fused_losses.warm_up import warm_up
+
+if TYPE_CHECKING:
+    from fused_losses import centers as centers
+    from fused_losses import class_losses, losses, margins, metrics, miners
+    from fused_losses import functions as functions
+    from fused_losses import mining as mining
+    from fused_losses import pairwise as pairwise
+    from fused_losses import similarity as similarity
+    from fused_losses.centers import ClassCenters, DSimplexHead, SphericalHead
+    from fused_losses.functional import *  # noqa: F403 (the names are in its __all__)
+    from fused_losses.functions.adaptive_scale import AdaptiveScale
+    from fused_losses.functions.unpg import UNPG
+    from fused_losses.primitives.row_statistics.op import (
+        RowStatistics,
+        RowStatisticsFunction,
+        row_statistics,
+    )
+    from fused_losses.primitives.topk.inputs import PrincipalRows, QuantizedRows
+    from fused_losses.primitives.topk.op import quantize_rows
+    from fused_losses.primitives.topk.principal import principal_rows
 
 __all__ = [
     "UNPG",
@@ -51,4 +67,9 @@ __all__.remove("MarginSoftmaxStats")
 __all__.remove("RadiusNeighbors")
 __all__.remove("SoftmaxOutputs")
 __all__.remove("Transport")
-del Clusters, MarginSoftmaxStats, RadiusNeighbors, SoftmaxOutputs, Transport  # noqa: F821
+
+if TYPE_CHECKING:
+    del Clusters, MarginSoftmaxStats, RadiusNeighbors, SoftmaxOutputs, Transport  # noqa: F821
+else:
+    __getattr__, __dir__ = late(__name__, functional)
+    LIBRARY.late(lambda: everything(sys.modules[__name__]))

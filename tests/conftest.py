@@ -12,7 +12,12 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 
+import fused_losses
 from fused_losses import backends
+from fused_losses.base.late import everything
+
+# what is imported while a test plants faults would keep them (tests/base/test_late.py: by itself)
+everything(fused_losses)
 
 # with FUSED_LOSSES_CUDA_ON_HOST=1 the CUDA kernels run on CPU tensors, too
 CUDA = ("cuda",) if os.environ.get("FUSED_LOSSES_CUDA_ON_HOST") == "1" else ()

@@ -4,156 +4,166 @@ Names and arguments are pytorch-metric-learning's where it has the loss. No math
 module is a few lines on a function of `functional`.
 """
 
-from fused_losses.losses.batch_contrast import (
-    NPairsLoss,
-    NTXentLoss,
-    SoftNearestNeighborLoss,
-    SupConLoss,
-)
-from fused_losses.losses.classes import (
-    ArcFaceLoss,
-    CombinedMarginLoss,
-    CosFaceLoss,
-    LargeMarginSoftmaxLoss,
-    MadaCosLoss,
-    NormalizedSoftmaxLoss,
-    NormFaceLoss,
-    SphereFaceLoss,
-    SubCenterArcFaceLoss,
-    UNPGLoss,
-)
-from fused_losses.losses.clusters import (
-    AaDLoss,
-    DEPICTLoss,
-    PrototypicalLoss,
-    TopKSparseAutoencoderLoss,
-)
-from fused_losses.losses.contrastive import (
-    HardNegativeNCELoss,
-    HOCLoss,
-    MoCoLoss,
-    SimCLRLoss,
-    UniformityLoss,
-)
-from fused_losses.losses.contrastive_lists import (
-    HydraLoss,
-    MultipleNegativesRankingLoss,
-)
-from fused_losses.losses.contrastive_pairs import (
-    AlignmentLoss,
-    AMCLLoss,
-    CriSpLoss,
-    DecoupledContrastiveLoss,
-    GISTEmbedLoss,
-    HardContrastiveLoss,
-    MCLLoss,
-    UniMEKLLoss,
-)
-from fused_losses.losses.differences import ALDRLoss, CrammerSingerLoss, LDRLoss, WestonWatkinsLoss
-from fused_losses.losses.distillation import (
-    DHKDLoss,
-    DKDLoss,
-    FeatureQueueKDLoss,
-    JSDLoss,
-    KDLoss,
-    LogitMSELoss,
-    OFALoss,
-    PSKDLoss,
-    TotalVariationLoss,
-)
-from fused_losses.losses.distributions import (
-    CauchySchwarzDivergenceLoss,
-    CKALoss,
-    ClassAwareFeatureAlignmentLoss,
-    CodingRateLoss,
-    CSQMILoss,
-    FeatureOptimalAlignmentLoss,
-    GaussianNaiveBayesLoss,
-    HSICLoss,
-    MMDLoss,
-    SinkhornDivergenceLoss,
-    SinkhornLoss,
-)
-from fused_losses.losses.exact import DSimplexLoss, OCALoss, P2SGradLoss, ZLoss
-from fused_losses.losses.faces import (
-    AdaFaceLoss,
-    CurricularFaceLoss,
-    ElasticFaceLoss,
-    MagFaceLoss,
-    MVSoftmaxLoss,
-    SFaceLoss,
-    SphereFace2Loss,
-    SymFaceLoss,
-)
-from fused_losses.losses.mixed import MetrixLoss
-from fused_losses.losses.nested import MatryoshkaLoss
-from fused_losses.losses.pairs import (
-    CircleLoss,
-    ContrastiveLoss,
-    GeneralizedLiftedStructureLoss,
-    IntraPairVarianceLoss,
-    LiftedStructureLoss,
-    MarginLoss,
-    MultiSimilarityLoss,
-    OrthogonalProjectionLoss,
-    SignalToNoiseRatioContrastiveLoss,
-    ThresholdConsistentMarginLoss,
-)
-from fused_losses.losses.proxies import (
-    CenterLoss,
-    MLCDLoss,
-    ProxyAnchorLoss,
-    ProxyNCALoss,
-    SoftTripleLoss,
-)
-from fused_losses.losses.ranking import (
-    AngularLoss,
-    FastAPLoss,
-    HistogramLoss,
-    ICNNLoss,
-    PNPLoss,
-    RankedListLoss,
-    SmoothAPLoss,
-    TupletMarginLoss,
-)
-from fused_losses.losses.registry import CatalogueEntry, catalogue
-from fused_losses.losses.relations import (
-    CCLoss,
-    DCCLoss,
-    MultiAspectKDLoss,
-    NDLoss,
-    RKDLoss,
-    SimilarityPreservingLoss,
-)
-from fused_losses.losses.robust import (
-    ActivePassiveLoss,
-    AGCELoss,
-    AULLoss,
-    CompSumLoss,
-    FocalLoss,
-    GCELoss,
-    MAELoss,
-    MSELoss,
-    NCELoss,
-    Poly1Loss,
-    ReverseCELoss,
-    SCELoss,
-    TruncatedGCELoss,
-)
-from fused_losses.losses.sets import FacilityLocationLoss, FLMILoss, GCMILoss, GraphCutLoss
-from fused_losses.losses.systems import SYSTEMS, System
-from fused_losses.losses.towers import ClipLoss, InfoNCELoss, SigLipLoss
-from fused_losses.losses.triplets import (
-    BatchEasyHardTripletLoss,
-    BatchHardTripletLoss,
-    BatchSemiHardTripletLoss,
-    CentroidTripletLoss,
-    FaceNetTripletLoss,
-    HarmonicTripletLoss,
-    PrototypeTripletLoss,
-    TripletMarginLoss,
-)
-from fused_losses.losses.weighted import BiasLoss, DatasetEquityLoss
+from typing import TYPE_CHECKING
+
+from fused_losses.base.late import late
+
+if TYPE_CHECKING:
+    from fused_losses.losses.batch_contrast import (
+        NPairsLoss,
+        NTXentLoss,
+        SoftNearestNeighborLoss,
+        SupConLoss,
+    )
+    from fused_losses.losses.classes import (
+        ArcFaceLoss,
+        CombinedMarginLoss,
+        CosFaceLoss,
+        LargeMarginSoftmaxLoss,
+        MadaCosLoss,
+        NormalizedSoftmaxLoss,
+        NormFaceLoss,
+        SphereFaceLoss,
+        SubCenterArcFaceLoss,
+        UNPGLoss,
+    )
+    from fused_losses.losses.clusters import (
+        AaDLoss,
+        DEPICTLoss,
+        PrototypicalLoss,
+        TopKSparseAutoencoderLoss,
+    )
+    from fused_losses.losses.contrastive import (
+        HardNegativeNCELoss,
+        HOCLoss,
+        MoCoLoss,
+        SimCLRLoss,
+        UniformityLoss,
+    )
+    from fused_losses.losses.contrastive_lists import (
+        HydraLoss,
+        MultipleNegativesRankingLoss,
+    )
+    from fused_losses.losses.contrastive_pairs import (
+        AlignmentLoss,
+        AMCLLoss,
+        CriSpLoss,
+        DecoupledContrastiveLoss,
+        GISTEmbedLoss,
+        HardContrastiveLoss,
+        MCLLoss,
+        UniMEKLLoss,
+    )
+    from fused_losses.losses.differences import (
+        ALDRLoss,
+        CrammerSingerLoss,
+        LDRLoss,
+        WestonWatkinsLoss,
+    )
+    from fused_losses.losses.distillation import (
+        DHKDLoss,
+        DKDLoss,
+        FeatureQueueKDLoss,
+        JSDLoss,
+        KDLoss,
+        LogitMSELoss,
+        OFALoss,
+        PSKDLoss,
+        TotalVariationLoss,
+    )
+    from fused_losses.losses.distributions import (
+        CauchySchwarzDivergenceLoss,
+        CKALoss,
+        ClassAwareFeatureAlignmentLoss,
+        CodingRateLoss,
+        CSQMILoss,
+        FeatureOptimalAlignmentLoss,
+        GaussianNaiveBayesLoss,
+        HSICLoss,
+        MMDLoss,
+        SinkhornDivergenceLoss,
+        SinkhornLoss,
+    )
+    from fused_losses.losses.exact import DSimplexLoss, OCALoss, P2SGradLoss, ZLoss
+    from fused_losses.losses.faces import (
+        AdaFaceLoss,
+        CurricularFaceLoss,
+        ElasticFaceLoss,
+        MagFaceLoss,
+        MVSoftmaxLoss,
+        SFaceLoss,
+        SphereFace2Loss,
+        SymFaceLoss,
+    )
+    from fused_losses.losses.mixed import MetrixLoss
+    from fused_losses.losses.nested import MatryoshkaLoss
+    from fused_losses.losses.pairs import (
+        CircleLoss,
+        ContrastiveLoss,
+        GeneralizedLiftedStructureLoss,
+        IntraPairVarianceLoss,
+        LiftedStructureLoss,
+        MarginLoss,
+        MultiSimilarityLoss,
+        OrthogonalProjectionLoss,
+        SignalToNoiseRatioContrastiveLoss,
+        ThresholdConsistentMarginLoss,
+    )
+    from fused_losses.losses.proxies import (
+        CenterLoss,
+        MLCDLoss,
+        ProxyAnchorLoss,
+        ProxyNCALoss,
+        SoftTripleLoss,
+    )
+    from fused_losses.losses.ranking import (
+        AngularLoss,
+        FastAPLoss,
+        HistogramLoss,
+        ICNNLoss,
+        PNPLoss,
+        RankedListLoss,
+        SmoothAPLoss,
+        TupletMarginLoss,
+    )
+    from fused_losses.losses.registry import CatalogueEntry, catalogue
+    from fused_losses.losses.relations import (
+        CCLoss,
+        DCCLoss,
+        MultiAspectKDLoss,
+        NDLoss,
+        RKDLoss,
+        SimilarityPreservingLoss,
+    )
+    from fused_losses.losses.robust import (
+        ActivePassiveLoss,
+        AGCELoss,
+        AULLoss,
+        CompSumLoss,
+        FocalLoss,
+        GCELoss,
+        MAELoss,
+        MSELoss,
+        NCELoss,
+        Poly1Loss,
+        ReverseCELoss,
+        SCELoss,
+        TruncatedGCELoss,
+    )
+    from fused_losses.losses.sets import FacilityLocationLoss, FLMILoss, GCMILoss, GraphCutLoss
+    from fused_losses.losses.systems import SYSTEMS, System
+    from fused_losses.losses.towers import ClipLoss, InfoNCELoss, SigLipLoss
+    from fused_losses.losses.triplets import (
+        BatchEasyHardTripletLoss,
+        BatchHardTripletLoss,
+        BatchSemiHardTripletLoss,
+        CentroidTripletLoss,
+        FaceNetTripletLoss,
+        HarmonicTripletLoss,
+        PrototypeTripletLoss,
+        TripletMarginLoss,
+    )
+    from fused_losses.losses.weighted import BiasLoss, DatasetEquityLoss
 
 __all__ = [
     "SYSTEMS",
@@ -291,3 +301,6 @@ __all__ = [
     "ZLoss",
     "catalogue",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = late(__name__)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from torch import nn
+
+from fused_losses.base.late import everything
 
 Module = TypeVar("Module", bound=type[nn.Module])
 
@@ -63,6 +66,7 @@ def entry(
 
 def catalogue(word: str = "") -> tuple[CatalogueEntry, ...]:
     """The losses that have `word`, in any case, in what is told of them; sorted by name."""
+    everything(sys.modules["fused_losses.losses"])  # what is imported enters its losses
     found = (e for _, e in sorted(_ENTRIES.items()))
     return tuple(e for e in found if word.lower() in _text(e).lower())
 

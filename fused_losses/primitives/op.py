@@ -18,9 +18,9 @@ from fused_losses import backends
 from fused_losses.backends.gpu.products import products_on
 from fused_losses.base.compiled import seen, transformed
 from fused_losses.base.numerics import no_autocast
+from fused_losses.primitives.library import LIBRARY
 
 PYTHON_BACKENDS = ("bounded", "triton", "cuda")
-LIBRARY = torch.library.Library("fused_losses", "FRAGMENT")
 
 Op = Callable[..., Any]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fused_losses.base.numerics import no_autocast
 from fused_losses.primitives.kept import keep, kept
-from fused_losses.primitives.op import ANY_ORDER, LIBRARY, refused
+from fused_losses.primitives.library import LIBRARY
+from fused_losses.primitives.op import ANY_ORDER, refused
 
 
 class OpaqueOp:

@@ -31,6 +31,7 @@ WHERE = {
     "backends/__init__.py": {"import_module"},
     "backends/triton/launch.py": {"import_module"},
     "base/compiled.py": {"import_module"},
+    "base/late.py": {"import_module"},
     "bench/micro/batch_cases.py": {"import_module"},
     "bench/micro/peers.py": {"import_module"},
     "integrations/__init__.py": {"import_module"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_losses.primitives.op import LIBRARY
+from fused_losses.primitives.library import LIBRARY
 
 _BLOCK = "Tensor score, Tensor positive, Tensor negative, float margin, str kind"
 LIBRARY.define(f"row_triplets_cpu({_BLOCK}) -> Tensor")

@@ -21,7 +21,7 @@ from fused_losses import backends
 from fused_losses.base import validation
 from fused_losses.base.numerics import accumulate_dtype
 from fused_losses.base.validation import assert_async, describe
-from fused_losses.primitives.op import LIBRARY
+from fused_losses.primitives.library import LIBRARY
 from fused_losses.primitives.row_update import bounded, cuda, reference
 from fused_losses.primitives.row_update.inputs import (
     FACTORS,
