@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -14,28 +14,17 @@ from fused_losses.base.class_labels import one_label
 from fused_losses.base.compiled import helpers
 from fused_losses.base.examples import examples
 from fused_losses.base.memory_budget import MemoryBudget, Room, room_of
-from fused_losses.base.numerics import (
-    accumulate_dtype,
-    against,
-    followed,
-    joined,
-    no_autocast,
-)
+from fused_losses.base.numerics import accumulate_dtype, against, followed, joined, no_autocast
 from fused_losses.base.parameters import check_margin, check_parameter, check_row_weight
 from fused_losses.base.unit_norm import unit
-from fused_losses.base.validation import (
-    GRADIENTS,
-    NO_TARGET,
-    check_plain,
-    checked_smoothing,
-    meet,
-)
+from fused_losses.base.validation import GRADIENTS, NO_TARGET, check_plain, checked_smoothing, meet
 from fused_losses.functions import reference as losses_reference
 from fused_losses.functions.adaptive_scale import adaptive_margin_softmax
 from fused_losses.functions.class_loss import class_loss
 from fused_losses.functions.class_values import Softmax, check_floats
 from fused_losses.functions.margin_calls import apply_margin, bend_of, penalty_of
 from fused_losses.functions.margin_rows import checked_scale, mean_of, smoothed
+from fused_losses.functions.margin_softmax_options import MarginSoftmaxOptions
 from fused_losses.functions.margin_softmax_stats import (
     MarginSoftmaxStats,
     blanked,
@@ -49,7 +38,27 @@ from fused_losses.primitives.row_statistics import bounded
 from fused_losses.primitives.row_statistics.inputs import counts_as_zero, kept_classes
 from fused_losses.primitives.row_statistics.op import row_statistics
 
+Stats = tuple[Tensor, MarginSoftmaxStats]
 
+
+@overload
+def margin_softmax(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[MarginSoftmaxOptions],
+) -> Tensor: ...
+@overload
+def margin_softmax(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_stats: Literal[True, "grad"],
+    **options: Unpack[MarginSoftmaxOptions],
+) -> Stats: ...
 @over_positions
 def margin_softmax(
     embeddings: Tensor,  # [N, D] or [..., D]
@@ -73,7 +82,7 @@ def margin_softmax(
     reduction: str = "mean",
     return_stats: bool | str = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, MarginSoftmaxStats]:
+) -> Tensor | Stats:
     """Cross entropy over C classes with a margin on the target, without the N x C logits.
 
         z_j = scale psi(cos(x, w_j)) + b_j  (j != y),   z_y = scale margin(cos(x, w_y)) + b_y
