@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: venv train check one-row test best fuzz soak hostile ctest cpu-sanitize cpu-valgrind cpu-mutants \
   dispatch-mutants launches determinism concurrency elements calls walks dependencies trust \
   cuda-host cuda-sanitize cuda-mutants kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery \
-  site lint types clean
+  site packages lint types clean
 
 venv: $(VENV)/.built
 
@@ -205,6 +205,10 @@ bench: venv
 gallery: venv
 	$(BIN)/python -m tools.gallery
 	$(BIN)/python -m tools.catalogue
+
+# source distribution and wheels, each verified where it alone is installed: docs/packages.md
+packages: venv
+	$(BIN)/python tools/packages/__main__.py $(if $(TRAIN),--train)
 
 # the documents as a site, in build/site, with every broken link an error: docs/design.md
 SITE = build/site-venv

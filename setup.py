@@ -7,29 +7,19 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent.resolve()
+sys.path.append(str(HERE / "tools" / "packages"))
+from build_backend import COMPILER, compiling, torch_here  # noqa: E402 (it lies there)
+
 BUILD = HERE / "build" / "compiled"  # kept: what has not changed is not compiled again
 CUDA_LIBRARY = "libfused_losses_cuda.so"
 WITHOUT = "no_cuda_library.txt"  # beside the package: why there is none, which `info` tells
-COMPILER = os.environ.get("CXX", "c++")
 
 
-def wanted() -> bool:
-    """Whether to compile; without a compiler the package runs on its pure-PyTorch path."""
-    if os.environ.get("FUSED_LOSSES_NO_EXTENSION") == "1":
-        return False
-    if shutil.which(COMPILER) is None:
-        print(f"fused_losses: no compiler {COMPILER!r}: building without kernels", file=sys.stderr)
-        return False
-    return True
-
-
-def targets(editable: bool) -> tuple[str | None, str]:
+def targets(editable: bool, gpus: list[tuple[int, int]]) -> tuple[str | None, str]:
     """What the CUDA kernels are built for, "": all of ours, or None, and why.
 
     Of a checkout, the GPUs that are here: minutes of compiling would serve nobody without one.
@@ -41,10 +31,7 @@ def targets(editable: bool) -> tuple[str | None, str]:
     asked = os.environ.get("FUSED_LOSSES_CUDA_ARCHITECTURES", "")
     if asked or not editable:
         return asked, ""
-    gpus = range(torch.cuda.device_count())
-    found = sorted(
-        {10 * major + minor for major, minor in map(torch.cuda.get_device_capability, gpus)}
-    )
+    found = sorted({10 * major + minor for major, minor in gpus})
     if not found:
         hint = "FUSED_LOSSES_CUDA_ARCHITECTURES=80 builds them"
         return None, f"this is a checkout on a machine where PyTorch found no GPU; {hint}"
@@ -71,15 +58,19 @@ class Build(build_ext):
     def build_extension(self, extension: Extension) -> None:
         out = Path(self.get_ext_fullpath(extension.name))
         out.parent.mkdir(parents=True, exist_ok=True)
-        architectures, why_none = targets(self.editable_mode)
+        torch = torch_here()
+        if torch is None:
+            raise RuntimeError("fused_losses: no PyTorch to build against: `pip install torch`")
+        headers, libraries, gpus = torch
+        architectures, why_none = targets(self.editable_mode, gpus)
         settings = {
             "CMAKE_MAKE_PROGRAM": program("ninja"),
             "CMAKE_CXX_COMPILER": shutil.which(COMPILER),
             # what is compiled stays the same, byte for byte of its code
             "FUSED_LOSSES_LINES": "ON" if os.environ.get("FUSED_LOSSES_LINES") == "1" else "OFF",
             "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG") == "1" else "Release",
-            "FUSED_LOSSES_TORCH": ";".join([*include_paths(), sysconfig.get_path("include")]),
-            "FUSED_LOSSES_TORCH_LIBRARIES": ";".join(library_paths()),
+            "FUSED_LOSSES_TORCH": ";".join([*headers, sysconfig.get_path("include")]),
+            "FUSED_LOSSES_TORCH_LIBRARIES": ";".join(libraries),
             "FUSED_LOSSES_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "FUSED_LOSSES_CUDA": "OFF" if architectures is None else "ON",
             "FUSED_LOSSES_CUDA_ARCHITECTURES": architectures or "",
@@ -115,4 +106,4 @@ extension = Extension(
     sources=[],
     depends=["CMakeLists.txt", *(str(p) for p in sorted(Path("csrc").rglob("*")) if p.is_file())],
 )
-setup(ext_modules=[extension] if wanted() else [], cmdclass={"build_ext": Build})
+setup(ext_modules=[extension] if compiling() else [], cmdclass={"build_ext": Build})

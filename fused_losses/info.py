@@ -23,8 +23,8 @@ def lines() -> list[str]:
         f"python         {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"torch          {torch.__version__}, {torch.get_num_threads()} threads",
         f"triton         {_triton_version()}",
-        f"extension      {_built(built)}",
-        f"cpu capability {built.capability() if built else 'extension not built'}",
+        f"extension      {_built(built) if built else cpu.unavailable()}",
+        f"cpu capability {built.capability() if built else 'none'}",
         f"cuda kernels   {cuda_launch.built()}",
         f"gpus           {_gpus()}",
         f"library's tf32 {_tf32()}",
@@ -46,7 +46,7 @@ def _triton_version() -> str:
 
 
 def _built(built: Any) -> str:
-    return "not built" if built is None else ", ".join(f"{k} {v}" for k, v in built.build())
+    return ", ".join(f"{k} {v}" for k, v in built.build())
 
 
 def _tf32() -> str:

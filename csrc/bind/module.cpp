@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
+#include <torch/version.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -49,6 +50,9 @@ class Tf32Block {
 };
 
 thread_local std::optional<at::NoTF32Guard> Tf32Block::guard;
+
+// base/compiled.py finds it in the file: what another torch loads may crash before it can be asked
+constexpr char kBuiltFor[] = "fused_losses built for torch " TORCH_VERSION;
 
 }  // namespace
 
@@ -201,7 +205,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("topk_scores", &topk_scores);
   m.def("topk_head_scores", &topk_head_scores);
   m.def("build", [] {
-    return std::vector<std::pair<std::string, std::string>>{{"compiler", __VERSION__},
-                                                            {"c++", std::to_string(__cplusplus)}};
+    return std::vector<std::pair<std::string, std::string>>{
+        {"compiler", __VERSION__}, {"c++", std::to_string(__cplusplus)}, {"torch", TORCH_VERSION}};
   });
+  m.attr("built_for") = kBuiltFor;
 }

@@ -8,8 +8,11 @@ subclass; and whatever is not on the CPU or not built.
 from __future__ import annotations
 
 import importlib
+import mmap
 import os
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,16 +20,42 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+BUILT_FOR = b"fused_losses built for torch "  # and the version, NUL: csrc/bind/module.cpp
+
 
 @lru_cache
 def load() -> ModuleType | ImportError:
     """The compiled module, or why it cannot be imported. Importing it registers its ops."""
     try:
+        spec = find_spec("fused_losses._C")
+        if spec is not None and spec.origin is not None:
+            check_torch(Path(spec.origin))
         loaded = importlib.import_module("fused_losses._C")
     except ImportError as error:
         return error
     os.register_at_fork(after_in_child=_on_one_thread)
     return loaded
+
+
+def check_torch(library: Path) -> None:
+    """Raises ImportError for an extension that was built for another torch than this one.
+
+    PyTorch's C++ interface holds within a minor release: with another, loading may crash.
+    """
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        # constants lie behind the code, which is most of the file
+        at = held.rfind(BUILT_FOR)
+        version = held[at + len(BUILT_FOR) : held.find(b"\0", at)] if at >= 0 else b""
+    theirs = version.decode() or "an unknown version"
+    if _minor(theirs) != _minor(torch.__version__):
+        raise ImportError(
+            f"{library.name} was built for torch {theirs}, this is torch {torch.__version__}: "
+            "install fused-losses again beside it"
+        )
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 def _on_one_thread() -> None:

@@ -5,6 +5,7 @@ The script runs as it is; commands are noted and leave the files that they would
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import shutil
 import subprocess
@@ -14,7 +15,6 @@ from typing import Any
 
 import pytest
 import setuptools
-import torch
 from places import ROOT
 from setuptools.dist import Distribution
 
@@ -25,6 +25,8 @@ SETTINGS = ("NO_CUDA", "NO_EXTENSION", "CUDA_ARCHITECTURES")
 def checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Builds a checkout (or a wheel) on such a machine: the settings that CMake was given."""
     (tmp_path / "fused_losses").mkdir()
+    monkeypatch.syspath_prepend(ROOT / "tools" / "packages")
+    backend = importlib.import_module("build_backend")
     shutil.copy(ROOT / "setup.py", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
@@ -50,8 +52,7 @@ def checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., d
 
         monkeypatch.setattr(subprocess, "run", run)
         monkeypatch.setattr(shutil, "which", found)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpus[device])
+        monkeypatch.setattr(backend, "torch_here", lambda: (["headers"], ["lib"], list(gpus)))
         script = runpy.run_path(str(tmp_path / "setup.py"))
         distribution = Distribution({"packages": ["fused_losses"]})
         distribution.ext_modules = [script["extension"]]

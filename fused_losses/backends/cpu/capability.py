@@ -12,7 +12,9 @@ _BUILD_HINT = "the C++ extension is not built: run `pip install .` with a C++20 
 
 def unavailable() -> str | None:
     loaded = load()
-    return f"{_BUILD_HINT} ({loaded})" if isinstance(loaded, ImportError) else None
+    if isinstance(loaded, ModuleNotFoundError):
+        return f"{_BUILD_HINT} ({loaded})"
+    return f"the C++ extension is not used: {loaded}" if isinstance(loaded, ImportError) else None
 
 
 def reasons_against(device: torch.device, dtype: torch.dtype, precision: str) -> list[str]:
