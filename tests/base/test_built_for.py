@@ -73,6 +73,7 @@ print("refused")
 
 
 @needs_extension
+@pytest.mark.processes
 def test_the_package_works_without_it_and_says_so(tmp_path: Path) -> None:
     with_version(b"2.5.1", tmp_path)
     environment = {k: v for k, v in os.environ.items() if k != "FUSED_LOSSES_BACKEND"}

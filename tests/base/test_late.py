@@ -15,6 +15,7 @@ from places import search_path
 import fused_losses
 from fused_losses import functional, losses
 
+pytestmark = pytest.mark.processes
 HEAVY = ("triton", "numpy", "scipy", "matplotlib", "PIL", "fontTools", "pytest")
 
 

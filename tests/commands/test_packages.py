@@ -23,6 +23,7 @@ from places import ROOT
 
 import fused_losses
 
+pytestmark = pytest.mark.processes
 FOLDER = ROOT / "tools" / "packages"
 # of a built checkout, and what tools leave
 MADE = {".git", ".venv", "build", "dist", "runs"}

@@ -68,18 +68,8 @@ def wheel(source: Path, to: Path, without: str) -> Path:
     # of an earlier build: setuptools packs whatever modules lie there
     for left in (source / "build").glob("lib*"):
         shutil.rmtree(left)
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "-w",
-        to,
-        source,
-        given={without: "1"},
-    )
+    words = ("-m", "pip", "wheel", "-q", "--no-deps", "-w", to, source)
+    run(sys.executable, *words, given={without: "1"})
     return only(to, "*.whl")
 
 
