@@ -27,6 +27,7 @@ struct Region {
   size_t bytes = 0;
 };
 
+// tried, never waited for: a child may be forked while another thread holds it
 std::mutex waiting_lock;
 Region waiting;
 
@@ -36,7 +37,8 @@ void unmap(const Region& r) {
 
 // The waiting room if it fits, and is not more than twice what is asked for; else none waits on.
 Region take_waiting(size_t bytes) {
-  const std::lock_guard<std::mutex> lock(waiting_lock);
+  const std::unique_lock<std::mutex> lock(waiting_lock, std::try_to_lock);
+  if (!lock) return {};
   const Region found = std::exchange(waiting, {});
   if (bytes <= found.bytes && found.bytes <= 2 * bytes) return found;
   unmap(found);
@@ -46,8 +48,8 @@ Region take_waiting(size_t bytes) {
 void leave(const Region& r) {
   // memory that is locked cannot be taken back
   if (madvise(r.data, r.bytes, MADV_FREE) != 0) return unmap(r);
-  const std::lock_guard<std::mutex> lock(waiting_lock);
-  unmap(std::exchange(waiting, r));
+  const std::unique_lock<std::mutex> lock(waiting_lock, std::try_to_lock);
+  unmap(lock ? std::exchange(waiting, r) : r);
 }
 
 Region region_of(size_t bytes) {
