@@ -8,6 +8,7 @@ zeros stays zero and gets gradient zero, as in `numerics.unit_rows`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,24 @@ from fused_losses.base.compiled import dense_rows, helpers
 from fused_losses.base.numerics import accumulate_dtype, power_of_two, row_dtype
 
 ROWS = 1024  # that are widened to the accumulation dtype at a time
+
+
+class UnitForm(NamedTuple):
+    """A device's kernels for what `_Unit` does."""
+
+    takes: Callable[[Tensor], bool]
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]  # of x and dL/du
+
+
+# of GPUs: entered by the backend that has some
+FORMS: list[UnitForm] = []
+
+
+def _form(x: Tensor) -> UnitForm:
+    if not x.is_cuda:
+        return PLAIN
+    return next((form for form in FORMS if form.takes(x)), PLAIN)
 
 
 def unit(x: Tensor, order: Tensor | None = None) -> Tensor:
@@ -90,15 +109,22 @@ def _backward(x: Tensor, grad: Tensor) -> Tensor:
     return of.backward(grad.to(of.rows.dtype)).to(x.dtype)
 
 
+# rounded where they are written
+PLAIN = UnitForm(lambda x: True, lambda x: _parts(x.to(accumulate_dtype(x.dtype))).rows, _backward)
+
+
 class _Unit(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, order: Tensor | None, dtype: torch.dtype) -> Tensor:
+        form = _form(x) if dtype == x.dtype else PLAIN
+        if form is not PLAIN and order is None:
+            return form.forward(x)
         out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         for i in range(0, x.shape[0], ROWS):
             rows = x[i : i + ROWS] if order is None else x[order[i : i + ROWS]]
-            out[i : i + ROWS] = _parts(rows.to(accumulate_dtype(x.dtype))).rows
+            out[i : i + ROWS] = form.forward(rows)
         return out
 
     @staticmethod
@@ -115,13 +141,16 @@ class _Unit(torch.autograd.Function):
             if order is None:
                 return _backward(x, grad), None, None
             return _backward(x, grad.index_select(0, order.argsort())), None, None
+        form = _form(x) if grad.dtype == x.dtype else PLAIN
+        if form is not PLAIN and order is None:
+            return form.backward(x, grad), None, None
         out = torch.empty_like(x)
         for i in range(0, x.shape[0], ROWS):
             if order is None:
-                out[i : i + ROWS] = _backward(x[i : i + ROWS], grad[i : i + ROWS])
+                out[i : i + ROWS] = form.backward(x[i : i + ROWS], grad[i : i + ROWS])
             else:
                 rows = order[i : i + ROWS]
-                out[rows] = _backward(x[rows], grad[i : i + ROWS])
+                out[rows] = form.backward(x[rows], grad[i : i + ROWS])
         return out, None, None
 
     @staticmethod

@@ -23,6 +23,7 @@ from tools.gpu_static.host_calls import (
     pairs,
     row_statistics,
     topk,
+    unit_rows,
 )
 from tools.gpu_static.record import AMD, Compilation, launches
 
@@ -78,6 +79,9 @@ def _call(run: Callable[..., None], *tested: str, **options: Any) -> HostCall:
 
 
 CALLS: dict[str, HostCall] = {
+    "unit_rows bf16": _call(unit_rows, *ALSO, d=512, **HALF),
+    "unit_rows fp32": _call(unit_rows, *ALSO, d=100, **WIDE),
+    "unit_rows fp16, long": _call(unit_rows, d=1100, dtype=FP16),
     "row_statistics D512": _call(row_statistics, *ALSO, "sm_86", "sm_120", d=512, **HALF),
     "row_statistics D512 everything": _call(row_statistics, *ALSO, "sm_89", d=512, **HALF, **FULL),
     "row_statistics D512 classes": _call(row_statistics, d=512, **HALF, classes=100_000),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_losses.backends.triton import unit_rows as triton_unit_rows
 from fused_losses.primitives.class_rules import triton as triton_class_rules
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.rules import CLASS_FOLDS
@@ -35,6 +36,12 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def unit_rows(d: int, dtype: torch.dtype, n: int = 1024) -> None:
+    x = empty(n, d, dtype=dtype)
+    triton_unit_rows.forward(x)
+    triton_unit_rows.backward(x, x)
 
 
 def row_statistics(

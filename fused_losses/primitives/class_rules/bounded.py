@@ -32,11 +32,18 @@ TILE_BYTES = 2 << 20  # of products and of weights in a tile, together
 
 GPU_TILE_BYTES = 16 << 20  # enough classes for every processor; a tile stays in L2
 
+# of gathered rows of labels: what these take some thirty launches for
+GPU_TARGET_BYTES = 128 << 20
+
 LIVE_TILES = 8.0  # how many such are alive at the peak, in backward (test_class_losses.py)
 
 
 def tile_bytes(device: torch.device | None) -> int:
     return GPU_TILE_BYTES if device is not None and device.type == "cuda" else TILE_BYTES
+
+
+def _target_bytes(device: torch.device) -> int:
+    return GPU_TARGET_BYTES if device.type == "cuda" else TILE_BYTES
 
 
 def tile_classes(p: ClassInputs) -> int:
@@ -62,7 +69,7 @@ def workspace(backend: str, p: ClassInputs, needs: ClassNeeds | None) -> int:
 def targets_workspace(x: Tensor, labels: Tensor, centers: int) -> int:
     """Bytes of `targets` beyond inputs and outputs, at most."""
     each = 40 * max(x.shape[1] * centers, 1)
-    return min(labels.numel(), max(1, tile_bytes(x.device) * 5 // 4 // each)) * each
+    return min(labels.numel(), max(1, _target_bytes(x.device) * 5 // 4 // each)) * each
 
 
 def _product_bytes(backend: str, p: ClassInputs, classes: int, needs: ClassNeeds | None) -> int:
@@ -177,7 +184,7 @@ def targets(
     if weight.shape[0] == 0:
         return out.view_as(labels)
     weight = weight.unflatten(0, (-1, centers))
-    step = max(1, tile_bytes(x.device) // (32 * max(x.shape[1] * centers, 1)))
+    step = max(1, _target_bytes(x.device) // (32 * max(x.shape[1] * centers, 1)))
     for start in range(0, max(flat.shape[0], 1), step):  # once at least, that autograd follows
         of = torch.arange(start, min(start + step, flat.shape[0]), device=x.device)
         w = weight[flat[of].clamp_min(0)].to(wide)
