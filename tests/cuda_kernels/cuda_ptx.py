@@ -158,27 +158,6 @@ class Executed:
                     arena.mem[m.at : m.at + m.bytes] = data
                     self.bufs.append((m.at, data, core.Buf(data, m.readonly)))
 
-            def _unstick(self) -> bool:
-                # threads that waited at a shuffle until all others came at once: the emulator
-                # lets them go on, but has them down as waiting when they next part
-                waits = np.array([kind == "warp" for kind in self.kind])
-                free = self.alive & (self.st == 2) & ~waits[self.pc]
-                self.st[free] = 0
-                return bool(free.any())
-
-            def race_read(
-                self, sh: Any, ins: Any, space: str, tid: Any, off: Any, size: int, *more: Any
-            ) -> None:
-                # readers of this warp before its last __syncwarp have been waited for: the
-                # emulator forgets them at a barrier of the block only, and would call a lane's
-                # store after its own load a race with them
-                places = self._gran(off, size, sh.gran)
-                t = np.repeat(tid, places.shape[1])
-                at = places.ravel()
-                mine = (sh.rwp[at] == self.gwarp[t]) & (sh.rblk[at] == self.gblk[t])
-                sh.rt[at[mine & (sh.rw[at] < self.wep[t])]] = -1
-                super().race_read(sh, ins, space, tid, off, size, *more)
-
         parsed = module.parsed
         function = parsed.funcs[kernel]
         if not function.code:
