@@ -137,3 +137,7 @@ def test_names_of_ops_and_forms() -> None:
     assert known.op("bounded", "_backward") is backward
     assert known.form("bounded") is backends.module("pairs", "bounded")
     assert known.form("bounded").__name__ == "fused_losses.primitives.pairs.bounded"
+    # what is compiled has no kernel in Python behind it, which a tensor elsewhere would reach
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has("fused_losses::pair_statistics_bounded", "CompositeExplicitAutograd")
+    assert not has("fused_losses::pair_statistics_cpu", "CompositeExplicitAutograd")
