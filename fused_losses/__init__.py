@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fused_losses import backends, functional
 from fused_losses.backends import use_backend
+from fused_losses.base.examples import TABLE
 from fused_losses.base.late import everything, late
 from fused_losses.explain import Plan, explain
 from fused_losses.primitives.library import LIBRARY
@@ -72,4 +73,6 @@ if TYPE_CHECKING:
     del Clusters, MarginSoftmaxStats, RadiusNeighbors, SoftmaxOutputs, Transport  # noqa: F821
 else:
     __getattr__, __dir__ = late(__name__, functional)
+    # who asks for an op or an example by name finds all
     LIBRARY.late(lambda: everything(sys.modules[__name__]))
+    TABLE.late(lambda: everything(sys.modules[__name__]))

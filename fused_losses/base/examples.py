@@ -7,8 +7,9 @@ with the fields of `ExampleInputs`, so that a test may bring its own labels, tie
 from __future__ import annotations
 
 import inspect
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -257,7 +258,41 @@ class Example:
         return not {"y", "w", "other"} & set(self.leaves)
 
 
-TABLE: dict[str, Example] = {}
+class ExampleTable(Mapping[str, Example]):
+    """The rows by name. Modules enter theirs when they are imported: whoever reads has all."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Example] = {}
+        self._load: Callable[[], object] | None = None
+        self._loading = threading.RLock()
+
+    def late(self, load: Callable[[], object]) -> None:
+        """load() imports every module that has rows."""
+        self._load = load
+
+    def enter(self, row: Example) -> None:
+        if row.name in self._rows:
+            raise ValueError(f"two examples are named {row.name!r}")
+        self._rows[row.name] = row
+
+    def _all(self) -> dict[str, Example]:
+        with self._loading:  # other threads wait until all are there
+            load, self._load = self._load, None
+            if load is not None:
+                load()
+        return self._rows
+
+    def __getitem__(self, name: str) -> Example:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+TABLE = ExampleTable()
 
 
 def examples(
@@ -275,6 +310,4 @@ def examples(
     name = name or function.__name__
     for variant, options in (variants or {"": {}}).items():
         row = f"{name}, {variant}" if variant else name
-        if row in TABLE:
-            raise ValueError(f"two examples are named {row!r}")
-        TABLE[row] = Example(row, function, call, options, **more)
+        TABLE.enter(Example(row, function, call, options, **more))

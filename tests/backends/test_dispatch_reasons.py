@@ -45,9 +45,11 @@ def test_pure_pytorch_runs_anything_in_its_own_precision(path: Any) -> None:
 
 
 def test_the_extension_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "load", lambda: ImportError("no module"))
+    monkeypatch.setattr(cpu, "load", lambda: ModuleNotFoundError("no module"))
     told = str(cpu.unavailable())
     assert told.startswith("the C++ extension is not built: run `pip") and "(no module)" in told
+    monkeypatch.setattr(cpu, "load", lambda: ImportError("for another PyTorch"))
+    assert cpu.unavailable() == "the C++ extension is not used: for another PyTorch"
     monkeypatch.setattr(cpu, "load", lambda: compiled)
     assert cpu.unavailable() is None
 

@@ -14,6 +14,7 @@ from places import search_path
 
 import fused_losses
 from fused_losses import functional, losses
+from fused_losses.base.examples import TABLE
 
 pytestmark = pytest.mark.processes
 HEAVY = ("triton", "numpy", "scipy", "matplotlib", "PIL", "fontTools", "pytest")
@@ -42,10 +43,16 @@ def test_import_brings_few_modules_and_no_others() -> None:
     found = child(IMPORTED, "import fused_losses, fused_losses.functional, fused_losses.losses")
     outside = [name for name in found if name.split(".")[0] in HEAVY]
     assert not outside
-    rooms = ("base", "backends", "primitives", "functional", "losses", "explain", "version")
+    rooms = ["base", "backends", "primitives", "functional", "losses", "explain", "version"]
+    rooms += ["warm_up"]
     assert {name.split(".")[1] for name in found if name.startswith("fused_losses.")} <= {*rooms}
     ours = [name for name in found if name.startswith("fused_losses")]
-    assert "fused_losses.functional" in ours and len(ours) <= 20
+    assert "fused_losses.functional" in ours and len(ours) <= 30
+
+
+def test_the_table_of_examples_is_whole() -> None:
+    text = "from fused_losses.base.examples import TABLE; print('maxsim' in TABLE and len(TABLE))"
+    assert int(child(f"import fused_losses\n{text}")[0]) == len(TABLE) > 200
 
 
 @pytest.mark.parametrize("name", ["info_nce", "margin_softmax", "pairwise_topk"])
