@@ -74,10 +74,11 @@ def test_cuda_kernels() -> None:
 
 
 def test_every_kernel_is_compiled() -> None:
-    package = Path(primitives.__file__).parent
+    package = Path(primitives.__file__).parents[1]
     entries = set()
-    for file in package.glob("*/triton_*.py"):
-        module = importlib.import_module(f"{primitives.__name__}.{file.parent.name}.{file.stem}")
+    for file in package.rglob("triton_*.py"):
+        parts = file.relative_to(package.parent).with_suffix("").parts
+        module = importlib.import_module(".".join(parts))
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and "tl.program_id(0)" in value.src:
                 entries.add(name)

@@ -13,9 +13,9 @@ from fused_losses.backends.triton.tile_math import load, power_of_two
 
 
 @triton.jit
-def tile_rows(n, stride, BM: tl.constexpr):
-    """The program's rows, and where they begin; those past the last one are the last one."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+def tile_rows(program, n, stride, BM: tl.constexpr):
+    """A program's rows, and where they begin; those past the last one are the last one."""
+    rows = program * BM + tl.arange(0, BM)
     return rows, tl.minimum(rows, n - 1).to(tl.int64)[:, None] * stride
 
 
@@ -52,7 +52,7 @@ def unit_forward(
     EVEN: tl.constexpr,
 ):
     """out = x / |x|."""
-    rows, begin = tile_rows(n, stride_x, BM)
+    rows, begin = tile_rows(tl.program_id(0), n, stride_x, BM)
     factor, inverse, alive = lengths(x, begin, d, BM, BK, EVEN)
     inverse = tl.where(alive, inverse, 0.0)
     depth = tl.arange(0, BK)[None, :]
@@ -78,7 +78,7 @@ def unit_backward(
     EVEN: tl.constexpr,
 ):
     """out = (grad - u <u, grad>) / |x| with u = x / |x|."""
-    rows, begin = tile_rows(n, stride_x, BM)
+    rows, begin = tile_rows(tl.program_id(0), n, stride_x, BM)
     factor, inverse, alive = lengths(x, begin, d, BM, BK, EVEN)
     grad += tl.minimum(rows, n - 1).to(tl.int64)[:, None] * stride_grad
     depth = tl.arange(0, BK)[None, :]
