@@ -276,11 +276,15 @@ class ExampleTable(Mapping[str, Example]):
         self._rows[row.name] = row
 
     def _all(self) -> dict[str, Example]:
-        with self._loading:  # other threads wait until all are there
-            load, self._load = self._load, None
-            if load is not None:
-                load()
+        if self._load is not None:
+            self._complete()
         return self._rows
+
+    def _complete(self) -> None:
+        with self._loading:  # other threads wait until all are there
+            if self._load is not None:
+                self._load()
+                self._load = None
 
     def __getitem__(self, name: str) -> Example:
         return self._all()[name]
