@@ -77,7 +77,7 @@ def nested(n: int, m: int, widths: list[int], units: bool = True) -> Callable:
         own = [torch.rand(count, size) for size in (n, m)] * 2 if units else [None] * 4
         scale = torch.tensor(8.0, dtype=torch.float64)
         plain = (rows(dtype, n, d), rows(dtype, m, d), scale, *own, widths)
-        return (*plain, labels(n), labels(m), *(None,) * 5, True)
+        return (*plain, labels(n), labels(m), *(None,) * 5, "fp32", True)
 
     return make
 
@@ -105,7 +105,7 @@ def topk(n: int, m: int, d: int, k: int, kind: str = "dot", own: bool = False) -
         x = rows(dtype, n, d)
         y = x if own else rows(dtype, m, d)
         flags = (kind, k, kind != "sqeuclidean", "any", own, own, "fp32")
-        return (x, y, *(None,) * 10, *flags)
+        return (x, y, *(None,) * 10, *flags, *(None,) * 4, 0.0)
 
     return make
 
