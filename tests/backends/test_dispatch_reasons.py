@@ -54,6 +54,42 @@ def test_the_extension_that_is_not_built(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cpu.unavailable() is None
 
 
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)], ids=["none", "no file"])
+def test_an_extension_that_is_nowhere(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = ModuleNotFoundError("no module")
+
+    def missing(name: str) -> None:
+        assert name == "fused_losses._C"
+        raise absent
+
+    monkeypatch.setattr(compiled, "find_spec", lambda name: spec)
+    monkeypatch.setattr(compiled.importlib, "import_module", missing)
+    assert compiled.load.__wrapped__() is absent
+
+
+@pytest.mark.parametrize(
+    "version", ["2.13.1", "2.13.0+cpu", "2.1.0", "3.13.0", "2.14.0", ""], ids=lambda v: v or "none"
+)
+def test_an_extension_of_another_minor_release(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "_C.so"
+    told = compiled.BUILT_FOR + version.encode() + b"\0" if version else b""
+    file.write_bytes(b"code" + told + b"more\0")
+    monkeypatch.setattr(compiled.torch, "__version__", "2.13.0+cu130")
+    if version.startswith("2.13."):
+        return compiled.check_torch(file)
+    with pytest.raises(ImportError) as refused:
+        compiled.check_torch(file)
+    assert str(refused.value).startswith(
+        f"_C.so was built for torch {version or 'an unknown version'}, this is torch 2.13.0+cu130: "
+    )
+    # it is not loaded, and `load` tells why
+    monkeypatch.setattr(compiled, "find_spec", lambda name: SimpleNamespace(origin=str(file)))
+    assert str(compiled.load.__wrapped__()) == str(refused.value)
+    return None
+
+
 @pytest.mark.parametrize("narrow", [True, False])
 def test_what_the_cpu_kernels_take(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     built = SimpleNamespace(has_bf16=lambda: narrow, capability=lambda: "avx9")
