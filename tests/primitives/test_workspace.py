@@ -31,7 +31,7 @@ class Case(NamedTuple):
     op: str
     make: Callable[[torch.dtype], tuple]  # of the forward op, by the dtype of its rows
     dtype: str = "float32"
-    less: int = 6  # what is told is at most so many times what is needed, and 2 MiB
+    less: int = 6  # what is told is at most so many times what is needed, and 3 MiB
 
 
 def rows(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -397,7 +397,8 @@ def test_an_op_needs_no_more_than_it_says(name: str, case: str) -> None:
     for direction, (extra, told) in found.items():
         assert extra <= told + SLACK, direction
         # what says anything would hold too
-        assert told <= CASES[case].less * extra + 2 * MIB, direction
+        # and the scratch that the thread has from a call before: csrc/bind/bind.h, kHeldScratch
+        assert told <= CASES[case].less * extra + 3 * MIB, direction
 
 
 def test_every_op_is_measured() -> None:
