@@ -49,7 +49,7 @@ def draw(
 ) -> None:
     nearest = fl.pairwise_topk(rows, rows, 5, "cosine", exclude=torch.arange(len(rows))[:, None])[1]
     figure = plt.figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subfigures(1, 2)
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
     axis = left.subplots()
     for name, curve in curves.items():
         axis.plot(curve.far.numpy(), curve.tar.numpy(), label=name)
@@ -110,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     rows = embed(net, held.images)
     after, rate = verify(rows, held.labels)
-    recall = float(fl.metrics.recall_at_k(rows, held.labels, k=[1]).value[1])
+    recall = fl.metrics.recall_at_k(rows, held.labels).value
+    assert isinstance(recall, float)  # of one k
     print(f"people held out: equal error rate {rate:.3f}, recall@1 {recall:.3f}")
     draw({"before": before, "after": after}, held.images, rows, held.labels, args.out)
     print(f"picture: {args.out}")

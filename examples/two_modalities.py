@@ -45,8 +45,8 @@ def recall(images: Tensor, texts: Tensor) -> float:
     """The mean over both directions of recall@1; row i belongs to row i."""
     ids = torch.arange(len(images))
     ways = ((images, texts), (texts, images))
-    found = [fl.metrics.recall_at_k(a, ids, b, ids, k=[1]) for a, b in ways]
-    return sum(float(way.value[1]) for way in found) / 2
+    found = [fl.metrics.recall_at_k(a, ids, b, ids).value for a, b in ways]
+    return sum(value for value in found if isinstance(value, float)) / 2
 
 
 def draw(steps: list[tuple[int, float, float]], scores: Tensor, out: Path) -> None:

@@ -144,7 +144,7 @@ def rivals_of(
     return providers
 
 
-def our_ways(like: Tensor) -> Iterator[tuple[str, dict[str, str]]]:
+def our_ways(like: Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and options: each precision that can run, and on a GPU also each backend by name."""
     on_gpu = like.device.type == "cuda"
     names = ("triton", "cuda") if on_gpu else ("cpu",)
