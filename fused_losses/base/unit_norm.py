@@ -100,8 +100,12 @@ def _moved(x: Tensor, tangent: Tensor) -> Tensor:
     return _parts(x.to(wide)).backward(tangent.to(wide))
 
 
+def _wide(x: Tensor) -> Tensor:
+    return _parts(x.to(accumulate_dtype(x.dtype))).rows
+
+
 def _forward(x: Tensor) -> Tensor:
-    return _parts(x.to(accumulate_dtype(x.dtype))).rows.to(x.dtype)
+    return _wide(x).to(x.dtype)
 
 
 def _backward(x: Tensor, grad: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ def _backward(x: Tensor, grad: Tensor) -> Tensor:
 
 
 # rounded where they are written
-PLAIN = UnitForm(lambda x: True, lambda x: _parts(x.to(accumulate_dtype(x.dtype))).rows, _backward)
+PLAIN = UnitForm(lambda x: True, _wide, _backward)
 
 
 class _Unit(torch.autograd.Function):

@@ -24,16 +24,14 @@ def kept_scores(name: str, p: PairInputs, room: Room | None) -> int:
     if name not in KEEPING or not torch.is_grad_enabled():
         return 0
     size = accumulate_dtype(p.x.dtype).itemsize
-    if room is None:
-        if name != "cpu" or torch.compiler.is_compiling():
-            return 0
-        if p.x.shape[0] * p.y.shape[0] * size > SMALL:
-            return 0
+    if room is None and (name != "cpu" or torch.compiler.is_compiling()):
+        return 0
+    if room is None and p.x.shape[0] * p.y.shape[0] * size > SMALL:
+        return 0
     tensors = (p.x, p.y, p.scale, p.x_bias, p.y_bias)
     if not any(t is not None and t.requires_grad for t in tensors):
         return 0
-    if room is None:
-        return cpu.kept_scores(p, SMALL // size)
-    kept = KEEPING[name](p, room.left // size)
-    room.take(kept * size)
+    kept = KEEPING[name](p, (SMALL if room is None else room.left) // size)
+    if room is not None:
+        room.take(kept * size)
     return kept
