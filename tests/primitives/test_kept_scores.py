@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_losses.backends.cpu.capability import extension
 from fused_losses.base.memory_budget import Room
-from fused_losses.primitives.pairs import bounded
+from fused_losses.base.numerics import accumulate_dtype
+from fused_losses.primitives.pairs import blocks, bounded
 from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
 from fused_losses.primitives.pairs.keeping import KEEPING, SMALL, kept_scores
 
@@ -29,6 +30,15 @@ def rooms(name: str, p: PairInputs) -> list[Room]:
     """For one score, for a part of those that there are, for all of them."""
     everything = KEEPING[name](p, EVERYTHING) * p.scale.element_size()
     return [Room(8), *(Room(everything * part // 7) for part in (1, 3, 6)), Room(everything)]
+
+
+def few_blocks(p: PairInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ragged blocks of rows by four of columns, however large: a room ends among them."""
+    n, m = p.x.shape[0], p.y.shape[0]
+    high, wide = max(8, n // 3 + 1), max(16, m // 4 + 1)
+    size = accumulate_dtype(p.x.dtype).itemsize
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", high)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", min(n, high) * wide * size)
 
 
 def check(p: PairInputs, reduction: str, cols: bool, name: str) -> None:
@@ -47,7 +57,9 @@ def test_a_room_changes_no_bit(
     seed: int, dtype: torch.dtype, keeper: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with small_blocks(monkeypatch):
-        check(*draw(seed, dtype), keeper)
+        p, reduction, cols = draw(seed, dtype)
+        few_blocks(p, monkeypatch)
+        check(p, reduction, cols, keeper)
 
 
 @pytest.mark.parametrize("precision", ["mixed", "bf16"])
