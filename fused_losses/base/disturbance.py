@@ -89,8 +89,8 @@ class Disturbed(TorchDispatchMode):
             if isinstance(part, Tensor) and part.dtype == torch.float64 and part.numel():
                 most = self._most(plain, Executed(self, func, before, kwargs, part))
                 moved = part + self._drawn(part) * most
-                # what is infinite stays so
-                part.copy_(torch.where(part.isfinite() & moved.isfinite(), moved, part))
+                # what is infinite stays so, and is infinite or NaN once moved, too
+                part.copy_(torch.where(moved.isfinite(), moved, part))
         return out
 
     def _drawn(self, like: Tensor) -> Tensor:

@@ -35,14 +35,19 @@ def lists(t: Inputs) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def triplets(t: Inputs, swap: bool = False) -> Tensor:
-    d, between = distances(t.x, t.y), distances(t.y, t.y)
-    each = []
-    for row, near, far in zip(d, *lists(t), strict=True):
-        for p in near:
-            for n in far:
-                beyond = torch.minimum(row[n], between[p, n]) if swap else row[n]
-                each.append(F.relu(row[p] - beyond + 0.3))
-    return over_nonzero(torch.stack(each), nothing(t)) + nothing(t) if each else nothing(t)
+    return hinges(t, lists(t), distances(t.y, t.y) if swap else None)
+
+
+def hinges(
+    t: Inputs, sides: tuple[list[list[int]], list[list[int]]], between: Tensor | None
+) -> Tensor:
+    """Of each row's positives and negatives; between: a negative is that of its positive, too."""
+    each = [torch.zeros(0, dtype=t.x.dtype)]
+    for row, near, far in zip(distances(t.x, t.y), *sides, strict=True):
+        if near and far:
+            beyond = row[far] if between is None else torch.minimum(row[far], between[near][:, far])
+            each.append(F.relu(row[near][:, None] - beyond + 0.3).flatten())
+    return over_nonzero(torch.cat(each), nothing(t)) + nothing(t)
 
 
 def harmonic(t: Inputs) -> Tensor:
@@ -67,12 +72,7 @@ def anchors(t: Inputs) -> Tensor:
 
 def swapped(t: Inputs) -> Tensor:
     """Of all triplets of two batches."""
-    d, between = distances(t.x, t.y), distances(t.y, t.y)
-    each = []
-    for row, near, far in zip(d, *members(t.labels, t.y_labels), strict=True):
-        for p in near:
-            each += [F.relu(row[p] - torch.minimum(row[n], between[p, n]) + 0.3) for n in far]
-    return over_nonzero(torch.stack(each), nothing(t)) + nothing(t) if each else nothing(t)
+    return hinges(t, members(t.labels, t.y_labels), distances(t.y, t.y))
 
 
 def batch_hard(t: Inputs) -> Tensor:
@@ -221,8 +221,11 @@ def semihard(t: Inputs, ref: bool = False, margin: float = 1.0, fallback: bool =
     return torch.stack(rows) if not fallback else torch.stack(rows).sum() / max(count, 1)
 
 
-def before(row: Tensor, p: int, columns: list[int]) -> Tensor:
-    return ((row[columns] - row[p]) / 0.1).sigmoid().sum()
+def before(row: Tensor, own: list[int], columns: list[int]) -> Tensor:
+    """Of each of a row's own columns how many of the others stand before it, smoothly."""
+    apart = ((row[columns] - row[own][:, None]) / 0.1).sigmoid()
+    itself = torch.tensor(own)[:, None] == torch.tensor(columns)
+    return apart.masked_fill(itself, 0).sum(1)
 
 
 def smooth_rows(
@@ -235,8 +238,7 @@ def smooth_rows(
     sides = members(t.labels, t.y_labels if ref else None)
     for i, (row, near, far) in enumerate(zip(s, *sides, strict=True)):
         own = [*near, i] if count_self and not ref else near
-        parts = [made(before(row, p, [q for q in own if q != p]), before(row, p, far)) for p in own]
-        out.append(torch.stack(parts).mean() if near else None)
+        out.append(made(before(row, own, own), before(row, own, far)).mean() if near else None)
     return out
 
 
