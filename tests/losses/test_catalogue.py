@@ -89,7 +89,8 @@ def test_gradcheck(name: str) -> None:
         torch.manual_seed(0)
         return torch.func.functional_call(module, own, a, o)
 
-    assert torch.autograd.gradcheck(loss, tuple(held.values()))
+    # along one direction a leaf: element by element test_float64 holds it to the formula
+    assert torch.autograd.gradcheck(loss, tuple(held.values()), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
