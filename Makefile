@@ -13,7 +13,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: venv train check one-row test best fuzz soak hostile ctest cpu-sanitize cpu-valgrind cpu-mutants \
-  dispatch-mutants launches determinism concurrency elements calls walks dependencies trust \
+  dispatch-mutants launches determinism compiles concurrency elements calls walks dependencies trust \
   cuda-host cuda-sanitize cuda-mutants kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery \
   site packages lint types clean
 
@@ -130,6 +130,9 @@ launches: venv
 
 determinism: venv
 	FUSED_LOSSES_RUNS=all $(ON_HOST) $(PYTEST) tests/base/test_determinism.py
+
+compiles: venv
+	FUSED_LOSSES_COMPILED=all $(ON_HOST) $(PYTEST) tests/losses/test_catalogue.py -k test_compiled
 
 OPENS = 10000
 concurrency: venv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import pickle
 import warnings
 
@@ -149,8 +150,21 @@ def test_nothing_as_large_as_all_pairs(name: str) -> None:
     assert held
 
 
+def compiled() -> list[str]:
+    """One module of each file and primitive, and all that hold averages; `make compiles`: all."""
+    every = [n for n in NAMES if CASES[n].compiles]
+    if os.environ.get("FUSED_LOSSES_COMPILED") == "all":
+        return every
+    entries = {e.name: e for e in losses.catalogue()}
+    alike: dict[tuple[str, ...], str] = {}
+    for name in every:
+        e = entries[name]
+        alike.setdefault((e.module.__module__, e.block, e.primitive), name)
+    return [n for n in every if n in alike.values() or any(True for _ in built(n, D).buffers())]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in NAMES if CASES[n].compiles])
+@pytest.mark.parametrize("name", compiled())
 def test_compiled(name: str) -> None:
     module = built(name, D, torch.float32)
     call, held = leaves(module, drawn(name, 19, D), torch.float32)
