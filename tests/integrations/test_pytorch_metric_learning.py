@@ -34,14 +34,23 @@ ROWS = [
     for kind in calls.KINDS
     if (case.name, kind) not in OUTSIDE
 ]
+# rows that are large or lie far out strain the narrow dtype; a float64 call that is narrowed within
+# is one of the other rows as well
+TYPED = [
+    (*row, dtype)
+    for row in ROWS
+    for dtype in (torch.float32, torch.float64)
+    if dtype == torch.float32 or row[2] in ("plain", "near duplicates")
+]
 
 # of float32 whatever the rows are: a row's place in the histogram, the collected precisions
 NARROW = ("HistogramLoss", "SmoothAPLoss")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(
-    "case,way,kind", ROWS, ids=[f"{case}, {way}, {kind}" for case, way, kind in ROWS]
+    "case,way,kind,dtype",
+    TYPED,
+    ids=[f"{case}, {way}, {kind}, {str(dtype)[6:]}" for case, way, kind, dtype in TYPED],
 )
 def test_values_and_gradients_are_the_peers(
     case: Case, way: str, kind: str, dtype: torch.dtype

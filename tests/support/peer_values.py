@@ -31,7 +31,8 @@ def check_as_the_peer(
     outcome: of `calls` calls in a dtype, the loss and then its gradients. rounded: the dtype of the
     roundings, where the peer has a narrower one inside. left_out: what its formula leaves out.
     """
-    truth, own = outcome(torch.float64), outcome(dtype)
+    truth = outcome(torch.float64)
+    own = truth if dtype == torch.float64 else outcome(dtype)
     with integrations.accelerate(peer, strict=True) as acceleration:
         got = outcome(dtype)
         (ran,) = acceleration.report()
