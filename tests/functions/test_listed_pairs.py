@@ -175,6 +175,11 @@ class Traced(NamedTuple):
     q: Tensor
 
 
+# Dynamo traces every loss over lists. AOTAutograd, slower, then traces one op: of a loss that is a
+# function of each pair, and of one that folds the pairs of a row
+WHOLE = ("contrastive", "multi_similarity")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(name: str) -> None:
@@ -182,7 +187,8 @@ def test_compiled(name: str) -> None:
     rest = [getattr(t, field) for field in Traced._fields[2:]]
     f = lambda x, y: case.call(Traced(x, y, *rest))
     torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    compiler = "aot_eager" if name in WHOLE else "eager"
+    compiled = torch.compile(f, fullgraph=True, backend=compiler)
     want = answers(lambda t: f(t.x, t.y), t, False)
     got = answers(lambda t: compiled(t.x, t.y), t, False)
     for g, w in zip(got, want, strict=True):
