@@ -12,8 +12,8 @@ from counted import COUNTER, MIB, told_by_child
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.xdist_group("pair_memory")]
 
 BOUND = 32 * MIB
-# of 100 that all scores need, 50 of one batch; larger rooms stay mapped and are counted once
-BUDGET = 30 * MIB
+# of 49 that all scores need, 24 of one batch; larger rooms stay mapped and are counted once
+BUDGET = 15 * MIB
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class Case:
     """One call; the matrix of its scores would be far above the bound."""
 
     id: str
-    n: int = 5_120
+    n: int = 3_584
     d: int = 48
     dtype: str = "float32"
     precision: str = "fp32"
     bound: int = BOUND
+    counted: bool = True  # or told alone
 
     @property
     def what(self) -> str:
@@ -50,14 +51,19 @@ CASES = [
     Case("kernel_mean"),
     Case("hsic"),
     Case("maxsim"),
-    # the promises at D = 512
-    Case("info_nce-8192", n=8_192, d=512, bound=64 * MIB),
-    Case("info_nce-16384", n=16_384, d=512, bound=96 * MIB),
+    # of the promises at D = 512 the one that comes nearest to its bound
     Case("supervised_contrastive-8192", n=8_192, d=512, bound=64 * MIB),
+]
+
+# whose bound is held against what `explain` says, itself held against counts of fewer rows
+PROMISED = [
+    Case("info_nce-8192", n=8_192, d=512, bound=64 * MIB, counted=False),
+    Case("info_nce-16384", n=16_384, d=512, bound=96 * MIB, counted=False),
 ]
 
 # what changes a plan and no example has (test_example_memory.py), held against `explain` alone
 EXPLAINED = [
+    Case("info_nce-wide", n=2_048, d=512),
     Case("info_nce-kept"),
     Case("supervised_contrastive-kept"),
     Case("lifted_structure-two_classes", n=1_152, d=96),
@@ -134,6 +140,8 @@ def run(case, backend, asked=True):
     def step():
         result = fn(*args, **options)
         (unpacked(result) if isinstance(result, tuple) else result.sum()).backward()
+    if not case["counted"]:
+        return 0, fused_losses.explain(fn, *args, **options).peak_extra_bytes if asked else 0
     peak = extra(step) - sum(g.grad.nbytes for g in (x, y) if g.grad is not None)
     return peak, fused_losses.explain(fn, *args, **options).peak_extra_bytes if asked else 0
 
@@ -150,7 +158,7 @@ print(json.dumps({case["id"]: run(case, backend) for case in cases}))
 @functools.cache
 def measured(backend: str) -> dict[str, tuple[int, int]]:
     """By case: bytes beyond inputs and gradients at the peak, and what `explain` had said of it."""
-    cases = [c for c in CASES + EXPLAINED if backend == "cpu" or c.id in PLAIN]
+    cases = [c for c in CASES + EXPLAINED + PROMISED if backend == "cpu" or c.id in PLAIN]
     cases = [CONTROL] if backend == "reference" else cases
     given = [{**asdict(c), "what": c.what} for c in cases]
     return told_by_child(CHILD, [backend, given, BUDGET])
@@ -165,8 +173,15 @@ def of(name: str, case: Case) -> tuple[int, int]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("name", MEASURED)
 def test_peak_is_far_below_the_scores(name: str, case: Case) -> None:
-    assert case.scores > 3 * case.bound  # or the bound would say nothing
+    # or the bound would say nothing: all scores break it, and in 16 bits beside blocks
+    assert case.scores > 1.5 * case.bound
     assert of(name, case)[0] <= case.bound
+
+
+@pytest.mark.parametrize("case", PROMISED, ids=lambda case: case.id)
+def test_what_is_told_of_many_rows_is_far_below_the_scores(case: Case) -> None:
+    assert case.scores > 3 * case.bound
+    assert 0 < of("cpu", case)[1] <= case.bound
 
 
 @pytest.mark.parametrize("case", CASES + EXPLAINED, ids=lambda case: case.id)
