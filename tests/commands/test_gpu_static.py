@@ -10,8 +10,9 @@ import importlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from fused_losses.primitives.pairs import triton_tiles as triton_pair_tiles
 from fused_losses.primitives.row_statistics import triton_tiles
 from fused_losses.primitives.topk import triton as triton_topk
 from tools.gpu_static import cuda_library, gate, machine_code, page, sweep
-from tools.gpu_static.calls import CALLS, compilations
+from tools.gpu_static.calls import CALLS, compilations, selection
 from tools.gpu_static.machine_code import Figures
-from tools.gpu_static.record import AMD, NVIDIA, Compilation, launches, on, specialise
+from tools.gpu_static.record import AMD, NVIDIA, SIZES, Compilation, launches, on, specialise
 
 pytest.importorskip("triton")
 
@@ -51,7 +52,7 @@ TABLE_ROWS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 @pytest.fixture(scope="module")
 def found() -> page.Found:
-    return sweep.sweep(NVIDIA + AMD, tested=True)
+    return sweep.sweep(selection())
 
 
 @pytest.mark.gate
@@ -251,9 +252,27 @@ def test_occupancy_by_hand() -> None:
 def test_the_page_has_every_kernel() -> None:
     text = (ROOT / "docs" / "generated" / "gpu_static.md").read_text()
     assert "no fault" in text
-    for arch in NVIDIA + AMD:
-        for key in compilations(arch, tested=True):
+    for keys in selection().values():
+        for key in keys:
             assert f"| {key.name} |" in text, key.name
+
+
+def test_the_selection_has_every_kernel_and_tile() -> None:
+    """And whatever else a kernel of the tested calls is compiled with, on some target."""
+    chosen = selection()
+
+    def tiles(keys: Iterable[Compilation]) -> set[tuple]:
+        found = ((key, dict(key.constants)) for key in keys)
+        return {(k.name, *map(c.get, SIZES), k.warps, k.stages) for k, c in found}
+
+    def values(keys: Iterable[Compilation]) -> set[tuple]:
+        return {(k.name, c) for k in keys for c in k.constants if isinstance(c[0], str)}
+
+    every = {arch: compilations(arch, tested=True) for arch in chosen}
+    assert {*chosen} == {*NVIDIA, *AMD}
+    assert all(tiles(chosen[arch]) == tiles(every[arch]) for arch in every)
+    assert values(chain(*chosen.values())) == values(chain(*every.values()))
+    assert sum(map(len, chosen.values())) < 0.6 * sum(map(len, every.values()))
 
 
 # ---- planted faults ------------------------------------------------------------------------------
@@ -309,7 +328,8 @@ def test_planted_fault(name: str) -> None:
         warps,
         stages,
     )
-    found = gate.faults(machine_code.figures(arch, key))
+    (figures,) = machine_code.figures(arch, [key])
+    found = gate.faults(figures)
     assert bool(found) == bool(said), found
     for words in said:
         assert any(words in fault for fault in found), (words, found)

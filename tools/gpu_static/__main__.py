@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fused_losses.backends.cuda import launch as cuda_launch
 from tools.gpu_static import cuda_library, page, sweep
+from tools.gpu_static.calls import compilations
 from tools.gpu_static.record import AMD, NVIDIA
 
 SAVED = Path("build/gpu_static")  # each target's figures, as last compiled
@@ -29,7 +30,7 @@ def main() -> int:
     for arch in NVIDIA + AMD:
         saved = SAVED / f"{arch}.json"
         if not given.saved and arch in (given.target or (arch,)):
-            sweep.save(saved, sweep.sweep([arch]))
+            sweep.save(saved, sweep.sweep({arch: compilations(arch)}))
         if saved.is_file():
             found += sweep.load(saved)
             print(f"{arch}: {len(found)} kernels so far", flush=True)

@@ -5,7 +5,7 @@ Between them they take every entry of every tile table (test_gpu_static.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,12 +25,12 @@ from tools.gpu_static.host_calls import (
     topk,
     unit_rows,
 )
-from tools.gpu_static.record import AMD, Compilation, launches
+from tools.gpu_static.record import AMD, NVIDIA, SIZES, Compilation, launches
 
 
 @dataclass(frozen=True)
 class HostCall:
-    """One call of an operation; `make test` compiles it for the targets of `tested`."""
+    """One call of an operation; `make gpu-gate` draws on it for the targets of `tested`."""
 
     run: Callable[..., None]
     options: dict[str, Any]
@@ -241,7 +241,10 @@ CALLS: dict[str, HostCall] = {
 
 
 def compilations(arch: str, tested: bool = False) -> dict[Compilation, str]:
-    """Every distinct kernel of the calls on a target, with the first call that launches it."""
+    """Every distinct kernel of the calls on a target, with the first call that launches it.
+
+    tested: of the calls alone that name the target.
+    """
     out: dict[Compilation, str] = {}
     for name, call in CALLS.items():
         # reasons_against refuses tf32 on AMD
@@ -250,3 +253,54 @@ def compilations(arch: str, tested: bool = False) -> dict[Compilation, str]:
             for key in launches(arch, call.steps()):
                 out.setdefault(key, name)
     return out
+
+
+def selection() -> dict[str, dict[Compilation, str]]:
+    """What `make gpu-gate` compiles, target by target: of the tested calls' kernels
+
+    - of those that share a target, a kernel and a tile, the one with the most inputs;
+    - on some target what each constant of a kernel can be, and each type of its arguments.
+    """
+    found = {arch: compilations(arch, tested=True) for arch in NVIDIA + AMD}
+    kept = {arch: _richest(keys) for arch, keys in found.items()}
+    seen = {fact for keys in kept.values() for key in keys for fact in _facts(key)}
+    for arch, keys in found.items():
+        for key in keys:
+            if not _facts(key) <= seen:
+                kept[arch].add(key)
+                seen |= _facts(key)
+    return {
+        arch: {key: call for key, call in keys.items() if key in kept[arch]}
+        for arch, keys in found.items()
+    }
+
+
+def _richest(found: Iterable[Compilation]) -> set[Compilation]:
+    kept: dict[tuple, Compilation] = {}
+    for key in found:
+        constants = dict(key.constants)
+        sizes = tuple(constants.get(name) for name in (*SIZES, "EVEN"))
+        group = key.name, sizes, key.warps, key.stages
+        if group not in kept or _given(key) > _given(kept[group]):
+            kept[group] = key
+    return {*kept.values()}
+
+
+def _facts(key: Compilation) -> set[tuple]:
+    """Each constant by its value and each argument by its type, those of a group by themselves."""
+    constants = {(key.name, *pair) for pair in key.constants if isinstance(pair[0], str)}
+    kinds = {
+        (key.name, name, place, kind)
+        for name, group in key.signature
+        for place, kind in enumerate(group if isinstance(group, tuple) else (group,))
+    }
+    return constants | kinds
+
+
+def _given(key: Compilation) -> int:
+    """How many arguments the kernel reads, each of a group by itself, and no constants."""
+
+    def count(kind: Any) -> int:
+        return sum(map(count, kind)) if isinstance(kind, tuple) else kind != "constexpr"
+
+    return sum(count(kind) for _, kind in key.signature)

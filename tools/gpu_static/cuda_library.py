@@ -8,7 +8,16 @@ import subprocess
 from pathlib import Path
 
 from tools.gpu_static.gate import RESERVED
-from tools.gpu_static.machine_code import LANES, Figures, dump, functions, read, tool, usage
+from tools.gpu_static.machine_code import (
+    LANES,
+    Figures,
+    dump,
+    functions,
+    opcodes,
+    read,
+    tool,
+    usage,
+)
 from tools.gpu_static.record import NVIDIA
 
 
@@ -45,5 +54,5 @@ def sweep(library: Path, archs: tuple[str, ...] = NVIDIA) -> list[Figures]:
             # from sm_90 on the reserved kibibyte is counted, too, where there is any
             reserved = RESERVED if arch in ("sm_90", "sm_100", "sm_120") else 0
             figures.shared = max(0, resources[name]["SHARED"] - reserved)
-            out.append(read(figures, sass, resources[name]))
+            out.append(read(figures, opcodes(sass), resources[name]))
     return out

@@ -78,7 +78,7 @@ def class_rules(
     many: int = 1,  # labels a row
     classes: int = 0,
     normalize: bool = True,
-    n: int = 1024,
+    n: int = 64,  # few: the labels' cosines are gathered step by step
     c: int = 1_000_000,
 ) -> None:
     fold = CLASS_FOLDS[rule]

@@ -1,4 +1,4 @@
-"""What a kernel takes of a GPU, read from its machine code: NVIDIA's by cuobjdump, AMD's assembly.
+"""What a kernel takes of a GPU, read from its machine code: NVIDIA's disassembled, AMD's assembly.
 
 Counts are static: an instruction of a loop counts once.
 """
@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import importlib
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from fused_losses.backends.gpu.tiles import Tile
 from fused_losses.backends.triton import launch as triton_launch
-from tools.gpu_static.record import Compilation
+from tools.gpu_static.record import SIZES, Compilation
 
 TARGETS = {"gfx942": ("hip", "gfx942", 64)}
 # the tensor cores of one generation after another
@@ -83,6 +86,36 @@ def dump(file: str, *flags: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def code(cubin: bytes) -> bytes:
+    """The instructions of the one kernel of an ELF file."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [
+        struct.unpack_from("<IIQQQQ", cubin, headers + i * size)  # name, ..., offset, size
+        for i in range(count)
+    ]
+    at = sections[names][4]
+    found = [s for s in sections if cubin.startswith(b".text.", at + s[0])]
+    ((*_, begin, length),) = found
+    return cubin[begin : begin + length]
+
+
+def disassembled(arch: str, kernels: list[bytes]) -> list[Counter[str]]:
+    """How often each kernel has each instruction. One run for all: half a second starts it."""
+    with tempfile.NamedTemporaryFile(suffix=".raw") as file:
+        file.write(b"".join(kernels))
+        file.flush()
+        # Triton compiles for what is this generation's alone
+        name = f"SM{arch[3:]}{'a' * (int(arch[3:]) >= 90)}"
+        command = [tool("nvdisasm"), "-ndf", "-b", name, file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ends = list(accumulate(map(len, kernels)))
+    out: list[Counter[str]] = [Counter() for _ in kernels]
+    for found in INSTRUCTION.finditer(text):
+        out[bisect_right(ends, int(found[1], 16))][found[2]] += 1
+    return out
+
+
 def functions(text: str) -> Iterator[tuple[str, str]]:
     """The kernels of a dump of SASS, each with its instructions."""
     for part in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
@@ -99,16 +132,15 @@ def usage(text: str) -> dict[str, dict[str, int]]:
     }
 
 
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)", re.M)
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)", re.M)
 
 
 def opcodes(sass: str) -> Counter[str]:
-    return Counter(INSTRUCTION.findall(sass))
+    return Counter(name for _, name in INSTRUCTION.findall(sass))
 
 
-def read(figures: Figures, sass: str, resources: dict[str, int]) -> Figures:
-    """Fills in what SASS and resource usage of one kernel say."""
-    found = opcodes(sass)
+def read(figures: Figures, found: Counter[str], resources: dict[str, int]) -> Figures:
+    """Fills in what the instructions and the resource usage of one kernel say."""
     kinds = Counter()
     for name, count in found.items():
         kinds[name.split(".")[0]] += count
@@ -157,37 +189,52 @@ def compiled(arch: str, key: Compilation) -> Any:
     return triton.compile(source, target=GPUTarget(*target), options=options)
 
 
-def figures(arch: str, key: Compilation) -> Figures:
-    """Compiles one specialisation and reads it."""
-    constants = dict(key.constants)
-    sizes = [constants[name] for name in ("BM", "BN", "BK", "BD", "BT") if name in constants]
-    tile = "x".join(map(str, sizes))
-    out = Figures(key.name, arch, tile=tile, warps=key.warps, stages=key.stages)
-    try:
-        binary = compiled(arch, key)
-    except Exception as error:  # whatever the compiler raises is a finding
-        out.failure = f"{type(error).__name__}: {str(error)[-400:]}"
-        return out
-    return read_binary(out, binary)
+def figures(arch: str, keys: Iterable[Compilation]) -> list[Figures]:
+    """Compiles specialisations and reads them."""
+    out: list[Figures] = []
+    cubins: dict[int, bytes] = {}
+    for key in keys:
+        constants = dict(key.constants)
+        sizes = [constants[name] for name in SIZES if name in constants]
+        tile = "x".join(map(str, sizes))
+        out.append(Figures(key.name, arch, tile=tile, warps=key.warps, stages=key.stages))
+        try:
+            binary = compiled(arch, key)
+        except Exception as error:  # whatever the compiler raises is a finding
+            out[-1].failure = f"{type(error).__name__}: {str(error)[-400:]}"
+            continue
+        read_binary(out[-1], binary)
+        if "cubin" in binary.asm:
+            cubins[len(out) - 1] = binary.asm["cubin"]
+    found = disassembled(arch, [code(cubin) for cubin in cubins.values()]) if cubins else []
+    for (i, cubin), instructions in zip(cubins.items(), found, strict=True):
+        read(out[i], instructions, resources(cubin))
+    return out
 
 
-def read_binary(out: Figures, binary: Any) -> Figures:
-    """Fills in the figures of what Triton compiled."""
+def resources(cubin: bytes) -> dict[str, int]:
+    """What the one kernel of a binary takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool("cuobjdump"), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (found,) = usage(text).values()
+    return found
+
+
+def read_binary(out: Figures, binary: Any) -> None:
+    """Fills in what Triton says of what it compiled; of AMD's, also what its assembly does."""
     out.shared = binary.metadata.shared
     out.multiplies = "tt.dot" in binary.asm["ttir"]
     if "amdgcn" in binary.asm:
-        return _read_amd(out, binary.asm["amdgcn"])
+        _read_amd(out, binary.asm["amdgcn"])
+        return
     out.tensor_memory = getattr(binary.metadata, "tmem_size", 0) or 0
     out.tile_loads = tile_loads(binary.asm["ttir"], binary.asm["ptx"], LANES * out.warps)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        text = dump(file.name)
-    ((name, sass),) = functions(text)
-    return read(out, sass, usage(text)[name])
 
 
-def _read_amd(out: Figures, text: str) -> Figures:
+def _read_amd(out: Figures, text: str) -> None:
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", text)
         assert found is not None, name
@@ -207,7 +254,6 @@ def _read_amd(out: Figures, text: str) -> Figures:
             out.loads[label] = out.loads.get(label, 0) + count
         elif "_atomic_" in name or "_cmpswap" in name:
             out.atomics[name] = count
-    return out
 
 
 # ---- how wide the loads of tiles are -------------------------------------------------------------

@@ -27,6 +27,7 @@ TYPES = {
 }
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx942",)
+SIZES = ("BM", "BN", "BK", "BD", "BT")  # constants that are a tile's
 
 
 def table_row(arch: str) -> str:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from tools.gpu_static import machine_code
-from tools.gpu_static.calls import compilations
 from tools.gpu_static.machine_code import Figures, TileLoad
 from tools.gpu_static.record import Compilation
 
+CHUNK = 12  # kernels that are read at once, by one process
 
-def _one(job: tuple[str, Compilation]) -> Figures:
+
+def _some(job: tuple[str, list[Compilation]]) -> list[Figures]:
     return machine_code.figures(*job)
 
 
@@ -24,17 +25,18 @@ def workers() -> int:
     return min(2, os.cpu_count() or 1)
 
 
-def sweep(archs: Iterable[str], tested: bool = False) -> list[tuple[str, Figures]]:
-    """The figures of every kernel of the calls: (call, figures); `tested`: the tests' selection."""
+def sweep(found: Mapping[str, Mapping[Compilation, str]]) -> list[tuple[str, Figures]]:
+    """The figures of every target's kernels: (call, figures)."""
     jobs, names = [], []
-    for arch in archs:
-        for key, call in compilations(arch, tested).items():
-            jobs.append((arch, key))
-            names.append(call)
+    for arch, calls in found.items():
+        names += calls.values()
+        keys = list(calls)
+        jobs += [(arch, keys[i : i + CHUNK]) for i in range(0, len(keys), CHUNK)]
     # spawned: a fork of a process with threads may hang
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers(), context) as pool:
-        return list(zip(names, pool.map(_one, jobs, chunksize=4), strict=True))
+        figures = [one for some in pool.map(_some, jobs) for one in some]
+    return list(zip(names, figures, strict=True))
 
 
 def save(path: Path, found: list[tuple[str, Figures]]) -> None:
