@@ -61,7 +61,7 @@ void expect_shape(const char* name, const Tensor& t, at::IntArrayRef shape) {
 }
 
 // A ClassProblem and what it points to.
-struct Call {
+struct ClassCall {
   const NamedRule& rule;
   at::ScalarType accumulate;
   Tensor x, weight;
@@ -70,10 +70,10 @@ struct Call {
   std::vector<ClassLabel> labels;
   ClassProblem problem;
 
-  Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& place,
-       const OptionalTensor& classes, const OptionalTensor& values_in, const std::string& rule_name,
-       const std::vector<double>& params, int64_t centers, double softness, bool normalize,
-       const std::string& precision, const Tensor& kept)
+  ClassCall(const Tensor& x_in, const Tensor& weight_in, const Tensor& place,
+            const OptionalTensor& classes, const OptionalTensor& values_in,
+            const std::string& rule_name, const std::vector<double>& params, int64_t centers,
+            double softness, bool normalize, const std::string& precision, const Tensor& kept)
       : rule(rule_of(rule_name)),
         accumulate(weight_in.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
         x(dense_rows(x_in)),
@@ -136,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> class_rules_forward(
     const OptionalTensor& values, const std::string& rule, const std::vector<double>& params,
     int64_t centers, double softness, bool normalize, const std::string& precision,
     const Tensor& kept) {
-  const Call call(x, weight, place, classes, values, rule, params, centers, softness, normalize,
-                  precision, kept);
+  const ClassCall call(x, weight, place, classes, values, rule, params, centers, softness,
+                       normalize, precision, kept);
   const int64_t n = x.size(0);
   const Tensor statistics = at::empty({call.rule.statistics, n}, x.options().dtype(at::kDouble));
   const Tensor hardest = at::empty({n}, place.options());
@@ -159,8 +159,8 @@ std::tuple<Tensor, Tensor> class_rules_backward(
     const OptionalTensor& values, const std::string& rule, const std::vector<double>& params,
     int64_t centers, double softness, bool normalize, const std::string& precision,
     const Tensor& kept, bool compact, bool need_x, bool need_weight) {
-  const Call call(x, weight, place, classes, values, rule, params, centers, softness, normalize,
-                  precision, kept);
+  const ClassCall call(x, weight, place, classes, values, rule, params, centers, softness,
+                       normalize, precision, kept);
   const Problem& p = call.problem.rows;
   expect_shape("grad_statistics", grad_statistics, {call.rule.statistics, p.n});
   expect_shape("statistics", statistics, {call.rule.statistics, p.n});

@@ -41,19 +41,19 @@ at::ScalarType accumulated_type(at::ScalarType weight) {
 int64_t planes(bool dense) { return dense ? 1 : 2; }
 
 // A DivergenceProblem and what it points to.
-struct Call {
+struct DivergenceCall {
   Tensor x, weight, teacher, labels;
   OptionalTensor teacher_weight, classes, bias, teacher_bias, teacher_scale;
   std::vector<Target> targets;
   at::ScalarType accumulate;
   DivergenceProblem problem;
 
-  Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& teacher_in,
-       const OptionalTensor& teacher_weight_in, const Tensor& labels_in,
-       const OptionalTensor& classes_in, const OptionalTensor& bias_in,
-       const OptionalTensor& teacher_bias_in, const OptionalTensor& teacher_scale_in,
-       bool normalize, bool teacher_normalize, c10::string_view kind, at::ArrayRef<double> params,
-       c10::string_view precision, const Tensor& kept)
+  DivergenceCall(const Tensor& x_in, const Tensor& weight_in, const Tensor& teacher_in,
+                 const OptionalTensor& teacher_weight_in, const Tensor& labels_in,
+                 const OptionalTensor& classes_in, const OptionalTensor& bias_in,
+                 const OptionalTensor& teacher_bias_in, const OptionalTensor& teacher_scale_in,
+                 bool normalize, bool teacher_normalize, c10::string_view kind,
+                 at::ArrayRef<double> params, c10::string_view precision, const Tensor& kept)
       : x(dense_rows(x_in)),
         weight(dense_rows(weight_in)),
         teacher(teacher_weight_in ? dense_rows(teacher_in) : teacher_in),
@@ -136,8 +136,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor kept =
       kept_scores({planes(!teacher_weight), kept_classes, round_up(n, kKeptPadding)},
                   weight.options().dtype(accumulated_type(weight.scalar_type())));
-  const Call call(x, weight, teacher, teacher_weight, labels, classes, bias, teacher_bias,
-                  teacher_scale, normalize, teacher_normalize, kind, params, precision, kept);
+  const DivergenceCall call(x, weight, teacher, teacher_weight, labels, classes, bias, teacher_bias,
+                            teacher_scale, normalize, teacher_normalize, kind, params, precision,
+                            kept);
   const auto doubles = x.options().dtype(at::kDouble);
   const Tensor lse = at::empty({n}, doubles), teacher_lse = at::empty({n}, doubles);
   const Tensor target = at::empty({n}, doubles), teacher_target = at::empty({n}, doubles);
@@ -169,8 +170,9 @@ SevenTensors backward(const Tensor& grad_lse, const Tensor& grad_teacher_lse,
                       const Tensor& folds, const Tensor& kept, bool compact, bool need_x,
                       bool need_weight, bool need_teacher, bool need_teacher_weight, bool need_bias,
                       bool need_teacher_bias, bool need_teacher_scale) {
-  const Call call(x, weight, teacher, teacher_weight, labels, classes, bias, teacher_bias,
-                  teacher_scale, normalize, teacher_normalize, kind, params, precision, kept);
+  const DivergenceCall call(x, weight, teacher, teacher_weight, labels, classes, bias, teacher_bias,
+                            teacher_scale, normalize, teacher_normalize, kind, params, precision,
+                            kept);
   const auto wide = weight.options().dtype(call.accumulate);
   // one for each: an op's results share no memory
   const auto nothing = [&] { return at::empty({0}, weight.options()); };

@@ -63,8 +63,8 @@ struct ListedCall {
   }
 };
 
-Tensor forward(const Tensor& x, const OptionalTensor& y, const Tensor& rows, const Tensor& columns,
-               bool apart) {
+Tensor listed_forward(const Tensor& x, const OptionalTensor& y, const Tensor& rows,
+                      const Tensor& columns, bool apart) {
   const ListedCall call(x, y, rows, columns, apart);
   const Tensor out = at::empty({call.problem.pairs}, x.options().dtype(call.accumulate));
   const ListedKernels& kernels = best_kernels().listed;
@@ -74,9 +74,10 @@ Tensor forward(const Tensor& x, const OptionalTensor& y, const Tensor& rows, con
   return out;
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const OptionalTensor& y,
-                                    const Tensor& rows, const Tensor& columns, bool apart,
-                                    bool need_x, bool need_y) {
+std::tuple<Tensor, Tensor> listed_backward(const Tensor& grad, const Tensor& x,
+                                           const OptionalTensor& y, const Tensor& rows,
+                                           const Tensor& columns, bool apart, bool need_x,
+                                           bool need_y) {
   const ListedCall call(x, y, rows, columns, apart);
   TORCH_CHECK_VALUE(grad.sizes() == call.rows.sizes(), "grad: expected [", call.problem.pairs,
                     "], got ", grad.sizes());
@@ -126,8 +127,8 @@ size_t listed_workspace(int64_t n, int64_t m, int64_t d, int64_t pairs, int64_t 
 }
 
 void register_listed(torch::Library& m) {
-  m.impl("listed_scores_cpu", &forward);
-  m.impl("listed_scores_cpu_backward", &backward);
+  m.impl("listed_scores_cpu", &listed_forward);
+  m.impl("listed_scores_cpu_backward", &listed_backward);
 }
 
 }  // namespace fused_losses

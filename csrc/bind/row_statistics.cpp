@@ -37,17 +37,17 @@ void host_gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, const T* a, in
 }
 
 // A Problem and what it points to.
-struct Call {
+struct RowCall {
   Tensor x, weight, labels;
   OptionalTensor classes, bias, column_weight, bend;
   std::vector<Target> targets;
   at::ScalarType accumulate;
   Problem problem;
 
-  Call(const Tensor& x_in, const Tensor& weight_in, const Tensor& labels_in,
-       const OptionalTensor& classes_in, const OptionalTensor& bias_in,
-       const OptionalTensor& column_weight_in, bool normalize, bool weighted,
-       c10::string_view precision, const OptionalTensor& bend_in, const Tensor* kept)
+  RowCall(const Tensor& x_in, const Tensor& weight_in, const Tensor& labels_in,
+          const OptionalTensor& classes_in, const OptionalTensor& bias_in,
+          const OptionalTensor& column_weight_in, bool normalize, bool weighted,
+          c10::string_view precision, const OptionalTensor& bend_in, const Tensor* kept)
       : x(dense_rows(x_in)), weight(dense_rows(weight_in)), labels(labels_in.contiguous()) {
     TORCH_CHECK_VALUE(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
                       "row_statistics: expected x [N, D] and weight [C, D], got ", x.sizes(),
@@ -93,7 +93,7 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics_forward(
     const Tensor& x, const Tensor& weight, const Tensor& labels, const OptionalTensor& classes,
     const OptionalTensor& bias, const OptionalTensor& column_weight, bool normalize, bool weighted,
     c10::string_view precision, const OptionalTensor& bend, int64_t kept_classes) {
@@ -101,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const auto options =
       x.options().dtype(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const Tensor kept = kept_scores({kept_classes, round_up(n, kKeptPadding)}, options);
-  const Call call(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision,
-                  bend, &kept);
+  const RowCall call(x, weight, labels, classes, bias, column_weight, normalize, weighted,
+                     precision, bend, &kept);
   const auto doubles = options.dtype(at::kDouble);
   const Tensor lse = at::empty({n}, doubles), target = at::empty({n}, doubles);
   const Tensor weighted_sum = at::empty({weighted ? n : 0}, options);
@@ -120,14 +120,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   return {lse, target, weighted_sum, hardest, hardest_score, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor> row_statistics_backward(
     const Tensor& grad_lse, const Tensor& grad_target, const OptionalTensor& grad_weighted,
     const Tensor& x, const Tensor& weight, const Tensor& labels, const OptionalTensor& classes,
     const OptionalTensor& bias, const OptionalTensor& column_weight, const Tensor& lse,
     const Tensor& kept, bool normalize, bool weighted, c10::string_view precision,
     const OptionalTensor& bend, bool compact, bool need_x, bool need_weight, bool need_bias) {
-  const Call call(x, weight, labels, classes, bias, column_weight, normalize, weighted, precision,
-                  bend, &kept);
+  const RowCall call(x, weight, labels, classes, bias, column_weight, normalize, weighted,
+                     precision, bend, &kept);
   const Tensor nothing = at::empty({0}, weight.options());
   const bool part = compact && call.classes;
   const bool whole = (!classes || part) && x.size(0) > 0;
@@ -238,8 +238,8 @@ size_t row_workspace(int64_t n, int64_t d, int64_t itemsize, bool bf16) {
 }
 
 void register_row_statistics(torch::Library& m) {
-  m.impl("row_statistics_cpu", &forward);
-  m.impl("row_statistics_cpu_backward", &backward);
+  m.impl("row_statistics_cpu", &row_statistics_forward);
+  m.impl("row_statistics_cpu_backward", &row_statistics_backward);
 }
 
 }  // namespace fused_losses

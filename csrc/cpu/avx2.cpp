@@ -7,7 +7,7 @@ namespace fused_losses {
 
 const Kernels* avx2_kernels() {
 #if defined(__AVX2__)
-  static constinit const Kernels kernels = avx2::table("avx2", false);
+  static constinit const Kernels kernels = avx2::table("avx2");
   return &kernels;
 #else
   return nullptr;

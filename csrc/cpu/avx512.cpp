@@ -7,7 +7,7 @@ namespace fused_losses {
 
 const Kernels* avx512_kernels() {
 #if defined(__AVX512F__)
-  static constinit const Kernels kernels = avx512::table("avx512", false);
+  static constinit const Kernels kernels = avx512::table("avx512");
   return &kernels;
 #else
   return nullptr;

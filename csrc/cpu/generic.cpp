@@ -7,7 +7,7 @@
 namespace fused_losses {
 
 const Kernels& generic_kernels() {
-  static constinit const Kernels kernels = generic::table("default", false);
+  static constinit const Kernels kernels = generic::table("default");
   return kernels;
 }
 

@@ -21,19 +21,6 @@ inline bool made_of_products(const DistanceProblem& p) {
   return p.kind == Distance::kDot || p.kind == Distance::kSquared || p.kind == Distance::kEuclidean;
 }
 
-// Calls f.template operator()<P, T>() with the products of a forward (or of a backward).
-template <class F>
-inline auto with_distance_products(const DistanceProblem& p, [[maybe_unused]] bool backward,
-                                   F&& f) {
-  if (p.is_double) return f.template operator()<Plain<double>, double>();
-#if defined(__AVX512BF16__)
-  if (p.precision == Precision::kBFloat16 || (backward && p.precision == Precision::kMixed)) {
-    return f.template operator()<Pairs, float>();
-  }
-#endif
-  return f.template operator()<Plain<float>, float>();
-}
-
 template <class T>
 inline size_t sums_forward_bytes(const DistanceProblem& p, int threads) {
   return with_metric<T>(p, [&]<class M>(const M&) {
@@ -50,16 +37,39 @@ inline void any_sums_forward(const DistanceProblem& p, void* out, void* buffer,
   });
 }
 
+// Of the metrics that are made of products.
+template <class P, class T>
+constexpr DistanceKernels products_table() {
+  DistanceKernels k;
+  k.forward_bytes = [](const DistanceProblem& p, int threads) {
+    const ProductsPlan<P, T> plan(simplified(p), nullptr);
+    return plan.shared_bytes + threads * plan.thread_bytes;
+  };
+  k.forward = [](const DistanceProblem& p, void* out, void* buffer, const Parallel& parallel) {
+    products_forward<P, T>(simplified(p), static_cast<T*>(out), buffer, parallel);
+  };
+  k.backward_bytes = [](const DistanceProblem& p, const DistanceBackwardOut& out, int threads) {
+    return products_backward_bytes<P, T>(simplified(p), out, threads);
+  };
+  k.backward = [](const DistanceProblem& p, const DistanceBackwardIn& in,
+                  const DistanceBackwardOut& out, void* buffer, const Parallel& parallel) {
+    products_backward<P, T>(simplified(p), in, out, buffer, parallel);
+  };
+  return k;
+}
+
+#if !defined(__AVX512BF16__)
+
+template <class T>
+constexpr DistanceKernels kProducts = products_table<Plain<T>, T>();
+
 constexpr DistanceKernels distance_table() {
   DistanceKernels k;
   k.forward_bytes = [](const DistanceProblem& given, int threads) {
     const DistanceProblem p = simplified(given);
     if (p.is_bool) return bits_bytes(p);
     if (made_of_products(p)) {
-      return with_distance_products(p, false, [&]<class P, class T>() {
-        const ProductsPlan<P, T> plan(p, nullptr);
-        return plan.shared_bytes + threads * plan.thread_bytes;
-      });
+      return (p.is_double ? kProducts<double> : kProducts<float>).forward_bytes(p, threads);
     }
     return p.is_double ? sums_forward_bytes<double>(p, threads)
                        : sums_forward_bytes<float>(p, threads);
@@ -68,9 +78,7 @@ constexpr DistanceKernels distance_table() {
     const DistanceProblem p = simplified(given);
     if (p.is_bool) return bits_forward(p, static_cast<float*>(out), buffer, parallel);
     if (made_of_products(p)) {
-      return with_distance_products(p, false, [&]<class P, class T>() {
-        products_forward<P, T>(p, static_cast<T*>(out), buffer, parallel);
-      });
+      return (p.is_double ? kProducts<double> : kProducts<float>).forward(p, out, buffer, parallel);
     }
     if (p.is_double) return any_sums_forward<double>(p, out, buffer, parallel);
     any_sums_forward<float>(p, out, buffer, parallel);
@@ -78,9 +86,7 @@ constexpr DistanceKernels distance_table() {
   k.backward_bytes = [](const DistanceProblem& given, const DistanceBackwardOut& out, int threads) {
     const DistanceProblem p = simplified(given);
     if (made_of_products(p)) {
-      return with_distance_products(p, true, [&]<class P, class T>() {
-        return products_backward_bytes<P, T>(p, out, threads);
-      });
+      return (p.is_double ? kProducts<double> : kProducts<float>).backward_bytes(p, out, threads);
     }
     return p.is_double ? sums_backward_bytes<double>(p, out, threads)
                        : sums_backward_bytes<float>(p, out, threads);
@@ -89,14 +95,15 @@ constexpr DistanceKernels distance_table() {
                   const DistanceBackwardOut& out, void* buffer, const Parallel& parallel) {
     const DistanceProblem p = simplified(given);
     if (made_of_products(p)) {
-      return with_distance_products(p, true, [&]<class P, class T>() {
-        products_backward<P, T>(p, in, out, buffer, parallel);
-      });
+      return (p.is_double ? kProducts<double> : kProducts<float>)
+          .backward(p, in, out, buffer, parallel);
     }
     if (p.is_double) return sums_backward<double>(p, in, out, buffer, parallel);
     sums_backward<float>(p, in, out, buffer, parallel);
   };
   return k;
 }
+
+#endif
 
 }  // namespace fused_losses::FL_ISA
