@@ -58,6 +58,8 @@ def half_of(memory_budget: MemoryBudget, like: Tensor) -> int:
 
 def room_of(memory_budget: MemoryBudget, like: Tensor) -> Room | None:
     """Room for what a call's sweeps keep, None: nothing."""
+    if type(memory_budget) is int and memory_budget == 0:
+        return None  # what most calls say
     budget = budget_of(memory_budget, like)
     return Room(budget) if budget else None
 

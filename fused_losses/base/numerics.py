@@ -338,8 +338,11 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+_NOTHING = contextlib.nullcontext()  # entered as often as one likes
+
+
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Our own casts decide; autocast must not lower the [N, D] work around the kernels."""
     if not autocasts(device):
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.autocast(device.type, enabled=False)

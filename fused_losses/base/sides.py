@@ -50,6 +50,11 @@ def same_rows(x: Tensor, y: Tensor | None) -> bool:
     return one._cdata == other._cdata and x.storage_offset() == y.storage_offset()
 
 
+def both_of(of_x: Tensor | None, of_y: Tensor | None) -> Both:
+    """The rows' and the columns', which have the rows' where theirs are not given."""
+    return NEITHER if of_x is of_y is None else (of_x, of_x if of_y is None else of_y)
+
+
 class Integers(NamedTuple):
     """What is known of both sides, as int32 numbers that are equal where the given ones are.
 
@@ -82,6 +87,9 @@ def integers(
     prefixes: of the arguments' names in errors. alone: the columns have the rows' integers where
     theirs are not given. labelled: labels must be there.
     """
+    (a, b), (c, d), (e, f) = labels, ids, groups
+    if a is b is c is d is e is f is exclude is None and not labelled:
+        return Integers()  # most calls know nothing
     numbers: list[Tensor | None] = []
     for kind, given in (("labels", labels), ("ids", ids), ("groups", groups)):
         if given[0] is None and given[1] is None and not (labelled and kind == "labels"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from numbers import Integral, Real
 
@@ -329,11 +330,17 @@ def number(name: str, value: float | Tensor, like: Tensor, *, positive: bool = T
         if positive and readable and float(value.detach()) <= 0:
             raise ValueError(f"{name}: expected a value > 0, got {float(value.detach())}")
         return (value.reshape(()) if value.dim() else value).double()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number or a scalar tensor, got {type(value).__name__}")
-    if positive and not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a value > 0, got {value}")
+    check_positive(name, value, positive=positive)
     return torch.full((), float(value), dtype=torch.float64, device=like.device)
+
+
+def check_positive(name: str, value: object, *, positive: bool = True) -> None:
+    """A number that is no tensor, finite and > 0 if so wanted."""
+    # what most are needs no look at the abstract class
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{name}: expected a number or a scalar tensor, got {type(value).__name__}")
+    if positive and not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a value > 0, got {value}")
 
 
 def check_plain(**values: object) -> None:

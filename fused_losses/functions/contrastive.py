@@ -16,7 +16,7 @@ from fused_losses.base.integers import count_up
 from fused_losses.base.memory_budget import MemoryBudget
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced
 from fused_losses.base.scalars import inverse
-from fused_losses.base.sides import batch_sides, sides
+from fused_losses.base.sides import batch_sides, both_of, sides
 from fused_losses.base.validation import check_rows, number
 from fused_losses.functions.pair_sums import Shares, reduced_shares
 from fused_losses.functions.scored_pairs import BatchPairs, batch_pairs, scored
@@ -247,7 +247,7 @@ def sigmoid_contrastive(
         precision,
         names=("x", "y"),
         prefixes=("", "y_"),
-        labels=(labels, labels if y_labels is None else y_labels),
+        labels=both_of(labels, y_labels),
         offset=offset,
         memory_budget=memory_budget,
     )

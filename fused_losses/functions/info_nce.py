@@ -13,7 +13,7 @@ from fused_losses.base.examples import PRECISIONS, examples, few
 from fused_losses.base.memory_budget import MemoryBudget
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, reduced
 from fused_losses.base.scalars import inverse
-from fused_losses.base.sides import NEITHER, sides
+from fused_losses.base.sides import NEITHER, both_of, sides
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import check_at_least, check_plain
 from fused_losses.functions.banks import banks_of, numbered, own_negatives
@@ -151,10 +151,10 @@ def info_nce(
         precision,
         names=("query", "key"),
         prefixes=("", "key_"),
-        labels=(labels, labels if key_labels is None else key_labels),
+        labels=both_of(labels, key_labels),
         # of queries with a key of their own, ids and groups are compared with the banks' alone
-        ids=NEITHER if own_key else (ids, ids if key_ids is None else key_ids),
-        groups=NEITHER if own_key else (groups, groups if key_groups is None else key_groups),
+        ids=NEITHER if own_key else both_of(ids, key_ids),
+        groups=NEITHER if own_key else both_of(groups, key_groups),
         exclude=exclude,
         # who belongs to whom may be told otherwise
         offset=offset if positive_weight is None and targets is None else None,
@@ -165,7 +165,7 @@ def info_nce(
     validation.check_choice("reduction", reduction, validation.REDUCTIONS)
     scale = inverse("temperature", temperature, query)
     check_at_least("hardness", hardness, 0.0)
-    told = any(given is not None for given in (labels, positive_weight, targets))
+    told = not (labels is positive_weight is targets is None)
     if symmetric and reduction == "none" and told and n != m:
         raise ValueError(
             f"reduction: expected 'mean' or 'sum' for symmetric=True with labels, positive_weight "
@@ -186,8 +186,10 @@ def info_nce(
                 raise ValueError(f"{name}: expected none with own_key=True, got one")
     if negatives is not None:
         negatives = own_negatives(negatives, query)
-    beside: dict[str, object] = dict(ids=ids, groups=groups, exclude=exclude, negatives=negatives)
-    beside |= dict(hardness=hardness or None, false_negative_margin=false_negative_margin)
+    beside: dict[str, object] = {}
+    if not (guide is share is positive_weight is targets is None):
+        beside = dict(ids=ids, groups=groups, exclude=exclude, negatives=negatives)
+        beside |= dict(hardness=hardness or None, false_negative_margin=false_negative_margin)
     choice = chosen_by(
         both,
         guides=(guide, key_guide, queue_guide),

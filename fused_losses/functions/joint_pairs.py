@@ -23,7 +23,7 @@ from fused_losses.base.numerics import (
     row_dtype,
 )
 from fused_losses.base.scalars import inverse
-from fused_losses.base.sides import Sides, sides
+from fused_losses.base.sides import Sides, both_of, sides
 from fused_losses.base.unit_norm import unit, wide_unit
 from fused_losses.base.validation import check_plain
 from fused_losses.functions.chosen_pairs import beside_rows, by_guide, chosen_sums
@@ -290,7 +290,7 @@ def _labelled(
     query: Tensor, key: Tensor, precision: str, labels: Tensor | None, key_labels: Tensor | None
 ) -> Sides:
     """Both sides and which pairs are positive."""
-    told = labels, labels if key_labels is None else key_labels
+    told = both_of(labels, key_labels)
     return sides(
         query, key, precision, names=("query", "key"), prefixes=("", "key_"), labels=told, offset=0
     )

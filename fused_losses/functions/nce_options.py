@@ -41,10 +41,12 @@ def chosen_by(
     margin, strategy = guide_options
     check_plain(guide_margin=margin, share=share)
     if guide is None:
-        more: dict[str, object] = dict(key_guide=key_guide, queue_guide=queue_guide)
-        more |= dict(guide_margin=margin or None)
-        more |= dict(guide_strategy=None if strategy == "absolute" else strategy)
-        for name, value in more.items():
+        for name, value in (
+            ("key_guide", key_guide),
+            ("queue_guide", queue_guide),
+            ("guide_margin", margin or None),
+            ("guide_strategy", None if strategy == "absolute" else strategy),
+        ):
             if value is not None:
                 raise ValueError(f"{name}: expected none without a guide, got one")
     elif key_guide is None:

@@ -14,7 +14,7 @@ from fused_losses.base.examples import examples
 from fused_losses.base.integers import count_up
 from fused_losses.base.numerics import accumulate_dtype, no_autocast, power_of_two, reduced
 from fused_losses.base.products import product
-from fused_losses.base.sides import sides
+from fused_losses.base.sides import both_of, sides
 from fused_losses.base.validation import check_count, number
 from fused_losses.functions.pair_sums import PairSums
 from fused_losses.primitives.nested.inputs import NestedInputs
@@ -73,7 +73,7 @@ def nested_info_nce(
         precision,
         names=("query", "key"),
         prefixes=("", "key_"),
-        labels=(labels, labels if key_labels is None else key_labels),
+        labels=both_of(labels, key_labels),
         ids=(ids, ids if key_ids is None else key_ids),
         groups=(groups, groups if key_groups is None else key_groups),
         exclude=exclude,

@@ -22,7 +22,7 @@ from fused_losses.base.numerics import (
     reduced,
     softplus,
 )
-from fused_losses.base.sides import NEITHER, batch_sides, sides
+from fused_losses.base.sides import NEITHER, batch_sides, both_of, sides
 from fused_losses.base.validation import (
     check_at_least,
     check_class_ids,
@@ -164,7 +164,7 @@ def harmonic_triplet(
         precision,
         names=("embeddings", "frozen"),
         prefixes=("", "frozen_"),
-        labels=(labels, labels if frozen_labels is None else frozen_labels) if all_of else NEITHER,
+        labels=both_of(labels, frozen_labels) if all_of else NEITHER,
         labelled=all_of,
     )
     if not all_of:
