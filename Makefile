@@ -44,8 +44,9 @@ one-row:
 
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 ON_HOST = FUSED_LOSSES_REQUIRE_CPU=1 FUSED_LOSSES_CUDA_ON_HOST=1 OMP_WAIT_POLICY=passive
-# runs what follows unless its files are those of tests/proven.json
-PROVE = $(BIN)/python -m tools.proofs run $(if $(FULL),--full)
+# runs what follows unless its files are those of tests/proven.json. UNTIL=SECONDS of the epoch: with
+# FULL=1, what is proven is proven again no later
+PROVE = $(BIN)/python -m tools.proofs run $(if $(FULL),--full) $(if $(UNTIL),--until $(UNTIL))
 BEST = $(shell $(BIN)/python -c "from fused_losses import _C; print(_C.capability())")
 
 test: venv

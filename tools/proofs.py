@@ -1,11 +1,12 @@
 """What need not run again while its files stay as they are: mutants, sanitizers, lower CPUs, what
 Triton compiles for every target, and the PTX of all kernels in the emulator.
 
-    python -m tools.proofs run NAME [--full] COMMAND ...
+    python -m tools.proofs run NAME [--full] [--until TIME] COMMAND ...
     python -m tools.proofs hash
 
-`run` runs the command unless NAME was proven on the same contents (--full: always), and records
-the contents in tests/proven.json once it succeeds, with the tools that were there: where one is
+`run` runs the command unless NAME was proven on the same contents (--full: always; --until: until
+that time, in seconds of the epoch, after which what is proven is not proven again), and records the
+contents in tests/proven.json once it succeeds, with the tools that were there: where one is
 absent the tests that need it are left out, and a machine that has more of them proves it again.
 `hash` prints one hash over all proofs' files. NAME may carry what else the proof depends on, as in
 ctest:avx2. Needs neither git nor torch.
@@ -17,8 +18,10 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -111,13 +114,21 @@ def proven(root: Path = ROOT) -> dict[str, Proof]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def run(name: str, command: list[str], full: bool = False, root: Path = ROOT) -> int:
+def run(
+    name: str,
+    command: list[str],
+    full: bool = False,
+    until: float = math.inf,
+    root: Path = ROOT,
+) -> int:
     """Runs the proof's command where it is due, and says so where it is not; its exit status."""
     now, there = content_hash([name], root), tools(name, root)
     before = proven(root).get(name)
     known = before is not None and before["contents"] == now and {*there} <= {*before["tools"]}
-    if known and not full:
-        print(f"{name}: not run, unchanged since proven ({now}); FULL=1 runs it", flush=True)
+    late = time.time() > until
+    if known and (late or not full):
+        why = "no time is left to prove it again" if full else "FULL=1 runs it"
+        print(f"{name}: not run, unchanged since proven ({now}); {why}", flush=True)
         return 0
     print(
         f"{name}: running, {'FULL=1' if full else 'its files or tools have changed'} ({now})",
@@ -140,6 +151,7 @@ def main() -> int:
     runs = verbs.add_parser("run")
     runs.add_argument("name")
     runs.add_argument("--full", action="store_true")
+    runs.add_argument("--until", type=float, default=math.inf)
     runs.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     if given.verb == "hash":
@@ -147,7 +159,7 @@ def main() -> int:
         return 0
     if given.name.partition(":")[0] not in PROOFS or not given.command:
         parser.error(f"expected one of {', '.join(PROOFS)} and a command")
-    return run(given.name, given.command, given.full)
+    return run(given.name, given.command, given.full, given.until)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -42,6 +43,19 @@ def test_a_proof_runs_once_for_each_state(tree: Path, capsys: pytest.CaptureFixt
         before = runs(tree)
         assert proofs.run("mutants", command("0"), root=tree) == 0
         assert runs(tree) == before + 1
+
+
+def test_what_is_proven_is_proven_again_while_there_is_time(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # what was never proven runs however late it is
+    assert proofs.run("mutants", command("0"), full=True, until=0, root=tree) == 0
+    assert runs(tree) == 1
+    assert proofs.run("mutants", command("0"), full=True, until=time.time() + 60, root=tree) == 0
+    assert runs(tree) == 2
+    capsys.readouterr()
+    assert proofs.run("mutants", command("0"), full=True, until=time.time() - 1, root=tree) == 0
+    assert runs(tree) == 2 and "no time is left" in capsys.readouterr().out
 
 
 def test_a_failure_is_not_recorded(tree: Path) -> None:
