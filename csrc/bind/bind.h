@@ -148,6 +148,7 @@ at::Tensor reduced_shares(const at::Tensor& value, const at::Tensor& others,
                           const std::optional<at::Tensor>& second,
                           const std::optional<at::Tensor>& second_others, bool mean, bool everyone,
                           bool wide);
+at::Tensor mean_of_each(const at::Tensor& total, const at::Tensor& count, bool wide);
 at::Tensor reduced_loss(const at::Tensor& loss, const at::Tensor& counted, bool mean, bool wide);
 
 // In plain eager mode: with the gradient in C++. y None: x itself.

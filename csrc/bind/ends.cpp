@@ -337,6 +337,40 @@ struct Reduced : torch::autograd::Function<Reduced> {
   }
 };
 
+// The mean of the positives' terms and that of the negatives', added: of totals and counts [2, N].
+struct MeanOfEach : torch::autograd::Function<MeanOfEach> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& total_in, const Tensor& count_in,
+                        at::ScalarType dtype) {
+    const Tensor total = total_in.contiguous(), count = count_in.contiguous();
+    const int64_t n = total.size(1);
+    // what each class is divided by
+    const Tensor divisors = at::empty({2, 1}, total.options());
+    double result = 0;
+    of_wide_type(total, [&](auto type) {
+      using T = decltype(type);
+      for (int64_t c = 0; c < 2; ++c) {
+        const T *terms = total.const_data_ptr<T>() + c * n, *of = count.const_data_ptr<T>() + c * n;
+        const T sum = static_cast<T>(summed(n, [&](int64_t i) { return terms[i]; }));
+        const T pairs = static_cast<T>(summed(n, [&](int64_t i) { return of[i]; }));
+        divisors.data_ptr<T>()[c] = std::max(pairs, T(1));
+        result += sum / divisors.data_ptr<T>()[c];
+      }
+    });
+    ctx->save_for_backward({divisors});
+    ctx->saved_data["rows"] = n;
+    const Tensor out = at::empty({}, total.options().dtype(dtype));
+    out.fill_(result);
+    return out;
+  }
+
+  // The slopes know the gradient alone, so these operations have all further derivatives.
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Tensor divisors = ctx->get_saved_variables()[0];
+    const Tensor slopes = at::div(grads[0].to(divisors.scalar_type()), divisors);
+    return {slopes.expand({2, ctx->saved_data["rows"].toInt()}), Tensor(), Tensor()};
+  }
+};
+
 }  // namespace
 
 Tensor softplus_of(const Tensor& z) { return Softplus::apply(z); }
@@ -380,6 +414,15 @@ Tensor reduced_shares(const Tensor& value, const Tensor& others, const std::opti
 Tensor reduced_loss(const Tensor& loss, const Tensor& counted, bool mean, bool wide) {
   check_alike(loss, counted, "counted");
   return Reduced::apply(loss, counted, mean, wide ? at::kDouble : at::kFloat);
+}
+
+Tensor mean_of_each(const Tensor& total, const Tensor& count, bool wide) {
+  TORCH_CHECK_VALUE(total.dim() == 2 && total.size(0) == 2, "total: expected [2, N], got ",
+                    total.sizes());
+  check_alike(total, count, "count");
+  TORCH_CHECK_TYPE(total.scalar_type() == count.scalar_type(), "count: expected ",
+                   total.scalar_type());
+  return MeanOfEach::apply(total, count, wide ? at::kDouble : at::kFloat);
 }
 
 }  // namespace fused_losses

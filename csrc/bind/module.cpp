@@ -188,6 +188,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("share_loss", &share_loss, unlocked);
   m.def("reduced_shares", &reduced_shares, unlocked);
   m.def("reduced_loss", &reduced_loss, unlocked);
+  m.def("mean_of_each", &mean_of_each, unlocked);
   py::class_<Tf32Block>(m, "tf32_products")
       .def(py::init<bool>())
       .def("__enter__", &Tf32Block::enter)

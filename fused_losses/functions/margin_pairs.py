@@ -20,6 +20,7 @@ from fused_losses.base.numerics import (
 )
 from fused_losses.base.sides import Sides, batch_sides
 from fused_losses.base.validation import check_at_least, check_class_ids, check_plain, number
+from fused_losses.functions.pair_sums import mean_of_each
 from fused_losses.functions.scored_pairs import BatchPairs, batch_pairs
 from fused_losses.functions.scored_rows import (
     class_sizes,
@@ -109,8 +110,7 @@ def contrastive(
         stats = in_windows(pairs, near, far, backend, (Rule(-1.0, -near), Rule(1.0, -far)))
         dtype = accumulate_dtype(both.x.dtype)
         if reduction == "mean":
-            means = stats.total.sum(dim=1) / stats.count.sum(dim=1).clamp_min(1)
-            return means.sum().to(dtype)
+            return mean_of_each(stats.total, stats.count, dtype)
         loss = stats.total.sum(dim=0) / (2 if both.alone else 1)
         return (loss.sum() if reduction == "sum" else loss).to(dtype)
 

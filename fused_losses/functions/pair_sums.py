@@ -57,6 +57,15 @@ def reduced_shares(
     return part(rows) if columns is None else (part(rows) + part(columns)) / 2
 
 
+def mean_of_each(total: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean of the positives' terms and that of the negatives', added; [2, N] each."""
+    compiled = helpers(total, count)
+    wide = total.dtype == count.dtype and total.dtype in WIDE and dtype in WIDE
+    if compiled is not None and wide and total.numel() <= SHORT:
+        return compiled.mean_of_each(total, count, dtype == torch.float64)
+    return (total.sum(dim=1) / count.sum(dim=1).clamp_min(1)).sum().to(dtype)
+
+
 class PairSums(NamedTuple):
     """What InfoNCE knows of each row (or column), whatever segments its columns came in."""
 

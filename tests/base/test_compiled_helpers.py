@@ -23,7 +23,7 @@ from fused_losses.base.numerics import (
 )
 from fused_losses.base.unit_norm import unit
 from fused_losses.functions import pair_sums
-from fused_losses.functions.pair_sums import Shares, reduced_shares
+from fused_losses.functions.pair_sums import Shares, mean_of_each, reduced_shares
 from fused_losses.primitives.pairs import op as pairs
 from fused_losses.primitives.pairs.inputs import PairInputs, Rule
 from fused_losses.primitives.pairs.op import pair_statistics
@@ -102,6 +102,8 @@ def test_ends_of_losses(dtype: torch.dtype, formulas: pytest.MonkeyPatch) -> Non
         lambda z: reduced(z, fine, "mean", torch.float64),
         lambda z: reduced(z, fine, "sum", torch.float32),
         lambda z: reduced(z, torch.zeros_like(fine), "mean", dtype),
+        lambda z: mean_of_each(torch.stack([z, low]), kept.to(dtype).repeat(2, 1), dtype),
+        lambda z: mean_of_each(torch.stack([low, low * z]), torch.zeros(2, len(z)).to(z), dtype),
     ):
         found = []
         for call in (run, lambda z, run=run: without(formulas, run, z)):
@@ -122,6 +124,7 @@ def test_derivatives_of_any_order() -> None:
         lambda a, b: share_loss(torch.stack([a, b]), kept.double())[0],
         lambda a, b: reduced(a * b, kept, "mean", torch.float64),
         lambda a, b: reduced(a * b, kept, "sum", torch.float64),
+        lambda a, b: mean_of_each(torch.stack([a * b, b]), kept.double().repeat(2, 1), a.dtype),
     ):
         assert torch.autograd.gradcheck(run, (high, low))
         assert torch.autograd.gradgradcheck(run, (high, low))
