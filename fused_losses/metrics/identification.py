@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -142,6 +142,38 @@ def _own_camera(
     return both[:n], both[n:] if len(sides) == 2 else None
 
 
+class OpenSetOptions(TypedDict, total=False):
+    """Keywords of `dir_at_far`, whose own signature has their defaults."""
+
+    rank: int
+    metric: str
+    ids: Tensor | None
+    ref_ids: Tensor | None
+    galleries: QueryLists | None
+    per_query: bool
+    backend: str | None
+
+
+@overload
+def dir_at_far(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_embeddings: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    far: float = 0.01,
+    **options: Unpack[OpenSetOptions],
+) -> Identification: ...
+@overload
+def dir_at_far(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_embeddings: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    far: Sequence[float],
+    **options: Unpack[OpenSetOptions],
+) -> dict[float, Identification]: ...
 @torch.no_grad()
 def dir_at_far(
     embeddings: Tensor,  # [N, D]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -247,6 +247,23 @@ def verification_accuracy(
 # ---- all pairs of a set -------------------------------------------------------------------------
 
 
+class AllPairsOptions(TypedDict, total=False):
+    """Keywords of `all_pairs_tar_at_far`, whose own signature has their defaults."""
+
+    metric: str
+    p: float
+    precision: str
+    backend: str | None
+
+
+@overload
+def all_pairs_tar_at_far(
+    embeddings: Tensor, labels: Tensor, far: float, **options: Unpack[AllPairsOptions]
+) -> AllPairs: ...
+@overload
+def all_pairs_tar_at_far(
+    embeddings: Tensor, labels: Tensor, far: Sequence[float], **options: Unpack[AllPairsOptions]
+) -> dict[float, AllPairs]: ...
 def all_pairs_tar_at_far(
     embeddings: Tensor,  # [N, D]
     labels: Tensor,  # [N]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -16,12 +17,49 @@ from fused_losses.base.validation import check_integers, number
 from fused_losses.functions.scored_pairs import SCORED_BY, scored, triangle
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE, Rule
 from fused_losses.primitives.pairs.op import PairStatistics, pair_attention, pair_statistics
+from fused_losses.similarity.attention_options import AttentionOptions, LogsumexpOptions
 
 SIMILARITIES = (*SCORED_BY, "power")
 MATCHES = ("any", "same", "different", "both")
 ZEROS = ("same", "different")
 
 
+@overload
+def logsumexp_similarity(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    rows: Literal[True] = True,
+    cols: Literal[False] = False,
+    **options: Unpack[LogsumexpOptions],
+) -> Tensor: ...
+@overload
+def logsumexp_similarity(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    rows: Literal[False],
+    cols: Literal[True],
+    **options: Unpack[LogsumexpOptions],
+) -> Tensor: ...
+@overload
+def logsumexp_similarity(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    rows: Literal[True] = True,
+    cols: Literal[True],
+    **options: Unpack[LogsumexpOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def logsumexp_similarity(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    rows: bool = True,
+    cols: bool = False,
+    **options: Unpack[LogsumexpOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def logsumexp_similarity(
     x: Tensor,  # [N, D]
     y: Tensor | None = None,  # [M, D]
@@ -124,6 +162,33 @@ def logsumexp_similarity(
         return told(seen) if rows else told(other)
 
 
+@overload
+def similarity_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def similarity_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def similarity_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def similarity_attention(
     query: Tensor,  # [..., N, D]
     key: Tensor,  # [..., M, D]

@@ -45,7 +45,6 @@ def balanced_clusters(
             ones = t.new_ones(t.shape[0], 1)
             columns = torch.cat([w, b[:, None]], 1)
             rows = logsumexp_similarity(torch.cat([t, ones], 1), columns, **own)
-            assert isinstance(rows, Tensor)
             sums = logsumexp_similarity(
                 torch.cat([t, ones, -rows[:, None]], 1),
                 torch.cat([columns, torch.ones_like(b)[:, None]], 1),
@@ -53,7 +52,6 @@ def balanced_clusters(
                 cols=True,
                 **own,
             )
-            assert isinstance(sums, Tensor)
             balanced = b - torch.where(sums.isfinite(), sums, 0) / 2
         return distillation(
             x,

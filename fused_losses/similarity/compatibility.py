@@ -53,7 +53,6 @@ def higher_order_compatibility(
         old, new, scale=factor, x_labels=labels, y_labels=labels, zero="same",
         precision=precision, backend=backend,
     )  # fmt: skip
-    assert isinstance(sums, Tensor)
     with no_autocast(new.device):
         own = (old.to(torch.float64) * new.to(torch.float64)).sum(dim=1)
         each = (sums - factor * own).to(sums.dtype)

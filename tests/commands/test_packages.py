@@ -152,7 +152,9 @@ from torch import Tensor, nn
 
 import fused_losses
 from fused_losses import ClassCenters, explain, info_nce, margin_softmax, margins, miners
+from fused_losses import logsumexp_similarity, similarity_attention
 from fused_losses.losses import CircleLoss, catalogue
+from fused_losses.metrics import all_pairs_tar_at_far, dir_at_far
 
 
 class Head(nn.Module):
@@ -174,6 +176,22 @@ extra: int = plan.peak_extra_bytes
 names: list[str] = [entry.name for entry in catalogue("face")]
 version: str = fused_losses.__version__
 print(loss, extra, names, version, ClassCenters, miners)
+
+sums: Tensor = logsumexp_similarity(rows, rows, similarity="cosine")
+sums = logsumexp_similarity(rows, rows, rows=False, cols=True)
+of_rows, of_cols = logsumexp_similarity(rows, rows, cols=True)
+mixed: Tensor = similarity_attention(rows, rows, rows, scale=2.0) + (of_rows - of_cols)[:, None]
+mixed, lse = similarity_attention(rows, rows, rows, return_lse=True)
+total, stats = margin_softmax(rows, rows, torch.arange(8), return_stats=True)
+rate: float = dir_at_far(rows, torch.arange(8), far=0.1, rank=2).rate
+rate = dir_at_far(rows, torch.arange(8), far=[0.1, 0.2])[0.1].rate
+rate = all_pairs_tar_at_far(rows, torch.arange(8), 0.1).tar
+rate = all_pairs_tar_at_far(rows, torch.arange(8), [0.1], metric="dot")[0.1].tar
+print(sums.shape, mixed.shape, lse.shape, total.item(), stats.target_cosine.shape, rate)
+
+
+def chosen(both: bool) -> Tensor | tuple[Tensor, Tensor]:
+    return similarity_attention(rows, rows, rows, return_lse=both)
 """
 WRONG = """
 from torch import randn
