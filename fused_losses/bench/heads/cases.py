@@ -53,7 +53,8 @@ def _partial(x: Tensor, y: Tensor, table: Tensor) -> Provider:
     weight = table.clone().requires_grad_()
     optimizer = torch.optim.SGD([weight], **SGD)
     generator = torch.Generator(x.device).manual_seed(0)
-    count = round(RATE * len(table))
+    # the labels' rows are all drawn, however few the rate asks for
+    count = max(round(RATE * len(table)), len(y.unique()))
 
     def step() -> Tensor:
         draw = torch.rand(len(weight), device=x.device, generator=generator)
