@@ -141,6 +141,7 @@ CASES = {
     "maxsim_scores": Entry(text_cases.maxsim_scores, "tokens", quarter),
     **{name: Entry(make, "distances", every) for name, make in distance_cases.MATRICES.items()},
     "topk": Entry(batch_cases.topk, "bank"),
+    "topk_principal": Entry(batch_cases.topk_principal, "bank"),
     "batch_hard_mining": Entry(batch_cases.batch_hard_mining, "batch"),
     "all_triplets": Entry(batch_cases.all_triplets, "batch", own=(4096, 128)),
     "contrastive": Entry(batch_cases.contrastive, "batch"),
@@ -156,7 +157,13 @@ SUITES: dict[str, tuple[str, ...]] = {
         "contrastive",
     ),
     "distance": tuple(distance_cases.MATRICES),
-    "mining": ("topk", "batch_hard_mining", "all_triplets", "batch_hard_triplet"),
+    "mining": (
+        "topk",
+        "topk_principal",
+        "batch_hard_mining",
+        "all_triplets",
+        "batch_hard_triplet",
+    ),
     "head": ("class_centers", "head_distillation", "spherical_head"),
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +13,15 @@ import torch
 from fused_losses import cli
 from fused_losses.bench import measure, report
 from fused_losses.bench.micro.cases import Case
-from fused_losses.bench.micro.peers import peer
+from fused_losses.bench.micro.peers import flat, peer
 from fused_losses.bench.table import CASES
 
 MAKERS = {n: e.make for n, e in CASES.items() if e.sizes in ("distances", "bank", "batch")}
 
 
 def made(name: str, rivals: str = "eager") -> Case:
-    sizes = {"n": 9, "m": 300, "d": 24, "k": 5} if name == "topk" else {"n": 48, "d": 32}
+    bank = CASES[name].sizes == "bank"
+    sizes = {"n": 9, "m": 300, "d": 24, "k": 5} if bank else {"n": 48, "d": 32}
     return MAKERS[name](**sizes, rivals=rivals)
 
 
@@ -47,11 +50,48 @@ def test_mined_indices_must_be_the_right_ones() -> None:
     assert "differs from float64" in other.error and not other.times_ms
 
 
-def test_neighbours_must_be_the_right_ones() -> None:
-    case = made("topk")
+@pytest.mark.parametrize("name", ["topk", "topk_principal"])
+def test_neighbours_must_be_the_right_ones(name: str) -> None:
+    case = made(name)
     case.providers["others"] = lambda: case.providers["matmul + topk"]() + 1
     *_, other = measure.paired(case, 1)
     assert "differs from float64" in other.error and not other.times_ms
+
+
+class FlatIndex:
+    """What of faiss' indices is called."""
+
+    def __init__(self, *_: int) -> None:
+        self.rows = torch.empty(0)
+
+    def add(self, rows: Any) -> None:
+        self.rows = torch.from_numpy(rows)
+
+    def search(self, queries: Any, k: int) -> tuple[Any, Any]:
+        best = (torch.from_numpy(queries) @ self.rows.T).topk(k)
+        return best.values.numpy(), best.indices.numpy()
+
+
+def test_panorama_is_given_its_axes_or_left_out_with_a_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    x, y = torch.randn(5, 8), torch.randn(40, 8)
+    axes = torch.linalg.qr(torch.randn(8, 8)).Q
+    old = SimpleNamespace(
+        IndexFlatIP=FlatIndex, omp_set_num_threads=lambda _: None, __version__="1.8.0"
+    )
+    (plain,) = flat(old, x, y, 3, axes).values()
+    assert "without Panorama: faiss 1.8.0 has none" in capsys.readouterr().err
+    turned: list[FlatIndex] = []
+
+    def made(*sizes: int) -> FlatIndex:
+        turned.append(FlatIndex(*sizes))
+        return turned[0]
+
+    new = SimpleNamespace(**vars(old), IndexFlatIPPanorama=made)
+    found = flat(new, x, y, 3, axes)
+    torch.testing.assert_close(found["faiss IndexFlatIPPanorama"](), plain())
+    torch.testing.assert_close(turned[0].rows, y @ axes)
 
 
 def test_errors_from_the_truth() -> None:
@@ -72,6 +112,8 @@ def test_floors() -> None:
     assert made("cityblock_gradient", "none").gradients_mib == (4 * n * n + 8 * n * d) / 2**20
     assert made("batch_hard_mining", "none").flops == n * n * d  # half the pairs
     assert made("topk", "none").flops == 2 * 9 * 300 * 24
+    principal = made("topk_principal", "none")  # the coordinates that are read of every pair
+    assert principal.flops == 2 * 9 * 300 * 16 and "the 16 coordinates" in principal.flops_of
 
 
 def test_a_slow_provider_is_timed_once() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_losses import backends, functional
+from fused_losses import backends, functional, principal_rows
 from fused_losses.bench.measure import Provider, free_bytes
 from fused_losses.bench.micro import peers
 from fused_losses.bench.micro.cases import Case, against_eager, apart, backward, knobbed
@@ -21,6 +21,7 @@ BLOCK_BYTES = 64 << 20  # of hinges, under a mask of triplets
 HINGE = 0.2
 PER_CLASS = 4
 PEERS_MOST = 2048  # rows
+DECAY = -0.7  # of the spread along axis i, as of real embeddings
 SUMMED = 1e-5  # relative L2 of sums in float32 from float64's
 
 
@@ -124,23 +125,72 @@ def topk(
             providers[f"fused, fp32 screen, {backend}"] = ours("fp32", backend=backend)
     if _bf16_screen(device):
         providers["fused, bf16 screen"] = ours("bf16")
+    title = f"Top-{k} of {n:,} queries by <x, y> over {m:,} x {d}, float32"
+    return _against_faiss(title, providers, x, y, k, 2.0 * n * m * d, rivals)
+
+
+def topk_principal(
+    n: int = 1024,
+    m: int = 200_000,
+    d: int = 256,
+    k: int = 32,
+    device: str = "cpu",
+    rivals: str = "all",
+    seed: int = 0,
+) -> Case:
+    """As `topk`, of rows whose spread decays from axis to axis; the bank's axes are found before.
+
+    faiss' Panorama, which reads coordinates in their order, has its bank turned to its axes, too;
+    queries are turned within a step by both.
+    """
+    torch.manual_seed(seed)
+    spread = torch.arange(1, d + 1, device=device) ** DECAY
+    turn = torch.linalg.qr(torch.randn(d, d, device=device)).Q
+    x, y = ((torch.randn(rows, d, device=device) * spread) @ turn for rows in (n, m))
+    heads = principal_rows(y)
+    screens = {"fused, principal axes": heads, "fused, fp32 screen": "fp32"}
+    screens |= {"fused, bf16 screen": "bf16"} if _bf16_screen(device) else {}
+
+    def ours(screen: Any) -> Provider:
+        return lambda: functional.pairwise_topk(x, y, k, "dot", screen=screen)[0]
+
+    providers = {name: ours(screen) for name, screen in screens.items()}
+    width = heads.first.shape[1]
+    title = f"Top-{k} of {n:,} queries by <x, y> over {m:,} x {d} of spread i^{DECAY}, float32"
+    axes = torch.linalg.eigh(y.T.double() @ y.double()).eigenvectors.flip(1).to(y.dtype)
+    case = _against_faiss(title, providers, x, y, k, 2.0 * n * m * width, rivals, axes)
+    case.flops_of = f"products with the {width} coordinates that every pair needs"
+    return case
+
+
+def _against_faiss(
+    title: str,
+    providers: dict[str, Provider],
+    x: Tensor,
+    y: Tensor,
+    k: int,
+    flops: float,
+    rivals: str,
+    axes: Tensor | None = None,  # [D, D], those of Panorama's levels
+) -> Case:
+    """Our ways, PyTorch's and faiss'."""
     names = list(providers)
+    on_cpu = x.device.type == "cpu"
     if rivals != "none":
         providers["matmul + topk"] = lambda: (x @ y.T).topk(k).values
-        if device == "cpu":
+        if on_cpu:
             providers["matmul + topk, oneDNN knob"] = lambda: knobbed(
                 lambda a, b: (a @ b.T).topk(k).values, x, y
             )
-        faiss = peer("faiss") if device == "cpu" else None
-        if device != "cpu":
+        faiss = peer("faiss") if on_cpu else None
+        if not on_cpu:
             providers |= peers.neighbours(x, y, k)
         if faiss is not None:
-            providers |= peers.flat(faiss, x, y, k)
-    title = f"Top-{k} of {n:,} queries by <x, y> over {m:,} x {d}, float32"
+            providers |= peers.flat(faiss, x, y, k, axes)
     # screens change nothing: all are sums of float32
     tolerance = {name: SUMMED for name in providers if "knob" not in name}
-    floor = 4.0 * (n + m) * d + 12.0 * n * k
-    case = Case(title, providers, names, [], 2.0 * n * m * d, floor, tolerance=tolerance)
+    floor = 4.0 * (len(x) + len(y)) * x.shape[1] + 12.0 * len(x) * k
+    case = Case(title, providers, names, [], flops, floor, tolerance=tolerance)
     if rivals != "none":
         case.truth = lambda: [(x.double() @ y.double().T).topk(k).values]
     return case

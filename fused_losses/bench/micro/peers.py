@@ -146,20 +146,32 @@ def attention(query: Tensor, key: Tensor, value: Tensor, slope: Tensor) -> dict[
     return _steps(losses, query, key, value)
 
 
-def flat(faiss: ModuleType, x: Tensor, y: Tensor, k: int) -> dict[str, Provider]:
+def flat(
+    faiss: ModuleType,
+    x: Tensor,
+    y: Tensor,
+    k: int,
+    axes: Tensor | None = None,  # [D, D] orthonormal, to which Panorama's rows are turned
+) -> dict[str, Provider]:
     """faiss' flat indices on the CPU: all products, and Panorama's, a run of columns at a time."""
     faiss.omp_set_num_threads(torch.get_num_threads())
     width = x.shape[1]
-    indices = {"faiss IndexFlatIP": faiss.IndexFlatIP(width)}
-    if hasattr(faiss, "IndexFlatIPPanorama"):
-        indices["faiss IndexFlatIPPanorama"] = faiss.IndexFlatIPPanorama(width, PANORAMA_LEVELS)
-    for index in indices.values():
-        index.add(y.numpy())
+    plain = faiss.IndexFlatIP(width)
+    plain.add(y.numpy())
+    found: dict[str, Provider] = {
+        "faiss IndexFlatIP": lambda: torch.from_numpy(plain.search(x.numpy(), k)[0])
+    }
+    if not hasattr(faiss, "IndexFlatIPPanorama"):
+        print(f"without Panorama: faiss {faiss.__version__} has none", file=sys.stderr)
+        return found
+    levels = faiss.IndexFlatIPPanorama(width, PANORAMA_LEVELS)
+    levels.add((y if axes is None else y @ axes).numpy())
 
-    def search(index: Any) -> Provider:
-        return lambda: torch.from_numpy(index.search(x.numpy(), k)[0])
+    def panorama() -> Tensor:
+        rows = x if axes is None else x @ axes
+        return torch.from_numpy(levels.search(rows.numpy(), k)[0])
 
-    return {name: search(index) for name, index in indices.items()}
+    return found | {"faiss IndexFlatIPPanorama": panorama}
 
 
 def neighbours(x: Tensor, y: Tensor, k: int) -> dict[str, Provider]:
