@@ -339,7 +339,7 @@ def check_positive(name: str, value: object, *, positive: bool = True) -> None:
     # what most are needs no look at the abstract class
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name}: expected a number or a scalar tensor, got {type(value).__name__}")
-    if positive and not 0 < value < math.inf:
+    if positive and not 0 < float(value) < math.inf:
         raise ValueError(f"{name}: expected a value > 0, got {value}")
 
 
