@@ -13,11 +13,13 @@ import torch
 import torch._functorch.config as functorch_config
 
 import fused_losses
-from fused_losses import backends
+from fused_losses import backends, functional, losses
 from fused_losses.base.late import everything
 
-# what is imported while a test plants faults would keep them (tests/base/test_late.py: by itself)
-everything(fused_losses)
+# what is imported while a test plants faults would keep them, and who looks through a module sees
+# what is there (tests/base/test_late.py: by itself)
+for _module in (fused_losses, functional, losses):
+    everything(_module)
 
 # with FUSED_LOSSES_CUDA_ON_HOST=1 the CUDA kernels run on CPU tensors, too
 CUDA = ("cuda",) if os.environ.get("FUSED_LOSSES_CUDA_ON_HOST") == "1" else ()
