@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_losses.base.validation import check_index_vector, check_labels, describe, no_target
+from fused_losses.base.checked_labels import checked_labels, no_target
+from fused_losses.base.validation import check_index_vector, check_labels, describe
 
 
 def flattened(rows: Tensor, labels: Tensor, *beside: Any) -> tuple[Any, ...]:
@@ -44,9 +45,9 @@ def one_label(labels: Tensor, rows: Tensor, num_classes: int, ignore_index: int)
     """Labels [N] of rows [N, D] as [N] int64, NO_TARGET where there is none; raises as below."""
     check_index_vector("labels", labels, len(rows), rows)
     labels = labels.long()
-    if not torch.compiler.is_compiling():
-        check_labels(labels, num_classes, ignore_index=ignore_index)
-    return no_target(labels, ignore_index)
+    if torch.compiler.is_compiling():
+        return no_target(labels, ignore_index)
+    return checked_labels(labels, num_classes, ignore_index)
 
 
 def class_labels(labels: Tensor, rows: Tensor, num_classes: int, ignore_index: int) -> Tensor:

@@ -97,10 +97,14 @@ def check_index_vector(name: str, tensor: Tensor, size: int | None, like: Tensor
         raise ValueError(f"{name}: expected device {like.device}, got {describe(tensor)}")
 
 
-def label_error(name: str, num_classes: int, low: int, high: int, extra: str = "") -> str:
-    return (
-        f"{name}: expected class ids in [0, {num_classes}){extra}, got values from {low} to {high}"
-    )
+def label_error(name: str, num_classes: int, low: int, high: int) -> str:
+    return f"{name}: expected class ids in [0, {num_classes}), got values from {low} to {high}"
+
+
+def label_text(name: str, num_classes: int, ignore_index: int) -> str:
+    """What a device asserts of labels, whose values the host does not know."""
+    extra = "" if ignore_index == NO_TARGET else f" or ignore_index={ignore_index}"
+    return f"{name}: expected class ids in [0, {num_classes}){extra}"
 
 
 def check_labels(
@@ -114,14 +118,13 @@ def check_labels(
     if labels.numel() == 0 or labels.is_meta:
         return
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    extra = "" if ignore_index == NO_TARGET else f" or ignore_index={ignore_index}"
     if asserted(labels):
-        assert_async(~bad.any(), f"{name}: expected class ids in [0, {num_classes}){extra}")
+        assert_async(~bad.any(), label_text(name, num_classes, ignore_index))
     elif bool(bad.any()):
         wrong = labels[bad]
         raise IndexError(
-            label_error(name, num_classes, int(wrong.min()), int(wrong.max()), extra)
-            + f" in {wrong.numel()} of {labels.numel()} rows"
+            f"{label_text(name, num_classes, ignore_index)}, got values from {int(wrong.min())} "
+            f"to {int(wrong.max())} in {wrong.numel()} of {labels.numel()} rows"
         )
 
 
@@ -390,14 +393,6 @@ def meet(
         return rows.to(weight.dtype)
     check_same_dtype(rows_name, rows, weight_name, weight)
     return rows
-
-
-def no_target(labels: Tensor, ignore_index: int) -> Tensor:
-    """ignore_index -> NO_TARGET, while a stray -1 stays an error (it becomes -2)."""
-    if ignore_index == NO_TARGET:
-        return labels
-    stray = torch.where(labels == NO_TARGET, NO_TARGET - 1, labels)
-    return torch.where(labels == ignore_index, NO_TARGET, stray)
 
 
 def checked_smoothing(label_smoothing: float) -> float:

@@ -14,7 +14,7 @@ from fused_losses.base.class_labels import one_label
 from fused_losses.base.compiled import helpers
 from fused_losses.base.examples import examples
 from fused_losses.base.memory_budget import MemoryBudget, Room, room_of
-from fused_losses.base.numerics import accumulate_dtype, against, followed, joined, no_autocast
+from fused_losses.base.numerics import accumulate_dtype, joined, no_autocast
 from fused_losses.base.parameters import check_margin, check_parameter, check_row_weight
 from fused_losses.base.unit_norm import unit
 from fused_losses.base.validation import GRADIENTS, NO_TARGET, check_plain, checked_smoothing, meet
@@ -22,7 +22,7 @@ from fused_losses.functions import reference as losses_reference
 from fused_losses.functions.adaptive_scale import adaptive_margin_softmax
 from fused_losses.functions.class_loss import class_loss
 from fused_losses.functions.class_values import Softmax, check_floats
-from fused_losses.functions.margin_calls import apply_margin, bend_of, penalty_of
+from fused_losses.functions.margin_calls import apply_margin, penalty_of
 from fused_losses.functions.margin_rows import checked_scale, mean_of, smoothed
 from fused_losses.functions.margin_softmax_options import MarginSoftmaxOptions
 from fused_losses.functions.margin_softmax_stats import (
@@ -33,8 +33,8 @@ from fused_losses.functions.margin_softmax_stats import (
 )
 from fused_losses.functions.positions import over_positions
 from fused_losses.functions.smoothed_softmax import SmoothedSoftmax
+from fused_losses.functions.target_end import against_target, at_once, score_bend
 from fused_losses.margins import ArcFace, CosFace, Margin, MVSoftmax
-from fused_losses.primitives.row_statistics import bounded
 from fused_losses.primitives.row_statistics.inputs import counts_as_zero, kept_classes
 from fused_losses.primitives.row_statistics.op import row_statistics
 
@@ -239,8 +239,11 @@ def margin_softmax(
                 gradient=gradient,
                 z_loss=z_loss,
                 return_stats=return_stats,
+                reduction="none" if row_weight is not None else reduction,
                 backend=name,
             )
+        if row_loss.dim() == 0:  # some kernels have it at once
+            return row_loss
         loss = mean_of(row_loss, labels, class_weight, reduction, row_weight)
     return (loss, stats) if return_stats and stats is not None else loss
 
@@ -271,9 +274,13 @@ def _streamed(
     gradient: str,
     z_loss: float,
     return_stats: bool | str,
+    reduction: str,
     backend: str,
 ) -> tuple[Tensor, MarginSoftmaxStats | None]:
-    """Per-row losses from one sweep over the classes; the margin is autograd on [N] vectors."""
+    """Per-row losses from one sweep over the classes; the margin is autograd on [N] vectors.
+
+    [N], or [] where a kernel has reduced them.
+    """
     taking_part = weight.shape[0] if classes is None else classes.shape[0]
     accumulate = accumulate_dtype(weight.dtype)
     valid = labels != NO_TARGET
@@ -286,12 +293,12 @@ def _streamed(
     if normalize:
         x = unit(x)
     short = counts_as_zero(backend)
-    bend = _bend(x, weight, labels, valid, margin, scale, normalize, short)
+    bend = score_bend(x, weight, labels, valid, margin, scale, normalize, short)
     if isinstance(scale, Tensor):
         scale = scale.to(accumulate)
         x = x * (scale[:, None] if scale.dim() else scale)
         scale = torch.where(scale == 0, 1, scale)
-    else:
+    elif scale != 1:
         x = x * scale
     stats = row_statistics(
         x,
@@ -308,6 +315,14 @@ def _streamed(
         backend=backend,
     )
     norm = None if norm is None else norm.to(stats.target.dtype)
+    # else nothing asks for what is more than a target's loss
+    asked = bool(label_smoothing or z_loss or return_stats)
+    bare = bias is None and class_weight is None and accumulate == torch.float32
+    if bare and not asked and not hasattr(margin, "penalty"):
+        end = (margin, scale, gradient, reduction)
+        loss = at_once(stats.lse, stats.target, labels, *end)
+        if loss is not None:
+            return loss, None
     target_cosine = stats.target / scale
     of_target = lambda vector: vector.to(accumulate)[torch.where(valid, labels, 0)]
     moved = apply_margin(margin, target_cosine, norm, gradient, valid)
@@ -316,12 +331,8 @@ def _streamed(
     if bias is not None:
         target_bias = of_target(bias)
         target = target + target_bias
-    loss = against(target, stats.lse)
-    # the limit is 0, but an infinite score is a fault that must show, as it does in F.cross_entropy
-    loss = loss * torch.where(target == torch.inf, torch.nan, 1)
+    loss = against_target(target, stats.lse)
     row_weight = 1.0 if class_weight is None else of_target(class_weight)
-    # else nothing asks for it
-    asked = bool(label_smoothing or z_loss or return_stats)
     logsumexp = joined(target, stats.lse) if asked else stats.lse
     if label_smoothing > 0:
         loss = smoothed(
@@ -351,31 +362,6 @@ def _streamed(
         )
         told = MarginSoftmaxStats(*(c.to(accumulate) if c.is_floating_point() else c for c in told))
     return loss, told
-
-
-def _bend(
-    x: Tensor,  # [N, D], of norm 1 if normalize
-    weight: Tensor,
-    labels: Tensor,
-    valid: Tensor,
-    margin: Margin | None,
-    scale: float | Tensor,
-    normalize: bool,
-    shortest: float,
-) -> Tensor | None:
-    """The margin's bends [4, N] of scores, from its bends of cosines, in the accumulation dtype."""
-    if not hasattr(margin, "bend"):
-        return None
-    if isinstance(scale, Tensor) and followed(scale):
-        raise NotImplementedError(
-            "scale: its gradient through a margin that bends other classes is not supported by the "
-            "streamed kernels; use backend='reference', or detach the scale"
-        )
-    cosine = bounded.targets(x.detach(), weight.detach(), labels, normalize, shortest)
-    bend = bend_of(margin, cosine, valid)
-    assert bend is not None
-    t, p, q, r = bend
-    return torch.stack((t * scale, p * scale, q, r / scale)).to(x.dtype)
 
 
 examples(

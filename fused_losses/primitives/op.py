@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.backends.gpu.products import products_on
-from fused_losses.backends.triton import unit_rows  # noqa: F401 (enters its form)
+from fused_losses.backends.triton import target_loss, unit_rows  # noqa: F401 (enter their forms)
 from fused_losses.base.compiled import seen, transformed
 from fused_losses.base.numerics import no_autocast
 from fused_losses.primitives.library import LIBRARY

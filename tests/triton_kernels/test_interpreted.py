@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 PARTS = (
     ("triton_cases", "triton_divergence_cases", "triton_topk_cases", "triton_drawn_cases"),
     ("triton_class_cases", "triton_distance_cases", "triton_pair_cases", "triton_apart_cases",
-     "triton_maxsim_cases", "triton_unit_cases", "roofline_cases"),
+     "triton_maxsim_cases", "triton_unit_cases", "triton_target_cases", "roofline_cases"),
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from tools.gpu_static.host_calls import (
     maxsim,
     pairs,
     row_statistics,
+    target_loss,
     topk,
     unit_rows,
 )
@@ -82,6 +83,9 @@ CALLS: dict[str, HostCall] = {
     "unit_rows bf16": _call(unit_rows, *ALSO, d=512, **HALF),
     "unit_rows fp32": _call(unit_rows, *ALSO, d=100, **WIDE),
     "unit_rows fp16, long": _call(unit_rows, d=1100, dtype=FP16),
+    "target_loss": _call(target_loss, *ALSO, beyond_pi=None, mean=False),
+    "target_loss linear": _call(target_loss, *ALSO, beyond_pi="linear"),
+    "target_loss monotone": _call(target_loss, beyond_pi="monotone"),
     "row_statistics D512": _call(row_statistics, *ALSO, "sm_86", "sm_120", d=512, **HALF),
     "row_statistics D512 everything": _call(row_statistics, *ALSO, "sm_89", d=512, **HALF, **FULL),
     "row_statistics D512 classes": _call(row_statistics, d=512, **HALF, classes=100_000),

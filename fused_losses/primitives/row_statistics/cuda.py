@@ -34,7 +34,7 @@ from fused_losses.backends.gpu.library_products import (
 from fused_losses.backends.gpu.products import add_rows, float16_scale, float32_products
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics.gpu import Problem
-from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients, check
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 
 STEP = 16  # a tile's columns are a multiple of it: whole packs, of 16-bit values too
 MOST_PARTS = 32  # of a row's state, as finish_rows merges them
@@ -149,9 +149,8 @@ def _check_dtype(inputs: Inputs) -> None:
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target, weighted_sum, hardest, hardest_score (`row_statistics`)."""
-    check(inputs.labels, inputs.weight, inputs.classes)
     _check_dtype(inputs)
-    p = row_statistics_gpu.problem(inputs, gradient=False)
+    p = row_statistics_gpu.checked_problem(inputs)
     n, device, weighted = p.n, p.x.device, inputs.weighted
     lse = torch.full((n,), -torch.inf, dtype=torch.float64, device=device)
     target = torch.zeros_like(lse)

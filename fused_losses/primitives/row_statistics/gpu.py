@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_losses.backends.gpu.product import Product
-from fused_losses.primitives.row_statistics.inputs import Inputs
+from fused_losses.base.checked_labels import checked_labels
+from fused_losses.primitives.row_statistics.inputs import Inputs, check
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,20 @@ class Problem(Product):
         return self.m if self.classes is None else self.classes.shape[0]
 
 
-def problem(inputs: Inputs, gradient: bool) -> Problem:
+def checked_problem(inputs: Inputs) -> Problem:
+    """The forward's, labels and classes found in range."""
+    if inputs.classes is not None:
+        check(inputs.labels, inputs.weight, inputs.classes)
+        return problem(inputs, gradient=False)
+    positions = checked_labels(inputs.labels, inputs.weight.shape[0], dtype=torch.int32)
+    return problem(inputs, gradient=False, positions=positions)
+
+
+def problem(inputs: Inputs, gradient: bool, positions: Tensor | None = None) -> Problem:
     """The inputs as the kernels read them, with the products of this device."""
     x, weight, labels, classes, bias, column_weight, normalize, _, precision, bend = inputs
     if classes is None:
-        positions = labels.to(torch.int32)
+        positions = labels.to(torch.int32) if positions is None else positions
     else:
         classes = classes.to(torch.int64).contiguous()
         found = torch.searchsorted(classes, labels).clamp_max(max(classes.numel() - 1, 0))

@@ -115,8 +115,10 @@ class RowStatisticsOp(StreamedOp):
     def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
         x, weight, labels, classes, bias, column_weight, lse, kept, bend = ctx.saved_tensors
         normalize, weighted, precision = ctx.settings
+        # the third is asked for by none but a weighted call
         grad_lse, grad_target, grad_weighted = (
-            torch.zeros_like(lse) if grad is None else grad for grad in grads[:3]
+            torch.zeros_like(lse) if grad is None and (weighted or i < 2) else grad
+            for i, grad in enumerate(grads[:3])
         )
         need_x, need_weight, _, _, need_bias = needed[:5]
         dx, dweight, dbias = backward_op(

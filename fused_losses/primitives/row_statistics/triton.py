@@ -21,7 +21,7 @@ from fused_losses.backends.triton.launch import kernel
 from fused_losses.primitives.row_statistics import gpu as row_statistics_gpu
 from fused_losses.primitives.row_statistics import triton_chunks
 from fused_losses.primitives.row_statistics.gpu import Problem
-from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients, check
+from fused_losses.primitives.row_statistics.inputs import Inputs, Needs, RowGradients
 from fused_losses.primitives.row_statistics.triton_arguments import (
     ClassVectors,
     Partials,
@@ -55,9 +55,8 @@ def _table(p: Problem) -> TileTable:
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """lse, target, weighted_sum, hardest, hardest_score (`row_statistics`)."""
-    x, _, labels, _, bias, _, normalize, weighted, *_ = inputs
-    check(labels, inputs.weight, inputs.classes)
-    p = row_statistics_gpu.problem(inputs, gradient=False)
+    x, _, _, _, bias, _, normalize, weighted, *_ = inputs
+    p = row_statistics_gpu.checked_problem(inputs)
     table = _table(p)
     n, count = p.n, p.count
     new: dict[str, Any] = dict(dtype=torch.float32, device=x.device)

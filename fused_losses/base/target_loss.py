@@ -1,0 +1,85 @@
+"""The end of a softmax over classes in one launch, where PyTorch's formulas take some sixty.
+
+    z_i = scale margin(t_i / scale)        loss = sum or mean_i softplus(lse_i - z_i)
+
+over the rows with a label. Slopes in lse and target come with the value; second derivatives are
+those of the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MovedTarget(NamedTuple):
+    """A target's cosine t as cos(acos(t) + m2) - m3, or where m2 is 0 as t - m3."""
+
+    m2: float
+    m3: float
+    beyond_pi: str
+
+
+class TargetLoss(NamedTuple):
+    """What becomes of a target's score: numbers alone."""
+
+    scale: float
+    moved: MovedTarget | None  # None: no margin
+    mean: bool
+
+
+class TargetForm(NamedTuple):
+    """A device's kernel: a loss [] and its slopes [2, N] in lse and target."""
+
+    takes: Callable[[Tensor, TargetLoss], bool]  # lse
+    run: Callable[[Tensor, Tensor, Tensor, TargetLoss], tuple[Tensor, Tensor]]
+
+
+# of GPUs: entered by the backend that has some
+FORMS: list[TargetForm] = []
+Formula = Callable[[Tensor, Tensor], Tensor]
+
+
+def target_loss(
+    lse: Tensor,  # [N] over the other classes
+    target: Tensor,  # [N]
+    labels: Tensor,  # [N], -1: no target
+    end: TargetLoss,
+    formula: Formula,  # the same of lse and target, in PyTorch
+) -> Tensor | None:
+    """The loss [] by a kernel, or None where none takes these rows."""
+    if torch.compiler.is_compiling() or not lse.is_cuda:
+        return None
+    form = next((form for form in FORMS if form.takes(lse, end)), None)
+    return None if form is None else _TargetLoss.apply(lse, target, labels, end, formula, form)
+
+
+class _TargetLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        lse: Tensor,
+        target: Tensor,
+        labels: Tensor,
+        end: TargetLoss,
+        formula: Formula,
+        form: TargetForm,
+    ) -> Tensor:
+        loss, slopes = form.run(lse, target, labels, end)
+        ctx.save_for_backward(lse, target, slopes)
+        ctx.formula = formula
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lse, target, slopes = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return *(slopes * grad).unbind(), None, None, None, None
+        # in operations that can themselves be differentiated
+        wanted = ctx.needs_input_grad[:2]
+        leaves = [t for t, asked in zip((lse, target), wanted, strict=True) if asked]
+        found = iter(torch.autograd.grad(ctx.formula(lse, target), leaves, grad, create_graph=True))
+        return *(next(found) if asked else None for asked in wanted), None, None, None, None
