@@ -352,8 +352,6 @@ CHILD = (
 from test_workspace import CASES, OPS, backend_of, of_backward
 
 def measured(op, backend, direction, arguments):
-    # memory that is to be filled is fresh: a thread holds no scratch from one call to the next
-    torch.use_deterministic_algorithms(backend == "cpu", warn_only=True)
     # threads, lazy imports and the buffers that MKL keeps are the process's, not the op's
     given = op.op(backend, direction)(*arguments)
     held = []
@@ -361,7 +359,6 @@ def measured(op, backend, direction, arguments):
         out = op.op(backend, direction)(*arguments)
         held.extend(out if isinstance(out, (tuple, list)) else (out,))
     peak = extra(step) - sum(t.nbytes for t in held)
-    torch.use_deterministic_algorithms(False)
     return given, (peak, op.workspace(backend, direction, arguments))
 
 def run(name, backend):

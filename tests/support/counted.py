@@ -24,6 +24,9 @@ import fused_losses
 counter = ctypes.CDLL(None)
 counter.counted_live.restype = counter.counted_peak.restype = ctypes.c_longlong
 torch.set_num_threads(2)
+# memory that is to be filled is fresh: no thread holds scratch from one call to the next, which
+# would hide as much in what a call takes
+torch.use_deterministic_algorithms(True, warn_only=True)
 
 def extra(step):
     gc.collect()
