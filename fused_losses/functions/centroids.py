@@ -96,12 +96,13 @@ def _of_itself(
 
 def _class_means(y: Tensor, labels: Tensor) -> Tensor:
     """The mean of each row's class, in the place of the row: no size depends on values. [M, D]"""
-    numbers, order = labels.sort(stable=True)
-    first = torch.searchsorted(numbers, numbers)
-    size = torch.searchsorted(numbers, numbers, right=True) - first
-    sums = torch.zeros_like(y).index_add(0, first, y.index_select(0, order))
-    means = sums.index_select(0, first) / size[:, None]
-    return means.index_select(0, order.argsort())
+    numbers = labels.sort().values
+    # of each row, where its class begins among sorted rows, and how many it has
+    first = torch.searchsorted(numbers, labels)
+    size = torch.searchsorted(numbers, labels, right=True) - first
+    # in place: beside the rows, the sums and the means alone
+    sums = torch.zeros_like(y).index_add_(0, first, y)
+    return sums.index_select(0, first).div_(size[:, None])
 
 
 def _leave_one_out(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,9 @@ QUERIES, ROWS, WIDTH = 3, 8192, 512
 COPY = 2 * ROWS * WIDTH  # bytes by which a 16-bit copy grows from one bank to the next
 
 # 16-bit copies that `explain` tells of, at most: of functions, or of single examples. Rows are
-# copied in their own dtype where they are made of norm 1 or may have to be moved towards 0; widened
-# where PyTorch's own operators run: metrics made of products, rules of whole rows, guides.
+# copied in their own dtype where they are made of norm 1, may have to be moved towards 0 or, of
+# hardest pairs, may have a NaN; widened where PyTorch's own operators run: metrics made of
+# products, rules of whole rows, guides, a class's means, nested widths.
 COPIES = {
     "kernel_mean": 1,
     "contrastive": 1,
@@ -70,9 +71,9 @@ COPIES = {
     "pairwise_distance, diagonal": 6,
     "gated_contrastive": 6,
     "nested_margin_softmax": 7,
-    "nested_info_nce, learned temperature": 8,
-    "nested_info_nce, normalized": 8,
-    "centroid_triplet": 8,
+    "nested_info_nce, learned temperature": 7,
+    "nested_info_nce, normalized": 7,
+    "centroid_triplet": 6,
     "guided_contrastive": 8,
     "masked_contrastive": 8,
     "pairwise_distance, poincare": 8,
