@@ -24,6 +24,7 @@ from triton_pair_checks import (
 )
 
 import fused_losses.backends
+from fused_losses.primitives.pairs import gpu
 from fused_losses.primitives.pairs import reference as truth
 from fused_losses.primitives.pairs import triton as backend
 from fused_losses.primitives.pairs.inputs import (
@@ -287,3 +288,30 @@ def test_slopes_of_short_distances_in_float16(name: str) -> None:
     draw = Draw((17, 13, 16), "tiny", "skewed", torch.float16, 5)
     for verdict in judge(LOSSES[name], draw, [Call("triton")]):
         assert verdict.share <= 1, verdict
+
+
+@pytest.mark.parametrize("reduction", ("lse", "sum"))
+@pytest.mark.parametrize("gain", (1.0, torch.tensor(8.0)))
+def test_vectors_of_rows_are_as_the_formulas_have_them(
+    reduction: str, gain: Tensor | float
+) -> None:
+    """With what is no number, and rows without pairs: `gpu.finish`, `vectors` and `packed`."""
+    g = torch.Generator().manual_seed(5)
+    n = 301
+    state = torch.rand(4, 2, n, generator=g, dtype=torch.float64) * 9
+    state[COUNT] = torch.randint(0, 4, (2, n), generator=g).double()
+    none = state[COUNT] == 0
+    state[:2].masked_fill_(none, 0)
+    state[BEST].masked_fill_(none, -torch.inf)
+    state[TOTAL, 0, 3], state[BEST, 1, 7] = torch.nan, torch.inf
+    state[VALUE, 1, 9], state[VALUE, 0, 11] = torch.inf, torch.nan
+    want, got = state.clone(), state.clone()
+    gpu.finish(want, reduction)
+    backend._each(got, "finish_vectors", (got,), reduction)
+    assert torch.allclose(got, want, rtol=1e-14, atol=0, equal_nan=True)
+    grad = torch.randn(2, 2, n, generator=g, dtype=torch.float64)
+    grad[0, 1, 20], grad[1, 0, 30] = torch.nan, torch.inf
+    packed = gpu.packed(gpu.vectors(grad, want, reduction), gain)
+    found = backend._vectors(grad, want, reduction, gain)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, packed, rtol=2.0**-22, atol=0, equal_nan=True)

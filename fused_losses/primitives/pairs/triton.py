@@ -114,7 +114,7 @@ def statistics(p: PairInputs, reduction: str, cols: bool) -> tuple[Tensor, Tenso
             firsts, sizes = (first, first_row), (tile.columns, tile.rows)
             _merge(s, column_part, columns, firsts, sizes, reduction, True)
     for out in (rows,) if p.triangle else (rows, columns):
-        gpu.finish(out, reduction)
+        _each(out, "finish_vectors", (out,), reduction)
     return rows, rows[..., :0].clone() if p.triangle else columns
 
 
@@ -164,11 +164,11 @@ def statistics_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, y, scale, x_bias and y_bias, each None where it is not needed."""
     s, both = problem(p, gradient=True), p.triangle or cols
-    sides = [gpu.vectors(grad_rows, rows, reduction)]
-    if both:
-        sides += sides if p.triangle else [gpu.vectors(grad_columns, columns, reduction)]
     gain = gpu.statistics_gain(p, (grad_rows, grad_columns), (rows, columns))
-    per_side = [gpu.packed(side, gain) for side in sides]
+    per_side = [_vectors(grad_rows, rows, reduction, gain)]
+    if both:
+        turned = (grad_columns, columns, reduction, gain)
+        per_side += per_side if p.triangle else [_vectors(*turned)]
     tile = s.tile("gradient", both)
     gradients = s.gradients(gpu.possible(needs, p), 1 / gain)
     with float32_products(p.precision == "tf32"):
@@ -185,6 +185,29 @@ def statistics_backward(
             )
             add_block(s, gradients, block, squares, buffers)
     return gradients.results()
+
+
+def _vectors(grad: Tensor, stats: Tensor, reduction: str, gain: Tensor | float) -> Tensor:
+    """What the kernel wants of each class's rows, [2, VECTORS, N] float32 (`gpu.vectors`)."""
+    size = stats.shape[-1]
+    out = torch.empty((2, 4, size), dtype=torch.float32, device=stats.device)
+    factor = gain.reshape(1) if isinstance(gain, Tensor) else None
+    given = (grad.contiguous(), stats.contiguous(), factor, out)
+    _each(stats, "gradient_vectors", given, reduction)
+    return out
+
+
+def _each(stats: Tensor, name: str, given: tuple, reduction: str) -> None:
+    """A kernel over both classes' rows. stats [4, 2, N]"""
+    size, tile = stats.shape[-1], Tile(256, 0, 0, 4, 1)
+    if size:
+        triton_launch.launch(
+            kernel(f"pairs.triton_vectors.{name}"),
+            ceil_div(2 * size, tile.rows),
+            (*given, size),
+            dict(LSE=reduction == "lse", BM=tile.rows),
+            tile,
+        )
 
 
 # ---- attention ----------------------------------------------------------------------------------
