@@ -23,7 +23,7 @@ class MovedTarget(NamedTuple):
     beyond_pi: str
 
 
-class TargetLoss(NamedTuple):
+class TargetEnd(NamedTuple):
     """What becomes of a target's score: numbers alone."""
 
     scale: float
@@ -34,21 +34,21 @@ class TargetLoss(NamedTuple):
 class TargetForm(NamedTuple):
     """A device's kernel: a loss [] and its slopes [2, N] in lse and target."""
 
-    takes: Callable[[Tensor, TargetLoss], bool]  # lse
-    run: Callable[[Tensor, Tensor, Tensor, TargetLoss], tuple[Tensor, Tensor]]
+    takes: Callable[[Tensor, TargetEnd], bool]  # lse
+    run: Callable[[Tensor, Tensor, Tensor, TargetEnd], tuple[Tensor, Tensor]]
 
 
 # of GPUs: entered by the backend that has some
 FORMS: list[TargetForm] = []
-Formula = Callable[[Tensor, Tensor], Tensor]
+EndFormula = Callable[[Tensor, Tensor], Tensor]
 
 
 def target_loss(
     lse: Tensor,  # [N] over the other classes
     target: Tensor,  # [N]
     labels: Tensor,  # [N], -1: no target
-    end: TargetLoss,
-    formula: Formula,  # the same of lse and target, in PyTorch
+    end: TargetEnd,
+    formula: EndFormula,  # the same of lse and target, in PyTorch
 ) -> Tensor | None:
     """The loss [] by a kernel, or None where none takes these rows."""
     if torch.compiler.is_compiling() or not lse.is_cuda:
@@ -64,8 +64,8 @@ class _TargetLoss(torch.autograd.Function):
         lse: Tensor,
         target: Tensor,
         labels: Tensor,
-        end: TargetLoss,
-        formula: Formula,
+        end: TargetEnd,
+        formula: EndFormula,
         form: TargetForm,
     ) -> Tensor:
         loss, slopes = form.run(lse, target, labels, end)

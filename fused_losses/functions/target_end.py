@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_losses.base.numerics import against, followed, reduced
-from fused_losses.base.target_loss import MovedTarget, TargetLoss, target_loss
+from fused_losses.base.target_loss import MovedTarget, TargetEnd, target_loss
 from fused_losses.functions.margin_calls import apply_margin, bend_of
 from fused_losses.margins import ArcFace, CombinedMargin, CosFace, Margin
 from fused_losses.primitives.row_statistics import bounded
@@ -66,7 +66,7 @@ def at_once(
     moved = _moved(margin)
     if moved is None and margin is not None:
         return None
-    end = TargetLoss(float(scale), moved, reduction == "mean")
+    end = TargetEnd(float(scale), moved, reduction == "mean")
     formula = partial(_formula, labels=labels, margin=margin, scale=scale, reduction=reduction)
     return target_loss(lse, target, labels, end, formula)
 

@@ -8,7 +8,7 @@ from simulated import _on_the_path, simulate  # noqa: F401
 
 from fused_losses.backends.triton import target_loss as kernels
 from fused_losses.base.checked_labels import no_target
-from fused_losses.base.target_loss import TargetLoss
+from fused_losses.base.target_loss import TargetEnd
 from fused_losses.functions import target_end
 from fused_losses.margins import ArcFace, CosFace
 from tools.gpu_static import record
@@ -26,7 +26,7 @@ def test_ptx(arch: str, margin: ArcFace | CosFace | None) -> None:
     with record.on(arch, simulate(int(arch[3:]), reports)):
         named, fine = kernels.label_names(labels, 9, -100, torch.int64)
         _, wrong = kernels.label_names(labels, 8 if (labels == 8).any() else 1, -100, torch.int32)
-        end = TargetLoss(scale, target_end._moved(margin), True)
+        end = TargetEnd(scale, target_end._moved(margin), True)
         loss, slopes = kernels.losses(lse, target, named, end)
     assert torch.equal(named, no_target(labels, -100)) and fine.item() and not wrong.item()
     lse.requires_grad_()

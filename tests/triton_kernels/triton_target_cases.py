@@ -14,7 +14,7 @@ from fused_losses import functional as F
 from fused_losses.backends.triton import target_loss as kernels
 from fused_losses.base import target_loss as ends
 from fused_losses.base.checked_labels import no_target
-from fused_losses.base.target_loss import MovedTarget, TargetLoss
+from fused_losses.base.target_loss import MovedTarget, TargetEnd
 from fused_losses.functions import target_end
 from fused_losses.margins import AdaFace, ArcFace, CombinedMargin, CosFace, SphereFace
 
@@ -54,7 +54,7 @@ def given(n: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     return lse, t * scale, labels
 
 
-def losses(lse: Tensor, target: Tensor, labels: Tensor, end: TargetLoss) -> Tensor:
+def losses(lse: Tensor, target: Tensor, labels: Tensor, end: TargetEnd) -> Tensor:
     gap = lse - end.scale * moved(target / end.scale, end.moved)
     # softplus of both signs with all its digits
     each = torch.where(gap > 0, gap, 0) + torch.log1p((-gap.abs()).exp())
@@ -66,7 +66,7 @@ def losses(lse: Tensor, target: Tensor, labels: Tensor, end: TargetLoss) -> Tens
 @pytest.mark.parametrize(("n", "scale", "mean"), ((1, 64.0, True), (37, 64.0, True),
                                                   (2500, 30.3, False)))  # fmt: skip
 def test_losses_against_float64(name: str, n: int, scale: float, mean: bool) -> None:
-    end = TargetLoss(scale, target_end._moved(MARGINS[name]), mean)
+    end = TargetEnd(scale, target_end._moved(MARGINS[name]), mean)
     lse, target, labels = given(n, scale)
     labels[0] = 0
     assert kernels.takes_losses(lse, end)
@@ -93,7 +93,7 @@ def test_small_losses_keep_their_digits() -> None:
     gap = torch.tensor([-1.0, -20, -40, -300, -700], dtype=torch.float64)
     for i in range(5):
         alone = torch.full((5,), -1).index_fill(0, torch.tensor([i]), 2)
-        end = TargetLoss(1.0, None, False)
+        end = TargetEnd(1.0, None, False)
         loss, slopes = kernels.losses(gap, torch.zeros(5, dtype=torch.float64), alone, end)
         want = gap[i].exp().log1p()
         assert abs(loss.double() - want) <= want * 2.0**-23 + torch.finfo(torch.float32).tiny
@@ -108,7 +108,7 @@ def test_what_is_no_number_is_as_the_formulas_have_it(name: str) -> None:
     others = (torch.nan, torch.inf, -torch.inf, 3.0)
     pairs = torch.cartesian_prod(torch.tensor(others), torch.tensor(scores)).double()
     lse, target = (column.clone().requires_grad_() for column in pairs.T)
-    end = TargetLoss(scale, target_end._moved(MARGINS[name]), False)
+    end = TargetEnd(scale, target_end._moved(MARGINS[name]), False)
 
     def formula(labels: Tensor) -> Tensor:
         given: dict[str, Any] = dict(
@@ -135,13 +135,13 @@ def test_what_is_no_number_is_as_the_formulas_have_it(name: str) -> None:
 @pytest.mark.parametrize("mean", (False, True))
 def test_nothing_counts(mean: bool) -> None:
     lse = torch.full((70,), torch.nan, dtype=torch.float64)
-    loss, slopes = kernels.losses(lse, lse, torch.full((70,), -1), TargetLoss(2.0, None, mean))
+    loss, slopes = kernels.losses(lse, lse, torch.full((70,), -1), TargetEnd(2.0, None, mean))
     assert loss == 0 and not slopes.any()
 
 
 def test_through_autograd_and_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's slopes are handed on, and a second derivative is the formulas'."""
-    end = TargetLoss(8.0, MovedTarget(0.5, 0.0, "linear"), True)
+    end = TargetEnd(8.0, MovedTarget(0.5, 0.0, "linear"), True)
     lse, target, labels = given(40, 8.0)
     lse.requires_grad_()
     target.requires_grad_()
@@ -219,7 +219,7 @@ def test_labels(n: int, ignored: int, dtype: torch.dtype) -> None:
 
 def test_who_has_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     lse, _, labels = given(7, 1.0)
-    end = TargetLoss(1.0, None, True)
+    end = TargetEnd(1.0, None, True)
     assert kernels.takes_losses(lse, end) and kernels.takes_labels(labels)
     assert not kernels.takes_losses(lse.float(), end)
     assert not kernels.takes_losses(lse, end._replace(moved=MovedTarget(0.5, 0, "clamp")))

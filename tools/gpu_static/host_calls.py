@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_losses.backends.triton import target_loss as triton_target_loss
 from fused_losses.backends.triton import unit_rows as triton_unit_rows
-from fused_losses.base.target_loss import MovedTarget, TargetLoss
+from fused_losses.base.target_loss import MovedTarget, TargetEnd
 from fused_losses.primitives.class_rules import triton as triton_class_rules
 from fused_losses.primitives.class_rules.inputs import ClassInputs
 from fused_losses.primitives.class_rules.rules import CLASS_FOLDS
@@ -51,7 +51,7 @@ def target_loss(beyond_pi: str | None, n: int = 1024, mean: bool = True) -> None
     for dtype in (torch.int64, torch.int32):
         triton_target_loss.label_names(labels, 1000, -100, dtype)
     moved = None if beyond_pi is None else MovedTarget(0.5, 0.1, beyond_pi)
-    triton_target_loss.losses(wide, wide, labels, TargetLoss(64.0, moved, mean))
+    triton_target_loss.losses(wide, wide, labels, TargetEnd(64.0, moved, mean))
 
 
 def row_statistics(

@@ -15,7 +15,7 @@ from fused_losses.backends.triton import launch as triton_launch
 from fused_losses.base import checked_labels
 from fused_losses.base import target_loss as ends
 from fused_losses.base.compiled import transformed
-from fused_losses.base.target_loss import TargetLoss
+from fused_losses.base.target_loss import TargetEnd
 
 # rows of one program: of more, launches are the smaller part of a step
 MOST_ROWS = 1 << 15
@@ -48,7 +48,7 @@ def label_names(
     return out, fine.view(torch.bool)
 
 
-def takes_losses(lse: Tensor, end: TargetLoss) -> bool:
+def takes_losses(lse: Tensor, end: TargetEnd) -> bool:
     """Whether the kernel has this margin and these rows."""
     turned = end.moved is not None and end.moved.m2 != 0
     if turned and end.moved is not None and end.moved.beyond_pi not in BEYOND:
@@ -56,7 +56,7 @@ def takes_losses(lse: Tensor, end: TargetLoss) -> bool:
     return lse.dtype == torch.float64 and 1e-30 < abs(end.scale) < 1e30 and _takes(lse)
 
 
-def losses(lse: Tensor, target: Tensor, labels: Tensor, end: TargetLoss) -> tuple[Tensor, Tensor]:
+def losses(lse: Tensor, target: Tensor, labels: Tensor, end: TargetEnd) -> tuple[Tensor, Tensor]:
     """The loss [] in float32, and its slopes [2, N] in lse and target."""
     n, moved = lse.numel(), end.moved
     loss = torch.empty((), dtype=torch.float32, device=lse.device)

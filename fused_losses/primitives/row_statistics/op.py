@@ -115,16 +115,13 @@ class RowStatisticsOp(StreamedOp):
     def gradients(self, backward_op: Any, ctx: Any, needed: tuple, grads: tuple) -> tuple:
         x, weight, labels, classes, bias, column_weight, lse, kept, bend = ctx.saved_tensors
         normalize, weighted, precision = ctx.settings
-        # the third is asked for by none but a weighted call
-        grad_lse, grad_target, grad_weighted = (
-            torch.zeros_like(lse) if grad is None and (weighted or i < 2) else grad
-            for i, grad in enumerate(grads[:3])
-        )
+        # the third is a weighted call's alone
+        asked = grads[: 3 if weighted else 2]
+        given = [torch.zeros_like(lse) if g is None else g.contiguous() for g in asked]
         need_x, need_weight, _, _, need_bias = needed[:5]
         dx, dweight, dbias = backward_op(
-            grad_lse.contiguous(),
-            grad_target.contiguous(),
-            grad_weighted.contiguous() if weighted else None,
+            *given,
+            *(() if weighted else (None,)),
             x,
             weight,
             labels,
