@@ -143,7 +143,7 @@ def test_names_that_are_near_are_told(words: str, told: str, capsys) -> None:
 def test_every_case_is_in_one_suite(capsys) -> None:
     assert sorted(name for names in SUITES.values() for name in names) == sorted(CASES)
     assert cli.main(["bench", "--suite", "mining", "--case", "topk", "--case", "circle"]) == 2
-    told = "--case circle: expected one of --suite mining: topk, batch_hard_mining"
+    told = "--case circle: expected one of --suite mining: topk, topk_principal"
     assert told in capsys.readouterr().err
     assert cli.main(["bench", "--suite", "busy", "--case", "topk"]) == 2
     assert "expected one of --suite busy: info_nce, batch_hard_triplet" in capsys.readouterr().err
