@@ -6,6 +6,7 @@ Those over classes are in `class_forms` and `divergence_forms`.
 from __future__ import annotations
 
 from fused_losses.backends.gpu.device import ceil_div
+from fused_losses.backends.triton import triton_target
 from fused_losses.bench.roofline import (
     class_forms,  # noqa: F401 (enters them)
     divergence_forms,  # noqa: F401 (enters them)
@@ -13,7 +14,12 @@ from fused_losses.bench.roofline import (
 from fused_losses.bench.roofline.work import Launch, form, tile_products
 from fused_losses.primitives.distances import triton_kernels as triton_distance_kernels
 from fused_losses.primitives.maxsim import triton_kernels as triton_maxsim_kernels
-from fused_losses.primitives.pairs import triton_attention, triton_backward, triton_near
+from fused_losses.primitives.pairs import (
+    triton_attention,
+    triton_backward,
+    triton_near,
+    triton_vectors,
+)
 from fused_losses.primitives.pairs import triton_forward as triton_pair_kernels
 from fused_losses.primitives.topk import triton_kernels as triton_topk_kernels
 
@@ -243,3 +249,39 @@ def document_gradients(s: Launch) -> None:
     s.read("queries", swept * s.d, 0, s.tokens * s.stride_x)
     s.write("ddocuments", s.ddocuments.shape[0] * s.d)
     s.multiply(swept * s.BN, s.depth_tiles * s.BK, s.queries)
+
+
+@form(triton_vectors.finish_vectors)
+def finish_vectors(s: Launch) -> None:
+    length = 2 * s.total
+    statistics = 3 if s.LSE else 2
+    s.read("state", statistics * length)
+    s.write("state", (statistics - 1) * length)
+    s.work.scalar = (12 if s.LSE else 2) * length
+
+
+@form(triton_vectors.gradient_vectors)
+def gradient_vectors(s: Launch) -> None:
+    length = 2 * s.total
+    s.read("grad", 2 * length)
+    s.read("state", 3 * length if s.LSE else 0)
+    s.read("gain", s.programs)
+    s.write("out", 4 * length)
+    s.work.scalar = (24 if s.LSE else 4) * length
+
+
+@form(triton_target.target_labels)
+def target_labels(s: Launch) -> None:
+    s.read("labels", s.n)
+    s.write("out", s.n)
+    s.write("fine", 1)
+
+
+@form(triton_target.target_losses)
+def target_losses(s: Launch) -> None:
+    s.read("labels", 2 * s.n if s.MEAN else s.n, 0, s.n)
+    for name in ("lse", "target"):
+        s.read(name, s.n)
+    s.write("slopes", 2 * s.n)
+    s.write("loss", 1)
+    s.work.scalar = 40 * s.n
