@@ -74,6 +74,20 @@ inline T sum(Vector<T> v) {
   return total;
 }
 
+// <a, b> in four vectors of sums: one would wait for itself.
+template <class T>
+inline T dot(const T* a, const T* b, int64_t d) {
+  constexpr int64_t kStep = kLanes<T>;
+  Vector<T> sums[4] = {};
+  int64_t e = 0;
+  for (; e + 4 * kStep <= d; e += 4 * kStep) {
+    for (int v = 0; v < 4; ++v) sums[v] += load(a + e + v * kStep) * load(b + e + v * kStep);
+  }
+  T total = sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; e < d; ++e) total += a[e] * b[e];
+  return total;
+}
+
 // exp to 2 units in the last place for x <= 80 (more is cut to 80); 0 below -87.3; NaN stays NaN.
 inline Floats exp(Floats x) {
   const Floats zero = {};
@@ -122,6 +136,29 @@ inline Vector<uint32_t> interleave(Floats a, Floats b) {
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// out[c][r] = in[r][c] for 8 x 8 words; as floats, which moves leave as they are.
+inline void transpose8(const float* in, int64_t ld, float* out, int64_t ld_out) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(in + i * ld);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  // a[4 g + q]: columns q and q + 4, rows of group g
+  for (int g = 0; g < 8; g += 4) {
+    a[g] = _mm256_shuffle_ps(b[g], b[g + 2], 0x44);
+    a[g + 1] = _mm256_shuffle_ps(b[g], b[g + 2], 0xee);
+    a[g + 2] = _mm256_shuffle_ps(b[g + 1], b[g + 3], 0x44);
+    a[g + 3] = _mm256_shuffle_ps(b[g + 1], b[g + 3], 0xee);
+  }
+  for (int q = 0; q < 4; ++q) {
+    _mm256_storeu_ps(out + q * ld_out, _mm256_permute2f128_ps(a[q], a[4 + q], 0x20));
+    _mm256_storeu_ps(out + (4 + q) * ld_out, _mm256_permute2f128_ps(a[q], a[4 + q], 0x31));
+  }
+}
+#endif
+
 // out[c][r] = in[r][c] for 16 x 16 words.
 template <class Word>
 inline void transpose16(const Word* in, int64_t ld, Word* out, int64_t ld_out) {
@@ -149,6 +186,15 @@ inline void transpose16(const Word* in, int64_t ld, Word* out, int64_t ld_out) {
       _mm512_storeu_si512(out + (8 + q) * ld_out, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
       _mm512_storeu_si512(out + (4 + q) * ld_out, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
       _mm512_storeu_si512(out + (12 + q) * ld_out, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+    }
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Word) == 4) {
+    for (int part = 0; part < 4; ++part) {
+      const int r = part / 2 * 8, c = part % 2 * 8;
+      transpose8(reinterpret_cast<const float*>(in + r * ld + c), ld,
+                 reinterpret_cast<float*>(out + c * ld_out + r), ld_out);
     }
     return;
   }

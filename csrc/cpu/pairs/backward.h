@@ -147,9 +147,10 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
     if (turn) turn_rows<PG>(x + i * d, rows, d, plan.x_turned + i / PG::kPair, plan.x_words);
   });
   const int64_t strip = std::max<int64_t>(kRows, std::min<int64_t>(192, d));
+  const bool kept = plan.kept.all(n);  // no score is a product of the panels then
   for (int64_t j0 = 0; j0 < m; j0 += plan.block_columns) {
     const int64_t width = std::min(plan.block_columns, m - j0);
-    const int64_t panels = ceil_div(width, kPanel<PS>), right = ceil_div(d, kPanel<PG>);
+    const int64_t panels = kept ? 0 : ceil_div(width, kPanel<PS>), right = ceil_div(d, kPanel<PG>);
     const T* y = block_of(p.stored, p.columns.data, j0, width, d, plan.held, parallel);
     on_tasks(parallel, panels + right, [&](int, int64_t k) {
       if (k < panels) {
@@ -181,9 +182,9 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
         T* column_sums = plan.column_sums + bi * plan.block_columns + j;
         const int64_t ld = round_up(t.columns, kPanel<PS>);
         if (!t.skip) {
-          if (T* kept = plan.kept.tile(t)) {
-            th.products = kept;
-            if (!p.apart) th.scores = kept;
+          if (T* own = plan.kept.tile(t)) {
+            th.products = own;
+            if (!p.apart) th.scores = own;
           } else {
             multiply_tile<PS>(left + (i0 + i) * plan.depth, t.rows, plan.depth,
                               plan.panels + j * plan.depth, ld, th.products, ld);
@@ -265,21 +266,32 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
     const T scale = p.triangle ? T(1) : static_cast<T>(p.scale);
     on_tasks(parallel, ceil_div(width, 64), [&](int, int64_t task) {
       const int64_t end = std::min(width, task * 64 + 64);
-      T part[kPart];
-      for (int64_t e0 = 0; e0 < d; e0 += kPart) {
-        const int64_t wide = std::min(kPart, d - e0);
-        for (int64_t j = task * 64; j < end; ++j) {
-          const T far = p.apart && !p.triangle ? dy_bias[j0 + j] : T(0);
-          for (int64_t e = 0; e < wide; ++e) {
-            T value = plan.dy_turned[(e0 + e) * plan.block_columns + j];
-            if (p.apart) value += plan.near.of_columns[j * d + e0 + e] - far * y[j * d + e0 + e];
-            part[e] = value * scale;
-          }
-          const int64_t at = (j0 + j) * d + e0;
-          if (p.triangle) {
-            for (int64_t e = 0; e < wide; ++e) dx[at + e] += part[e];
-          } else {
-            write_part(p.stored, out.dy, at, wide, part);
+      alignas(64) T piece[kPart * kPart];
+      for (int64_t j1 = task * 64; j1 < end; j1 += kPart) {
+        const int64_t tall = std::min(kPart, end - j1);
+        for (int64_t e0 = 0; e0 < d; e0 += kPart) {
+          const int64_t wide = std::min(kPart, d - e0);
+          transpose(plan.dy_turned + e0 * plan.block_columns + j1, wide, kPart, tall,
+                    plan.block_columns, piece, kPart);
+          for (int64_t j = j1; j < j1 + tall; ++j) {
+            T* part = piece + (j - j1) * kPart;
+            if (p.apart) {
+              const T far = p.triangle ? T(0) : dy_bias[j0 + j];
+              const int64_t at = j * d + e0;
+              for (int64_t e = 0; e < wide; ++e) {
+                part[e] += plan.near.of_columns[at + e] - far * y[at + e];
+              }
+            }
+            for (int64_t e = 0; e < kPart; e += kLanes<T>) store(part + e, load(part + e) * scale);
+            const int64_t at = (j0 + j) * d + e0;
+            if (!p.triangle && p.stored == Stored::kWide && wide == kPart) {
+              T* to = static_cast<T*>(out.dy) + at;
+              for (int64_t e = 0; e < kPart; e += kLanes<T>) store(to + e, load(part + e));
+            } else if (p.triangle) {
+              for (int64_t e = 0; e < wide; ++e) dx[at + e] += part[e];
+            } else {
+              write_part(p.stored, out.dy, at, wide, part);
+            }
           }
         }
       }
@@ -292,13 +304,12 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
     double total = 0;
     const int64_t end = std::min(n, (task + 1) * chunk);
     for (int64_t i = task * chunk; i < end; ++i) {
-      T row = 0;
-      for (int64_t e = 0; e < d; ++e) {
-        row += x[i * d + e] * dx[i * d + e];
-        if (p.apart) dx[i * d + e] -= dx_bias[i] * x[i * d + e];
-        dx[i * d + e] *= static_cast<T>(p.scale);
-      }
-      total += row;
+      const T* of_x = x + i * d;
+      T* own = dx + i * d;
+      if (out.dscale && !p.apart) total += dot(of_x, own, d);
+      const T far = p.apart ? dx_bias[i] : T(0);
+      for (int64_t e = 0; e < d && p.apart; ++e) own[e] -= far * of_x[e];
+      for (int64_t e = 0; e < d; ++e) own[e] *= static_cast<T>(p.scale);
     }
     parts[task] = total;
   });

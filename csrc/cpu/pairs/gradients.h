@@ -75,13 +75,14 @@ inline void add_slopes(const PairProblem& p, const PairTile& t, Thread& th, int6
   }
 }
 
-// A tile of one class with a linear score and plain sums: G = e^{z - K} (A_i + B_j), one
-// exponential for both sides. False where the tile's spread is too wide for one K.
+// As `add_slopes`, of a linear score and plain sums: G = e^{z - K} (A_i + B_j), one exponential for
+// both sides. False, and nothing done, where the tile's spread is too wide for one K.
 template <class T, class Thread>
 inline bool shared_slopes(const PairProblem& p, const PairTile& t, Thread& th, int64_t ld,
-                          PairClass c, const SideVectors<T>& rows, const SideVectors<T>* columns) {
+                          PairClass c, const SideVectors<T>& rows, const SideVectors<T>* columns,
+                          bool fresh) {
   constexpr int64_t kStep = kLanes<T>;
-  const Vector<T> zero = {};
+  const Vector<T> zero = {}, none = zero + kNone<T>;
   const T* row_lse = rows.lse + c * rows.count + t.row0;
   const T* column_lse = columns ? columns->lse + c * columns->count + t.column0 : row_lse;
   const int64_t column_count = columns ? t.columns : t.rows;
@@ -109,8 +110,16 @@ inline bool shared_slopes(const PairProblem& p, const PairTile& t, Thread& th, i
   for (int64_t i = 0; i < t.rows; ++i) {
     const Vector<T> own = zero + th.row_factor[i];
     for (int64_t j = 0; j < t.columns; j += kStep) {
-      const Vector<T> e = exp(load(th.terms + i * ld + j) - top);
-      store(th.gradient + i * ld + j, e * (own + load(th.column_factor + j)));
+      const Vector<T> z = load(th.terms + i * ld + j);
+      T* to = th.gradient + i * ld + j;
+      if (t.mixed && !any(z != none)) {
+        if (fresh) store(to, zero);
+        continue;
+      }
+      Vector<T> g = exp(z - top) * (own + load(th.column_factor + j));
+      // a factor that is NaN is so for the class's own pairs alone
+      if (t.mixed) g = z == none ? zero : g;
+      store(to, fresh ? g : load(to) + g);
     }
   }
   return true;
@@ -122,19 +131,23 @@ inline void tile_gradient(const PairProblem& p, const PairTile& t, Thread& th, i
   const bool windows = p.rows.window || p.columns.window;
   if (t.mixed) t.codes(p, th.codes, ld);
   bool fresh = true;
-  for (int k = 0; k < kClasses; ++k) {
-    const PairClass c = PairClass(k);
+  // the negatives first, who fill a tile: the positives are then added where there are any
+  for (const PairClass c : {kNegative, kPositive}) {
+    const int k = c;
     if (!t.mixed && t.pure != c) continue;
     if (t.mixed && c == kPositive && !p.rows.labels) continue;
     const Code<T>* codes = t.mixed ? th.codes : nullptr;
-    const bool plain = !t.mixed && !windows && p.score == Score::kLinear &&
+    const bool plain = !windows && p.score == Score::kLinear &&
                        p.rule[k].reach == std::numeric_limits<double>::infinity() &&
                        p.reduction == Reduction::kLse && !rows.any_share[k] &&
                        !(columns && columns->any_share[k]);
     const Window first = p.rows.window ? Window::kRows : Window::kNone;
     fill_terms<T>(p, t, th.scores, ld, codes, c, first, th.terms, plain ? nullptr : th.slope);
     if (plain) {
-      if (shared_slopes<T>(p, t, th, ld, c, rows, columns)) return;
+      if (shared_slopes<T>(p, t, th, ld, c, rows, columns, fresh)) {
+        fresh = false;
+        continue;
+      }
       fill_terms<T>(p, t, th.scores, ld, codes, c, first, th.terms, th.slope);
     }
     add_slopes<T>(p, t, th, ld, c, &rows, windows ? nullptr : columns, fresh);

@@ -42,6 +42,9 @@ struct KeptTiles {
     return total;
   }
 
+  // Whether no tile of n rows has to be multiplied again.
+  bool all(int64_t n) const { return data && ends[ceil_div(n, tile_rows)] <= capacity; }
+
   // Where a tile's products lie, rows round_up(its columns, panel) apart; null: they are not kept.
   T* tile(const PairTile& t) const {
     const int64_t s = t.row0 / tile_rows;

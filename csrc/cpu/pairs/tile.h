@@ -115,12 +115,13 @@ struct PairTile {
   void codes(const PairProblem& p, C* out, int64_t ld) const {
     for (int64_t i = 0; i < rows; ++i, out += ld) {
       const int64_t row = row0 + i;
-      for (int64_t j = 0; j < columns; ++j) out[j] = pure;
       for (int64_t j = columns; j < ld; ++j) out[j] = kLeftOut;
       if (p.rows.labels) {
         const int32_t* labels = p.columns.labels + column0;
         const int32_t own = p.rows.labels[row];
         for (int64_t j = 0; j < columns; ++j) out[j] = labels[j] == own ? kPositive : kNegative;
+      } else {
+        std::fill(out, out + columns, C(pure));
       }
       if (p.rows.groups) {
         const int32_t* groups = p.columns.groups + column0;
