@@ -173,6 +173,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("class_rules_forward", &class_rules_forward, unlocked);
   m.def("class_rules_backward", &class_rules_backward, unlocked);
   m.def("all_plain", &all_plain);
+  m.def("rows_meet", &rows_meet);
   m.def("pairs_fit", &pairs_fit);
   m.def("pair_statistics", &pair_statistics);
   m.def("listed_scores", &listed_scores, unlocked);
@@ -186,7 +187,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("counted_up", &counted_up, unlocked);
   m.def("softplus", &softplus_of, unlocked);
   m.def("share_loss", &share_loss, unlocked);
-  m.def("reduced_shares", &reduced_shares, unlocked);
+  m.def("shares_reduced", &shares_reduced);
   m.def("reduced_loss", &reduced_loss, unlocked);
   m.def("mean_of_each", &mean_of_each, unlocked);
   py::class_<Tf32Block>(m, "tf32_products")

@@ -146,6 +146,20 @@ c10::List<double> rule_of(const py::handle& field) {
   return out;
 }
 
+// How many scores a small call keeps: all, if a gradient is asked for and they fit `bytes`.
+int64_t small_kept(const Stack& arguments, int64_t bytes, bool triangle) {
+  const auto moves = [](const c10::IValue& t) {
+    return t.isTensor() && t.toTensor().requires_grad();
+  };
+  const auto moving = arguments.begin() + PairStatistics::kMoving;
+  if (!at::GradMode::is_enabled() || std::none_of(arguments.begin(), moving, moves)) return 0;
+  const Tensor &x = arguments[kX].toTensor(), &y = arguments[kY].toTensor();
+  const int64_t n = x.size(0), m = y.size(0), item = x.element_size();
+  const int64_t most = bytes / std::max<int64_t>(item, sizeof(float));
+  if (n * m > most) return 0;
+  return pair_kept(n, m, x.size(1), item, arguments[kPrecision].toStringRef(), triangle, most);
+}
+
 Tensor marked(const Tensor& rows, const Tensor& bias) {
   const auto wide = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor marks = row_marks(rows);
@@ -155,7 +169,7 @@ Tensor marked(const Tensor& rows, const Tensor& bias) {
 }  // namespace
 
 bool pairs_fit(const py::tuple& inputs) {
-  if (inputs.size() != kFields) return false;
+  if (inputs.size() != kFields || !is_eager()) return false;
   std::array<const Tensor*, kTensors> t;
   for (size_t i = 0; i < kTensors; ++i) {
     t[i] = tensor_of(inputs[i]);
@@ -215,6 +229,9 @@ py::tuple pair_statistics(const py::tuple& inputs, const std::string& reduction,
     arguments.emplace_back(inputs[flag].cast<bool>());
   }
   arguments.emplace_back(inputs[kPrecision].cast<std::string>());
+  if (kept_scores < 0) {
+    kept_scores = small_kept(arguments, -kept_scores, arguments[kTriangle].toBool());
+  }
   arguments.emplace_back(reduction);
   arguments.emplace_back(cols);
   arguments.emplace_back(kept_scores);
@@ -245,6 +262,34 @@ py::tuple pair_statistics(const py::tuple& inputs, const std::string& reduction,
   }
   const auto row = [&](size_t side) { return py::cast(sides[side]); };
   return py::make_tuple(row(0), cols ? row(1) : py::none());
+}
+
+py::object shares_reduced(const py::tuple& rows, const py::object& columns, bool mean,
+                          bool everyone, bool wide, int64_t most) {
+  constexpr size_t kShares = 4;  // value, others, total, count
+  std::array<std::optional<Tensor>, 2 * kShares> given;
+  const auto take = [&](const py::tuple& side, size_t first) {
+    for (size_t i = 0; i < kShares; ++i) {
+      const Tensor* t = tensor_of(side[i]);
+      if (!t) return false;
+      if (!t->defined()) continue;
+      if (t->numel() > most) return false;
+      given[first + i] = *t;
+    }
+    return given[first] && given[first + 1] &&
+           given[first]->scalar_type() == given[first + 1]->scalar_type();
+  };
+  if (!is_eager() || !take(rows, 0)) return py::none();
+  if (!columns.is_none() && !take(columns, kShares)) return py::none();
+  const at::ScalarType type = given[0]->scalar_type();
+  if (type != at::kFloat && type != at::kDouble) return py::none();
+  Tensor out;
+  {
+    const py::gil_scoped_release unlocked;
+    out = reduced_shares(*given[0], *given[1], given[2], given[3], given[kShares],
+                         given[kShares + 1], mean, everyone, wide);
+  }
+  return py::cast(out);
 }
 
 }  // namespace fused_losses

@@ -222,15 +222,11 @@ std::tuple<Tensor, Tensor, Tensor> statistics(
 struct Gradients {
   Tensor dx, dy, dscale, dx_bias, dy_bias;
   PairBackwardOut out = {};
+  at::TensorOptions narrow;  // of the sums
 
-  Gradients(const PairCall& call, const Tensor& scale, const OptionalTensor& x_bias,
-            const OptionalTensor& y_bias, bool need_x, bool need_y, bool need_scale,
-            bool need_x_bias, bool need_y_bias)
-      : dx(nothing(call.x)),
-        dy(nothing(call.x)),
-        dscale(nothing(scale)),
-        dx_bias(nothing(call.x)),
-        dy_bias(nothing(call.x)) {
+  Gradients(const PairCall& call, const OptionalTensor& x_bias, const OptionalTensor& y_bias,
+            bool need_x, bool need_y, bool need_scale, bool need_x_bias, bool need_y_bias)
+      : narrow(call.x.options()) {
     const PairProblem& p = call.problem;
     TORCH_CHECK_NOT_IMPLEMENTED(!p.apart || !(need_x_bias || need_y_bias),
                                 "x_bias, y_bias: have no gradient with apart");
@@ -258,8 +254,12 @@ struct Gradients {
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as(const Tensor& x, const Tensor& y,
                                                         const Tensor& scale) const {
-    return {dx.to(x.scalar_type()), dy.to(y.scalar_type()), dscale.to(scale.scalar_type()), dx_bias,
-            dy_bias};
+    // what was not asked for is empty
+    const auto found = [](const Tensor& t, const at::TensorOptions& like) {
+      return t.defined() ? t.to(c10::typeMetaToScalarType(like.dtype())) : at::empty({0}, like);
+    };
+    return {found(dx, x.options()), found(dy, y.options()), found(dscale, scale.options()),
+            found(dx_bias, narrow), found(dy_bias, narrow)};
   }
 };
 
@@ -280,8 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> statistics_backward(
                     "kept: expected what the forward gave, got ", kept.sizes());
   call.keep(kept);
   const PairProblem& p = call.problem;
-  const Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias,
-                    need_y_bias);
+  const Gradients g(call, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias, need_y_bias);
   std::vector<Tensor> held;
   for (const Tensor* t : {&grad_rows, &grad_columns, &rows, &columns}) {
     held.push_back(t->to(at::kDouble).contiguous());
@@ -344,8 +343,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const PairProblem& p = call.problem;
   const Tensor values = values_in.to(call.y.scalar_type()).contiguous();
   const AttentionIn in = attention_in(values, call, positives);
-  const Gradients g(call, scale, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias,
-                    need_y_bias);
+  const Gradients g(call, x_bias, y_bias, need_x, need_y, need_scale, need_x_bias, need_y_bias);
   const Tensor dvalues = need_values ? call.of_columns(values.sizes()) : nothing(values);
   const Tensor grad = grad_out.to(call.accumulate).contiguous();
   const Tensor shift =

@@ -82,6 +82,7 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
     const variable_list outputs = call.made = Op::outputs(found);
     call.context = ctx;
     variable_list saved;
+    saved.reserve(call.arguments.size() + found.size() + outputs.size());
     for (size_t i = 0; i + Op::kTold < call.arguments.size(); ++i) {
       const c10::IValue& argument = call.arguments[i];
       if (argument.isTensor() || argument.isNone()) {

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -25,6 +26,9 @@ NAMES = ("reference", "cpu", "triton", "cuda", "bounded")
 Choice = tuple[str, dict[str, list[str]]]  # who runs, and the reasons against those passed over
 
 _forced_here: ContextVar[str | None] = ContextVar("fused_losses_backend", default=None)
+# what `os.environ` looks into, and by what: both as it stores them
+_variables: Any = getattr(os.environ, "_data", os.environ)
+_VARIABLE: Any = os.environ.encodekey("FUSED_LOSSES_BACKEND")
 _forced: list[str] = []  # the same of all threads, which Dynamo can guard on
 _warned: set[str] = set()
 _watchers: list[list[Choice]] = []
@@ -86,9 +90,12 @@ def watched() -> Iterator[list[Choice]]:
 def requested(backend: str | None) -> str:
     """The caller's `backend=`, else `use_backend`, else FUSED_LOSSES_BACKEND, else auto."""
     if backend is None:
-        # Dynamo knows no context variables
-        traced = torch.compiler.is_compiling()
+        # Dynamo knows no context variables, and of the environment what `os.environ` says
+        traced = torch.compiler.is_dynamo_compiling()
         forced = (_forced[-1] if _forced else None) if traced else _forced_here.get()
+        # a name that is not set costs `os.environ.get` two exceptions
+        if forced is None and not traced and _VARIABLE not in _variables:
+            return "auto"
         backend = forced or os.environ.get("FUSED_LOSSES_BACKEND", "auto")
     return check_name(backend)
 
@@ -120,6 +127,9 @@ def choose(
     """
     name = requested(backend)
     candidates: tuple[str, ...] = (name,)
+    plain = name == "auto" and device.type == "cpu" and precision == "fp32" and not _watchers
+    if plain and not torch.compiler.is_dynamo_compiling() and unavailable(table.ON_CPU[0]) is None:
+        return table.ON_CPU[0], {}  # against which nothing else speaks; what most calls are
     if name == "auto":
         candidates = table.order(operation, device.type, width, dtype.itemsize == 2)
     refused: dict[str, list[str]] = {}

@@ -85,11 +85,15 @@ def seen() -> bool:
     return (torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()) > 0
 
 
+def offered() -> Any:
+    """The extension, for its functions that look themselves whether a call is plain, or None."""
+    # whatever else traces has a mode or tensors of its own
+    return None if torch.compiler.is_dynamo_compiling() else _with_helpers()
+
+
 def helpers(*tensors: Tensor) -> Any:
     """The extension, or None where these tensors ask for PyTorch's own operations."""
-    if torch.compiler.is_compiling() or transformed():
-        return None
-    built = _with_helpers()
+    built = offered()
     return built if built is not None and built.all_plain(*tensors) else None
 
 
@@ -97,7 +101,7 @@ def helpers(*tensors: Tensor) -> Any:
 def _with_helpers() -> Any:
     """The extension, unless it was built of sources that had no helpers."""
     built = extension()
-    return built if hasattr(built, "pair_statistics") else None
+    return built if hasattr(built, "rows_meet") else None
 
 
 def dense_rows(*tensors: Tensor) -> bool:

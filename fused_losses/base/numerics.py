@@ -335,6 +335,8 @@ def recomputed(f: Callable[..., Any], *arguments: Any) -> Any:
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast surrounds the caller on this device."""
+    if not torch._C._is_any_autocast_enabled():  # soonest told
+        return False
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_losses.base.compiled import offered
 from fused_losses.base.indices import ListedPairs, miner_pairs
 from fused_losses.base.integers import count_up, dense_together
 from fused_losses.base.memory_budget import MemoryBudget, Room, budget_of, room_of
 from fused_losses.base.validation import (
+    PRECISIONS,
     REDUCTIONS,
     check_both,
     check_choice,
@@ -70,6 +72,9 @@ class Integers(NamedTuple):
     exclude: Tensor | None = None  # [N, E] columns, -1: none
 
 
+_NOTHING = Integers()
+
+
 def integers(
     rows: Tensor,  # [N, D]
     columns: Tensor,  # [M, D]
@@ -89,7 +94,7 @@ def integers(
     """
     (a, b), (c, d), (e, f) = labels, ids, groups
     if a is b is c is d is e is f is exclude is None and not labelled:
-        return Integers()  # most calls know nothing
+        return _NOTHING  # most calls
     numbers: list[Tensor | None] = []
     for kind, given in (("labels", labels), ("ids", ids), ("groups", groups)):
         if given[0] is None and given[1] is None and not (labelled and kind == "labels"):
@@ -161,20 +166,22 @@ def sides(
     the rest.
     """
     given = x  # autocast may change it
+    compiled = offered()
+    meet = compiled is not None and not alone and compiled.rows_meet(x, y)
     if alone:
         check_rows(names[0], x, precision)
-    else:
+    elif not meet or precision not in PRECISIONS:
         x = check_both(names[0], x, names[1], y, precision)
     columns = x if y is None or (alone and y is given) else y
     numbers = integers(x, columns, prefixes, alone=alone, labels=labels, **known)
     if labels[0] is None and offset is not None:
         n, m = x.shape[0], columns.shape[0]
         check_diagonal(names[1], columns, n, offset)
-        of_y = count_up(m, x)
+        of_y = compiled.counted_up(m, 0) if meet else count_up(m, x)
         # of sizes that are symbols it is not asked
         one = not torch.compiler.is_compiling() and n == m
         of_x = of_y if one else count_up(n, x, offset)
-        numbers = numbers._replace(x_labels=of_x, y_labels=of_y)
+        numbers = Integers(of_x, of_y, *numbers[2:])
     for bank, told in banks:
         check_both(names[0], x, "queue", bank, precision, rows="Q")
         check_same_dtype(names[0], x, "queue", *in_one_dtype(x, bank))

@@ -143,8 +143,9 @@ def info_nce(
     Solatorio, 2024 (guide); Wang and Liu, 2021 (share); Venkataramanan et al., 2022
     (positive_weight); Lee et al., i-Mix, 2021 (targets).
     """
-    check_plain(hardness=hardness, false_negative_margin=false_negative_margin)
-    banks = banks_of(queue, queue_labels, labels)
+    if not (type(hardness) is float and false_negative_margin is None):
+        check_plain(hardness=hardness, false_negative_margin=false_negative_margin)
+    banks = [] if queue is queue_labels is None else banks_of(queue, queue_labels, labels)
     both = sides(
         query,
         key,
@@ -190,15 +191,22 @@ def info_nce(
     if not (guide is share is positive_weight is targets is None):
         beside = dict(ids=ids, groups=groups, exclude=exclude, negatives=negatives)
         beside |= dict(hardness=hardness or None, false_negative_margin=false_negative_margin)
-    choice = chosen_by(
-        both,
-        guides=(guide, key_guide, queue_guide),
-        guide_options=(guide_margin, guide_strategy),
-        share=share,
-        positive_weight=positive_weight,
-        labels=labels,
-        own_key=own_key,
-        beside=beside if positive_weight is None else beside | dict(offset=offset or None),
+    alike = guide is key_guide is queue_guide is share is positive_weight is None
+    alike = alike and type(guide_margin) is float and guide_margin == 0
+    alike = alike and guide_strategy == "absolute"
+    choice = (
+        None
+        if alike
+        else chosen_by(
+            both,
+            guides=(guide, key_guide, queue_guide),
+            guide_options=(guide_margin, guide_strategy),
+            share=share,
+            positive_weight=positive_weight,
+            labels=labels,
+            own_key=own_key,
+            beside=beside if positive_weight is None else beside | dict(offset=offset or None),
+        )
     )
     aimed = weight = None
     if targets is not None:
@@ -207,8 +215,10 @@ def info_nce(
         beside |= dict(decoupled=decoupled or None, negatives=None)
         aimed, weight = told_targets(targets, both, beside)
 
-    ids_of_banks = numbered("ids", ids, "queue_ids", queue_ids, banks, query)
-    groups_of_banks = numbered("groups", groups, "queue_groups", queue_groups, banks, query)
+    ids_of_banks, groups_of_banks = [], []
+    if banks or not (queue_ids is queue_groups is None):
+        ids_of_banks = numbered("ids", ids, "queue_ids", queue_ids, banks, query)
+        groups_of_banks = numbered("groups", groups, "queue_groups", queue_groups, banks, query)
     with no_autocast(query.device):
         inputs = scored(query, key, scale, normalize=normalize, precision=precision)
         inputs = inputs.known(both.numbers)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_losses.base.compiled import helpers
+from fused_losses.base.compiled import helpers, offered
 from fused_losses.base.numerics import SHORT, WIDE, merged, reduced, share_loss
 from fused_losses.primitives.pairs.inputs import NEGATIVE, POSITIVE
 
@@ -41,14 +41,12 @@ def reduced_shares(
 
     everyone: rows without a positive are in the mean, too.
     """
-    value, others = rows.value, rows.others
-    compiled = helpers(*(t for t in (*rows, *(columns or ())) if t is not None))
-    wide = value.dtype == others.dtype and value.dtype in WIDE and dtype in WIDE
-    short = compiled is not None and max(value.numel(), (columns or rows).value.numel()) <= SHORT
-    if compiled is not None and wide and short and reduction != "none":
-        of_columns = (None, None) if columns is None else columns[:2]
+    compiled = offered() if reduction != "none" and dtype in WIDE else None
+    if compiled is not None:
         how = reduction == "mean", everyone, dtype == torch.float64
-        return compiled.reduced_shares(*rows, *of_columns, *how)
+        found = compiled.shares_reduced(rows, columns, *how, SHORT)
+        if found is not None:
+            return found
 
     def part(side: Shares) -> Tensor:
         loss, counted = side.loss()

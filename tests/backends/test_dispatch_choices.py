@@ -232,13 +232,13 @@ def test_a_block_is_its_threads_and_compiled_code_sees_the_last(
     with fused_losses.use_backend("reference"):
         assert elsewhere() == "auto"
         with monkeypatch.context() as traced:
-            traced.setattr(torch.compiler, "is_compiling", lambda: True)
+            traced.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
             assert elsewhere() == "reference"
             assert backends.requested(None) == "reference"
             with fused_losses.use_backend("bounded"):
                 assert backends.requested(None) == "bounded"
             assert backends.requested(None) == "reference"
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
     assert backends.requested(None) == "auto"
 
 

@@ -275,7 +275,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             self.asked.append(tensors)
             return self.plain
 
-        def pair_statistics(self) -> None: ...
+        def rows_meet(self) -> None: ...
 
     out = Extension()
     monkeypatch.setattr(compiled, "load", lambda: out)
@@ -292,16 +292,49 @@ def test_plain_eager_calls_have_helpers(built: Any, monkeypatch: pytest.MonkeyPa
     built.plain = False
     assert compiled.helpers(rows) is None
     built.plain, built.asked = True, []
-    with forward_ad.dual_level():
-        assert compiled.transformed() and compiled.helpers(rows) is None
-    assert not compiled.transformed()
-    within = []
-    torch.func.grad(lambda x: within.append(compiled.helpers(x)) or x.sum())(rows)
-    assert within == [None]
     with monkeypatch.context() as traced:
-        traced.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert compiled.helpers(rows) is None
-    assert not built.asked and compiled.helpers() is built
+        traced.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+        assert compiled.helpers(rows) is None and compiled.offered() is None
+    assert not built.asked and compiled.helpers() is compiled.offered() is built
+
+
+class _Look(TorchDispatchMode):
+    """A mode that looks at every operation."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_transform_has_no_helpers() -> None:
+    require("cpu")
+    rows = torch.zeros(2, 3)
+    own = compiled.offered()
+
+    def found() -> list[bool]:
+        return [compiled.helpers() is None, not own.rows_meet(rows, rows)]
+
+    with forward_ad.dual_level():
+        assert compiled.transformed() and found() == [True, True]
+    assert not compiled.transformed() and found() == [False, False]
+    within = []
+    for transform in (torch.func.grad, torch.func.vmap):
+        transform(lambda x: within.extend(found()) or x.sum())(rows)
+    torch.func.jvp(lambda x: within.extend(found()) or x, (rows,), (rows,))
+    assert within == [True] * 6 and found() == [False, False]
+    with _Look():
+        assert found() == [True, True]
+
+
+def test_rows_that_meet() -> None:
+    require("cpu")
+    own, rows = compiled.offered(), torch.zeros(2, 3)
+    for other in (rows, torch.zeros(5, 3), torch.nn.Parameter(torch.zeros(1, 3))):
+        assert own.rows_meet(rows, other)
+    strange = torch.zeros(2, 3).as_subclass(type("Strange", (torch.Tensor,), {}))
+    for other in (None, [[0.0]], rows[0], rows[:, :2], rows.double(), rows.to("meta"), strange):
+        assert not own.rows_meet(rows, other) and not own.rows_meet(other, rows)
+    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn):
+        assert not own.rows_meet(rows.to(dtype), rows.to(dtype))
 
 
 def test_an_older_extension_has_no_helpers(built: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,9 @@ def formulas(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def without(patch: pytest.MonkeyPatch, run, *arguments):
     with patch.context() as now:
         for user in USERS:
-            now.setattr(user, "helpers", lambda *_: None)
+            for name in ("helpers", "offered"):
+                if hasattr(user, name):
+                    now.setattr(user, name, lambda *_: None)
         return run(*arguments)
 
 

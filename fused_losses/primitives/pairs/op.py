@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fused_losses import backends
 from fused_losses.base import validation
-from fused_losses.base.compiled import helpers
+from fused_losses.base.compiled import offered
 from fused_losses.base.memory_budget import Room
 from fused_losses.base.numerics import accumulate_dtype, followed, nan_where_infinite, row_dtype
 from fused_losses.base.validation import describe
@@ -51,7 +51,7 @@ from fused_losses.primitives.pairs.inputs import (
     PairNeeds,
     sorted_out,
 )
-from fused_losses.primitives.pairs.keeping import kept_scores
+from fused_losses.primitives.pairs.keeping import SMALL, kept_scores
 
 # where among PairInputs the tensors stand that may need a gradient, as in PairNeeds
 DIFFERENTIABLE = (0, 1, 2, 3, 4)
@@ -90,7 +90,7 @@ def pair_statistics(
     triangle; memory O((N + M) D) plus a block and what is kept. Second derivatives run on
     the pure-PyTorch path, whichever backend ran the first.
     """
-    compiled = helpers(inputs.x, inputs.y)
+    compiled = offered()
     if compiled is None or not compiled.pairs_fit(inputs):
         compiled = None
         _check(inputs)
@@ -98,7 +98,8 @@ def pair_statistics(
     name = _backend(inputs, backend)
     if compiled is not None and name == "cpu":
         # the same op, with its gradient in C++
-        kept = kept_scores(name, inputs, room)
+        # which asks for a gradient, is asked there
+        kept = -SMALL if room is None else kept_scores(name, inputs, room)
         of_rows, of_columns = compiled.pair_statistics(inputs, reduction, cols, kept)
         return PairStatistics(*of_rows), PairStatistics(*of_columns) if cols else None
     inputs = marked(inputs)
