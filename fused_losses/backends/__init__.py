@@ -100,6 +100,12 @@ def requested(backend: str | None) -> str:
     return check_name(backend)
 
 
+def unasked(backend: str | None) -> bool:
+    """Whether nobody names a backend for a call outside of compiled code, or watches the choice."""
+    named = backend is not None or _forced_here.get() is not None or _VARIABLE in _variables
+    return not (named or _watchers)
+
+
 def reasons_against(
     name: str, device: torch.device, dtype: torch.dtype, precision: str
 ) -> list[str]:
@@ -127,9 +133,6 @@ def choose(
     """
     name = requested(backend)
     candidates: tuple[str, ...] = (name,)
-    plain = name == "auto" and device.type == "cpu" and precision == "fp32" and not _watchers
-    if plain and not torch.compiler.is_dynamo_compiling() and unavailable(table.ON_CPU[0]) is None:
-        return table.ON_CPU[0], {}  # against which nothing else speaks; what most calls are
     if name == "auto":
         candidates = table.order(operation, device.type, width, dtype.itemsize == 2)
     refused: dict[str, list[str]] = {}

@@ -222,14 +222,11 @@ def info_nce(
     with no_autocast(query.device):
         inputs = scored(query, key, scale, normalize=normalize, precision=precision)
         inputs = inputs.known(both.numbers)
-        further = [
-            against(*bank, inputs, normalize)._replace(
-                x_ids=of_ids[0], y_ids=of_ids[1], x_groups=of_groups[0], y_groups=of_groups[1]
-            )
-            for bank, of_ids, of_groups in zip(
-                both.banks, ids_of_banks, groups_of_banks, strict=True
-            )
-        ]
+        further = []
+        for bank, of_ids, of_groups in zip(both.banks, ids_of_banks, groups_of_banks, strict=True):
+            known: dict[str, Any] = dict(x_ids=of_ids[0], y_ids=of_ids[1])
+            known |= dict(x_groups=of_groups[0], y_groups=of_groups[1])
+            further.append(against(*bank, inputs, normalize)._replace(**known))
         if own_key:
             rows, columns = alone(diagonal(inputs, offset), hardness), None
             if false_negative_margin is not None:

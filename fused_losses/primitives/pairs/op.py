@@ -95,10 +95,11 @@ def pair_statistics(
         compiled = None
         _check(inputs)
     validation.check_choice("reduction", reduction, REDUCTIONS)
-    name = _backend(inputs, backend)
+    # what fits is on the CPU, where nothing speaks against the best that there is
+    plain = compiled is not None and inputs.precision == "fp32" and backends.unasked(backend)
+    name = "cpu" if plain else _backend(inputs, backend)
     if compiled is not None and name == "cpu":
-        # the same op, with its gradient in C++
-        # which asks for a gradient, is asked there
+        # the same op, with its gradient in C++; whether one is asked for is seen there
         kept = -SMALL if room is None else kept_scores(name, inputs, room)
         of_rows, of_columns = compiled.pair_statistics(inputs, reduction, cols, kept)
         return PairStatistics(*of_rows), PairStatistics(*of_columns) if cols else None
