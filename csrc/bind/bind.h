@@ -131,6 +131,16 @@ at::Tensor row_marks(const at::Tensor& x);
 at::Tensor exact_center(const std::vector<at::Tensor>& sides);
 // int32 numbers in the labels' order, equal where these are.
 at::Tensor dense_numbers(const at::Tensor& labels);
+// Labels [N] with -1 for what is ignored, in int32 if `narrow`; none if one is neither ignored nor
+// in [0, classes). Whether none is -1.
+std::optional<at::Tensor> label_names(const at::Tensor& labels, int64_t classes, int64_t ignored,
+                                      bool narrow);
+bool all_labelled(const at::Tensor& labels);
+// `base/target_loss.py`: a loss [] in float32 and its slopes [2, N] in lse and target, float64 [N].
+std::tuple<at::Tensor, at::Tensor> target_losses(const at::Tensor& lse, const at::Tensor& target,
+                                                 const at::Tensor& labels, double scale, bool moved,
+                                                 double m2, double m3, const std::string& beyond,
+                                                 bool mean);
 // 1 / t in float64 of a scalar t > 0, with gradients of any order; none of what is no such scalar.
 std::optional<at::Tensor> inverse(const at::Tensor& t);
 // start, start + 1, ... in int32.

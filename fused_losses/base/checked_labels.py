@@ -1,4 +1,4 @@
-"""Labels checked and renamed in one launch, where PyTorch's operators take thirteen."""
+"""Labels checked and renamed at once, where PyTorch's operators take thirteen passes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_losses.base.compiled import helpers
 from fused_losses.base.validation import (
     NO_TARGET,
     assert_async,
@@ -48,6 +49,11 @@ def checked_labels(
         if form is not None:
             named, fine = form.run(labels, num_classes, ignore_index, dtype)
             assert_async(fine, label_text("labels", num_classes, ignore_index))
+            return named
+    compiled = helpers(labels)
+    if compiled is not None and dtype in (torch.int64, torch.int32):
+        named = compiled.label_names(labels, num_classes, ignore_index, dtype == torch.int32)
+        if named is not None:
             return named
     check_labels(labels, num_classes, ignore_index=ignore_index)
     return no_target(labels, ignore_index).to(dtype)

@@ -1,4 +1,4 @@
-"""The end of a softmax over classes in one launch, where PyTorch's formulas take some sixty.
+"""The end of a softmax over classes in one pass, where PyTorch's formulas take some sixty.
 
     z_i = scale margin(t_i / scale)        loss = sum or mean_i softplus(lse_i - z_i)
 
@@ -13,6 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fused_losses.base.compiled import extension, helpers
+
+# conventions beyond pi that have closed forms
+BEYOND = ("linear", "none", "easy", "monotone")
+LONG = 1 << 14  # rows that are worth several threads
 
 
 class MovedTarget(NamedTuple):
@@ -29,6 +35,10 @@ class TargetEnd(NamedTuple):
     scale: float
     moved: MovedTarget | None  # None: no margin
     mean: bool
+
+    def is_closed(self) -> bool:
+        """Whether its margin is one of the forms' own."""
+        return self.moved is None or self.moved.m2 == 0 or self.moved.beyond_pi in BEYOND
 
 
 class TargetForm(NamedTuple):
@@ -51,10 +61,27 @@ def target_loss(
     formula: EndFormula,  # the same of lse and target, in PyTorch
 ) -> Tensor | None:
     """The loss [] by a kernel, or None where none takes these rows."""
-    if torch.compiler.is_compiling() or not lse.is_cuda:
+    if torch.compiler.is_compiling():
         return None
-    form = next((form for form in FORMS if form.takes(lse, end)), None)
+    if lse.is_cuda:
+        form = next((form for form in FORMS if form.takes(lse, end)), None)
+    else:
+        form = ON_CPU if helpers(lse, target, labels) and ON_CPU.takes(lse, end) else None
     return None if form is None else _TargetLoss.apply(lse, target, labels, end, formula, form)
+
+
+def _takes(lse: Tensor, end: TargetEnd) -> bool:
+    return end.is_closed() and lse.dtype == torch.float64 and lse.numel() <= LONG
+
+
+def _losses(lse: Tensor, target: Tensor, labels: Tensor, end: TargetEnd) -> tuple[Tensor, Tensor]:
+    m2, m3, beyond = end.moved or (0.0, 0.0, "none")
+    moves = end.moved is not None
+    run = extension().target_losses
+    return run(lse, target, labels, end.scale, moves, m2, m3, beyond, end.mean)
+
+
+ON_CPU = TargetForm(_takes, _losses)
 
 
 class _TargetLoss(torch.autograd.Function):

@@ -285,7 +285,8 @@ def _streamed(
     accumulate = accumulate_dtype(weight.dtype)
     valid = labels != NO_TARGET
     x = embeddings.to(accumulate)
-    if helpers(embeddings, labels) is None or not bool(valid.all()):
+    compiled = helpers(embeddings, labels)
+    if compiled is None or not compiled.all_labelled(labels):
         # an ignored row must not reach the gradients, not even with NaN
         x = torch.where(valid[:, None], x, 0)
     asks = getattr(margin, "uses_norm", False) or hasattr(margin, "penalty")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from target_ends import MARGINS, check_losses, check_what_is_no_number, given, losses
 from torch import Tensor
 
 from fused_losses import functional as F
@@ -18,48 +18,8 @@ from fused_losses.base.target_loss import MovedTarget, TargetEnd
 from fused_losses.functions import target_end
 from fused_losses.margins import AdaFace, ArcFace, CombinedMargin, CosFace, SphereFace
 
-BEYOND = ("linear", "none", "easy", "monotone")
-MARGINS = {
-    "no margin": None,
-    "minus": CosFace(0.35),
-    "minus of an angle": CombinedMargin(1.0, 0.0, 0.2),
-    "both": CombinedMargin(1.0, 0.3, 0.2),
-    "straight": ArcFace(math.pi),
-    **{f"{beyond} beyond": ArcFace(0.5, beyond_pi=beyond) for beyond in BEYOND},
-}
 # a few roundings of each number, and of the two floats that a margin's are passed in
 ROUNDED = 2.0**-44
-
-
-def moved(t: Tensor, end: MovedTarget | None) -> Tensor:
-    """cos(acos(t) + m2) - m3, with its convention beyond pi, by the angle."""
-    if end is None or end.m2 == 0:
-        return t if end is None else t - end.m3
-    phi = t.acos() + end.m2
-    value = phi.cos()
-    if end.beyond_pi == "linear":
-        value = torch.where(phi < math.pi, value, t - end.m2 * math.sin(end.m2))
-    elif end.beyond_pi == "easy":
-        value = torch.where(t > 0, value, t)
-    elif end.beyond_pi == "monotone":
-        value = torch.where(phi < math.pi, value, -value - 2)
-    return value - end.m3
-
-
-def given(n: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(n)
-    t = torch.rand(n, generator=g, dtype=torch.float64) * 1.998 - 0.999
-    lse = (torch.rand(n, generator=g, dtype=torch.float64) * 3 - 1.5) * scale
-    labels = torch.randint(-1, 5, (n,), generator=g)
-    return lse, t * scale, labels
-
-
-def losses(lse: Tensor, target: Tensor, labels: Tensor, end: TargetEnd) -> Tensor:
-    gap = lse - end.scale * moved(target / end.scale, end.moved)
-    # softplus of both signs with all its digits
-    each = torch.where(gap > 0, gap, 0) + torch.log1p((-gap.abs()).exp())
-    kept = each[labels >= 0]
-    return kept.sum() / max(len(kept), 1) if end.mean else kept.sum()
 
 
 @pytest.mark.parametrize("name", MARGINS)
@@ -71,21 +31,7 @@ def test_losses_against_float64(name: str, n: int, scale: float, mean: bool) -> 
     labels[0] = 0
     assert kernels.takes_losses(lse, end)
     loss, slopes = kernels.losses(lse, target, labels, end)
-    lse.requires_grad_()
-    target.requires_grad_()
-    want = losses(lse, target, labels, end)
-    along = torch.stack(torch.autograd.grad(want, (lse, target)))
-    # of a mean's sum each row brings the roundings of its own score
-    size = (lse.abs() + target.abs() + scale).detach()
-    assert loss.shape == () and loss.dtype == torch.float32
-    shares = 1 / max(int((labels >= 0).sum()), 1) if mean else 1.0
-    bound = ROUNDED * float(size.sum()) * shares + 2.0**-24 * abs(want.item())
-    assert abs(loss.item() - want.item()) <= bound
-    # a slope is a share, times what the angle's is near its ends
-    steep = 1 / (1 - (target.detach() / scale) ** 2)
-    room = ROUNDED * shares * (1 + size) * steep
-    assert ((slopes - along).abs() <= room).all()
-    assert not slopes[:, labels < 0].any()
+    check_losses(loss, slopes, (lse, target, labels, end), ROUNDED)
 
 
 def test_small_losses_keep_their_digits() -> None:
@@ -103,33 +49,14 @@ def test_small_losses_keep_their_digits() -> None:
 
 @pytest.mark.parametrize("name", MARGINS)
 def test_what_is_no_number_is_as_the_formulas_have_it(name: str) -> None:
-    scale = 16.0
-    scores = (torch.nan, torch.inf, -torch.inf, 0.0, scale, -scale, 1.1 * scale, -1.1 * scale)
-    others = (torch.nan, torch.inf, -torch.inf, 3.0)
-    pairs = torch.cartesian_prod(torch.tensor(others), torch.tensor(scores)).double()
-    lse, target = (column.clone().requires_grad_() for column in pairs.T)
-    end = TargetEnd(scale, target_end._moved(MARGINS[name]), False)
+    end = TargetEnd(16.0, target_end._moved(MARGINS[name]), False)
 
-    def formula(labels: Tensor) -> Tensor:
-        given: dict[str, Any] = dict(
-            labels=labels, margin=MARGINS[name], scale=scale, reduction="sum"
-        )
-        return target_end._formula(lse, target, **given)
+    def formula(lse: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+        given: dict[str, Any] = dict(margin=MARGINS[name], scale=16.0, reduction="sum")
+        return target_end._formula(lse, target, labels=labels, **given)
 
-    def by_kernel(labels: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.losses(lse.detach(), target.detach(), labels, end)
-
-    every = torch.zeros(len(pairs), dtype=torch.int64)
-    along = torch.stack(torch.autograd.grad(formula(every), (lse, target)))
-    _, slopes = by_kernel(every)
-    told = torch.cat((pairs.T, slopes, along)).T
-    assert torch.allclose(slopes, along, rtol=1e-9, atol=1e-9, equal_nan=True), told
-    assert torch.equal(by_kernel(every - 1)[1], torch.zeros_like(slopes))
-    # a sum hides what is no number: each row's loss by itself, those of others ignored
-    for i in range(0, len(pairs), 1 if name in ("no margin", "linear beyond") else 7):
-        alone = (every - 1).index_fill(0, torch.tensor([i]), 2)
-        loss, _ = by_kernel(alone)
-        assert torch.allclose(loss, formula(alone).float(), rtol=1e-6, equal_nan=True), pairs[i]
+    every = name in ("no margin", "linear beyond")
+    check_what_is_no_number(kernels.losses, formula, end, 1 if every else 7)
 
 
 @pytest.mark.parametrize("mean", (False, True))

@@ -19,7 +19,6 @@ from fused_losses.base.target_loss import TargetEnd
 
 # rows of one program: of more, launches are the smaller part of a step
 MOST_ROWS = 1 << 15
-BEYOND = ("linear", "none", "easy", "monotone")
 TILE = Tile(1024, 0, 0, 8, 1)
 
 
@@ -50,10 +49,8 @@ def label_names(
 
 def takes_losses(lse: Tensor, end: TargetEnd) -> bool:
     """Whether the kernel has this margin and these rows."""
-    turned = end.moved is not None and end.moved.m2 != 0
-    if turned and end.moved is not None and end.moved.beyond_pi not in BEYOND:
-        return False
-    return lse.dtype == torch.float64 and 1e-30 < abs(end.scale) < 1e30 and _takes(lse)
+    fits = lse.dtype == torch.float64 and 1e-30 < abs(end.scale) < 1e30
+    return fits and end.is_closed() and _takes(lse)
 
 
 def losses(lse: Tensor, target: Tensor, labels: Tensor, end: TargetEnd) -> tuple[Tensor, Tensor]:
