@@ -75,7 +75,7 @@ class ClassRows(NamedTuple):
                 normalize=p.normalize,
                 precision=p.precision,
                 bend=None if bend is None else bend.detach().to(self.x.dtype),
-                kept_classes=kept_classes(p.room, self.x, self.weight, count),
+                kept_classes=kept_classes(p.room, self.x, self.weight, count, backend=p.backend),
                 backend=p.backend,
             )
             return found.lse, found.target

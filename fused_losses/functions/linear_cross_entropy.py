@@ -156,7 +156,7 @@ def _soft_targets(
         labels,
         bias=None if bias is None else bias.to(accumulate),
         precision=precision,
-        kept_classes=kept_classes(room, x, weight, c),
+        kept_classes=kept_classes(room, x, weight, c, backend=backend),
         backend=backend,
     )
     mix = mix.to(weight.dtype)

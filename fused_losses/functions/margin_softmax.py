@@ -123,8 +123,8 @@ def margin_softmax(
         precision: "fp32", "tf32", "mixed" or "bf16"; see `fused_losses.functional`.
         memory_budget: at most so many bytes of scores the forward keeps to spare the backward their
             recomputation, or "auto": an eighth of the memory that is free on a CPU
-            (docs/row_statistics.md). The "cpu" backend keeps them, others none; the results are
-            the same bits.
+            (docs/row_statistics.md). The "cpu" backend keeps them, with 0 those of a call that has
+            at most 1 MiB of them, others none; the results are the same bits.
         gradient: "exact", or "straight_through": the slope of the margin on the target taken for
             1 (insightface); bends of other classes keep theirs.
         reduction: "mean" over the rows that are not ignored (weighted by class_weight; 0 if there
@@ -312,7 +312,7 @@ def _streamed(
         weighted=label_smoothing > 0,
         precision=precision,
         bend=bend,
-        kept_classes=kept_classes(room, x, weight, taking_part),
+        kept_classes=kept_classes(room, x, weight, taking_part, backend=backend),
         backend=backend,
     )
     norm = None if norm is None else norm.to(stats.target.dtype)

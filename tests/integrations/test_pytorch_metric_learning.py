@@ -65,7 +65,7 @@ def test_values_and_gradients_are_the_peers(
 
 @pytest.mark.parametrize("name", sorted({case.name for case in CASES}))
 def test_no_operation_returns_a_matrix_of_pairs(name: str) -> None:
-    n, c = 1024, 256
+    n, c = 1100, 275  # all scores of fewer are kept for the backward
     case = next(case for case in CASES if case.name == name)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, calls.D, generator=generator).requires_grad_()

@@ -68,6 +68,9 @@ BACKWARD = (
 )
 
 KEPT_PADDING = 64  # scores are kept in rows of whole vectors
+# bytes of all scores of a call that "cpu" keeps without a room: what a thread's scratch may hold
+# between calls (kHeldScratch of csrc/bind/bind.h), which its tiles need anyway
+SMALL = 1 << 20
 
 
 def kept_row(n: int) -> int:
@@ -76,16 +79,25 @@ def kept_row(n: int) -> int:
 
 
 def kept_classes(
-    room: Room | None, x: Tensor, weight: Tensor, taking_part: int, scores: int = 1
+    room: Room | None,
+    x: Tensor,
+    weight: Tensor,
+    taking_part: int,
+    scores: int = 1,
+    backend: str | None = None,
 ) -> int:
     """How many classes' scores are kept, whole vectors a class, taken from the room.
 
-    scores: of each row and class. None where no gradient is asked for.
+    scores: of each row and class. None where no gradient is asked for. With no room all of a small
+    call on the backend "cpu", at most SMALL bytes; in compiled code, whose sizes may be symbols,
+    none.
     """
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if room is None or not needed:
+    if not needed or (room is None and (backend != "cpu" or torch.compiler.is_compiling())):
         return 0
     each = max(scores * kept_row(x.shape[0]), 1) * accumulate_dtype(weight.dtype).itemsize
+    if room is None:
+        return taking_part if taking_part * each <= SMALL else 0
     kept: Any = torch.sym_min(room.left // each, taking_part)  # an int, or a symbol of one
     room.take(kept * each)
     return kept
