@@ -131,6 +131,14 @@ at::Tensor row_marks(const at::Tensor& x);
 at::Tensor exact_center(const std::vector<at::Tensor>& sides);
 // int32 numbers in the labels' order, equal where these are.
 at::Tensor dense_numbers(const at::Tensor& labels);
+// The op on Inputs (primitives/row_statistics/inputs.py), but for what it kept, with its gradient.
+std::vector<at::Tensor> row_statistics(const at::Tensor& x, const at::Tensor& weight,
+                                       const at::Tensor& labels,
+                                       const std::optional<at::Tensor>& classes,
+                                       const std::optional<at::Tensor>& bias,
+                                       const std::optional<at::Tensor>& column_weight,
+                                       bool normalize, bool weighted, const std::string& precision,
+                                       const std::optional<at::Tensor>& bend, int64_t kept_classes);
 // Labels [N] with -1 for what is ignored, in int32 if `narrow`; none if one is neither ignored nor
 // in [0, classes). Whether none is -1.
 std::optional<at::Tensor> label_names(const at::Tensor& labels, int64_t classes, int64_t ignored,

@@ -181,6 +181,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_marks", &row_marks, unlocked);
   m.def("exact_center", &exact_center, unlocked);
   m.def("dense_numbers", &dense_numbers, unlocked);
+  m.def("row_statistics", &row_statistics, unlocked);
   m.def("label_names", &label_names, unlocked);
   m.def("all_labelled", &all_labelled, unlocked);
   m.def("target_losses", &target_losses, unlocked);

@@ -41,6 +41,9 @@ inline c10::OperatorHandle registered(const std::string& name) {
 //   outputs     of what the op returned, the tensors that have a gradient
 //   before      what the backward is given first: of their gradients (undefined: zeros), of these
 //               outputs and of what the op returned. `further`: it is to be differentiated
+// and may say
+//   moves       which of the first arguments may need one, if not all
+//   between     what the backward is given before argument i, or behind the last one
 template <class Op>
 struct Streamed : torch::autograd::Function<Streamed<Op>> {
   struct Call {
@@ -55,7 +58,7 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
     variable_list moving;
     bool asked = false;
     for (size_t i = 0; i < Op::kMoving; ++i) {
-      if (!arguments[i].isTensor()) continue;
+      if (!moves(i) || !arguments[i].isTensor()) continue;
       moving.push_back(arguments[i].toTensor());
       asked = asked || moving.back().requires_grad();
     }
@@ -110,14 +113,16 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
     const bool further = at::GradMode::is_enabled();
     const auto defined = [](const at::Tensor& t) { return t.defined(); };
     if (std::none_of(grads.begin(), grads.end(), defined)) {
-      const auto moved = std::count_if(saved.begin(), saved.begin() + Op::kMoving, defined);
-      return variable_list(static_cast<size_t>(moved) + 1);
+      size_t moved = 0;
+      for (size_t i = 0; i < Op::kMoving; ++i) moved += moves(i) && saved[i].defined();
+      return variable_list(moved + 1);
     }
 
     Stack stack = Op::before(grads, outputs, found, further);
     std::vector<bool> needs(Op::kMoving);
     size_t moving = 0, at = 0;
     for (size_t i = 0; i < count; ++i) {
+      between(stack, i, found);
       const auto beside = ctx->saved_data.find(std::to_string(i));
       if (beside != ctx->saved_data.end()) {
         stack.push_back(beside->second);
@@ -125,21 +130,32 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
       }
       const at::Tensor& tensor = saved[at++];
       stack.push_back(tensor.defined() ? c10::IValue(tensor) : c10::IValue());
-      if (i < Op::kMoving && tensor.defined()) needs[i] = ctx->needs_input_grad(moving++);
+      if (moves(i) && tensor.defined()) needs[i] = ctx->needs_input_grad(moving++);
     }
-    for (const bool need : needs) stack.emplace_back(need);
+    between(stack, count, found);
+    for (size_t i = 0; i < Op::kMoving; ++i) {
+      if (moves(i)) stack.emplace_back(static_cast<bool>(needs[i]));
+    }
     stack = called(backward_op(), std::move(stack), !further);
 
     variable_list out;
-    for (size_t i = 0; i < Op::kMoving; ++i) {
-      if (!saved[i].defined()) continue;
-      out.push_back(needs[i] ? stack[i].toTensor() : at::Tensor());
+    for (size_t i = 0, k = 0; i < Op::kMoving; ++i) {
+      if (!moves(i)) continue;
+      const at::Tensor slope = stack[k++].toTensor();
+      if (saved[i].defined()) out.push_back(needs[i] ? slope : at::Tensor());
     }
     out.emplace_back();  // of what is beside the tensors
     return out;
   }
 
  private:
+  static constexpr bool moves(size_t i) {
+    if constexpr (requires { Op::moves(i); }) return Op::moves(i);
+    return i < Op::kMoving;
+  }
+  static void between(Stack& stack, size_t i, const variable_list& found) {
+    if constexpr (requires { Op::between(stack, i, found); }) Op::between(stack, i, found);
+  }
   static const c10::OperatorHandle& forward_op() {
     static const c10::OperatorHandle op = registered(Op::kName);
     return op;

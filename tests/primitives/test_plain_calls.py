@@ -14,6 +14,7 @@ import fused_losses
 from fused_losses.primitives import op
 from fused_losses.primitives.listed import op as listed
 from fused_losses.primitives.pairs import op as pairs
+from fused_losses.primitives.row_statistics import op as classes
 from fused_losses.primitives.topk import extremes
 
 rows = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(0))
@@ -37,7 +38,7 @@ def test_the_registered_ops_bits(name: str, backend: str, monkeypatch: pytest.Mo
         if not passed_by:
             # nor is a gradient a node in C++
             monkeypatch.setattr(pairs, "offered", lambda: None)
-            for module in (listed, extremes):
+            for module in (classes, listed, extremes):
                 monkeypatch.setattr(module, "helpers", lambda *_: None)
         x, y = (t.clone().requires_grad_() for t in rows[:2])
         with fused_losses.backends.use_backend(require(backend)):

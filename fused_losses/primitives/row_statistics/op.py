@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_losses import backends
+from fused_losses.base.compiled import helpers
 from fused_losses.base.numerics import accumulate_dtype, row_dtype
 from fused_losses.primitives.op import StreamedFunction, StreamedOp, duals
 from fused_losses.primitives.row_statistics import tangents
@@ -84,6 +85,11 @@ def row_statistics(
         bend,
         kept_classes if name == "cpu" else 0,
     )
+    tensors = (x, weight, labels, classes, bias, column_weight, bend)
+    compiled = helpers(*(t for t in tensors if t is not None)) if name == "cpu" else None
+    if compiled is not None:
+        # the same op, with its gradient in C++
+        return RowStatistics(*compiled.row_statistics(*arguments))
     out = ROW_STATISTICS(name, *arguments)
     return RowStatistics(*out[:5])
 
