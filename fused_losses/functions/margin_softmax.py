@@ -283,18 +283,17 @@ def _streamed(
     """
     taking_part = weight.shape[0] if classes is None else classes.shape[0]
     accumulate = accumulate_dtype(weight.dtype)
-    valid = labels != NO_TARGET
     x = embeddings.to(accumulate)
     compiled = helpers(embeddings, labels)
     if compiled is None or not compiled.all_labelled(labels):
         # an ignored row must not reach the gradients, not even with NaN
-        x = torch.where(valid[:, None], x, 0)
+        x = torch.where((labels != NO_TARGET)[:, None], x, 0)
     asks = getattr(margin, "uses_norm", False) or hasattr(margin, "penalty")
     norm = torch.linalg.vector_norm(x, dim=1) if asks else None
     if normalize:
         x = unit(x)
     short = counts_as_zero(backend)
-    bend = score_bend(x, weight, labels, valid, margin, scale, normalize, short)
+    bend = score_bend(x, weight, labels, margin, scale, normalize, short)
     if isinstance(scale, Tensor):
         scale = scale.to(accumulate)
         x = x * (scale[:, None] if scale.dim() else scale)
@@ -324,6 +323,7 @@ def _streamed(
         loss = at_once(stats.lse, stats.target, labels, *end)
         if loss is not None:
             return loss, None
+    valid = labels != NO_TARGET
     target_cosine = stats.target / scale
     of_target = lambda vector: vector.to(accumulate)[torch.where(valid, labels, 0)]
     moved = apply_margin(margin, target_cosine, norm, gradient, valid)

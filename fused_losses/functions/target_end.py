@@ -17,8 +17,7 @@ from fused_losses.primitives.row_statistics import bounded
 def score_bend(
     x: Tensor,  # [N, D], of norm 1 if normalize
     weight: Tensor,
-    labels: Tensor,
-    valid: Tensor,
+    labels: Tensor,  # [N], -1: no target
     margin: Margin | None,
     scale: float | Tensor,
     normalize: bool,
@@ -33,7 +32,7 @@ def score_bend(
             "streamed kernels; use backend='reference', or detach the scale"
         )
     cosine = bounded.targets(x.detach(), weight.detach(), labels, normalize, shortest)
-    bend = bend_of(margin, cosine, valid)
+    bend = bend_of(margin, cosine, labels != -1)
     assert bend is not None
     t, p, q, r = bend
     return torch.stack((t * scale, p * scale, q, r / scale)).to(x.dtype)
