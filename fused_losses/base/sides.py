@@ -166,18 +166,19 @@ def sides(
     the rest.
     """
     given = x  # autocast may change it
-    compiled = offered()
-    meet = compiled is not None and not alone and compiled.rows_meet(x, y)
+    compiled = None if alone else offered()
+    if compiled is not None and not compiled.rows_meet(x, y):
+        compiled = None
     if alone:
         check_rows(names[0], x, precision)
-    elif not meet or precision not in PRECISIONS:
+    elif compiled is None or precision not in PRECISIONS:
         x = check_both(names[0], x, names[1], y, precision)
     columns = x if y is None or (alone and y is given) else y
     numbers = integers(x, columns, prefixes, alone=alone, labels=labels, **known)
     if labels[0] is None and offset is not None:
         n, m = x.shape[0], columns.shape[0]
         check_diagonal(names[1], columns, n, offset)
-        of_y = compiled.counted_up(m, 0) if meet else count_up(m, x)
+        of_y = count_up(m, x) if compiled is None else compiled.counted_up(m, 0)
         # of sizes that are symbols it is not asked
         one = not torch.compiler.is_compiling() and n == m
         of_x = of_y if one else count_up(n, x, offset)
