@@ -217,6 +217,29 @@ def test_argument_block_environment_auto(monkeypatch: pytest.MonkeyPatch) -> Non
         backends.requested(None)
 
 
+PLAIN = (torch.device("cpu"), torch.float32, "fp32")
+
+
+def test_who_asks_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSED_LOSSES_BACKEND", raising=False)
+    assert backends.unasked(None) and not backends.unasked("auto")
+    with fused_losses.use_backend("cpu"):
+        assert not backends.unasked(None)
+    with backends.watched():
+        assert not backends.unasked(None)
+    monkeypatch.setenv("FUSED_LOSSES_BACKEND", "bounded")
+    assert not backends.unasked(None)
+    rows = torch.zeros(2, 3)
+    with backends.watched() as choices:
+        fused_losses.info_nce(rows, rows)
+    assert [name for name, _ in choices] == ["bounded"]
+    monkeypatch.delenv("FUSED_LOSSES_BACKEND")
+    with backends.watched() as choices:
+        fused_losses.info_nce(rows, rows)
+    assert [name for name, _ in choices] == [backends.choose(None, *PLAIN)[0]]
+    assert backends.unasked(None)
+
+
 def test_a_block_is_its_threads_and_compiled_code_sees_the_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
