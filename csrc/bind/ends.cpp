@@ -226,9 +226,7 @@ struct ReducedShares : torch::autograd::Function<ReducedShares> {
       add(ShareSide(value, beside.others, or_none(total), beside.count));
       if (second) add(ShareSide(*second, beside.second_others));
     });
-    const Tensor out = at::empty({}, value.options().dtype(beside.dtype));
-    out.fill_(second ? result / 2 : result);
-    return out;
+    return single(second ? result / 2 : result, value.options().dtype(beside.dtype));
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -244,7 +242,7 @@ struct ReducedShares : torch::autograd::Function<ReducedShares> {
       const auto slopes = [&](const ShareSide& side, const Tensor& given, const Tensor& sum) {
         const T divisor = ShareRows<T>(side).divisor(mean, everyone) * (second.defined() ? 2 : 1);
         return again ? slopes_graph(given, side.others, sum, side.count, divisor, grads[0])
-                     : slopes_of<T>(side, static_cast<T>(grads[0].item<double>()) / divisor);
+                     : slopes_of<T>(side, static_cast<T>(number_of(grads[0])) / divisor);
       };
       std::tie(out[0], out[1]) = slopes(ShareSide(value, others, total, count), value, total);
       if (second.defined()) out[2] = slopes(ShareSide(second, second_others), second, {}).first;
@@ -310,9 +308,7 @@ struct Reduced : torch::autograd::Function<Reduced> {
     ctx->save_for_backward({counted_in});
     ctx->saved_data["share"] = mean ? count : int64_t{1};
     ctx->saved_data["type"] = static_cast<int64_t>(loss.scalar_type());
-    const Tensor out = at::empty({}, loss.options().dtype(dtype));
-    out.fill_(total);
-    return out;
+    return single(total, loss.options().dtype(dtype));
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -326,7 +322,7 @@ struct Reduced : torch::autograd::Function<Reduced> {
     const Tensor counted = counted_in.contiguous();
     const bool* counts = counted.const_data_ptr<bool>();
     const Tensor out = at::empty(counted.sizes(), counted.options().dtype(type));
-    const double grad = grads[0].item<double>();
+    const double grad = number_of(grads[0]);
     of_wide_type(out, [&](auto type) {
       using T = decltype(type);
       const T value = static_cast<T>(grad) / static_cast<T>(share);
@@ -358,9 +354,7 @@ struct MeanOfEach : torch::autograd::Function<MeanOfEach> {
     });
     ctx->save_for_backward({divisors});
     ctx->saved_data["rows"] = n;
-    const Tensor out = at::empty({}, total.options().dtype(dtype));
-    out.fill_(result);
-    return out;
+    return single(result, total.options().dtype(dtype));
   }
 
   // The slopes know the gradient alone, so these operations have all further derivatives.

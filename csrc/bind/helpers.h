@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -23,6 +24,25 @@ double summed(int64_t d, const F& f) {
   }
   for (int64_t l = 0; e < d; ++e, ++l) lanes[l] += f(e);
   return std::accumulate(lanes, lanes + kLanes, 0.0);
+}
+
+// What a tensor [] holds, past the dispatcher where it lies at hand.
+inline double number_of(const at::Tensor& t) {
+  const bool at_hand = t.is_cpu() && t.has_storage() && !t._is_zerotensor() && !t.is_neg();
+  if (at_hand && t.scalar_type() == at::kFloat) return *t.const_data_ptr<float>();
+  if (at_hand && t.scalar_type() == at::kDouble) return *t.const_data_ptr<double>();
+  return t.item<double>();
+}
+
+// A tensor [] that holds it.
+inline at::Tensor single(double value, const at::TensorOptions& options) {
+  at::Tensor out = at::empty({}, options);
+  if (out.is_cpu() && out.scalar_type() == at::kFloat) {
+    *out.data_ptr<float>() = static_cast<float>(value);
+  } else {
+    out.fill_(value);
+  }
+  return out;
 }
 
 // The tensor itself, or where nothing moves it one that could be.

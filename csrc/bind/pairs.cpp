@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "bind.h"
+#include "helpers.h"
 
 namespace fused_losses {
 namespace {
@@ -133,7 +133,7 @@ struct PairCall {
                                       {"y_bias", "y_labels", "y_ids", "y_groups", "y_window"});
     TORCH_CHECK_VALUE(!exclude || !triangle, "exclude: not with triangle");
     problem.d = x.size(1);
-    problem.scale = scale.item<double>();
+    problem.scale = number_of(scale);
     if (apart) lower();
     problem.excluded = exclude ? exclude->size(1) : 0;
     problem.exclude = indices(exclude, {n, problem.excluded}, "exclude");

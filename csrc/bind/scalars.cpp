@@ -33,10 +33,8 @@ struct Inverse : torch::autograd::Function<Inverse> {
       const Tensor leaf = leaf_of(t);
       return {further(at::reciprocal(leaf.to(at::kDouble)), {leaf}, grads[0])[0], Tensor()};
     }
-    const double inverse = 1 / t.item<double>();
-    const Tensor out = at::empty({}, t.options());
-    out.fill_(-grads[0].item<double>() * (inverse * inverse));
-    return {out, Tensor()};
+    const double inverse = 1 / number_of(t);
+    return {single(-number_of(grads[0]) * (inverse * inverse), t.options()), Tensor()};
   }
 };
 
@@ -44,7 +42,7 @@ struct Inverse : torch::autograd::Function<Inverse> {
 
 std::optional<Tensor> inverse(const Tensor& t) {
   if (t.dim() != 0 || !at::isFloatingType(t.scalar_type())) return std::nullopt;
-  const double value = t.item<double>();
+  const double value = number_of(t);
   if (value <= 0) return std::nullopt;
   return Inverse::apply(t, value);
 }

@@ -86,14 +86,15 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
     call.context = ctx;
     variable_list saved;
     saved.reserve(call.arguments.size() + found.size() + outputs.size());
+    // a list, into which compiled autograd looks
+    c10::impl::GenericList beside(c10::AnyType::get());
     for (size_t i = 0; i + Op::kTold < call.arguments.size(); ++i) {
       const c10::IValue& argument = call.arguments[i];
-      if (argument.isTensor() || argument.isNone()) {
-        saved.push_back(argument.isTensor() ? argument.toTensor() : at::Tensor());
-      } else {
-        ctx->saved_data[std::to_string(i)] = argument;
-      }
+      const bool tensor = argument.isTensor() || argument.isNone();
+      if (tensor) saved.push_back(argument.isTensor() ? argument.toTensor() : at::Tensor());
+      beside.push_back(tensor ? c10::IValue() : argument);
     }
+    ctx->saved_data[kBeside] = std::move(beside);
     for (const c10::IValue& value : found) saved.push_back(value.toTensor());
     saved.insert(saved.end(), outputs.begin(), outputs.end());
     ctx->save_for_backward(std::move(saved));
@@ -105,8 +106,11 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     // read once: a checkpoint unpacks what was saved a single time
     const variable_list saved = ctx->get_saved_variables();
-    const size_t count = forward_op().schema().arguments().size() - Op::kTold;
-    const size_t tensors = count - ctx->saved_data.size();
+    const c10::IValue told = ctx->saved_data[kBeside];
+    const c10::ArrayRef<c10::IValue> beside = told.toListRef();
+    const size_t count = beside.size();
+    const auto absent = [](const c10::IValue& value) { return value.isNone(); };
+    const size_t tensors = std::count_if(beside.begin(), beside.end(), absent);
     const size_t returned = forward_op().schema().returns().size();
     const auto end = saved.begin() + tensors + returned;
     const variable_list found(saved.begin() + tensors, end), outputs(end, saved.end());
@@ -123,9 +127,8 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
     size_t moving = 0, at = 0;
     for (size_t i = 0; i < count; ++i) {
       between(stack, i, found);
-      const auto beside = ctx->saved_data.find(std::to_string(i));
-      if (beside != ctx->saved_data.end()) {
-        stack.push_back(beside->second);
+      if (!absent(beside[i])) {
+        stack.push_back(beside[i]);
         continue;
       }
       const at::Tensor& tensor = saved[at++];
@@ -149,6 +152,9 @@ struct Streamed : torch::autograd::Function<Streamed<Op>> {
   }
 
  private:
+  // the arguments that are no tensors, each in its place
+  static constexpr const char* kBeside = "beside";
+
   static constexpr bool moves(size_t i) {
     if constexpr (requires { Op::moves(i); }) return Op::moves(i);
     return i < Op::kMoving;
