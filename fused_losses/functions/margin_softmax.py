@@ -242,9 +242,9 @@ def margin_softmax(
                 reduction="none" if row_weight is not None else reduction,
                 backend=name,
             )
-        if row_loss.dim() == 0:  # some kernels have it at once
-            return row_loss
-        loss = mean_of(row_loss, labels, class_weight, reduction, row_weight)
+        loss = row_loss  # which some kernels reduce at once
+        if row_loss.dim() > 0:
+            loss = mean_of(row_loss, labels, class_weight, reduction, row_weight)
     return (loss, stats) if return_stats and stats is not None else loss
 
 
@@ -315,14 +315,13 @@ def _streamed(
         backend=backend,
     )
     norm = None if norm is None else norm.to(stats.target.dtype)
-    # else nothing asks for what is more than a target's loss
-    asked = bool(label_smoothing or z_loss or return_stats)
+    # else nothing is more than a target's loss
     bare = bias is None and class_weight is None and accumulate == torch.float32
-    if bare and not asked and not hasattr(margin, "penalty"):
-        end = (margin, scale, gradient, reduction)
-        loss = at_once(stats.lse, stats.target, labels, *end)
-        if loss is not None:
-            return loss, None
+    reduced = None
+    if bare and not (label_smoothing or z_loss or hasattr(margin, "penalty")):
+        reduced = at_once(stats.lse, stats.target, labels, margin, scale, gradient, reduction)
+        if reduced is not None and not return_stats:
+            return reduced, None
     valid = labels != NO_TARGET
     target_cosine = stats.target / scale
     of_target = lambda vector: vector.to(accumulate)[torch.where(valid, labels, 0)]
@@ -334,6 +333,7 @@ def _streamed(
         target = target + target_bias
     loss = against_target(target, stats.lse)
     row_weight = 1.0 if class_weight is None else of_target(class_weight)
+    asked = label_smoothing or z_loss or return_stats
     logsumexp = joined(target, stats.lse) if asked else stats.lse
     if label_smoothing > 0:
         loss = smoothed(
@@ -346,7 +346,7 @@ def _streamed(
         loss = loss + row_weight * penalty_of(margin, norm)
     if z_loss:
         loss = loss + row_weight * z_loss * logsumexp**2
-    loss = torch.where(valid, loss, 0).to(accumulate)
+    loss = torch.where(valid, loss, 0).to(accumulate) if reduced is None else reduced
     if not return_stats:
         return loss, None
     attached = return_stats == "grad"

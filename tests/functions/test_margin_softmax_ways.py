@@ -270,9 +270,10 @@ def test_a_margin_needs_to_return_one_value_a_row(backend: str) -> None:
         )
 
 
-def test_stats_change_neither_loss_nor_gradient(backend: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stats_change_neither_loss_nor_gradient(backend: str, dtype: torch.dtype) -> None:
     case = Case("stats", 30, 8, 19)
-    data = Data(case, widest(backend))
+    data = Data(case, dtype if widest(backend) == torch.float64 else torch.float32)
     loss, gradients, _ = ask(case, data, backend)
     x, w = data.x.clone().requires_grad_(), data.w.clone().requires_grad_()
     alone = fused_losses.margin_softmax(x, w, data.labels, backend=backend)
