@@ -36,6 +36,7 @@ const Kernels& generic_kernels();
 const Kernels* avx2_kernels();  // null where the build has none
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+const Kernels* amx_bf16_kernels();
 
 // The best that this CPU runs, no better than ATEN_CPU_CAPABILITY allows.
 const Kernels& best_kernels();

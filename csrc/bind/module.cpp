@@ -144,7 +144,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of the compiled kernels, and what tests need to steer them.";
   m.def(
       "capability", [] { return std::string(best_kernels().capability); },
-      "The instruction set that runs: default, avx2, avx512 or avx512_bf16.");
+      "The instruction set that runs: default, avx2, avx512, avx512_bf16 or amx_bf16.");
   m.def("has_bf16", [] { return best_kernels().bf16; }, "Whether bf16 products can run.");
   m.def(
       "force_capability",

@@ -4,20 +4,40 @@
 
 #include "../kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fused_losses {
 
 namespace {
 
 const Kernels* forced = nullptr;
 
+// Linux lends the tile registers to a process that asks; not where a thread's stack for signals is
+// too small to hold them.
+bool lends_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int kAskFor = 0x1023, kTileData = 18;
+  static const bool lent = syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+  return lent;
+#else
+  return false;
+#endif
+}
+
 bool runs_here([[maybe_unused]] const char* capability) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (std::strcmp(capability, "avx512_bf16") == 0) {
-    return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool narrow = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (std::strcmp(capability, "amx_bf16") == 0) {
+    return narrow && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           lends_tiles();
   }
+  if (std::strcmp(capability, "avx512_bf16") == 0) return narrow;
   if (std::strcmp(capability, "avx512") == 0) return avx512;
   if (std::strcmp(capability, "avx2") == 0) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -31,8 +51,10 @@ struct Rung {
   const Kernels* (*kernels)();
 };
 
-constexpr Rung kLadder[] = {
-    {"avx512_bf16", avx512_bf16_kernels}, {"avx512", avx512_kernels}, {"avx2", avx2_kernels}};
+constexpr Rung kLadder[] = {{"amx_bf16", amx_bf16_kernels},
+                            {"avx512_bf16", avx512_bf16_kernels},
+                            {"avx512", avx512_kernels},
+                            {"avx2", avx2_kernels}};
 
 // what is compiled for an instruction set is called only where that runs
 const Kernels* kernels_of(const Rung& rung) {
@@ -44,7 +66,7 @@ const Kernels& choose() {
   const bool none = cap && std::strcmp(cap, "default") == 0;
   const bool avx2_at_most = none || (cap && std::strcmp(cap, "avx2") == 0);
   for (const Rung& rung : kLadder) {
-    const bool wide = std::strncmp(rung.capability, "avx512", 6) == 0;
+    const bool wide = std::strcmp(rung.capability, "avx2") != 0;
     if (none || (avx2_at_most && wide)) continue;
     if (const Kernels* k = kernels_of(rung)) return *k;
   }

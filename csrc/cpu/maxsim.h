@@ -14,10 +14,11 @@ namespace fused_losses::FL_ISA {
 
 constexpr int64_t kQueryBytes = 256 << 10;  // of packed query tokens: they stay in L2
 constexpr int64_t kChunkBytes = 16 << 10;   // of document tokens: they stay in L1
-constexpr int64_t kChunkUnit = 24;          // a multiple of the rows of both forms
-constexpr int64_t kRunTokens = 2048;        // of documents in a task, at least
-constexpr int64_t kTasks = 8;               // a thread
-constexpr int64_t kDocumentsAtOnce = 16;    // a cache line of the index
+template <class P>
+constexpr int64_t kChunkUnit = kInTiles<P> ? 48 : 24;  // a multiple of the rows of its forms
+constexpr int64_t kRunTokens = 2048;                   // of documents in a task, at least
+constexpr int64_t kTasks = 8;                          // a thread
+constexpr int64_t kDocumentsAtOnce = 16;               // a cache line of the index
 
 template <class P, class T>
 struct MaxSimPlan {
@@ -46,7 +47,7 @@ struct MaxSimPlan {
     depth = words<P>(p.d);
     const int64_t row_bytes = std::max<int64_t>(depth, 1) * sizeof(Word);
     block_tokens = std::max<int64_t>(1, kQueryBytes / (row_bytes * kPanel<P>)) * kPanel<P>;
-    chunk = std::max<int64_t>(1, kChunkBytes / row_bytes / kChunkUnit) * kChunkUnit;
+    chunk = std::max<int64_t>(1, kChunkBytes / row_bytes / kChunkUnit<P>) * kChunkUnit<P>;
     // whole queries, so that a score has one owner; a long query is a group of its own
     const int64_t each = ceil_div(p.query_tokens(), std::max<int64_t>(p.query_count, 1));
     groups = std::max<int64_t>(1, block_tokens / std::max<int64_t>(each, 1));
@@ -67,8 +68,8 @@ size_t maxsim_bytes(const MaxSimProblem& p, int threads) {
 }
 
 // How many document tokens at once meet a panel of so many vectors.
-template <int kWidth>
-constexpr int kTall = kWidth == kVectors ? kRows : 8;
+template <class P, int kWidth>
+constexpr int kTall = kInTiles<P> || kWidth == kVectors ? P::kAtOnce : 8;
 
 // As `multiply`, of a panel of kWidth vectors; `ahead` is on its way into the caches meanwhile.
 template <class P, int kWidth, class Finish>
@@ -76,7 +77,7 @@ template <class P, int kWidth, class Finish>
                                                    const typename P::Word* b, int64_t depth,
                                                    const char* ahead, Finish&& finish) {
   using Word = typename P::Word;
-  constexpr int kHigh = kTall<kWidth>;
+  constexpr int kHigh = kTall<P, kWidth>;
   Vector<typename P::Sum> sums[kHigh][kWidth] = {};
   for (int64_t k = 0; k < depth; ++k, b += kWidth * kLanes<Word>) {
     __builtin_prefetch(ahead + k * kHigh * sizeof(typename P::Sum) * P::kPair);
@@ -110,7 +111,7 @@ struct TokenChunk {
 template <class P, class T, int kWidth>
 inline void panel_maxima(const TokenChunk<P>& chunk, const typename P::Word* panel, T* best_io,
                          Code<T>* at_io) {
-  constexpr int kHigh = kTall<kWidth>;
+  constexpr int kHigh = kTall<P, kWidth>;
   Vector<T> best[kWidth];
   Vector<Code<T>> at[kWidth];
   for (int v = 0; v < kWidth; ++v) {
@@ -132,6 +133,10 @@ inline void panel_maxima(const TokenChunk<P>& chunk, const typename P::Word* pan
     };
     if constexpr (kWidth == kVectors) {
       multiply<P, true>(a, 1, panel, chunk.depth, take);
+#if defined(__AMX_BF16__)
+    } else if constexpr (kInTiles<P>) {
+      multiply_in_tiles<kWidth>(a, chunk.depth, 0, 1, panel, take);
+#endif
     } else {
       const int64_t token_bytes = chunk.depth * P::kPair * sizeof(T);
       multiply_narrow<P, kWidth>(a, panel, chunk.depth, chunk.ahead + i * token_bytes, take);

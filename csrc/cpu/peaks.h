@@ -39,7 +39,9 @@ inline double multiply_registers(int64_t steps, typename P::Word one) {
 constexpr PeakKernels peak_table() {
   PeakKernels k{};
   k.fp32 = [](int64_t steps) { return multiply_registers<Plain<float>>(steps, 1.0f); };
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  k.bf16 = multiply_tiles_alone;
+#elif defined(__AVX512BF16__)
   k.bf16 = [](int64_t steps) { return multiply_registers<Pairs>(steps, 0x3f803f80u); };
 #endif
   return k;

@@ -1,10 +1,14 @@
-// The inner product of the tile loop: a block of 6 rows by 4 vectors of columns, all in registers.
+// The inner product of the tile loop: a block of rows by 4 vectors of columns, all in registers.
 //
 // A operands are words read one at a time and broadcast; B is packed in panels of kPanel columns,
 // panel[k][kPanel]. A word is a float, a double, or two bfloat16 that are multiplied in one step.
 #pragma once
 
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#else
 #include "vector.h"
+#endif
 
 namespace fused_losses::FL_ISA {
 
@@ -13,7 +17,7 @@ constexpr int kVectors = 4;  // 24 of 32 registers accumulate
 #else
 constexpr int kVectors = 2;  // 12 of 16
 #endif
-constexpr int kRows = 6;
+constexpr int kRows = 6;  // at once, of what is summed in vectors
 
 // Products in the type that accumulates.
 template <class T>
@@ -21,6 +25,7 @@ struct Plain {
   using Word = T;
   using Sum = T;
   static constexpr int64_t kPair = 1;  // elements of the inner dimension in a word
+  static constexpr int kAtOnce = kRows;
   static Vector<T> multiply_add(Vector<T> sum, T a, Vector<T> b) { return sum + a * b; }
   using Packed = Vector<T>;
 };
@@ -31,6 +36,11 @@ struct Pairs {
   using Word = uint32_t;
   using Sum = float;
   static constexpr int64_t kPair = 2;
+#if defined(__AMX_BF16__)
+  static constexpr int kAtOnce = kTileRows;
+#else
+  static constexpr int kAtOnce = kRows;
+#endif
   using Packed = Vector<uint32_t>;
   static Floats multiply_add(Floats sum, uint32_t a, Packed b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a),
@@ -38,6 +48,10 @@ struct Pairs {
   }
 };
 #endif
+
+// Whether products are summed in tile registers and not in vectors.
+template <class P>
+constexpr bool kInTiles = P::kAtOnce != kRows;
 
 template <class P>
 constexpr int64_t kPanel = kVectors * kLanes<typename P::Sum>;
@@ -49,6 +63,12 @@ template <class P, bool kUnitStride, class Finish>
                                             Finish&& finish) {
   using Word = typename P::Word;
   using Sum = Vector<typename P::Sum>;
+#if defined(__AMX_BF16__)
+  if constexpr (kInTiles<P>) {
+    static_assert(kUnitStride);
+    return multiply_in_tiles<kVectors>(a, depth, 0, 1, b, finish);
+  }
+#endif
   Sum sums[kRows][kVectors] = {};
   const Word *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
   const int64_t step = kUnitStride ? 1 : stride;
@@ -80,6 +100,11 @@ template <class P, class Finish>
                                                  const typename P::Word* b, Finish&& finish) {
   using Word = typename P::Word;
   using Sum = Vector<typename P::Sum>;
+#if defined(__AMX_BF16__)
+  if constexpr (kInTiles<P>) {
+    return multiply_in_tiles<kVectors>(a, run, jump, runs, b, finish);
+  }
+#endif
   Sum sums[kRows][kVectors] = {};
   const Word *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
   for (int64_t piece = 0; piece < runs; ++piece) {

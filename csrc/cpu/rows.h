@@ -232,6 +232,9 @@ template <class F>
 inline void on_tasks(const Parallel& parallel, int64_t tasks, F&& body) {
   std::atomic<int64_t> next{0};
   auto some = [&](int thread) {
+#if defined(__AMX_BF16__)
+    const TileRegisters registers;
+#endif
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
       body(thread, task);
     }

@@ -33,7 +33,7 @@ inline Precision precision(const auto& p) { return p.precision; }
 template <class F>
 inline auto with_scores([[maybe_unused]] const auto& p, F&& f) {
 #if defined(__AVX512BF16__)
-  return f.template operator()<Pairs, float>();  // avx512 has the others: avx512_bf16.cpp
+  return f.template operator()<Pairs, float>();  // avx512 has the others: narrow_table.h
 #else
   if (is_double(p)) return f.template operator()<F64, double>();
   return f.template operator()<F32, float>();

@@ -13,7 +13,7 @@ import fused_losses
 from fused_losses import backends
 from fused_losses.backends.cpu import capability as cpu
 
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu"))

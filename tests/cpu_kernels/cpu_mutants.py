@@ -92,6 +92,7 @@ const Kernels& generic_kernels() {{
 const Kernels* avx2_kernels() {{ return nullptr; }}
 const Kernels* avx512_kernels() {{ return nullptr; }}
 const Kernels* avx512_bf16_kernels() {{ return nullptr; }}
+const Kernels* amx_bf16_kernels() {{ return nullptr; }}
 }}  // namespace fused_losses
 """
 

@@ -155,7 +155,7 @@ def test_hardest_is_no_label_and_the_first_of_equal_ones() -> None:
     assert class_statistics(some, backend="cpu").hardest.tolist() == [402]
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_instruction_sets_agree(capability: str) -> None:
     ruled = RULES["sphereface2-power"]
     p = made(ruled, SHAPES["centres"], "drawn", torch.float32)

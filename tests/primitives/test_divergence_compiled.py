@@ -17,7 +17,7 @@ from fused_losses.primitives.divergence.inputs import DivergenceInputs
 from fused_losses.primitives.divergence.op import DIVERGENCE, DivergenceStatistics, divergence
 from fused_losses.primitives.divergence.rules import DIVERGENCES
 
-SETS = ("default", "avx2", "avx512", "avx512_bf16")
+SETS = ("default", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 NEAR = ("forward", "reverse", "jensen_shannon", "bernoulli", "bernoulli_norm", "squared")
 
 

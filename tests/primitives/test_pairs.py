@@ -13,7 +13,7 @@ from fused_losses.backends.cpu import capability as cpu
 from fused_losses.primitives.pairs.inputs import PairInputs, Rule
 from fused_losses.primitives.pairs.op import pair_statistics
 
-CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16")
+CAPABILITIES = ("default", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 

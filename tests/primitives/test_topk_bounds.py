@@ -85,7 +85,7 @@ def of_cuda(p: TopkInputs, _: str = "") -> Found:
 
 def capabilities() -> list[str]:
     """The instruction sets that run here, the best last."""
-    names = ["default", "avx2", "avx512", "avx512_bf16"]
+    names = ["default", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
     if backends.unavailable("cpu"):
         return []
     return names[: names.index(extension().capability()) + 1]
@@ -93,9 +93,11 @@ def capabilities() -> list[str]:
 
 SCREENS = {
     **{f"cpu-{c}-fp32": (of_compiled, c, "fp32") for c in capabilities()},
-    "cpu-bf16": (of_compiled, "avx512_bf16", "bf16"),
-    "cpu-codes": (of_compiled, "avx512_bf16", "codes"),
-    "cpu-rotated": (of_compiled, "avx512_bf16", "rotated"),
+    **{
+        f"cpu-{c}-{s}": (of_compiled, c, s)
+        for c in ("avx512_bf16", "amx_bf16")
+        for s in ("bf16", "codes", "rotated")
+    },
     "bounded-f32": (of_bounded, "", "fp32"),
     "bounded-f64": (of_bounded, "", "wide"),
     **{f"cuda-{s}": (of_cuda, "", s) for s in ("fp32", "bf16") if CUDA},

@@ -34,7 +34,7 @@ def inputs(x: Tensor, y: Tensor, rows: PrincipalRows, **asked: object) -> TopkIn
 
 
 def capabilities() -> list[str]:
-    names = ["default", "avx2", "avx512", "avx512_bf16"]
+    names = ["default", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
     return names[: names.index(extension().capability()) + 1]
 
 

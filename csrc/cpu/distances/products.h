@@ -148,8 +148,8 @@ void products_forward(const DistanceProblem& p, T* out, void* buffer, const Para
     if constexpr (P::kPair == 2) own.plain[0] = std::numeric_limits<T>::quiet_NaN();
   };
   const auto add = [&](int thread, int64_t i, int64_t k, int64_t run, T* carry, bool fresh) {
-    const Word* rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = left + std::min(i + r, p.n - 1) * depth + k;
+    const Word* rows[P::kAtOnce];
+    for (int r = 0; r < P::kAtOnce; ++r) rows[r] = left + std::min(i + r, p.n - 1) * depth + k;
     const Word* panel = plan.thread(thread).panel + k * kWide;
     multiply<P, true>(rows, 1, panel, run, [&](int r, int v, Vector<T> sum) {
       T* to = carry + (r * kVectors + v) * kStep;
@@ -180,8 +180,6 @@ void products_forward(const DistanceProblem& p, T* out, void* buffer, const Para
     }
     if (!near) [[likely]]
       return;
-    const T* rows[kRows];
-    for (int r = 0; r < kRows; ++r) rows[r] = x + std::min(i + r, p.n - 1) * d;
     const T* panel;
     if constexpr (P::kPair == 2) {
       // packed when the panel first has a near pair
@@ -192,13 +190,18 @@ void products_forward(const DistanceProblem& p, T* out, void* buffer, const Para
     } else {
       panel = plan.thread(thread).panel;
     }
-    mend_near(rows, plan.row_norms + i, panel, plan.column_norms + j, d, count, carry);
+    for (int64_t r0 = 0; r0 < count; r0 += kRows) {
+      const T* rows[kRows];
+      for (int r = 0; r < kRows; ++r) rows[r] = x + std::min(i + r0 + r, p.n - 1) * d;
+      mend_near(rows, plan.row_norms + i + r0, panel, plan.column_norms + j, d,
+                std::min<int64_t>(kRows, count - r0), carry + r0 * kWide);
+    }
     for (int64_t r = 0; r < count; ++r) {
       put(r, [&](int, Vector<T> apart) { return rooted ? root(apart) : apart; });
     }
   };
-  sweep_distances<T, kWide, kRows, 1>(p.n, p.m, depth, kDistanceChunk / P::kPair, parallel, pack,
-                                      add, finish);
+  sweep_distances<T, kWide, P::kAtOnce, 1>(p.n, p.m, depth, kDistanceChunk / P::kPair, parallel,
+                                           pack, add, finish);
 }
 
 }  // namespace fused_losses::FL_ISA

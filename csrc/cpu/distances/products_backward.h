@@ -193,7 +193,7 @@ void products_backward(const DistanceProblem& p, const DistanceBackwardIn& in,
     }
   });
   const GradientTile<PG, T> tile = {p, in, plan.row_norms, plan.column_norms};
-  const int64_t strip = std::max<int64_t>(kRows, std::min<int64_t>(192, d));
+  const int64_t strip = std::max<int64_t>(PG::kAtOnce, std::min<int64_t>(192, d));
   const int64_t ld_near = plan.block_columns;
   for (int64_t j0 = 0; j0 < m; j0 += plan.block_columns) {
     const int64_t width = std::min(plan.block_columns, m - j0);

@@ -146,7 +146,7 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
     if constexpr (PS::kPair == 2) narrow_rows<PS>(x + i * d, rows, d, plan.left + i * plan.depth);
     if (turn) turn_rows<PG>(x + i * d, rows, d, plan.x_turned + i / PG::kPair, plan.x_words);
   });
-  const int64_t strip = std::max<int64_t>(kRows, std::min<int64_t>(192, d));
+  const int64_t strip = std::max<int64_t>(PG::kAtOnce, std::min<int64_t>(192, d));
   const bool kept = plan.kept.all(n);  // no score is a product of the panels then
   for (int64_t j0 = 0; j0 < m; j0 += plan.block_columns) {
     const int64_t width = std::min(plan.block_columns, m - j0);

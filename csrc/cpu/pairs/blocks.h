@@ -131,9 +131,9 @@ inline void multiply_tile(const typename P::Word* left, int64_t rows, int64_t de
                           const typename P::Word* panels, int64_t columns, T* scores, int64_t ld) {
   constexpr int64_t kWide = kPanel<P>;
   for (int64_t j = 0; j < columns; j += kWide, panels += depth * kWide) {
-    for (int64_t i = 0; i < rows; i += kRows) {
-      const typename P::Word* a[kRows];
-      for (int r = 0; r < kRows; ++r) a[r] = left + std::min(i + r, rows - 1) * depth;
+    for (int64_t i = 0; i < rows; i += P::kAtOnce) {
+      const typename P::Word* a[P::kAtOnce];
+      for (int r = 0; r < P::kAtOnce; ++r) a[r] = left + std::min(i + r, rows - 1) * depth;
       T* out = scores + i * ld + j;
       const int64_t last = rows - i;
       multiply<P, true>(a, 1, panels, depth, [&](int r, int v, Vector<T> sum) {
@@ -146,7 +146,7 @@ inline void multiply_tile(const typename P::Word* left, int64_t rows, int64_t de
 // The sums that a product will be added to, on their way into the caches while it runs.
 template <class P, class T>
 [[gnu::always_inline]] inline void prefetch_sums(const T* c, int64_t ld, int64_t rows) {
-  for (int64_t r = 0; r < std::min<int64_t>(kRows, rows); ++r) {
+  for (int64_t r = 0; r < std::min<int64_t>(P::kAtOnce, rows); ++r) {
     for (int64_t e = 0; e < kPanel<P>; e += 64 / sizeof(T)) __builtin_prefetch(c + r * ld + e, 1);
   }
 }
@@ -264,9 +264,9 @@ inline void add_rows(const GradientBlock<P>& g, int64_t row0, int64_t rows, int6
     const int64_t panels = std::min(step, last - panel);
     for (int64_t c = 0; c < d; c += kWide) {
       const typename P::Word* b = y_panels + c / kWide * y_words * kWide + panel * kRun * kWide;
-      for (int64_t i = 0; i < rows; i += kRows) {
-        const typename P::Word* a[kRows];
-        for (int r = 0; r < kRows; ++r) {
+      for (int64_t i = 0; i < rows; i += P::kAtOnce) {
+        const typename P::Word* a[P::kAtOnce];
+        for (int r = 0; r < P::kAtOnce; ++r) {
           a[r] = g.by_row + (panel * g.rows + row0 + std::min(i + r, rows - 1)) * kRun;
         }
         T* out = dx + i * d + c;
@@ -291,9 +291,10 @@ inline void add_columns(const GradientBlock<P>& g, int64_t rows, int64_t first, 
     const int64_t run = std::min(chunk, depth - k);
     for (int64_t panel = first; panel < last; ++panel) {
       const typename P::Word* b = g.by_column + (panel * (g.rows / P::kPair) + k) * kWide;
-      for (int64_t e = 0; e < count; e += kRows) {
-        const typename P::Word* a[kRows];
-        for (int r = 0; r < kRows; ++r) a[r] = xt + (d0 + std::min(e + r, count - 1)) * ld_xt + k;
+      for (int64_t e = 0; e < count; e += P::kAtOnce) {
+        const typename P::Word* a[P::kAtOnce];
+        for (int r = 0; r < P::kAtOnce; ++r)
+          a[r] = xt + (d0 + std::min(e + r, count - 1)) * ld_xt + k;
         T* out = dyt + (d0 + e) * ld + panel * kWide;
         const int64_t left = count - e;
         prefetch_sums<P>(out, ld, left);

@@ -20,11 +20,12 @@ struct GradientPlan {
     TileScratch<PS, T> tile;
     typename PG::Word* by_row;    // G as left operand of G x: [tile][words of rows]
     typename PG::Word* by_class;  // G as left operand of G^T w: [words of tile][ld]
+    typename PG::Word* turned;    // some rows of that along the words, for tile registers
     typename PG::Word* weights;   // w as its right operand
     T* along;                     // [tile] sum_i G product, then what w loses of dw
     T* bias;                      // [tile] sum_i G without targets
     T* dw;                        // [tile, wide] unless direct
-    T* dx;                        // [padded + kRows, wide]
+    T* dx;                        // [padded + kAtOnce, wide]
   };
   size_t shared_bytes, thread_bytes;
   void* buffer;
@@ -56,16 +57,18 @@ struct GradientPlan {
                        : nullptr);
     TileScratch<PS, T> tile(arena, p);
     const int64_t n_by_row = tile.tile * tile.ld / PG::kPair;
-    const int64_t n_by_class = words<PG>(tile.tile) * tile.ld;
+    const int64_t deep = round_up(words<PG>(tile.tile), kInTiles<PG> ? 16 : 1);
     Word* by_row = arena.take<Word>(n_by_row);
     // float words serve both products from one buffer
-    Word* by_class = PG::kPair == 1 ? by_row : arena.take<Word>(n_by_class);
+    Word* by_class = PG::kPair == 1 ? by_row : arena.take<Word>(deep * tile.ld);
+    Word* turned = arena.take<Word>(dx && kInTiles<PG> ? PG::kAtOnce * deep : 0);
     Word* weights = arena.take<Word>(dx ? words<PG>(tile.tile) * wide : 0);
     T* along = arena.take<T>(tile.tile);
     T* bias = arena.take<T>(tile.tile);
     T* dw_tile = arena.take<T>(dw && !direct ? tile.tile * wide : 0);
-    T* dx_sum = arena.take<T>(dx ? (padded + kRows) * wide : 0);
-    return {Thread{tile, by_row, by_class, weights, along, bias, dw_tile, dx_sum}, arena.used()};
+    T* dx_sum = arena.take<T>(dx ? (padded + PG::kAtOnce) * wide : 0);
+    return {Thread{tile, by_row, by_class, turned, weights, along, bias, dw_tile, dx_sum},
+            arena.used()};
   }
 };
 
@@ -127,16 +130,30 @@ inline void add_dx([[maybe_unused]] const Problem& p, const GradientPlan<PS, PG,
                   th.by_class, ld, T(1), th.dx + row0 * plan.wide, plan.wide);
     }
   }
-  for (int64_t q = 0; q < plan.wide; q += kWide) {
+  const Word* a[PG::kAtOnce];
+  const auto add = [&](int64_t i, int64_t q) {
     const Word* panel = th.weights + q * words<PG>(th.tile.tile);
-    for (int64_t i = 0; i < real_rows; i += kRows) {
-      const Word* a[kRows];
-      for (int r = 0; r < kRows; ++r) a[r] = th.by_class + i + r;
-      T* out = th.dx + (row0 + i) * plan.wide + q;
-      multiply<PG, false>(a, ld, panel, depth, [&](int r, int v, Vector<T> sum) {
-        T* at = out + r * plan.wide + v * kLanes<T>;
-        store(at, load(at) + sum);
-      });
+    T* out = th.dx + (row0 + i) * plan.wide + q;
+    multiply<PG, kInTiles<PG>>(a, ld, panel, depth, [&](int r, int v, Vector<T> sum) {
+      T* at = out + r * plan.wide + v * kLanes<T>;
+      store(at, load(at) + sum);
+    });
+  };
+  if constexpr (kInTiles<PG>) {
+    for (int64_t i = 0; i < real_rows; i += PG::kAtOnce) {
+      const int64_t apart = round_up(depth, 16);
+      for (int64_t k = 0; k < depth; k += 16) {
+        transpose16(th.by_class + k * ld + i, ld, th.turned + k, apart);
+      }
+      for (int r = 0; r < PG::kAtOnce; ++r) a[r] = th.turned + r * apart;
+      for (int64_t q = 0; q < plan.wide; q += kWide) add(i, q);
+    }
+  } else {
+    for (int64_t q = 0; q < plan.wide; q += kWide) {
+      for (int64_t i = 0; i < real_rows; i += kRows) {
+        for (int r = 0; r < kRows; ++r) a[r] = th.by_class + i + r;
+        add(i, q);
+      }
     }
   }
 }
@@ -166,9 +183,10 @@ inline void add_dw(const Problem& p, const BackwardOut& out,
   const bool aligned = (reinterpret_cast<uintptr_t>(dw) | p.d * sizeof(T)) % FL_VECTOR_BYTES == 0;
   for (int64_t q = 0; q < plan.wide; q += kWide) {
     const Word* panel = plan.rows + q * words<PG>(plan.padded) + row0 / PG::kPair * kWide;
-    for (int64_t c = 0; c < tile.count; c += kRows) {
-      const Word* a[kRows];
-      for (int r = 0; r < kRows; ++r) a[r] = th.by_row + std::min(c + r, tile.count - 1) * left;
+    for (int64_t c = 0; c < tile.count; c += PG::kAtOnce) {
+      const Word* a[PG::kAtOnce];
+      for (int r = 0; r < PG::kAtOnce; ++r)
+        a[r] = th.by_row + std::min(c + r, tile.count - 1) * left;
       const int64_t last = tile.count - c;
       if (!plan.direct) {
         T* to = th.dw + c * plan.wide + q;

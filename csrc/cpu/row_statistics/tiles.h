@@ -104,9 +104,9 @@ inline void multiply_classes(Left&& left, int64_t count, int64_t depth,
   constexpr int64_t kWide = kPanel<PS>;
   for (int64_t i = 0; i < rows; i += kWide) {
     const typename PS::Word* panel = columns + (row0 + i) * depth;
-    for (int64_t c = 0; c < count; c += kRows) {
-      const typename PS::Word* a[kRows];
-      for (int r = 0; r < kRows; ++r) a[r] = left(std::min(c + r, count - 1));
+    for (int64_t c = 0; c < count; c += PS::kAtOnce) {
+      const typename PS::Word* a[PS::kAtOnce];
+      for (int r = 0; r < PS::kAtOnce; ++r) a[r] = left(std::min(c + r, count - 1));
       T* out = scores + c * ld + i;
       const int64_t last = count - c;
       multiply<PS, true>(a, 1, panel, depth, [&](int r, int v, Vector<T> sum) {

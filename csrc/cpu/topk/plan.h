@@ -72,15 +72,15 @@ struct TopkPlan {
       limit = arena.take<float>(plan.queries);
       row = arena.take<float>(p.d);
       gathered = arena.take<float>(kPanel<P> * p.d);
-      multiplier = arena.take<float>(plan.tile + kRows);
-      offset = arena.take<float>(plan.tile + kRows);
-      slope = arena.take<float>(plan.tile + kRows);
-      extra = arena.take<float>(plan.tile + kRows);
-      sums = arena.take<float>(kRows * kPanel<P>);
+      multiplier = arena.take<float>(plan.tile + P::kAtOnce);
+      offset = arena.take<float>(plan.tile + P::kAtOnce);
+      slope = arena.take<float>(plan.tile + P::kAtOnce);
+      extra = arena.take<float>(plan.tile + P::kAtOnce);
+      sums = arena.take<float>(P::kAtOnce * kPanel<P>);
       lower = arena.take<double>(plan.kept);
       scratch = arena.take<double>(p.d);
       rows = arena.take<Word>(plan.triangle || p.heads.first ? 0 : plan.tile * plan.depth);
-      open = arena.take<OpenPair>(p.heads.first ? kOpen + kRows * kPanel<P> : 0);
+      open = arena.take<OpenPair>(p.heads.first ? kOpen + P::kAtOnce * kPanel<P> : 0);
     }
   };
 
@@ -89,7 +89,7 @@ struct TopkPlan {
     depth = words<P>(wide);
     kept = candidates_kept(p);
     const int64_t bytes = p.heads.first ? kHeadTileBytes : kTopkTileBytes;
-    const int64_t fit = bytes / (std::max<int64_t>(wide, 1) * 4) / kRows * kRows;
+    const int64_t fit = bytes / (std::max<int64_t>(wide, 1) * 4) / P::kAtOnce * P::kAtOnce;
     tile = std::clamp<int64_t>(fit, 24, 384);
     const int64_t padded = round_up(std::max<int64_t>(p.n, 1), kPanel<P>);
     const int64_t a_query = kept * int64_t(sizeof(Candidate));

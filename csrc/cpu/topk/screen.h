@@ -92,7 +92,7 @@ struct StripTerms {
   }
 };
 
-// Six rows of the bank against a panel of queries.
+// Some rows of the bank against a panel of queries.
 template <class P, bool kTriangle>
 struct Strip {
   using Word = typename P::Word;
@@ -106,17 +106,17 @@ struct Strip {
   int64_t first, count;  // the block of queries
   const bool directions = p.affinity == Affinity::kCosine;
 
-  // Rows bank, bank + 1, ... by their pointers a and their terms; `real` of the six exist.
+  // Rows bank, bank + 1, ... by their pointers a and their terms; `real` of them exist.
   [[gnu::always_inline]] void run(const Word* const* a, int64_t bank, int64_t real,
                                   const StripTerms& terms, int64_t lane) {
     const float* limit = s.t.limit + lane;
     [[maybe_unused]] const float* size = plan.size + lane;
     const float *m = terms.multiplier, *o = terms.offset;
-    float row_limit[kRows];
-    for (int r = 0; kTriangle && r < kRows; ++r) {
+    float row_limit[P::kAtOnce];
+    for (int r = 0; kTriangle && r < P::kAtOnce; ++r) {
       row_limit[r] = r < real ? s.t.limit[bank + r] : std::numeric_limits<float>::infinity();
     }
-    MaskWord words[kSides * kRows] = {}, any = 0;
+    MaskWord words[kSides * P::kAtOnce] = {}, any = 0;
     multiply<P, true>(
         a, 1, plan.panels + lane * plan.depth, plan.depth, [&](int r, int v, Floats sum) {
           const int64_t at = v * kLanes<float>;
@@ -133,7 +133,7 @@ struct Strip {
             const Floats other = directions ? score
                                             : sum * load(plan.multiplier + lane + at) +
                                                   load(plan.offset + lane + at);
-            words[kRows + r] |= MaskWord(not_less(other, Floats{} + row_limit[r])) << (16 * v);
+            words[P::kAtOnce + r] |= MaskWord(not_less(other, Floats{} + row_limit[r])) << (16 * v);
           }
         });
     for (MaskWord w : words) any |= w;
@@ -154,7 +154,7 @@ struct Strip {
         s.offer(q, first + (kTriangle ? plan.order[q] : q), j, sums[at] * m[r] + o[r], error);
       });
       if constexpr (kTriangle) {
-        for_each(words[kRows + r], [&](int64_t at) {
+        for_each(words[P::kAtOnce + r], [&](int64_t at) {
           const int64_t q = lane + at;
           if (q < from || q >= to) return;
           const float other =
@@ -183,7 +183,7 @@ void topk_rectangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screene
   on_tasks(parallel, ceil_div(p.m, plan.tile), [&](int thread, int64_t task) {
     Selector<P>& s = selectors[thread];
     const int64_t j0 = task * plan.tile, rows = std::min(plan.tile, p.m - j0);
-    const Word* at[384 + kRows];
+    const Word* at[384 + P::kAtOnce];
     for (int64_t r = 0; r < rows; ++r) {
       const float* row;
       at[r] = screen_row<P>(p, screen, j0 + r, s.t.row, s.t.rows + r * plan.depth, row);
@@ -193,7 +193,7 @@ void topk_rectangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screene
       s.t.slope[r] = terms.slope;
       s.t.extra[r] = terms.extra;
     }
-    for (int64_t r = rows; r < rows + kRows; ++r) {
+    for (int64_t r = rows; r < rows + P::kAtOnce; ++r) {
       at[r] = at[rows - 1];
       s.t.multiplier[r] = s.t.slope[r] = s.t.extra[r] = 0;
       s.t.offset[r] = kNone<float>;
@@ -202,8 +202,8 @@ void topk_rectangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screene
     Strip<P, false> strip = {p, plan, s, first, count};
     const StripTerms terms = {s.t.multiplier, s.t.offset, s.t.slope, s.t.extra};
     for (int64_t lane = 0; lane < count; lane += kWide) {
-      for (int64_t r = 0; r < rows; r += kRows) {
-        strip.run(at + r, j0 + r, std::min<int64_t>(kRows, rows - r), terms + r, lane);
+      for (int64_t r = 0; r < rows; r += P::kAtOnce) {
+        strip.run(at + r, j0 + r, std::min<int64_t>(P::kAtOnce, rows - r), terms + r, lane);
       }
     }
   });
@@ -253,9 +253,9 @@ void topk_triangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screened
     }
     for (int64_t q = c0; q < c1; ++q) s.limit(q);
     for (int64_t q = q0; q < q1; ++q) s.limit(q);
-    const Word* a[192 + kRows];
-    float m[192 + kRows], o[192 + kRows];
-    for (int64_t r = 0; r < c1 - c0 + kRows; ++r) {
+    const Word* a[192 + P::kAtOnce];
+    float m[192 + P::kAtOnce], o[192 + P::kAtOnce];
+    for (int64_t r = 0; r < c1 - c0 + P::kAtOnce; ++r) {
       const bool real = c0 + r < c1;
       const int64_t c = real ? c0 + r : c1 - 1;
       a[r] = in_place ? in_order(c) : plan.left + c * plan.depth;
@@ -266,8 +266,8 @@ void topk_triangle(const TopkProblem& p, const TopkPlan<P>& plan, const Screened
     const StripTerms terms = {m, o, nullptr, nullptr};
     for (int64_t lane = q0; lane < q1; lane += kWide) {
       const int64_t end = std::min(lane + kWide, q1);
-      for (int64_t c = c0; c < c1; c += kRows) {
-        const int64_t real = std::min<int64_t>(kRows, c1 - c), r = c - c0;
+      for (int64_t c = c0; c < c1; c += P::kAtOnce) {
+        const int64_t real = std::min<int64_t>(P::kAtOnce, c1 - c), r = c - c0;
         if (plan.from[c] >= end || plan.to[c + real - 1] <= lane) continue;
         strip.run(a + r, c, real, terms + r, lane);
       }
@@ -281,6 +281,9 @@ void topk_scores(const TopkProblem& p, float* scores, float* bounds, double* cen
                  const Parallel& parallel) {
   constexpr int64_t kWide = kPanel<P>;
   const TopkPlan<P> plan(p, buffer);
+#if defined(__AMX_BF16__)
+  const TileRegisters registers;
+#endif
   std::vector<double> row(p.d);
   const Screened screen(p, choose_center(p, plan.center, row.data()), P::kPair == 2);
   std::copy(plan.center, plan.center + p.d, center);
@@ -291,11 +294,13 @@ void topk_scores(const TopkProblem& p, float* scores, float* bounds, double* cen
     for (int64_t j = 0; j < p.m; ++j) {
       const float* floats;
       const auto* words = screen_row<P>(p, screen, j, t.row, t.rows, floats);
-      const typename P::Word* const at[kRows] = {words, words, words, words, words, words};
+      const typename P::Word* at[P::kAtOnce];
+      std::fill_n(at, P::kAtOnce, words);
       const RowTerms terms = screen.terms(j, floats);
       for (int64_t lane = 0; lane < count; lane += kWide) {
         multiply<P, true>(at, 1, plan.panels + lane * plan.depth, plan.depth,
-                          [&](int, int v, Floats sum) {
+                          [&](int r, int v, Floats sum) {
+                            if (r > 0) return;
                             store(t.sums + v * kLanes<float>, sum * terms.m + terms.a);
                           });
         for (int64_t q = lane; q < std::min(lane + kWide, count); ++q) {
