@@ -30,6 +30,8 @@ struct Kernels {
   DivergenceKernels divergence;
   PeakKernels peaks;
   ListedKernels listed;
+  // for tests: how many products a block has at least whose float32 factors are split; or null
+  int64_t* split_least = nullptr;
 };
 
 const Kernels& generic_kernels();

@@ -153,6 +153,16 @@ PYBIND11_MODULE(_C, m) {
                           *name, " on this CPU");
       },
       "Run another instruction set of this CPU (for tests); None: the best again.");
+  m.def(
+      "split_blocks",
+      [](std::optional<int64_t> least) {
+        int64_t* own = best_kernels().split_least;
+        TORCH_CHECK_VALUE(own, "split_blocks: ", best_kernels().capability,
+                          " splits no factors of float32");
+        static const int64_t usual = *own;
+        *own = least.value_or(usual);
+      },
+      "Split blocks of so many products in float32, and more (for tests); None: the usual ones.");
   m.def("has_threads", &ran_on_threads,
         "Whether a kernel of this process, or of the one it is a fork of, ran on several threads.");
   m.def("started_workers", &started_workers, "How many threads kernels have beside OpenMP's.");

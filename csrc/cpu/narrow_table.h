@@ -6,19 +6,26 @@
 
 namespace fused_losses::FL_ISA {
 
-// Whether a call of a problem multiplies in bfloat16.
+// Whether a call of a problem multiplies in bfloat16; in tile registers float32 may, too.
 template <bool kBackward>
-inline bool rounds(const auto& p) {
+inline bool is_ours(const auto& p) {
   if (is_double(p)) return false;
+#if defined(__AMX_BF16__)
+  return true;
+#endif
   return precision(p) == Precision::kBFloat16 || (kBackward && precision(p) == Precision::kMixed);
 }
 template <bool>
-inline bool rounds(const TopkProblem& p) {
+inline bool is_ours(const MaxSimProblem& p) {
+  return !p.is_double && p.precision == Precision::kBFloat16;
+}
+template <bool>
+inline bool is_ours(const TopkProblem& p) {
   return p.bf16;
 }
 // no metric but those of products has a form in bfloat16
 template <bool kBackward>
-inline bool rounds(const DistanceProblem& p) {
+inline bool is_ours(const DistanceProblem& p) {
   if (p.is_double || p.is_bool || !made_of_products(simplified(p))) return false;
   return p.precision == Precision::kBFloat16 || (kBackward && p.precision == Precision::kMixed);
 }
@@ -31,14 +38,14 @@ constexpr auto kTopkTable = topk_table();
 constexpr auto kProductsTable = products_table<Pairs, float>();
 constexpr auto kDivergenceTable = divergence_table();
 
-// A kernel of one of avx512's groups, and for what rounds that of the same group here.
+// A kernel of one of avx512's groups, and for what is ours that of the same group here.
 template <auto kGroup, auto kKernel, const auto& kOurs, bool kBackward, class Function>
 struct Either;
 template <auto kGroup, auto kKernel, const auto& kOurs, bool kBackward, class R, class P,
           class... Rest>
 struct Either<kGroup, kKernel, kOurs, kBackward, R (*)(const P&, Rest...)> {
   static R call(const P& p, Rest... rest) {
-    if (rounds<kBackward>(p)) return (kOurs.*kKernel)(p, rest...);
+    if (is_ours<kBackward>(p)) return (kOurs.*kKernel)(p, rest...);
     return (avx512_kernels()->*kGroup.*kKernel)(p, rest...);
   }
 };
@@ -48,6 +55,9 @@ inline Kernels table(const char* capability) {
   k.capability = capability;
   k.bf16 = true;
   k.peaks.bf16 = peak_table().bf16;
+#if defined(__AMX_BF16__)
+  k.split_least = &split_least;
+#endif
 #define FL_EITHER(group, kernel, ours, backward)                                       \
   k.group.kernel = Either<&Kernels::group, &decltype(k.group)::kernel, ours, backward, \
                           decltype(k.group.kernel)>::call

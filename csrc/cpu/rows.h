@@ -13,6 +13,7 @@
 
 #include "../kernels.h"
 #include "product.h"
+#include "split.h"
 
 namespace fused_losses::FL_ISA {
 

@@ -32,6 +32,12 @@ inline Precision precision(const auto& p) { return p.precision; }
 // gradient's: mixed rounds none.
 template <class F>
 inline auto with_scores([[maybe_unused]] const auto& p, F&& f) {
+#if defined(__AMX_BF16__)
+  constexpr bool kMaySplit = !std::is_same_v<std::decay_t<decltype(p)>, MaxSimProblem>;
+  if constexpr (kMaySplit) {
+    if (precision(p) != Precision::kBFloat16) return f.template operator()<F32, float>();
+  }
+#endif
 #if defined(__AVX512BF16__)
   return f.template operator()<Pairs, float>();  // avx512 has the others: narrow_table.h
 #else
@@ -44,6 +50,9 @@ inline auto with_scores([[maybe_unused]] const auto& p, F&& f) {
 template <class F>
 inline auto with_gradients(const auto& p, F&& f) {
 #if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  if (precision(p) == Precision::kFull) return f.template operator()<F32, F32, float>();
+#endif
   if (precision(p) == Precision::kMixed) return f.template operator()<F32, Pairs, float>();
   return f.template operator()<Pairs, Pairs, float>();
 #else

@@ -225,7 +225,7 @@ void products_backward(const DistanceProblem& p, const DistanceBackwardIn& in,
       on_tasks(parallel, dx ? row_tiles : 0, [&](int, int64_t bi) {
         const int64_t i = bi * plan.tile_rows, rows = std::min(plan.tile_rows, tall - i);
         T* to = dx + (i0 + i) * d;
-        add_rows<PG>(plan.g, i, rows, 0, all, plan.y_rows, plan.y_words, d, to);
+        add_rows<PG>(plan.g, i, rows, 0, all, plan.y_rows, plan.y_words, d, to, {});
         for (int64_t bj = 0; differences && bj < column_tiles; ++bj) {
           const int64_t j = bj * kTileColumns, columns = std::min(kTileColumns, width - j);
           for (int64_t r = 0; r < rows; ++r) {
@@ -246,7 +246,7 @@ void products_backward(const DistanceProblem& p, const DistanceBackwardIn& in,
           const int64_t e = task / groups * strip, first = task % groups * kGroup;
           add_columns<PG>(plan.g, tall, first, std::min(first + kGroup, all),
                           plan.x_turned + i0 / PG::kPair, plan.x_words, e, std::min(strip, d - e),
-                          plan.dy_turned, plan.block_columns);
+                          plan.dy_turned, plan.block_columns, {});
         });
       }
       on_tasks(parallel, dy && differences ? column_tiles : 0, [&](int, int64_t bj) {

@@ -280,7 +280,7 @@ class TilePair {
       const auto rows_of = [&](int64_t c) {
         return left == own_.differences ? left + c * stride : student.row(c);
       };
-      multiply_classes<PS, kAdd>(rows_of, count, d, columns, row0, rows, apart, ld);
+      multiply_classes<PS, kAdd>(rows_of, count, d, columns, row0, rows, apart, ld, s_.split);
     }
   }
 

@@ -35,11 +35,13 @@ struct AttentionPlan {
     T *products, *terms;
     Code<T>* codes;
     GradientBlock<PG> weights;
-    Thread(Arena& arena, int64_t tile_rows)
+    SplitRoom split;
+    Thread(Arena& arena, int64_t tile_rows, int64_t depth)
         : products(arena.take<T>(tile_rows * kTileColumns)),
           terms(arena.take<T>(tile_rows * kTileColumns)),
           codes(arena.take<Code<T>>(tile_rows * kTileColumns)),
-          weights(arena, tile_rows, kTileColumns) {}
+          weights(arena, tile_rows, kTileColumns),
+          split(split_room<PS>(arena, tile_rows, kTileColumns, depth)) {}
   };
 
   AttentionPlan(const PairProblem& p, const AttentionIn& a, void* base)
@@ -61,13 +63,13 @@ struct AttentionPlan {
     held_values = arena.take<T>(read * a.width);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
-    Thread thread(scratch, tile_rows);
+    Thread thread(scratch, tile_rows, depth);
     thread_bytes = scratch.used();
   }
 
   Thread thread(int index) const {
     Arena arena(buffer + shared_bytes + index * thread_bytes);
-    return Thread(arena, tile_rows);
+    return Thread(arena, tile_rows, depth);
   }
 };
 
@@ -143,7 +145,7 @@ void attention(const PairProblem& p, const AttentionIn& a, const AttentionForwar
         if (!attends(t, c)) continue;
         const int64_t ld = round_up(t.columns, kPanel<PS>);
         multiply_tile<PS>(left + i * plan.depth, tall, plan.depth, plan.panels + j * plan.depth, ld,
-                          th.products, ld);
+                          th.products, ld, th.split);
         if (p.apart) mend_tile<T>(p, t, y + j * d, th.products, ld, th.products, nullptr);
         attention_terms<T>(p, t, th, th.products, ld, c, nullptr);
         online_weights<T>(th.terms, ld, t, plan.best + i, plan.mass + i, out + i * a.width,
@@ -151,7 +153,7 @@ void attention(const PairProblem& p, const AttentionIn& a, const AttentionForwar
         th.weights.put(th.terms, ld, 0, 0, tall, t.columns);
         add_rows<PG>(th.weights, 0, tall, 0, ceil_div(t.columns, kPanel<PG>),
                      plan.values + j / PG::kPair * kPanel<PG>, plan.value_words, a.width,
-                     out + i * a.width);
+                     out + i * a.width, th.split);
       }
     });
   }
@@ -234,7 +236,7 @@ void attention_backward(const PairProblem& p, const AttentionIn& a, const Attent
     attention_terms<T>(p, t, th, th.scores, ld, c, th.slope);
     // <grad_out, v> in place of the products
     multiply_tile<PS>(grad_left + t.row0 * all.depth, t.rows, all.depth,
-                      all.value_panels + column * all.depth, ld, th.products, ld);
+                      all.value_panels + column * all.depth, ld, th.products, ld, th.split);
     const Vector<T> zero = {};
     for (int64_t i = 0; i < t.rows; ++i) {
       const T lse = all.lse[t.row0 + i], shift = all.shift[t.row0 + i];
@@ -260,11 +262,11 @@ void attention_backward(const PairProblem& p, const AttentionIn& a, const Attent
   const auto end_block = [&](int64_t i0, int64_t tall, int64_t count) {
     if (!dvalues) return;
     const int64_t panels = ceil_div(count, kPanel<PG>), strip = std::min<int64_t>(192, width);
-    on_tasks(parallel, panels * ceil_div(width, strip), [&](int, int64_t task) {
+    on_tasks(parallel, panels * ceil_div(width, strip), [&](int thread, int64_t task) {
       const int64_t panel = task % panels, e = task / panels * strip;
       add_columns<PG>(all.weights, tall, panel, panel + 1, all.grad_turned + i0 / PG::kPair,
                       plan.x_words, e, std::min(strip, width - e), all.dvalues_turned,
-                      plan.block_columns);
+                      plan.block_columns, plan.thread(thread).split);
     });
   };
   const auto end_columns = [&](int64_t j0, int64_t count) {

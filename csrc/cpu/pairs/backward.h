@@ -12,7 +12,8 @@ struct PairBackwardPlan {
   using WordS = typename PS::Word;
   using WordG = typename PG::Word;
   int64_t tile_rows, tile_columns, block_rows, block_columns, depth, y_words, x_words, wide;
-  bool sums;  // row and column sums of G are wanted
+  int64_t deepest;  // the inner dimension of a score
+  bool sums;        // row and column sums of G are wanted
   WordS *left, *panels;
   WordG *y_rows, *x_turned;
   GradientBlock<PG> g;
@@ -33,7 +34,8 @@ struct PairBackwardPlan {
     T* scores;  // what the terms are made of: the products, apart v
     uint16_t* near;
     int64_t near_count = 0;
-    Thread(Arena& arena, int64_t tile_rows, int64_t tile_columns, bool apart)
+    SplitRoom split;
+    Thread(Arena& arena, int64_t tile_rows, int64_t tile_columns, int64_t d, bool apart)
         : products(arena.take<T>(tile_rows * tile_columns)),
           terms(arena.take<T>(tile_rows * tile_columns)),
           slope(arena.take<T>(tile_rows * tile_columns)),
@@ -42,7 +44,8 @@ struct PairBackwardPlan {
           row_factor(arena.take<T>(tile_rows + 64)),
           column_factor(arena.take<T>(kTileColumns + 64)),
           scores(apart ? arena.take<T>(tile_rows * tile_columns) : products),
-          near(arena.take<uint16_t>(apart ? tile_rows * tile_columns : 0)) {}
+          near(arena.take<uint16_t>(apart ? tile_rows * tile_columns : 0)),
+          split(split_room<PS>(arena, tile_rows, tile_columns, d)) {}
   };
 
   PairBackwardPlan(const PairProblem& p, const PairBackwardOut& out, int64_t vector_count,
@@ -68,13 +71,13 @@ struct PairBackwardPlan {
     kept = KeptTiles<T>(p, tile_rows, block_columns, kPanel<PS>, arena);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
-    Thread thread(scratch, tile_rows, tile_columns, apart);
+    Thread thread(scratch, tile_rows, tile_columns, deepest, apart);
     thread_bytes = scratch.used();
   }
 
   Thread thread(int index) const {
     Arena arena(buffer + shared_bytes + index * thread_bytes);
-    return Thread(arena, tile_rows, tile_columns, apart);
+    return Thread(arena, tile_rows, tile_columns, deepest, apart);
   }
 
  private:
@@ -83,6 +86,7 @@ struct PairBackwardPlan {
     tile_rows = pair_tile_rows(p.rows.count, p.d);
     tile_columns = pair_tile_columns<PS>(p.columns.count);
     depth = words<PS>(p.d);
+    deepest = p.d;
     block_rows = even_blocks(p.rows.count, kBackwardRows / tile_rows * tile_rows, tile_rows);
     block_columns = even_blocks(p.columns.count, kBlockColumns, kPanel<PG>);
     return GradientBlock<PG>(arena, block_rows, block_columns);
@@ -187,7 +191,7 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
             if (!p.apart) th.scores = own;
           } else {
             multiply_tile<PS>(left + (i0 + i) * plan.depth, t.rows, plan.depth,
-                              plan.panels + j * plan.depth, ld, th.products, ld);
+                              plan.panels + j * plan.depth, ld, th.products, ld, th.split);
           }
           if (p.apart) {
             th.near_count = mend_tile<T>(p, t, y + j * d, th.products, ld, th.scores, th.near);
@@ -208,11 +212,12 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
         if (plan.sums) tile_sums(th.gradient, ld, t.rows, t.columns, row_sums, column_sums);
       });
       const int64_t all = ceil_div(width, kPanel<PG>);
-      on_tasks(parallel, direct ? row_tiles : 0, [&](int, int64_t bi) {
+      on_tasks(parallel, direct ? row_tiles : 0, [&](int thread, int64_t bi) {
         const int64_t i = bi * plan.tile_rows, rows = std::min(plan.tile_rows, tall - i);
         // with a triangle the panels left of the strip hold nothing
         const int64_t before = p.triangle ? std::max<int64_t>(0, i0 + i - j0) / kPanel<PG> : 0;
-        add_rows<PG>(plan.g, i, rows, before, all, plan.y_rows, plan.y_words, d, dx + (i0 + i) * d);
+        add_rows<PG>(plan.g, i, rows, before, all, plan.y_rows, plan.y_words, d, dx + (i0 + i) * d,
+                     plan.thread(thread).split);
         for (int64_t bj = 0; dx_bias && bj < column_tiles; ++bj) {
           for (int64_t r = 0; r < rows; ++r) {
             dx_bias[i0 + i + r] += plan.row_sums[bj * plan.block_rows + i + r];
@@ -226,9 +231,9 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
         }
       });
       if (turn) {
-        constexpr int64_t kGroup = 3;
+        constexpr int64_t kGroup = kSplits<PG> ? 8 : 3;  // panels that a split strip meets
         const int64_t strips = ceil_div(d, strip), groups = ceil_div(all, kGroup);
-        on_tasks(parallel, strips * groups, [&](int, int64_t task) {
+        on_tasks(parallel, strips * groups, [&](int thread, int64_t task) {
           const int64_t e = task / groups * strip, first = task % groups * kGroup;
           const int64_t last = std::min(first + kGroup, all);
           // with a triangle the rows below the group's last column hold nothing
@@ -236,7 +241,8 @@ void sweep_backward(const PairProblem& p, PairBackwardPlan<PS, PG, T>& plan,
           const int64_t rows = p.triangle ? std::min(tall, round_up(end, PG::kPair)) : tall;
           if (rows <= 0) return;
           add_columns<PG>(plan.g, rows, first, last, plan.x_turned + i0 / PG::kPair, plan.x_words,
-                          e, std::min(strip, d - e), plan.dy_turned, plan.block_columns);
+                          e, std::min(strip, d - e), plan.dy_turned, plan.block_columns,
+                          plan.thread(thread).split);
         });
       }
       bool any = false;

@@ -128,8 +128,20 @@ inline void pack_panel(const T* x, int64_t n, int64_t d, typename P::Word* out) 
 // scores[i][j] = <left row i, column j> for a tile; `panels` are packed columns, ld a multiple.
 template <class P, class T>
 inline void multiply_tile(const typename P::Word* left, int64_t rows, int64_t depth,
-                          const typename P::Word* panels, int64_t columns, T* scores, int64_t ld) {
+                          const typename P::Word* panels, int64_t columns, T* scores, int64_t ld,
+                          const SplitRoom& split) {
   constexpr int64_t kWide = kPanel<P>;
+  const auto of_row = [&](int64_t i, int64_t k) { return left + i * depth + k; };
+  const auto of_panel = [&](int64_t panel, int64_t k) {
+    return panels + (panel * depth + k) * kWide;
+  };
+  const auto finish = [&](int64_t i, int64_t panel, int v, Vector<T> sum, bool first) {
+    T* at = scores + i * ld + panel * kWide + v * kLanes<T>;
+    store(at, first ? sum : load(at) + sum);
+  };
+  if (multiply_split<P>(split, of_row, rows, depth, of_panel, ceil_div(columns, kWide), finish)) {
+    return;
+  }
   for (int64_t j = 0; j < columns; j += kWide, panels += depth * kWide) {
     for (int64_t i = 0; i < rows; i += P::kAtOnce) {
       const typename P::Word* a[P::kAtOnce];
@@ -257,8 +269,22 @@ struct GradientBlock {
 template <class P, class T>
 inline void add_rows(const GradientBlock<P>& g, int64_t row0, int64_t rows, int64_t first,
                      int64_t last, const typename P::Word* y_panels, int64_t y_words, int64_t d,
-                     T* dx) {
+                     T* dx, const SplitRoom& split) {
   constexpr int64_t kWide = kPanel<P>, kRun = GradientBlock<P>::kRun;
+  const auto of_row = [&](int64_t i, int64_t k) {
+    return g.by_row + ((first + k / kRun) * g.rows + row0 + i) * kRun + k % kRun;
+  };
+  const auto of_panel = [&](int64_t panel, int64_t k) {
+    return y_panels + (panel * y_words + first * kRun + k) * kWide;
+  };
+  const auto finish = [&](int64_t i, int64_t panel, int v, Vector<T> sum, bool) {
+    const int64_t c = panel * kWide + v * kLanes<T>;
+    add_lanes(dx + i * d + c, d - c, sum);
+  };
+  if (multiply_split<P, false, kRun>(split, of_row, rows, (last - first) * kRun, of_panel,
+                                     ceil_div(d, kWide), finish)) {
+    return;
+  }
   const int64_t step = kDepthChunk / kRun;
   for (int64_t panel = first; panel < last; panel += step) {
     const int64_t panels = std::min(step, last - panel);
@@ -284,9 +310,18 @@ inline void add_rows(const GradientBlock<P>& g, int64_t row0, int64_t rows, int6
 template <class P, class T>
 inline void add_columns(const GradientBlock<P>& g, int64_t rows, int64_t first, int64_t last,
                         const typename P::Word* xt, int64_t ld_xt, int64_t d0, int64_t count,
-                        T* dyt, int64_t ld) {
+                        T* dyt, int64_t ld, const SplitRoom& split) {
   constexpr int64_t kWide = kPanel<P>;
   const int64_t depth = words<P>(rows), chunk = kDepthChunk;
+  const auto of_row = [&](int64_t e, int64_t k) { return xt + (d0 + e) * ld_xt + k; };
+  const auto of_panel = [&](int64_t panel, int64_t k) {
+    return g.by_column + ((first + panel) * (g.rows / P::kPair) + k) * kWide;
+  };
+  const auto finish = [&](int64_t e, int64_t panel, int v, Vector<T> sum, bool) {
+    T* at = dyt + (d0 + e) * ld + (first + panel) * kWide + v * kLanes<T>;
+    store(at, load(at) + sum);
+  };
+  if (multiply_split<P>(split, of_row, count, depth, of_panel, last - first, finish)) return;
   for (int64_t k = 0; k < depth; k += chunk) {
     const int64_t run = std::min(chunk, depth - k);
     for (int64_t panel = first; panel < last; ++panel) {

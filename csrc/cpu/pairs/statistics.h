@@ -236,7 +236,7 @@ struct PairForwardPlan {
     kept = KeptTiles<T>(p, tile_rows, block_columns, kPanel<PS>, arena);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
-    Thread thread(scratch, tile_rows, tile_columns);
+    Thread(scratch, *this, p.d);
     thread_bytes = scratch.used();
   }
 
@@ -244,16 +244,18 @@ struct PairForwardPlan {
     T *products, *terms;
     Code<T>* codes;
     Sums<T> rows;
-    Thread(Arena& arena, int64_t tile_rows, int64_t tile_columns)
-        : products(arena.take<T>(tile_rows * tile_columns)),
-          terms(arena.take<T>(tile_rows * tile_columns)),
-          codes(arena.take<Code<T>>(tile_rows * tile_columns)),
-          rows(arena, tile_rows + 64) {}
+    SplitRoom split;
+    Thread(Arena& arena, const PairForwardPlan& plan, int64_t d)
+        : products(arena.take<T>(plan.tile_rows * plan.tile_columns)),
+          terms(arena.take<T>(plan.tile_rows * plan.tile_columns)),
+          codes(arena.take<Code<T>>(plan.tile_rows * plan.tile_columns)),
+          rows(arena, plan.tile_rows + 64),
+          split(split_room<PS>(arena, plan.tile_rows, plan.tile_columns, d)) {}
   };
 
-  Thread thread(int index) const {
+  Thread thread(int index, int64_t d) const {
     Arena arena(buffer + shared_bytes + index * thread_bytes);
-    return Thread(arena, tile_rows, tile_columns);
+    return Thread(arena, *this, d);
   }
 
   Sums<T> part(int64_t row_tile, int c) const {
@@ -335,7 +337,7 @@ void pair_forward(const PairProblem& p, const PairForwardOut& out, void* buffer,
       const int64_t tiles = ceil_div(std::min(plan.block_rows, n - i0), plan.tile_rows);
       std::memset(plan.present, 0, tiles * column_tiles * kClasses);
       on_tasks(parallel, tiles, [&](int thread, int64_t tile) {
-        auto th = plan.thread(thread);
+        auto th = plan.thread(thread, d);
         const int64_t i = i0 + tile * plan.tile_rows;
         const int64_t tall = std::min(plan.tile_rows, n - i);
         for (int64_t k = 0; k < column_tiles; ++k) {
@@ -346,7 +348,7 @@ void pair_forward(const PairProblem& p, const PairForwardOut& out, void* buffer,
           T* kept = plan.kept.tile(t);
           T* products = kept ? kept : th.products;
           multiply_tile<PS>(left + i * plan.depth, tall, plan.depth, plan.panels + j * plan.depth,
-                            ld, products, ld);
+                            ld, products, ld, th.split);
           if (p.apart) {
             mend_tile<T>(p, t, y + j * d, products, ld, th.products, nullptr);
             products = th.products;

@@ -130,6 +130,18 @@ inline void add_dx([[maybe_unused]] const Problem& p, const GradientPlan<PS, PG,
                   th.by_class, ld, T(1), th.dx + row0 * plan.wide, plan.wide);
     }
   }
+  const auto of_row = [&](int64_t i, int64_t k) { return th.by_class + k * ld + i; };
+  const auto of_panel = [&](int64_t panel, int64_t k) {
+    return th.weights + panel * kWide * words<PG>(th.tile.tile) + k * kWide;
+  };
+  const auto finish = [&](int64_t i, int64_t panel, int v, Vector<T> sum, bool) {
+    T* at = th.dx + (row0 + i) * plan.wide + panel * kWide + v * kLanes<T>;
+    store(at, load(at) + sum);
+  };
+  if (multiply_split<PG, true>(th.tile.split, of_row, real_rows, depth, of_panel, plan.wide / kWide,
+                               finish)) {
+    return;
+  }
   const Word* a[PG::kAtOnce];
   const auto add = [&](int64_t i, int64_t q) {
     const Word* panel = th.weights + q * words<PG>(th.tile.tile);
@@ -181,33 +193,54 @@ inline void add_dw(const Problem& p, const BackwardOut& out,
   }
   T* dw = static_cast<T*>(out.dw);
   const bool aligned = (reinterpret_cast<uintptr_t>(dw) | p.d * sizeof(T)) % FL_VECTOR_BYTES == 0;
+  const auto waits = [&](int64_t c, int64_t e, Vector<T> sum, bool first) {
+    T* at = th.dw + c * plan.wide + e;
+    store(at, row0 == 0 && first ? sum : load(at) + sum);
+  };
+  const auto leaves = [&](int64_t c, int64_t e, Vector<T> sum) {
+    if (e >= p.d) return;
+    const T* w = tile.row(c) + e;
+    T* at = dw + gradient_row(out, tile, c) * p.d + e;
+    if (e + kLanes<T> <= p.d) {
+      const Vector<T> value = sum - load(w) * th.along[c];
+      aligned ? stream(at, value) : store(at, value);
+    } else {
+      for (int64_t i = 0; i < p.d - e; ++i) at[i] = sum[i] - w[i] * th.along[c];
+    }
+  };
+  const auto panel_of = [&](int64_t q) {
+    return plan.rows + q * words<PG>(plan.padded) + row0 / PG::kPair * kWide;
+  };
+  const auto of_class = [&](int64_t c, int64_t k) { return th.by_row + c * left + k; };
+  const auto of_panel = [&](int64_t panel, int64_t k) {
+    return panel_of(panel * kWide) + k * kWide;
+  };
+  const auto finish = [&](int64_t c, int64_t panel, int v, Vector<T> sum, bool first) {
+    const int64_t e = panel * kWide + v * kLanes<T>;
+    plan.direct ? leaves(c, e, sum) : waits(c, e, sum, first);
+  };
+  static_assert(kSplitDepth >= kBlockRows + 64);  // what leaves is a whole sum
+  if (multiply_split<PG>(th.tile.split, of_class, tile.count, depth, of_panel, plan.wide / kWide,
+                         finish)) {
+    return;
+  }
   for (int64_t q = 0; q < plan.wide; q += kWide) {
-    const Word* panel = plan.rows + q * words<PG>(plan.padded) + row0 / PG::kPair * kWide;
+    const Word* panel = panel_of(q);
     for (int64_t c = 0; c < tile.count; c += PG::kAtOnce) {
       const Word* a[PG::kAtOnce];
-      for (int r = 0; r < PG::kAtOnce; ++r)
+      for (int r = 0; r < PG::kAtOnce; ++r) {
         a[r] = th.by_row + std::min(c + r, tile.count - 1) * left;
-      const int64_t last = tile.count - c;
-      if (!plan.direct) {
-        T* to = th.dw + c * plan.wide + q;
-        multiply<PG, true>(a, 1, panel, depth, [&](int r, int v, Vector<T> sum) {
-          T* at = to + r * plan.wide + v * kLanes<T>;
-          if (r < last) store(at, row0 == 0 ? sum : load(at) + sum);
-        });
-        continue;
       }
-      multiply<PG, true>(a, 1, panel, depth, [&](int r, int v, Vector<T> sum) {
-        const int64_t e = q + v * kLanes<T>;
-        if (r >= last || e >= p.d) return;
-        const T* w = tile.row(c + r) + e;
-        T* at = dw + gradient_row(out, tile, c + r) * p.d + e;
-        if (e + kLanes<T> <= p.d) {
-          const Vector<T> value = sum - load(w) * th.along[c + r];
-          aligned ? stream(at, value) : store(at, value);
-        } else {
-          for (int64_t i = 0; i < p.d - e; ++i) at[i] = sum[i] - w[i] * th.along[c + r];
-        }
-      });
+      const int64_t last = tile.count - c;
+      if (plan.direct) {
+        multiply<PG, true>(a, 1, panel, depth, [&](int r, int v, Vector<T> sum) {
+          if (r < last) leaves(c + r, q + v * kLanes<T>, sum);
+        });
+      } else {
+        multiply<PG, true>(a, 1, panel, depth, [&](int r, int v, Vector<T> sum) {
+          if (r < last) waits(c + r, q + v * kLanes<T>, sum, true);
+        });
+      }
     }
   }
 }

@@ -61,6 +61,7 @@ struct TileScratch {
   T* inverse;                 // [tile] what a product is multiplied by to be a score
   T* shift;                   // [tile] powers of two that rows have been multiplied by
   T* keep;                    // [block] 1, or 0 at the target of the class at hand
+  SplitRoom split;
   int64_t tile, ld;
   bool gathered;  // whether every tile's weights are read from `rows`
 
@@ -74,6 +75,7 @@ struct TileScratch {
     inverse = arena.take<T>(tile);
     shift = arena.take<T>(tile);
     keep = arena.take<T>(ld);
+    split = split_room<PS>(arena, tile, std::min(p.n, kBlockRows), p.d);
   }
 };
 
@@ -100,8 +102,17 @@ inline T bring_near_one(T* row, int64_t d) {
 template <class PS, bool kAdd, class T, class Left>
 inline void multiply_classes(Left&& left, int64_t count, int64_t depth,
                              const typename PS::Word* columns, int64_t row0, int64_t rows,
-                             T* scores, int64_t ld) {
+                             T* scores, int64_t ld, const SplitRoom& split) {
   constexpr int64_t kWide = kPanel<PS>;
+  const auto put = [&](T* at, Vector<T> sum, bool add) { store(at, add ? load(at) + sum : sum); };
+  const auto of_class = [&](int64_t c, int64_t k) { return left(c) + k; };
+  const auto of_rows = [&](int64_t panel, int64_t k) {
+    return columns + (row0 + panel * kWide) * depth + k * kWide;
+  };
+  const auto finish = [&](int64_t c, int64_t panel, int v, Vector<T> sum, bool first) {
+    put(scores + c * ld + panel * kWide + v * kLanes<T>, sum, kAdd || !first);
+  };
+  if (multiply_split<PS>(split, of_class, count, depth, of_rows, rows / kWide, finish)) return;
   for (int64_t i = 0; i < rows; i += kWide) {
     const typename PS::Word* panel = columns + (row0 + i) * depth;
     for (int64_t c = 0; c < count; c += PS::kAtOnce) {
@@ -110,8 +121,7 @@ inline void multiply_classes(Left&& left, int64_t count, int64_t depth,
       T* out = scores + c * ld + i;
       const int64_t last = count - c;
       multiply<PS, true>(a, 1, panel, depth, [&](int r, int v, Vector<T> sum) {
-        T* at = out + r * ld + v * kLanes<T>;
-        if (r < last) store(at, kAdd ? load(at) + sum : sum);
+        if (r < last) put(out + r * ld + v * kLanes<T>, sum, kAdd);
       });
     }
   }
@@ -168,7 +178,7 @@ class Tile {
       }
     }
     multiply_classes<PS, false>([&](int64_t c) { return left(c); }, count, words<PS>(p_.d), columns,
-                                row0, rows, scores, ld);
+                                row0, rows, scores, ld, s_.split);
   }
 
   int64_t first, count;
