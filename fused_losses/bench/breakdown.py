@@ -57,8 +57,8 @@ USER = "in the process, not split"
 
 # by the names of functions: the first that a sample stands in, or is unfolded into, decides
 BY_NAME = (
-    (PRODUCTS, re.compile(r"^(multiply|multiply_(runs|tile|classes|rows)|add_(rows|columns|dx|dw)|"
-                          r"prefetch_sums|add_lanes|_mm512_dpbf16_ps)$")),
+    (PRODUCTS, re.compile(r"^(multiply|multiply_\w+|add_(rows|columns|dx|dw)|prefetch_sums|"
+                          r"add_lanes|_mm512_dpbf16_ps|(load|store|zero)_(tile|sums))$")),
     (EXPONENTIALS, re.compile(r"^(exp|exp2|expf?|log|log1p|softplus|sigmoid)$")),
     (PACKING, re.compile(r"^(pack_\w+|narrow_rows?|interleave\w*|turn_rows|transpose\w*|dense_rows|"
                          r"read_rows?|write_rows?|write_part|gather|block_of|put|finish|"
