@@ -1,6 +1,6 @@
 // The class rules of one instruction set against their formulas in double, on threads.
 //
-// usage: class_rules_test [default|avx2|avx512|avx512_bf16|amx_bf16]; exit code 77 where it cannot run.
+// usage: class_rules_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <algorithm>
 #include <cstdlib>
 #include <tuple>

@@ -1,7 +1,7 @@
 // The matrix of distances of one instruction set against plain loops in long double: every kind in
 // float and double, awkward shapes, equal rows, near rows far from the origin, zeros, NaN.
 //
-// usage: distances_test [default|avx2|avx512|avx512_bf16|amx_bf16]; exit code 77 where it cannot run.
+// usage: distances_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <limits>
 
 #include "distances_reference.h"

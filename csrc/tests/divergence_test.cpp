@@ -1,6 +1,6 @@
 // The divergences of one instruction set against the formulas in double, on threads.
 //
-// usage: divergence_test [default|avx2|avx512|avx512_bf16|amx_bf16]; exit code 77 where it cannot run.
+// usage: divergence_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>

@@ -1,7 +1,7 @@
 // Listed pairs of one instruction set against sums in double: repeats, empty lists, own rows, rows
 // that are not finite, 16-bit rows, threads.
 //
-// usage: listed_test [default|avx2|avx512|avx512_bf16|amx_bf16]; exit code 77 where it cannot run.
+// usage: listed_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <cstdlib>
 #include <cstring>
 

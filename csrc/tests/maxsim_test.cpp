@@ -1,6 +1,6 @@
 // MaxSim of one instruction set against the formula in double: ragged texts, empty documents, ties.
 //
-// usage: maxsim_test [default|avx2|avx512|avx512_bf16|amx_bf16]; exit code 77 where it cannot run.
+// usage: maxsim_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <cstdlib>
 
 #include "check.h"

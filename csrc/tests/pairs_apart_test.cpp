@@ -2,7 +2,7 @@
 // of differences in double: statistics, gradients, attention; the same bits on any number of
 // threads.
 //
-// usage: pairs_apart_test [default|avx2|avx512|avx512_bf16|amx_bf16]; exit code 77 where it cannot run.
+// usage: pairs_apart_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <cstdlib>
 #include <cstring>
 #include <memory>

@@ -1,6 +1,6 @@
 // The sweep over pairs of one instruction set on columns that lie in 16 bits.
 //
-// usage: pairs_stored_test [default|avx2|avx512|avx512_bf16|amx_bf16]; exit code 77 where it cannot run.
+// usage: pairs_stored_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include "pairs_case.h"
 
 namespace {

@@ -1,7 +1,7 @@
 // The row steps of one instruction set against loops in double: every rule and type, views, any
 // number of threads; stochastic rounding is right on average and does not depend on the threads.
 //
-// usage: row_update_test [default|avx2|avx512|avx512_bf16|amx_bf16]; exit code 77 where it cannot run.
+// usage: row_update_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <cstdlib>
 
 #include "check.h"

@@ -1,7 +1,7 @@
 // The k best columns of one instruction set against sorted scores in double: every affinity, banks
 // of every type, labels, exclusions, ties, NaN; the same answer on any number of threads.
 //
-// usage: topk_test [default|avx2|avx512|avx512_bf16|amx_bf16]; exit code 77 where it cannot run.
+// usage: topk_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <algorithm>
 #include <cstdlib>
 #include <limits>

@@ -1,6 +1,6 @@
 // Triplets of one instruction set against every triplet in turn: kinds, ties, many positives, NaN.
 //
-// usage: triplets_test [default|avx2|avx512|avx512_bf16|amx_bf16]; exit code 77 where it cannot run.
+// usage: triplets_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <cstdlib>
 #include <memory>
 

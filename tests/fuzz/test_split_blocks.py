@@ -1,4 +1,4 @@
-"""Hard data where every block's float32 factors are split, however small, on a CPU with tile registers.
+"""Hard data where every block's float32 factors are split, however small: CPUs with tile registers.
 
 Blocks of draws are too small for it as a rule; `split_test.cpp` has the products by themselves.
 """
