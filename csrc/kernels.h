@@ -30,7 +30,7 @@ struct Kernels {
   DivergenceKernels divergence;
   PeakKernels peaks;
   ListedKernels listed;
-  // for tests: how many products a block has at least whose float32 factors are split; or null
+  // for tests: how many products a call has at least whose float32 factors are split; or null
   int64_t* split_least = nullptr;
 };
 

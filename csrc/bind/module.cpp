@@ -162,7 +162,7 @@ PYBIND11_MODULE(_C, m) {
         static const int64_t usual = *own;
         *own = least.value_or(usual);
       },
-      "Split blocks of so many products in float32, and more (for tests); None: the usual ones.");
+      "Split float32 factors in calls of so many products and more (for tests); None: the usual.");
   m.def("has_threads", &ran_on_threads,
         "Whether a kernel of this process, or of the one it is a fork of, ran on several threads.");
   m.def("started_workers", &started_workers, "How many threads kernels have beside OpenMP's.");

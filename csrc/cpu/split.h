@@ -30,20 +30,22 @@ constexpr int64_t kSplitFloats = 96 << 10;  // of rows that are split at a time
 constexpr int64_t kSplitStep = 32;          // elements of the inner dimension in a register
 constexpr int64_t kTileWords = kTileRows * kTileRows;  // words of a register
 
-inline int64_t split_least = 1 << 21;  // products of a block that is worth it; tests want all split
+// products of a call that is worth the fresh memory, and rows of a block that are worth splitting a
+// panel for; tests want all split
+inline int64_t split_least = int64_t(1) << 26;
+constexpr int64_t kSplitRows = 96;
 
-// What a thread splits into. Null where blocks are so small that splitting would cost more.
+// What a thread splits into. Null where splitting would cost more.
 struct SplitRoom {
   uint32_t* left = nullptr;   // [16 rows][kSplitStep elements][part][register]
   uint32_t* right = nullptr;  // of one panel: [kSplitStep elements][part][4 vectors][register]
 };
 
-// For blocks of about so many rows, columns and inner elements.
+// For blocks of so many rows, in a call of so many products.
 template <class P, class Arena>
-inline SplitRoom split_room(Arena& arena, int64_t rows, int64_t columns, int64_t depth) {
+inline SplitRoom split_room(Arena& arena, int64_t rows, int64_t products) {
   SplitRoom room;
-  const bool thin = split_least > 1 && std::min({rows, columns, depth}) < kSplitStep;
-  if (!kSplits<P> || thin || rows * columns * depth < split_least) return room;
+  if (!kSplits<P> || products < split_least || (split_least > 1 && rows < kSplitRows)) return room;
   room.left = arena.template take<uint32_t>(kSplitFloats * 3 / 2);
   room.right = arena.template take<uint32_t>(kSplitDepth * kVectors * kTileRows * 3 / 2);
   return room;
@@ -321,7 +323,7 @@ constexpr bool kSplits = false;
 struct SplitRoom {};
 
 template <class P, class Arena>
-inline SplitRoom split_room(Arena&, int64_t, int64_t, int64_t) {
+inline SplitRoom split_room(Arena&, int64_t, int64_t) {
   return {};
 }
 

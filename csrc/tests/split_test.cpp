@@ -49,7 +49,7 @@ std::vector<double> products(const Case& c, Form form, const std::vector<float>&
   std::vector<char> memory(4 << 20);
   const auto address = reinterpret_cast<uintptr_t>(memory.data());
   Arena arena(memory.data() + round_up(address, 64) - address);
-  const SplitRoom room = split_room<Plain<float>>(arena, c.rows, columns, c.depth);
+  const SplitRoom room = split_room<Plain<float>>(arena, c.rows, c.rows * columns * c.depth);
   expect(room.left != nullptr, "there is room");
   // rows as each form has them; behind what exists stands what must not be met
   const float nan = std::numeric_limits<float>::quiet_NaN();

@@ -23,7 +23,7 @@ template <class PS, class PG, class T>
 struct AttentionPlan {
   using WordS = typename PS::Word;
   using WordG = typename PG::Word;
-  int64_t tile_rows, block_columns, depth, value_words, wide;
+  int64_t tile_rows, block_columns, depth, value_words, wide, work;
   WordS *left, *panels;
   WordG* values;  // a block of them, as the right operand
   T *best, *mass;
@@ -36,12 +36,12 @@ struct AttentionPlan {
     Code<T>* codes;
     GradientBlock<PG> weights;
     SplitRoom split;
-    Thread(Arena& arena, int64_t tile_rows, int64_t depth)
+    Thread(Arena& arena, int64_t tile_rows, int64_t work)
         : products(arena.take<T>(tile_rows * kTileColumns)),
           terms(arena.take<T>(tile_rows * kTileColumns)),
           codes(arena.take<Code<T>>(tile_rows * kTileColumns)),
           weights(arena, tile_rows, kTileColumns),
-          split(split_room<PS>(arena, tile_rows, kTileColumns, depth)) {}
+          split(split_room<PS>(arena, tile_rows, work)) {}
   };
 
   AttentionPlan(const PairProblem& p, const AttentionIn& a, void* base)
@@ -49,6 +49,7 @@ struct AttentionPlan {
     const int64_t n = p.rows.count;
     tile_rows = pair_tile_rows(std::max(p.d, a.width));
     depth = words<PS>(p.d);
+    work = work_of(p);
     block_columns = even_blocks(p.columns.count, kBlockColumns, kPanel<PS>);
     Arena arena(base);
     left = arena.take<WordS>(PS::kPair == 2 ? n * depth : 0);
@@ -63,13 +64,13 @@ struct AttentionPlan {
     held_values = arena.take<T>(read * a.width);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
-    Thread thread(scratch, tile_rows, depth);
+    Thread thread(scratch, tile_rows, work);
     thread_bytes = scratch.used();
   }
 
   Thread thread(int index) const {
     Arena arena(buffer + shared_bytes + index * thread_bytes);
-    return Thread(arena, tile_rows, depth);
+    return Thread(arena, tile_rows, work);
   }
 };
 

@@ -12,8 +12,8 @@ struct PairBackwardPlan {
   using WordS = typename PS::Word;
   using WordG = typename PG::Word;
   int64_t tile_rows, tile_columns, block_rows, block_columns, depth, y_words, x_words, wide;
-  int64_t deepest;  // the inner dimension of a score
-  bool sums;        // row and column sums of G are wanted
+  int64_t work;  // products of a sweep
+  bool sums;     // row and column sums of G are wanted
   WordS *left, *panels;
   WordG *y_rows, *x_turned;
   GradientBlock<PG> g;
@@ -35,7 +35,7 @@ struct PairBackwardPlan {
     uint16_t* near;
     int64_t near_count = 0;
     SplitRoom split;
-    Thread(Arena& arena, int64_t tile_rows, int64_t tile_columns, int64_t d, bool apart)
+    Thread(Arena& arena, int64_t tile_rows, int64_t tile_columns, int64_t work, bool apart)
         : products(arena.take<T>(tile_rows * tile_columns)),
           terms(arena.take<T>(tile_rows * tile_columns)),
           slope(arena.take<T>(tile_rows * tile_columns)),
@@ -45,7 +45,7 @@ struct PairBackwardPlan {
           column_factor(arena.take<T>(kTileColumns + 64)),
           scores(apart ? arena.take<T>(tile_rows * tile_columns) : products),
           near(arena.take<uint16_t>(apart ? tile_rows * tile_columns : 0)),
-          split(split_room<PS>(arena, tile_rows, tile_columns, d)) {}
+          split(split_room<PS>(arena, tile_rows, work)) {}
   };
 
   PairBackwardPlan(const PairProblem& p, const PairBackwardOut& out, int64_t vector_count,
@@ -71,13 +71,13 @@ struct PairBackwardPlan {
     kept = KeptTiles<T>(p, tile_rows, block_columns, kPanel<PS>, arena);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
-    Thread thread(scratch, tile_rows, tile_columns, deepest, apart);
+    Thread thread(scratch, tile_rows, tile_columns, work, apart);
     thread_bytes = scratch.used();
   }
 
   Thread thread(int index) const {
     Arena arena(buffer + shared_bytes + index * thread_bytes);
-    return Thread(arena, tile_rows, tile_columns, deepest, apart);
+    return Thread(arena, tile_rows, tile_columns, work, apart);
   }
 
  private:
@@ -86,7 +86,7 @@ struct PairBackwardPlan {
     tile_rows = pair_tile_rows(p.rows.count, p.d);
     tile_columns = pair_tile_columns<PS>(p.columns.count);
     depth = words<PS>(p.d);
-    deepest = p.d;
+    work = work_of(p);
     block_rows = even_blocks(p.rows.count, kBackwardRows / tile_rows * tile_rows, tile_rows);
     block_columns = even_blocks(p.columns.count, kBlockColumns, kPanel<PG>);
     return GradientBlock<PG>(arena, block_rows, block_columns);

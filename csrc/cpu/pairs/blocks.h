@@ -155,6 +155,9 @@ inline void multiply_tile(const typename P::Word* left, int64_t rows, int64_t de
   }
 }
 
+// Products of a sweep.
+inline int64_t work_of(const PairProblem& p) { return p.rows.count * p.columns.count * p.d; }
+
 // The sums that a product will be added to, on their way into the caches while it runs.
 template <class P, class T>
 [[gnu::always_inline]] inline void prefetch_sums(const T* c, int64_t ld, int64_t rows) {

@@ -236,7 +236,7 @@ struct PairForwardPlan {
     kept = KeptTiles<T>(p, tile_rows, block_columns, kPanel<PS>, arena);
     shared_bytes = arena.used();
     Arena scratch(nullptr);
-    Thread(scratch, *this, p.d);
+    Thread(scratch, *this, p);
     thread_bytes = scratch.used();
   }
 
@@ -245,17 +245,17 @@ struct PairForwardPlan {
     Code<T>* codes;
     Sums<T> rows;
     SplitRoom split;
-    Thread(Arena& arena, const PairForwardPlan& plan, int64_t d)
+    Thread(Arena& arena, const PairForwardPlan& plan, const PairProblem& p)
         : products(arena.take<T>(plan.tile_rows * plan.tile_columns)),
           terms(arena.take<T>(plan.tile_rows * plan.tile_columns)),
           codes(arena.take<Code<T>>(plan.tile_rows * plan.tile_columns)),
           rows(arena, plan.tile_rows + 64),
-          split(split_room<PS>(arena, plan.tile_rows, plan.tile_columns, d)) {}
+          split(split_room<PS>(arena, plan.tile_rows, work_of(p))) {}
   };
 
-  Thread thread(int index, int64_t d) const {
+  Thread thread(int index, const PairProblem& p) const {
     Arena arena(buffer + shared_bytes + index * thread_bytes);
-    return Thread(arena, *this, d);
+    return Thread(arena, *this, p);
   }
 
   Sums<T> part(int64_t row_tile, int c) const {
@@ -337,7 +337,7 @@ void pair_forward(const PairProblem& p, const PairForwardOut& out, void* buffer,
       const int64_t tiles = ceil_div(std::min(plan.block_rows, n - i0), plan.tile_rows);
       std::memset(plan.present, 0, tiles * column_tiles * kClasses);
       on_tasks(parallel, tiles, [&](int thread, int64_t tile) {
-        auto th = plan.thread(thread, d);
+        auto th = plan.thread(thread, p);
         const int64_t i = i0 + tile * plan.tile_rows;
         const int64_t tall = std::min(plan.tile_rows, n - i);
         for (int64_t k = 0; k < column_tiles; ++k) {

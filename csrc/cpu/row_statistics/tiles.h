@@ -75,7 +75,7 @@ struct TileScratch {
     inverse = arena.take<T>(tile);
     shift = arena.take<T>(tile);
     keep = arena.take<T>(ld);
-    split = split_room<PS>(arena, tile, std::min(p.n, kBlockRows), p.d);
+    split = split_room<PS>(arena, tile, p.n * p.k * p.d);
   }
 };
 
