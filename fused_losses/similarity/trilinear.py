@@ -59,7 +59,8 @@ def trilinear_attention(
     NotImplementedError. Within windows, in pure PyTorch on every device (precision "fp32").
     Raises ValueError, TypeError for bad arguments. Time O(N J L (D + Dv)), put J, the side that is
     looped over, on the smaller; within windows O(N w1 w2 (D + Dv)), the rest is not visited.
-    Memory O((N + J + L)(D + Dv)) and a block. Papers: Alman and Song, 2023; Roy et al., Fast and
+    Memory O((N + J + L)(D + Dv)) and a block. The same bits in every run on one number of threads.
+    Papers: Alman and Song, 2023; Roy et al., Fast and
     Simplex: 2-Simplicial Attention in Triton, 2025 (windows, groups).
     """
     check_plain(scale=scale)

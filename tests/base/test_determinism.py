@@ -38,6 +38,7 @@ BY_THREADS = {
     "shared_negatives": PRODUCTS,
     "smooth_ap": PRODUCTS,
     "softmax_outputs": CLASSES,
+    "trilinear_attention": PRODUCTS,
     "unpg_margin_softmax": CLASSES,
 }
 FUNCTIONS = {TABLE[name].function for name in BY_THREADS}
@@ -62,5 +63,7 @@ def test_the_same_bits_on_any_number_of_threads(name: str) -> None:
     assert same(found[0], found[-1]), "another run"
     assert same(found[-2], own), "threads that may not come"
     alike = all(same(found[0], bits) for bits in found[1:-1])
-    if name in FIRST or TABLE[name].function not in FUNCTIONS:
+    # PyTorch's products split so on some CPUs and not on others
+    ours = BY_THREADS.get(name) != PRODUCTS
+    if ours and (name in FIRST or TABLE[name].function not in FUNCTIONS):
         assert alike == (name not in BY_THREADS)
