@@ -5,6 +5,7 @@
 #include "../kernels.h"
 
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -15,11 +16,15 @@ namespace {
 
 const Kernels* forced = nullptr;
 
-// Linux lends the tile registers to a process that asks; not where a thread's stack for signals is
-// too small to hold them.
+// Whether there are tile registers, and Linux lends them: it does to a process that asks, but where
+// a thread's stack for signals is too small to hold them.
 bool lends_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr int kAskFor = 0x1023, kTileData = 18;
+  // compilers do not agree on whose names they know
+  constexpr unsigned kMultiplies = 1u << 22, kTiles = 1u << 24;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kMultiplies) || !(d & kTiles)) return false;
   static const bool lent = syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
   return lent;
 #else
@@ -34,8 +39,7 @@ bool runs_here([[maybe_unused]] const char* capability) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool narrow = avx512 && __builtin_cpu_supports("avx512bf16");
   if (std::strcmp(capability, "amx_bf16") == 0) {
-    return narrow && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-           lends_tiles();
+    return narrow && lends_tiles();
   }
   if (std::strcmp(capability, "avx512_bf16") == 0) return narrow;
   if (std::strcmp(capability, "avx512") == 0) return avx512;
