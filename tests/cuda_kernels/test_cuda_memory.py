@@ -46,7 +46,7 @@ def run(call, n, d):
 
 # threads, lazy imports and the buffers that MKL keeps, by the products' sizes, are the process's
 for call in calls.values():
-    run(call, sizes[0] // 8, sizes[1])
+    run(call, *sizes)
 print(json.dumps({name: run(call, *sizes) for name, call in calls.items()}))
 """
 )
