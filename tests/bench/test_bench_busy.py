@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import subprocess
 import threading
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -34,6 +35,10 @@ def test_loads_run_and_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         workers = multiprocessing.active_children() if name == "loading" else started
         assert len(workers) == busy.WORKERS
         assert all(process.poll() is None for process in started)
+    # a queue's own thread sees a little later that it is closed
+    late = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < late:
+        time.sleep(0.01)
     assert threading.active_count() == threads
     assert all(process.poll() is not None for process in started)
 
