@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fused_losses.base.numerics import no_autocast
 
+TILE = 32  # bfloat16 numbers in a row of a tile register
+
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """x @ y^T, [..., N, D], [..., M, D] -> [..., N, M]; any derivative in the operands' dtype.
@@ -16,8 +18,20 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     A forward may run without autocast, but its backward runs in the caller's.
     """
     if torch.compiler.is_compiling():
-        return x @ y.mT  # traced with the autocast of the forward
+        return plain_product(x, y)  # traced with the autocast of the forward
     return _RowProduct.apply(x, y)
+
+
+def plain_product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y^T by PyTorch, where a row of NaN spoils no other's.
+
+    On CPUs with AMX oneDNN's products of bfloat16 read behind a row that does not end with a tile
+    register: 0 times what the next one begins with.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        rest = -x.shape[-1] % TILE
+        x, y = (torch.nn.functional.pad(t, (0, rest)) for t in (x, y)) if rest else (x, y)
+    return x @ y.mT
 
 
 class _RowProduct(torch.autograd.Function):
@@ -25,7 +39,7 @@ class _RowProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
-        return x @ y.mT
+        return plain_product(x, y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

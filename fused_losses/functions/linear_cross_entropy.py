@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_losses import backends
@@ -14,6 +13,7 @@ from fused_losses.base.examples import examples
 from fused_losses.base.memory_budget import MemoryBudget, Room, room_of
 from fused_losses.base.numerics import accumulate_dtype, autocasts, no_autocast
 from fused_losses.base.parameters import check_parameter, check_row_weight
+from fused_losses.base.products import product
 from fused_losses.base.validation import check_plain, checked_smoothing, meet
 from fused_losses.functions.class_values import check_floats
 from fused_losses.functions.margin_rows import row_weights
@@ -145,7 +145,8 @@ def _soft_targets(
     mix = probabilities * (1 - label_smoothing) + label_smoothing / c
     mix = mix if class_weight is None else mix * class_weight
     if backend == "reference":
-        logits = F.linear(rows, weight, bias).to(accumulate)
+        logits = product(rows, weight).to(accumulate)
+        logits = logits if bias is None else logits + bias.to(accumulate)
         lse = torch.logsumexp(logits, 1, keepdim=True)
         return (mix * (lse - logits)).sum(1) + z_loss * lse[:, 0] ** 2
     x = rows.to(accumulate)

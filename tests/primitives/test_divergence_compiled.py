@@ -367,4 +367,5 @@ def test_memory_is_of_tiles_and_grows_with_threads() -> None:
         torch.set_num_threads(before)
     assert max(told[2]) < 16 << 20
     assert all(a < b for a, b in zip(told[2], told[16], strict=True))
-    assert max(told[16]) < 64 << 20
+    # with AMX three quarters of a MiB a thread for what is split
+    assert max(told[16]) < (64 + 16) << 20
