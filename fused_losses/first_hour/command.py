@@ -127,12 +127,14 @@ def watched(
         for unit in record.cut():
             record.end(unit, Outcome(FAILED, told="its processes were cut without a word"))
         before = len(record.ended())
-        process = start(setting, began, minutes)
+        process: subprocess.Popen | None = None
         try:
-            with _terminated_like_ctrl_c():
+            with _terminated_like_ctrl_c():  # from the start on: nobody else ends the process
+                process = start(setting, began, minutes)
                 why = _wait(process, record, setting, ends, unit_seconds, status)
         except KeyboardInterrupt as stop:
-            _end(process)
+            if process is not None:
+                _end(process)
             status.show("")
             name = "SIGTERM" if isinstance(stop, Terminated) else "Ctrl-C"
             _close(record, STOPPED, name)
