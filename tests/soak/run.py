@@ -156,7 +156,8 @@ class Soak:
 
     def _strike(self, fault: str, attempt: Attempt, disk: Disk, episode: Episode) -> None:
         # who waits for a rank that never joined is ended by a launcher, of which there is none here
-        if fault in ("kill one", "terminate", "freeze") and not attempt.pause(JOINED):
+        met = ("kill one", "terminate", "freeze", "read-only disk")
+        if fault in met and not attempt.pause(JOINED):
             return
         kill, one = signal.SIGKILL, [self.chance.choice(attempt.alive or [0])]
         if one == [0]:
