@@ -207,7 +207,7 @@ struct PairForwardPlan {
   typename PS::Word* panels;  // a block of y
   T* held;                    // the block itself, unless it lies in T
   double *row_shift, *column_shift, *column_out;
-  T* parts;       // the columns' sums over each row tile of a block
+  T* parts;       // the columns' sums over each row tile of a block, or null
   char* present;  // [row tile][column tile][class]
   KeptTiles<T> kept;
   size_t shared_bytes, part_bytes, thread_bytes;
@@ -231,7 +231,7 @@ struct PairForwardPlan {
     Arena one(nullptr);
     Sums<T>(one, block_columns + 64);
     part_bytes = one.used();
-    parts = arena.take<T>(p.both ? row_tiles * kClasses * part_bytes / sizeof(T) : 0);
+    parts = p.both ? arena.take<T>(row_tiles * kClasses * part_bytes / sizeof(T)) : nullptr;
     present = arena.take<char>(row_tiles * (block_columns / kTileColumns + 1) * kClasses);
     kept = KeptTiles<T>(p, tile_rows, block_columns, kPanel<PS>, arena);
     shared_bytes = arena.used();
@@ -259,7 +259,8 @@ struct PairForwardPlan {
   }
 
   Sums<T> part(int64_t row_tile, int c) const {
-    Arena arena(reinterpret_cast<char*>(parts) + (row_tile * kClasses + c) * part_bytes);
+    const int64_t at = (row_tile * kClasses + c) * part_bytes;
+    Arena arena(parts ? reinterpret_cast<char*>(parts) + at : nullptr);
     return Sums<T>(arena, block_columns + 64);
   }
 };
