@@ -1,16 +1,16 @@
 """Faults planted in the C++ CPU kernels, one at a time, and whether the kernels' tests notice.
 
 python cpu_mutants.py [SOURCE ...] [--one-in K] tries every fault of `planting` in the sources (K:
-those of every K-th place alone), by the tests of csrc/tests on plain vectors, at -O1, under
-AddressSanitizer, with new memory full of NaN. Prints a line a source; fails if a fault that nothing
-notices is not among the `survivors`. What was tried is kept in runs/mutants until the sources or
-their tests change: a run that is ended goes on from there.
+those of every K-th place alone) on plain vectors, at -O1, under AddressSanitizer, with new memory
+full of NaN: by the tests of csrc/tests, and what these do not notice by drawn calls of the package
+on the same extension (`cpu_tries`). Prints a line a source; fails if a fault that nothing notices
+is not among the `survivors`. What was tried is kept in runs/mutants until the sources or their
+tests change: a run that is ended goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import json
 import os
@@ -18,19 +18,21 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import planting
-from mutants import DECLARATION, DEFINITION, Fault, Run, noticed, quickest_first, unexplained
+import torch
+from mutants import DECLARATION, DEFINITION, Fault, unexplained
 from places import ROOT, search_path
 from survivors import SURVIVORS
 
 CSRC = ROOT / "csrc"
 RUNS = ROOT / "runs" / "mutants"
+TRIES = Path(__file__).with_name("cpu_tries.py")
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-w", "-ffp-contract=fast", "-fno-math-errno"]
 SANITIZE = ["-fsanitize=address"]
 # 255: floats that are never written are NaN
@@ -85,16 +87,37 @@ KERNELS = """#define FL_ISA generic
 #define FL_PREFER_BLAS
 #include "cpu/table.h"
 namespace fused_losses {{
-const Kernels& generic_kernels() {{
-  static constinit const Kernels kernels = {{.capability = "default", .bf16 = false, {tables}}};
-  return kernels;
-}}
+const Kernels& plain_kernels();
+static Kernels kernels = [] {{
+  Kernels k = plain_kernels();
+  {tables}
+  return k;
+}}();
+const Kernels& generic_kernels() {{ return kernels; }}
+extern "C" void fused_losses_blas(bool asked) {{ kernels.blas = asked; }}
 const Kernels* avx2_kernels() {{ return nullptr; }}
 const Kernels* avx512_kernels() {{ return nullptr; }}
 const Kernels* avx512_bf16_kernels() {{ return nullptr; }}
 const Kernels* amx_bf16_kernels() {{ return nullptr; }}
 }}  // namespace fused_losses
 """
+# the other tables, without faults
+PLAIN = """#define FL_ISA plain
+#define FL_VECTOR_BYTES 16
+#define FL_PREFER_BLAS
+#include "cpu/table.h"
+namespace fused_losses {
+const Kernels& plain_kernels() {
+  static constinit const Kernels kernels = plain::table("default");
+  return kernels;
+}
+}  // namespace fused_losses
+"""
+EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+# the extension without kernels, as `make kernel-tests` compiles it
+BINDINGS = ROOT / "build" / "compiled" / "CMakeFiles" / "fused_losses_extension.dir" / "Unity"
+TORCH = Path(torch.__file__).parent / "lib"
+TORCH_LIBRARIES = ("c10", "torch", "torch_cpu", "torch_python")
 
 
 def files(source: Source) -> list[Path]:
@@ -105,7 +128,8 @@ def files(source: Source) -> list[Path]:
 def contents(source: Source) -> str:
     """A hash of what the source's verdicts depend on."""
     out = hashlib.sha256()
-    own = [Path(__file__), Path(planting.__file__), *(CSRC / "cpu").glob("*.cpp")]
+    own = [*Path(__file__).parent.glob("*.py"), *(CSRC / "cpu").glob("*.cpp")]
+    own = [path for path in own if path.name not in ("survivors.py", "test_planting.py")]
     headers = [*CSRC.glob("*.h"), *(CSRC / "cpu").rglob("*.h"), *(CSRC / "rules").glob("*.h")]
     tests = [CSRC / "tests" / f"{name}_test.cpp" for name in source.tests]
     for path in sorted({*own, *headers, *(CSRC / "tests").glob("*.h"), *tests}):
@@ -148,9 +172,9 @@ def build(name: str, folder: Path) -> list[Fault]:
     planted = {str(file.relative_to(CSRC)): file for file in files(source)}
     shutil.copytree(CSRC, folder / "csrc", dirs_exist_ok=True)
     tests = _tests(source, folder)
-    declared, kernels, out = folder / "declared.h", folder / "kernels.cpp", folder / "planted.so"
+    declared, kernels = folder / "declared.h", folder / "kernels.cpp"
     declared.write_text(DECLARATION + planting.HELPERS)
-    tables = ", ".join(f".{t} = generic::{TABLES[t]}()" for t in TABLES if t in source.tables)
+    tables = " ".join(f"k.{t} = generic::{TABLES[t]}();" for t in source.tables)
     kernels.write_text(KERNELS.format(tables=tables))
     command = ["g++", *FLAGS, f"-I{folder / 'csrc'}"]
     for _ in range(MOST_ROUNDS):
@@ -175,22 +199,30 @@ def build(name: str, folder: Path) -> list[Fault]:
         f'extern "C" {{\n{DEFINITION.format(count=len(faults))}'
         f"char fused_losses_known[{len(faults)}];\n}}\n"
     )
-    others = [kernels.with_suffix(".o"), defined, folder / "csrc/cpu/dispatch.cpp", *tests]
+    # of what both have, the first is linked: that with faults
+    shared = [folder / "csrc" / "cpu" / f"{name}.cpp" for name in ("dispatch", "threads")]
+    others = [kernels.with_suffix(".o"), defined, *shared, *tests]
+    others += [plain(), *BINDINGS.glob("*.o")]
+    linked = [f"-L{TORCH}", *(f"-l{library}" for library in TORCH_LIBRARIES), "-pthread"]
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    package = folder / "package" / "fused_losses"
+    shutil.copytree(ROOT / "fused_losses", package, ignore=ignored)
+    out = package / EXTENSION
     subprocess.run(
-        [*command, *SANITIZE, "-shared", *others, "-o", out, "-pthread"], check=True, text=True
+        [*command, *SANITIZE, "-shared", *others, "-o", out, *linked], check=True, text=True
     )
     return faults
 
 
-def case(library: ctypes.CDLL, name: str) -> Callable[[], None]:
-    function = library[f"run_{name}"]
-    arguments = (ctypes.c_char_p * 3)(b"test", b"default", None)
-
-    def run() -> None:
-        if function(2, arguments):
-            raise AssertionError(name)
-
-    return run
+def plain() -> Path:
+    """The object of the kernels without faults, which all sources share."""
+    headers = [*CSRC.glob("*.h"), *(CSRC / "cpu").rglob("*.h"), *(CSRC / "rules").glob("*.h")]
+    told = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(headers))).hexdigest()
+    code, out = RUNS / "plain.cpp", RUNS / f"plain.{told[:16]}.o"
+    if not out.is_file():
+        code.write_text(PLAIN)
+        subprocess.run(["g++", *FLAGS, *SANITIZE, f"-I{CSRC}", "-c", code, "-o", out], check=True)
+    return out
 
 
 def keys(faults: list[Fault]) -> list[str]:
@@ -223,30 +255,6 @@ def built(name: str) -> list[Fault]:
     return [Fault(**each) for each in found["faults"]] if same else []
 
 
-def try_all(name: str, folder: Path, one_in: int) -> None:
-    """In a process that has the sanitizer: each fault that is due, a line each."""
-    faults = built(name)
-    library = ctypes.CDLL(str(folder / "planted.so"))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    known = bytes((ctypes.c_char * len(faults)).in_dll(library, "fused_losses_known"))
-    runs = [Run(case(library, test)) for test in SOURCES[name].tests]
-    runs = quickest_first(runs, library, len(faults))
-    asked = frozenset().union(*(run.asked for run in runs))
-    before = tried(name)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    with (RUNS / f"{name}.{contents(SOURCES[name])}.jsonl").open("a") as out:
-        for number, key in enumerate(keys(faults)):
-            if key in before or not drawn(key, one_in):
-                continue
-            if number in asked:
-                shown = noticed(number, runs, library)
-            else:
-                shown = "" if known[number] else "not compiled"
-                shown = shown or "not asked"
-            out.write(json.dumps([key, shown]) + "\n")
-            out.flush()
-
-
 class Verdict(NamedTuple):
     """Of one source: how many faults were tried, how they showed, and those that did not."""
 
@@ -265,6 +273,11 @@ def verdict(name: str, faults: list[Fault], one_in: int) -> Verdict:
     return Verdict(len(due), dict(counts), left)
 
 
+def _library(name: str) -> str:
+    asked = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def run(name: str, one_in: int) -> Verdict:
     folder = RUNS / name
     if not built(name):
@@ -277,11 +290,12 @@ def run(name: str, one_in: int) -> Verdict:
     known = tried(name)
     if all(key in known for key in keys(faults) if drawn(key, one_in)):
         return verdict(name, faults, one_in)
-    asan = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    environment = os.environ | {"PYTHONPATH": search_path(), "LD_PRELOAD": asan}
-    command = [sys.executable, __file__, name, "--one-in", str(one_in), "--in", str(folder)]
+    # without the second the first does not find what throws
+    preloaded = " ".join(map(_library, ("libasan.so", "libstdc++.so.6")))
+    path = os.pathsep.join([str(folder / "package"), search_path()])
+    environment = os.environ | {"PYTHONPATH": path, "LD_PRELOAD": preloaded}
+    environment |= {"OMP_NUM_THREADS": "1", "FUSED_LOSSES_CUDA_ON_HOST": "0"}
+    command = [sys.executable, str(TRIES), name, str(one_in)]
     subprocess.run(command, env=environment | {"ASAN_OPTIONS": ASAN}, check=True)
     return verdict(name, faults, one_in)
 
@@ -299,11 +313,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="*", choices=[*SOURCES, []], default=[])
     parser.add_argument("--one-in", type=int, default=1)
-    parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     given: Any = parser.parse_args()
-    if given.folder:
-        try_all(given.sources[0], given.folder, given.one_in)
-        return 0
     status = 0
     for name in given.sources or SOURCES:
         found = run(name, given.one_in)

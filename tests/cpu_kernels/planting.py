@@ -7,7 +7,7 @@
 | always, never | of an `if` |
 | dropped | an assignment or a call that is left out: partial sums, merges, rescaling, stores |
 | sign | + for -, and the other way round: offsets, too |
-| factor | the second factor of a product is one more: strides, too |
+| factor | the second factor of a product is one more: strides, too; of room that is taken, none |
 | further | an index one further |
 | extreme | min for max, and the other way round |
 
@@ -90,8 +90,11 @@ NO_CALL = re.compile(r"(?:return|if|for|while|switch|else|static_assert|sizeof|u
 # whole lines that are no code of a kernel at run time
 SKIPPED = re.compile(
     r"^\s*(?:#|//|template\b|using\b|static_assert\b)|\bconstexpr\b"
-    r"|[\w>] \w+\[[^;=]*\](?:[,;]| = \{)"
+    r"|(?:[\w>]|\w\*) \w+\[[^;=]*\](?:[,;]| = \{)"
+    # what plain vectors leave to other instruction sets
+    r"|\b(?:multiply_split|split_room|kInTiles)\b"
 )
+ROOM = re.compile(r"\barena\.take<|\w_bytes\b")  # one more of these is no fault
 ENDS_LEFT = re.compile(r"(?:&&|\|\||\?|:|=|\breturn|\||&|\^|\belse)\s+$")
 ENDS_RIGHT = re.compile(r"\s(?:&&|\|\||\?|:|\||&|\^)")
 
@@ -180,6 +183,9 @@ def _places(code: str) -> Iterator[tuple[tuple[str, ...], int, Edit]]:
     for m in SIGN.finditer(code):
         yield ("sign",), m.start(), Edit(m.end(), m.end(), "planted_sign<#>() * ")
     for m in FACTOR.finditer(code):
+        line = code[code.rfind("\n", 0, m.start()) + 1 : code.find("\n", m.end())]
+        if ROOM.search(line):
+            continue
         yield ("factor",), m.start(), Edit(m.start(), m.end(), "planted_more<#>(", ")")
     for m in FURTHER.finditer(code):
         yield ("further",), m.start(), Edit(m.end(), m.end(), "planted<#>() + ")

@@ -10,7 +10,7 @@ from pathlib import Path
 import planting
 import pytest
 from cpu_mutants import SOURCES, files
-from mutants import DECLARATION, DEFINITION, Fault, Run, noticed, quickest_first, unexplained
+from mutants import ANY, DECLARATION, DEFINITION, Fault, Run, noticed, quickest_first, unexplained
 from places import ROOT
 
 SOURCE = """#include <algorithm>
@@ -97,8 +97,9 @@ def test_faults_are_noticed_but_for_those_that_change_nothing(
     ]
     assert not unexplained(left, nothing)
     assert ("dropped", "best += 0;") in [(fault.kind, fault.text) for fault in left]
-    # one that nothing stands for is told
+    # one that nothing stands for is told, and one stands for all of a line
     assert unexplained(left, nothing[1:])
+    assert not unexplained(left, [nothing[0], (ANY, "best == 0", "")])
 
 
 def test_every_kernel_is_a_sources() -> None:

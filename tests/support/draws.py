@@ -297,6 +297,25 @@ def chooses(backend: str, draw: Draw) -> bool:
     return not reasons_against(backend, torch.device("cpu"), draw.dtype, "fp32")
 
 
+def answered(
+    case: Case, exact: Inputs, draw: Draw, call: Call
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Value and gradients in float64; and what holds them: the value as it came, the leaves."""
+    t = pair_cases.in_dtype(case, exact, draw.dtype)
+    relaid(t, case.leaves, call.layout)
+    stored: list[Tensor] = []
+
+    def called(t: Inputs) -> Tensor:
+        options: dict[str, Any] = {}
+        options |= {"precision": call.precision} if call.precision != "fp32" else {}
+        options |= {"memory_budget": call.budget} if call.budget else {}
+        stored.append(case.call(t, backend=call.backend, **options))
+        return stored[0]
+
+    got = outcome(case, t, called)
+    return got, [stored[0], *(getattr(t, name) for name in case.leaves)]
+
+
 def judge(case: Case, draw: Draw, which: list[Call] | None = None) -> Iterator[Verdict]:
     """Each call's results against the truth; nothing where no number of the dtype is right."""
     exact = inputs(case, draw)
@@ -309,19 +328,7 @@ def judge(case: Case, draw: Draw, which: list[Call] | None = None) -> Iterator[V
     slope = max(1.0, *(float(getattr(exact, name).abs().max()) for name in case.leaves))
     spare = CANCEL.get(case.name, 0) * ROUNDOFF[accumulate_dtype(draw.dtype)] * slope
     for call in calls(case, draw) if which is None else which:
-        t = pair_cases.in_dtype(case, exact, draw.dtype)
-        relaid(t, case.leaves, call.layout)
-        stored: list[Tensor] = []
-
-        def called(t: Inputs, call: Call = call, stored: list[Tensor] = stored) -> Tensor:
-            options: dict[str, Any] = {}
-            options |= {"precision": call.precision} if call.precision != "fp32" else {}
-            options |= {"memory_budget": call.budget} if call.budget else {}
-            stored.append(case.call(t, backend=call.backend, **options))
-            return stored[0]
-
-        got = outcome(case, t, called)
-        stored += [getattr(t, name) for name in case.leaves]
+        got, stored = answered(case, exact, draw, call)
         if any(
             _size(w, torch.inf) > torch.finfo(s.dtype).max
             for w, s in zip(truth, stored, strict=True)

@@ -86,15 +86,21 @@ def quickest_first(runs: list[Run], library: ctypes.CDLL, count: int) -> list[Ru
     return sorted((traced(run, library, count) for run in runs), key=lambda run: run.seconds)
 
 
-Survivor = tuple[str, str, str]  # a fault's kind, a part of its line, and why nothing notices it
+# a fault's kind, or ANY for all faults of a line; a part of its line; why nothing notices it
+Survivor = tuple[str, str, str]
+ANY = "any"
 
 
 def unexplained(unnoticed: Iterable[Fault], survivors: Iterable[Survivor]) -> list[Fault]:
-    """Those that no survivor stands for; each stands for one fault."""
-    allowed = Counter((kind, text) for kind, text, _ in survivors)
+    """Those that no survivor stands for; each stands for one fault, or for all of a line."""
+    survivors = list(survivors)
+    lines = [text for kind, text, _ in survivors if kind == ANY]
+    allowed = Counter((kind, text) for kind, text, _ in survivors if kind != ANY)
     left = []
     for fault in unnoticed:
         fitting = [k for k in allowed if k[0] == fault.kind and k[1] in fault.text]
+        if any(text in fault.text for text in lines):
+            continue
         if fitting and allowed[fitting[0]] > 0:
             allowed[fitting[0]] -= 1
         else:
