@@ -13,7 +13,7 @@ CONFIGURE = $(BIN)/cmake -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspat
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: venv train check one-row test best fuzz soak hostile ctest cpu-sanitize cpu-valgrind cpu-mutants \
-  dispatch-mutants launches determinism compiles concurrency elements calls walks dependencies trust \
+  dispatch-mutants triton-mutants launches determinism compiles concurrency elements calls walks dependencies trust \
   cuda-host cuda-sanitize cuda-mutants kernel-tests gpu-gate gpu-ptx gpu-static tritons bench gallery \
   site packages lint types clean
 
@@ -106,10 +106,11 @@ cpu-valgrind: kernel-tests
 	  valgrind --quiet --error-exitcode=1 --leak-check=full $$test default || exit 1; done
 	@echo "valgrind: $(words $(wildcard $(BUILD)/*_test)) tests, nothing found"
 
-# faults planted in the C++ CPU kernels: their tests notice each but those of survivors.py.
+# faults planted in the C++ CPU kernels: their tests, or drawn calls of the package that has them,
+# notice each but those of survivors.py.
 # MUTATED=triplets: of these alone; ONE_IN=10: a tenth of the places
 ONE_IN = 1
-cpu-mutants: $(VENV)/.installed
+cpu-mutants: venv kernel-tests
 	PYTHONPATH=tests:tests/support:tests/cpu_kernels $(BIN)/python tests/cpu_kernels/cpu_mutants.py \
 	  $(MUTATED) --one-in $(ONE_IN)
 
@@ -118,6 +119,12 @@ cpu-mutants: $(VENV)/.installed
 dispatch-mutants: venv
 	PYTHONPATH=tests:tests/support:tests/cpu_kernels:tests/backends $(ON_HOST) OMP_NUM_THREADS=1 \
 	  $(BIN)/python tests/backends/dispatch_mutants.py --one-in $(ONE_IN)
+
+# faults planted in the Triton kernels: their cases in Triton's interpreter notice each but those of
+# triton_survivors.py. MUTATED=topk: of these alone
+triton-mutants: venv
+	PYTHONPATH=tests:tests/support:tests/cpu_kernels:tests/backends:tests/triton_kernels \
+	  OMP_NUM_THREADS=1 $(BIN)/python tests/triton_kernels/triton_mutants.py $(MUTATED) --one-in $(ONE_IN)
 
 kernel-tests: $(VENV)/.installed
 	$(CONFIGURE) > build-cmake.log 2>&1 || { cat build-cmake.log; exit 1; }

@@ -6,9 +6,9 @@
 `run` runs the parts in turn (`make trust`, which takes hours; `make trust PART="soak calls"`: these
 alone), records each in docs/generated/trust.json as soon as it has ended, and writes the page,
 docs/generated/trust.md. Without names it leaves out what succeeded on today's sources, so that a
-run that was stopped goes on. Parts that record their own steps (fuzz, calls, cpu-mutants) go on
-within, too. --with (`make trust PART=soak WITH="HOURS=1"`) adds words to the commands, and the
-page says so. `page` only writes the page. Needs neither git nor torch.
+run that was stopped goes on. Parts that record their own steps (fuzz, calls, the mutants of C++ and
+of Triton) go on within, too. --with (`make trust PART=soak WITH="HOURS=1"`) adds words to the
+commands, and the page says so. `page` only writes the page. Needs neither git nor torch.
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ PARTS = (
         last(r"dispatch: \d+ of \d+.*"),
     ),
     Part(
+        "triton-mutants",
+        "the cases notice faults planted in the Triton kernels, in Triton's interpreter",
+        "make triton-mutants",
+        faults,
+    ),
+    Part(
         "cuda-mutants",
         "the cases notice a fault planted in the CUDA kernels, executed on the host",
         "make cuda-mutants",
@@ -143,6 +149,11 @@ PARTS = (
         "determinism",
         "the same bits in every run and on 1, 2 and 7 threads, but for classes that say so",
         "make determinism",
+    ),
+    Part(
+        "compiles",
+        "`torch.compile` traces every module of the catalogue whole",
+        "make compiles",
     ),
     Part(
         "concurrency",

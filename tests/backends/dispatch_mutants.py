@@ -151,13 +151,11 @@ def set_active(fault: int) -> None:
 class Record:
     """What is known of each fault, a line each; "" or "not asked": nothing notices it."""
 
-    def __init__(self, faults: list[Fault], folder: Path) -> None:
+    def __init__(self, faults: list[Fault], folder: Path, name: str, files: list[Path]) -> None:
         self.keys, self.folder = keys(faults), folder
         folder.mkdir(parents=True, exist_ok=True)
-        files = [Path(__file__), *map(ROOT.joinpath, TESTS), Path(dispatch_planting.__file__)]
-        files += [ROOT / "fused_losses" / at for at in SOURCES]
         contents = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-        self.path = folder / f"dispatch.{contents}.jsonl"
+        self.path = folder / f"{name}.{contents}.jsonl"
 
     def known(self) -> dict[int, str]:
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
@@ -172,8 +170,8 @@ class Record:
 class Warm:
     """In place of pytest's loop: the tests without a fault, then those that ask for each."""
 
-    def __init__(self, due: list[int], planted: Planted, record: Record) -> None:
-        self.due, self.planted, self.record = due, planted, record
+    def __init__(self, due: list[int], faults: list[Fault], record: Record) -> None:
+        self.due, self.faults, self.record = due, faults, record
 
     def run(self, session: pytest.Session, item: pytest.Item) -> bool:
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
@@ -200,7 +198,7 @@ class Warm:
             return in_child(SECONDS + 4 * sum(run[0] for run in asking), body)
 
         for fault in self.due:
-            file = self.planted.faults[fault].file
+            file = self.faults[fault].file
             asking = [run for run in runs if fault in run[1]]
             shown = tried(fault, asking) if asking else "not asked"
             if shown in ("", "not asked") and fault in at_import:
@@ -215,14 +213,14 @@ def tests() -> list[str]:
     return [*OPTIONS, f"--rootdir={ROOT}", *(str(ROOT / test) for test in TESTS)]
 
 
-def try_all(due: list[int], planted: Planted, record: Record) -> None:
+def try_all(due: list[int], faults: list[Fault], record: Record) -> None:
     """Records how each of these faults shows."""
     log = record.folder / "dispatch.log"
     child = os.fork()
     if child == 0:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        os._exit(pytest.main(tests(), plugins=[Warm(due, planted, record)]))
+        os._exit(pytest.main(tests(), plugins=[Warm(due, faults, record)]))
     if os.waitpid(child, 0)[1]:
         raise RuntimeError(f"the tests do not run without a fault:\n{log.read_text()[-4000:]}")
     known = record.known()
@@ -244,11 +242,13 @@ def main() -> int:
     os.chdir(ROOT)
     finder = Planted()
     sys.meta_path.insert(0, finder)
-    record = Record(finder.faults, given.runs.resolve())
+    files = [Path(__file__), *map(ROOT.joinpath, TESTS), Path(dispatch_planting.__file__)]
+    files += [ROOT / "fused_losses" / at for at in SOURCES]
+    record = Record(finder.faults, given.runs.resolve(), "dispatch", files)
     drawn_here = [n for n, key in enumerate(record.keys) if drawn(key, given.one_in)]
     due = [fault for fault in drawn_here if fault not in record.known()]
     if due:
-        try_all(due, finder, record)
+        try_all(due, finder.faults, record)
     known = record.known()
     found = {fault: known[fault] for fault in drawn_here}
     counts: dict[str, Counter] = defaultdict(Counter)
