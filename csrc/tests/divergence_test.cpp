@@ -170,7 +170,7 @@ void check(const Kernels& kernels, K kind, double param, const Shape& s) {
 
   const int count = folds_of(kind), differentiable = kind == K::kPower ? 2 : 1;
   const Parallel parallel = {3, on_threads};
-  std::vector<double> lse(n), teacher_lse(n), got_target(n), teacher_target(n),
+  std::vector<double> lse(n), teacher_lse(n), got_target(n, NAN), teacher_target(n, NAN),
       got((count + kept_of(kind)) * n);
   std::vector<float> dx(n * d), dw(c * d), db(c), dteacher(dense ? n * c : n * dt), dwt(c * dt),
       dbt(c), dscale(n);

@@ -139,7 +139,9 @@ inline void fold_classes(const ClassProblem& c, const ClassForwardPlan<PS, T>& p
       T& found = th.tile_top[k * kBlock + i];
       if (found > tops[i]) {
         const double moved = static_cast<double>(shift_of(tops[i])) - shift_of(found);
-        th.total[k * plan.padded + row0 + i] *= std::exp(moved);
+        double& total = th.total[k * plan.padded + row0 + i];
+        // of no class yet: 0, however far it moves
+        if (total != 0) total *= std::exp(moved);
         tops[i] = found;
       }
       found = shift_of(tops[i]);
