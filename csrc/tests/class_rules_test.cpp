@@ -223,6 +223,10 @@ void check(const Kernels& kernels, const Case& s) {
     run();
     expect(dw[at - d] == 0 && dw[at] != dw[at], "a centre with a NaN");
     w[at] = before;
+    const T entry = std::exchange(x[0], NAN);
+    run();
+    expect(dx[0] != dx[0] && dx[d] == dx[d], "a row with a NaN");
+    x[0] = entry;
   }
   run();
   std::free(buffer);

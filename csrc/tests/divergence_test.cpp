@@ -356,6 +356,8 @@ int main(int argc, char** argv) {
     }
   }
   check(kernels, K::kForward, 0, {261, 61, 8, 9, true, true, false, true, Precision::kFull});
+  // sides that would have tiles of two sizes
+  check(kernels, K::kForward, 0, {5, 211, 24, 1000, true, true, false, true, Precision::kFull});
   std::printf("%s: %d failures\n", kernels.capability, failures);
   return failures ? 1 : 0;
 }
