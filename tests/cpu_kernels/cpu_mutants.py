@@ -51,7 +51,12 @@ def _alone(name: str, table: str, *further: str) -> Source:
 
 
 SOURCES = {
-    "row_statistics": _alone("row_statistics", "rows"),
+    # whose tiles and gradients the other two share
+    "row_statistics": Source(
+        ("cpu/row_statistics",),
+        ("row_statistics", "class_rules", "divergence"),
+        ("rows", "classes", "divergence"),
+    ),
     "class_rules": _alone("class_rules", "classes", "rules/classes.h"),
     "divergence": _alone("divergence", "divergence", "rules/divergence.h"),
     "pairs": Source(
