@@ -104,6 +104,12 @@ void check(const Kernels& kernels, const Shape& shape) {
       return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
     };
     expect(same(got_x, first_x) && same(got_y, first_y), name + " bits");
+    if (shape.own) continue;
+    std::vector<T> alone(dy.size(), T(NAN));
+    buffer = room(kernels.listed.bytes(p, threads, true));
+    kernels.listed.backward(p, grad.data(), nullptr, alone.data(), buffer, {threads, on_threads});
+    std::free(buffer);
+    expect(same(alone, first_y), name + " dy alone");
   }
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutants import Survivor
+from mutants import ANY, Survivor
 
 SURVIVORS: dict[str, list[Survivor]] = {
     "row_statistics": [
@@ -146,6 +146,52 @@ SURVIVORS: dict[str, list[Survivor]] = {
             "j < round_up(p.columns, kLanes<T>); ++j) far[j] = kFar;",
             "new memory is NaN here, which is in no triplet; valgrind sees it",
         ),
+    ],
+    "listed": [
+        ("bound", "for (int i = 0; i < kRoom; ++i) one.take<double>", "room for one row more"),
+        ("further", "void rooms(const ListedProblem& p, int thread,", "a type, whose size is told"),
+        (
+            "further",
+            "listed_row(p.y, p.columns[k], p.d, room[1])",
+            "a room that is free here",
+        ),
+        ("factor", "k < std::min((task + 1) * step, p.pairs)", "lines done twice, alike"),
+        ("factor", "i < std::min((task + 1) * step, count)", "rows done twice, alike"),
+        ("extreme", "return std::max<int64_t>(1, kListedEntries /", "tasks of another size"),
+        ("extreme", "return std::max<int64_t>(1, kListedEntries /", "tasks of another size"),
+        ("never", "if (m.type == kNative<T>) return", "read into room although it lies in T"),
+        ("always", "if (dx) plan.by_row.fill(", "lines grouped for nobody"),
+        ("always", "if (dy || p.own) plan.by_column.fill(", "lines grouped for nobody"),
+    ],
+    "maxsim": [
+        (ANY, "words = arena.take<Word>(P::kPair == 2 ?", "of products in pairs of words alone"),
+        ("bound", "i < chunk.tokens; i += kHigh", "a pass of no tokens"),
+        ("bound", "if (r >= last) return;", "the last token again, which is no larger"),
+        (ANY, "if (tokens <= kLanes<T>) return f", "a wider panel, whose rest nobody reads"),
+        ("bound", "t0 == start || t0 < end", "a block of no tokens"),
+        ("bound", "for (int64_t t = 0; t < tokens; t += kWide) {", "a panel of no tokens"),
+        ("bound", "i < length; i += plan.chunk", "a chunk of no tokens"),
+        ("bound", "e < d; e += kTurnedRows", "a part of no columns"),
+        ("bound", "b0 < count; b0 += kDocumentsAtOnce", "no documents"),
+        (ANY, "parallel.threads == 1 ? 1 :", "other runs of documents, the same scores"),
+        (ANY, "parallel.threads == 1 ? 64 :", "other runs of tokens, the same sums"),
+        (ANY, "const int64_t most = ceil_div(tokens", "other runs of tokens, the same sums"),
+        (ANY, "const int64_t wanted = ceil_div(kTasks", "other runs of documents"),
+        (ANY, "__builtin_prefetch(", "what is fetched ahead"),
+        (ANY, "chunk.ahead", "what is fetched ahead"),
+        ("sign", "columns[v] = load(b + v * kLanes<Word>)", "one vector here: v is 0"),
+        ("sign", "std::upper_bound(p.query_offsets,", "the walk behind it finds the query"),
+        ("extreme", "const int64_t row_bytes = std::max", "blocks of another size"),
+        (ANY, "block_tokens = std::max<int64_t>(1, kQueryBytes", "blocks of another size"),
+        ("extreme", "const int64_t each = ceil_div(p.query_tokens()", "other groups of queries"),
+        ("extreme", "groups = std::max<int64_t>(1, block_tokens", "other groups of queries"),
+        ("extreme", "groups = std::max<int64_t>(1, block_tokens", "other groups of queries"),
+        (
+            "dropped",
+            "groups = std::max<int64_t>(1, block_tokens",
+            "never written; valgrind sees",
+        ),
+        ("always", "if (t0 == start) finite =", "looked at once more"),
     ],
     "row_update": [
         ("bound", "const float cut = size < kMost ? size : kMost;", "equal is equal"),

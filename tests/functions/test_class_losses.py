@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from class_loss_formulas import (  # noqa: F401
     BIAS,
     FILTER,
@@ -114,6 +115,28 @@ def test_hardest_is_the_highest_cosine(backend: str) -> None:
 
 
 # ---- edges ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [64.0, 1500.0])
+def test_rows_opposite_to_every_class(scale: float, backend: str) -> None:
+    """All scores are far below 0: a sum begun at 0 has nothing that could grow past the range."""
+    dtype = widest(backend)
+    row = F.normalize(torch.randn(1, 8, dtype=torch.float64), dim=1)
+    x = (-row.repeat(5, 1)).to(dtype).requires_grad_()
+    w = (row + 0.01 * torch.randn(40, 8, dtype=torch.float64)).to(dtype)
+    labels = torch.tensor([[1, 3]] * 5)
+    loss = Softmax(margin=None, scale=scale)
+    got = class_loss(x, w, labels, loss, backend=backend)
+    (grad,) = torch.autograd.grad(got, x)
+    exact = x.detach().double().requires_grad_()
+    z = scale * F.normalize(exact, dim=1) @ F.normalize(w.double(), dim=1).T
+    rest = [j for j in range(40) if j not in (1, 3)]
+    want = sum(z[:, [p, *rest]].logsumexp(dim=1) - z[:, p] for p in (1, 3)).mean() / 2
+    (right,) = torch.autograd.grad(want, exact)
+    # a cosine is off by (D / 8 + 16) u, its score by so much times the scale, twice in a loss
+    off = 2 * (8 / 8 + 16) * torch.finfo(dtype).eps * scale
+    assert float((got.detach().double() - want.detach()).abs()) <= off
+    assert float((grad.double() - right).norm()) <= 4 * off * float(right.norm())
 
 
 @pytest.mark.parametrize("name", LOSSES)
