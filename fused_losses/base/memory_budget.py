@@ -64,6 +64,14 @@ def room_of(memory_budget: MemoryBudget, like: Tensor) -> Room | None:
     return Room(budget) if budget else None
 
 
+def less_of(left: int, wanted: int) -> int:
+    """What is kept where there is room for so many: a number, or of a symbol a symbol."""
+    if isinstance(left, int) and isinstance(wanted, int):
+        return min(left, wanted)  # torch 2.11 compiles no sym_min of two numbers
+    kept: Any = torch.sym_min(left, wanted)
+    return kept
+
+
 def _free_share() -> int:
     return 0 if _hooked() else free_bytes() // SHARE
 

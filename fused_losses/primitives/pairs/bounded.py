@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_losses.base.memory_budget import less_of
 from fused_losses.base.numerics import accumulate_dtype, logistic, row_dtype
 from fused_losses.primitives.pairs.blocks import (
     BLOCK_BYTES,
@@ -72,8 +73,7 @@ def kept_scores(p: PairInputs, most: int) -> int:
     """How many scores are kept of a room for `most`: of whole blocks."""
     if torch.compiler.is_compiling():
         # sizes may be symbols; what is no whole block stays empty
-        kept: Any = torch.sym_min(most, p.x.shape[0] * p.y.shape[0])
-        return kept
+        return less_of(most, p.x.shape[0] * p.y.shape[0])
     return max((at.stop for *_, at in kept_cuts(p, most) if at is not None), default=0)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fused_losses.backends.cpu.capability import extension
+from fused_losses.base.memory_budget import less_of
 from fused_losses.primitives.pairs.inputs import PairInputs, PairNeeds
 
 
@@ -42,7 +41,6 @@ def kept_scores(p: PairInputs, most: int) -> int:
         # sizes may be symbols; what is no whole strip stays empty. Rows are padded to 64 scores;
         # of a triangle's strips, at most 192 high, a row begins at most 447 before its first pair
         whole = n * ((m + 63) // 64 * 64)
-        kept: Any = torch.sym_min(most, n * (m // 2 + 512) if p.triangle else whole)
-        return kept
+        return less_of(most, n * (m // 2 + 512) if p.triangle else whole)
     item = p.x.dtype.itemsize
     return extension().pair_kept(n, m, d, item, p.precision, p.triangle, most)

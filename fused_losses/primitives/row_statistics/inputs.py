@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_losses.base import validation
-from fused_losses.base.memory_budget import Room
+from fused_losses.base.memory_budget import Room, less_of
 from fused_losses.base.numerics import accumulate_dtype
 
 
@@ -98,7 +98,7 @@ def kept_classes(
     each = max(scores * kept_row(x.shape[0]), 1) * accumulate_dtype(weight.dtype).itemsize
     if room is None:
         return taking_part if taking_part * each <= SMALL else 0
-    kept: Any = torch.sym_min(room.left // each, taking_part)  # an int, or a symbol of one
+    kept = less_of(room.left // each, taking_part)
     room.take(kept * each)
     return kept
 
