@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from types import ModuleType
 
@@ -49,6 +50,8 @@ def parser(recipe: ModuleType) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (130 after Ctrl-C)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a line is there once it is known, in a pipe, too
+        sys.stdout.reconfigure(line_buffering=True)
     given = sys.argv[1:] if argv is None else argv
     recipe = train_cli.recipe(given)
     args = parser(recipe).parse_args(given)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 from fused_losses import backends, cli, functional
 from fused_losses.bench import measure, report
@@ -256,3 +259,10 @@ def test_ctrl_c_keeps_what_was_measured(
     monkeypatch.setattr(cli.info, "lines", lambda: signal.raise_signal(signal.SIGINT))
     assert cli.main(["info"]) == 130
     assert "stopped by Ctrl-C" in capsys.readouterr().err
+
+
+def test_lines_are_there_at_once_in_a_pipe() -> None:
+    script = "import sys; from fused_losses.cli import main; main(['losses', 'circle'])\n"
+    script += "print(sys.stdout.line_buffering)"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert told.stdout.splitlines()[-1] == "True", told.stderr

@@ -229,7 +229,9 @@ def margin_softmax(
     unlike: tuple[str, ...] = ()
     if rivals != "none":
         providers |= rivals_of(eager_arcface, (x, w, y), compiled=rivals == "all")
-        without_margin = {"F.linear_cross_entropy": lambda: backward(torch_lce(x, w, y))}
+        without_margin: dict[str, Provider] = {}
+        if hasattr(F, "linear_cross_entropy"):  # torch 2.11 has none
+            without_margin["F.linear_cross_entropy"] = lambda: backward(torch_lce(x, w, y))
         without_margin |= peers.cross_entropy(x, w, y, SCALE)
         unlike = tuple(without_margin)
         providers |= without_margin
