@@ -24,6 +24,7 @@ class Disk:
 
     def __init__(self, folder: Path, mib: int) -> None:
         self.folder = folder
+        self.damaged: set[tuple[str, int, int]] = set()
         folder.mkdir(parents=True)
         _call("mount", "-t", "tmpfs", "-o", f"size={mib}m", "soak", str(folder))
 
@@ -55,7 +56,9 @@ class Disk:
     def complete(self) -> list[Path]:
         """The whole checkpoints, by step."""
         found = self.folder.rglob("step-*")
-        return sorted(path for path in found if COMPLETE.fullmatch(path.name))
+        found = [path for path in found if COMPLETE.fullmatch(path.name)]
+        # a run that was ended early has not put a damaged one aside
+        return sorted(path for path in found if _which(path) not in self.damaged)
 
     def damage(self, chance: random.Random) -> str:
         """One file of the newest checkpoint loses a bit, its end, or itself; what was done."""
@@ -70,7 +73,14 @@ class Disk:
         else:
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
             path.write_bytes(data)
+        self.damaged.add(_which(path.parent))
         return f"{path.parent.name}/{path.name}: {kind}"
+
+
+def _which(folder: Path) -> tuple[str, int, int]:
+    """Another for a checkpoint that is written anew."""
+    told = folder.stat()
+    return folder.name, told.st_ino, told.st_mtime_ns
 
 
 def _call(*command: str, check: bool = True) -> bool:

@@ -127,7 +127,7 @@ class Soak:
         whole = disk.complete()
         if fault == "damage" and len(whole) > 1:
             self.note("damage", seed=episode.seed, what_is_damaged=disk.damage(self.chance))
-            whole.pop()
+            whole = disk.complete()
         newest = int(whole[-1].name[5:]) if whole else 0
         attempt = Attempt(self.context, harassed, WORLD, episode, disk, told)
         self.counts["launches"] += 1
