@@ -218,6 +218,46 @@ void check(const Kernels& kernels, const Shape& s) {
          at + ": one thread and three give different bits");
 }
 
+// Kept products, and gradients that are asked for alone, change no bits.
+void check_bits(const Kernels& kernels, const Shape& s) {
+  const Case c(s);
+  PairProblem p = c.p;
+  const int64_t n = s.n, m = s.m, d = s.d;
+  const auto g_rows = drawn<double>(2 * kClasses * n, 1, 3);
+  const auto g_columns = drawn<double>(2 * kClasses * m, 1, 4);
+  const Parallel parallel = {3, on_threads};
+  std::vector<double> rows(kStatistics * kClasses * n), columns(kStatistics * kClasses * m);
+  std::vector<float> dx[2], dy[2];
+  double dscale[2];
+  const int64_t all = kernels.pairs.kept(p, std::numeric_limits<int64_t>::max());
+  // 0: all; then one gradient, or all of products that are kept, as many as have room
+  for (int run = 0; run < 6; ++run) {
+    const int64_t most = run < 4 ? 0 : run == 4 ? all - 1 : all;
+    p.kept_count = kernels.pairs.kept(p, most);
+    std::vector<float> room(p.kept_count, NAN);
+    p.kept = room.empty() ? nullptr : room.data();
+    const int k = run > 0;
+    dx[k].assign(n * d, NAN);
+    dy[k].assign(m * d, NAN);
+    dscale[k] = NAN;
+    const bool whole = run == 0 || run > 3;
+    const bool with[] = {whole || run == 1, !s.triangle && (whole || run == 2), whole || run == 3};
+    const PairBackwardOut out = {with[0] ? dx[k].data() : nullptr, with[1] ? dy[k].data() : nullptr,
+                                 with[2] ? &dscale[k] : nullptr, nullptr, nullptr};
+    Buffer forward(kernels.pairs.forward_bytes(p, 3));
+    kernels.pairs.forward(p, {rows.data(), columns.data()}, forward.data.get(), parallel);
+    Buffer backward(kernels.pairs.backward_bytes(p, out, 3));
+    const PairBackwardIn in = {g_rows.data(), g_columns.data(), rows.data(), columns.data()};
+    kernels.pairs.backward(p, in, out, backward.data.get(), parallel);
+    const auto same = [](const std::vector<float>* v) {
+      return std::memcmp(v[0].data(), v[1].data(), v[0].size() * sizeof(float)) == 0;
+    };
+    expect(run == 0 || ((!with[0] || same(dx)) && (!with[1] || same(dy)) &&
+                        (!with[2] || dscale[0] == dscale[1])),
+           std::string(kernels.capability) + " apart: other bits, run " + std::to_string(run));
+  }
+}
+
 void check_attention(const Kernels& kernels, const Shape& s, int64_t width) {
   const Case c(s);
   PairProblem p = c.p;
@@ -309,6 +349,8 @@ int main(int argc, char** argv) {
       check(kernels, {37, 53, 24, false, score, q});
       check(kernels, {203, 1301, 33, false, score, q});
       check(kernels, {400, 400, 65, true, score, q});
+      check_bits(kernels, {70, 300, 24, false, score, q});
+      check_bits(kernels, {300, 300, 24, true, score, q});
       check(kernels, {1203, 1203, 7, true, score, q});
       check_attention(kernels, {61, 300, 40, false, score, q}, 33);
     }

@@ -15,25 +15,43 @@ void check_stored(const Kernels& kernels, const Shape& s, Stored stored, Narrow&
     bits.push_back(narrow(v));
     v = wide(bits.back());
   }
-  std::vector<double> g[2];
-  for (int side = 0; side < 2; ++side) {
-    const auto values = random(2 * kClasses * (side ? s.m : s.n), 1, 11 + side);
-    g[side].assign(values.begin(), values.end());
-  }
+  const std::vector<double> g[2] = {gradients(s, 0), gradients(s, 1)};
   const Results want = run(kernels, c, g[0], g[1], 3);
   c.p.columns.data = bits.data();
   c.p.stored = stored;
   const Results got = run(kernels, c, g[0], g[1], 3);
-  const auto same_bits = [](const auto& a, const auto& b) {
-    return std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+  // gradients in 16 bits, which take the first half of their room
+  const auto is_rounded = [&](const std::vector<float>& bits_of, const std::vector<float>& exact) {
+    std::vector<uint16_t> got_bits(exact.size()), rounded;
+    std::memcpy(got_bits.data(), bits_of.data(), got_bits.size() * sizeof(uint16_t));
+    for (const float v : exact) rounded.push_back(narrow(v));
+    return got_bits == rounded;
   };
-  std::vector<uint16_t> dy(want.dy.size()), rounded;
-  std::memcpy(dy.data(), got.dy.data(), dy.size() * sizeof(uint16_t));
-  for (const float v : want.dy) rounded.push_back(narrow(v));
   expect(same_bits(got.rows, want.rows) && same_bits(got.columns, want.columns) &&
              same_bits(got.dx, want.dx) && same_bits(got.dscale, want.dscale),
          std::string(kernels.capability) + ": 16-bit columns are not read as their values");
-  expect(dy == rounded, std::string(kernels.capability) + ": dy of 16-bit columns");
+  expect(is_rounded(got.dy, want.dy), std::string(kernels.capability) + ": dy of 16-bit columns");
+
+  const int64_t width = 21;
+  const auto g_out = random(s.n * width, 1, 6), g_lse = random(s.n, 1, 7);
+  auto values = random(s.m * width, 1, 5);
+  std::vector<uint16_t> value_bits;
+  for (float& v : values) {
+    value_bits.push_back(narrow(v));
+    v = wide(value_bits.back());
+  }
+  const auto attended = [&](const void* y, const void* v, Stored how) {
+    c.p.columns.data = y;
+    c.p.stored = how;
+    return attend(kernels, c, v, width, s.classes > 0, g_out, g_lse, 3);
+  };
+  const Attended exact = attended(c.y.data(), values.data(), Stored::kWide);
+  const Attended read = attended(bits.data(), value_bits.data(), stored);
+  expect(same_bits(read.out, exact.out) && same_bits(read.lse, exact.lse) &&
+             same_bits(read.dx, exact.dx) && same_bits(read.dscale, exact.dscale),
+         std::string(kernels.capability) + ": 16-bit values are not read as such");
+  expect(is_rounded(read.dy, exact.dy) && is_rounded(read.dv, exact.dv),
+         std::string(kernels.capability) + ": gradients of attention in 16 bits");
 }
 
 uint16_t to_half(float v) {
