@@ -1,9 +1,8 @@
-// Scores made of distances between rows that nearly meet, of one instruction
-// set, against formulas of differences in double: statistics, gradients,
-// attention; the same bits on any number of threads.
+// Scores made of distances between rows that nearly meet, of one instruction set, against formulas
+// of differences in double: statistics, gradients, attention; the same bits on any number of
+// threads.
 //
-// usage: pairs_apart_test [default|avx2|...|amx_bf16]; exit code 77 where it
-// cannot run.
+// usage: pairs_apart_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -136,8 +135,7 @@ void check(const Kernels& kernels, const Shape& s) {
   g_rows.assign(first.begin(), first.end());
   g_columns.assign(second.begin(), second.end());
 
-  // value and total of a class, [2, classes, count], with the sum of what was
-  // added
+  // value and total of a class, [2, classes, count], with the sum of what was added
   std::vector<double> want(2 * kClasses * n), size(want.size()), dx(n * d), dx_size(n * d),
       dy(m * d), dy_size(m * d);
   double dscale = 0, dscale_size = 0;
@@ -202,8 +200,7 @@ void check(const Kernels& kernels, const Shape& s) {
                 long(m), long(d), s.triangle ? " triangle" : "",
                 s.score == Score::kRoot ? " root" : "", int(s.precision));
   const std::string at = name;
-  // far pairs round in their products, by 16 or 4 times as much as their
-  // distances
+  // far pairs round in their products, by 16 or 4 times as much as their distances
   const double u = s.precision == Precision::kFull ? 6e-8 : 4e-3;
   const double bound = (d + 8.0) * u * (s.precision == Precision::kFull ? 16 : 4);
   rows[0].resize(want.size());
@@ -233,8 +230,7 @@ void check_bits(const Kernels& kernels, const Shape& s) {
   std::vector<float> dx[2], dy[2];
   double dscale[2];
   const int64_t all = kernels.pairs.kept(p, std::numeric_limits<int64_t>::max());
-  // 0: all; then one gradient, or all of products that are kept, as many as
-  // have room
+  // 0: all; then one gradient, or all of products that are kept, as many as have room
   for (int run = 0; run < 6; ++run) {
     const int64_t most = run < 4 ? 0 : run == 4 ? all - 1 : all;
     p.kept_count = kernels.pairs.kept(p, most);

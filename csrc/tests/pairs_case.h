@@ -22,8 +22,7 @@ struct Shape {
   Precision precision;
   double reach;
   double scale = 0.7;
-  int totals = 15;  // 1: the rows' positives have a gradient, 2: negatives; 4,
-                    // 8: the columns'
+  int totals = 15;  // 1: the rows' positives have a gradient, 2: negatives; 4, 8: the columns'
   bool both = true, self = false, groups = false;
   bool runs = false;    // labels that tiles are of one of
   bool nan = false;     // in one row
@@ -72,8 +71,7 @@ struct Case {
     y = s.triangle ? x : random(s.m * s.d, spread, 2);
     x_bias = random(s.n, 1, 3);
     y_bias = s.triangle ? x_bias : random(s.m, 1, 4);
-    // u = -|x - y|^2 apart from a common shift: below zero, as the root wants
-    // it
+    // u = -|x - y|^2 apart from a common shift: below zero, as the root wants it
     for (float& b : x_bias) b -= s.score == Score::kRoot ? 40 : 0;
     if (s.triangle) y_bias = x_bias;
     y_bias[s.m / 2] -= s.far;

@@ -1,13 +1,11 @@
 // The sweep over pairs of one instruction set on columns that lie in 16 bits.
 //
-// usage: pairs_stored_test [default|avx2|...|amx_bf16]; exit code 77 where it
-// cannot run.
+// usage: pairs_stored_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include "pairs_case.h"
 
 namespace {
 
-// Columns that lie in 16 bits give the bits that their values give; their
-// gradient is rounded once.
+// Columns that lie in 16 bits give the bits that their values give; their gradient is rounded once.
 template <class Narrow, class Wide>
 void check_stored(const Kernels& kernels, const Shape& s, Stored stored, Narrow&& narrow,
                   Wide&& wide) {

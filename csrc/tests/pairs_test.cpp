@@ -1,9 +1,7 @@
-// The sweep over pairs of one instruction set against the formulas in double:
-// statistics, their gradients, attention; on threads, awkward shapes; the same
-// bits on any number of threads.
+// The sweep over pairs of one instruction set against the formulas in double: statistics, their
+// gradients, attention; on threads, awkward shapes; the same bits on any number of threads.
 //
-// usage: pairs_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot
-// run.
+// usage: pairs_test [default|avx2|...|amx_bf16]; exit code 77 where it cannot run.
 #include <cstdlib>
 
 #include "pairs_case.h"
