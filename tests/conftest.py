@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import zlib
 from collections import defaultdict
 
@@ -31,6 +32,10 @@ LONG = ("slow", "processes", "mutants", "ptx")  # what --one-row leaves out
 
 # Inductor's own pool of processes would import torch once more beside each of pytest's
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# a shell has what it starts in the background ignore Ctrl-C, which tests send
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # the same examples in every run: a failure here is a failure everywhere
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
