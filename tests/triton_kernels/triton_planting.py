@@ -36,6 +36,8 @@ def _is_kernel(node: ast.FunctionDef) -> bool:
 class Planter(dispatch_planting.Planter):
     """Plants all faults in the kernels of one file, and in what they call there."""
 
+    shortens = False
+
     def __init__(self, text: str, name: str, faults: list[Fault]) -> None:
         super().__init__(text, name, faults, ("",))
 
@@ -93,15 +95,6 @@ class Planter(dispatch_planting.Planter):
     def visit_Assign(self, node: ast.Assign) -> Any:
         node.value = self.visit(node.value)
         return node
-
-    def visit_Tuple(self, node: ast.Tuple) -> Any:
-        plain = copy.deepcopy(node)
-        right: Any = self.generic_visit(node)
-        if not self.open or not isinstance(plain.ctx, ast.Load) or len(plain.elts) < 2:
-            return right
-        first, second, *rest = plain.elts
-        turned = ast.Tuple([second, first, *rest], ast.Load())
-        return self.unless("order", plain.lineno, turned, right)
 
     def visit_Return(self, node: ast.Return) -> Any:
         node.value = node.value and self.visit(node.value)
