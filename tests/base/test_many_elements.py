@@ -10,8 +10,9 @@ some thousand rows.
 from __future__ import annotations
 
 import os
-import resource
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy
@@ -32,7 +33,21 @@ HALF = 2**31 // WIDTH  # the row at which an int32 of elements ends
 AT = sorted({0, 1, *(j for j in (HALF - 1, HALF, HALF + 1) if j < ROWS - 8), ROWS - 2, ROWS - 1})
 SCALE, SIZE = 0.5, 8.0
 QUERIES = 3
-MOST = 6 << 30  # bytes that are ever held
+MOST = 6 << 30  # bytes that a call ever holds
+WIDENED = {"nested": 1 << 30}  # and blocks that PyTorch's own operators widen, beside a copy
+PROCESS = Path("/proc/self")
+
+
+@pytest.fixture(autouse=True)
+def _peak_of_its_own() -> None:
+    (PROCESS / "clear_refs").write_text("5")  # the peak is what is held now
+
+
+def peak() -> int:
+    """The most bytes that this process held since the test began."""
+    told = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text())
+    assert told
+    return int(told[1]) << 10
 
 
 def bank(dtype: torch.dtype) -> Tensor:
@@ -185,7 +200,7 @@ def test_the_last_rows_of_a_bank(name: str, dtype: torch.dtype) -> None:
     want.sum().backward()
     assert r.x.grad is not None and r.wide.grad is not None
     assert near(r.x.grad, r.wide.grad, dtype)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 < MOST
+    assert peak() < MOST + WIDENED.get(name, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -201,4 +216,4 @@ def test_the_nearest_rows_of_a_bank(dtype: torch.dtype) -> None:
     some = want > 0
     known = torch.tensor(AT)[places.clamp_max(len(AT) - 1)]
     assert torch.equal(indices[some], known[some])
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 < MOST
+    assert peak() < MOST
