@@ -95,9 +95,9 @@ def pnp(
     "sum", "none" [N].
 
     Returns float32 (float64 for float64 inputs). Raises ValueError, TypeError for bad arguments.
-    Time O(N M D + N M P) with P positives a row; memory O((N + M) D) and a few blocks. Paper: Li et
-    al., Rethinking the Optimization of Average Precision: Only Penalizing Negative Instances before
-    Positive Ones is Enough, 2022.
+    Time O(N M D + N M P) with P positives a row; memory O((N + M) D) and a few blocks. The same
+    bits in every run on one number of threads. Paper: Li et al., Rethinking the Optimization of
+    Average Precision: Only Penalizing Negative Instances before Positive Ones is Enough, 2022.
     """
     check_plain(b=b, alpha=alpha, temperature=temperature)
     both = batch_sides(embeddings, labels, reduction, precision, ref_embeddings, ref_labels)

@@ -35,6 +35,7 @@ BY_THREADS = {
     "margin_softmax": CLASSES,
     "nested_info_nce": PRODUCTS,
     "nested_margin_softmax": PRODUCTS,
+    "pnp, ref": PRODUCTS,
     "shared_negatives": PRODUCTS,
     "smooth_ap": PRODUCTS,
     "softmax_outputs": CLASSES,
