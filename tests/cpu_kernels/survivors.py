@@ -298,5 +298,11 @@ SURVIVORS: dict[str, list[Survivor]] = {
         ("sign", "random_word(row, column + static_cast<uint32_t>(i)))", "another random word"),
         ("sign", "row_word(p.key, row + p.row_offset, table)", "0 here; seen by tests of shards"),
         ("factor", "const int64_t worth = p.count * p.width / kRowWork;", "a task more or less"),
+        ("factor", "std::clamp<int64_t>(p.count * p.width / kRowWork", "a task more or less"),
+        ("factor", "uint64_t z = key + (static_cast<uint64_t>(row) * 4 + table)", "another word"),
+        ("sign", "uint32_t h = row + column * 0x9E3779B9u;", "another random word"),
+        ("sign", "random_word(row, column + static_cast<uint32_t>(i)));", "another random word"),
+        ("dropped", "h = (h ^ (h >> 16)) * 0x7FEB352Du;", "another random word"),
+        ("dropped", "h = (h ^ (h >> 15)) * 0x846CA68Bu;", "another random word"),
     ],
 }
