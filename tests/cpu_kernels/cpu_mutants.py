@@ -130,14 +130,18 @@ def files(source: Source) -> list[Path]:
     return [f for at in named for f in (sorted(at.glob("*.h")) if at.is_dir() else [at])]
 
 
+def headers() -> list[Path]:
+    """What kernels are made of."""
+    return sorted([*CSRC.glob("*.h"), *(CSRC / "cpu").rglob("*.h"), *(CSRC / "rules").glob("*.h")])
+
+
 def contents(source: Source) -> str:
     """A hash of what the source's verdicts depend on."""
     out = hashlib.sha256()
     own = [*Path(__file__).parent.glob("*.py"), *(CSRC / "cpu").glob("*.cpp")]
     own = [path for path in own if path.name not in ("survivors.py", "test_planting.py")]
-    headers = [*CSRC.glob("*.h"), *(CSRC / "cpu").rglob("*.h"), *(CSRC / "rules").glob("*.h")]
     tests = [CSRC / "tests" / f"{name}_test.cpp" for name in source.tests]
-    for path in sorted({*own, *headers, *(CSRC / "tests").glob("*.h"), *tests}):
+    for path in sorted({*own, *headers(), *(CSRC / "tests").glob("*.h"), *tests}):
         out.update(path.name.encode() + path.read_bytes())
     return out.hexdigest()[:16]
 
@@ -221,8 +225,7 @@ def build(name: str, folder: Path) -> list[Fault]:
 
 def plain() -> Path:
     """The object of the kernels without faults, which all sources share."""
-    headers = [*CSRC.glob("*.h"), *(CSRC / "cpu").rglob("*.h"), *(CSRC / "rules").glob("*.h")]
-    told = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(headers))).hexdigest()
+    told = hashlib.sha256(b"".join(path.read_bytes() for path in headers())).hexdigest()
     code, out = RUNS / "plain.cpp", RUNS / f"plain.{told[:16]}.o"
     if not out.is_file():
         code.write_text(PLAIN)

@@ -50,7 +50,6 @@ def try_all(name: str, one_in: int) -> None:
     calls = quickest_first(calls, library, len(faults))
     asked = frozenset().union(*(run.asked for run in (*runs, *calls)))
     before = tried(name)
-    RUNS.mkdir(parents=True, exist_ok=True)
     with (RUNS / f"{name}.{contents(SOURCES[name])}.jsonl").open("a") as out:
         for number, key in enumerate(keys(faults)):
             if key in before or not drawn(key, one_in):

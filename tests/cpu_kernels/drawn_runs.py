@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import planted
-import torch
+from calls import same
 from draws import CASES, Call, Draw, answered, any_draw, calls, chooses, inputs, judge, unjudged
 from pair_cases import Case, in_dtype
 from torch import Tensor
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
         return cls(case, draw, which, _results(case, draw, which))
 
     def same(self) -> bool:
-        return all(map(_same, _results(self.case, self.draw, self.calls), self.results))
+        return all(map(same, _results(self.case, self.draw, self.calls), self.results))
 
     def judge(self) -> None:
         for verdict in judge(self.case, self.draw, self.calls):
@@ -57,7 +57,7 @@ class Planted(NamedTuple):
         return cls(case, draw, _planted(case, draw))
 
     def same(self) -> bool:
-        return _same(_planted(self.case, self.draw), self.result)
+        return same(_planted(self.case, self.draw), self.result)
 
     def judge(self) -> None:
         for _, faults in planted.judge(self.case, self.draw, ONLY):
@@ -74,18 +74,6 @@ def _planted(case: Case, draw: Draw) -> list[Tensor]:
     bad = planted.planted(exact, planted.places(case, exact, draw))
     t = in_dtype(case, bad, draw.dtype)
     return [case.call(t, backend=ONLY[0]).detach().double()]
-
-
-def _same(now: list[Tensor], before: list[Tensor]) -> bool:
-    pairs = zip(now, before, strict=True)
-    # whatever a NaN's own bits are
-    return all(torch.equal(a.isnan(), b.isnan()) and _alike(a, b) for a, b in pairs)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(
-        a.nan_to_num(0.0, torch.inf, -torch.inf), b.nan_to_num(0.0, torch.inf, -torch.inf)
-    )
 
 
 def checks(name: str, blas: Callable[[bool], object]) -> Callable[[], None]:
